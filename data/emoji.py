@@ -1,0 +1,128 @@
+"""The emoji world of the embedded base: concepts, captions, backgrounds and their rendering.
+
+A picture is one Noto emoji on a coloured background; its caption is "a red apple on a blue
+background". Every concept holds out two of the twelve background colours: those captions
+are never trained on, and they are what evaluations prompt with.
+"""
+
+import csv
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "emoji-base"
+PIPELINE = FOLDER / "pipeline"
+CLIP = FOLDER / "clip"
+RESOLUTION = 64
+
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "red": (206, 48, 52),
+    "orange": (242, 146, 44),
+    "yellow": (248, 220, 80),
+    "green": (70, 160, 80),
+    "cyan": (96, 208, 216),
+    "blue": (52, 96, 200),
+    "purple": (132, 72, 176),
+    "pink": (248, 168, 200),
+    "brown": (128, 84, 52),
+    "black": (32, 32, 36),
+    "gray": (144, 148, 152),
+    "white": (242, 242, 240),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmojiPrompt:
+    """One concept on one background. `held_out` prompts are never trained on."""
+
+    concept: str
+    background: str
+    held_out: bool
+
+    @property
+    def caption(self) -> str:
+        return f"{_article(self.concept)} {self.concept} on {_article(self.background)} {self.background} background"
+
+
+def _article(noun: str) -> str:
+    return "an" if noun[0] in "aeio" else "a"
+
+
+@cache
+def concepts() -> dict[str, str]:
+    """Concept phrase → short name in the emoji package, in the order of `concepts.csv`."""
+    with open(FOLDER / "concepts.csv", newline="") as file:
+        return {row["phrase"]: row["short_name"] for row in csv.DictReader(file)}
+
+
+@cache
+def prompts() -> tuple[EmojiPrompt, ...]:
+    """All concept × background prompts; each concept holds out 2 of the 12 backgrounds."""
+    return tuple(
+        EmojiPrompt(concept=concept, background=background, held_out=(i + j) % 6 == 0)
+        for i, concept in enumerate(concepts())
+        for j, background in enumerate(BACKGROUNDS)
+    )
+
+
+def captions(*, held_out: bool) -> list[str]:
+    """The captions of the training split, or those of the held-out one."""
+    return [prompt.caption for prompt in prompts() if prompt.held_out == held_out]
+
+
+def render(emoji: Image.Image, background: str, generator: torch.Generator) -> Image.Image:
+    """Draw an RGBA emoji on a background, with random size, place, shade and texture.
+
+    Args:
+        emoji: RGBA picture of the concept.
+        background: a name in `BACKGROUNDS`.
+        generator: source of all randomness.
+
+    Returns:
+        RGB picture of 64×64 pixels.
+    """
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    canvas = _background(BACKGROUNDS[background], uniform)
+    size = round(uniform(0.66, 0.94) * RESOLUTION)
+    left, top = (round(uniform(0, RESOLUTION - size)) for _ in range(2))
+    scaled = emoji.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
+    canvas.paste(scaled, (left, top), scaled)
+    return canvas
+
+
+def _background(colour: tuple[int, int, int], uniform) -> Image.Image:
+    """A plain, graded or striped ground around one colour."""
+    shade = uniform(-14, 14)
+    angle, kind = uniform(0, 2 * math.pi), uniform(0, 1)
+    axis = torch.linspace(-1, 1, RESOLUTION)
+    along = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
+    if kind < 0.5:
+        wave = torch.zeros_like(along)
+    elif kind < 0.75:
+        wave = uniform(12, 30) * along
+    else:
+        wave = uniform(8, 20) * torch.sin(uniform(8, 16) * along).mul(4).clamp(-1, 1)
+    pixels = torch.tensor(colour, dtype=torch.float32)[:, None, None] + shade + wave
+    return to_image(pixels.div(255).clamp(0, 1))
+
+
+def to_image(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
+    """Pixels in [0, 1] → PIL."""
+    array = pixels.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    return Image.fromarray(array.numpy())
+
+
+def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
+    """PIL → pixels in [0, 1]."""
+    rgb = image.convert("RGB")
+    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return data.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div(255)

@@ -1,0 +1,1 @@
+"""Fusion of aligned denoising policies: Gaussians, noise paths, variance schedules, rules and the sampler."""

@@ -1,0 +1,264 @@
+"""One aligned adapter: its LoRA, its objective and how it came to be, as a folder.
+
+FOLDER/
+  pytorch_lora_weights.safetensors   the LoRA, as `pipe.load_lora_weights` reads it
+  objective.json                     name, reward, beta, variance schedule, guidance, base, record
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from stepfuse.fuse.pipeline import same_base
+from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
+
+FORMAT_VERSION = 1
+WEIGHTS = "pytorch_lora_weights.safetensors"
+OBJECTIVE = "objective.json"
+GUIDANCE = ("shared", "full", "off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What one adapter was aligned to.
+
+    Attributes:
+        name: how users call it in their weights; letters, digits, `_` and `-`.
+        reward: the reward's name.
+        variance: the schedule it was trained with, and is fused with.
+        beta: temperature of its KL to the base.
+
+    Raises:
+        ValueError: for a name that cannot serve as one, or a beta that is not positive.
+    """
+
+    name: str
+    reward: str
+    variance: VarianceSchedule
+    beta: float
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+            raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
+        if not self.beta > 0:
+            raise ValueError(f"objective {self.name!r} has beta {self.beta}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter folder, read and checked; the weights stay on disk until a pipeline loads them.
+
+    Attributes:
+        folder: where it lies.
+        objective: what it was aligned to.
+        base: `name_or_path` and the fingerprint of the base it belongs to.
+        guidance: `shared`, `full` or `off`, as it was trained.
+        guidance_scale: g of that guidance.
+        num_inference_steps: denoising steps of its training.
+        sha256: hash of the weights file.
+        record: algorithm, reward before and after, KL spent, configuration, versions.
+    """
+
+    folder: Path
+    objective: Objective
+    base: dict[str, Any]
+    guidance: str
+    guidance_scale: float
+    num_inference_steps: int
+    sha256: str
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.objective.name
+
+
+def write_adapter(
+    folder: Path,
+    unet: nn.Module,
+    objective: Objective,
+    *,
+    base: dict[str, Any],
+    guidance: str,
+    guidance_scale: float,
+    num_inference_steps: int,
+    record: dict[str, Any],
+    pipeline_class: type[DiffusionPipeline],
+) -> Adapter:
+    """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=objective.name))
+    pipeline_class.save_lora_weights(
+        folder,
+        unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in layers.items()},
+        unet_lora_adapter_metadata=unet.peft_config[objective.name].to_dict(),
+    )
+    values = {
+        "format_version": FORMAT_VERSION,
+        "name": objective.name,
+        "reward": objective.reward,
+        "beta": objective.beta,
+        "variance": schedule_to_dict(objective.variance),
+        "guidance": guidance,
+        "guidance_scale": guidance_scale,
+        "num_inference_steps": num_inference_steps,
+        "base": base,
+        "sha256": file_hash(folder / WEIGHTS),
+        "record": record,
+    }
+    write_json(folder / OBJECTIVE, values)
+    return read_adapter(folder)
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check an adapter folder.
+
+    Raises:
+        ValueError: for a missing or malformed file, weights that are truncated, not finite, or not those recorded.
+    """
+    folder = Path(folder)
+    values = read_json(folder / OBJECTIVE, "an adapter folder, as training leaves it")
+    file = folder / OBJECTIVE
+    try:
+        adapter = Adapter(
+            folder=folder,
+            objective=Objective(
+                name=values["name"],
+                reward=values["reward"],
+                variance=schedule_from_dict(values["variance"]),
+                beta=float(values["beta"]),
+            ),
+            base=values["base"],
+            guidance=values["guidance"],
+            guidance_scale=float(values["guidance_scale"]),
+            num_inference_steps=int(values["num_inference_steps"]),
+            sha256=values["sha256"],
+            record=values.get("record", {}),
+        )
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]!r}; train or create the adapter again") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    if adapter.guidance not in GUIDANCE:
+        raise ValueError(f"{file}: guidance {adapter.guidance!r}; expected one of {', '.join(GUIDANCE)}")
+    check_weights(folder / WEIGHTS)
+    if file_hash(folder / WEIGHTS) != adapter.sha256:
+        raise ValueError(
+            f"{folder / WEIGHTS} is not the file that {OBJECTIVE} records (sha256 differs); fetch it again"
+        )
+    return adapter
+
+
+def check_weights(file: Path) -> None:
+    """Open a safetensors file and see that every tensor is whole and finite.
+
+    Raises:
+        ValueError: naming the file, and the tensor where one is at fault.
+    """
+    if not file.is_file():
+        raise ValueError(f"no LoRA weights at {file}")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            names = list(tensors.keys())
+            for name in names:
+                if not bool(torch.isfinite(tensors.get_tensor(name)).all()):
+                    raise ValueError(f"{file}: tensor {name} has values that are not finite; train the adapter again")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+    if not names:
+        raise ValueError(f"{file} holds no tensors; train the adapter again")
+
+
+def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
+    """Put an adapter on the pipeline's UNet under its objective's name, and verify that every tensor arrived.
+
+    Raises:
+        ValueError: for an adapter of another base, or weights that did not all load.
+    """
+    if not same_base(adapter.base, fingerprint):
+        raise ValueError(
+            f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
+            f"{adapter.base.get('name_or_path')!r}; load that one"
+        )
+    pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
+    loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name))
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118, a safetensors handle is no dict
+            given = loaded.get(key.removeprefix("unet."))
+            if given is None or not torch.equal(given.cpu(), tensors.get_tensor(key).to(given.dtype)):
+                raise ValueError(
+                    f"{adapter.folder / WEIGHTS}: tensor {key} did not load into {type(pipeline.unet).__name__}"
+                )
+        if len(loaded) != len(tensors.keys()):
+            raise ValueError(
+                f"{adapter.folder / WEIGHTS} leaves {len(loaded) - len(tensors.keys())} LoRA tensors unset"
+            )
+
+
+@contextmanager
+def active_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
+    """Run the UNet with one adapter, or with none: then it is the reference."""
+    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    if name is not None and not any(name in layer.r for layer in layers):
+        raise ValueError(f"the UNet has no adapter {name!r}")
+    before = [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    for layer in layers:
+        _activate(layer, name is None, [name] if name else None)
+    try:
+        yield
+    finally:
+        for layer, (disabled, names) in zip(layers, before, strict=True):
+            _activate(layer, disabled, names)
+
+
+def _activate(layer: BaseTunerLayer, disabled: bool, names: list[str] | None) -> None:
+    """Set flags only: peft's own switches also change `requires_grad`, which training must keep."""
+    layer._disable_adapters = disabled
+    if names is not None:
+        layer._active_adapter = names
+
+
+def file_hash(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_json(file: Path, values: dict[str, Any]) -> None:
+    """Write aside and rename: a reader never sees half a file."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    aside.replace(file)
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object of the current format version.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not file.is_file():
+        raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format_version {values.get('format_version')!r}; this stepfuse reads {FORMAT_VERSION}"
+        )
+    return values

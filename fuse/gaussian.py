@@ -1,0 +1,161 @@
+"""Isotropic Gaussians and the weighted product of their densities."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """N(mean, variance · I), one a sample, in float32 or wider.
+
+    Attributes:
+        mean: the mean, in latent units.
+        variance: broadcasts against the mean; one number a sample for a denoising step.
+            Zero means that the step is deterministic.
+    """
+
+    mean: Float[Tensor, "batch *shape"]
+    variance: Float[Tensor, "#batch *#shape"]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "variance"):
+            object.__setattr__(self, name, at_least_float32(getattr(self, name)))
+        if self.variance.ndim != self.mean.ndim:
+            raise ValueError(
+                f"variance has {self.variance.ndim} dimensions and mean {self.mean.ndim}: "
+                "give the variance one entry a sample and trailing dimensions of size 1"
+            )
+
+    def sample(self, generator: Generators = None) -> Float[Tensor, "batch *shape"]:
+        """x = m + sqrt(v) n, n ~ N(0, I); one generator a sample makes a draw independent of its batch."""
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.variance.sqrt() * noise
+
+    def log_prob(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+        """log p(x) = -|x - m|² / (2v) - (D/2) log(2πv), in nats: the sum over all D dimensions, never their mean.
+
+        Raises:
+            ValueError: where a variance is 0, for there is no density then.
+        """
+        self._require_density("log_prob")
+        terms = -0.5 * ((at_least_float32(x) - self.mean) ** 2 / self.variance + self._log_two_pi_v())
+        return _sum_over_dimensions(terms)
+
+    def kl(self, other: "Gaussian") -> Float[Tensor, " batch"]:
+        """KL(self ‖ other) = Σ_d [ (m - m')² / v' + v / v' - 1 - log(v / v') ] / 2, in nats.
+
+        Raises:
+            ValueError: where a variance of either is 0.
+        """
+        self._require_density("kl")
+        other._require_density("kl")
+        ratio = self.variance / other.variance
+        terms = (self.mean - other.mean) ** 2 / other.variance + ratio - 1 - ratio.log()
+        return _sum_over_dimensions(0.5 * terms)
+
+    def _log_two_pi_v(self) -> Tensor:
+        return (2 * torch.pi * self.variance).log()
+
+    def _require_density(self, what: str) -> None:
+        if not bool((self.variance > 0).all()):
+            raise ValueError(
+                f"{what} of a Gaussian of variance {self.variance.min().item():g}: a deterministic step "
+                "(eta 0, or the last step of a scheduler that ends on alpha 1) has no density"
+            )
+
+
+def product(
+    experts: Sequence[Gaussian],
+    exponents: Float[Tensor, "experts"] | Float[Tensor, "experts batch"],
+    *,
+    relative_variances: Float[Tensor, "experts"] | None = None,
+) -> Gaussian:
+    """The normalised weighted product of densities, p* ∝ Π p_i^(a_i) (MSDDA, arXiv:2604.14379).
+
+        1/v* = Σ a_i / v_i,        m* = v* Σ a_i m_i / v_i
+
+    Exact for any number of experts and for negative exponents, as long as 1/v* > 0. Where every
+    variance is 0 it is the limit of v_i = r_i v for v → 0: a weighted mean by a_i / r_i.
+
+    Args:
+        experts: the Gaussians p_i, of one shape.
+        exponents: a_i, one an expert, or one an expert and sample.
+        relative_variances: r_i, needed where variances are 0 and differ in their limit; 1 if not given.
+
+    Raises:
+        ValueError: for a precision that is not positive, or zero variances beside non-zero ones.
+    """
+    if not experts:
+        raise ValueError("product of no experts: give at least one Gaussian")
+    means = [expert.mean for expert in experts]
+    a = _per_sample(exponents, len(experts), means[0])
+    variances = torch.stack([torch.broadcast_to(e.variance, _variance_shape(experts)) for e in experts])
+    zero = variances == 0
+    if zero.any():
+        if not zero.all():
+            raise ValueError(
+                "product of deterministic and random steps: some variances are 0 and some are not "
+                f"(smallest {variances.min().item():g}, largest {variances.max().item():g}); "
+                "use eta 0 for all objectives or for none"
+            )
+        r = torch.ones(len(experts)) if relative_variances is None else relative_variances
+        v = _limit_scale(r).to(means[0]).reshape(-1, *[1] * means[0].ndim).expand_as(variances)
+    else:
+        v = variances
+    precision = (a / v).sum(0)
+    if not bool((precision > 0).all()):
+        raise ValueError(
+            f"the fused precision 1/v* is {precision.min().item():g} and must be positive: "
+            f"exponents {_numbers(exponents)} extrapolate too far for these variances"
+        )
+    variance = 1 / precision
+    mean = variance * sum(a[i] / v[i] * means[i] for i in range(len(experts)))
+    return Gaussian(mean=mean, variance=torch.zeros_like(variance) if zero.any() else variance)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision → float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _limit_scale(r: Tensor) -> Tensor:
+    """Relative variances for the zero limit: all 0 (plain DDIM everywhere) counts as all equal."""
+    if not bool((r > 0).any()):
+        return torch.ones_like(r)
+    if not bool((r > 0).all()):
+        raise ValueError(
+            f"relative variances {_numbers(r)} mix deterministic and random schedules; "
+            "use eta 0 for all objectives or for none"
+        )
+    return r
+
+
+def _per_sample(exponents: Tensor, count: int, like: Tensor) -> Tensor:
+    a = torch.as_tensor(exponents, dtype=like.dtype, device=like.device)
+    if a.ndim not in (1, 2) or a.shape[0] != count or (a.ndim == 2 and a.shape[1] not in (1, len(like))):
+        raise ValueError(
+            f"exponents of shape {tuple(a.shape)} for {count} experts and a batch of {len(like)}: "
+            f"expected ({count},) or ({count}, {len(like)})"
+        )
+    if a.ndim == 1:
+        a = a[:, None]
+    return a.reshape(*a.shape, *[1] * (like.ndim - 1))
+
+
+def _variance_shape(experts: Sequence[Gaussian]) -> torch.Size:
+    return torch.broadcast_shapes(*[expert.variance.shape for expert in experts])
+
+
+def _sum_over_dimensions(terms: Tensor) -> Tensor:
+    return terms.flatten(1).sum(1)
+
+
+def _numbers(values: Tensor) -> list:
+    return [round(v, 4) for v in torch.as_tensor(values).flatten().tolist()]

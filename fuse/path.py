@@ -1,0 +1,140 @@
+"""Noise paths x_t = alpha_t x_0 + sigma_t e, and what a network's prediction says on them.
+
+Nothing outside this file knows of which family a model is.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.gaussian import at_least_float32
+
+FINAL = -1
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisePath:
+    """The coefficients of one diffusers scheduler, and its rule for choosing time steps.
+
+    A time is a position in the scheduler's training table. `FINAL` (-1) is the end of the last
+    step, with the scheduler's own final alpha.
+
+    Attributes:
+        alpha: alpha_t by position, float64, the final one last (so that position -1 finds it).
+        sigma: sigma_t by position, likewise.
+        prediction_type: what the network predicts.
+        scheduler: the scheduler that spaces the steps.
+    """
+
+    alpha: Float[Tensor, " times"]
+    sigma: Float[Tensor, " times"]
+    prediction_type: PredictionType
+    scheduler: SchedulerMixin
+
+    @classmethod
+    def from_scheduler(cls, scheduler: SchedulerMixin) -> "NoisePath":
+        """The path of a diffusers scheduler.
+
+        DDPM-type schedulers give alpha_t² = `alphas_cumprod` (DDIM, arXiv:2010.02502), flow
+        matching alpha_t = 1 - sigma_t. A DDPM-type scheduler that is not DDIM is replaced by the
+        DDIM scheduler of its configuration.
+
+        Raises:
+            ValueError: for a scheduler of another family, or one that clips predictions.
+        """
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            # Steps move along `sigmas`, which `steps` recomputes; position i is sigma = i / 1000.
+            sigma = torch.linspace(0, 1, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)[1:]
+            sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
+            return cls(alpha=1 - sigma, sigma=sigma, prediction_type="flow", scheduler=scheduler)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no noise path known here; expected a DDPM-type scheduler "
+                "(with alphas_cumprod) or FlowMatchEulerDiscreteScheduler"
+            )
+        if not isinstance(scheduler, DDIMScheduler):
+            clip = scheduler.config.get("clip_sample", False)
+            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip)
+        if scheduler.config.clip_sample or scheduler.config.thresholding:
+            raise ValueError(
+                "the scheduler clips predicted samples (clip_sample or thresholding), so its steps are not Gaussian "
+                "in the prediction; set clip_sample=False and thresholding=False"
+            )
+        kind = scheduler.config.prediction_type
+        if kind not in get_args(PredictionType):
+            raise ValueError(f"prediction_type {kind!r}; expected one of {', '.join(get_args(PredictionType))}")
+        squares = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double()
+        return cls(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
+
+    @property
+    def length(self) -> int:
+        """The number of positions, the final one not counted."""
+        return len(self.alpha) - 1
+
+    def steps(self, count: int) -> list[tuple[int, int]]:
+        """The (t, s) of a sampler with `count` steps, as the scheduler spaces them; the last s is FINAL.
+
+        Raises:
+            ValueError: for a count outside [1, number of training steps].
+        """
+        if not 1 <= count <= self.length:
+            raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
+        if self.prediction_type == "flow":
+            self.scheduler.set_timesteps(count)
+            times = [round(float(sigma) * self.length) - 1 for sigma in self.scheduler.sigmas]
+            times[-1] = FINAL
+            return list(zip(times[:-1], times[1:], strict=True))
+        self.scheduler.set_timesteps(count)
+        stride = self.length // count
+        # DDIM steps from t to t - stride, whatever comes next in the list of times.
+        return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]
+
+    def network_time(self, t: Tensor | int) -> Tensor:
+        """The time a network is told: the position itself, or 1000 sigma for flow matching."""
+        return torch.as_tensor(t) + (1 if self.prediction_type == "flow" else 0)
+
+    def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), shaped to broadcast against `like`; t is one position or one a sample."""
+        index = torch.as_tensor(t, device="cpu").reshape(-1)
+        index = torch.where(index < 0, self.length, index)
+        shape = (-1, *[1] * (like.ndim - 1))
+        dtype = at_least_float32(like).dtype
+        return (
+            self.alpha[index].to(like.device, dtype).reshape(shape),
+            self.sigma[index].to(like.device, dtype).reshape(shape),
+        )
+
+    def ancestral_variance(self, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+        """sigma_s² / sigma_t² (sigma_t² - alpha_t² / alpha_s² sigma_s²): the step variance of DDIM with eta 1.
+
+        On a DDPM-type path this is (1 - ᾱ_s) / (1 - ᾱ_t) (1 - ᾱ_t / ᾱ_s), the posterior variance (DDIM, eq. 16).
+        """
+        alpha_t, sigma_t = self.at(t, like.double())
+        alpha_s, sigma_s = self.at(s, like.double())
+        variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
+        return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
+
+    def clean_and_noise(
+        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Tensor | int
+    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+        """The (x_0, e) that a prediction stands for, with x_t = alpha_t x_0 + sigma_t e.
+
+        epsilon: e = prediction. v (arXiv:2202.00512): x_0 = alpha x_t - sigma v, e = sigma x_t + alpha v.
+        sample: x_0 = prediction. flow: v = e - x_0.
+        """
+        x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
+        alpha, sigma = self.at(t, x_t)
+        match self.prediction_type:
+            case "epsilon":
+                return (x_t - sigma * prediction) / alpha, prediction
+            case "v_prediction":
+                return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
+            case "sample":
+                return prediction, (x_t - alpha * prediction) / sigma
+            case "flow":
+                return x_t - sigma * prediction, x_t + alpha * prediction

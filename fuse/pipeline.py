@@ -1,0 +1,180 @@
+"""The diffusers pipeline as a place to load from: base models, prompts to embeddings, latents to pixels."""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.data import emoji
+
+EMBEDDED = {"emoji": emoji.PIPELINE}
+
+
+def load_pipeline(name_or_path: str, *, torch_dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionPipeline:
+    """A Stable Diffusion (1.x, 2.x or XL) pipeline from the hub, a folder, or `emoji`, the embedded base.
+
+    No safety checker is loaded; rewards and samplers here want every image.
+
+    Args:
+        name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
+        torch_dtype: of every component.
+        options: passed on, `revision` and `variant` for instance.
+
+    Raises:
+        ValueError: for a pipeline that is neither Stable Diffusion nor Stable Diffusion XL, or a
+            folder without one.
+    """
+    path = str(EMBEDDED.get(name_or_path, name_or_path))
+    try:
+        index = DiffusionPipeline.load_config(path, **{k: v for k, v in options.items() if k == "revision"})
+    except OSError as error:
+        raise ValueError(
+            f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, "
+            f"or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
+        ) from error
+    options = {k: v for k, v in options.items() if v is not None}
+    if "safety_checker" in index:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype, **options)
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise ValueError(
+            f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
+            "StableDiffusionXLPipeline"
+        )
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """What the UNet is told besides the latent: a row a sample, positive and negative.
+
+    Attributes:
+        positive: prompt embeddings.
+        negative: embeddings of the negative prompts.
+        added: SDXL's pooled embeddings and size ids, positive and negative; empty elsewhere.
+    """
+
+    positive: Float[Tensor, "batch tokens width"]
+    negative: Float[Tensor, "batch tokens width"]
+    added: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
+        return Conditioning(
+            positive=self.positive[rows],
+            negative=self.negative[rows],
+            added={k: (p[rows], n[rows]) for k, (p, n) in self.added.items()},
+        )
+
+    def repeat(self, count: int) -> "Conditioning":
+        """Every row `count` times, in place: a a b b."""
+        return self[torch.arange(len(self.positive)).repeat_interleave(count)]
+
+    def inputs(self, kinds: str) -> dict[str, Any]:
+        """UNet arguments for `+` (positive), `-` (negative), or `-+` (both, stacked in that order)."""
+        pick = {"+": 0, "-": 1}
+        states = (self.positive, self.negative)
+        inputs: dict[str, Any] = {"encoder_hidden_states": torch.cat([states[pick[k]] for k in kinds])}
+        if self.added:
+            inputs["added_cond_kwargs"] = {
+                name: torch.cat([pair[pick[k]] for k in kinds]) for name, pair in self.added.items()
+            }
+        return inputs
+
+
+@torch.no_grad()
+def encode_prompts(
+    pipeline: DiffusionPipeline,
+    prompts: list[str],
+    negative_prompts: list[str],
+    *,
+    height: int | None = None,
+    width: int | None = None,
+) -> Conditioning:
+    """Embed prompts as the pipeline itself does; height and width matter to SDXL only."""
+    arguments = dict(
+        prompt=prompts,
+        device=pipeline.unet.device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=negative_prompts,
+    )
+    if not isinstance(pipeline, StableDiffusionXLPipeline):
+        positive, negative = pipeline.encode_prompt(**arguments)
+        return Conditioning(positive=positive, negative=negative)
+    positive, negative, pooled, negative_pooled = pipeline.encode_prompt(**arguments)
+    height, width = image_size(pipeline, height, width)
+    projection = pipeline.text_encoder_2.config.projection_dim
+    ids = pipeline._get_add_time_ids(
+        (height, width), (0, 0), (height, width), dtype=positive.dtype, text_encoder_projection_dim=projection
+    ).to(positive.device)
+    ids = ids.expand(len(prompts), -1)
+    return Conditioning(
+        positive=positive,
+        negative=negative,
+        added={"text_embeds": (pooled, negative_pooled), "time_ids": (ids, ids)},
+    )
+
+
+def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels, by default the UNet's own.
+
+    Raises:
+        ValueError: for a size the pipeline cannot draw.
+    """
+    factor = pipeline.vae_scale_factor
+    native = pipeline.unet.config.sample_size
+    native_height, native_width = native if isinstance(native, list | tuple) else (native, native)
+    size = (height or native_height * factor, width or native_width * factor)
+    step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    for name, pixels in zip(("height", "width"), size, strict=True):
+        if pixels <= 0 or pixels % step:
+            raise ValueError(f"{name} is {pixels}; expected a positive multiple of {step} for this model")
+    return size
+
+
+def latent_shape(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
+    """Channels, height and width of one latent."""
+    pixels = image_size(pipeline, height, width)
+    factor = pipeline.vae_scale_factor
+    return (pipeline.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor)
+
+
+def decode_latents(
+    pipeline: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """Latents → float32 pixels in [0, 1], differentiable."""
+    vae = pipeline.vae
+    if getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
+        vae.to(torch.float32)  # SDXL's autoencoder overflows in half precision
+    pixels = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
+    """What tells one base from another: a hash of names and shapes, and 64 weights to compare within bf16.
+
+    The weights are compared, not hashed, so that one base in float32, float16 and bfloat16 is one base.
+    """
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
+    }
+    names = sorted(state)
+    shapes = "\n".join(f"{name} {list(state[name].shape)}" for name in names)
+    chosen = [names[i * (len(names) - 1) // 63] for i in range(64)]
+    probe = [state[name].flatten()[state[name].numel() // 2].item() for name in chosen]
+    return {"architecture": hashlib.sha256(shapes.encode()).hexdigest(), "probe": probe}
+
+
+def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one base, up to the rounding of half precision."""
+    if a["architecture"] != b["architecture"]:
+        return False
+    first, second = torch.tensor(a["probe"]), torch.tensor(b["probe"])
+    return bool(torch.allclose(first, second, rtol=2**-6, atol=1e-6))
