@@ -195,17 +195,16 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dic
         )
     pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
     loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name))
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118, a safetensors handle is no dict
-            given = loaded.get(key.removeprefix("unet."))
-            if given is None or not torch.equal(given.cpu(), tensors.get_tensor(key).to(given.dtype)):
-                raise ValueError(
-                    f"{adapter.folder / WEIGHTS}: tensor {key} did not load into {type(pipeline.unet).__name__}"
-                )
-        if len(loaded) != len(tensors.keys()):
-            raise ValueError(
-                f"{adapter.folder / WEIGHTS} leaves {len(loaded) - len(tensors.keys())} LoRA tensors unset"
-            )
+    file = adapter.folder / WEIGHTS
+    with safe_open(file, framework="pt") as tensors:
+        given = {key.removeprefix("unet."): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    for key in given.keys() | loaded.keys():
+        if (
+            key not in given
+            or key not in loaded
+            or not torch.equal(loaded[key].cpu(), given[key].to(loaded[key].dtype))
+        ):
+            raise ValueError(f"{file}: LoRA tensor {key} did not load into the base {adapter.base['name_or_path']!r}")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Nothing outside this file knows of which family a model is.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from stepfuse.fuse.gaussian import at_least_float32
 
-FINAL = -1
+FINAL = -1  # the position after the last step
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
@@ -88,7 +89,7 @@ class NoisePath:
             self.scheduler.set_timesteps(count)
             times = [round(float(sigma) * self.length) - 1 for sigma in self.scheduler.sigmas]
             times[-1] = FINAL
-            return list(zip(times[:-1], times[1:], strict=True))
+            return list(pairwise(times))
         self.scheduler.set_timesteps(count)
         stride = self.length // count
         # DDIM steps from t to t - stride, whatever comes next in the list of times.

@@ -28,7 +28,7 @@ from stepfuse.fuse.pipeline import (
 )
 from stepfuse.fuse.rules import FusionRule, blend_weights, get_rule, largest_strength
 from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule, step_variance
+from stepfuse.fuse.variance import VarianceSchedule, step_variance
 
 Weights = Mapping[str, float]
 
@@ -65,9 +65,9 @@ class FusedSampler:
     pipeline: DiffusionPipeline
     objectives: tuple[Objective, ...]
     denoiser: Denoiser
-    reference: VarianceSchedule = EtaSchedule(eta=1.0)
+    reference: VarianceSchedule
     rule: FusionRule
-    num_inference_steps: int = 20
+    num_inference_steps: int
     default_weights: Weights
 
     @classmethod
