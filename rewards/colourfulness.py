@@ -1,0 +1,17 @@
+"""Colourfulness of natural images (Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images")."""
+
+from collections.abc import Sequence
+
+from stepfuse.rewards.protocol import Pixels, Scores
+
+
+def colourfulness(images: Pixels, prompts: Sequence[str]) -> Scores:
+    """M = sqrt(σ_rg² + σ_yb²) + 0.3 sqrt(μ_rg² + μ_yb²), with rg = R - G, yb = (R + G)/2 - B, on 0 to 255.
+
+    Differentiable. Their scale runs from 0, not colourful, to 109, extremely colourful.
+    """
+    red, green, blue = (images.float() * 255).unbind(1)
+    opponents = (red - green, (red + green) / 2 - blue)
+    variance = sum(o.flatten(1).var(1, correction=0) for o in opponents)
+    square_of_mean = sum(o.flatten(1).mean(1).square() for o in opponents)
+    return variance.clamp(min=1e-12).sqrt() + 0.3 * square_of_mean.clamp(min=1e-12).sqrt()

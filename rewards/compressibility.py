@@ -1,0 +1,31 @@
+"""JPEG compressibility and incompressibility (DDPO, arXiv:2305.13301, section 5.1)."""
+
+import io
+from collections.abc import Sequence
+
+import torch
+
+from stepfuse.data.emoji import to_image
+from stepfuse.rewards.protocol import Pixels, Scores
+
+QUALITY = 95  # as in DDPO
+
+
+def jpeg_kilobytes(images: Pixels) -> Scores:
+    """Size of each image as a JPEG of quality 95, in units of 1000 bytes."""
+    sizes = []
+    for pixels in images.detach().float().cpu():
+        buffer = io.BytesIO()
+        to_image(pixels).save(buffer, format="JPEG", quality=QUALITY)
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32)
+
+
+def compressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
+    """Minus the JPEG size in kB: small files are good."""
+    return -jpeg_kilobytes(images)
+
+
+def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
+    """The JPEG size in kB: large files are good."""
+    return jpeg_kilobytes(images)

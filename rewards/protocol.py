@@ -1,0 +1,36 @@
+"""What a reward is, and the check every score passes before anything learns from it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Pixels = Float[Tensor, "batch 3 height width"]
+Scores = Float[Tensor, " batch"]
+
+
+class Reward(Protocol):
+    """One method: pixels in [0, 1] and their prompts → one score an image, higher is better."""
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores: ...
+
+
+def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str = "reward") -> Scores:
+    """Call a reward and check what it returns; float32, on the device of the images.
+
+    Raises:
+        ValueError: for a result that is no tensor of one finite number an image, naming the reward and prompt.
+    """
+    values = reward(images, prompts)
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"reward {name!r} returned {shape} for {len(images)} images; expected a tensor ({len(images)},)"
+        )
+    bad = ~torch.isfinite(values)
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise ValueError(f"reward {name!r} is {values[first].item()} for the prompt {prompts[first]!r}")
+    return values.float().to(images.device)

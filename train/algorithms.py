@@ -1,0 +1,179 @@
+"""What sets DPO and DDPO apart: how a batch is rolled out, given credit, and scored by its loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.pipeline import Conditioning
+from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.train.credit import group_advantages
+from stepfuse.train.losses import ddpo_loss, dpo_loss
+from stepfuse.train.rollout import (
+    PairedStep,
+    SampledStep,
+    Step,
+    Trajectory,
+    branching_rollout,
+    rollout,
+    with_advantages,
+)
+from stepfuse.train.settings import DDPOSettings, DPOSettings
+
+ScoreLatents = Callable[[Latents, int], Float[Tensor, " images"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """What a rollout needs besides its prompts."""
+
+    denoiser: Denoiser
+    adapter: str
+    schedule: VarianceSchedule
+    steps: list[tuple[int, int]]
+    shape: tuple[int, int, int]
+
+
+class Algorithm(Protocol):
+    """How one algorithm fills the loop.
+
+    Attributes:
+        group_size: consecutive samples that share a prompt.
+        updates_per_rollout: optimiser steps on one rollout.
+        beta: weight of the KL in the loss; 0 where the loss holds it already.
+    """
+
+    group_size: int
+    updates_per_rollout: int
+    beta: float
+
+    def collect(
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        score: Callable[[Latents, int], Float[Tensor, " images"]],
+    ) -> Trajectory:
+        """Roll out one micro-batch; `score(latents, copies)` rewards `copies` latents a prompt."""
+        ...
+
+    def credit(
+        self, trajectory: Trajectory, rewards: Float[Tensor, " all"], groups: Int[Tensor, " all"], own: slice
+    ) -> Trajectory:
+        """Give credit, knowing the final rewards and prompts of all samples of the step; `own` are these."""
+        ...
+
+    def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Float[Tensor, " batch"]:
+        """One value a sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Step-level DPO."""
+
+    settings: DPOSettings
+    group_size: int = 1
+    updates_per_rollout: int = 1
+    beta: float = 0.0
+
+    def collect(
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        score: ScoreLatents,
+    ) -> Trajectory:
+        copies = self.settings.num_candidates
+        return branching_rollout(
+            sampling.denoiser,
+            sampling.adapter,
+            sampling.schedule,
+            sampling.steps,
+            conditioning,
+            sampling.shape,
+            generators,
+            score_latents=lambda latents: score(latents, copies),
+            candidates=copies,
+            margin=self.settings.margin,
+            skip_first=self.settings.skip_first_steps,
+        )
+
+    def credit(self, trajectory: Trajectory, rewards: Tensor, groups: Tensor, own: slice) -> Trajectory:
+        return trajectory  # pairs were made while rolling out
+
+    def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
+        assert isinstance(step, PairedStep)
+        scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
+        values = dpo_loss(
+            policy.log_prob(step.chosen) * scale,
+            policy.log_prob(step.rejected) * scale,
+            reference.log_prob(step.chosen) * scale,
+            reference.log_prob(step.rejected) * scale,
+            beta=self.settings.beta,
+            label_smoothing=self.settings.label_smoothing,
+            loss_type=self.settings.loss_type,
+        )
+        return torch.where(step.kept, values, 0.0)
+
+
+@dataclass(frozen=True)
+class DDPO:
+    """Policy gradient with an exact per-step KL to the base."""
+
+    settings: DDPOSettings
+
+    @property
+    def group_size(self) -> int:
+        return self.settings.num_generations
+
+    @property
+    def updates_per_rollout(self) -> int:
+        return self.settings.num_inner_epochs
+
+    @property
+    def beta(self) -> float:
+        return self.settings.beta
+
+    def collect(
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        score: ScoreLatents,
+    ) -> Trajectory:
+        return rollout(
+            sampling.denoiser,
+            sampling.adapter,
+            sampling.schedule,
+            sampling.steps,
+            conditioning,
+            sampling.shape,
+            generators,
+        )
+
+    def credit(self, trajectory: Trajectory, rewards: Tensor, groups: Tensor, own: slice) -> Trajectory:
+        per_prompt = self.settings.per_prompt_stat_tracking
+        advantages = group_advantages(
+            rewards,
+            groups if per_prompt else torch.zeros_like(groups),
+            scale=self.settings.scale_rewards,
+            clip=self.settings.train_adv_clip_max,
+        )
+        return with_advantages(trajectory, advantages[own])
+
+    def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
+        assert isinstance(step, SampledStep)
+        assert step.advantage is not None
+        scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
+        return ddpo_loss(
+            policy.log_prob(step.x_s) * scale,
+            step.log_prob * scale,
+            step.advantage,
+            clip_range=self.settings.train_clip_range,
+        )

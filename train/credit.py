@@ -1,0 +1,39 @@
+"""From rewards to what a loss learns from: preference pairs, or advantages."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def best_and_worst(
+    rewards: Float[Tensor, "batch candidates"], margin: float
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Winner and loser among the candidates of each step, and whether they differ by more than the margin.
+
+    A tie is dropped, never invented.
+    """
+    winner, loser = rewards.argmax(1), rewards.argmin(1)
+    gap = rewards.gather(1, winner[:, None]) - rewards.gather(1, loser[:, None])
+    return winner, loser, gap[:, 0] > margin
+
+
+def group_advantages(
+    rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], *, scale: bool, clip: float
+) -> Float[Tensor, " batch"]:
+    """A = (r - mean of its group) / (standard deviation of its group), clipped (DDPO, arXiv:2305.13301, section 5).
+
+    Args:
+        rewards: of the whole step, all processes together.
+        groups: the group of each: its prompt, or one number for all.
+        scale: divide by the standard deviation; a group whose rewards are all equal gets 0.
+        clip: advantages are clipped to ± this.
+    """
+    names, index = groups.unique(return_inverse=True)
+    zeros = rewards.new_zeros(len(names))
+    count = zeros.index_add(0, index, torch.ones_like(rewards))
+    mean = zeros.index_add(0, index, rewards) / count
+    centred = rewards - mean[index]
+    if scale:
+        deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
+        centred = centred / (deviation[index] + 1e-8)
+    return centred.clamp(-clip, clip)

@@ -1,0 +1,23 @@
+"""Train one adapter by step-level DPO.
+
+accelerate launch train/dpo.py --config configs/dpo/emoji-alignment.yaml --output_dir outputs/alignment
+"""
+
+import sys
+
+from stepfuse.train.algorithms import DPO
+from stepfuse.train.loop import train
+from stepfuse.train.settings import DPOSettings, parse_settings
+
+
+def main() -> None:
+    """Parse, train, and turn a wrong setting into one line."""
+    try:
+        settings = parse_settings(DPOSettings, sys.argv[1:], description=__doc__ or "")
+        train(settings, DPO(settings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The policy: a base UNet with one trainable LoRA, and variance offsets where the schedule is learned."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from stepfuse.fuse.adapter import active_adapter
+from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.pipeline import Conditioning
+from stepfuse.fuse.transition import transition
+from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
+from stepfuse.train.rollout import Step
+
+
+class Policy(nn.Module):
+    """The trainable module: a UNet with its LoRA, and the offsets of a learned schedule.
+
+    Its forward returns the offsets too, so that a distributed wrapper sees every parameter used.
+    """
+
+    def __init__(self, unet: nn.Module, adapter: str, schedule: VarianceSchedule) -> None:
+        super().__init__()
+        self.unet = unet
+        self.adapter = adapter
+        learned = isinstance(schedule, LearnedSchedule)
+        self.offsets = nn.Parameter(schedule.offsets.clone()) if learned else None
+
+    def forward(self, x: Tensor, times: Tensor, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        with active_adapter(self.unet, self.adapter):
+            return self.unet(x, times, return_dict=False, **inputs)[0], self.offsets
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """LoRA tensors and offsets, by name."""
+        state = dict(get_peft_model_state_dict(self.unet, adapter_name=self.adapter))
+        return state if self.offsets is None else state | {"variance_offsets": self.offsets.detach()}
+
+    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `trainable_state`."""
+        lora = {name: value for name, value in state.items() if name != "variance_offsets"}
+        set_peft_model_state_dict(self.unet, lora, adapter_name=self.adapter)
+        if self.offsets is not None:
+            with torch.no_grad():
+                self.offsets.copy_(state["variance_offsets"])
+
+
+def add_lora(unet: nn.Module, name: str, *, rank: int, alpha: int | None, targets: list[str], seed: int) -> None:
+    """Put a fresh float32 LoRA on the UNet; its B is zero, so that it starts as the reference.
+
+    Raises:
+        ValueError: where no layer of the UNet matches the targets.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet.add_adapter(config, adapter_name=name)
+    cast_training_params(unet, dtype=torch.float32)
+
+
+def reference_schedule(schedule: VarianceSchedule) -> VarianceSchedule:
+    """The schedule of the reference: the policy's, as it was before training."""
+    return EtaSchedule(eta=schedule.eta) if isinstance(schedule, LearnedSchedule) else schedule
+
+
+def step_gaussians(
+    policy: nn.Module,
+    denoiser: Denoiser,
+    schedule: VarianceSchedule,
+    step: Step,
+    conditioning: Conditioning,
+) -> tuple[Gaussian, Gaussian]:
+    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of one stored step.
+
+    Args:
+        policy: the `Policy`, wrapped or not.
+        schedule: the initial schedule; learned offsets come from the policy.
+    """
+    path = denoiser.path
+    kinds = "-+" if denoiser.guidance == "full" else "+"
+    times = path.network_time(step.t).to(step.x_t.device).expand(len(step.x_t) * len(kinds))
+    dtype = conditioning.positive.dtype
+    output, offsets = policy(torch.cat([step.x_t] * len(kinds)).to(dtype), times, **conditioning.inputs(kinds))
+    parts: tuple[Latents, ...] = output.to(torch.float32).chunk(len(kinds))
+    match denoiser.guidance:
+        case "shared":
+            assert step.negative is not None
+            prediction = denoiser.guide(step.negative, parts[0])
+        case "full":
+            prediction = denoiser.guide(*parts)
+        case _:
+            prediction = parts[0]
+    current = replace(schedule, offsets=offsets) if isinstance(schedule, LearnedSchedule) else schedule
+    reference = reference_schedule(schedule)
+    ours = step_variance(current, path, step.t, step.s, step.x_t)
+    theirs = step_variance(reference, path, step.t, step.s, step.x_t)
+    return (
+        transition(path, step.x_t, prediction, step.t, step.s, ours),
+        transition(path, step.x_t, step.reference, step.t, step.s, theirs),
+    )

@@ -1,0 +1,213 @@
+"""Settings of a training run: YAML by `--config`, any field as a flag."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
+
+
+def _setting(default: Any, help_text: str) -> Any:
+    """A dataclass field whose help `--help` shows."""
+    metadata = {"help": help_text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """What DPO and DDPO have in common. Names follow diffusers' LoRA scripts and trl."""
+
+    # The base and the objective.
+    pretrained_model_name_or_path: str = _setting("emoji", "hub id or folder of the base, or `emoji`, the embedded one")
+    revision: str | None = _setting(None, "revision of the base on the hub")
+    variant: str | None = _setting(None, "variant of the weights, `fp16` for instance")
+    reward: str = _setting("clip_score", "name of the reward, or path/to/file.py:function")
+    objective_name: str = _setting("", "how weights will call this objective; by default the reward's name")
+
+    # Prompts.
+    prompts: str = _setting("emoji", "text file with a prompt a line, or `emoji`: the training captions of the base")
+    dataset_name: str | None = _setting(None, "hub data set of prompts, instead of `prompts`")
+    dataset_split: str = _setting("train", "its split")
+    caption_column: str = _setting("caption", "its column")
+
+    # The run.
+    output_dir: str = _setting("outputs/adapter", "where the adapter, checkpoints and samples go")
+    overwrite: bool = _setting(False, "delete what is in output_dir")
+    resume_from_checkpoint: str | None = _setting(None, "`latest`, or a checkpoint folder of output_dir")
+    seed: int = _setting(0, "all randomness derives from it")
+    max_train_steps: int = _setting(100, "optimiser steps")
+    train_batch_size: int = _setting(8, "images a device and micro-batch")
+    gradient_accumulation_steps: int = _setting(1, "micro-batches a step")
+    checkpointing_steps: int = _setting(500, "steps between checkpoints")
+    checkpoints_total_limit: int | None = _setting(2, "checkpoints kept")
+    logging_dir: str = _setting("logs", "tracker logs, inside output_dir")
+    report_to: str = _setting("tensorboard", "tracker of accelerate, or `none`")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = _setting(
+        None, "by default what accelerate is configured for"
+    )
+    gradient_checkpointing: bool = _setting(False, "trade time for memory")
+    allow_tf32: bool = _setting(False, "TF32 matrix products on Ampere and newer")
+
+    # The LoRA.
+    rank: int = _setting(4, "rank of the LoRA")
+    lora_alpha: int | None = _setting(None, "its alpha; by default the rank")
+    lora_target_modules: list[str] = _setting(
+        ["to_q", "to_k", "to_v", "to_out.0"], "names of the layers that get a LoRA; attention by default"
+    )
+
+    # Sampling while training.
+    sample_num_steps: int = _setting(20, "denoising steps")
+    sample_guidance_scale: float = _setting(5.0, "g of classifier-free guidance")
+    guidance: Literal["shared", "full", "off"] = _setting("shared", "where the unconditional prediction comes from")
+    variance: Literal["eta", "table", "learned"] = _setting("eta", "kind of variance schedule")
+    sample_eta: float = _setting(1.0, "eta of the schedule, in (0, 1]; where a learned one starts")
+    sample_etas: list[float] = _setting([], "table: one eta a step, noisiest first")
+    variance_knots: int = _setting(5, "learned: number of knots over the time")
+    resolution: int | None = _setting(None, "pixels; by default the base's own")
+
+    # The optimiser.
+    beta: float = _setting(0.01, "temperature of the KL to the base")
+    log_prob_reduction: Literal["sum", "mean"] = _setting(
+        "sum", "`sum` is the density; `mean` divides log-probs by their dimension, as DDPO's and SPO's code do"
+    )
+    learning_rate: float = _setting(1e-4, "initial rate")
+    variance_learning_rate: float = _setting(1e-2, "rate of the learned variance offsets")
+    lr_scheduler: str = _setting("constant", "diffusers' name of a schedule")
+    lr_warmup_steps: int = _setting(0, "steps of warm-up")
+    adam_beta1: float = _setting(0.9, "")
+    adam_beta2: float = _setting(0.999, "")
+    adam_weight_decay: float = _setting(1e-4, "")
+    adam_epsilon: float = _setting(1e-8, "")
+    max_grad_norm: float = _setting(1.0, "gradients are clipped to it")
+
+    # Looking at it.
+    validation_prompts: list[str] = _setting([], "prompts of the sample images; by default the first ones")
+    num_validation_images: int = _setting(8, "sample images")
+    validation_steps: int = _setting(0, "steps between sample images; 0: at the start and the end")
+
+    def __post_init__(self) -> None:
+        for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "rank", "sample_num_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("checkpointing_steps", "num_validation_images"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("learning_rate", "beta", "max_grad_norm"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
+            _require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
+            _require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")
+        self.initial_schedule()
+
+    @property
+    def name(self) -> str:
+        """The objective's name: as given, or the reward's without its argument."""
+        return self.objective_name or Path(self.reward.split(":")[-1 if ".py:" in self.reward else 0]).stem
+
+    def initial_schedule(self) -> VarianceSchedule:
+        """The variance schedule training starts from, which is also that of its reference."""
+        match self.variance:
+            case "eta":
+                return EtaSchedule(eta=self.sample_eta)
+            case "table":
+                return TableSchedule(etas=tuple(self.sample_etas))
+            case "learned":
+                return LearnedSchedule(offsets=[0.0] * self.variance_knots, eta=self.sample_eta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOSettings(TrainSettings):
+    """Step-level DPO: candidates of one step, the best against the worst (MSDDA; SPO, arXiv:2406.04314)."""
+
+    num_candidates: int = _setting(4, "candidates x_s drawn from each x_t; SPO: 4")
+    margin: float = _setting(0.0, "a pair is dropped unless its rewards differ by more")
+    skip_first_steps: int = _setting(0, "noisiest steps without candidates; SPO: 4 of 20")
+    label_smoothing: float = _setting(0.0, "share of flipped labels to assume")
+    loss_type: Literal["sigmoid", "ipo"] = _setting("sigmoid", "as in trl's DPOConfig")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
+        _require(self.margin >= 0, "margin", self.margin, "0 or more")
+        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
+        _require(
+            0 <= self.skip_first_steps < self.sample_num_steps,
+            "skip_first_steps",
+            self.skip_first_steps,
+            "0 or more, below sample_num_steps",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPOSettings(TrainSettings):
+    """Policy gradient on denoising steps (DDPO, arXiv:2305.13301) with an exact per-step KL to the base."""
+
+    num_generations: int = _setting(8, "images a prompt, over which advantages are normalised")
+    per_prompt_stat_tracking: bool = _setting(True, "normalise per prompt; otherwise over the whole step")
+    scale_rewards: bool = _setting(True, "divide advantages by their standard deviation")
+    train_clip_range: float = _setting(0.2, "the ratio is clipped to 1 ± this")
+    train_adv_clip_max: float = _setting(5.0, "advantages are clipped to ± this; DDPO: 5")
+    num_inner_epochs: int = _setting(1, "optimiser steps a rollout")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
+        _require(self.num_inner_epochs >= 1, "num_inner_epochs", self.num_inner_epochs, "1 or more")
+        _require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
+        if self.per_prompt_stat_tracking:
+            _require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
+
+
+S = TypeVar("S", bound=TrainSettings)
+
+
+def parse_settings(settings: type[S], arguments: Sequence[str], description: str) -> S:
+    """Settings from `--config FILE.yaml` and flags, which win (trl's `TrlParser`).
+
+    Raises:
+        ValueError: for an unknown key, naming the nearest one, a missing or malformed file, or a value out of range.
+    """
+    from trl import TrlParser
+
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    if "--config" in arguments:
+        _check_config(settings, arguments[arguments.index("--config") + 1 :][:1])
+    known = {f"--{f.name}" for f in dataclasses.fields(settings)} | {"--config", "--help"}
+    known |= {f"--no_{f.name}" for f in dataclasses.fields(settings)}
+    for argument in arguments:
+        flag = argument.split("=")[0]
+        if flag.startswith("--") and flag.replace("-", "_").replace("__", "--", 1) not in known:
+            raise ValueError(f"unknown flag {flag}{_nearest(flag, sorted(known))}")
+    parser = TrlParser(settings, description=description, allow_abbrev=False)
+    (parsed,) = parser.parse_args_and_config(arguments)
+    return parsed
+
+
+def _check_config(settings: type[TrainSettings], place: Sequence[str]) -> None:
+    if not place or not Path(place[0]).is_file():
+        raise ValueError(f"no config file {place[0] if place else '(none given)'}")
+    try:
+        values = yaml.safe_load(Path(place[0]).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{place[0]} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{place[0]} holds no settings; expected `name: value` lines")
+    names = [f.name for f in dataclasses.fields(settings)]
+    for key in values:
+        if key not in names and key != "env":
+            raise ValueError(f"{place[0]}: unknown setting {key!r}{_nearest(str(key), names)}")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; expected {expected}")
