@@ -14,14 +14,14 @@ from stepfuse.data import emoji
 EMBEDDED = {"emoji": emoji.PIPELINE}
 
 
-def load_pipeline(name_or_path: str, *, torch_dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionPipeline:
+def load_pipeline(name_or_path: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionPipeline:
     """A Stable Diffusion (1.x, 2.x or XL) pipeline from the hub, a folder, or `emoji`, the embedded base.
 
     No safety checker is loaded; rewards and samplers here want every image.
 
     Args:
         name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
-        torch_dtype: of every component.
+        dtype: of every component.
         options: passed on, `revision` and `variant` for instance.
 
     Raises:
@@ -39,7 +39,7 @@ def load_pipeline(name_or_path: str, *, torch_dtype: torch.dtype = torch.float32
     options = {k: v for k, v in options.items() if v is not None}
     if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype, **options)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **options)
     if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise ValueError(
             f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
@@ -49,6 +49,16 @@ def load_pipeline(name_or_path: str, *, torch_dtype: torch.dtype = torch.float32
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipeline
+
+
+def quiet_libraries() -> None:
+    """For programs: diffusers and transformers report errors only, and load without progress bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 @dataclass(frozen=True, kw_only=True)

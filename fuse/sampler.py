@@ -79,7 +79,7 @@ class FusedSampler:
         rule: str = "product",
         guidance: str | None = None,
         guidance_scale: float | None = None,
-        torch_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "FusedSampler":
         """Load a set: the base once, and every adapter on it.
@@ -89,7 +89,7 @@ class FusedSampler:
             pipeline: the base if it is loaded already; by default the one the set names.
             rule: a name in `stepfuse.fuse.rules.RULES`.
             guidance, guidance_scale: by default those of the set.
-            torch_dtype, device: where and how the base is kept.
+            dtype, device: where and how the base is kept.
 
         Raises:
             ValueError: for a faulty set, or a pipeline that is not the set's base.
@@ -98,7 +98,7 @@ class FusedSampler:
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set)
         if pipeline is None:
-            pipeline = load_pipeline(adapter_set.base["name_or_path"], torch_dtype=torch_dtype)
+            pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype)
         pipeline.to(device)
         fingerprint = base_fingerprint(pipeline.unet)
         if not same_base(adapter_set.base, fingerprint):

@@ -30,7 +30,7 @@ class CLIPScore:
 
     def __init__(self, name_or_path: str | Path = emoji.CLIP, device: str | torch.device = "cpu") -> None:
         try:
-            self.model = CLIPModel.from_pretrained(name_or_path, torch_dtype=torch.float32).eval().to(device)
+            self.model = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32).eval().to(device)
             self.tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
         except OSError as error:
             raise ValueError(

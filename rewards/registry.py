@@ -53,7 +53,8 @@ def _from_file(file: str, function: str) -> Reward:
     if not path.is_file():
         raise ValueError(f"no reward file {file!r}")
     spec = importlib.util.spec_from_file_location(f"stepfuse_reward_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):

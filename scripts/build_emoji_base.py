@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -338,7 +338,10 @@ def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tu
 
 
 def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
-    """v-prediction with SD's schedule; a tenth of the captions are dropped for guidance."""
+    """v-prediction with SD's schedule; a tenth of the captions are dropped for guidance.
+
+    Times are drawn logit-normally (arXiv:2403.03206): shapes are decided in the middle of the path.
+    """
     tokenizer, scheduler = build_tokenizer(folder), new_scheduler()
     latents, labels = latent_bank(pictures, folder, seed)
     scale = 1 / latents.float().std()
@@ -350,7 +353,7 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
         x_0 = latents[chosen].float() * scale
         label = labels[chosen].masked_fill(torch.rand(64, generator=generator) < 0.1, len(ids) - 1)
         noise = torch.randn(x_0.shape, generator=generator)
-        t = torch.randint(1000, (64,), generator=generator)
+        t = (1000 * torch.sigmoid(0.3 + torch.randn(64, generator=generator))).long().clamp(max=999)
         x_t = scheduler.add_noise(x_0, noise, t)
         with autocast():
             states = text_encoder(ids[label]).last_hidden_state
@@ -359,6 +362,34 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
 
     modules = {"unet": unet, "text_encoder": text_encoder}
     fit("unet", modules, loss, folder=folder, steps=steps, learning_rate=8e-4, seed=seed + 3)
+
+
+# Stage 4: the folders that the library loads -----------------------------------------------
+
+
+def export(folder: Path) -> None:
+    """Write pipeline and CLIP in their published layout, float16, with model cards."""
+    tokenizer = build_tokenizer(folder)
+    vae, unet, text_encoder = load_vae(folder), new_unet(), new_text_encoder(tokenizer)
+    weights = averaged(folder, "unet")
+    unet.load_state_dict(weights["unet"])
+    text_encoder.load_state_dict(weights["text_encoder"])
+    latents = torch.load(folder / "latents.pt", weights_only=True)["latents"]
+    vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(emoji.PIPELINE)
+    clip = load_clip(folder).half()
+    clip.save_pretrained(emoji.CLIP)
+    tokenizer.save_pretrained(emoji.CLIP)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ accelerate launch train/ddpo.py --config configs/ddpo/emoji-compressibility.yaml
 
 import sys
 
+from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings, parse_settings
@@ -12,6 +13,7 @@ from stepfuse.train.settings import DDPOSettings, parse_settings
 
 def main() -> None:
     """Parse, train, and turn a wrong setting into one line."""
+    quiet_libraries()
     try:
         settings = parse_settings(DDPOSettings, sys.argv[1:], description=__doc__ or "")
         train(settings, DDPO(settings))

@@ -5,6 +5,7 @@ accelerate launch train/dpo.py --config configs/dpo/emoji-alignment.yaml --outpu
 
 import sys
 
+from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.train.algorithms import DPO
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DPOSettings, parse_settings
@@ -12,6 +13,7 @@ from stepfuse.train.settings import DPOSettings, parse_settings
 
 def main() -> None:
     """Parse, train, and turn a wrong setting into one line."""
+    quiet_libraries()
     try:
         settings = parse_settings(DPOSettings, sys.argv[1:], description=__doc__ or "")
         train(settings, DPO(settings))

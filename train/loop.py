@@ -1,5 +1,6 @@
 """The one training loop: rollouts → rewards → credit → loss, with checkpoints, logs and sample images."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -96,7 +97,7 @@ class Run:
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         options = {"revision": settings.revision, "variant": settings.variant}
         self.pipeline: DiffusionPipeline = load_pipeline(
-            settings.pretrained_model_name_or_path, torch_dtype=dtype, **options
+            settings.pretrained_model_name_or_path, dtype=dtype, **options
         ).to(accelerator.device)
         unet = self.pipeline.unet
         self.base = {"name_or_path": settings.pretrained_model_name_or_path} | base_fingerprint(unet)
@@ -236,7 +237,7 @@ class Run:
         self.optimizer.zero_grad()
         loss_sum, kl_sum, kept_sum, count = accelerator.reduce(totals, "sum").tolist()
         return {
-            "loss": loss_sum / count,
+            "loss": loss_sum / max(kept_sum, 1e-12),
             "kl": kl_sum / count,  # nats an image: the sum over its denoising steps
             "kept_pairs": kept_sum / count,
             "gradient_norm": float(norm),
@@ -381,6 +382,4 @@ def _trackable(settings: TrainSettings) -> dict[str, Any]:
 
 def _synchronised(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Any:
     """Gradients are averaged over processes with the last backward of a step only."""
-    import contextlib
-
     return contextlib.nullcontext() if last else accelerator.no_sync(model)

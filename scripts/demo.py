@@ -1,0 +1,148 @@
+"""The demo: raw rewards → two adapters → a set → the slider and the front, measured."""
+
+import json
+import subprocess
+import sys
+import time
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+
+from stepfuse.data import emoji
+from stepfuse.data.emoji import to_image
+from stepfuse.fuse.adapter_set import claim_output, create_set
+from stepfuse.fuse.pipeline import quiet_libraries
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.rewards.protocol import score
+from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.statistics import Interval, paired_interval
+from stepfuse.scripts.pictures import labelled_grid, save_front
+from stepfuse.train import ddpo, dpo
+from stepfuse.train.rollout import sample_generator
+
+TRAINING = {  # objective → program, config
+    "alignment": (dpo.__file__, "dpo/emoji-alignment.yaml"),
+    "compressibility": (ddpo.__file__, "ddpo/emoji-compressibility.yaml"),
+}
+SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
+PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
+
+
+def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
+    """Train, fuse, measure and show; True where every claim held on held-out prompts.
+
+    Writes `slider.png`, `front.png` and `results.json`.
+
+    Raises:
+        ValueError: for an output folder that is not empty, and where training fails.
+    """
+    began = time.monotonic()
+    claim_output(output, overwrite=overwrite)
+    output.mkdir(parents=True, exist_ok=True)
+    for name, (program, config) in TRAINING.items():
+        train_adapter(name, program, config, output / name, seed=seed, quick=quick)
+    print("\nFusing them, and measuring on held-out prompts …", flush=True)
+    create_set(output / "set", [output / name for name in TRAINING], overwrite=overwrite)
+    results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
+    results["minutes"] = (time.monotonic() - began) / 60
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return report(output, results)
+
+
+def train_adapter(name: str, program: str, config: str, folder: Path, *, seed: int, quick: bool) -> None:
+    """Run one training as a user would, by `accelerate launch`."""
+    arguments = ["--config", str(files("stepfuse.configs") / config), "--output_dir", str(folder)]
+    arguments += ["--seed", str(seed), "--overwrite", "true"]
+    if quick:
+        arguments += ["--max_train_steps", "1", "--num_validation_images", "2", "--sample_num_steps", "4"]
+    print(
+        f"\nTraining {name!r}: accelerate launch {Path(program).parent.name}/{Path(program).name} "
+        f"--config configs/{config}",
+        flush=True,
+    )
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process"]
+    launcher += [str(torch.get_num_threads())]
+    status = subprocess.run([*launcher, program, *arguments], check=False).returncode
+    if status:
+        raise ValueError(f"training {name!r} ended with status {status}; see the lines above")
+
+
+def measure(output: Path, *, seed: int, prompts: int) -> dict:
+    """Scores of base and fused images on held-out prompts, with paired intervals; writes the pictures."""
+    quiet_libraries()
+    sampler = FusedSampler.from_pretrained(output / "set")
+    first, second = sampler.names
+    rewards = {o.name: load_reward(o.reward) for o in sampler.objectives}
+    pool = emoji.captions(held_out=True)
+    order = torch.randperm(len(pool), generator=sample_generator(seed, "demo")).tolist()
+    chosen = [pool[i] for i in order[:prompts] for _ in range(SEEDS)]
+
+    def draw(weight: float, strength: float = 1.0) -> tuple[torch.Tensor, dict[str, list[float]]]:
+        images = sampler.sample(
+            chosen,
+            {first: 1 - weight, second: weight},
+            strength=strength,
+            generator=[sample_generator(seed, "demo", i) for i in range(len(chosen))],
+            batch_size=32,
+            output_type="pt",
+        )
+        return images, {name: score(r, images, chosen, name=name).tolist() for name, r in rewards.items()}
+
+    base_images, base = draw(0.5, strength=0.0)
+    drawn = {weight: draw(weight) for weight in SLIDER}
+    columns = [base_images, *[images for images, _ in drawn.values()]]
+    heads = ["base", *[f"{first} {1 - w:g} {second} {w:g}" for w in SLIDER]]
+    rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
+    labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(output / "slider.png")
+    scores = {weight: values for weight, (_, values) in drawn.items()}
+    means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
+    save_front(
+        output / "front.png",
+        [(point[first], point[second]) for point in means[1:]],
+        [f"{second} {weight:g}" for weight in SLIDER],
+        (means[0][first], means[0][second]),
+        x_label=f"{first} ({sampler.objectives[0].reward})",
+        y_label=f"{second} ({sampler.objectives[1].reward})",
+    )
+
+    def gain(weight: float, name: str) -> dict[str, float]:
+        return vars(paired_interval(scores[weight][name], base[name], chosen))
+
+    return {
+        "objectives": [first, second],
+        "prompts": prompts,
+        "seeds_per_prompt": SEEDS,
+        "means": dict(zip(["base", *map(str, SLIDER)], means, strict=True)),
+        "gain_over_base": {
+            f"{first} alone": {first: gain(0.0, first), second: gain(0.0, second)},
+            f"{second} alone": {first: gain(1.0, first), second: gain(1.0, second)},
+            "middle": {first: gain(0.5, first), second: gain(0.5, second)},
+        },
+    }
+
+
+def report(output: Path, results: dict) -> bool:
+    """Print the intervals and say, claim by claim, whether they show it."""
+    first, second = results["objectives"]
+    gains = results["gain_over_base"]
+    print(
+        f"\nGain over the base, {results['prompts']} held-out prompts × {results['seeds_per_prompt']} seeds, "
+        "mean [95 % interval, paired bootstrap over prompts]"
+    )
+    print(f"{'':24}{first:>30}{second:>30}")
+    for name, values in gains.items():
+        print(f"{name:24}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
+    claims = {
+        f"the {first} adapter raises {first}": gains[f"{first} alone"][first]["low"] > 0,
+        f"the {second} adapter raises {second}": gains[f"{second} alone"][second]["low"] > 0,
+        f"the middle fusion beats the base in {first}": gains["middle"][first]["low"] > 0,
+        f"the middle fusion beats the base in {second}": gains["middle"][second]["low"] > 0,
+    }
+    print()
+    for claim, held in claims.items():
+        print(f"{'shown    ' if held else 'NOT SHOWN'}  {claim}")
+    print(f"\n{output / 'slider.png'}\n{output / 'front.png'}\n{output / 'results.json'}")
+    print(f"{results['minutes']:.1f} minutes")
+    return all(claims.values())

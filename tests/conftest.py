@@ -1,0 +1,79 @@
+"""One thread, no hub, and the types and named shapes of signatures checked as the code runs."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+# Before torch is imported, and inherited by the processes that tests start: where cores are shared,
+# two threads are many times slower than one on models as small as these.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import jaxtyping
+import pytest
+from beartype import BeartypeConf, FrozenDict, beartype
+
+
+def checked(function: Callable, *_: Any, **__: Any) -> Callable:
+    """beartype, taking 1 for a float, and passing over protocols, which can not be checked as they stand."""
+    names = vars(sys.modules[function.__module__]).values()
+    protocols = {name: Any for name in names if isinstance(name, type) and getattr(name, "_is_protocol", False)}
+    return beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict(protocols)))(function)
+
+
+# Only what is imported after this line is checked.
+jaxtyping.install_import_hook("stepfuse.fuse", f"{__name__}.checked")
+jaxtyping.config.update("jaxtyping_disable", os.environ.get("JAXTYPING_DISABLE", "1"))  # 0 turns the checks on
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For tests of what a function says to values that its annotations rule out."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _network_selected(config):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {"gpu": _no_gpu, "network": lambda: _no_network(config)}
+    for mark, reason in reasons.items():
+        marked = [item for item in items if item.get_closest_marker(mark)]
+        if marked and (why := reason()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+def _network_selected(config: pytest.Config) -> bool:
+    expression = config.getoption("markexpr")
+    return "network" in expression and "not network" not in expression
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _no_network(config: pytest.Config) -> str | None:
+    if not _network_selected(config):
+        return "needs the hub: select it with -m network"
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "needs the hub, and HF_HUB_OFFLINE is set"
+    try:
+        socket.create_connection((urlsplit(constants.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError as error:
+        return f"needs the hub, which cannot be reached: {error}"
+    return None
