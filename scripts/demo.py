@@ -4,11 +4,11 @@ import json
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
+from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
 from stepfuse.data.emoji import to_image
 from stepfuse.fuse.adapter_set import claim_output, create_set
@@ -52,7 +52,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
 
 def train_adapter(name: str, program: str, config: str, folder: Path, *, seed: int, quick: bool) -> None:
     """Run one training as a user would, by `accelerate launch`."""
-    arguments = ["--config", str(files("stepfuse.configs") / config), "--output_dir", str(folder)]
+    arguments = ["--config", str(FOLDER / config), "--output_dir", str(folder)]
     arguments += ["--seed", str(seed), "--overwrite", "true"]
     if quick:
         arguments += ["--max_train_steps", "1", "--num_validation_images", "2", "--sample_num_steps", "4"]
