@@ -6,7 +6,7 @@ every number of steps.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
@@ -116,28 +116,19 @@ class LearnedSchedule:
         return growth * self.eta**2 / (1 - p + growth * p)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """How one kind of schedule is written to and read from JSON."""
-
-    build: type
-    fields: tuple[str, ...] = field(default=())
-
-
-SCHEDULES: dict[str, _Entry] = {
-    "eta": _Entry(build=EtaSchedule, fields=("eta",)),
-    "table": _Entry(build=TableSchedule, fields=("etas",)),
-    "learned": _Entry(build=LearnedSchedule, fields=("offsets", "eta")),
+SCHEDULES: dict[str, type] = {
+    "eta": EtaSchedule,
+    "table": TableSchedule,
+    "learned": LearnedSchedule,
 }
 
 
 def schedule_to_dict(schedule: VarianceSchedule) -> dict[str, Any]:
-    """A schedule as plain JSON values, `{"kind": "eta", "eta": 0.5}`."""
-    for kind, entry in SCHEDULES.items():
-        if type(schedule) is entry.build:
-            values = {name: getattr(schedule, name) for name in entry.fields}
-            plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in values.items()}
-            return {"kind": kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    """A schedule as plain JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`."""
+    for kind, build in SCHEDULES.items():
+        if type(schedule) is build:
+            values = {name: getattr(schedule, name) for name in _field_names(build)}
+            return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
     raise ValueError(f"{type(schedule).__name__} is not in SCHEDULES; expected one of {', '.join(SCHEDULES)}")
 
 
@@ -149,17 +140,27 @@ def schedule_from_dict(values: dict[str, Any]) -> VarianceSchedule:
     """
     if not isinstance(values, dict) or values.get("kind") not in SCHEDULES:
         raise ValueError(f"variance schedule {values!r}; expected a `kind` of {', '.join(SCHEDULES)}")
-    entry = SCHEDULES[values["kind"]]
-    given = {k: v for k, v in values.items() if k != "kind"}
-    unknown = sorted(set(given) - set(entry.fields))
+    build = SCHEDULES[values["kind"]]
+    given = {name: value for name, value in values.items() if name != "kind"}
+    unknown = sorted(set(given) - set(_field_names(build)))
     if unknown:
-        raise ValueError(
-            f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {', '.join(entry.fields)}"
-        )
+        known = ", ".join(_field_names(build))
+        raise ValueError(f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {known}")
     try:
-        return entry.build(**given)
+        return build(**given)
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"variance schedule {values!r}: {error}") from error
+
+
+def _field_names(build: type) -> list[str]:
+    return [field.name for field in fields(build)]
+
+
+def _plain(value: object) -> object:
+    """Tensors and tuples as lists."""
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_eta(eta: float) -> None:
