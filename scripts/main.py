@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input ends in one line and exit status 1."""
+    # Before transformers is imported: on import it warns of torchvision, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -51,9 +54,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where everything goes")
     demo.add_argument("--overwrite", action="store_true", help="delete what is there")
     demo.add_argument("--seed", type=int, default=0, help="of training and of sampling")
-    demo.add_argument(
-        "--quick", action="store_true", help="a little of everything: shows the way, not the gain"
-    )
+    demo.add_argument("--quick", action="store_true", help="a little of everything: shows the way, not the gain")
     demo.set_defaults(run=_demo)
 
 
