@@ -36,7 +36,7 @@ class Gaussian:
     def sample(self, generator: Generators = None) -> Float[Tensor, "batch *shape"]:
         """x = m + sqrt(v) n, n ~ N(0, I); one generator a sample makes a draw independent of its batch."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.variance.sqrt() * noise
+        return self.mean + root(self.variance) * noise
 
     def log_prob(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
         """log p(x) = -|x - m|² / (2v) - (D/2) log(2πv), in nats: the sum over all D dimensions, never their mean.
@@ -120,6 +120,12 @@ def product(
     return Gaussian(mean=mean, variance=torch.zeros_like(variance) if zero.any() else variance)
 
 
+def root(x: Tensor) -> Tensor:
+    """sqrt(x), with gradient 0 where x ≤ 0 (autograd's own is inf · 0 = NaN there)."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision → float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -154,7 +160,7 @@ def _variance_shape(experts: Sequence[Gaussian]) -> torch.Size:
 
 
 def _sum_over_dimensions(terms: Tensor) -> Tensor:
-    return terms.flatten(1).sum(1)
+    return terms.reshape(len(terms), -1).sum(1)
 
 
 def _numbers(values: Tensor) -> list:

@@ -3,6 +3,7 @@
 Nothing outside this file knows of which family a model is.
 """
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -48,8 +49,11 @@ class NoisePath:
         Raises:
             ValueError: for a scheduler of another family, or one that clips predictions.
         """
+        scheduler = copy.deepcopy(scheduler)  # `steps` sets its time steps
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            # Steps move along `sigmas`, which `steps` recomputes; position i is sigma = i / 1000.
+            if scheduler.config.get("invert_sigmas"):
+                raise ValueError("the scheduler inverts its sigmas (invert_sigmas), noise last; set it to False")
+            # Position i is sigma = (i + 1) / 1000; `steps` rounds the scheduler's sigmas onto it.
             sigma = torch.linspace(0, 1, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)[1:]
             sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
             return cls(alpha=1 - sigma, sigma=sigma, prediction_type="flow", scheduler=scheduler)
@@ -60,7 +64,9 @@ class NoisePath:
             )
         if not isinstance(scheduler, DDIMScheduler):
             clip = scheduler.config.get("clip_sample", False)
-            scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=clip)
+            # Bare from_config would fill in DDIM's own defaults for whatever was left at its class's default.
+            config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
+            scheduler = DDIMScheduler.from_config(config | {"clip_sample": clip})
         if scheduler.config.clip_sample or scheduler.config.thresholding:
             raise ValueError(
                 "the scheduler clips predicted samples (clip_sample or thresholding), so its steps are not Gaussian "
@@ -78,7 +84,7 @@ class NoisePath:
         return len(self.alpha) - 1
 
     def steps(self, count: int) -> list[tuple[int, int]]:
-        """The (t, s) of a sampler with `count` steps, as the scheduler spaces them; the last s is FINAL.
+        """The (t, s) of a sampler with `count` steps, as the scheduler spaces them; s is FINAL past the table.
 
         Raises:
             ValueError: for a count outside [1, number of training steps].
@@ -87,10 +93,17 @@ class NoisePath:
             raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
         if self.prediction_type == "flow":
             self.scheduler.set_timesteps(count)
-            times = [round(float(sigma) * self.length) - 1 for sigma in self.scheduler.sigmas]
+            times = [max(round(float(sigma) * self.length) - 1, 0) for sigma in self.scheduler.sigmas]
             times[-1] = FINAL
+            if len(set(times)) < len(times):
+                raise ValueError(
+                    f"{count} sampling steps round onto fewer of the {self.length} positions; take fewer steps"
+                )
             return list(pairwise(times))
         self.scheduler.set_timesteps(count)
+        first = int(self.scheduler.timesteps.max())
+        if first >= self.length:
+            raise ValueError(f"{count} sampling steps start at time {first}; expected {self.length - 1} at most")
         stride = self.length // count
         # DDIM steps from t to t - stride, whatever comes next in the list of times.
         return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]

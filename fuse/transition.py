@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.gaussian import Gaussian, at_least_float32
+from stepfuse.fuse.gaussian import Gaussian, at_least_float32, root
 from stepfuse.fuse.path import NoisePath
 
 
@@ -38,4 +38,4 @@ def transition(
             f"a step variance of {v.detach().min().item():g} to {v.detach().max().item():g} "
             f"where the path allows 0 to sigma_s² = {sigma_s.min().item() ** 2:g}"
         )
-    return Gaussian(mean=alpha_s * x_0 + left.clamp(min=0).sqrt() * e, variance=v)
+    return Gaussian(mean=alpha_s * x_0 + root(left) * e, variance=v)

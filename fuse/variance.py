@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.fuse.gaussian import at_least_float32
 from stepfuse.fuse.path import NoisePath
 
 
@@ -51,7 +52,7 @@ class TableSchedule:
     """r = eta_k², one eta a step of equal share of the time, the noisiest first.
 
     With as many sampling steps as entries, each step has its own; with another number, a step
-    takes the entry whose share of the time it starts in.
+    takes the entry of the table's own step that it starts in.
 
     Raises:
         ValueError: for an empty table or an eta outside [0, 1].
@@ -68,9 +69,10 @@ class TableSchedule:
 
     def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
         position = torch.as_tensor(t, device="cpu").reshape(-1)
-        row = ((path.length - 1 - position) * len(self.etas)) // path.length
+        starts = torch.tensor([start for start, _ in path.steps(len(self.etas))])
+        row = (starts[None] >= position[:, None]).sum(1) - 1
         etas = torch.tensor(self.etas, dtype=torch.float64)[row.clamp(0, len(self.etas) - 1)]
-        return etas.square().reshape(-1, *[1] * (like.ndim - 1)).to(like)
+        return etas.square().reshape(-1, *[1] * (like.ndim - 1)).to(like.device, at_least_float32(like).dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,7 @@ class LearnedSchedule:
             raise ValueError("learned schedule on eta 0: there is no variance to scale; use an eta above 0")
 
     def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+        dtype, like = at_least_float32(like).dtype, like.double()  # 1 - (...)² cancels in short steps
         place = torch.as_tensor(t, device="cpu").reshape(-1).double() / (path.length - 1)
         place = (place.clamp(0, 1) * (len(self.offsets) - 1)).to(like)
         low = place.floor().clamp(max=len(self.offsets) - 2).long()
@@ -113,7 +116,7 @@ class LearnedSchedule:
         alpha_s, sigma_s = path.at(s, like)
         ancestral_share = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2  # ancestral / sigma_s²
         p = self.eta**2 * ancestral_share
-        return growth * self.eta**2 / (1 - p + growth * p)
+        return (growth * self.eta**2 / (1 - p + growth * p)).to(dtype)
 
 
 SCHEDULES: dict[str, type] = {
@@ -147,7 +150,8 @@ def schedule_from_dict(values: dict[str, Any]) -> VarianceSchedule:
         known = ", ".join(_field_names(build))
         raise ValueError(f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {known}")
     try:
-        return build(**given)
+        read = {"etas": tuple, "offsets": lambda v: torch.tensor(v, dtype=torch.float32)}
+        return build(**{name: read[name](value) if name in read else value for name, value in given.items()})
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"variance schedule {values!r}: {error}") from error
 
@@ -169,4 +173,4 @@ def _check_eta(eta: float) -> None:
 
 
 def _constant(value: float, like: Tensor) -> Tensor:
-    return torch.full((1,) * like.ndim, value, dtype=like.dtype, device=like.device)
+    return torch.full((1,) * like.ndim, value, dtype=at_least_float32(like).dtype, device=like.device)

@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 # Before torch is imported, and inherited by the processes that tests start: where cores are shared,
@@ -13,14 +13,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 import pytest
-from beartype import BeartypeConf, FrozenDict, beartype
+from beartype import BeartypeConf, beartype
 
 
 def checked(function: Callable, *_: Any, **__: Any) -> Callable:
-    """beartype, taking 1 for a float, and passing over protocols, which can not be checked as they stand."""
-    names = vars(sys.modules[function.__module__]).values()
-    protocols = {name: Any for name in names if isinstance(name, type) and getattr(name, "_is_protocol", False)}
-    return beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict(protocols)))(function)
+    """beartype, taking 1 for a float, and looking for the members of a protocol."""
+    for name in list(vars(sys.modules[function.__module__]).values()):
+        if isinstance(name, type) and getattr(name, "_is_protocol", False) and name is not Protocol:
+            runtime_checkable(name)
+    return beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
 
 
 # Only what is imported after this line is checked.

@@ -186,6 +186,7 @@ def test_exponent_one_gives_the_expert_back():
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 1)])
+@pytest.mark.usefixtures("unchecked")
 def test_exponents_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError, match=r"exponents of shape .* for 2 experts and a batch of 4"):
         product(vectors(2, (0.3, 0.7)), torch.ones(shape, dtype=torch.float64))
@@ -280,6 +281,7 @@ def test_a_draw_of_a_deterministic_step_is_its_mean():
     assert torch.equal(Gaussian(mean=mean, variance=torch.zeros(4, 1)).sample(), mean)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_variance_without_the_trailing_dimensions_is_refused():
     """(batch,) beside (batch, 4) would broadcast along the wrong axis without a word."""
     with pytest.raises(ValueError, match="variance has 1 dimensions and mean 2"):

@@ -73,7 +73,7 @@ def test_every_step_of_a_trajectory_equals_ddim(spacing, set_alpha_to_one, predi
     assert steps[-1][1] == FINAL
 
 
-@pytest.mark.parametrize("count", [1, 7, 30, 999])
+@pytest.mark.parametrize("count", [1, 7, 30, 300])
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 def test_steps_that_do_not_divide_the_training_times_equal_ddim(spacing, count):
     """DDIM goes to t - 1000 // count whatever time comes next, so that the last s need not be FINAL."""
@@ -295,6 +295,14 @@ def test_a_converted_scheduler_keeps_its_prediction_type(prediction_type):
 def test_a_count_of_steps_beyond_the_table_is_refused(count):
     with pytest.raises(ValueError, match="expected 1 to 1000"):
         NoisePath.from_scheduler(ddim()).steps(count)
+
+
+def test_flow_steps_that_round_onto_one_position_are_refused():
+    """Shift 3 puts sigmas near 1 a third as far apart: 1000 steps do not fit on 1000 positions, and a step from 999
+    to 999 has the ancestral variance 0 / 0."""
+    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with pytest.raises(ValueError, match="1000"):
+        path.steps(1000)
 
 
 def test_an_offset_that_leaves_the_table_is_refused():

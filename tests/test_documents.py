@@ -1,0 +1,128 @@
+"""The commands and examples that README and CONTRIBUTING show are run here as they stand, on the embedded base."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.rules import RULES
+from stepfuse.fuse.variance import SCHEDULES, schedule_from_dict, schedule_to_dict, step_variance
+
+ROOT = Path(__file__).parents[1]
+# SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
+SMALL = (
+    "--pretrained_model_name_or_path emoji --dataset_name= --prompts emoji --max_train_steps 1 --train_batch_size 2 "
+    "--gradient_accumulation_steps 1 --sample_num_steps 3 --num_validation_images 1 --gradient_checkpointing false "
+    "--reward compressibility"
+)
+SMALLER = {"train/dpo.py": f"{SMALL} --skip_first_steps 0", "train/ddpo.py": f"{SMALL} --num_generations 2"}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """Fenced code of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+
+
+def example(part: str) -> dict[str, object]:
+    """The names that the CONTRIBUTING example mentioning `part` defines."""
+    (code,) = [block for block in blocks("CONTRIBUTING.md", "python") if part in block]
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder where the README's relative paths lead to the checkout's files, and outputs land outside it."""
+    for name in ("train", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
+    _, commands = blocks("README.md", "bash")
+    (snippet,) = blocks("README.md", "python")
+    here = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    lines = [line for line in commands.replace("\\\n", " ").splitlines() if line.strip()]
+    assert len(lines) == 6
+    for line in lines:
+        words = shlex.split(line)
+        words += shlex.split(next((extra for program, extra in SMALLER.items() if program in words), ""))
+        assert shutil.which(words[0], path=environment["PATH"]), words[0]
+        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    with Image.open(checkout / "out.png") as picture:
+        assert picture.size == (64, 64)
+    done = subprocess.run(
+        [sys.executable, "-c", f"{snippet}\nprint(len(images), images[0].size)"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "3 (64, 64)", done.stderr[-2000:]
+
+
+def test_the_readme_tree_names_what_is_there() -> None:
+    (tree,) = [block for block in blocks("README.md", "text") if "train/" in block]
+    for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+    train, fuse = tree[: tree.index("fuse/")], tree[tree.index("fuse/") : tree.index("rewards/")]
+    for folder, part in (("train", train), ("fuse", fuse)):
+        named = {word for line in part.splitlines() if "·" in line for word in re.findall(r"\w+", line)} - {folder}
+        for module in named - {"what", "leaves", "training", "and", "is", "published"}:
+            assert (ROOT / folder / f"{module}.py").is_file(), f"{folder}/{module}.py"
+
+
+def test_the_pictures_of_the_readme_exist() -> None:
+    for place in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        with Image.open(ROOT / place) as picture:
+            picture.verify()
+
+
+def test_the_example_reward_is_one() -> None:
+    white, half_red = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    half_red[:, 0, :2] = 1
+    values = example("def brightness")["brightness"](torch.cat([white, half_red]), ["", ""])  # type: ignore[operator]
+    assert values.tolist() == pytest.approx([100.0, 100 * 0.299 / 2])
+
+
+def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfuse.fuse.rules.RULES", dict(RULES))
+    example("def strongest")
+    from stepfuse.fuse import rules
+
+    gaussians = [Gaussian(mean=torch.full((2, 1), float(i)), variance=torch.ones(1, 1)) for i in range(3)]
+    exponents = torch.tensor([[0.2, 0.3], [0.7, 0.1], [0.1, 0.6]])  # means 0.25, 0.4, 0.35
+    fused = rules.get_rule("strongest")(gaussians, exponents, torch.ones(3))
+    assert fused.mean.tolist() == [[1.0], [1.0]]
+
+
+def test_the_example_schedule_is_stored_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfuse.fuse.variance.SCHEDULES", dict(SCHEDULES))
+    schedule = example("class LinearSchedule")["LinearSchedule"](first=1.0, last=0.25)  # type: ignore[operator]
+    from diffusers import DDIMScheduler
+
+    path, like = NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)), torch.zeros(1, 1)
+    for t, r in ((999, 1.0), (0, 0.25)):
+        expected = r * path.ancestral_variance(t, t - 1, like)
+        assert step_variance(schedule, path, t, t - 1, like).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert schedule_from_dict(schedule_to_dict(schedule)) == schedule
+
+
+def test_the_embedded_base_is_small_enough_to_ship() -> None:
+    files = [file for folder in ("pipeline", "clip") for file in (ROOT / "data/emoji-base" / folder).rglob("*")]
+    assert sum(file.stat().st_size for file in files if file.is_file()) < 40e6
+    assert all(p.dtype == torch.float32 for p in load_pipeline("emoji").unet.parameters())

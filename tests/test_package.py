@@ -1,0 +1,204 @@
+"""The layout: folders that setuptools maps into one namespace package, and what can go wrong with that."""
+
+import ast
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+LAYERS = ("configs", "data", "rewards", "fuse", "train", "scripts")  # each may import those before it
+TOP_LEVEL = {
+    *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", *LAYERS),
+}
+MEGABYTE = 2**20
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def test_every_folder_is_a_package_of_the_namespace():
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES}
+    assert {".".join(("stepfuse", *folder.parts)) for folder in folders} <= set(setuptools["packages"])
+    for name, folder in setuptools["package-dir"].items():
+        assert name == "stepfuse." + folder.replace("/", ".")
+        assert (ROOT / folder).is_dir()
+    for layer in LAYERS:
+        assert setuptools["package-dir"][f"stepfuse.{layer}"] == layer
+        assert "py.typed" in setuptools["package-data"][f"stepfuse.{layer}"]
+        assert (ROOT / layer / "py.typed").is_file()
+
+
+def test_every_module_imports_from_outside_the_checkout(tmp_path):
+    paths = [path for path in SOURCES if path.name != "__main__.py"]
+    # Each one on its own, so that no module leans on another having been imported before it.
+    program = """
+import importlib, sys
+for name in sys.argv[1:]:
+    for loaded in [key for key in sys.modules if key.split(".")[0] == "stepfuse"]:
+        del sys.modules[loaded]
+    print(importlib.import_module(name).__file__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", program, *map(_module, paths)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    # -I keeps the working directory and PYTHONPATH out of sys.path: this is the installed package.
+    assert [Path(line).name for line in done.stdout.splitlines()] == [path.name for path in paths]
+
+
+@pytest.mark.parametrize("folder", ["train", "scripts"])
+def test_no_file_shadows_an_installed_module_where_its_folder_leads_the_path(folder):
+    # `accelerate launch train/dpo.py` puts train/ in front of sys.path: train/datasets.py would be `datasets`.
+    installed = {
+        module for module, owners in importlib.metadata.packages_distributions().items() if owners != ["stepfuse"]
+    }
+    optional = {"bitsandbytes", "clip", "deepspeed", "ImageReward", "timm", "torchvision", "wandb", "xformers"}
+    taken = installed | optional | sys.stdlib_module_names
+    entries = [path for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert {path.stem for path in entries} - {"__init__", "__main__", "__pycache__"} & taken == set()
+
+
+def test_gitignore_drops_no_source():
+    _git("rev-parse", "--git-dir")
+    paths = [
+        p for top in [*LAYERS, "tests"] for p in (ROOT / top).rglob("*") if p.is_file() and "__pycache__" not in p.parts
+    ]
+    names = [str(path.relative_to(ROOT)) for path in paths]
+    assert "data/emoji.py" in names
+    names += ["data/emoji-base/pipeline/unet/diffusion_pytorch_model.safetensors"]
+    # Without --no-index a file that is tracked already would count as not ignored.
+    ignored = _git("check-ignore", "--no-index", "--", *names, codes=(0, 1))
+    assert ignored == []
+
+
+def test_imports_go_one_way():
+    wrong = []
+    for path in SOURCES:
+        layer = LAYERS.index(path.relative_to(ROOT).parts[0])
+        for line, name in _imports(path):
+            head, _, rest = name.partition(".")
+            if head == "stepfuse" and LAYERS.index(rest.split(".")[0]) > layer:
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {name}")
+    assert wrong == []
+
+
+def test_no_import_is_bare_or_relative():
+    # From the checkout's root `import fuse.gaussian` works, and makes a second copy of every class.
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in [*SOURCES, *(ROOT / "tests").rglob("*.py")]
+        for line, name in _imports(path)
+        if name.split(".")[0] in ("", *LAYERS)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
+    # From a copy: setuptools would pack what an earlier build left in the checkout's build/.
+    source = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        source.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, source)
+    for layer in LAYERS:
+        shutil.copytree(ROOT / layer, source / layer, ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    ours = {name for name in names if name.startswith("stepfuse/")}
+    assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
+    data = [*(ROOT / "data" / "emoji-base").rglob("*"), *(ROOT / "configs").rglob("*.*")]
+    typed = [ROOT / layer / "py.typed" for layer in LAYERS]
+    wanted = {path for path in [*SOURCES, *typed, *data] if path.is_file() and "__pycache__" not in path.parts}
+    assert ours == {f"stepfuse/{path.relative_to(ROOT).as_posix()}" for path in wanted}
+
+
+def test_every_dependency_has_a_pin_that_it_allows():
+    lines = (ROOT / "configs" / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    versions = {canonicalize_name(name): version for name, version in pins.items()}
+    project = PYPROJECT["project"]
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_version_is_the_same_everywhere():
+    version = PYPROJECT["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == version
+
+
+def test_the_top_level_holds_nothing_unexpected():
+    assert {path.relative_to(ROOT).parts[0] for path in _tracked()} <= TOP_LEVEL
+
+
+def test_the_repository_stays_small():
+    sizes = {path: path.stat().st_size for path in _tracked()}
+    assert [path for path, size in sizes.items() if size > 40 * MEGABYTE] == []
+    assert sum(sizes.values()) < 120 * MEGABYTE
+
+
+def test_no_file_names_a_path_outside_the_repository():
+    outside = re.compile("|".join([r"\.\./" + "shared", *(rf"(?<![\w.\-])/{top}/" for top in ("work", "tmp", "opt"))]))
+    found = []
+    for path in _tracked():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            if outside.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
+    assert found == []
+
+
+def _module(path: Path) -> str:
+    parts = ("stepfuse", *path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import in a file; a relative one begins with a dot."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}"
+
+
+def _tracked() -> list[Path]:
+    """Files that are committed or would be by `git add --all`."""
+    names = set(_git("ls-files", "--cached", "--others", "--exclude-standard"))
+    return [path for name in sorted(names) if (path := ROOT / name).is_file()]
+
+
+def _git(*arguments: str, codes: tuple[int, ...] = (0,)) -> list[str]:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    # A person's own ignore rules say nothing about this repository's.
+    command = ["git", "-c", f"core.excludesFile={os.devnull}", "-c", "core.quotePath=false", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in codes, done.stderr
+    return done.stdout.splitlines()
