@@ -7,6 +7,7 @@ are never trained on, and they are what evaluations prompt with.
 
 import csv
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,7 +100,7 @@ def render(emoji: Image.Image, background: str, generator: torch.Generator) -> I
     return canvas
 
 
-def _background(colour: tuple[int, int, int], uniform) -> Image.Image:
+def _background(colour: tuple[int, int, int], uniform: Callable[[float, float], float]) -> Image.Image:
     """A plain, graded or striped ground around one colour."""
     shade = uniform(-14, 14)
     angle, kind = uniform(0, 2 * math.pi), uniform(0, 1)

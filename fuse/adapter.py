@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -104,7 +104,7 @@ def write_adapter(
     pipeline_class.save_lora_weights(
         folder,
         unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in layers.items()},
-        unet_lora_adapter_metadata=unet.peft_config[objective.name].to_dict(),
+        unet_lora_adapter_metadata=cast(Any, unet).peft_config[objective.name].to_dict(),
     )
     values = {
         "format_version": FORMAT_VERSION,

@@ -64,10 +64,8 @@ class Denoiser:
         if self.guidance == "full":
             both = [self.forward(x_t, t, conditioning, "-+", name) for name in adapters]
             return [self.guide(negative, positive) for negative, positive in both]
-        if None in adapters:
-            negative, base = self.forward(x_t, t, conditioning, "-+", None)
-        else:
-            (negative,), base = self.forward(x_t, t, conditioning, "-", None), None
+        shared = self.forward(x_t, t, conditioning, "-+" if None in adapters else "-", None)
+        negative, base = shared[0], shared[-1]  # the last is e_c only where None is among the adapters
         positives = [base if name is None else self.forward(x_t, t, conditioning, "+", name)[0] for name in adapters]
         return [self.guide(negative, positive) for positive in positives]
 

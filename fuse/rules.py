@@ -1,6 +1,6 @@
 """Fusion rules: from the Gaussians of the base and of the adapters to the one that is sampled."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -74,7 +74,7 @@ def largest_strength(
     return torch.where(slope < 0, limit, torch.inf)
 
 
-def blend_weights(weights: Sequence[dict[str, float]], names: Sequence[str]) -> Float[Tensor, "objectives batch"]:
+def blend_weights(weights: Sequence[Mapping[str, float]], names: Sequence[str]) -> Float[Tensor, "objectives batch"]:
     """Users' weights by objective name → columns that sum to 1, float64.
 
     Raises:

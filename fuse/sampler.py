@@ -137,7 +137,8 @@ class FusedSampler:
         Raises:
             ValueError: for weights or a strength that make no blend.
         """
-        rows = [self.default_weights if weights is None else weights] if _is_one(weights) else list(weights)
+        given = self.default_weights if weights is None else weights
+        rows = [given] if isinstance(given, Mapping) else list(given)
         if len(rows) not in (1, count):
             raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
         table = blend_weights(rows, self.names).expand(-1, count)
@@ -289,7 +290,3 @@ def image_generators(generator: Generators, count: int) -> list[torch.Generator]
         return generator
     seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device if generator else "cpu")
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
-
-
-def _is_one(weights: Weights | Sequence[Weights] | None) -> bool:
-    return weights is None or isinstance(weights, Mapping)

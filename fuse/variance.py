@@ -6,6 +6,7 @@ every number of steps.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
@@ -125,6 +126,11 @@ SCHEDULES: dict[str, type] = {
     "learned": LearnedSchedule,
 }
 
+FROM_JSON: dict[str, Callable[[Any], Any]] = {  # fields whose values JSON cannot hold
+    "etas": tuple,
+    "offsets": lambda values: torch.tensor(values, dtype=torch.float32),
+}
+
 
 def schedule_to_dict(schedule: VarianceSchedule) -> dict[str, Any]:
     """A schedule as plain JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`."""
@@ -150,8 +156,7 @@ def schedule_from_dict(values: dict[str, Any]) -> VarianceSchedule:
         known = ", ".join(_field_names(build))
         raise ValueError(f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {known}")
     try:
-        read = {"etas": tuple, "offsets": lambda v: torch.tensor(v, dtype=torch.float32)}
-        return build(**{name: read[name](value) if name in read else value for name, value in given.items()})
+        return build(**{name: FROM_JSON.get(name, lambda v: v)(value) for name, value in given.items()})
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"variance schedule {values!r}: {error}") from error
 

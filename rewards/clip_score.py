@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -71,6 +72,6 @@ class CLIPScore:
         return functional.normalize(_pooled(features), dim=1)
 
 
-def _pooled(features: object) -> Tensor:
+def _pooled(features: Any) -> Tensor:
     """transformers 5 wraps features in an output object."""
-    return getattr(features, "pooler_output", features)  # type: ignore[return-value]
+    return getattr(features, "pooler_output", features)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from stepfuse.rewards.protocol import Pixels, Scores
 
 
@@ -11,7 +13,7 @@ def colourfulness(images: Pixels, prompts: Sequence[str]) -> Scores:
     Differentiable. Their scale runs from 0, not colourful, to 109, extremely colourful.
     """
     red, green, blue = (images.float() * 255).unbind(1)
-    opponents = (red - green, (red + green) / 2 - blue)
-    variance = sum(o.flatten(1).var(1, correction=0) for o in opponents)
-    square_of_mean = sum(o.flatten(1).mean(1).square() for o in opponents)
+    opponents = torch.stack((red - green, (red + green) / 2 - blue)).flatten(2)
+    variance = opponents.var(2, correction=0).sum(0)
+    square_of_mean = opponents.mean(2).square().sum(0)
     return variance.clamp(min=1e-12).sqrt() + 0.3 * square_of_mean.clamp(min=1e-12).sqrt()

@@ -9,6 +9,7 @@ into `--work`; run again, the command goes on where it stopped.
 """
 
 import argparse
+import io
 import json
 import tarfile
 import time
@@ -58,12 +59,19 @@ def main() -> None:
 def read_package(package: Path) -> dict[str, Image.Image]:
     """Concept phrase → RGBA picture, from the npm package."""
     with tarfile.open(package) as archive:
-        index = json.load(archive.extractfile("package/emoji.json"))
+        index = json.loads(_read(archive, "package/emoji.json"))
         files = {entry["short_name"]: entry["image"] for entry in index}
         return {
-            phrase: Image.open(archive.extractfile(f"package/img/google/64/{files[name]}")).convert("RGBA")
+            phrase: Image.open(io.BytesIO(_read(archive, f"package/img/google/64/{files[name]}"))).convert("RGBA")
             for phrase, name in emoji.concepts().items()
         }
+
+
+def _read(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise ValueError(f"{name} is no file in the package")
+    return file.read()
 
 
 # The loop all three stages share -----------------------------------------------------------

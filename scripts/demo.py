@@ -88,6 +88,7 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
             batch_size=32,
             output_type="pt",
         )
+        assert isinstance(images, torch.Tensor)
         return images, {name: score(r, images, chosen, name=name).tolist() for name, r in rewards.items()}
 
     base_images, base = draw(0.5, strength=0.0)

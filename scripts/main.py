@@ -216,6 +216,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         width=arguments.width,
         batch_size=arguments.batch_size,
     )
+    assert isinstance(images, list)
     width = len(columns)
     rows = [images[i : i + width] for i in range(0, len(images), width)]
     heads = [", ".join(f"{name} {weight:g}" for name, weight in column.items()) for column in columns]

@@ -20,8 +20,9 @@ def labelled_grid(
     first = rows[0][0]
     width = cell or max(first.width, 96)
     height = round(width * first.height / first.width)
-    font = ImageFont.load_default(max(11, width // 9))
-    line = font.size + 4
+    size = max(11, width // 9)
+    font = ImageFont.load_default(size)
+    line = size + 4
     margin = max(width, 150)
     lines = [_wrapped(label, font, margin - 12) for label in row_labels]
     heads = [_wrapped(label, font, width) for label in column_labels]

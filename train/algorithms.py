@@ -48,9 +48,14 @@ class Algorithm(Protocol):
         beta: weight of the KL in the loss; 0 where the loss holds it already.
     """
 
-    group_size: int
-    updates_per_rollout: int
-    beta: float
+    @property
+    def group_size(self) -> int: ...
+
+    @property
+    def updates_per_rollout(self) -> int: ...
+
+    @property
+    def beta(self) -> float: ...
 
     def collect(
         self,

@@ -31,6 +31,7 @@ from stepfuse.fuse.pipeline import (
     latent_shape,
     load_pipeline,
 )
+from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, Sampling
@@ -264,9 +265,9 @@ class Run:
             },
         )
 
-    def current_schedule(self) -> Any:
+    def current_schedule(self) -> VarianceSchedule:
         """The schedule with the offsets learned so far."""
-        if self.policy.offsets is None:
+        if self.policy.offsets is None or not isinstance(self.schedule, LearnedSchedule):
             return self.schedule
         return dataclasses.replace(self.schedule, offsets=self.policy.offsets.detach().clone())
 

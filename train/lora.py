@@ -1,7 +1,7 @@
 """The policy: a base UNet with one trainable LoRA, and variance offsets where the schedule is learned."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -28,8 +28,7 @@ class Policy(nn.Module):
         super().__init__()
         self.unet = unet
         self.adapter = adapter
-        learned = isinstance(schedule, LearnedSchedule)
-        self.offsets = nn.Parameter(schedule.offsets.clone()) if learned else None
+        self.offsets = nn.Parameter(schedule.offsets.clone()) if isinstance(schedule, LearnedSchedule) else None
 
     def forward(self, x: Tensor, times: Tensor, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         with active_adapter(self.unet, self.adapter):
@@ -58,7 +57,7 @@ def add_lora(unet: nn.Module, name: str, *, rank: int, alpha: int | None, target
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet.add_adapter(config, adapter_name=name)
+        cast(Any, unet).add_adapter(config, adapter_name=name)
     cast_training_params(unet, dtype=torch.float32)
 
 

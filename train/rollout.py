@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -183,7 +184,10 @@ def branching_rollout(
 
 def with_advantages(trajectory: Trajectory, advantages: Float[Tensor, " batch"]) -> Trajectory:
     """Every step of a trajectory gets the advantage of the image it led to."""
-    return replace(trajectory, steps=tuple(replace(step, advantage=advantages) for step in trajectory.steps))
+    return replace(
+        trajectory,
+        steps=tuple(replace(step, advantage=advantages) for step in cast(tuple[SampledStep, ...], trajectory.steps)),
+    )
 
 
 def _start(denoiser: Denoiser, shape: tuple[int, int, int], generators: list[torch.Generator]) -> Latents:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 import yaml
 
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
@@ -117,7 +118,7 @@ class TrainSettings:
             case "table":
                 return TableSchedule(etas=tuple(self.sample_etas))
             case "learned":
-                return LearnedSchedule(offsets=[0.0] * self.variance_knots, eta=self.sample_eta)
+                return LearnedSchedule(offsets=torch.zeros(self.variance_knots), eta=self.sample_eta)
 
 
 @dataclass(frozen=True, kw_only=True)
