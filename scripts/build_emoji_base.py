@@ -14,6 +14,7 @@ import json
 import tarfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,14 +33,27 @@ LATENT_CHANNELS = 4
 RENDERS_PER_PROMPT = 14
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+STAGES = {
+    "vae": Stage(steps=1500, batch_size=24, learning_rate=2e-3),
+    "clip": Stage(steps=700, batch_size=96, learning_rate=6e-4),
+    "unet": Stage(steps=4000, batch_size=64, learning_rate=8e-4),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the npm package, as .tgz")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_steps", type=int, default=1500)
-    parser.add_argument("--clip_steps", type=int, default=1500)
-    parser.add_argument("--unet_steps", type=int, default=6000)
+    for name, stage in STAGES.items():
+        parser.add_argument(f"--{name}_steps", type=int, default=stage.steps)
     parser.add_argument("--stages", default="vae,clip,unet,export")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -53,7 +67,7 @@ def main() -> None:
     if "unet" in stages:
         train_unet(pictures, arguments.work, arguments.unet_steps, arguments.seed)
     if "export" in stages:
-        export(arguments.work)
+        export(arguments.work, arguments.package.name, arguments.seed)
 
 
 def read_package(package: Path) -> dict[str, Image.Image]:
@@ -84,7 +98,6 @@ def fit(
     *,
     folder: Path,
     steps: int,
-    learning_rate: float,
     seed: int,
     ema_decay: float = 0.998,
 ) -> dict[str, dict[str, Tensor]]:
@@ -92,6 +105,7 @@ def fit(
 
     Returns the averaged state dict of each module. A checkpoint is written every 200 steps.
     """
+    learning_rate = STAGES[name].learning_rate
     parameters = [p for module in modules.values() for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     average = {key: {k: v.clone() for k, v in m.state_dict().items()} for key, m in modules.items()}
@@ -171,7 +185,7 @@ def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: 
     vae = new_vae()
 
     def loss(generator: torch.Generator) -> Tensor:
-        _, x = draw_batch(pictures, 24, generator)
+        _, x = draw_batch(pictures, STAGES["vae"].batch_size, generator)
         with autocast():
             z = vae.encode(x).latents.float()
             y = vae.decode(z + 0.1 * torch.randn(z.shape, generator=generator)).sample.float()
@@ -179,7 +193,7 @@ def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: 
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
         return (y - x).abs().mean() + 0.5 * (y - x).square().mean() + edges + 0.05 * spread
 
-    fit("vae", {"vae": vae}, loss, folder=folder, steps=steps, learning_rate=2e-3, seed=seed)
+    fit("vae", {"vae": vae}, loss, folder=folder, steps=steps, seed=seed)
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:
@@ -260,9 +274,11 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
     """
     tokenizer, vae = build_tokenizer(folder), load_vae(folder)
     clip = new_clip(tokenizer)
+    size = STAGES["clip"].batch_size
+    split = ((size - size // 6, False), (size // 6, True))  # as many held-out captions as there are
 
     def loss(generator: torch.Generator) -> Tensor:
-        batches = [draw_batch(pictures, n, generator, held_out=h) for n, h in ((80, False), (16, True))]
+        batches = [draw_batch(pictures, n, generator, held_out=h) for n, h in split]
         captions = batches[0][0] + batches[1][0]
         x = torch.cat([batch[1] for batch in batches])
         with torch.no_grad(), autocast():
@@ -279,7 +295,7 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
         target = same / same.sum(1, keepdim=True)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", {"clip": clip}, loss, folder=folder, steps=steps, learning_rate=6e-4, seed=seed + 1)
+    fit("clip", {"clip": clip}, loss, folder=folder, steps=steps, seed=seed + 1)
 
 
 def load_clip(folder: Path) -> CLIPModel:
@@ -355,13 +371,14 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
     scale = 1 / latents.float().std()
     ids = tokenize(tokenizer, [p.caption for p in emoji.prompts() if not p.held_out] + [""])
     unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    size = STAGES["unet"].batch_size
 
     def loss(generator: torch.Generator) -> Tensor:
-        chosen = torch.randint(len(latents), (64,), generator=generator)
+        chosen = torch.randint(len(latents), (size,), generator=generator)
         x_0 = latents[chosen].float() * scale
-        label = labels[chosen].masked_fill(torch.rand(64, generator=generator) < 0.1, len(ids) - 1)
+        label = labels[chosen].masked_fill(torch.rand(size, generator=generator) < 0.1, len(ids) - 1)
         noise = torch.randn(x_0.shape, generator=generator)
-        t = (1000 * torch.sigmoid(0.3 + torch.randn(64, generator=generator))).long().clamp(max=999)
+        t = (1000 * torch.sigmoid(0.3 + torch.randn(size, generator=generator))).long().clamp(max=999)
         x_t = scheduler.add_noise(x_0, noise, t)
         with autocast():
             states = text_encoder(ids[label]).last_hidden_state
@@ -369,14 +386,14 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
         return functional.mse_loss(v, scheduler.get_velocity(x_0, noise, t))
 
     modules = {"unet": unet, "text_encoder": text_encoder}
-    fit("unet", modules, loss, folder=folder, steps=steps, learning_rate=8e-4, seed=seed + 3)
+    fit("unet", modules, loss, folder=folder, steps=steps, seed=seed + 3)
 
 
 # Stage 4: the folders that the library loads -----------------------------------------------
 
 
-def export(folder: Path) -> None:
-    """Write pipeline and CLIP in their published layout, float16, with model cards."""
+def export(folder: Path, package: str, seed: int) -> None:
+    """Write pipeline and CLIP in their published layout, float16, and the facts for their cards."""
     tokenizer = build_tokenizer(folder)
     vae, unet, text_encoder = load_vae(folder), new_unet(), new_text_encoder(tokenizer)
     weights = averaged(folder, "unet")
@@ -398,6 +415,13 @@ def export(folder: Path) -> None:
     clip = load_clip(folder).half()
     clip.save_pretrained(emoji.CLIP)
     tokenizer.save_pretrained(emoji.CLIP)
+    stages = {}
+    for name, stage in STAGES.items():
+        saved = torch.load(folder / f"{name}.pt", weights_only=True)
+        parameters = sum(v.numel() for module in saved["average"].values() for v in module.values())
+        stages[name] = asdict(stage) | {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
+    facts = {"package": package, "seed": seed, "torch": torch.__version__, "stages": stages}
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the npm package, for the real images")
     parser.add_argument("--training", type=Path, help="training.json of the build; with it, model cards are written")
+    parser.add_argument("--note", default="", help="a sentence for the cards: how the run strayed from the script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--picture", type=Path, help="write a grid of sampled images here")
@@ -55,7 +56,7 @@ def main() -> None:
     if arguments.picture:
         labelled_grid(sampled[:48], prompts[:48]).save(arguments.picture)
     if arguments.training:
-        write_cards(json.loads(arguments.training.read_text()), figures)
+        write_cards(json.loads(arguments.training.read_text()), figures, arguments.note)
 
 
 @torch.no_grad()
@@ -107,7 +108,7 @@ def labelled_grid(images: Tensor, prompts: list[str], columns: int = 8) -> Image
     return sheet
 
 
-def write_cards(training: dict, figures: dict) -> None:
+def write_cards(training: dict, figures: dict, note: str) -> None:
     """Model cards that say what was trained, how long, and what was measured."""
     stages = "\n".join(
         f"| {name} | {stage['parameters'] / 1e6:.2f} M | {stage['steps']} | {stage['batch_size']} | "
@@ -117,11 +118,13 @@ def write_cards(training: dict, figures: dict) -> None:
     body = f"""
 Trained from scratch on {len(emoji.concepts())} Noto emoji (artwork Apache-2.0, from the npm package
 `{training["package"]}`) on twelve background colours, captioned "a red apple on a blue background"; two
-colours a concept are held out. Seed {training["seed"]}, {training["device"]}, torch {training["torch"]}.
+colours a concept are held out. Seed {training["seed"]}, two CPU cores, torch {training["torch"]}.
 
 | stage | parameters | steps | batch | learning rate | time |
 |---|---|---|---|---|---|
 {stages}
+
+{note}
 
 Measured over {figures["pairs"]} held-out prompt and seed pairs, {figures["steps"]} DDIM steps with eta 1 and guidance
 {figures["guidance_scale"]:g}: the CLIP ranks the true caption first among {figures["choices"]} for
