@@ -36,7 +36,10 @@ def load_prompts(
 def _from_dataset(name: str, split: str, column: str) -> list[str]:
     from datasets import load_dataset
 
-    rows = load_dataset(name, split=split)
+    try:
+        rows = load_dataset(name, split=split)
+    except OSError as error:  # not found, or the hub not reached
+        raise ValueError(f"no data set {name!r}: {str(error).splitlines()[0]}") from error
     if column not in rows.column_names:
         raise ValueError(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
     prompts = [str(prompt) for prompt in rows[column] if prompt]

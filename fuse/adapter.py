@@ -8,6 +8,7 @@ FOLDER/
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,25 +142,48 @@ def read_adapter(folder: str | Path) -> Adapter:
                 variance=schedule_from_dict(values["variance"]),
                 beta=float(values["beta"]),
             ),
-            base=values["base"],
-            guidance=values["guidance"],
+            base=check_base(values["base"]),
+            guidance=check_guidance(values["guidance"]),
             guidance_scale=float(values["guidance_scale"]),
-            num_inference_steps=int(values["num_inference_steps"]),
+            num_inference_steps=check_steps(values["num_inference_steps"]),
             sha256=values["sha256"],
-            record=values.get("record", {}),
+            record=_check_record(values.get("record", {})),
         )
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; train or create the adapter again") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-    if adapter.guidance not in GUIDANCE:
-        raise ValueError(f"{file}: guidance {adapter.guidance!r}; expected one of {', '.join(GUIDANCE)}")
     check_weights(folder / WEIGHTS)
     if file_hash(folder / WEIGHTS) != adapter.sha256:
         raise ValueError(
             f"{folder / WEIGHTS} is not the file that {OBJECTIVE} records (sha256 differs); fetch it again"
         )
     return adapter
+
+
+def check_base(base: Any) -> dict[str, Any]:
+    keys = ("name_or_path", "architecture", "probe")
+    if not isinstance(base, dict) or any(key not in base for key in keys) or not isinstance(base["probe"], list):
+        raise ValueError(f"base {base!r}; expected {', '.join(keys)}")
+    return base
+
+
+def check_guidance(guidance: Any) -> str:
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance {guidance!r}; expected one of {', '.join(GUIDANCE)}")
+    return guidance
+
+
+def check_steps(count: Any) -> int:
+    if int(count) < 1:
+        raise ValueError(f"num_inference_steps {count!r}; expected 1 or more")
+    return int(count)
+
+
+def _check_record(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"record {record!r}; expected an object")
+    return record
 
 
 def check_weights(file: Path) -> None:
@@ -193,7 +217,10 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dic
             f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
             f"{adapter.base.get('name_or_path')!r}; load that one"
         )
-    pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
+    with warnings.catch_warnings():
+        # peft warns of a second adapter on one model: that is what a set is.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
     loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name))
     file = adapter.folder / WEIGHTS
     with safe_open(file, framework="pt") as tensors:

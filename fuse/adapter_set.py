@@ -17,6 +17,9 @@ from stepfuse.fuse.adapter import (
     WEIGHTS,
     Adapter,
     Objective,
+    check_base,
+    check_guidance,
+    check_steps,
     read_adapter,
     read_json,
     write_json,
@@ -95,26 +98,31 @@ def create_set(
             )
     aside = output.with_name(output.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    for adapter in adapters:
-        (aside / adapter.name).mkdir(parents=True)
-        for name in (WEIGHTS, OBJECTIVE):
-            shutil.copyfile(adapter.folder / name, aside / adapter.name / name)
-    write_json(
-        aside / MANIFEST,
-        {
-            "format_version": FORMAT_VERSION,
-            "base": first.base,
-            "reference": schedule_to_dict(reference or EtaSchedule(eta=1.0)),
-            "guidance": first.guidance,
-            "guidance_scale": first.guidance_scale,
-            "num_inference_steps": max(adapter.num_inference_steps for adapter in adapters),
-            "default_weights": {adapter.name: 1 / len(adapters) for adapter in adapters},
-            "adapters": [{"name": a.name, "folder": a.name, "sha256": a.sha256} for a in adapters],
-        },
-    )
-    if output.exists():
-        shutil.rmtree(output)
-    aside.rename(output)
+    try:
+        for adapter in adapters:
+            (aside / adapter.name).mkdir(parents=True)
+            for name in (WEIGHTS, OBJECTIVE):
+                shutil.copyfile(adapter.folder / name, aside / adapter.name / name)
+        write_json(
+            aside / MANIFEST,
+            {
+                "format_version": FORMAT_VERSION,
+                "base": first.base,
+                "reference": schedule_to_dict(reference or EtaSchedule(eta=1.0)),
+                "guidance": first.guidance,
+                "guidance_scale": first.guidance_scale,
+                "num_inference_steps": max(adapter.num_inference_steps for adapter in adapters),
+                "default_weights": {adapter.name: 1 / len(adapters) for adapter in adapters},
+                "adapters": [{"name": a.name, "folder": a.name, "sha256": a.sha256} for a in adapters],
+            },
+        )
+        load_set(aside)
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return load_set(output)
 
 
@@ -129,25 +137,31 @@ def load_set(folder: str | Path) -> AdapterSet:
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
     try:
         entries = [(entry["name"], entry["folder"], entry["sha256"]) for entry in values["adapters"]]
-        loaded = AdapterSet(
-            base=values["base"],
-            adapters=tuple(read_adapter(_inside(folder, place)) for _, place, _ in entries),
-            reference=schedule_from_dict(values["reference"]),
-            guidance=values["guidance"],
-            guidance_scale=float(values["guidance_scale"]),
-            num_inference_steps=int(values["num_inference_steps"]),
-            default_weights=dict(values["default_weights"]),
-        )
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
     except TypeError as error:
+        raise ValueError(f"{file} is malformed: {error}") from error
+    adapters = tuple(read_adapter(_inside(folder, place)) for _, place, _ in entries)
+    try:
+        loaded = AdapterSet(
+            base=check_base(values["base"]),
+            adapters=adapters,
+            reference=schedule_from_dict(values["reference"]),
+            guidance=check_guidance(values["guidance"]),
+            guidance_scale=float(values["guidance_scale"]),
+            num_inference_steps=check_steps(values["num_inference_steps"]),
+            default_weights=dict(values["default_weights"]),
+        )
+        blend_weights([loaded.default_weights], loaded.names)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is malformed: {error}") from error
     for adapter, (name, place, sha256) in zip(loaded.adapters, entries, strict=True):
         if adapter.name != name or adapter.sha256 != sha256:
             raise ValueError(f"{file}: adapter {name!r} in {place} is not the one the set was made of; create it again")
         if not same_base(adapter.base, loaded.base):
             raise ValueError(f"{file}: adapter {name!r} belongs to another base, {adapter.base.get('name_or_path')!r}")
-    blend_weights([loaded.default_weights], loaded.names)
     return loaded
 
 
@@ -157,7 +171,9 @@ def claim_output(folder: Path, *, overwrite: bool) -> None:
     Raises:
         ValueError: for a folder that is not empty, unless `overwrite`.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file; choose another")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"output {folder} exists and is not empty; choose another or pass --overwrite")
 
 

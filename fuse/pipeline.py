@@ -141,7 +141,10 @@ def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | Non
     factor = pipeline.vae_scale_factor
     native = pipeline.unet.config.sample_size
     native_height, native_width = native if isinstance(native, list | tuple) else (native, native)
-    size = (height or native_height * factor, width or native_width * factor)
+    size = (
+        native_height * factor if height is None else height,
+        native_width * factor if width is None else width,
+    )
     step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
     for name, pixels in zip(("height", "width"), size, strict=True):
         if pixels <= 0 or pixels % step:

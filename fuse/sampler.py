@@ -227,7 +227,8 @@ class FusedSampler:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
         blend = self.blend(weights, len(prompts), strength, weights_on)
-        steps = self.denoiser.path.steps(num_inference_steps or self.num_inference_steps)
+        count = self.num_inference_steps if num_inference_steps is None else num_inference_steps
+        steps = self.denoiser.path.steps(count)
         self.check_strength(blend, steps)
         generators = image_generators(generator, len(prompts))
         shape = latent_shape(self.pipeline, height, width)

@@ -49,8 +49,8 @@ class CLIPScore:
         pixels = images.to(device, torch.float32)
         height, width = pixels.shape[-2:]
         if (height, width) != (self.size, self.size):
-            scale = self.size / min(height, width)
-            size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
+            short = min(height, width)
+            size = (self.size * height // short, self.size * width // short)  # rounded down, as CLIPImageProcessor does
             pixels = functional.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
             top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
             pixels = pixels[..., top : top + self.size, left : left + self.size]

@@ -59,7 +59,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_set(commands: argparse._SubParsersAction) -> None:
-    parent = commands.add_parser("set", help="create, validate and show adapter sets")
+    parent = _add(commands, "set", "create, validate and show adapter sets", "stepfuse set show outputs/set")
     actions = parent.add_subparsers(required=True, metavar="action")
     create = _add(
         actions,
@@ -189,6 +189,8 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
+    check_picture(arguments.output)
+    device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
     quiet_libraries()
@@ -200,7 +202,7 @@ def _sample(arguments: argparse.Namespace) -> None:
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         dtype=getattr(torch, arguments.dtype),
-        device=arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
     prompts = [prompt for prompt in arguments.prompt for _ in columns]
     seeds = [arguments.seed + row for row in range(len(arguments.prompt)) for _ in columns]
@@ -226,6 +228,31 @@ def _sample(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def check_picture(file: Path) -> None:
+    """See that a picture can be saved there, before minutes go into drawing it."""
+    from PIL import Image
+
+    if file.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output {file}; expected a picture's name, such as out.png")
+    if file.is_dir():
+        raise ValueError(f"output {file} is a folder; expected a picture's name, such as out.png")
+    for parent in file.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"output {file}: {parent} is a file")
+            break
+
+
+def check_device(name: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown, or built without it
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """`a=0.7,b=0.3` → {"a": 0.7, "b": 0.3}.
 
@@ -239,7 +266,7 @@ def parse_weights(text: str) -> dict[str, float]:
             weight = float(value)
         except ValueError:
             sign = ""
-        if not sign or name.strip() in weights:
+        if not sign or not name.strip() or name.strip() in weights:
             raise ValueError(f"weights {text!r}; expected NAME=NUMBER,NAME=NUMBER with each name once")
         weights[name.strip()] = weight
     return weights

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import yaml
 
+from stepfuse.fuse.adapter import GUIDANCE
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
 
 
@@ -100,6 +101,8 @@ class TrainSettings:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "beta", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+        expected = 'shared, full or "off", quoted, for YAML reads a bare off as false'
+        _require(self.guidance in GUIDANCE, "guidance", self.guidance, expected)
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
             _require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
             _require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")

@@ -1,0 +1,169 @@
+"""Randomly initialised pipelines of a few thousand weights, and adapters for them, saved as real ones are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from stepfuse.data import emoji
+from stepfuse.fuse.adapter import Adapter, Objective, write_adapter
+from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
+from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule
+from stepfuse.train.lora import add_lora
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+LATENT = (4, 8, 8)  # of 16×16 pixels: one level of the autoencoder halves them
+
+
+def ddim(**config: object) -> DDIMScheduler:
+    return DDIMScheduler(**BETAS | dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1) | config)
+
+
+def save_stable_diffusion(
+    folder: Path, *, scheduler: SchedulerMixin | None = None, seed: int = 0, channels: tuple[int, ...] = (16, 32)
+) -> Path:
+    """A Stable Diffusion pipeline of random weights that draws 16×16 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionPipeline(
+            vae=_autoencoder(),
+            text_encoder=CLIPTextModel(_text_config()),
+            tokenizer=_tokenizer(),
+            unet=_unet(block_out_channels=channels, cross_attention_dim=32),
+            scheduler=scheduler or ddim(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_stable_diffusion_xl(folder: Path, *, seed: int = 0) -> Path:
+    """The same as Stable Diffusion XL: two text encoders, and their pooled text and the sizes beside the time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipeline = StableDiffusionXLPipeline(
+            vae=_autoencoder(),
+            text_encoder=CLIPTextModel(_text_config()),
+            text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+            tokenizer=_tokenizer(),
+            tokenizer_2=_tokenizer(),
+            unet=_unet(
+                block_out_channels=(16, 32),
+                cross_attention_dim=2 * 32,
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=6 * 8 + 24,  # six size ids of width 8, the pooled text of 24
+            ),
+            scheduler=ddim(),
+        )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(
+    folder: Path,
+    base: Path,
+    name: str,
+    *,
+    rank: int = 2,
+    alpha: int | None = None,
+    seed: int = 0,
+    variance: VarianceSchedule | None = None,
+    beta: float = 0.1,
+    guidance: str = "shared",
+    guidance_scale: float = 3.0,
+    num_inference_steps: int = 3,
+) -> Adapter:
+    """An adapter of random weights, as training would leave it."""
+    pipeline = load_pipeline(str(base))
+    fingerprint = base_fingerprint(pipeline.unet)
+    add_random_lora(pipeline, name, rank=rank, alpha=alpha, seed=seed)
+    return write_adapter(
+        folder,
+        pipeline.unet,
+        Objective(name=name, reward=f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta),
+        base={"name_or_path": str(base)} | fingerprint,
+        guidance=guidance,
+        guidance_scale=guidance_scale,
+        num_inference_steps=num_inference_steps,
+        record={},
+        pipeline_class=type(pipeline),
+    )
+
+
+def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha: int | None, seed: int) -> None:
+    """A LoRA whose B is not zero, so that it changes what the UNet says."""
+    add_lora(pipeline.unet, name, rank=rank, alpha=alpha, targets=["to_q", "to_k", "to_v", "to_out.0"], seed=seed + 100)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, value in pipeline.unet.named_parameters():
+            if f"lora_B.{name}." in key:
+                value.normal_(std=0.1, generator=generator)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@contextmanager
+def refused(*culprits: str) -> Iterator[None]:
+    """A ValueError of one line that names what is wrong."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
+        yield
+    for culprit in culprits:
+        assert culprit in str(error.value)
+
+
+def _unet(**config: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=LATENT[1],
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=2,
+        **config,
+    )
+
+
+def _autoencoder() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+
+
+def _text_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=1401,
+        hidden_size=32,
+        intermediate_size=64,
+        projection_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def _tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(emoji.PIPELINE / "tokenizer")

@@ -1,0 +1,402 @@
+"""Adapter folders and sets: what is written is read again, and what is broken is named."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash, load_adapter, read_adapter
+from stepfuse.fuse.adapter_set import MANIFEST, create_set, load_set
+from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Three: `first`, one of its architecture with other weights, and one that is wider."""
+    root = tmp_path_factory.mktemp("bases")
+    return {
+        "first": save_stable_diffusion(root / "first"),
+        "second": save_stable_diffusion(root / "second", seed=1),
+        "wider": save_stable_diffusion(root / "wider", channels=(16, 48)),
+    }
+
+
+@pytest.fixture(scope="module")
+def originals(bases, tmp_path_factory):
+    root, first = tmp_path_factory.mktemp("adapters"), bases["first"]
+    save_adapter(root / "a", first, "a", variance=TableSchedule(etas=(0.2, 0.4)), num_inference_steps=2)
+    save_adapter(root / "b", first, "b", seed=1, variance=EtaSchedule(eta=0.7), beta=0.5, num_inference_steps=4)
+    save_adapter(root / "of-second", bases["second"], "c")
+    save_adapter(root / "of-wider", bases["wider"], "c")
+    save_adapter(root / "full", first, "c", guidance="full")
+    save_adapter(root / "scale", first, "c", guidance_scale=7.0)
+    return root
+
+
+@pytest.fixture
+def adapters(originals, tmp_path):
+    """A copy of the adapter folders, to be broken."""
+    return shutil.copytree(originals, tmp_path / "adapters")
+
+
+@pytest.fixture
+def adapter_set(adapters, tmp_path):
+    """A set of `a` and `b`, to be broken."""
+    create_set(tmp_path / "set", [adapters / "a", adapters / "b"], reference=EtaSchedule(eta=0.6))
+    return tmp_path / "set"
+
+
+def edit(file, **changes):
+    """Change keys of a JSON file; ... deletes one."""
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def replace_weights(folder, tensors):
+    """Other tensors, and their hash in the record, so that nothing but the tensors is wrong."""
+    save_file(tensors, folder / WEIGHTS)
+    edit(folder / OBJECTIVE, sha256=file_hash(folder / WEIGHTS))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What is written is read again.
+
+
+@pytest.mark.parametrize(
+    ("variance", "values"),
+    [
+        (EtaSchedule(eta=0.25), {"kind": "eta", "eta": 0.25}),
+        (TableSchedule(etas=(1.0, 0.5)), {"kind": "table", "etas": [1.0, 0.5]}),
+        (
+            LearnedSchedule(offsets=torch.tensor([-0.5, 0.25]), eta=0.5),
+            {"kind": "learned", "offsets": [-0.5, 0.25], "eta": 0.5},
+        ),
+    ],
+    ids=["eta", "table", "learned"],
+)
+def test_an_adapter_reads_as_it_was_written(bases, tmp_path, variance, values):
+    written = save_adapter(tmp_path / "x", bases["first"], "x", variance=variance, beta=0.3, guidance="off")
+    assert json.loads((tmp_path / "x" / OBJECTIVE).read_text())["variance"] == values
+    read = read_adapter(tmp_path / "x")
+    assert (read.name, read.objective.reward, read.objective.beta) == ("x", "reward_of_x", 0.3)
+    assert (read.guidance, read.guidance_scale, read.num_inference_steps) == ("off", 3.0, 3)
+    assert read.base == written.base
+    assert type(read.objective.variance) is type(variance)
+    for key, value in values.items():
+        if key != "kind":
+            assert torch.as_tensor(getattr(read.objective.variance, key)).tolist() == pytest.approx(value)
+
+
+def test_a_set_holds_copies_of_its_adapters_with_their_guidance_and_the_most_steps(adapters, adapter_set, bases):
+    for name in ("a", "b"):
+        for file in (WEIGHTS, OBJECTIVE):
+            assert (adapter_set / name / file).read_bytes() == (adapters / name / file).read_bytes()
+    shutil.rmtree(adapters)
+    read = load_set(adapter_set)
+    assert read.names == ["a", "b"]
+    assert read.base["name_or_path"] == str(bases["first"])
+    assert (read.guidance, read.guidance_scale, read.num_inference_steps) == ("shared", 3.0, 4)
+    assert read.default_weights == {"a": 0.5, "b": 0.5}
+    assert read.reference == EtaSchedule(eta=0.6)
+    assert [o.variance for o in read.objectives] == [TableSchedule(etas=(0.2, 0.4)), EtaSchedule(eta=0.7)]
+
+
+def test_a_set_can_be_moved(adapter_set, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    moved = shutil.move(adapter_set, tmp_path / "elsewhere" / "renamed")
+    assert load_set(moved).names == ["a", "b"]
+
+
+# An adapter that is broken.
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["name", "reward", "beta", "variance", "guidance", "guidance_scale", "num_inference_steps", "base", "sha256"],
+)
+def test_a_missing_key_of_an_adapter_is_named(adapters, key):
+    edit(adapters / "a" / OBJECTIVE, **{key: ...})
+    with refused(str(adapters / "a" / OBJECTIVE), repr(key)):
+        read_adapter(adapters / "a")
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None, ...])
+def test_an_unknown_format_version_is_named(adapters, adapter_set, version):
+    for file, read in ((adapters / "a" / OBJECTIVE, read_adapter), (adapter_set / MANIFEST, load_set)):
+        edit(file, format_version=version)
+        with refused(str(file), repr(None if version is ... else version)):
+            read(file.parent)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", "\0"])
+def test_a_file_that_is_no_json_object_is_named(adapters, adapter_set, text):
+    for file, read in ((adapters / "a" / OBJECTIVE, read_adapter), (adapter_set / MANIFEST, load_set)):
+        file.write_text(text)
+        with refused(str(file), "JSON"):
+            read(file.parent)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        (dict(name="../x"), "'../x'"),
+        (dict(name=""), "''"),
+        (dict(name=5), OBJECTIVE),
+        (dict(beta=0), "0"),
+        (dict(beta=-0.1), "-0.1"),
+        (dict(beta=math.nan), "nan"),
+        (dict(beta=None), OBJECTIVE),
+        (dict(guidance="both"), "'both'"),
+        (dict(guidance_scale="strong"), "strong"),
+        (dict(num_inference_steps=None), OBJECTIVE),
+        (dict(variance={"kind": "cosine"}), "cosine"),
+        (dict(variance={"kind": "eta", "eta": 1.5}), "1.5"),
+        (dict(variance={"kind": "eta", "etas": [1]}), "etas"),
+        (dict(variance=0.5), "0.5"),
+        (dict(base="stable-diffusion"), "base"),
+        (dict(base={"name_or_path": "x"}), "architecture"),
+        (dict(base={"name_or_path": "x", "architecture": "y", "probe": "z"}), "probe"),
+        (dict(record=None), "record"),
+    ],
+    ids=str,
+)
+def test_a_value_that_makes_no_adapter_is_named(adapters, changes, culprit):
+    edit(adapters / "a" / OBJECTIVE, **changes)
+    with refused(str(adapters / "a" / OBJECTIVE), culprit):
+        read_adapter(adapters / "a")
+
+
+def test_missing_folders_and_files_are_named(adapters, adapter_set):
+    with refused(str(adapters / "none"), OBJECTIVE):
+        read_adapter(adapters / "none")
+    with refused(str(adapters), MANIFEST):
+        load_set(adapters)
+    (adapters / "a" / WEIGHTS).unlink()
+    with refused(str(adapters / "a" / WEIGHTS)):
+        read_adapter(adapters / "a")
+    shutil.rmtree(adapter_set / "b")
+    with refused(str(adapter_set / "b")):
+        load_set(adapter_set)
+
+
+def test_truncated_weights_are_named(adapter_set):
+    file = adapter_set / "b" / WEIGHTS
+    whole = file.read_bytes()
+    for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        edit(adapter_set / "b" / OBJECTIVE, sha256=file_hash(file))
+        with refused(str(file), "truncated"):
+            load_set(adapter_set)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_named(adapters, value):
+    tensors = load_file(adapters / "a" / WEIGHTS)
+    culprit = sorted(tensors)[3]
+    tensors[culprit].view(-1)[-1] = value
+    replace_weights(adapters / "a", tensors)
+    with refused(str(adapters / "a" / WEIGHTS), culprit, "finite"):
+        read_adapter(adapters / "a")
+
+
+def test_weights_without_tensors_are_named(adapters):
+    replace_weights(adapters / "a", {})
+    with refused(str(adapters / "a" / WEIGHTS), "no tensors"):
+        read_adapter(adapters / "a")
+
+
+def test_weights_other_than_those_recorded_are_named(adapters):
+    shutil.copyfile(adapters / "b" / WEIGHTS, adapters / "a" / WEIGHTS)
+    with refused(str(adapters / "a" / WEIGHTS), "sha256"):
+        read_adapter(adapters / "a")
+
+
+# An adapter and a base that do not fit.
+
+
+@pytest.mark.parametrize("other", ["second", "wider"])
+def test_an_adapter_of_another_base_is_refused(bases, adapters, adapter_set, other):
+    pipeline = load_pipeline(str(bases[other]))
+    with refused("'a'", str(adapters / "a"), str(bases["first"])):
+        load_adapter(pipeline, read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
+    with refused(str(bases["first"])):
+        FusedSampler.from_pretrained(adapter_set, pipeline=pipeline)
+    assert not hasattr(pipeline.unet, "peft_config")
+
+
+def test_tensors_that_did_not_arrive_are_named(bases, adapters):
+    """A layer the base lacks; diffusers says so in its log alone."""
+    tensors = load_file(adapters / "a" / WEIGHTS)
+    culprit = sorted(tensors)[0]
+    stray = culprit.replace("attn1", "attn9")
+    assert stray != culprit
+    replace_weights(adapters / "a", tensors | {stray: tensors[culprit].clone()})
+    pipeline = load_pipeline(str(bases["first"]))
+    with refused(str(adapters / "a" / WEIGHTS), "attn9"):
+        load_adapter(pipeline, read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
+
+
+# A manifest that is broken.
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["base", "adapters", "reference", "guidance", "guidance_scale", "num_inference_steps", "default_weights"],
+)
+def test_a_missing_key_of_a_set_is_named(adapter_set, key):
+    edit(adapter_set / MANIFEST, **{key: ...})
+    with refused(str(adapter_set / MANIFEST), repr(key)):
+        load_set(adapter_set)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("place", ["../a", "..", ".", "", "sub/a", "/tmp/a", "a/", 5, None])
+def test_a_manifest_can_not_point_outside_its_set(adapters, adapter_set, place):
+    shutil.copytree(adapters / "a", adapter_set.parent / "a")  # what ../a would find
+    (entry, other) = json.loads((adapter_set / MANIFEST).read_text())["adapters"]
+    edit(adapter_set / MANIFEST, adapters=[entry | {"folder": place}, other])
+    with refused(str(adapter_set / MANIFEST), repr(place)):
+        load_set(adapter_set)
+
+
+def test_an_absolute_folder_in_a_manifest_is_refused(adapters, adapter_set):
+    (entry, other) = json.loads((adapter_set / MANIFEST).read_text())["adapters"]
+    edit(adapter_set / MANIFEST, adapters=[entry | {"folder": str(adapters / "a")}, other])
+    with refused(str(adapter_set / MANIFEST), str(adapters / "a")):
+        load_set(adapter_set)
+
+
+def test_an_adapter_exchanged_after_the_set_was_made_is_named(adapters, adapter_set):
+    """Whole in itself, with the right hash of its own."""
+    shutil.rmtree(adapter_set / "b")
+    shutil.copytree(adapters / "scale", adapter_set / "b")
+    with refused(str(adapter_set / MANIFEST), "'b'"):
+        load_set(adapter_set)
+
+
+def test_an_adapter_of_another_base_in_a_set_is_named(adapters, adapter_set):
+    edit(adapter_set / MANIFEST, base=read_adapter(adapters / "of-second").base)
+    with refused(str(adapter_set / MANIFEST), "'a'", "another base"):
+        load_set(adapter_set)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "culprit"),
+    [
+        (dict(default_weights={"a": 1, "bright": 1}), "'bright'"),
+        (dict(default_weights={"a": 0, "b": 0}), "'a': 0"),
+        (dict(default_weights={"a": "much", "b": 1}), MANIFEST),
+        (dict(default_weights=5), MANIFEST),
+        (dict(adapters=[]), MANIFEST),
+        (dict(adapters=5), MANIFEST),
+        (dict(adapters=["a", "b"]), MANIFEST),
+        (dict(base="stable-diffusion"), MANIFEST),
+        (dict(base={"name_or_path": "x"}), "architecture"),
+        (dict(reference={"kind": "eta", "eta": -1}), "-1"),
+        (dict(guidance="both"), "'both'"),
+        (dict(guidance_scale=None), MANIFEST),
+        (dict(num_inference_steps=0), "0"),
+        (dict(num_inference_steps="many"), "many"),
+    ],
+    ids=str,
+)
+def test_a_value_that_makes_no_set_is_named(adapter_set, changes, culprit):
+    edit(adapter_set / MANIFEST, **changes)
+    with refused(str(adapter_set / MANIFEST), culprit):
+        load_set(adapter_set)
+
+
+# Creating sets.
+
+
+@pytest.mark.parametrize(
+    ("folders", "culprits"),
+    [
+        ([], ["at least one adapter"]),
+        (["a", "a"], ["two adapters", "'a'"]),
+        (["a", "b", "a"], ["two adapters", "'a'"]),
+        (["a", "of-second"], ["'c'", "base"]),
+        (["a", "of-wider"], ["'c'", "base"]),
+        (["a", "full"], ["'c'", "full 3", "'a'", "shared 3"]),
+        (["a", "scale"], ["'c'", "shared 7", "'a'", "shared 3"]),
+        (["a", "none"], ["none", OBJECTIVE]),
+    ],
+    ids=str,
+)
+def test_adapters_that_make_no_set_are_named_and_nothing_is_written(adapters, tmp_path, folders, culprits):
+    with refused(*culprits):
+        create_set(tmp_path / "set", [adapters / folder for folder in folders])
+    assert list(tmp_path.iterdir()) == [adapters]
+
+
+def test_a_broken_adapter_leaves_an_old_set_as_it_was(adapters, adapter_set):
+    before = contents(adapter_set)
+    (adapters / "b" / WEIGHTS).write_bytes(b"")
+    with refused(str(adapters / "b" / WEIGHTS)):
+        create_set(adapter_set, [adapters / "a", adapters / "b"], overwrite=True)
+    assert contents(adapter_set) == before
+
+
+def test_a_folder_that_is_not_empty_is_kept_unless_overwritten(adapters, tmp_path):
+    output = tmp_path / "set"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with refused(str(output), "--overwrite"):
+        create_set(output, [adapters / "a"])
+    assert contents(output) == {"mine.txt": b"precious"}
+    create_set(output, [adapters / "a"], overwrite=True)
+    assert sorted(contents(output)) == sorted([MANIFEST, f"a/{WEIGHTS}", f"a/{OBJECTIVE}"])
+
+
+def test_an_empty_folder_is_taken(adapters, tmp_path):
+    (tmp_path / "set").mkdir()
+    assert create_set(tmp_path / "set", [adapters / "b"]).names == ["b"]
+
+
+def test_a_set_may_be_made_anew_of_its_own_adapters(adapters, adapter_set):
+    create_set(adapter_set, [adapter_set / "b", adapters / "a"], overwrite=True)
+    assert load_set(adapter_set).names == ["b", "a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_is_kept(adapters, tmp_path, overwrite):
+    (tmp_path / "set").write_text("precious")
+    with refused(str(tmp_path / "set")):
+        create_set(tmp_path / "set", [adapters / "a"], overwrite=overwrite)
+    assert (tmp_path / "set").read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [adapters, tmp_path / "set"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tmp_path, monkeypatch, error, existing):
+    output = tmp_path / "set"
+    if existing:
+        create_set(output, [adapters / "b"])
+    before = contents(tmp_path)
+    copied = []
+
+    def copy(source, target, **options):
+        if len(copied) == 2:
+            raise error
+        copied.append(target)
+        return original(source, target, **options)
+
+    original = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(type(error)):
+        create_set(output, [adapters / "a", adapters / "b"], overwrite=True)
+    assert len(copied) == 2
+    assert contents(tmp_path) == before
+    assert sorted(tmp_path.iterdir()) == sorted([adapters] + [output] * existing)

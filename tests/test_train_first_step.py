@@ -1,0 +1,166 @@
+"""Before the first update: the policy is its reference, bit for bit, and stored log-probs are met again exactly."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.pipeline import Conditioning
+from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule
+from stepfuse.train.algorithms import DPO
+from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.losses import ddpo_loss
+from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
+from stepfuse.train.settings import DPOSettings
+
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+SHAPE = (4, 8, 8)
+ETA = EtaSchedule(eta=0.8)
+BENT = LearnedSchedule(offsets=torch.tensor([0.4, -0.7, 0.2]), eta=0.8)
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
+
+
+def tiny_unet():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+    return unet.requires_grad_(False)
+
+
+class World:
+    """A policy, its denoiser, two prompts and the sampler's steps."""
+
+    def __init__(self, *, guidance="shared", schedule=ETA, dtype=torch.float32, trained=False):
+        self.unet = tiny_unet().to(dtype)
+        add_lora(self.unet, "mine", rank=4, alpha=8, targets=PROJECTIONS, seed=1)
+        self.unet.train()
+        self.schedule = schedule
+        self.policy = Policy(self.unet, "mine", schedule)
+        if trained:
+            generator = torch.Generator().manual_seed(2)
+            for factor in self.factors("lora_B"):
+                factor.data.normal_(std=0.1, generator=generator)
+        scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+        self.denoiser = Denoiser(
+            unet=self.unet, path=NoisePath.from_scheduler(scheduler), guidance=guidance, guidance_scale=3.0
+        )
+        words = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+        self.conditioning = Conditioning(positive=words[0], negative=words[1])
+        generators = [sample_generator(0, "rollout", i) for i in range(2)]
+        steps = self.denoiser.path.steps(3)
+        self.place = (self.denoiser, "mine", schedule, steps, self.conditioning, SHAPE, generators)
+
+    def factors(self, kind):
+        return [p for name, p in self.unet.named_parameters() if kind in name]
+
+    def pairs(self):
+        options = dict(candidates=3, margin=0.0, skip_first=0)
+        return branching_rollout(*self.place, score_latents=lambda x: x.flatten(1).sum(1), **options).steps
+
+    def gaussians(self, step):
+        return step_gaussians(self.policy, self.denoiser, self.schedule, step, self.conditioning)
+
+
+# The policy starts as its reference
+
+
+@pytest.mark.parametrize("guidance", ["shared", "full", "off"])
+@pytest.mark.parametrize("schedule", [ETA, LearnedSchedule(offsets=torch.zeros(5), eta=0.8)], ids=["eta", "learned"])
+def test_dpo_loss_of_a_fresh_lora_is_exactly_log_2(guidance, schedule):
+    world = World(guidance=guidance, schedule=schedule)
+    for step in world.pairs():
+        policy, reference = world.gaussians(step)
+        assert torch.equal(policy.mean, reference.mean)
+        assert torch.equal(policy.variance, reference.variance)
+        loss = DPO(DPOSettings(beta=0.5)).loss(policy, reference, step)
+        assert loss.tolist() == [torch.tensor(math.log(2)).item()] * 2
+
+
+def test_kl_of_a_fresh_lora_is_exactly_zero():
+    world = World()
+    for step in world.pairs():
+        policy, reference = world.gaussians(step)
+        assert policy.kl(reference).tolist() == [0, 0]
+
+
+def test_a_trained_lora_is_not_its_reference():
+    world = World(trained=True)
+    for step in world.pairs():
+        policy, reference = world.gaussians(step)
+        assert (policy.kl(reference) > 1e-4).all()
+
+
+def test_swapping_winner_and_loser_turns_the_gradient_round():
+    world = World()
+    (step, *_) = world.pairs()
+    gradients = []
+    for pair in (step, dataclasses.replace(step, chosen=step.rejected, rejected=step.chosen)):
+        world.unet.zero_grad()
+        DPO(DPOSettings(beta=0.5)).loss(*world.gaussians(pair), pair).mean().backward()
+        gradients.append([factor.grad.clone() for factor in world.factors("lora_B")])
+    for forward, backward in zip(*gradients, strict=True):
+        assert torch.equal(forward, -backward)
+    assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-3
+
+
+# Log-probs of a rollout are met again
+
+
+@pytest.mark.parametrize("guidance", ["shared", "full", "off"])
+@pytest.mark.parametrize("schedule", [ETA, BENT], ids=["eta", "learned"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_first_ddpo_ratio_is_exactly_1(guidance, schedule, precision):
+    half = precision == "bf16"
+    world = World(guidance=guidance, schedule=schedule, dtype=torch.bfloat16 if half else torch.float32, trained=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        steps = rollout(*world.place).steps
+    assert len(steps) == 3
+    for step in steps:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            policy, reference = world.gaussians(step)
+        log_prob = policy.log_prob(step.x_s)
+        assert log_prob.requires_grad
+        assert log_prob.tolist() == step.log_prob.tolist()
+        assert (policy.kl(reference) > 1e-4).all()  # so it is not by the LoRA being nothing
+        advantage = torch.tensor([2.0, -0.5])
+        assert ddpo_loss(log_prob, step.log_prob, advantage, clip_range=1e-6).tolist() == (-advantage).tolist()
+
+
+def test_bf16_keeps_latents_and_the_lora_in_float32():
+    world = World(dtype=torch.bfloat16, trained=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (step, *_) = rollout(*world.place).steps
+        policy, _ = world.gaussians(step)
+    assert {p.dtype for p in world.factors("lora_")} == {torch.float32}
+    assert {t.dtype for t in (step.x_t, step.x_s, step.log_prob, policy.mean, policy.variance)} == {torch.float32}
+    # the stored x_s has more digits than bf16 holds, so no rounding came between drawing and scoring it
+    assert not torch.equal(step.x_s, step.x_s.bfloat16().float())
+    policy.log_prob(step.x_s).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in world.factors("lora_"))
+
+
+def test_gradient_checkpointing_leaves_gradients_alone():
+    gradients = []
+    for checkpointing in (False, True):
+        world = World(trained=True)
+        if checkpointing:
+            world.unet.enable_gradient_checkpointing()
+        (step, *_) = world.pairs()
+        policy, _ = world.gaussians(step)
+        policy.log_prob(step.chosen).sum().backward()
+        gradients.append([p.grad for p in world.factors("lora_")])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)

@@ -1,0 +1,319 @@
+"""The training loop in this process: faulty rewards, folders that hold something, resuming, precision."""
+
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from stepfuse.data import emoji
+from stepfuse.fuse.adapter import read_adapter
+from stepfuse.train import ddpo, dpo
+from stepfuse.train.algorithms import DDPO, DPO
+from stepfuse.train.loop import train
+from stepfuse.train.settings import DDPOSettings, DPOSettings
+
+MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
+COMMON = {
+    "prompts": "prompts.txt",
+    "reward": "rewards.py:slope",
+    "output_dir": "out",
+    "report_to": "none",
+    "sample_num_steps": 3,
+    "sample_guidance_scale": 2.0,
+    "num_validation_images": 4,
+    "train_batch_size": 4,
+    "learning_rate": 0.01,
+    "beta": 0.1,
+}
+REWARDS = """
+import torch
+
+calls = 0
+
+def slope(images, prompts):
+    return images[:, 0, :, :8].mean((1, 2)) - images[:, 2, :, 8:].mean((1, 2))
+
+def nan_at_step_2(images, prompts):
+    # validation, then one call a step: the third is that of step 2
+    global calls
+    calls += 1
+    values = slope(images, prompts)
+    if calls == 3:
+        values[2] = float("nan")
+    return values
+
+def one_for_all(images, prompts):
+    return slope(images, prompts).mean()
+
+def a_list(images, prompts):
+    return slope(images, prompts).tolist()
+"""
+
+
+def save_tiny_pipeline(folder):
+    tokenizer = CLIPTokenizer.from_pretrained(emoji.PIPELINE / "tokenizer")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        )
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                max_position_embeddings=tokenizer.model_max_length,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        set_alpha_to_one=False,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    save_tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, pipeline):
+    """A folder with prompts and rewards to work in."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
+    Path("rewards.py").write_text(REWARDS)
+    verbosity = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    yield tmp_path
+    for library, before in zip((diffusers, transformers), verbosity, strict=True):
+        library.utils.logging.set_verbosity(before)
+        library.utils.logging.enable_progress_bar()
+    forget_accelerator()
+
+
+def forget_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def main(desk, monkeypatch, pipeline):
+    """main() of one algorithm, with these flags beside the common ones."""
+
+    def run(algorithm, **flags):
+        flags = {"pretrained_model_name_or_path": pipeline} | COMMON | flags
+        if algorithm == "ddpo":
+            flags.setdefault("num_generations", 2)
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *words])
+        forget_accelerator()
+        MAIN[algorithm]()
+
+    return run
+
+
+def refusal(main, algorithm, **flags):
+    with pytest.raises(SystemExit) as error:
+        main(algorithm, **flags)
+    line = error.value.code
+    assert isinstance(line, str)  # Python prints it to stderr, and exits with 1
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+def contents(folder):
+    return {str(file): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+# Faulty rewards
+
+
+def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(main):
+    # prompts are drawn by shuffled passes, so the third of step 2 may be any of them: ask for one alone
+    Path("prompts.txt").write_text("a red apple\n")
+    flags = dict(max_train_steps=3, checkpointing_steps=1)
+    line = refusal(main, "ddpo", reward="rewards.py:nan_at_step_2", **flags)
+    assert "step 2" in line
+    assert "rewards.py:nan_at_step_2" in line
+    assert "'a red apple'" in line
+    assert "nan" in line
+    assert [p.name for p in Path("out").glob("checkpoint*")] == ["checkpoint-1"]
+    assert not Path("out/objective.json").exists()
+    # nothing is lost: with the reward mended the run goes on from there
+    main("ddpo", reward="rewards.py:slope", objective_name="nan_at_step_2", **flags, resume_from_checkpoint="latest")
+    assert [read_adapter("out").record[key] for key in ("steps", "algorithm")] == [3, "ddpo"]
+
+
+@pytest.mark.parametrize(("reward", "culprit"), [("one_for_all", "returned () for"), ("a_list", "returned list for")])
+@pytest.mark.parametrize("algorithm", MAIN)
+def test_reward_of_the_wrong_shape_is_named(main, algorithm, reward, culprit):
+    line = refusal(main, algorithm, reward=f"rewards.py:{reward}")
+    assert f"'rewards.py:{reward}'" in line
+    assert culprit in line
+
+
+def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(main):
+    refusal(main, "dpo", reward="rewards.py:one_for_all")
+    assert contents("out") == {}
+
+
+# Settings that only the loaded base can judge
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        ({"lora_target_modules": "to_w"}, "to_w"),
+        ({"sample_num_steps": 2000}, "2000 sampling steps; expected 1 to 1000"),
+        ({"resolution": 18}, "height is 18; expected a positive multiple of 4"),
+        ({"lr_scheduler": "cosinus"}, "cosinus"),
+        ({"objective_name": "two words"}, "objective name 'two words'"),
+        ({"objective_name": "v1.5"}, "objective name 'v1.5'"),
+    ],
+)
+def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(main, flags, culprit):
+    line = refusal(main, "dpo", **flags, max_train_steps=1)
+    assert culprit in line
+    assert not Path("out").exists()
+
+
+# Folders that hold something
+
+
+@pytest.mark.parametrize("flags", [{"reward": "rewards.py:one_for_all"}, {"lora_target_modules": "to_w"}])
+def test_overwriting_loses_nothing_where_the_run_cannot_start(main, flags):
+    Path("out").mkdir()
+    Path("out/objective.json").write_text("precious")
+    refusal(main, "dpo", **flags, overwrite="true")
+    assert contents("out") == {"out/objective.json": b"precious"}
+
+
+def test_overwriting_leaves_nothing_of_what_was_there(main):
+    Path("out/checkpoint-9").mkdir(parents=True)
+    Path("out/checkpoint-9/progress.json").write_text("{}")
+    main("dpo", overwrite="true", max_train_steps=1)
+    assert read_adapter("out").record["steps"] == 1
+    assert not list(Path("out").glob("checkpoint*"))
+
+
+# Resuming
+
+
+def test_two_steps_and_two_more_are_four(main):
+    main("ddpo", max_train_steps=4, output_dir="straight", checkpointing_steps=2)
+    main("ddpo", max_train_steps=2, checkpointing_steps=2)
+    main("ddpo", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
+    for file in ("pytorch_lora_weights.safetensors", "checkpoint-4/policy.safetensors"):
+        straight, resumed = load_file(f"straight/{file}"), load_file(f"out/{file}")
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+    records = [read_adapter(folder).record for folder in ("straight", "out")]
+    assert records[0]["validation"] == records[1]["validation"]
+    assert records[0]["kl"] == records[1]["kl"] > 0
+
+
+def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_end(main):
+    flags = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=4, num_inner_epochs=2)
+    main("ddpo", **flags, output_dir="straight")
+    first = min(Path("straight").glob("checkpoint-*"))
+    Path("out").mkdir()
+    first.rename(Path("out") / first.name)
+    main("ddpo", **flags, resume_from_checkpoint="latest")
+    straight, resumed = (load_file(f"{name}/pytorch_lora_weights.safetensors") for name in ("straight", "out"))
+    assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+# Precision
+
+
+class Watched:
+    """An algorithm that keeps the log-ratio to the rollout, and to the reference, of each loss."""
+
+    def __init__(self, algorithm):
+        self.algorithm, self.ratios, self.kl = algorithm, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.algorithm, name)
+
+    def loss(self, policy, reference, step):
+        self.ratios.append((policy.log_prob(step.x_s) - step.log_prob).tolist())
+        self.kl.append(policy.kl(reference).mean().item())
+        return self.algorithm.loss(policy, reference, step)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("guidance", ["shared", "full", "off"])
+def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(desk, pipeline, precision, guidance):
+    settings = DDPOSettings(
+        **COMMON,
+        pretrained_model_name_or_path=str(pipeline),
+        num_generations=2,
+        num_inner_epochs=2,
+        max_train_steps=4,
+        mixed_precision=precision,
+        guidance=guidance,
+        variance="learned",
+    )
+    watched = Watched(DDPO(settings))
+    forget_accelerator()
+    train(settings, watched)
+    updates = [watched.ratios[i : i + 3] for i in range(0, 12, 3)]  # three denoising steps each
+    assert updates[0] == updates[2] == [[0.0] * 4] * 3
+    assert max(abs(ratio) for update in (updates[1], updates[3]) for step in update for ratio in step) > 1e-4
+    assert watched.kl[:3] == [0.0] * 3
+    assert min(watched.kl[6:9]) > 0  # the third update starts from a LoRA that has learned
+    # what a run reports is the KL of an image, p_θ to p_ref, summed over its denoising steps
+    assert read_adapter("out").record["kl"] == pytest.approx(sum(watched.kl[9:]), rel=1e-5)
+
+
+def test_bf16_adapter_is_saved_in_float32(desk, pipeline):
+    settings = DPOSettings(
+        **COMMON, pretrained_model_name_or_path=str(pipeline), mixed_precision="bf16", max_train_steps=2
+    )
+    forget_accelerator()
+    train(settings, DPO(settings))
+    state = load_file("out/pytorch_lora_weights.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    learned = torch.cat([value.flatten() for name, value in state.items() if "lora_B" in name or ".up." in name])
+    assert not torch.equal(learned, learned.bfloat16().float())

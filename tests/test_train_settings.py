@@ -1,0 +1,251 @@
+"""A setting that cannot work ends a run with one line that names it, before anything is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+import transformers
+from accelerate.state import AcceleratorState, GradientState
+
+from stepfuse.train import ddpo, dpo
+from stepfuse.train.settings import DDPOSettings, DPOSettings, parse_settings
+
+REPOSITORY = Path(__file__).parents[1]
+MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
+# What a test does not give itself. Should a wrong setting pass, the missing base ends the run at once.
+OTHERWISE = ["--prompts", "prompts.txt", "--reward", "colourfulness", "--pretrained_model_name_or_path", "./nowhere"]
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    """An empty folder to work in, but for prompts."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red apple\na cat\n")
+    verbosity = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    yield tmp_path
+    for library, before in zip((diffusers, transformers), verbosity, strict=True):
+        library.utils.logging.set_verbosity(before)
+        library.utils.logging.enable_progress_bar()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def contents(folder):
+    return {str(file): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def refusal(monkeypatch, algorithm, *arguments):
+    """The line that main() exits with; it writes and loses nothing."""
+    before = contents(".")
+    monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *OTHERWISE, *arguments])
+    with pytest.raises(SystemExit) as error:
+        MAIN[algorithm]()
+    line = error.value.code
+    assert isinstance(line, str)  # Python prints it to stderr, and exits with 1
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert contents(".") == before
+    assert not Path("outputs").exists()
+    return line
+
+
+def parsed(config, settings=DPOSettings):
+    Path("config.yaml").write_text(config)
+    return parse_settings(settings, ["--config", "config.yaml"], description="")
+
+
+# Names
+
+
+def test_unknown_setting_of_a_config_is_answered_with_the_nearest(desk, monkeypatch):
+    Path("my.yaml").write_text("rank: 2\nlerning_rate: 1.0e-3\n")
+    line = refusal(monkeypatch, "dpo", "--config", "my.yaml")
+    assert line == "error: my.yaml: unknown setting 'lerning_rate'; did you mean 'learning_rate'?"
+
+
+def test_setting_of_the_other_algorithm_is_unknown(desk, monkeypatch):
+    Path("my.yaml").write_text("num_candidates: 2\n")
+    assert "my.yaml: unknown setting 'num_candidates'" in refusal(monkeypatch, "ddpo", "--config", "my.yaml")
+    assert "unknown flag --num_generations" in refusal(monkeypatch, "dpo", "--num_generations", "4")
+
+
+@pytest.mark.parametrize("flag", ["--lerning_rate", "--lerning-rate", "--learning_rat"])
+def test_unknown_flag_is_answered_with_the_nearest(desk, monkeypatch, flag):
+    assert refusal(monkeypatch, "dpo", flag, "1") == f"error: unknown flag {flag}; did you mean '--learning_rate'?"
+
+
+@pytest.mark.parametrize("arguments", [["--config", "none.yaml"], ["--config=none.yaml"], ["--rank", "2", "--config"]])
+def test_missing_config_is_named(desk, monkeypatch, arguments):
+    line = refusal(monkeypatch, "dpo", *arguments)
+    assert line == f"error: no config file {'none.yaml' if 'none' in arguments[-1] else '(none given)'}"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- rank\n", "rank: [2\n", b"\xff\xfe\xd0"], ids=["empty", "list", "half", "binary"]
+)
+def test_config_that_is_no_yaml_mapping_is_named(desk, monkeypatch, text):
+    Path("my.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "my.yaml" in refusal(monkeypatch, "dpo", "--config", "my.yaml")
+
+
+# Values
+
+
+@pytest.mark.parametrize("eta", ["1.5", "-0.1", "nan", "inf"])
+def test_eta_outside_the_unit_interval_is_refused(desk, monkeypatch, eta):
+    line = refusal(monkeypatch, "dpo", "--sample_eta", eta)
+    assert f"sample_eta is {float(eta)}; expected a number in (0, 1]" in line
+
+
+@pytest.mark.parametrize("kind", ["eta", "learned"])
+def test_eta_0_cannot_be_trained_with(desk, monkeypatch, kind):
+    line = refusal(monkeypatch, "ddpo", "--sample_eta", "0", "--variance", kind)
+    assert "sample_eta is 0.0" in line
+    assert "no log-prob" in line
+
+
+@pytest.mark.parametrize(("etas", "culprit"), [("1.0 0.0 0.5", "0.0"), ("0.5 1.25", "1.25")])
+def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas, culprit):
+    line = refusal(monkeypatch, "dpo", "--variance", "table", "--sample_etas", *etas.split())
+    assert f"is {culprit}; expected" in line
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flag", "value"),
+    [
+        ("dpo", "max_train_steps", "0"),
+        ("dpo", "rank", "0"),
+        ("dpo", "beta", "0.0"),
+        ("dpo", "learning_rate", "nan"),
+        ("dpo", "num_candidates", "1"),
+        ("dpo", "margin", "-1.0"),
+        ("dpo", "label_smoothing", "0.5"),
+        ("dpo", "skip_first_steps", "20"),
+        ("ddpo", "num_generations", "1"),
+        ("ddpo", "train_clip_range", "0.0"),
+        ("ddpo", "num_inner_epochs", "0"),
+    ],
+)
+def test_value_out_of_range_is_named(desk, monkeypatch, algorithm, flag, value):
+    assert f"{flag} is {value}; expected" in refusal(monkeypatch, algorithm, f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("variance", "lerned"), ("loss_type", "hinge"), ("log_prob_reduction", "Mean"), ("guidance", "shard")],
+)
+def test_choice_that_a_config_misspells_is_refused(desk, monkeypatch, setting, value):
+    Path("my.yaml").write_text(f"{setting}: {value}\n")
+    line = refusal(monkeypatch, "dpo", "--config", "my.yaml")
+    assert setting in line
+    assert value in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("max_train_steps", "null"), ("rank", "2.5"), ("variance: table\nsample_etas", "[a]"), ("beta", "[1]")],
+)
+def test_value_of_another_type_in_a_config_is_refused(desk, monkeypatch, setting, value):
+    Path("my.yaml").write_text(f"{setting}: {value}\n")
+    line = refusal(monkeypatch, "dpo", "--config", "my.yaml")
+    assert setting.split("\n")[-1].removesuffix("s") in line
+
+
+def test_off_and_no_mean_themselves_in_a_config(desk):
+    # to YAML 1.1 both are the boolean false
+    assert parsed("guidance: off\n").guidance == "off"
+    assert parsed("mixed_precision: no\n").mixed_precision == "no"
+
+
+def test_flags_win_over_the_config_and_the_config_over_defaults(desk):
+    Path("my.yaml").write_text("rank: 2\nlearning_rate: 1e-3\n")
+    settings = parse_settings(DDPOSettings, ["--config", "my.yaml", "--rank", "3"], description="")
+    assert (settings.rank, settings.learning_rate, settings.num_generations) == (3, 1e-3, 8)
+
+
+# Places
+
+
+@pytest.mark.parametrize("text", ["", "\n  \n"], ids=["empty", "blank lines"])
+def test_empty_prompt_file_is_named(desk, monkeypatch, text):
+    Path("mine.txt").write_text(text)
+    line = refusal(monkeypatch, "dpo", "--prompts", "mine.txt")
+    assert line == "error: prompt file 'mine.txt' is empty; expected a prompt a line"
+
+
+def test_missing_prompt_file_is_named(desk, monkeypatch):
+    assert "no prompt file 'mine.txt'" in refusal(monkeypatch, "dpo", "--prompts", "mine.txt")
+
+
+def test_group_that_does_not_divide_the_batch_is_refused(desk, monkeypatch):
+    arguments = "--train_batch_size 3 --gradient_accumulation_steps 2 --num_generations 4"
+    line = refusal(monkeypatch, "ddpo", *arguments.split())
+    assert line.startswith("error: 6 images a step")
+    assert "num_generations = 4" in line
+
+
+@pytest.mark.parametrize(
+    ("reward", "culprit"),
+    [
+        ("compresibility", "no reward 'compresibility'; expected one of clip_score"),
+        ("mine.py:score", "no reward file 'mine.py'"),
+        ("here.py:score", "here.py has no function 'score'"),
+        ("colourfulness:big", "takes no argument, got 'big'"),
+    ],
+)
+def test_reward_that_is_not_there_is_named(desk, monkeypatch, reward, culprit):
+    Path("here.py").write_text("other = 1\n")
+    assert culprit in refusal(monkeypatch, "dpo", "--reward", reward)
+
+
+def test_base_that_is_not_there_is_named(desk, monkeypatch):
+    Path("empty").mkdir()
+    line = refusal(monkeypatch, "dpo", "--pretrained_model_name_or_path", "./empty")
+    assert "no diffusers pipeline at './empty'" in line
+
+
+@pytest.mark.parametrize("algorithm", MAIN)
+def test_output_folder_that_holds_something_is_left_as_it_is(desk, monkeypatch, algorithm):
+    Path("mine").mkdir()
+    Path("mine/objective.json").write_text("precious")
+    line = refusal(monkeypatch, algorithm, "--output_dir", "mine")
+    assert "output mine exists and is not empty" in line
+    assert "--overwrite" in line
+
+
+def test_overwriting_loses_nothing_where_another_setting_is_wrong(desk, monkeypatch):
+    Path("mine").mkdir()
+    Path("mine/objective.json").write_text("precious")
+    assert "'./nowhere'" in refusal(monkeypatch, "dpo", "--output_dir", "mine", "--overwrite")
+
+
+@pytest.mark.parametrize("wanted", ["latest", "checkpoint-7"])
+@pytest.mark.parametrize("exists", [True, False])
+def test_resuming_from_nothing_is_refused(desk, monkeypatch, wanted, exists):
+    if exists:
+        Path("mine/checkpoint-3").mkdir(parents=True)  # of a run cut off while it wrote: no progress.json
+    line = refusal(monkeypatch, "dpo", "--output_dir", "mine", "--resume_from_checkpoint", wanted)
+    assert "no checkpoint" in line
+    assert "mine" in line
+    assert Path("mine").exists() == exists
+
+
+# As a program
+
+
+def test_program_prints_one_line_and_exits_with_1(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "train" / "dpo.py"), "--sample_eta", "1.5"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: sample_eta is 1.5; expected a number in (0, 1]"
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
