@@ -22,7 +22,7 @@ from stepfuse.train import ddpo, dpo
 from stepfuse.train.rollout import sample_generator
 
 TRAINING = {  # objective → program, config
-    "alignment": (dpo.__file__, "dpo/emoji-alignment.yaml"),
+    "colourfulness": (dpo.__file__, "dpo/emoji-colourfulness.yaml"),
     "compressibility": (ddpo.__file__, "ddpo/emoji-compressibility.yaml"),
 }
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective

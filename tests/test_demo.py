@@ -51,7 +51,7 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path) -> None:
         with Image.open(tmp_path / "demo" / name) as picture:
             assert len(set(picture.convert("RGB").resize((32, 32)).getdata())) > 100  # not a blank sheet
     gains = written["gain_over_base"]
-    for row, weight in (("alignment alone", "0.0"), ("middle", "0.5"), ("compressibility alone", "1.0")):
+    for row, weight in (("colourfulness alone", "0.0"), ("middle", "0.5"), ("compressibility alone", "1.0")):
         for objective in written["objectives"]:
             difference = written["means"][weight][objective] - written["means"]["base"][objective]
             assert gains[row][objective]["mean"] == pytest.approx(difference, abs=1e-6)
