@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -101,7 +101,9 @@ def write_adapter(
 ) -> Adapter:
     """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last."""
     folder.mkdir(parents=True, exist_ok=True)
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=objective.name))
+    # In peft's key names throughout: diffusers' older names exist for attention only, and of a file
+    # that mixes both, `load_lora_weights` drops one kind.
+    layers = get_peft_model_state_dict(unet, adapter_name=objective.name)
     pipeline_class.save_lora_weights(
         folder,
         unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in layers.items()},
@@ -221,10 +223,11 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dic
         # peft warns of a second adapter on one model: that is what a set is.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
-    loaded = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name))
+    loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name)
     file = adapter.folder / WEIGHTS
     with safe_open(file, framework="pt") as tensors:
-        given = {key.removeprefix("unet."): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+        stored = {key.removeprefix("unet."): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
+    given = convert_unet_state_dict_to_peft(stored)  # files from elsewhere may hold the older names
     for key in given.keys() | loaded.keys():
         if (
             key not in given

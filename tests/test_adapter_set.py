@@ -260,7 +260,7 @@ def test_a_missing_key_of_a_set_is_named(adapter_set, key):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("place", ["../a", "..", ".", "", "sub/a", "/tmp/a", "a/", 5, None])
+@pytest.mark.parametrize("place", ["../a", "..", ".", "", "sub/a", "/a", "a/", 5, None])
 def test_a_manifest_can_not_point_outside_its_set(adapters, adapter_set, place):
     shutil.copytree(adapters / "a", adapter_set.parent / "a")  # what ../a would find
     (entry, other) = json.loads((adapter_set / MANIFEST).read_text())["adapters"]

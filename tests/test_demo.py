@@ -41,9 +41,7 @@ def test_the_demo_says_what_it_does_not_show(capsys: pytest.CaptureFixture[str])
 @pytest.mark.slow
 def test_the_demo_goes_the_whole_way(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stepfuse.scripts.main", "demo", "--quick", "--output_dir", str(tmp_path / "demo")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     written = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert set(written["means"]) == {"base", "0.0", "0.25", "0.5", "0.75", "1.0"}
@@ -56,8 +54,6 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path) -> None:
             difference = written["means"][weight][objective] - written["means"]["base"][objective]
             assert gains[row][objective]["mean"] == pytest.approx(difference, abs=1e-6)
             assert f"{difference:+.3f}" in done.stdout
-    again = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, cwd=tmp_path
-    )
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert again.returncode == 1
     assert again.stderr.strip().splitlines()[-1].startswith("error: output")

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("configs", "data", "rewards", "fuse", "train", "scripts")  # each may import those before it
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
-    *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", *LAYERS),
+    *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", "docs", *LAYERS),
 }
 MEGABYTE = 2**20
 

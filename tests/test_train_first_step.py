@@ -116,6 +116,23 @@ def test_swapping_winner_and_loser_turns_the_gradient_round():
     assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-3
 
 
+def test_offsets_come_from_the_policy_and_the_reference_keeps_the_variance_it_had():
+    world = World(schedule=LearnedSchedule(offsets=torch.zeros(3), eta=0.8))
+    (step, *_) = world.pairs()
+    world.policy.offsets.data.fill_(math.log(2))
+    policy, reference = world.gaussians(step)
+    _, limit = world.denoiser.path.at(step.s, step.x_t)  # sigma_s
+    v, v_ref = (g.variance / limit**2 for g in (policy, reference))
+    torch.testing.assert_close(v / (1 - v), 2 * v_ref / (1 - v_ref))  # an offset is one of the logit of v / sigma_s²
+    torch.testing.assert_close(
+        reference.variance, 0.64 * world.denoiser.path.ancestral_variance(step.t, step.s, step.x_t)
+    )
+    policy.log_prob(step.chosen).sum().backward()
+    # t = 667 of 999 lies between the second of three knots and the third, a third of the way
+    low, middle, high = world.policy.offsets.grad.tolist()
+    assert (low, high / middle) == (0, pytest.approx((2 * 667 / 999 - 1) / (2 - 2 * 667 / 999), rel=1e-4))
+
+
 # Log-probs of a rollout are met again
 
 

@@ -32,7 +32,10 @@ def group_advantages(
     zeros = rewards.new_zeros(len(names))
     count = zeros.index_add(0, index, torch.ones_like(rewards))
     mean = zeros.index_add(0, index, rewards) / count
-    centred = rewards - mean[index]
+    highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
+    lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    # A mean of equal numbers may round: their deviation is 0 all the same.
+    centred = torch.where((highest > lowest)[index], rewards - mean[index], 0.0)
     if scale:
         deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
         centred = centred / (deviation[index] + 1e-8)

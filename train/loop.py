@@ -66,6 +66,9 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     accelerator = _accelerator(settings)
     _check_groups(settings, algorithm, accelerator.num_processes)
     reward = load_reward(settings.reward, accelerator.device)
+    grey = torch.full((2, 3, 64, 64), 0.5, device=accelerator.device)
+    score(reward, grey, prompts[:1] * 2, name=settings.reward)  # a reward of the wrong shape is found here
+    Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
     run = Run(settings, algorithm, accelerator, reward, prompts)
     if accelerator.is_main_process:
         if settings.overwrite and checkpoint is None and output.exists():
@@ -158,7 +161,8 @@ class Run:
             total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not main
         )
         while progress.step < settings.max_train_steps:
-            trajectories, rewards = self.collect(progress.step)
+            before = progress.step
+            trajectories, rewards = self.collect(before)
             for _ in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
                 measured = self.update(trajectories, progress.step) | {"reward": rewards.mean().item()}
                 progress.step += 1
@@ -166,12 +170,11 @@ class Run:
                 bar.update()
                 bar.set_postfix({k: f"{measured[k]:.4g}" for k in ("reward", "loss", "kl")})
                 self.accelerator.log(measured, step=progress.step)
-                if progress.step % settings.checkpointing_steps == 0:
-                    save_checkpoint(
-                        self.output, self.accelerator, self.policy, progress, settings.checkpoints_total_limit
-                    )
                 if settings.validation_steps and progress.step % settings.validation_steps == 0:
                     self.validate(progress.step)
+            # Between rollouts only: one that was half used could not be resumed exactly.
+            if progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps:
+                save_checkpoint(self.output, self.accelerator, self.policy, progress, settings.checkpoints_total_limit)
         bar.close()
         progress.validation["after"] = self.validate(progress.step)
         if main:
@@ -288,7 +291,8 @@ class Run:
             return {}
         settings = self.settings
         wanted = settings.validation_prompts or self.prompts
-        prompts = [wanted[i % len(wanted)] for i in range(settings.num_validation_images)]
+        count = settings.num_validation_images
+        prompts = [wanted[i * len(wanted) // count if count < len(wanted) else i % len(wanted)] for i in range(count)]
         sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
         values, pictures = [], []
         for start in range(0, len(prompts), settings.train_batch_size):

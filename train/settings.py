@@ -5,12 +5,11 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
-from stepfuse.fuse.adapter import GUIDANCE
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
 
 
@@ -90,19 +89,21 @@ class TrainSettings:
     max_grad_norm: float = _setting(1.0, "gradients are clipped to it")
 
     # Looking at it.
-    validation_prompts: list[str] = _setting([], "prompts of the sample images; by default the first ones")
+    validation_prompts: list[str] = _setting([], "prompts of the samples; by default some of the training ones")
     num_validation_images: int = _setting(8, "sample images")
     validation_steps: int = _setting(0, "steps between sample images; 0: at the start and the end")
 
     def __post_init__(self) -> None:
+        for name, word in (("guidance", "off"), ("mixed_precision", "no")):
+            if getattr(self, name) is False:  # what YAML makes of the bare word
+                object.__setattr__(self, name, word)
+        _check_types(self)
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "rank", "sample_num_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpointing_steps", "num_validation_images"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "beta", "max_grad_norm"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
-        expected = 'shared, full or "off", quoted, for YAML reads a bare off as false'
-        _require(self.guidance in GUIDANCE, "guidance", self.guidance, expected)
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
             _require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
             _require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")
@@ -197,7 +198,7 @@ def _check_config(settings: type[TrainSettings], place: Sequence[str]) -> None:
         raise ValueError(f"no config file {place[0] if place else '(none given)'}")
     try:
         values = yaml.safe_load(Path(place[0]).read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{place[0]} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{place[0]} holds no settings; expected `name: value` lines")
@@ -210,6 +211,28 @@ def _check_config(settings: type[TrainSettings], place: Sequence[str]) -> None:
 def _nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _check_types(settings: TrainSettings) -> None:
+    """A YAML value of another type than its setting's."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _fits(value, hint):
+            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+            raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if inner:  # a union
+        return any(_fits(value, choice) for choice in inner)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
