@@ -66,10 +66,9 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     accelerator = _accelerator(settings)
     _check_groups(settings, algorithm, accelerator.num_processes)
     reward = load_reward(settings.reward, accelerator.device)
-    grey = torch.full((2, 3, 64, 64), 0.5, device=accelerator.device)
-    score(reward, grey, prompts[:1] * 2, name=settings.reward)  # a reward of the wrong shape is found here
     Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
     run = Run(settings, algorithm, accelerator, reward, prompts)
+    first = run.draw_validation() if checkpoint is None else None  # a faulty reward is found here
     if accelerator.is_main_process:
         if settings.overwrite and checkpoint is None and output.exists():
             shutil.rmtree(output)
@@ -79,6 +78,8 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     if accelerator.trackers == [] and settings.report_to != "none":
         accelerator.init_trackers("stepfuse", config=_trackable(settings))
     progress = load_checkpoint(checkpoint, accelerator, run.policy) if checkpoint else Progress()
+    if first is not None:
+        progress.validation["before"] = run.save_validation(0, first)
     run.fit(progress)
     accelerator.end_training()
     return output
@@ -155,8 +156,6 @@ class Run:
     def fit(self, progress: "Progress") -> None:
         """Train from where `progress` stands to `max_train_steps`, then write the adapter."""
         settings, main = self.settings, self.accelerator.is_main_process
-        if progress.step == 0:
-            progress.validation["before"] = self.validate(0)
         bar = tqdm(
             total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not main
         )
@@ -171,12 +170,12 @@ class Run:
                 bar.set_postfix({k: f"{measured[k]:.4g}" for k in ("reward", "loss", "kl")})
                 self.accelerator.log(measured, step=progress.step)
                 if settings.validation_steps and progress.step % settings.validation_steps == 0:
-                    self.validate(progress.step)
+                    self.save_validation(progress.step, self.draw_validation())
             # Between rollouts only: one that was half used could not be resumed exactly.
             if progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps:
                 save_checkpoint(self.output, self.accelerator, self.policy, progress, settings.checkpoints_total_limit)
         bar.close()
-        progress.validation["after"] = self.validate(progress.step)
+        progress.validation["after"] = self.save_validation(progress.step, self.draw_validation())
         if main:
             self.write(progress)
         self.accelerator.wait_for_everyone()
@@ -285,10 +284,10 @@ class Run:
         return [passes[place // size][place % size] for place in places]
 
     @torch.no_grad()
-    def validate(self, step: int) -> dict[str, float]:
-        """Sample the validation prompts, save them as a picture, and log their mean reward."""
+    def draw_validation(self) -> tuple[list[str], Tensor, float]:
+        """Sample the validation prompts, on the main process: the prompts, their pixels and mean reward."""
         if not self.accelerator.is_main_process:
-            return {}
+            return [], torch.empty(0), 0.0
         settings = self.settings
         wanted = settings.validation_prompts or self.prompts
         count = settings.num_validation_images
@@ -311,8 +310,14 @@ class Run:
             pixels = decode_latents(self.pipeline, latents)
             values.append(score(self.reward, pixels, batch, name=settings.reward).cpu())
             pictures.append(pixels.cpu())
-        mean = torch.cat(values).mean().item()
-        save_samples(self.output / "samples" / f"step-{step:06d}.png", torch.cat(pictures), prompts)
+        return prompts, torch.cat(pictures), torch.cat(values).mean().item()
+
+    def save_validation(self, step: int, drawn: tuple[list[str], Tensor, float]) -> dict[str, float]:
+        """Save the validation images as a picture and log their reward."""
+        prompts, pixels, mean = drawn
+        if not prompts:
+            return {}
+        save_samples(self.output / "samples" / f"step-{step:06d}.png", pixels, prompts)
         self.accelerator.log({"validation_reward": mean}, step=step)
         return {"reward": mean, "images": len(prompts)}
 
