@@ -1,8 +1,11 @@
-"""Prompts from a file, a hub data set, or the emoji world."""
+"""Prompts from a file, a hub data set, or a set by its name."""
 
+import difflib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stepfuse.data import emoji
+from stepfuse.data import colours, emoji
 
 
 def load_prompts(
@@ -11,38 +14,77 @@ def load_prompts(
     """A list of prompts, in the order of their source.
 
     Args:
-        source: a text file with a prompt a line; `emoji`, the captions the embedded base was trained on;
-            or `emoji-heldout`, those it never saw.
+        source: a text file with a prompt a line, or a name in `PROMPT_SETS`: `emoji` are the captions the
+            embedded base was trained on, `emoji-heldout` those it never saw. Either with `:COUNT` behind it
+            is that many of its prompts, evenly spaced: `emoji-heldout:64`.
         dataset_name: a hub data set or folder to take instead, by its split and column.
 
     Raises:
-        ValueError: for a source that is not there, or holds no prompt.
+        ValueError: for a source that is not there, holds no prompt, or fewer than COUNT, for a COUNT that is not
+            a whole number of 1 or more, and for a hub that is not reached.
     """
     if dataset_name:
         return _from_dataset(dataset_name, split, column)
-    if source in ("emoji", "emoji-heldout"):
-        return emoji.captions(held_out=source == "emoji-heldout")
-    file = Path(source)
-    if not file.is_file():
+    if _is_there(source):
+        return _load(source)
+    name, colon, count = source.rpartition(":")
+    if not _is_there(name):
+        asked = name if colon else source
+        close = difflib.get_close_matches(asked, PROMPT_SETS, n=1, cutoff=0.5)
+        nearest = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
-            f"no prompt file {source!r}; expected a text file with a prompt a line, emoji or emoji-heldout"
+            f"no prompts {asked!r}; expected a text file with a prompt a line, or one of "
+            f"{', '.join(PROMPT_SETS)}{nearest}"
         )
-    prompts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+    if not count.isdecimal() or int(count) < 1:  # before the hub is asked
+        raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a whole number of 1 or more")
+    prompts = _load(name)
+    if int(count) > len(prompts):
+        raise ValueError(f"prompts {source!r}: the count is {count}; {name} holds {len(prompts)}")
+    return [prompts[k * len(prompts) // int(count)] for k in range(int(count))]
+
+
+def _is_there(source: str) -> bool:
+    return source in PROMPT_SETS or Path(source).is_file()
+
+
+def _load(source: str) -> list[str]:
+    if source in PROMPT_SETS:
+        return PROMPT_SETS[source]()
+    prompts = [line.strip() for line in Path(source).read_text().splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompt file {source!r} is empty; expected a prompt a line")
     return prompts
 
 
-def _from_dataset(name: str, split: str, column: str) -> list[str]:
+def _from_dataset(name: str, split: str, column: str, *, streaming: bool = False) -> list[str]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(name, split=split, streaming=streaming)
+        if column not in rows.column_names:
+            raise ValueError(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        rows = rows.select_columns([column])  # so that no picture beside it is decoded
+        prompts = [str(row[column]) for row in rows if row[column]]
     except OSError as error:  # not found, or the hub not reached
-        raise ValueError(f"no data set {name!r}: {str(error).splitlines()[0]}") from error
-    if column not in rows.column_names:
-        raise ValueError(f"data set {name!r} has no column {column!r}; it has {', '.join(rows.column_names)}")
-    prompts = [str(prompt) for prompt in rows[column] if prompt]
+        raise ValueError(f"cannot load data set {name!r}: {str(error).splitlines()[0]}") from error
     if not prompts:
         raise ValueError(f"data set {name!r} has no prompts in column {column!r}")
     return prompts
+
+
+PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
+    "emoji": partial(emoji.captions, held_out=False),
+    "emoji-heldout": partial(emoji.captions, held_out=True),
+    "colours": partial(colours.colour_prompts, held_out=False),
+    "colours-heldout": partial(colours.colour_prompts, held_out=True),
+    "dpok": partial(list, colours.DPOK_PROMPTS),
+    # 1,632 prompts, Apache-2.0.
+    "partiprompts": partial(_from_dataset, "nateraw/parti-prompts", "train", "Prompt"),
+    # The 58,960 unique prompts that Diffusion-DPO (arXiv:2311.12908) trains on, of Pick-a-Pic v2: 4 MB, and no images.
+    "pick-a-pic": partial(_from_dataset, "sayakpaul/pick-a-pic-v2-unique-prompts", "train", "prompt"),
+    # Its 500 unique test prompts. Streamed: this split is 150 kB, and otherwise all come, 290 MB.
+    "pick-a-pic-heldout": partial(
+        _from_dataset, "yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", streaming=True
+    ),
+}

@@ -25,10 +25,24 @@ from stepfuse.fuse.adapter import (
     write_json,
 )
 from stepfuse.fuse.pipeline import same_base
-from stepfuse.fuse.rules import blend_weights
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.weights import weight_table
+from stepfuse.rewards.weighted import parse_terms
 
 MANIFEST = "adapter_set.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleAdapter:
+    """An adapter trained on a weighted sum of the set's rewards.
+
+    Attributes:
+        adapter: read and checked like the others.
+        weights: of that sum, by objective name.
+    """
+
+    adapter: Adapter
+    weights: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +57,7 @@ class AdapterSet:
         guidance_scale: g.
         num_inference_steps: default number of denoising steps.
         default_weights: by objective name.
+        oracles: adapters trained on mixtures of the rewards, to compare fusion with.
     """
 
     base: dict[str, Any]
@@ -52,6 +67,13 @@ class AdapterSet:
     guidance_scale: float
     num_inference_steps: int
     default_weights: dict[str, float]
+    oracles: tuple[OracleAdapter, ...] = ()
+
+    @property
+    def reward_scales(self) -> dict[str, float]:
+        """The deviation of each reward that training measured on images of the base, where it did."""
+        measured = {a.name: a.record.get("validation", {}).get("before", {}).get("deviation") for a in self.adapters}
+        return {name: value for name, value in measured.items() if value}
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -66,16 +88,18 @@ def create_set(
     output: str | Path,
     folders: Sequence[str | Path],
     *,
+    oracles: Sequence[str | Path] = (),
     reference: VarianceSchedule | None = None,
     overwrite: bool = False,
 ) -> AdapterSet:
     """Copy trained adapters into a new set; the output is written whole or not at all.
 
-    Guidance and steps are those the adapters were trained with.
+    Guidance and steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
+    sum of the objectives' rewards.
 
     Raises:
-        ValueError: for no adapters, two of one name, adapters of different bases or guidance, or an
-            output folder that is not empty.
+        ValueError: for no adapters, two of one name, adapters of different bases or guidance, an oracle
+            of other rewards, or an output folder that is not empty.
     """
     output = Path(output)
     claim_output(output, overwrite=overwrite)
@@ -83,8 +107,11 @@ def create_set(
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
-    for adapter in adapters[1:]:
-        if adapter.name in [a.name for a in adapters if a is not adapter]:
+    extra = [read_adapter(folder) for folder in oracles]
+    weights = [_oracle_weights(oracle, adapters) for oracle in extra]
+    everyone = [*adapters, *extra]
+    for adapter in everyone[1:]:
+        if adapter.name in [a.name for a in everyone if a is not adapter]:
             raise ValueError(f"two adapters are named {adapter.name!r}; train one under another --objective_name")
         if not same_base(adapter.base, first.base):
             raise ValueError(
@@ -99,7 +126,7 @@ def create_set(
     aside = output.with_name(output.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        for adapter in adapters:
+        for adapter in everyone:
             (aside / adapter.name).mkdir(parents=True)
             for name in (WEIGHTS, OBJECTIVE):
                 shutil.copyfile(adapter.folder / name, aside / adapter.name / name)
@@ -114,6 +141,10 @@ def create_set(
                 "num_inference_steps": max(adapter.num_inference_steps for adapter in adapters),
                 "default_weights": {adapter.name: 1 / len(adapters) for adapter in adapters},
                 "adapters": [{"name": a.name, "folder": a.name, "sha256": a.sha256} for a in adapters],
+                "oracles": [
+                    {"name": a.name, "folder": a.name, "sha256": a.sha256, "weights": w}
+                    for a, w in zip(extra, weights, strict=True)
+                ],
             },
         )
         load_set(aside)
@@ -136,12 +167,15 @@ def load_set(folder: str | Path) -> AdapterSet:
     file = folder / MANIFEST
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
     try:
-        entries = [(entry["name"], entry["folder"], entry["sha256"]) for entry in values["adapters"]]
+        mixed = values.get("oracles", [])
+        entries = [(entry["name"], entry["folder"], entry["sha256"]) for entry in [*values["adapters"], *mixed]]
+        weights = [dict(entry["weights"]) for entry in mixed]
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
     except TypeError as error:
         raise ValueError(f"{file} is malformed: {error}") from error
-    adapters = tuple(read_adapter(_inside(folder, place)) for _, place, _ in entries)
+    everyone = tuple(read_adapter(_inside(folder, place)) for _, place, _ in entries)
+    adapters, oracles = everyone[: len(everyone) - len(weights)], everyone[len(everyone) - len(weights) :]
     try:
         loaded = AdapterSet(
             base=check_base(values["base"]),
@@ -151,18 +185,38 @@ def load_set(folder: str | Path) -> AdapterSet:
             guidance_scale=float(values["guidance_scale"]),
             num_inference_steps=check_steps(values["num_inference_steps"]),
             default_weights=dict(values["default_weights"]),
+            oracles=tuple(OracleAdapter(adapter=a, weights=w) for a, w in zip(oracles, weights, strict=True)),
         )
-        blend_weights([loaded.default_weights], loaded.names)
+        weight_table([loaded.default_weights, *weights], loaded.names)
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file} is malformed: {error}") from error
-    for adapter, (name, place, sha256) in zip(loaded.adapters, entries, strict=True):
+    for adapter, (name, place, sha256) in zip(everyone, entries, strict=True):
         if adapter.name != name or adapter.sha256 != sha256:
             raise ValueError(f"{file}: adapter {name!r} in {place} is not the one the set was made of; create it again")
         if not same_base(adapter.base, loaded.base):
             raise ValueError(f"{file}: adapter {name!r} belongs to another base, {adapter.base.get('name_or_path')!r}")
     return loaded
+
+
+def _oracle_weights(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, float]:
+    """The weights an oracle was trained on, by objective: its reward's terms, matched to the objectives' rewards."""
+    kind, _, sum_of = oracle.objective.reward.partition(":")
+    if kind != "weighted":
+        raise ValueError(
+            f"oracle {oracle.name!r} was trained on {oracle.objective.reward!r}; expected a weighted:… reward"
+        )
+    names = {adapter.objective.reward: adapter.name for adapter in adapters}
+    weights = {}
+    for term in parse_terms(sum_of):
+        if term.name not in names:
+            raise ValueError(
+                f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "
+                f"the set's rewards are {', '.join(names)}"
+            )
+        weights[names[term.name]] = term.weight
+    return weights
 
 
 def claim_output(folder: Path, *, overwrite: bool) -> None:

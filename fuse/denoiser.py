@@ -1,6 +1,7 @@
 """Guided predictions of the base and of its adapters, from one UNet."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +9,24 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stepfuse.fuse.adapter import GUIDANCE, active_adapter
+from stepfuse.fuse.adapter import GUIDANCE, active_adapter, averaged_factors, merged_adapters
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning
 
 Latents = Float[Tensor, "batch channels height width"]
+
+
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Adapters merged by weight into one LoRA, Σ w_i B_i A_i, or by factors.
+
+    Attributes:
+        weights: (name, w_i) of each.
+        factors: average A and B separately.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+    factors: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +67,9 @@ class Denoiser:
         x_t: Latents,
         t: Tensor | int,
         conditioning: Conditioning,
-        adapters: Sequence[str | None],
+        adapters: Sequence[str | MergedAdapters | None],
     ) -> list[Latents]:
-        """Guided predictions at (x_t, t), one an adapter; None is the base.
+        """Guided predictions at (x_t, t), one an adapter or merge of several; None is the base.
 
         With `shared` guidance N adapters cost N + 1 forwards, the unconditional one included.
         """
@@ -74,11 +88,23 @@ class Denoiser:
         return negative + self.guidance_scale * (positive - negative)
 
     def forward(
-        self, x_t: Latents, t: Tensor | int, conditioning: Conditioning, kinds: str, adapter: str | None
+        self,
+        x_t: Latents,
+        t: Tensor | int,
+        conditioning: Conditioning,
+        kinds: str,
+        adapter: str | MergedAdapters | None,
     ) -> tuple[Latents, ...]:
         """Raw predictions for `+`, `-` or `-+`, in float32 or wider."""
-        with active_adapter(self.unet, adapter):
+        with self.active(adapter):
             return call_unet(self.unet, self.path, x_t, t, conditioning, kinds)
+
+    def active(self, adapter: str | MergedAdapters | None) -> AbstractContextManager[None]:
+        """The UNet as one network."""
+        if not isinstance(adapter, MergedAdapters):
+            return active_adapter(self.unet, adapter)
+        merge = averaged_factors if adapter.factors else merged_adapters
+        return merge(self.unet, dict(adapter.weights))
 
 
 def call_unet(

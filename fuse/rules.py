@@ -1,62 +1,395 @@
-"""Fusion rules: from the Gaussians of the base and of the adapters to the one that is sampled."""
+"""Fusion rules: from the base and the adapters to the one Gaussian that a step samples.
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+Each states its equation, its source, its cost in forwards a step, and whether it needs a reward. A forward is one
+evaluation of the network on one image; guidance adds the unconditional ones (one a step and image where it is
+shared, one to each forward where it is full).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from stepfuse.fuse.gaussian import Gaussian, product
+from stepfuse.fuse.plan import FusionStep, Latents, Merge, Plan
 
 
 class FusionRule(Protocol):
-    """One method: fuse one step.
+    """How the experts of a step become the Gaussian that is sampled.
 
-    Args:
-        gaussians: one an expert; the base is among them where its exponent is not 0.
-        exponents: a_i, one an expert and sample; they sum to 1 over the experts.
-        relative_variances: r_i of each expert's schedule at this step.
+    `prepare` sees the whole run before anything is sampled: it refuses what the rule cannot do, naming the remedy,
+    and may rewrite the plan. Calling the rule fuses one step.
     """
 
-    def __call__(
-        self,
-        gaussians: Sequence[Gaussian],
-        exponents: Float[Tensor, "experts batch"],
-        relative_variances: Float[Tensor, " experts"],
-    ) -> Gaussian: ...
+    def prepare(self, plan: Plan) -> Plan: ...
+
+    def __call__(self, step: FusionStep) -> Gaussian: ...
 
 
-def product_rule(
-    gaussians: Sequence[Gaussian],
-    exponents: Float[Tensor, "experts batch"],
-    relative_variances: Float[Tensor, " experts"],
-) -> Gaussian:
-    """p* ∝ Π p_i^(a_i), the base holding 1 - Σ a_i over the objectives (MSDDA, arXiv:2604.14379).
+@dataclass(frozen=True)
+class Product:
+    """p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i), a_i = λ w_i (MSDDA, arXiv:2604.14379).
 
-    Cost: one conditional forward an objective and step, one more for guidance, one more for the
-    base where the strength is not 1. Needs no reward.
+        1/v* = (1 - Σ a_i)/v_ref + Σ a_i/v_i,    m* = v* [ (1 - Σ a_i) m_ref/v_ref + Σ a_i m_i/v_i ]
 
-    Raises:
-        ValueError: for a fused precision that is not positive.
+    Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
     """
-    return product(gaussians, exponents, relative_variances=relative_variances)
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength that leaves no positive precision at some step."""
+        check_strength(plan)
+        return plan
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        places = step.used
+        exponents = step.exponents[places]
+        gaussians = step.gaussians(places)
+        if len(gaussians) == 1 and bool((exponents == 1).all()):
+            return gaussians[0]
+        return product(gaussians, exponents, relative_variances=step.relative(places))
 
 
-RULES: dict[str, FusionRule] = {
-    "product": product_rule,
+@dataclass(frozen=True)
+class Base(Product):
+    """p_ref: every adapter off, the weights and λ of no effect. Cost: one forward. Needs no reward."""
+
+    def prepare(self, plan: Plan) -> Plan:
+        return replace(plan, strength=0.0)
+
+
+@dataclass(frozen=True)
+class KL(Product):
+    """p* ∝ p_ref^(1 - λ) p_i^λ: one adapter at another KL strength, λ in [0, 2] (DB-KLA, Diffusion Blend,
+    arXiv:2505.18547).
+
+    Published for equal variances, where it is the affine mean of the predicted noises; this is the product law for
+    one objective, which is the same there and exact elsewhere. Cost: one forward where λ is 0 or 1, else two.
+    Needs no reward.
+    """
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for several objectives, λ outside [0, 2], or no positive precision."""
+        if not 0 <= plan.strength <= 2:
+            raise ValueError(f"rule kl with strength {plan.strength:g}; expected 0 to 2")
+        several = ((plan.weights != 0).sum(1) != 1) | (plan.weights != plan.weights[:1]).any(1)
+        if bool(several.any()):
+            number, image = (int(i) for i in several.nonzero()[0])
+            raise ValueError(
+                f"rule kl takes one objective and a strength, not weights {plan.label(number, image)}; "
+                "use product for several"
+            )
+        return super().prepare(plan)
+
+
+@dataclass(frozen=True)
+class Oracle(Product):
+    """p_w, the one adapter that was trained on the weighted reward itself (MORL): what fusion is measured against.
+
+    Found in the set by its weights, to three decimals; for all the weight on one objective it is that objective's own
+    adapter. Cost: one forward, one more where λ is not 1. Needs no reward when sampling, but a training run for each
+    mixture.
+    """
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for weights that no adapter of the set was trained on."""
+        wanted = plan.weights[:, : plan.objectives]
+        if bool((wanted != wanted[:1]).any()):
+            raise ValueError("rule oracle takes weights that stay the same over the steps")
+        single = torch.eye(plan.objectives, dtype=torch.float64)
+        trained = torch.cat([single, plan.oracles.double()]) if len(plan.oracles) else single
+        distance = (wanted[0].T[:, None] - trained).abs().amax(2)
+        nearest, found = distance.min(1)
+        if bool((nearest > 1e-3).any()):
+            image = int((nearest > 1e-3).nonzero()[0])
+            have = "; ".join(
+                ", ".join(f"{n}={w:.3g}" for n, w in zip(plan.names, row, strict=False) if w)
+                for row in trained.tolist()
+            )
+            raise ValueError(
+                f"no oracle for weights {plan.label(0, image)}: the set has adapters trained on {have}; "
+                "train one on the reward weighted:… and add it with `stepfuse set create --oracle`"
+            )
+        chosen = functional.one_hot(found, len(plan.names)).T.to(plan.weights)
+        return super().prepare(replace(plan, weights=chosen.expand_as(plan.weights)))
+
+
+@dataclass(frozen=True)
+class AverageNoise:
+    """e = Σ a_i e_i + (1 - Σ a_i) e_ref, predicted noises averaged (DB-MPA, Diffusion Blend, arXiv:2505.18547).
+
+    Published for one variance schedule. Where the objectives' differ, the step's variance is their average,
+    v = Σ a_i v_i + (1 - Σ a_i) v_ref; where they are equal this is `product`. Cost: as `product`. Needs no reward.
+    """
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
+        check_average_variance(plan)
+        return plan
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        places = step.used
+        exponents = step.exponents[places]
+        return step.transition(average(step.predict(places), exponents), average_variance(step))
+
+
+@dataclass(frozen=True)
+class Soup:
+    """One network with the LoRA Σ a_i B_i A_i, exactly (Rewarded Soup, arXiv:2306.04488); variance as `average_noise`.
+
+    To first order in the LoRAs its prediction is that of `average_noise`. Weights may differ between the images of a
+    batch; each distinct mixture is one call. Cost: one forward. Needs no reward.
+    """
+
+    factors: ClassVar[bool] = False
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
+        check_average_variance(plan)
+        return plan
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        weights = step.exponents[: step.plan.base]
+        mixtures, which = torch.unique(weights, dim=1, return_inverse=True)
+        prediction = torch.empty_like(step.x_t)
+        for column in range(mixtures.shape[1]):
+            rows = (which == column).nonzero().flatten()
+            merge = Merge(tuple(mixtures[:, column].tolist()), factors=self.factors)
+            prediction[rows.to(prediction.device)] = step.predict([merge], rows)[0].to(prediction.dtype)
+        return step.transition(prediction, average_variance(step))
+
+
+@dataclass(frozen=True)
+class SoupFactors(Soup):
+    """One network with the LoRA λ (Σ w_i B_i) (Σ w_i A_i): the factors averaged, as Diffusion Blend's code does.
+
+    Not the average of the LoRAs: products of different objectives' factors come in. Kept because published numbers of
+    "Rewarded Soup" come from it. Takes adapters of one rank and alpha. Cost: one forward. Needs no reward.
+    """
+
+    factors: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One expert a step and image, drawn independently with probability a_i (DB-MPA-LS, Diffusion Blend,
+    arXiv:2505.18547), the base with 1 - Σ a_i.
+
+    Cost: one forward. Needs no reward.
+    """
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for exponents that are no probabilities."""
+        check_probabilities(plan, "switch")
+        return plan
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        cumulative = step.exponents.cumsum(0)
+        u = step.uniforms[:, step.number].to(cumulative)
+        # The last positive one takes what rounding leaves above the sum.
+        choice = (cumulative <= u).sum(0).clamp(max=step.plan.base)
+        last = step.plan.base - (step.exponents.flip(0) > 0).to(torch.int64).argmax(0)
+        return step.chosen(torch.minimum(choice, last))
+
+
+@dataclass(frozen=True)
+class Systematic:
+    """One expert a step and image by credit: credit += a, the largest is chosen, and pays 1; random phase an image.
+
+    Each expert is chosen with probability a_i at every step, as in `switch`, but any window of the run holds its due
+    share within about one step, so the run stays closer to the blend. (Systematic sampling; the credit rule is that of
+    smooth weighted round-robin schedulers.) Cost: one forward. Needs no reward.
+    """
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for exponents that are no probabilities."""
+        check_probabilities(plan, "systematic")
+        return plan
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        return step.chosen(systematic_choice(step.plan.exponents[: step.number + 1], step.uniforms))
+
+
+@dataclass(frozen=True)
+class RewardGradientGuidance(Base):
+    """x_s = (a draw of p_ref) + λ_k v Σ w_i g_i, g_i = ∇ r_i(x_0(x_t)) normalised over channels at each pixel
+    (the RGG baseline of Diffusion Blend, arXiv:2505.18547), λ_k = min((1 + growth)^k - 1, 1).
+
+    x_0 is the base's prediction, its noise held fixed, so the gradient goes through the decoder and the reward, not the
+    network. k counts in units of a run of 50 steps, as published. Cost: one forward of the base, and for each objective
+    whose weight is not 0 one decoding and one reward with their gradients. Needs differentiable rewards.
+
+    Attributes:
+        growth: published as 0.024.
+    """
+
+    growth: float = 0.024
+    needs: ClassVar[str] = "gradients"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.growth < float("inf"):
+            raise ValueError(f"growth {self.growth}; expected a positive number")
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength: the base is not tilted by λ here."""
+        check_no_strength(plan, "rgg")
+        return super().prepare(plan)
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        (prediction,) = step.predict([step.plan.base])
+        gaussian = step.transition(prediction, step.variance(step.plan.base))
+        return replace(gaussian, mean=gaussian.mean + self.shift(step, prediction, gaussian.variance))
+
+    def shift(self, step: FusionStep, prediction: Latents, variance: Tensor) -> Latents:
+        """λ_k v Σ w_i g_i."""
+        clean, _ = step.plan.path.clean_and_noise(step.x_t, prediction, step.t)
+        images = torch.arange(len(clean)) if step.rows is None else step.rows
+        weights = step.plan.weights[step.number].to(clean)
+        total = torch.zeros_like(clean)
+        for place, score in enumerate(step.rewards):
+            if bool((weights[place] != 0).any()):
+                with torch.enable_grad():
+                    x_0 = clean.detach().requires_grad_()
+                    (gradient,) = torch.autograd.grad(score(x_0, images).sum(), x_0)
+                g = functional.normalize(gradient, dim=1)
+                total += weights[place].reshape(-1, *[1] * (clean.ndim - 1)) * g
+        k = step.number * 50 / len(step.plan.steps)
+        return min((1 + self.growth) ** k - 1, 1.0) * variance * total
+
+
+@dataclass(frozen=True)
+class CoDe(Base):
+    """Blockwise best of N (CoDe, arXiv:2502.00968): the base unrolled N times through a block of B steps, the
+    candidate kept whose predicted x_0 has the largest Σ w_i r_i / σ_i.
+
+    Cost: N forwards a step, one in the first; a reward of N candidates a block. Needs rewards.
+
+    Attributes:
+        candidates: N; 1 is the base.
+        block_size: B, the steps between choices; the last block may be shorter.
+    """
+
+    candidates: int = 20
+    block_size: int = 5
+    needs: ClassVar[str] = "rewards"
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "block_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r}; expected a whole number, 1 or more")
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength: the choice has none."""
+        check_no_strength(plan, "code")
+        return super().prepare(plan)
+
+
+RULES: dict[str, type[FusionRule]] = {
+    "base": Base,
+    "product": Product,
+    "average_noise": AverageNoise,
+    "kl": KL,
+    "switch": Switch,
+    "systematic": Systematic,
+    "soup": Soup,
+    "soup_factors": SoupFactors,
+    "code": CoDe,
+    "rgg": RewardGradientGuidance,
+    "oracle": Oracle,
 }
 
 
-def get_rule(name: str) -> FusionRule:
+def get_rule(name: str, **options: Any) -> FusionRule:
     """A rule by its name in `RULES`.
 
+    Args:
+        options: fields of the rule, `candidates=8` of `code` for instance.
+
     Raises:
-        ValueError: for a name that is not there.
+        ValueError: for a name that is not there, or an option the rule does not have.
     """
     if name not in RULES:
         raise ValueError(f"no fusion rule {name!r}; expected one of {', '.join(RULES)}")
-    return RULES[name]
+    fields = [f.name for f in dataclasses.fields(RULES[name])] if dataclasses.is_dataclass(RULES[name]) else []
+    for option in options:
+        if option not in fields:
+            raise ValueError(f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}")
+    return RULES[name](**options)
+
+
+# What rules have in common --------------------------------------------------------------------
+
+
+def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts batch"]) -> Latents:
+    """Σ a_i e_i."""
+    a = exponents.to(predictions[0]).reshape(len(predictions), -1, *[1] * (predictions[0].ndim - 1))
+    return sum(a[i] * prediction for i, prediction in enumerate(predictions))
+
+
+def average_variance(step: FusionStep) -> Tensor:
+    """Σ a_i v_i + (1 - Σ a_i) v_ref, one an image."""
+    a = step.exponents.to(step.x_t).reshape(step.plan.base + 1, -1, *[1] * (step.x_t.ndim - 1))
+    return sum((a[i] * step.variance(i) for i in step.used), torch.zeros(()).to(step.x_t))
+
+
+def systematic_choice(
+    exponents: Float[Tensor, "steps places batch"], uniforms: Float[Tensor, "batch draws"]
+) -> Int[Tensor, " batch"]:
+    """The place each image takes at the last of these steps, by credit from a random phase.
+
+    A step moves the credit vector c, of sum 0, by a - e_chosen: modulo the differences e_i - e_j a rotation of the
+    torus, which keeps the uniform distribution. So a uniform phase Σ_{i<n} u_i (e_i - e_n), played forward until the
+    credits are where the rule keeps them, makes every expert's chance a_i at every step.
+    """
+    places, batch = exponents.shape[1:]
+    columns = torch.arange(batch)
+    active = (exponents > 0).any(0)  # the others have no credit: they would bias the phase of those that do
+    last = places - 1 - active.flip(0).to(torch.int64).argmax(0)
+    credit = uniforms[:, :places].T.double() * active
+    credit[last, columns] = 0
+    credit[last, columns] = -credit.sum(0)
+    choice = torch.zeros(batch, dtype=torch.int64)
+    for a in [exponents[0]] * (4 * places) + list(exponents):
+        # An expert of exponent 0 never takes part, whatever its credit.
+        choice = (credit + a).masked_fill(a == 0, -torch.inf).argmax(0)
+        credit = credit + a
+        credit[choice, columns] -= 1
+    return choice
+
+
+def check_strength(plan: Plan) -> None:
+    """See that the product's precision is positive at every step: it depends on variances alone.
+
+    Raises:
+        ValueError: naming the step, the weights and the largest valid strength.
+    """
+    images = plan.weights.shape[2]
+    limits = torch.full((len(plan.steps), images), torch.inf, dtype=torch.float64)
+    for number in range(len(plan.steps)):
+        used = (plan.weights[number] != 0).any(1).nonzero().flatten().tolist()
+        r = torch.tensor([plan.relative(place, number) for place in used], dtype=torch.float64)
+        reference = plan.relative(plan.base, number)
+        present = [*r.tolist(), reference] if plan.strength != 1 else r.tolist()
+        if plan.strength == 0:
+            present = [reference]
+        if min(present) == 0 and max(present) > 0:
+            raise ValueError(
+                f"step {number + 1} of {len(plan.steps)} mixes deterministic and random schedules (relative variances "
+                f"{[round(v, 4) for v in present]}); use eta 0 for all, the base included, or for none"
+            )
+        if max(present) > 0 and plan.strength != 0:
+            limits[number] = largest_strength(plan.weights[number][used], r, reference or r.max().item())
+    if bool((limits <= plan.strength).any()):
+        number, image = divmod(int(limits.argmin()), images)
+        raise ValueError(
+            f"strength {plan.strength:g} with weights {plan.label(number, image)} leaves no positive precision at step "
+            f"{number + 1} of {len(plan.steps)}; the largest valid strength is just below {limits.min().item():.4g}"
+        )
 
 
 def largest_strength(
@@ -74,21 +407,41 @@ def largest_strength(
     return torch.where(slope < 0, limit, torch.inf)
 
 
-def blend_weights(weights: Sequence[Mapping[str, float]], names: Sequence[str]) -> Float[Tensor, "objectives batch"]:
-    """Users' weights by objective name → columns that sum to 1, float64.
+def check_average_variance(plan: Plan) -> None:
+    """See that Σ a_i v_i stays in [0, sigma_s²] at every step.
 
     Raises:
-        ValueError: for an unknown objective, a weight that is not finite, or weights that do not
-            have a positive sum.
+        ValueError: naming the step and the weights.
     """
-    table = torch.zeros(len(names), len(weights), dtype=torch.float64)
-    for column, given in enumerate(weights):
-        for name, weight in given.items():
-            if name not in names:
-                raise ValueError(f"weights name the objective {name!r}; this set has {', '.join(names)}")
-            table[names.index(name), column] = weight
-        if not bool(torch.isfinite(table[:, column]).all()):
-            raise ValueError(f"weights {dict(given)} are not all finite; give each objective a number")
-        if table[:, column].sum() <= 0:
-            raise ValueError(f"weights {dict(given)} sum to {table[:, column].sum():g}; expected a positive sum")
-    return table / table.sum(0)
+    like = torch.zeros(1, 1, dtype=torch.float64)
+    for number, (t, s) in enumerate(plan.steps):
+        r = torch.tensor([plan.relative(place, number) for place in range(plan.base + 1)], dtype=torch.float64)
+        average = (plan.exponents[number] * r[:, None]).sum(0)
+        share = plan.path.ancestral_variance(t, s, like).item()
+        room = plan.path.at(s, like)[1].item() ** 2
+        outside = (average < -1e-9) | (average * share > room * (1 + 1e-6))
+        if bool(outside.any()):
+            image = int(outside.nonzero()[0])
+            raise ValueError(
+                f"strength {plan.strength:g} with weights {plan.label(number, image)} averages the variances to "
+                f"{average[image].item() * share:g} at step {number + 1} of {len(plan.steps)}, outside 0 to {room:g}; "
+                "use a strength nearer 1, or the rule product"
+            )
+
+
+def check_probabilities(plan: Plan, rule: str) -> None:
+    """See that all exponents lie in [0, 1].
+
+    Raises:
+        ValueError: naming the weights, or the strength.
+    """
+    if not 0 <= plan.strength <= 1:
+        raise ValueError(f"rule {rule} with strength {plan.strength:g}; it picks experts by chance, so expected 0 to 1")
+    if bool((plan.weights < 0).any()):
+        number, _, image = (int(i) for i in (plan.weights < 0).nonzero()[0])
+        raise ValueError(f"rule {rule} with weights {plan.label(number, image)}; it takes none below 0")
+
+
+def check_no_strength(plan: Plan, rule: str) -> None:
+    if plan.strength != 1:
+        raise ValueError(f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength")

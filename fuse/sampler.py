@@ -1,7 +1,7 @@
 """The multi-objective sampler: N adapters fused at every denoising step, for any weights."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
-from stepfuse.fuse.adapter import Objective, load_adapter
+from stepfuse.fuse.adapter import Objective, check_factors, check_mergeable, load_adapter, lora_layers
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
-from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.denoiser import Denoiser, Latents, MergedAdapters
 from stepfuse.fuse.gaussian import Gaussian, Generators
 from stepfuse.fuse.pipeline import (
     Conditioning,
@@ -26,29 +26,20 @@ from stepfuse.fuse.pipeline import (
     load_pipeline,
     same_base,
 )
-from stepfuse.fuse.rules import FusionRule, blend_weights, get_rule, largest_strength
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import VarianceSchedule, step_variance
+from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows
+from stepfuse.fuse.rules import CoDe, FusionRule, Soup, get_rule
+from stepfuse.fuse.run import Run, uniform_numbers
+from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.fuse.weights import Weights, weight_table
+from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.registry import load_reward
 
-Weights = Mapping[str, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blend:
-    """Exponents of one batch: a_i for the objectives, and 1 - λ for the base.
-
-    Attributes:
-        objectives: a_i = λ w_i, one an objective and sample, float64.
-        strength: λ, their sum.
-    """
-
-    objectives: Float[Tensor, "objectives batch"]
-    strength: float
+Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedSampler:
-    """Sample the product of several aligned policies over one base (MSDDA, arXiv:2604.14379).
+    """Sample the fusion of several aligned policies over one base, by default their product (MSDDA, arXiv:2604.14379).
 
         p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i),     a_i = λ w_i,  Σ w_i = 1
 
@@ -60,6 +51,10 @@ class FusedSampler:
         rule: how the Gaussians of a step are fused.
         num_inference_steps: default number of steps.
         default_weights: used where `sample` gets none.
+        oracles: adapters trained on weighted rewards, on the UNet too.
+        oracle_weights: what each of them was trained on, by objective.
+        rewards: of the objectives, by name; only rules that need rewards read them.
+        reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
     """
 
     pipeline: DiffusionPipeline
@@ -69,6 +64,10 @@ class FusedSampler:
     rule: FusionRule
     num_inference_steps: int
     default_weights: Weights
+    oracles: tuple[Objective, ...] = ()
+    oracle_weights: tuple[Mapping[str, float], ...] = ()
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    reward_scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_pretrained(
@@ -76,9 +75,11 @@ class FusedSampler:
         adapter_set: str | Path | AdapterSet,
         *,
         pipeline: DiffusionPipeline | None = None,
-        rule: str = "product",
+        rule: str | FusionRule = "product",
         guidance: str | None = None,
         guidance_scale: float | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+        reward_scales: Mapping[str, float] | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "FusedSampler":
@@ -87,14 +88,16 @@ class FusedSampler:
         Args:
             adapter_set: a folder, or a set already read.
             pipeline: the base if it is loaded already; by default the one the set names.
-            rule: a name in `stepfuse.fuse.rules.RULES`.
+            rule: a name in `stepfuse.fuse.rules.RULES`, or a rule.
             guidance, guidance_scale: by default those of the set.
+            rewards: by objective, for rules that need them; by default those the objectives name.
+            reward_scales: by objective; by default the deviation each adapter's training measured on the base.
             dtype, device: where and how the base is kept.
 
         Raises:
-            ValueError: for a faulty set, or a pipeline that is not the set's base.
+            ValueError: for a faulty set, a pipeline that is not the set's base, or a rule whose rewards are not there.
         """
-        chosen_rule = get_rule(rule)
+        chosen_rule = get_rule(rule) if isinstance(rule, str) else rule
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set)
         if pipeline is None:
@@ -103,9 +106,9 @@ class FusedSampler:
         fingerprint = base_fingerprint(pipeline.unet)
         if not same_base(adapter_set.base, fingerprint):
             raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-        for adapter in adapter_set.adapters:
+        for adapter in (*adapter_set.adapters, *(oracle.adapter for oracle in adapter_set.oracles)):
             load_adapter(pipeline, adapter, fingerprint)
-        return cls(
+        sampler = cls(
             pipeline=pipeline,
             objectives=adapter_set.objectives,
             denoiser=Denoiser.from_pipeline(
@@ -117,66 +120,97 @@ class FusedSampler:
             rule=chosen_rule,
             num_inference_steps=adapter_set.num_inference_steps,
             default_weights=adapter_set.default_weights,
+            oracles=tuple(oracle.adapter.objective for oracle in adapter_set.oracles),
+            oracle_weights=tuple(oracle.weights for oracle in adapter_set.oracles),
+            rewards=rewards or {},
+            reward_scales=adapter_set.reward_scales | dict(reward_scales or {}),
         )
+        return sampler.with_rule(chosen_rule)
+
+    def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
+        """The same sampler under another rule, with the rewards it needs loaded.
+
+        Raises:
+            ValueError: for an unknown rule, a reward that cannot be loaded, or one without gradient where the rule
+                needs it.
+        """
+        rule = get_rule(rule) if isinstance(rule, str) else rule
+        if not getattr(rule, "needs", ""):
+            return replace(self, rule=rule)
+        device = self.pipeline.unet.device
+        rewards = {o.name: self.rewards.get(o.name) or _reward_of(o, rule, device) for o in self.objectives}
+        return replace(self, rule=rule, rewards=rewards)
 
     @property
     def names(self) -> list[str]:
         return [objective.name for objective in self.objectives]
 
-    def blend(
-        self, weights: Weights | Sequence[Weights] | None, count: int, strength: float, weights_on: str = "exponents"
-    ) -> Blend:
-        """Exponents for `count` images.
+    def plan(
+        self,
+        weights: Weights | Sequence[Weights] | None,
+        count: int,
+        *,
+        strength: float = 1.0,
+        weights_on: str = "exponents",
+        num_inference_steps: int | None = None,
+    ) -> Plan:
+        """What a run for `count` images will do, checked by the rule before anything is computed.
 
         Args:
             weights: one mapping for all, or one an image; objectives left out get 0.
             count: how many images.
             strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
             weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i: weights on the rewards themselves.
+            num_inference_steps: by default the set's.
 
         Raises:
-            ValueError: for weights or a strength that make no blend.
+            ValueError: for weights or a strength that make no plan, or that the rule refuses.
         """
         given = self.default_weights if weights is None else weights
         rows = [given] if isinstance(given, Mapping) else list(given)
         if len(rows) not in (1, count):
             raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
-        table = blend_weights(rows, self.names).expand(-1, count)
+        path = self.denoiser.path
+        steps = path.steps(self.num_inference_steps if num_inference_steps is None else num_inference_steps)
+        table = weight_table(rows, self.names, len(steps)).expand(-1, -1, count)
         if weights_on == "rewards":
             table = table * torch.tensor([[o.beta] for o in self.objectives], dtype=torch.float64)
-            table = table / table.sum(0)
+            table = table / table.sum(1, keepdim=True)
         elif weights_on != "exponents":
             raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
         if not strength >= 0 or strength == float("inf"):
             raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
-        return Blend(objectives=table * strength, strength=strength)
+        experts = (*self.objectives, *self.oracles)
+        plan = Plan(
+            path=path,
+            steps=steps,
+            names=[expert.name for expert in experts],
+            schedules=[*(expert.variance for expert in experts), self.reference],
+            weights=torch.cat([table, torch.zeros(len(steps), len(self.oracles), count, dtype=torch.float64)], 1),
+            strength=float(strength),
+            oracles=weight_table(self.oracle_weights, self.names)[0].T if self.oracles else torch.zeros(0, 0),
+        )
+        if isinstance(self.rule, Soup):
+            used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
+            check = check_factors if self.rule.factors else check_mergeable
+            check(lora_layers(self.pipeline.unet), used)
+        if getattr(self.rule, "needs", "") == "gradients":
+            self._check_gradients(plan)
+        return self.rule.prepare(plan)
 
-    def step(self, x_t: Latents, t: int, s: int, blend: Blend, conditioning: Conditioning) -> Gaussian:
-        """The fused Gaussian of x_s given x_t. Objectives of exponent 0 throughout are not run.
+    def step(self, x_t: Latents, number: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
+        """The fused Gaussian of x_s given x_t at step `number` of the plan; networks of weight 0 are not run.
+
+        Rules that draw lots take them from generators of seeds 0, 1, 2 …; `sample` takes each image's own.
 
         Raises:
             ValueError: for a fused precision that is not positive.
         """
-        adapters: list[str | None] = []
-        schedules: list[VarianceSchedule] = []
-        exponents: list[Tensor] = []
-        for objective, row in zip(self.objectives, blend.objectives, strict=True):
-            if bool((row != 0).any()):
-                adapters.append(objective.name)
-                schedules.append(objective.variance)
-                exponents.append(row)
-        if blend.strength != 1:
-            adapters.append(None)
-            schedules.append(self.reference)
-            exponents.append(torch.full((len(x_t),), 1 - blend.strength, dtype=torch.float64))
-        path = self.denoiser.path
-        predictions = self.denoiser.predictions(x_t, t, conditioning, adapters)
-        gaussians = [
-            transition(path, x_t, prediction, t, s, step_variance(schedule, path, t, s, x_t))
-            for prediction, schedule in zip(predictions, schedules, strict=True)
-        ]
-        relative = torch.stack([schedule.relative(path, t, s, x_t).flatten()[0] for schedule in schedules])
-        return self.rule(gaussians, torch.stack(exponents), relative)
+        lots = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
+        run = self._run(plan, conditioning, None)
+        return self.rule(
+            FusionStep(plan=plan, number=number, x_t=x_t, networks=run.networks, uniforms=lots, rewards=run.rewards)
+        )
 
     @torch.no_grad()
     def sample(
@@ -194,25 +228,27 @@ class FusedSampler:
         batch_size: int = 16,
         output_type: str = "pil",
         progress: bool = True,
+        observe: Observer | None = None,
     ) -> list[Image.Image] | Tensor:
         """Draw one image a prompt.
 
         Args:
             prompts: one or several.
             weights: by objective name: one mapping for all images, or one an image.
-            strength, weights_on: see `blend`.
-            num_inference_steps: by default the set's.
+            strength, weights_on, num_inference_steps: see `plan`.
             generator: one for all images, or one an image. An image depends on its own generator
                 alone, never on the batch it is drawn in.
             negative_prompt: one for all images, or one an image.
             height, width: pixels; by default the model's own size.
-            batch_size: how many images are denoised together.
+            batch_size: how many images are denoised together; candidates of `code` count as images.
             output_type: `pil`; `pt`, pixels in [0, 1] of shape (b, 3, h, w); or `latent`.
             progress: show a bar over the steps.
+            observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
+                batch, and which of the prompts the batch holds.
 
         Raises:
-            ValueError: for weights, sizes or counts that make no sense, and where the strength leaves
-                no positive precision at some step, before anything is computed.
+            ValueError: for weights, sizes or counts that make no sense, and for what the rule refuses, before
+                anything is computed.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -226,57 +262,87 @@ class FusedSampler:
             raise ValueError(f"output_type {output_type!r}; expected pil, pt or latent")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
-        blend = self.blend(weights, len(prompts), strength, weights_on)
-        count = self.num_inference_steps if num_inference_steps is None else num_inference_steps
-        steps = self.denoiser.path.steps(count)
-        self.check_strength(blend, steps)
+        plan = self.plan(
+            weights, len(prompts), strength=strength, weights_on=weights_on, num_inference_steps=num_inference_steps
+        )
         generators = image_generators(generator, len(prompts))
         shape = latent_shape(self.pipeline, height, width)
         device = self.pipeline.unet.device
         outputs = []
-        batches = [slice(i, i + batch_size) for i in range(0, len(prompts), batch_size)]
-        with tqdm(total=len(batches) * len(steps), disable=not progress, desc="denoise") as bar:
+        together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
+        batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
+        with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
             for rows in batches:
                 conditioning = encode_prompts(self.pipeline, prompts[rows], negatives[rows], height=height, width=width)
-                part = Blend(objectives=blend.objectives[:, rows], strength=strength)
+                run = self._run(plan[rows], conditioning, prompts[rows])
                 own = generators[rows]
-                x_t = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
-                for t, s in steps:
-                    x_t = self.step(x_t, t, s, part, conditioning).sample(own)
+                x_T = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
+
+                def watch(
+                    step: FusionStep, gaussian: Gaussian, c: Conditioning = conditioning, which: slice = rows
+                ) -> None:
                     bar.update()
-                outputs.append(x_t if output_type == "latent" else decode_latents(self.pipeline, x_t).cpu())
+                    if observe:
+                        observe(step, gaussian, c, which)
+
+                x_0 = replace(run, observe=watch).denoise(x_T, own)
+                outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
 
-    def check_strength(self, blend: Blend, steps: Sequence[tuple[int, int]]) -> None:
-        """See that the fused precision is positive at every step: it depends on variances alone.
+    def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
+        """The run of one batch: its networks and rewards know which row belongs to which image."""
 
-        Raises:
-            ValueError: naming the step, the weights and the largest valid strength.
-        """
-        path, like = self.denoiser.path, torch.zeros(1, 1, dtype=torch.float64)
-        share = blend.objectives / (blend.strength or 1)
-        used = (share != 0).any(1)
-        limits = torch.full((len(steps), share.shape[1]), torch.inf, dtype=torch.float64)
-        for number, (t, s) in enumerate(steps):
-            schedules = [o.variance for o, is_used in zip(self.objectives, used, strict=True) if is_used]
-            r = torch.tensor([v.relative(path, t, s, like).item() for v in schedules], dtype=torch.float64)
-            reference = self.reference.relative(path, t, s, like).item()
-            present = [*r.tolist(), reference] if blend.strength != 1 else r.tolist()
-            if min(present) == 0 and max(present) > 0:
-                raise ValueError(
-                    f"step {number + 1} of {len(steps)} mixes deterministic and random schedules (relative variances "
-                    f"{[round(v, 4) for v in present]}); use eta 0 for all, the base included, or for none"
+        def networks(x_t: Latents, t: int, wanted: Sequence[int | Merge], rows: Rows) -> list[Latents]:
+            adapters = [self._adapter(plan, network) for network in wanted]
+            return self.denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters)
+
+        def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
+            def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:
+                assert prompts is not None
+                texts = [prompts[i] for i in rows.tolist()]
+                return score(
+                    self.rewards[objective.name], decode_latents(self.pipeline, clean), texts, name=objective.reward
                 )
-            if max(present) > 0:
-                limits[number] = largest_strength(share[used], r, reference or r.max().item())
-        if bool((limits <= blend.strength).any()):
-            number, image = divmod(int(limits.argmin()), share.shape[1])
-            weights = ", ".join(f"{n}={w:g}" for n, w in zip(self.names, share[:, image].tolist(), strict=True))
-            raise ValueError(
-                f"strength {blend.strength:g} with weights {weights} leaves no positive precision at step "
-                f"{number + 1} of {len(steps)}; the largest valid strength is just below {limits.min().item():.4g}"
-            )
+
+            return reward
+
+        needed = getattr(self.rule, "needs", "") and prompts is not None
+        return Run(
+            rule=self.rule,
+            plan=plan,
+            networks=networks,
+            rewards=[scorer(o) for o in self.objectives] if needed else [],
+            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
+        )
+
+    def _adapter(self, plan: Plan, network: int | Merge) -> str | MergedAdapters | None:
+        if isinstance(network, Merge):
+            return MergedAdapters(tuple(zip(plan.names, network.weights, strict=True)), factors=network.factors)
+        return None if network == plan.base else plan.names[network]
+
+    def _check_gradients(self, plan: Plan) -> None:
+        """See that the rewards in use are differentiable, by one small picture."""
+        for place, objective in enumerate(self.objectives):
+            if bool((plan.weights[:, place] != 0).any()):
+                pixels = torch.full((1, 3, 64, 64), 0.5, device=self.pipeline.unet.device, requires_grad=True)
+                with torch.enable_grad():
+                    value = score(self.rewards[objective.name], pixels, [""], name=objective.reward)
+                if not value.requires_grad:
+                    raise ValueError(
+                        f"rule rgg needs gradients, and the reward {objective.reward!r} of objective "
+                        f"{objective.name!r} has none; give it weight 0, or use the rule code"
+                    )
+
+
+def _reward_of(objective: Objective, rule: FusionRule, device: torch.device) -> Reward:
+    try:
+        return load_reward(objective.reward, device)
+    except ValueError as error:
+        raise ValueError(
+            f"rule {type(rule).__name__} needs the reward of objective {objective.name!r}: {error}; "
+            "or pass it as rewards={…}"
+        ) from error
 
 
 def image_generators(generator: Generators, count: int) -> list[torch.Generator]:

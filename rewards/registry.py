@@ -10,10 +10,15 @@ from stepfuse.rewards.clip_score import CLIPScore
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
 from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.weighted import Weighted, parse_terms
 
 
 def _clip_score(argument: str | None, device: torch.device) -> Reward:
     return CLIPScore(argument, device) if argument else CLIPScore(device=device)
+
+
+def _weighted(argument: str | None, device: torch.device) -> Reward:
+    return Weighted(parse_terms(argument or ""), lambda name: load_reward(name, device))
 
 
 def _plain(reward: Reward) -> Callable[[str | None, torch.device], Reward]:
@@ -30,19 +35,21 @@ REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
     "colourfulness": _plain(colourfulness),
     "compressibility": _plain(compressibility),
     "incompressibility": _plain(incompressibility),
+    "weighted": _weighted,
 }
 
 
 def load_reward(name: str, device: str | torch.device = "cpu") -> Reward:
     """A reward by name, `clip_score`; with an argument, `clip_score:openai/clip-vit-large-patch14`;
-    or a function of one's own, `path/to/file.py:function`.
+    a weighted sum of several, `weighted:0.5*compressibility/0.2 + 0.5*clip_score/6`; or a function of one's own,
+    `path/to/file.py:function`.
 
     Raises:
         ValueError: for an unknown name, or a file or function that is not there.
     """
-    if ".py:" in name:
-        return _from_file(*name.rsplit(":", 1))
     kind, _, argument = name.partition(":")
+    if ".py:" in name and kind != "weighted":
+        return _from_file(*name.rsplit(":", 1))
     if kind not in REWARDS:
         raise ValueError(f"no reward {kind!r}; expected one of {', '.join(REWARDS)}, or path/to/file.py:function")
     return REWARDS[kind](argument or None, torch.device(device))

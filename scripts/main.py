@@ -7,6 +7,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# Without importing torch for --help; a test holds it to RULES.
+RULE_NAMES = (
+    "base",
+    "product",
+    "average_noise",
+    "kl",
+    "switch",
+    "systematic",
+    "soup",
+    "soup_factors",
+    "code",
+    "rgg",
+    "oracle",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input ends in one line and exit status 1."""
@@ -72,6 +87,14 @@ def _add_set(commands: argparse._SubParsersAction) -> None:
         "--adapter", type=Path, action="append", required=True, metavar="DIR", help="an adapter folder; repeat"
     )
     create.add_argument(
+        "--oracle",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="an adapter trained on a weighted: sum of the rewards, to compare fusion with; repeat",
+    )
+    create.add_argument(
         "--reference_eta", type=float, default=1.0, help="eta of the base, which counts where the strength is not 1"
     )
     create.add_argument("--overwrite", action="store_true", help="replace what is there")
@@ -102,7 +125,8 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
         "--weights",
         action="append",
         metavar="A=0.7,B=0.3",
-        help="weights by objective, normalised to sum 1; repeat for a column each; by default the set's own",
+        help="weights by objective, normalised to sum 1; A=0.9@0-0.5,0.2@0.5-1 changes over the steps; repeat for a "
+        "column each; by default the set's own",
     )
     sample.add_argument("--prompt", action="append", required=True, help="repeat for a row each")
     sample.add_argument("--negative_prompt", default="", help="what guidance steers away from")
@@ -117,7 +141,9 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     )
     sample.add_argument("--steps", type=int, help="denoising steps; by default the set's")
     sample.add_argument("--seed", type=int, default=0, help="one row, one seed: columns differ by their weights alone")
-    sample.add_argument("--rule", default="product", help="fusion rule (default product)")
+    sample.add_argument("--rule", default="product", help=f"one of {', '.join(RULE_NAMES)} (default product)")
+    sample.add_argument("--candidates", type=int, help="of the rule code: candidates a block (default 20)")
+    sample.add_argument("--block_size", type=int, help="of the rule code: steps a block (default 5)")
     sample.add_argument("--guidance", choices=("shared", "full", "off"), help="by default the set's")
     sample.add_argument("--guidance_scale", type=float, help="by default the set's")
     sample.add_argument("--height", type=int, help="pixels; by default the base's")
@@ -141,8 +167,14 @@ def _set_create(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.variance import EtaSchedule
 
     reference = EtaSchedule(eta=arguments.reference_eta)
-    created = create_set(arguments.output, arguments.adapter, reference=reference, overwrite=arguments.overwrite)
-    print(f"{arguments.output}: {', '.join(created.names)}")
+    created = create_set(
+        arguments.output,
+        arguments.adapter,
+        oracles=arguments.oracle,
+        reference=reference,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{arguments.output}: {', '.join([*created.names, *(o.adapter.name for o in created.oracles)])}")
 
 
 def _set_validate(arguments: argparse.Namespace) -> None:
@@ -161,6 +193,7 @@ def _set_validate(arguments: argparse.Namespace) -> None:
 def _set_show(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.variance import schedule_to_dict
+    from stepfuse.fuse.weights import label_weights
 
     loaded = load_set(arguments.set)
     print(f"base        {loaded.base['name_or_path']}")
@@ -177,6 +210,8 @@ def _set_show(arguments: argparse.Namespace) -> None:
             print(f"  trained   {record['algorithm']}, {record.get('steps')} steps, KL {record.get('kl', 0):.3g} nats")
         for moment, measured in record.get("validation", {}).items():
             print(f"  reward {moment:7} {measured['reward']:.3f} over {measured['images']} images")
+    for oracle in loaded.oracles:
+        print(f"\noracle {oracle.adapter.name}  ({label_weights(oracle.weights)})")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -184,7 +219,9 @@ def _sample(arguments: argparse.Namespace) -> None:
 
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.fuse.rules import get_rule
     from stepfuse.fuse.sampler import FusedSampler
+    from stepfuse.fuse.weights import label_weights, parse_weights
     from stepfuse.scripts.pictures import labelled_grid
 
     if arguments.output.exists() and not arguments.overwrite:
@@ -193,12 +230,14 @@ def _sample(arguments: argparse.Namespace) -> None:
     device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
+    options = {name: getattr(arguments, name) for name in ("candidates", "block_size")}
+    rule = get_rule(arguments.rule, **{name: value for name, value in options.items() if value is not None})
     quiet_libraries()
     loaded = load_set(arguments.set)
     columns = [parse_weights(text) for text in arguments.weights or []] or [loaded.default_weights]
     sampler = FusedSampler.from_pretrained(
         loaded,
-        rule=arguments.rule,
+        rule=rule,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         dtype=getattr(torch, arguments.dtype),
@@ -221,7 +260,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     assert isinstance(images, list)
     width = len(columns)
     rows = [images[i : i + width] for i in range(0, len(images), width)]
-    heads = [", ".join(f"{name} {weight:g}" for name, weight in column.items()) for column in columns]
+    heads = [label_weights(column).replace("=", " ").replace(",", ", ") for column in columns]
     picture = rows[0][0] if len(images) == 1 else labelled_grid(rows, arguments.prompt, heads)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.output)
@@ -251,25 +290,6 @@ def check_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:  # unknown, or built without it
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
-
-
-def parse_weights(text: str) -> dict[str, float]:
-    """`a=0.7,b=0.3` → {"a": 0.7, "b": 0.3}.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, sign, value = part.partition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            sign = ""
-        if not sign or not name.strip() or name.strip() in weights:
-            raise ValueError(f"weights {text!r}; expected NAME=NUMBER,NAME=NUMBER with each name once")
-        weights[name.strip()] = weight
-    return weights
 
 
 if __name__ == "__main__":

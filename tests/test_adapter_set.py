@@ -295,7 +295,7 @@ def test_an_adapter_of_another_base_in_a_set_is_named(adapters, adapter_set):
     ("changes", "culprit"),
     [
         (dict(default_weights={"a": 1, "bright": 1}), "'bright'"),
-        (dict(default_weights={"a": 0, "b": 0}), "'a': 0"),
+        (dict(default_weights={"a": 0, "b": 0}), "a=0"),
         (dict(default_weights={"a": "much", "b": 1}), MANIFEST),
         (dict(default_weights=5), MANIFEST),
         (dict(adapters=[]), MANIFEST),

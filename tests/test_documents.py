@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 
-from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.plan import FusionStep, Plan
 from stepfuse.fuse.rules import RULES
-from stepfuse.fuse.variance import SCHEDULES, schedule_from_dict, schedule_to_dict, step_variance
+from stepfuse.fuse.variance import SCHEDULES, EtaSchedule, schedule_from_dict, schedule_to_dict, step_variance
 
 ROOT = Path(__file__).parents[1]
 # SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
@@ -101,13 +102,29 @@ def test_the_example_reward_is_one() -> None:
 
 def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepfuse.fuse.rules.RULES", dict(RULES))
-    example("def strongest")
+    example("class Strongest")
     from stepfuse.fuse import rules
 
-    gaussians = [Gaussian(mean=torch.full((2, 1), float(i)), variance=torch.ones(1, 1)) for i in range(3)]
-    exponents = torch.tensor([[0.2, 0.3], [0.7, 0.1], [0.1, 0.6]])  # means 0.25, 0.4, 0.35
-    fused = rules.get_rule("strongest")(gaussians, exponents, torch.ones(3))
-    assert fused.mean.tolist() == [[1.0], [1.0]]
+    plan = Plan(
+        path=NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)),
+        steps=[(500, 250)],
+        names=["a", "b"],
+        schedules=[EtaSchedule()] * 3,
+        weights=torch.tensor([[[0.7, 0.4], [0.3, 0.6]]], dtype=torch.float64),
+        strength=1.0,
+    )
+
+    def networks(x_t, t, wanted, rows):  # each expert predicts its own place as x_0
+        alpha, sigma = plan.path.at(t, x_t)
+        return [(x_t - alpha * place) / sigma for place in wanted]
+
+    rule = rules.get_rule("strongest")
+    step = FusionStep(
+        plan=rule.prepare(plan), number=0, x_t=torch.zeros(2, 1), networks=networks, uniforms=torch.zeros(2, 3)
+    )
+    alone = [step.gaussians([place])[0].mean for place in (0, 1)]
+    assert not torch.equal(*alone)
+    torch.testing.assert_close(rule(step).mean, torch.stack([alone[0][0], alone[1][1]]))
 
 
 def test_the_example_schedule_is_stored_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,6 @@ from diffusers import DDIMScheduler
 
 from stepfuse.fuse.gaussian import Gaussian, product
 from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.rules import get_rule
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import EtaSchedule, step_variance
 
@@ -168,7 +167,7 @@ def fused_step(path, scheduler, x_t, t, s, rewards, exponents):
         gaussians.append(transition(path, like, torch.tensor(e), t, s, variance))
         relative.append(schedule.relative(path, t, s, like).item())
     columns = torch.tensor(exponents)[:, None].expand(-1, len(x_t))
-    return get_rule("product")(gaussians, columns, torch.tensor(relative, dtype=torch.float64))
+    return product(gaussians, columns, relative_variances=torch.tensor(relative, dtype=torch.float64))
 
 
 def policies(rewards, strength):

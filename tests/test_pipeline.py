@@ -217,7 +217,7 @@ def test_a_fused_step_of_xl_is_the_precision_weighted_mean_of_ddim_steps(xl_samp
     x_t = noise()
     conditioning = encode_prompts(xl_sampler.pipeline, PROMPTS, NEGATIVES)
     with torch.no_grad():
-        fused = xl_sampler.step(x_t, 501, 251, xl_sampler.blend({"a": 1, "b": 3}, 2, 1.0), conditioning)
+        fused = xl_sampler.step(x_t, 1, xl_sampler.plan({"a": 1, "b": 3}, 2, num_inference_steps=4), conditioning)
         predictions = xl_sampler.denoiser.predictions(x_t, 501, conditioning, ["a", "b"])
     still = torch.zeros_like(x_t)
     first, second = (

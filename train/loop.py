@@ -284,10 +284,10 @@ class Run:
         return [passes[place // size][place % size] for place in places]
 
     @torch.no_grad()
-    def draw_validation(self) -> tuple[list[str], Tensor, float]:
-        """Sample the validation prompts, on the main process: the prompts, their pixels and mean reward."""
+    def draw_validation(self) -> tuple[list[str], Tensor, Tensor]:
+        """Sample the validation prompts, on the main process: the prompts, their pixels and rewards."""
         if not self.accelerator.is_main_process:
-            return [], torch.empty(0), 0.0
+            return [], torch.empty(0), torch.empty(0)
         settings = self.settings
         wanted = settings.validation_prompts or self.prompts
         count = settings.num_validation_images
@@ -310,16 +310,17 @@ class Run:
             pixels = decode_latents(self.pipeline, latents)
             values.append(score(self.reward, pixels, batch, name=settings.reward).cpu())
             pictures.append(pixels.cpu())
-        return prompts, torch.cat(pictures), torch.cat(values).mean().item()
+        return prompts, torch.cat(pictures), torch.cat(values)
 
-    def save_validation(self, step: int, drawn: tuple[list[str], Tensor, float]) -> dict[str, float]:
+    def save_validation(self, step: int, drawn: tuple[list[str], Tensor, Tensor]) -> dict[str, float]:
         """Save the validation images as a picture and log their reward."""
-        prompts, pixels, mean = drawn
+        prompts, pixels, values = drawn
         if not prompts:
             return {}
         save_samples(self.output / "samples" / f"step-{step:06d}.png", pixels, prompts)
+        mean = values.mean().item()
         self.accelerator.log({"validation_reward": mean}, step=step)
-        return {"reward": mean, "images": len(prompts)}
+        return {"reward": mean, "deviation": values.std(correction=0).item(), "images": len(prompts)}
 
     def write(self, progress: "Progress") -> None:
         """The adapter, with all that is known of it."""

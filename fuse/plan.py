@@ -1,0 +1,175 @@
+"""What a run of the sampler is asked for, and what one of its steps offers to a fusion rule."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.transition import transition
+from stepfuse.fuse.variance import VarianceSchedule, step_variance
+
+Latents = Float[Tensor, "batch *shape"]
+Rows = Int[Tensor, " rows"]
+Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One network whose LoRAs are merged by weight, one weight an objective.
+
+    Attributes:
+        weights: by the objective's place.
+        factors: average A and B separately, instead of their products.
+    """
+
+    weights: tuple[float, ...]
+    factors: bool = False
+
+
+class Networks(Protocol):
+    """One method: predictions at (x_t, t), one a network.
+
+    Args:
+        networks: the place of an expert in the plan, or a merge of several.
+        rows: which images of the batch the rows of x_t belong to.
+    """
+
+    def __call__(
+        self, x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows
+    ) -> list[Float[Tensor, "rows *shape"]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run: its steps, the experts that may be fused and how much of each is wanted.
+
+    Attributes:
+        path: the noise path.
+        steps: (t, s) of each denoising step.
+        names: the objectives; after them the oracles, if there are any.
+        schedules: variance schedules, one a name, the base's last.
+        weights: w_i, summing to 1 at each step and for each image; 0 for oracles.
+        strength: λ.
+        oracles: the weights each oracle was trained on, a row an oracle.
+    """
+
+    path: NoisePath
+    steps: Sequence[tuple[int, int]]
+    names: Sequence[str]
+    schedules: Sequence[VarianceSchedule]
+    weights: Float[Tensor, "steps experts batch"]
+    strength: float
+    oracles: Float[Tensor, "oracles objectives"] = field(default_factory=lambda: torch.zeros(0, 0))
+
+    @property
+    def base(self) -> int:
+        """The place of the base among the experts: the last."""
+        return len(self.names)
+
+    @property
+    def objectives(self) -> int:
+        """How many of the names are objectives; oracles follow them."""
+        return len(self.names) - len(self.oracles)
+
+    @cached_property
+    def exponents(self) -> Float[Tensor, "steps places batch"]:
+        """a_i = λ w_i, and 1 - λ for the base, float64."""
+        base = torch.full_like(self.weights[:, :1], 1 - self.strength)
+        return torch.cat([self.strength * self.weights, base], 1)
+
+    def __getitem__(self, rows: slice | Rows) -> "Plan":
+        """The plan of some of the images."""
+        return replace(self, weights=self.weights[..., rows])
+
+    def relative(self, place: int, number: int) -> float:
+        """r of an expert at a step: its variance in units of the ancestral one."""
+        t, s = self.steps[number]
+        return self.schedules[place].relative(self.path, t, s, torch.zeros(1, 1, dtype=torch.float64)).item()
+
+    def label(self, number: int, image: int) -> str:
+        """The weights of one image at one step, for messages."""
+        shares = self.weights[number, :, image].tolist()
+        objectives = [(name, w) for name, w in zip(self.names, shares, strict=True)][: self.objectives]
+        return ", ".join(f"{name}={w:g}" for name, w in objectives)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionStep:
+    """One denoising step as a rule sees it; a network runs only when the rule asks for it.
+
+    Attributes:
+        plan: the run this is a step of, for as many images as x_t has rows.
+        number: k, from 0.
+        x_t: the latents.
+        networks: predictions of the plan's experts.
+        uniforms: each image's own numbers in [0, 1), the same at every step; as many as there are steps, or experts.
+        rewards: a reward of x_0 latents an objective, differentiable where the reward is; for rules that need them.
+        rows: which images of the batch x_t's rows are; by default all, in order.
+    """
+
+    plan: Plan
+    number: int
+    x_t: Latents
+    networks: Networks
+    uniforms: Float[Tensor, "batch draws"]
+    rewards: Sequence[Score] = ()
+    rows: Rows | None = None
+
+    @property
+    def t(self) -> int:
+        return self.plan.steps[self.number][0]
+
+    @property
+    def s(self) -> int:
+        return self.plan.steps[self.number][1]
+
+    @property
+    def exponents(self) -> Float[Tensor, "places batch"]:
+        """a_i of this step, the base's last."""
+        return self.plan.exponents[self.number]
+
+    @property
+    def used(self) -> list[int]:
+        """Places of the experts whose exponent is not 0 for every image."""
+        return (self.exponents != 0).any(1).nonzero().flatten().tolist()
+
+    def relative(self, places: Sequence[int]) -> Float[Tensor, " places"]:
+        """r of experts at this step."""
+        return torch.tensor([self.plan.relative(place, self.number) for place in places], dtype=torch.float64)
+
+    def predict(self, networks: Sequence[int | Merge], rows: Rows | None = None) -> list[Latents]:
+        """Predictions at (x_t, t), for some rows of x_t or for all."""
+        images = torch.arange(len(self.x_t)) if self.rows is None else self.rows
+        if rows is None:
+            return self.networks(self.x_t, self.t, networks, images)
+        return self.networks(self.x_t[rows.to(self.x_t.device)], self.t, networks, images[rows])
+
+    def variance(self, place: int) -> Tensor:
+        """v of an expert at this step, in squared latent units, broadcastable against x_t."""
+        return step_variance(self.plan.schedules[place], self.plan.path, self.t, self.s, self.x_t)
+
+    def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
+        """p(x_s | x_t) of a prediction for all rows."""
+        return transition(self.plan.path, self.x_t, prediction, self.t, self.s, variance)
+
+    def gaussians(self, places: Sequence[int]) -> list[Gaussian]:
+        """p_i(x_s | x_t) of experts: one forward each."""
+        predictions = self.predict(places)
+        return [self.transition(e, self.variance(i)) for e, i in zip(predictions, places, strict=True)]
+
+    def chosen(self, choice: Int[Tensor, " batch"]) -> Gaussian:
+        """p_i(x_s | x_t) of one expert an image, by place: the forwards of one model."""
+        prediction = torch.empty_like(self.x_t)
+        variance = torch.zeros(len(self.x_t), *[1] * (self.x_t.ndim - 1)).to(self.x_t)
+        for place in choice.unique().tolist():
+            rows = (choice == place).nonzero().flatten()
+            there = rows.to(self.x_t.device)
+            prediction[there] = self.predict([place], rows)[0].to(prediction.dtype)
+            variance[there] = self.variance(place).to(variance)
+        return self.transition(prediction, variance)

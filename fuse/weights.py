@@ -1,0 +1,122 @@
+"""What users say of the mixture they want: weights by objective, constant or changing over the steps."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """A weight that changes over the run.
+
+    Attributes:
+        pieces: (weight, begin, end), begin and end as shares of the steps: 0 is the first, noisiest step, 1 the end
+            of the last. Step k of T belongs to the piece with begin ≤ k / T < end; outside all pieces the weight is 0.
+
+    Raises:
+        ValueError: for pieces outside [0, 1], empty or overlapping ones.
+    """
+
+    pieces: tuple[tuple[float, float, float], ...]
+
+    def __post_init__(self) -> None:
+        last = 0.0
+        for weight, begin, end in sorted(self.pieces, key=lambda piece: piece[1]):
+            if not 0 <= begin < end <= 1:
+                raise ValueError(f"weight {weight:g}@{begin:g}-{end:g}; expected shares of the steps, such as 0-0.5")
+            if begin < last:
+                raise ValueError(f"weight {weight:g}@{begin:g}-{end:g} overlaps the piece that ends at {last:g}")
+            last = end
+
+    def at(self, number: int, count: int) -> float:
+        """The weight of step `number`, from 0, of `count`."""
+        return sum(weight for weight, begin, end in self.pieces if begin <= number / count < end)
+
+    def __str__(self) -> str:
+        return ",".join(f"{weight:g}@{begin:g}-{end:g}" for weight, begin, end in self.pieces)
+
+
+Weights = Mapping[str, float | WeightSchedule]
+PIECE = re.compile(r"(?P<weight>[^@]+)@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+)")
+
+
+def parse_weights(text: str) -> dict[str, float | WeightSchedule]:
+    """`a=0.7,b=0.3`, or over the steps `a=0.9@0-0.5,0.2@0.5-1,b=0.5` → weights by name.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts: dict[str, list[str]] = {}
+    name = ""
+    for part in text.split(","):
+        given, sign, value = part.partition("=")
+        if sign:
+            name = given.strip()
+            if not name or name in parts:
+                raise _malformed(text)
+            parts[name] = []
+        if not name:
+            raise _malformed(text)
+        parts[name].append((value if sign else given).strip())
+    return {name: _parse_value(values, text) for name, values in parts.items()}
+
+
+def _parse_value(values: Sequence[str], text: str) -> float | WeightSchedule:
+    try:
+        if len(values) == 1 and "@" not in values[0]:
+            return float(values[0])
+        matches = [PIECE.fullmatch(value) for value in values]
+        pieces = tuple((float(m["weight"]), float(m["begin"]), float(m["end"])) for m in matches if m)
+    except ValueError as error:
+        raise _malformed(text) from error
+    if len(pieces) < len(values):
+        raise _malformed(text)
+    return WeightSchedule(pieces)
+
+
+def _malformed(text: str) -> ValueError:
+    return ValueError(
+        f"weights {text!r}; expected NAME=NUMBER,NAME=NUMBER with each name once, "
+        "or over the steps NAME=0.9@0-0.5,0.2@0.5-1"
+    )
+
+
+def label_weights(weights: Weights) -> str:
+    """The inverse of `parse_weights`."""
+    return ",".join(f"{k}={v}" if isinstance(v, WeightSchedule) else f"{k}={v:g}" for k, v in weights.items())
+
+
+def weight_table(
+    weights: Sequence[Weights], names: Sequence[str], steps: int = 1
+) -> Float[Tensor, "steps objectives batch"]:
+    """Users' weights by objective name → columns that sum to 1 at every step, float64.
+
+    Raises:
+        ValueError: for an unknown objective, a weight that is not finite, or weights that do not have a positive
+            sum at some step.
+    """
+    table = torch.zeros(steps, len(names), len(weights), dtype=torch.float64)
+    for column, given in enumerate(weights):
+        for name, weight in given.items():
+            if name not in names:
+                raise ValueError(f"weights name the objective {name!r}; this set has {', '.join(names)}")
+            values = (
+                [weight.at(number, steps) for number in range(steps)]
+                if isinstance(weight, WeightSchedule)
+                else [weight] * steps
+            )
+            table[:, names.index(name), column] = torch.tensor(values, dtype=torch.float64)
+        if not bool(torch.isfinite(table[..., column]).all()):
+            raise ValueError(f"weights {label_weights(given)} are not all finite; give each objective a number")
+        sums = table[..., column].sum(1)
+        if bool((sums <= 0).any()):
+            first = int((sums <= 0).nonzero()[0])
+            where = f" at step {first + 1} of {steps}" if steps > 1 else ""
+            raise ValueError(
+                f"weights {label_weights(given)} sum to {sums[first].item():g}{where}; expected a positive sum"
+            )
+    return table / table.sum(1, keepdim=True)

@@ -1,0 +1,80 @@
+"""A weighted sum of rewards: what an oracle adapter is trained on."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+
+TERM = re.compile(
+    r"\s*(?P<weight>[0-9.eE+-]+)\s*\*\s*(?P<name>.+?)(?:\s*/\s*(?P<scale>[0-9.]+(?:[eE][+-]?[0-9]+)?))?\s*"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One reward of the sum: w_i r_i / σ_i.
+
+    Attributes:
+        name: as `load_reward` knows it.
+        weight: w_i, 0 or more.
+        scale: σ_i, the unit its reward is measured in: the spread it has over images of the base, say.
+    """
+
+    name: str
+    weight: float
+    scale: float = 1.0
+
+
+def parse_terms(text: str) -> tuple[Term, ...]:
+    """`0.5*compressibility/0.2 + 0.5*clip_score/6` → its terms, weights normalised to sum 1.
+
+    Raises:
+        ValueError: for anything else, a negative weight, weights that sum to 0, a scale that is not positive, or a
+            reward named twice.
+    """
+    expected = "expected WEIGHT*REWARD/SCALE + WEIGHT*REWARD/SCALE, such as 0.5*compressibility/0.2 + 0.5*clip_score/6"
+    terms = []
+    for part in re.split(r"\s\+\s", text):
+        match = TERM.fullmatch(part)
+        try:
+            weight, scale = float(match["weight"]), float(match["scale"] or 1) if match else 0.0  # type: ignore[index]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"weighted reward {text!r} has the term {part!r}; {expected}") from error
+        assert match is not None
+        if not 0 <= weight < float("inf") or not 0 < scale < float("inf"):
+            raise ValueError(f"weighted reward {text!r}: {part!r} needs a weight of 0 or more and a positive scale")
+        terms.append(Term(name=match["name"].strip(), weight=weight, scale=scale))
+    names = [term.name for term in terms]
+    total = sum(term.weight for term in terms)
+    if len(set(names)) < len(names):
+        raise ValueError(f"weighted reward {text!r} names a reward twice")
+    if total <= 0:
+        raise ValueError(f"weighted reward {text!r} has weights that sum to 0")
+    return tuple(Term(name=t.name, weight=t.weight / total, scale=t.scale) for t in terms)
+
+
+class Weighted:
+    """r = Σ w_i r_i / σ_i, with Σ w_i = 1.
+
+    Differentiable where its rewards are. Each is scaled before it is weighted, so that a weight means the same for a
+    reward in kilobytes and one in points (as GDPO, arXiv:2601.05242, normalises each reward by itself).
+
+    Args:
+        terms: the sum.
+        load: from a reward's name to the reward; those of weight 0 are not loaded.
+    """
+
+    def __init__(self, terms: Sequence[Term], load: Callable[[str], Reward]) -> None:
+        self.terms = tuple(terms)
+        self.rewards = {term.name: load(term.name) for term in terms if term.weight > 0}
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        total = torch.zeros(len(images), device=images.device)
+        for term in self.terms:
+            if term.weight > 0:
+                values = score(self.rewards[term.name], images, prompts, name=term.name)
+                total = total + term.weight / term.scale * values
+        return total
