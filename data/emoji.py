@@ -20,6 +20,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent / "emoji-base"
 PIPELINE = FOLDER / "pipeline"
 CLIP = FOLDER / "clip"
+ADAPTER_SET = Path(__file__).parent / "emoji-set"
 RESOLUTION = 64
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {

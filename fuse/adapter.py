@@ -8,6 +8,7 @@ FOLDER/
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from stepfuse.fuse.pipeline import same_base
@@ -124,6 +126,20 @@ def write_adapter(
     }
     write_json(folder / OBJECTIVE, values)
     return read_adapter(folder)
+
+
+def copy_adapter(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
+    """Copy an adapter's files; with `half` its weights in float16, metadata kept and the hash written anew."""
+    if not half:
+        for name in (WEIGHTS, OBJECTIVE):
+            shutil.copyfile(adapter.folder / name, folder / name)
+        return
+    with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
+        weights = {key: tensors.get_tensor(key).half() for key in tensors.keys()}  # noqa: SIM118
+        save_file(weights, folder / WEIGHTS, metadata=tensors.metadata())
+    check_weights(folder / WEIGHTS)  # what float16 cannot hold became infinite
+    values = read_json(adapter.folder / OBJECTIVE, "an adapter folder, as training leaves it")
+    write_json(folder / OBJECTIVE, values | {"sha256": file_hash(folder / WEIGHTS)})
 
 
 def read_adapter(folder: str | Path) -> Adapter:

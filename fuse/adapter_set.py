@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data import emoji
 from stepfuse.fuse.adapter import (
     FORMAT_VERSION,
-    OBJECTIVE,
     WEIGHTS,
     Adapter,
     Objective,
     check_base,
     check_guidance,
     check_steps,
+    copy_adapter,
+    file_hash,
     read_adapter,
     read_json,
     write_json,
@@ -30,6 +32,7 @@ from stepfuse.fuse.weights import weight_table
 from stepfuse.rewards.weighted import parse_terms
 
 MANIFEST = "adapter_set.json"
+EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,12 +93,13 @@ def create_set(
     *,
     oracles: Sequence[str | Path] = (),
     reference: VarianceSchedule | None = None,
+    half: bool = False,
     overwrite: bool = False,
 ) -> AdapterSet:
     """Copy trained adapters into a new set; the output is written whole or not at all.
 
     Guidance and steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
-    sum of the objectives' rewards.
+    sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
 
     Raises:
         ValueError: for no adapters, two of one name, adapters of different bases or guidance, an oracle
@@ -128,8 +132,7 @@ def create_set(
     try:
         for adapter in everyone:
             (aside / adapter.name).mkdir(parents=True)
-            for name in (WEIGHTS, OBJECTIVE):
-                shutil.copyfile(adapter.folder / name, aside / adapter.name / name)
+            copy_adapter(adapter, aside / adapter.name, half=half)
         write_json(
             aside / MANIFEST,
             {
@@ -140,11 +143,8 @@ def create_set(
                 "guidance_scale": first.guidance_scale,
                 "num_inference_steps": max(adapter.num_inference_steps for adapter in adapters),
                 "default_weights": {adapter.name: 1 / len(adapters) for adapter in adapters},
-                "adapters": [{"name": a.name, "folder": a.name, "sha256": a.sha256} for a in adapters],
-                "oracles": [
-                    {"name": a.name, "folder": a.name, "sha256": a.sha256, "weights": w}
-                    for a, w in zip(extra, weights, strict=True)
-                ],
+                "adapters": [_entry(aside, a) for a in adapters],
+                "oracles": [_entry(aside, a) | {"weights": w} for a, w in zip(extra, weights, strict=True)],
             },
         )
         load_set(aside)
@@ -160,10 +160,13 @@ def create_set(
 def load_set(folder: str | Path) -> AdapterSet:
     """Read and check a set: every file whole, every hash right, one base.
 
+    Args:
+        folder: where it lies, or `emoji`, the set of the embedded base.
+
     Raises:
         ValueError: naming the file at fault.
     """
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).exists() else EMBEDDED_SETS.get(str(folder), Path(folder))
     file = folder / MANIFEST
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
     try:
@@ -198,6 +201,11 @@ def load_set(folder: str | Path) -> AdapterSet:
         if not same_base(adapter.base, loaded.base):
             raise ValueError(f"{file}: adapter {name!r} belongs to another base, {adapter.base.get('name_or_path')!r}")
     return loaded
+
+
+def _entry(folder: Path, adapter: Adapter) -> dict[str, Any]:
+    sha256 = file_hash(folder / adapter.name / WEIGHTS)
+    return {"name": adapter.name, "folder": adapter.name, "sha256": sha256}
 
 
 def _oracle_weights(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, float]:

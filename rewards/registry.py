@@ -9,6 +9,7 @@ import torch
 from stepfuse.rewards.clip_score import CLIPScore
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
+from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.weighted import Weighted, parse_terms
 
@@ -34,6 +35,7 @@ REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
     "clip_score": _clip_score,
     "colourfulness": _plain(colourfulness),
     "compressibility": _plain(compressibility),
+    "emoji_background": _plain(emoji_background),
     "incompressibility": _plain(incompressibility),
     "weighted": _weighted,
 }

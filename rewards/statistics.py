@@ -1,4 +1,4 @@
-"""Paired comparisons of scores."""
+"""Paired comparisons of scores, and one bootstrap over prompts for all that is computed from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from scipy.stats import bootstrap
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean difference and its 95 % confidence interval."""
+    """A mean, or another number computed from scores, and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -48,3 +48,49 @@ def paired_interval(
     )
     interval = result.confidence_interval
     return Interval(mean=float(difference.mean()), low=float(interval.low), high=float(interval.high))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resamples:
+    """Draws of prompts with replacement, shared by all that is computed from them, so that differences are paired.
+
+    The first "draw" holds every prompt once: what is computed from it is the estimate.
+    """
+
+    prompt: np.ndarray  # of each image, the index of its prompt
+    counts: np.ndarray  # (1 + draws, prompts): how often a draw holds a prompt
+
+
+def resample_prompts(prompts: Sequence[str], *, draws: int, seed: int = 0) -> Resamples:
+    """`draws` bootstrap samples of the distinct prompts of some images.
+
+    Raises:
+        ValueError: for fewer than two prompts.
+    """
+    names, prompt = np.unique(np.asarray(prompts), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError("a bootstrap over prompts needs at least two prompts")
+    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
+    return Resamples(prompt=prompt, counts=np.concatenate([np.ones((1, len(names))), drawn]))
+
+
+def resampled_means(values: np.ndarray, resamples: Resamples) -> np.ndarray:
+    """Means of (…, images) as (…, 1 + draws): over the images as they are, then draw by draw.
+
+    What is not finite was not measured and is left out. The draws are NaN where fewer than two prompts were measured.
+    """
+    member = resamples.prompt[:, None] == np.arange(resamples.counts.shape[1])
+    measured = np.isfinite(values)
+    sums = np.where(measured, values, 0.0) @ member
+    sizes = measured.astype(np.float64) @ member
+    with np.errstate(invalid="ignore"):  # 0/0: a draw in which nothing was measured
+        means = (sums @ resamples.counts.T) / (sizes @ resamples.counts.T)
+    means[(sizes > 0).sum(-1) < 2, 1:] = np.nan
+    return means
+
+
+def percentile_interval(means: np.ndarray) -> Interval:
+    """Of (1 + draws,) values the first, with the percentiles 2.5 and 97.5 of the others (NaN where there are none)."""
+    drawn = means[1:][np.isfinite(means[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return Interval(mean=float(means[0]), low=float(low), high=float(high))

@@ -83,7 +83,7 @@ def cell_columns(summary: dict) -> list[Column]:
     unit = "; Σ w·r/σ, w the weights, r the rewards, σ their units"
     columns = [
         _plain("rule", "How the adapters are combined", lambda c: c["rule"]),
-        _plain("weights", "The share of each objective", lambda c: c["weights"] or "—"),
+        _plain("weights", "The share of each objective", lambda c: c["weights"].replace(",", ", ") or "—"),
         _number("strength", "λ: 0 is the base, 1 the trained strength", lambda c: c["strength"]),
     ]
     for reward in summary["rewards"]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from math import floor, isfinite, log10
 
 ASIDE = ("base", "oracle")  # neither is a rule that fuses
+ROUNDING = 1e-12  # the same images summed in another order differ by less
 
 
 def findings(summary: dict) -> list[str]:
@@ -14,7 +15,7 @@ def findings(summary: dict) -> list[str]:
 
 def decimals(value: float, spread: float | None = None) -> int:
     """Two significant digits of the half width of an interval, or three of the value where it has none."""
-    size, digits = (abs(spread), 2) if spread else (abs(value), 3)
+    size, digits = (spread, 2) if spread and spread > 1e-9 * abs(value) else (abs(value), 3)
     return min(max(0, digits - 1 - floor(log10(size))), 6) if size and isfinite(size) else 0
 
 
@@ -33,7 +34,7 @@ def text(interval: dict | None, *, signed: bool = False) -> str:
 
 
 def excludes_zero(interval: dict) -> bool:
-    return interval["low"] is not None and (interval["low"] > 0 or interval["high"] < 0)
+    return interval["low"] is not None and (interval["low"] > ROUNDING or interval["high"] < -ROUNDING)
 
 
 def _judged(interval: dict) -> str:
@@ -92,7 +93,7 @@ def _weights_lost(summary: dict) -> Iterator[str]:
     lost = {}
     for weights, cells in rivals.items():
         best = max(cells, key=lambda cell: cell["over_product"]["mean"])
-        if best["over_product"]["mean"] > 0:
+        if best["over_product"]["mean"] > ROUNDING:
             lost[weights] = best
     if rivals:
         clear = sum(excludes_zero(cell["over_product"]) for cell in lost.values())
@@ -115,7 +116,9 @@ def _cheapest(summary: dict) -> Iterator[str]:
         if matched["nfe_ratio"] is not None and matched["nfe_ratio"] < 1:
             cheaper[rule] = matched
     within = {
-        r: m for r, m in cheaper.items() if m["over_product"]["high"] is not None and m["over_product"]["high"] >= 0
+        r: m
+        for r, m in cheaper.items()
+        if m["over_product"]["high"] is not None and m["over_product"]["high"] >= -ROUNDING
     }
     if within:
         rule, matched = min(within.items(), key=lambda item: item[1]["nfe_ratio"])

@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_set(commands)
     _add_sample(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -97,6 +98,7 @@ def _add_set(commands: argparse._SubParsersAction) -> None:
     create.add_argument(
         "--reference_eta", type=float, default=1.0, help="eta of the base, which counts where the strength is not 1"
     )
+    create.add_argument("--half", action="store_true", help="store the weights in float16, half the size")
     create.add_argument("--overwrite", action="store_true", help="replace what is there")
     create.set_defaults(run=_set_create)
     validate = _add(
@@ -156,6 +158,26 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.set_defaults(run=_sample)
 
 
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = _add(
+        commands,
+        "evaluate",
+        "measure fusion rules and baselines on one set, on the same prompts and seeds: tables, fronts, a page",
+        "stepfuse evaluate emoji --config configs/eval/emoji.yaml --output_dir outputs/evaluation",
+    )
+    evaluate.add_argument("set", type=Path, nargs="?", help="the set's folder, or emoji: the one that is embedded")
+    evaluate.add_argument("--config", type=Path, help="what to draw and measure")
+    evaluate.add_argument("--world", choices=("gmm",), help="instead of a set: a world whose optima are known exactly")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the world; a config has its own")
+    evaluate.add_argument(
+        "--output_dir", type=Path, default=Path("outputs/evaluation"), help="where everything goes; run again to go on"
+    )
+    evaluate.add_argument("--overwrite", action="store_true", help="begin anew")
+    evaluate.add_argument("--device", default=None, help="by default cuda where there is one")
+    evaluate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base")
+    evaluate.set_defaults(run=_evaluate)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.demo import demo
 
@@ -172,6 +194,7 @@ def _set_create(arguments: argparse.Namespace) -> None:
         arguments.adapter,
         oracles=arguments.oracle,
         reference=reference,
+        half=arguments.half,
         overwrite=arguments.overwrite,
     )
     print(f"{arguments.output}: {', '.join([*created.names, *(o.adapter.name for o in created.oracles)])}")
@@ -265,6 +288,40 @@ def _sample(arguments: argparse.Namespace) -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.output)
     print(arguments.output)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.world:
+        if arguments.set or arguments.config:
+            raise ValueError("--world needs no set and no --config; give one or the other")
+        from stepfuse.fuse.adapter_set import claim_output
+        from stepfuse.scripts.world import measure_world
+
+        claim_output(arguments.output_dir, overwrite=arguments.overwrite)
+        measure_world(arguments.output_dir, seed=arguments.seed)
+        print((arguments.output_dir / "world.md").read_text())
+        return
+    if arguments.set is None or arguments.config is None:
+        raise ValueError("evaluate needs a set and --config FILE, or --world gmm")
+    from stepfuse.scripts.evaluate import evaluate
+    from stepfuse.scripts.evaluation import read_config
+    from stepfuse.scripts.findings import findings
+
+    device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    summary = evaluate(
+        arguments.set,
+        read_config(arguments.config),
+        arguments.output_dir,
+        overwrite=arguments.overwrite,
+        device=device,
+        dtype=getattr(torch, arguments.dtype),
+        command=f"stepfuse evaluate {arguments.set} --config {arguments.config}",
+    )
+    if summary:  # the main process
+        print("\n".join(f"- {line}" for line in findings(summary)))
+        print(arguments.output_dir / "report.html")
 
 
 def check_picture(file: Path) -> None:

@@ -85,6 +85,7 @@ def save_adapter(
     seed: int = 0,
     variance: VarianceSchedule | None = None,
     beta: float = 0.1,
+    reward: str | None = None,
     guidance: str = "shared",
     guidance_scale: float = 3.0,
     num_inference_steps: int = 3,
@@ -96,7 +97,7 @@ def save_adapter(
     return write_adapter(
         folder,
         pipeline.unet,
-        Objective(name=name, reward=f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta),
+        Objective(name=name, reward=reward or f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta),
         base={"name_or_path": str(base)} | fingerprint,
         guidance=guidance,
         guidance_scale=guidance_scale,

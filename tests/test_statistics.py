@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, bootstrap
 
-from stepfuse.rewards.statistics import paired_interval
+from stepfuse.rewards.statistics import paired_interval, percentile_interval, resample_prompts, resampled_means
 from tests.fixtures_tiny import refused
 
 IMAGES = 4  # of each prompt
@@ -91,3 +91,40 @@ def test_fewer_than_two_prompts_are_refused():
     for count in (0, 1, 5):
         with refused("two prompts"):
             paired_interval([1.0] * count, [0.0] * count, ["a"] * count)
+
+
+def test_means_of_draws_are_those_of_the_prompts_drawn():
+    """Prompt a has 1 and 3, b has 5 and an image that was not measured: 3, and b alone, 5, where a is not drawn."""
+    prompts, values = ["a", "a", "b", "b"], np.array([1.0, 3.0, 5.0, np.nan])
+    resamples = resample_prompts(prompts, draws=100)
+    means = resampled_means(values, resamples)
+    assert means[0] == 3
+    expected = {(1, 1): 3, (2, 0): 2, (0, 2): 5}
+    for counts, mean in zip(resamples.counts, means, strict=True):
+        assert mean == expected[tuple(counts)]
+
+
+def test_draws_of_prompts_give_the_interval_of_scipys_bootstrap():
+    scores, baseline, prompts = simulated(0, prompts=60)
+    means = (scores - baseline).reshape(60, IMAGES).mean(1)
+    expected = bootstrap((means,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1))
+    found = percentile_interval(resampled_means(scores - baseline, resample_prompts(prompts, draws=20_000)))
+    assert found.mean == pytest.approx(means.mean())
+    tolerance = 0.03 * width(found)  # of a percentile of 20 000 draws
+    interval = expected.confidence_interval
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high), abs=tolerance)
+
+
+def test_values_of_one_prompt_have_a_mean_and_no_interval():
+    means = resampled_means(np.array([[2.0, np.nan], [np.nan, np.nan]]), resample_prompts(["a", "b"], draws=10))
+    one, none = map(percentile_interval, means)
+    assert (one.mean, np.isnan(one.low), np.isnan(one.high)) == (2, True, True)
+    assert np.isnan(none.mean)
+
+
+def test_one_seed_draws_the_same_prompts_whatever_is_computed_from_them():
+    first, second = (resample_prompts(["a", "b", "c"], draws=20, seed=3) for _ in range(2))
+    assert (first.counts == second.counts).all()
+    assert (first.counts.sum(1) == 3).all()
+    with refused("two prompts"):
+        resample_prompts(["a", "a"], draws=20)

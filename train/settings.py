@@ -97,16 +97,16 @@ class TrainSettings:
         for name, word in (("guidance", "off"), ("mixed_precision", "no")):
             if getattr(self, name) is False:  # what YAML makes of the bare word
                 object.__setattr__(self, name, word)
-        _check_types(self)
+        check_types(self)
         for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "rank", "sample_num_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpointing_steps", "num_validation_images"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("learning_rate", "beta", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
-            _require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
-            _require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")
+            require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
+            require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")
         self.initial_schedule()
 
     @property
@@ -137,10 +137,10 @@ class DPOSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
-        _require(self.margin >= 0, "margin", self.margin, "0 or more")
-        _require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
-        _require(
+        require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
+        require(self.margin >= 0, "margin", self.margin, "0 or more")
+        require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
+        require(
             0 <= self.skip_first_steps < self.sample_num_steps,
             "skip_first_steps",
             self.skip_first_steps,
@@ -161,11 +161,11 @@ class DDPOSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
-        _require(self.num_inner_epochs >= 1, "num_inner_epochs", self.num_inner_epochs, "1 or more")
-        _require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
+        require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
+        require(self.num_inner_epochs >= 1, "num_inner_epochs", self.num_inner_epochs, "1 or more")
+        require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
         if self.per_prompt_stat_tracking:
-            _require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
+            require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
 
 
 S = TypeVar("S", bound=TrainSettings)
@@ -187,7 +187,7 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     for argument in arguments:
         flag = argument.split("=")[0]
         if flag.startswith("--") and flag.replace("-", "_").replace("__", "--", 1) not in known:
-            raise ValueError(f"unknown flag {flag}{_nearest(flag, sorted(known))}")
+            raise ValueError(f"unknown flag {flag}{nearest(flag, sorted(known))}")
     parser = TrlParser(settings, description=description, allow_abbrev=False)
     (parsed,) = parser.parse_args_and_config(arguments)
     return parsed
@@ -205,15 +205,15 @@ def _check_config(settings: type[TrainSettings], place: Sequence[str]) -> None:
     names = [f.name for f in dataclasses.fields(settings)]
     for key in values:
         if key not in names and key != "env":
-            raise ValueError(f"{place[0]}: unknown setting {key!r}{_nearest(str(key), names)}")
+            raise ValueError(f"{place[0]}: unknown setting {key!r}{nearest(str(key), names)}")
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_types(settings: TrainSettings) -> None:
+def check_types(settings: TrainSettings) -> None:
     """A YAML value of another type than its setting's."""
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
@@ -235,6 +235,6 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
+def require(condition: bool, name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name} is {value}; expected {expected}")

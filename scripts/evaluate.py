@@ -1,0 +1,377 @@
+"""`stepfuse evaluate`: draw every cell of an evaluation, score it, and measure what came out.
+
+OUT/
+  evaluation.json    what is drawn: a run only goes on where this is the same
+  parts/             a table for each cell and batch of prompts: what an interrupted run keeps
+  results.parquet    a row an image
+  summary.json       the figures
+  report.html        the page
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from stepfuse.data.emoji import to_image
+from stepfuse.data.prompts import load_prompts
+from stepfuse.fuse.adapter import read_json, write_json
+from stepfuse.fuse.adapter_set import AdapterSet, claim_output, load_set
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
+from stepfuse.fuse.plan import FusionStep
+from stepfuse.fuse.rules import CoDe
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.registry import load_reward
+from stepfuse.scripts.cells import Setup
+from stepfuse.scripts.evaluation import EvaluationConfig, PlannedCell, cells_of, shares_of
+from stepfuse.scripts.figures import summarise
+from stepfuse.scripts.report import write_report
+from stepfuse.train.rollout import sample_generator
+
+
+def evaluate(
+    adapter_set: str | Path,
+    config: EvaluationConfig,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    command: str = "",
+) -> dict[str, Any]:
+    """Draw, score, measure and report; an interrupted run goes on where it stopped, with the same numbers.
+
+    Under `accelerate launch` the batches are shared out between the processes.
+
+    Raises:
+        ValueError: for whatever can be known to be wrong, before anything is drawn: an unknown rule, a rule without
+            its reward or oracle, a reward that does not work; and for a reward that fails midway.
+    """
+    quiet_libraries()
+    state = PartialState(cpu=device == "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
+        raise ValueError(
+            f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other; on CPU launch with "
+            "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
+        )
+    loaded = load_set(adapter_set)
+    evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
+    identity = {
+        "format_version": 1,
+        "config": dataclasses.asdict(config),
+        "adapters": {a.name: a.sha256 for a in (*loaded.adapters, *(o.adapter for o in loaded.oracles))},
+        "prompts": hashlib.sha256("\n".join(evaluation.prompts).encode()).hexdigest(),
+    }
+    if state.is_main_process:
+        _claim(output, identity, overwrite=overwrite)
+    state.wait_for_everyone()
+    parts = evaluation.draw(output / "parts", state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return {}
+    results = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    aside = output / "results.parquet.tmp"
+    results.to_parquet(aside)
+    aside.replace(output / "results.parquet")
+    setup = evaluation.setup(adapter_set, command)
+    summary = summarise(results, setup)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_report(output / "report.html", results, summary, setup)
+    return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything loaded and checked, ready to draw."""
+
+    config: EvaluationConfig
+    sampler: FusedSampler
+    cells: list[PlannedCell]
+    prompts: list[str]
+    rewards: Mapping[str, Reward]
+    embedder: CLIPScore | None
+
+    @classmethod
+    def prepare(
+        cls, adapter_set: AdapterSet, config: EvaluationConfig, *, device: str, dtype: torch.dtype
+    ) -> "Evaluation":
+        """Load what is needed and see that every cell can be drawn.
+
+        Raises:
+            ValueError: naming the cell, reward or scale at fault.
+        """
+        cells = cells_of(config, adapter_set.names)
+        prompts = load_prompts(
+            config.prompts,
+            dataset_name=config.dataset_name,
+            split=config.dataset_split,
+            column=config.caption_column,
+        )
+        prompts = list(dict.fromkeys(prompts))
+        if len(prompts) < 2:
+            raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
+        for name in config.scales:
+            if name not in adapter_set.names:
+                raise ValueError(f"scales name {name!r}; the set has {', '.join(adapter_set.names)}")
+        scales = adapter_set.reward_scales | config.scales
+        for name in adapter_set.names:
+            if name not in scales:
+                raise ValueError(f"no scale for {name!r}: its training measured none; add it to scales in the config")
+        own = {o.name: o.reward for o in adapter_set.objectives}
+        rewards = {name: load_reward(name, device) for name in dict.fromkeys([*own.values(), *config.rewards])}
+        for name, reward in rewards.items():  # one gray picture: what fails always, fails here
+            score(reward, torch.full((2, 3, 64, 64), 0.5, device=device), prompts[:2], name=name)
+        sampler = FusedSampler.from_pretrained(
+            adapter_set,
+            guidance=config.guidance,
+            guidance_scale=config.guidance_scale,
+            rewards={name: rewards[reward] for name, reward in own.items()},
+            reward_scales=scales,
+            dtype=dtype,
+            device=device,
+        )
+        for cell in cells:
+            try:
+                sampler.with_rule(cell.rule).plan(
+                    cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps
+                )
+            except ValueError as error:
+                raise ValueError(f"{cell}: {error}") from error
+        embedding = config.embedding
+        embedded = adapter_set.base["name_or_path"] in EMBEDDED
+        embedder = CLIPScore(embedding, device) if embedding else CLIPScore(device=device) if embedded else None
+        return cls(config=config, sampler=sampler, cells=cells, prompts=prompts, rewards=rewards, embedder=embedder)
+
+    @property
+    def batches(self) -> list[range]:
+        """Prompts by their places, whole prompts to a batch."""
+        size = max(1, self.config.batch_size // self.config.seeds_per_prompt)
+        return [range(i, min(i + size, len(self.prompts))) for i in range(0, len(self.prompts), size)]
+
+    def setup(self, name: str | Path, command: str) -> Setup:
+        """What the tables and the page say of themselves."""
+        objectives, config = self.sampler.objectives, self.config
+        denoiser = self.sampler.denoiser
+        names = tuple(self.rewards)
+        own = [o.reward for o in objectives]
+        return Setup(
+            objectives=tuple((o.name, o.reward) for o in objectives),
+            rewards=names,
+            scales={o.reward: self.sampler.reward_scales[o.name] for o in objectives},
+            held_out=tuple(n for n in names if n not in own),
+            title=f"Evaluation of {name}",
+            base=str(self.sampler.pipeline.config.get("_name_or_path", "")),
+            steps=config.steps or self.sampler.num_inference_steps,
+            guidance=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
+            machine=machine(self.sampler.pipeline.unet.device),
+            command=command,
+        )
+
+    def draw(self, folder: Path, state: PartialState) -> list[Path]:
+        """Draw and score every cell, a file for each batch; files that are there are kept.
+
+        Raises:
+            ValueError: for a reward that fails, naming the cell; what was drawn before is kept.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        units = [
+            (folder / f"{i:04d}-{j:04d}.parquet", cell, rows)
+            for i, cell in enumerate(self.cells)
+            for j, rows in enumerate(self.batches)
+        ]
+        mine = [unit for number, unit in enumerate(units) if number % state.num_processes == state.process_index]
+        with tqdm(total=len(mine), disable=not state.is_main_process, desc="evaluate", unit="batch") as bar:
+            for file, cell, rows in mine:
+                bar.set_postfix_str(str(cell))
+                if not file.exists():
+                    try:
+                        table = self.measure(cell, rows)
+                    except ValueError as error:
+                        raise ValueError(f"{cell}: {error}; run again to go on, batches drawn are kept") from error
+                    aside = file.with_suffix(".tmp")
+                    table.to_parquet(aside)
+                    aside.replace(file)
+                bar.update()
+        return [file for file, _, _ in units]
+
+    @torch.no_grad()
+    def measure(self, cell: PlannedCell, rows: range) -> pd.DataFrame:
+        """The rows of one batch: all seeds of some prompts in one cell."""
+        config, seeds = self.config, self.config.seeds_per_prompt
+        places = [(place, seed) for place in rows for seed in range(seeds)]
+        prompts = [self.prompts[place] for place, _ in places]
+        sampler = self.sampler.with_rule(cell.rule)
+        device = sampler.pipeline.unet.device
+        with counted_rows(sampler.pipeline.unet) as count, peak_memory(device) as peak:
+            begin = _now(device)
+            pixels = self._sample(sampler, cell, places)
+            seconds = _now(device) - begin
+        scores = {
+            f"reward_{name}": score(reward, pixels.to(device), prompts, name=name).cpu().tolist()
+            for name, reward in self.rewards.items()
+        }
+        kl = self.kl_to_base(sampler, cell, places)
+        names = [o.name for o in sampler.objectives]
+        kept = [
+            _png(image) if s == 0 and p < config.strip_prompts else None
+            for (p, s), image in zip(places, pixels, strict=True)
+        ]
+        return pd.DataFrame(
+            {
+                "rule": cell.label,
+                "weights": cell.weights_label,
+                **{f"w_{name}": share for name, share in shares_of(cell, names).items()},
+                "strength": cell.strength,
+                "prompt": prompts,
+                "seed": [seed for _, seed in places],
+                **scores,
+                "kl": kl,
+                "diversity": self.diversity(pixels, len(rows)),
+                "nfe": count() / len(places),
+                "seconds": seconds / len(places),
+                "peak_memory_mb": peak(),
+                "image": kept,
+            }
+        )
+
+    def _sample(
+        self, sampler: FusedSampler, cell: PlannedCell, places: Sequence[tuple[int, int]], **options: Any
+    ) -> Tensor:
+        """Pixels of (prompt, seed) pairs; an image's randomness is its own, and the same in every cell."""
+        output = sampler.sample(
+            [self.prompts[place] for place, _ in places],
+            cell.weights,
+            strength=cell.strength,
+            num_inference_steps=self.config.steps,
+            generator=[sample_generator(self.config.seed, "evaluate", self.prompts[p], s) for p, s in places],
+            batch_size=self.config.batch_size,
+            output_type=options.pop("output_type", "pt"),
+            progress=False,
+            **options,
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+    def kl_to_base(self, sampler: FusedSampler, cell: PlannedCell, places: Sequence[tuple[int, int]]) -> list[float]:
+        """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along each image's own run, in nats, by drawing it once more.
+
+        For rules that draw lots it is the KL of the policy drawn, which bounds that of the mixture. Deterministic steps
+        have no density and are left out. NaN for `code`, whose choice is no Gaussian, and for seeds not measured.
+        """
+        chosen = [i for i, (_, seed) in enumerate(places) if seed < self.config.kl_seeds]
+        total = torch.full((len(places),), float("nan"), dtype=torch.float64)
+        if not chosen or (isinstance(cell.rule, CoDe) and cell.rule.candidates > 1):
+            return total.tolist()
+        sums = torch.zeros(len(chosen), dtype=torch.float64)
+
+        def observe(step: FusionStep, gaussian: Gaussian, conditioning: Conditioning, rows: slice) -> None:
+            variance = step.variance(step.plan.base)
+            if bool((gaussian.variance > 0).all()) and bool((variance > 0).all()):
+                (prediction,) = sampler.denoiser.predictions(step.x_t, step.t, conditioning, [None])
+                sums[rows] += gaussian.kl(step.transition(prediction, variance)).double().cpu()
+
+        self._sample(sampler, cell, [places[i] for i in chosen], observe=observe, output_type="latent")
+        total[chosen] = sums
+        return total.tolist()
+
+    def diversity(self, pixels: Tensor, prompts: int) -> list[float]:
+        """Mean 1 - cos between the embeddings of the images of one prompt, on each of its rows."""
+        seeds = self.config.seeds_per_prompt
+        if self.embedder is None or seeds < 2:
+            return [float("nan")] * len(pixels)
+        embeddings = functional.normalize(self.embedder.embed_images(pixels), dim=1).reshape(prompts, seeds, -1)
+        cosines = embeddings @ embeddings.transpose(1, 2)
+        off_diagonal = (cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (seeds * (seeds - 1))
+        return (1 - off_diagonal).repeat_interleave(seeds).tolist()
+
+
+def machine(device: torch.device) -> str:
+    """The device and what runs on it, for figures that depend on it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{name}{threads}, torch {torch.__version__}"
+
+
+@contextmanager
+def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
+    """Count the images that go through a network: its function evaluations."""
+    total = 0
+
+    def count(_: torch.nn.Module, arguments: tuple) -> None:
+        nonlocal total
+        total += len(arguments[0])
+
+    handle = module.register_forward_pre_hook(count)
+    try:
+        yield lambda: total
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Any]:
+    """The most memory in use meanwhile, in MB: of the device, or of the process (Linux only; NaN elsewhere)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    except OSError:
+        yield lambda: float("nan")
+        return
+    yield _high_water_mark
+
+
+def _high_water_mark() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _png(pixels: Tensor) -> bytes:
+    buffer = BytesIO()
+    to_image(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _claim(output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
+    """Take a free folder, or one that an earlier run of the same evaluation left."""
+    file = output / "evaluation.json"
+    if overwrite and output.is_dir():
+        shutil.rmtree(output)
+    if file.is_file():
+        if read_json(file, "an evaluation") != json.loads(json.dumps(identity)):
+            raise ValueError(
+                f"output {output} holds another evaluation (its config, prompts or adapters differ); choose another or "
+                "pass --overwrite"
+            )
+        return
+    claim_output(output, overwrite=False)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(file, identity)

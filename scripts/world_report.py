@@ -1,0 +1,432 @@
+"""What each fusion rule makes of the world whose optimum is known: `world.json`, and `world.md` to read.
+
+A cell is a number of objectives, their weights, a number of steps, and variances that are equal or distinct. In it:
+
+- the sliced 2-Wasserstein distance, SW² = mean over directions u and ranks k of [(u·x)_(k) - (u·y)_(k)]², where (k) is
+  the k-th smallest: final samples x of a rule, y of an independent run of the target, replicate by replicate;
+- its floor, the same between two independent runs of the target. Rules and this second run share x_T and noise, so
+  the distance over the floor is a paired difference; the bound is the floor's mean + 3 standard deviations;
+- the expected KL a run, E Σ_t KL(p*(.|x_t) ‖ p_rule(.|x_t)) over the target's own trajectories, in closed form;
+- for rules that pick one expert a step, the distance to the product's own output (the blend) and to that of
+  `AverageStep`, and with the same x_T and noise the root mean square of |x_0 - x_0 of product|, path by path;
+- the distance to the tilted data p(x_0) exp(Σ w_i q_i(x_0)), the aim of rules that use rewards of x_0.
+
+Intervals are 95 %, Student's t over replicates; of `code`, which draws image by image, a bootstrap over fewer images.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+from torch import Tensor
+from tqdm import tqdm
+
+from stepfuse.fuse.plan import Plan
+from stepfuse.fuse.rules import FusionRule, get_rule
+from stepfuse.fuse.run import Run
+from stepfuse.scripts.world import BASE_ETA, DATA, DIM, OBJECTIVES, AverageStep, World, world_of
+
+DIRECTIONS = 32
+REPLICATES = 8
+EXACT = 1e-9  # nats a run: above rounding, far below any difference
+GAUSSIAN = ("base", "product", "average_noise")  # one Gaussian given x_t, so the KL has a closed form
+PICKING = ("switch", "systematic")
+REWARDED = ("code", "rgg")
+CLOSER = {
+    "the blend, in distribution": "systematic_closer",
+    "the blend, path by path": "systematic_coupled_closer",
+    "the average step, in distribution": "systematic_average_closer",
+}
+CANDIDATES = 4
+CODE_IMAGES = 1000
+WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
+    2: ((0.5, 0.5), (0.8, 0.2)),
+    3: ((1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)),
+    4: ((0.25, 0.25, 0.25, 0.25), (0.5, 0.25, 0.15, 0.1)),
+}
+NOT_MEASURED = {
+    "soup": "there are no network weights to merge",
+    "soup_factors": "there are no network weights to merge",
+    "kl": "it takes one objective; for one it is product",
+    "oracle": "the target's own second run, the floor, stands for a perfectly trained one",
+}
+
+
+def measure_world(
+    output_dir: Path,
+    *,
+    seed: int = 0,
+    samples: int = 3000,
+    replicates: int = REPLICATES,
+    objectives: Sequence[int] = (2, 3, 4),
+    steps: Sequence[int] = (10, 20, 50),
+) -> dict:
+    """Measure every cell, and write `world.json` and `world.md`.
+
+    Args:
+        samples: final samples a replicate with two objectives, where the verdicts are; half as many with more.
+        objectives: numbers of objectives, of 2, 3 and 4.
+        steps: numbers of denoising steps.
+
+    Returns:
+        What `world.json` holds.
+
+    Raises:
+        ValueError: for fewer than 2 samples or replicates, or an unknown number of objectives or steps.
+    """
+    for name, count in (("samples", samples), ("replicates", replicates)):
+        if count < 2:
+            raise ValueError(f"{name} {count}; expected 2 or more")
+    unknown = [count for count in objectives if count not in WEIGHTS]
+    if unknown or not objectives:
+        raise ValueError(f"objectives {', '.join(map(str, unknown)) or 'none'}; expected some of 2, 3, 4")
+    if not steps:
+        raise ValueError("steps none; expected one or more numbers of denoising steps")
+    worlds = [
+        (kind, world_of(kind, weights, count))
+        for kind in OBJECTIVES
+        for number in objectives
+        for weights in WEIGHTS[number]
+        for count in steps
+    ]
+    for _, world in worlds:
+        _ = world.times  # a number of steps that the scheduler cannot take fails before anything is measured
+    clock, cpu = time.perf_counter(), time.process_time()
+    cells = []
+    for kind, world in tqdm(worlds, desc="oracle world", unit="cell"):
+        key = [len(world.weights), *(round(1e6 * w) for w in world.weights), world.steps, list(OBJECTIVES).index(kind)]
+        share = samples if key[0] == 2 else max(samples // 2, 2)
+        cell = measure_cell(world, samples=share, replicates=replicates, seeds=np.random.SeedSequence([seed, *key]))
+        cells.append({"objectives": key[0], "weights": world.weights, "steps": world.steps, "variances": kind} | cell)
+    result = {
+        "seed": seed,
+        "samples": samples,
+        "replicates": replicates,
+        "distance": f"sliced 2-Wasserstein, sorted samples, {DIRECTIONS} directions evenly over the half circle",
+        "code": {"candidates": CANDIDATES, "images": CODE_IMAGES},
+        "world": {
+            "data": {name: getattr(DATA, name).tolist() for name in ("weights", "means", "variances")},
+            "objectives": {kind: [vars(o) for o in members] for kind, members in OBJECTIVES.items()},
+            "base_eta": BASE_ETA,
+        },
+        "cells": cells,
+        "not_measured": NOT_MEASURED,
+        "seconds": round(time.perf_counter() - clock, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "versions": {name: version(name) for name in ("stepfuse", "torch", "diffusers", "numpy")},
+    }
+    result["verdicts"] = list(verdicts(cells))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    _write(output_dir / "world.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    _write(output_dir / "world.md", page(result))
+    return result
+
+
+# Measuring ------------------------------------------------------------------------------------
+
+
+def measure_cell(world: World, *, samples: int, replicates: int, seeds: np.random.SeedSequence) -> dict:
+    """Every rule in one world."""
+    total = samples * replicates
+    reference_seed, noise_seed, other_seed = (int(s) for s in seeds.generate_state(3, np.uint32))
+    other = torch.Generator().manual_seed(other_seed)
+    uniforms = torch.rand(total, max(world.steps, len(world.weights) + 1), generator=other, dtype=torch.float64)
+
+    def run(policy: Callable[[Tensor, torch.Generator], Tensor], seed: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(total, DIM, generator=generator, dtype=torch.float64)
+        return policy(x, generator).numpy()
+
+    def run_rule(rule: FusionRule, seed: int) -> np.ndarray:
+        return run(lambda x, generator: world.run_rule(rule, x, uniforms, generator), seed)
+
+    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return sliced_distance(a, b, replicates)
+
+    reference = run(world.run_target, reference_seed)
+    second = run(world.run_target, noise_seed)
+    blend, mixed = (run_rule(rule, reference_seed) for rule in (get_rule("product"), AverageStep()))
+    random = np.random.default_rng(other_seed)
+    tilted, tilted_again = world.draw_tilted_data(total, random), world.draw_tilted_data(total, random)
+    finals = {name: run_rule(get_rule(name), noise_seed) for name in (*GAUSSIAN, *PICKING, "rgg")}
+    floor = distance(second, reference)
+    bound = floor.mean() + 3 * floor.std(ddof=1)
+    rules: dict[str, dict[str, Any]] = {}
+    for name, final in finals.items():
+        away = distance(final, reference)
+        rules[name] = {
+            "to_target": interval(away),
+            "over_floor": interval(away - floor),
+            "to_tilted_data": interval(distance(final, tilted)),
+        }
+    first = np.s_[: min(samples, CODE_IMAGES)]
+    code = _run_code(world, first.stop, other_seed)
+    rules["code"] = {
+        "to_target": _bootstrap(code, reference[first], random),
+        "to_tilted_data": _bootstrap(code, tilted[first], random),
+        "floor_tilted_data": _bootstrap(tilted_again[first], tilted[first], random),
+    }
+    for name, kl in expected_kl(world, samples, reference_seed).items():
+        rules[name]["kl"] = kl
+    to_blend = {name: distance(finals[name], blend) for name in PICKING}
+    to_average = {name: distance(finals[name], mixed) for name in PICKING}
+    paths = {name: ((finals[name] - finals["product"]) ** 2).sum(1).reshape(replicates, samples) for name in PICKING}
+    coupled = {name: np.sqrt(path.mean(1)) for name, path in paths.items()}
+    for name in PICKING:
+        rules[name] |= {
+            "to_blend": interval(to_blend[name]),
+            "coupled_to_blend": interval(coupled[name]),
+            "to_average_step": interval(to_average[name]),
+        }
+    gain, coupled_gain = to_blend["switch"] - to_blend["systematic"], coupled["switch"] - coupled["systematic"]
+    average_gain = to_average["switch"] - to_average["systematic"]
+    within = rules["product"]["to_target"]["mean"] <= bound
+    return {
+        "floor": {"mean": floor.mean(), "sd": floor.std(ddof=1), "bound": bound},
+        "tilted_data": {
+            "floor": interval(distance(tilted_again, tilted)),
+            "target": interval(distance(second, tilted)),
+        },
+        "rules": rules,
+        "product_from_target": float(np.abs(finals["product"] - second).max()),  # same x_T, same noise
+        "product_within_floor": bool(within),
+        "product_exact": bool(within and rules["product"]["kl"] < EXACT),
+        "systematic_gain": interval(gain),
+        "systematic_closer": decided(interval(gain)),
+        "systematic_coupled_gain": interval(coupled_gain),
+        "systematic_coupled_closer": decided(interval(coupled_gain)),
+        "average_step_from_blend": interval(distance(mixed, second)),
+        "systematic_average_gain": interval(average_gain),
+        "systematic_average_closer": decided(interval(average_gain)),
+    }
+
+
+def sliced_distance(a: np.ndarray, b: np.ndarray, replicates: int) -> np.ndarray:
+    """The sliced 2-Wasserstein distance of replicate r of a to replicate r of b."""
+    angles = np.arange(DIRECTIONS) * np.pi / DIRECTIONS
+    directions = np.stack([np.cos(angles), np.sin(angles)])
+    ordered = [np.sort((x @ directions).reshape(replicates, -1, DIRECTIONS), axis=1) for x in (a, b)]
+    return np.sqrt(((ordered[0] - ordered[1]) ** 2).mean((1, 2)))
+
+
+def expected_kl(world: World, samples: int, seed: int) -> dict[str, float]:
+    """E Σ_t KL(p*(.|x_t) ‖ p_rule(.|x_t)) over the target's trajectories, for the rules that are Gaussian."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, DIM, generator=generator, dtype=torch.float64)
+    rules = {name: get_rule(name) for name in GAUSSIAN}
+    plans: dict[str, Plan] = {name: rule.prepare(world.plan(samples)) for name, rule in rules.items()}
+    total = dict.fromkeys(rules, 0.0)
+    uniforms = torch.zeros(samples, world.steps, dtype=torch.float64)  # these rules draw none
+    for number, (t, s) in enumerate(world.times):
+        target = world.target(x.numpy(), t, s)
+        for name, rule in rules.items():
+            total[name] += target.kl(rule(world.step(plans[name], number, x, uniforms))).mean().item()
+        x = target.sample(generator)
+    return total
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    """Mean and 95 % interval over replicates."""
+    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return {"mean": float(values.mean()), "low": float(values.mean() - half), "high": float(values.mean() + half)}
+
+
+def decided(difference: dict[str, float]) -> str:
+    """Whether a difference is positive."""
+    return "yes" if difference["low"] > 0 else "no" if difference["high"] < 0 else "not resolved"
+
+
+def _run_code(world: World, samples: int, seed: int) -> np.ndarray:
+    """Blockwise best of N through `Run`, which gives each image and candidate a generator of its own."""
+    rule = get_rule("code", candidates=CANDIDATES)
+    run = Run(
+        rule=rule,
+        plan=rule.prepare(world.plan(samples)),
+        networks=world.networks,
+        rewards=world.rewards(),
+        scales=[1.0] * len(world.weights),
+    )
+    x = torch.randn(samples, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    seeds = np.random.SeedSequence(seed).generate_state(samples, np.uint64) >> 2
+    return run.denoise(x, [torch.Generator().manual_seed(int(s)) for s in seeds]).numpy()
+
+
+def _bootstrap(a: np.ndarray, b: np.ndarray, random: np.random.Generator, resamples: int = 20) -> dict[str, float]:
+    """The distance, and a 95 % interval by the standard deviation over resampled rows of a."""
+    mean = sliced_distance(a, b, 1).item()
+    draws = [sliced_distance(a[random.integers(len(a), size=len(a))], b, 1).item() for _ in range(resamples)]
+    half = 1.96 * float(np.std(draws, ddof=1))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _write(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
+# Saying it ------------------------------------------------------------------------------------
+
+
+def verdicts(cells: Sequence[dict]) -> Iterator[str]:
+    """Sentences computed from the cells."""
+    exact = [cell for cell in cells if cell["product_exact"]]
+    yield (
+        f"`product` is the exact target in {len(exact)} of {len(cells)} cells: final samples within the floor's bound "
+        f"and an expected KL a run below {EXACT:g} nats. The largest KL is "
+        f"{max(cell['rules']['product']['kl'] for cell in cells):.1e}; with the same noise its samples differ from the "
+        f"target's by {max(cell['product_from_target'] for cell in cells):.1e} at most."
+        + _listed(" Not", [cell for cell in cells if cell not in exact])
+    )
+    kinds = list(dict.fromkeys(cell["variances"] for cell in cells))
+    for kind in kinds:
+        kls = [cell["rules"]["average_noise"]["kl"] for cell in cells if cell["variances"] == kind]
+        yield f"`average_noise`, {kind} variances: an expected KL of {min(kls):.2g} to {max(kls):.2g} nats a run."
+    for name in ("base", "average_noise", *PICKING):
+        own = {kind: [cell for cell in cells if cell["variances"] == kind] for kind in kinds}
+        beyond = {
+            kind: sum(cell["rules"][name]["to_target"]["mean"] > cell["floor"]["bound"] for cell in members)
+            for kind, members in own.items()
+        }
+        counts = ", ".join(f"{beyond[kind]} of {len(own[kind])} cells with {kind} variances" for kind in kinds)
+        yield f"`{name}` ends beyond the floor's bound in {counts}."
+    pairs = [cell for cell in cells if cell["objectives"] == 2]
+    for lead, key in CLOSER.items():
+        for kind in kinds:
+            own_pairs = [cell for cell in pairs if cell["variances"] == kind]
+            if not own_pairs:
+                continue
+            groups = {answer: [c for c in own_pairs if c[key] == answer] for answer in ("yes", "no", "not resolved")}
+            counts = ", ".join(f"{answer} in {len(group)}" for answer, group in groups.items())
+            yield (
+                f"`systematic` is closer than `switch` to {lead}; two objectives, {kind} variances: "
+                f"{counts} of {len(own_pairs)} cells."
+                + _listed(" No", groups["no"])
+                + _listed(" Not resolved", groups["not resolved"])
+            )
+    for kind in kinds:
+        own_cells = [cell for cell in cells if cell["variances"] == kind]
+        floors = [cell["floor"]["mean"] for cell in own_cells]
+        yield (
+            "The average step N(Σ a_i m_i, Σ a_i v_i), what picking one expert a step tends to in short steps, ends "
+            f"{_range(cell['average_step_from_blend'] for cell in own_cells)} from the target with {kind} variances "
+            f"(the floor is {min(floors):.3f} to {max(floors):.3f}); from it `switch` ends "
+            f"{_range(cell['rules']['switch']['to_average_step'] for cell in own_cells)} and `systematic` "
+            f"{_range(cell['rules']['systematic']['to_average_step'] for cell in own_cells)}."
+        )
+    for name in REWARDED:
+        nearer, best = (sum(_mean(cell, name) < _mean(cell, other) for cell in cells) for other in ("base", "product"))
+        yield (
+            f"`{name}` aims at another target, the tilted data: it ends nearer to that than the base in {nearer} of "
+            f"{len(cells)} cells, and nearer than `product`, which does not aim at it, in {best}."
+        )
+    yield "Not measured: " + "; ".join(f"`{name}`, {why}" for name, why in NOT_MEASURED.items()) + "."
+
+
+def page(result: dict) -> str:
+    """`world.md`."""
+    cells = result["cells"]
+    lines = ["# The oracle world", "", *(f"- {sentence}" for sentence in result["verdicts"]), ""]
+    lines += [
+        f"{result['replicates']} replicates of {result['samples']} samples, half as many with 3 or 4 objectives, "
+        f"seed {result['seed']}; distances are {result['distance']}. ± is half a 95 % interval; not corrected for the "
+        f"number of cells. `code`: best of {CANDIDATES}, at most {CODE_IMAGES} images, so its floor is higher. "
+        f"{result['cpu_seconds']:g} s of one core.",
+        "",
+        "## Distance to the step-level target, and expected KL a run",
+        "",
+    ]
+    names: tuple[str, ...] = (*GAUSSIAN, *PICKING)
+    lines += _table(
+        ["cell", "floor (bound)", *names, *(f"KL {name}" for name in GAUSSIAN)],
+        (
+            [
+                label(cell),
+                f"{cell['floor']['mean']:.3f} ({cell['floor']['bound']:.3f})",
+                *(_text(cell["rules"][name]["to_target"]) for name in names),
+                *(f"{cell['rules'][name]['kl']:.2g}" for name in GAUSSIAN),
+            ]
+            for cell in cells
+        ),
+    )
+    lines += ["", "## Distance to the blend, the product's own output", ""]
+    lines += _table(
+        [
+            "cell",
+            *PICKING,
+            "switch − systematic",
+            "systematic closer",
+            *(f"{name}, path by path" for name in PICKING),
+            "systematic closer",
+            *(f"{name} to the average step" for name in PICKING),
+            "systematic closer",
+            "average step to the blend",
+        ],
+        (
+            [
+                label(cell),
+                *(_text(cell["rules"][name]["to_blend"]) for name in PICKING),
+                _text(cell["systematic_gain"], places=4),
+                cell["systematic_closer"],
+                *(_text(cell["rules"][name]["coupled_to_blend"]) for name in PICKING),
+                cell["systematic_coupled_closer"],
+                *(_text(cell["rules"][name]["to_average_step"]) for name in PICKING),
+                cell["systematic_average_closer"],
+                _text(cell["average_step_from_blend"]),
+            ]
+            for cell in cells
+        ),
+    )
+    lines += ["", "## Distance to the tilted data, the aim of `code` and `rgg`", ""]
+    names = ("base", "product", *PICKING, *REWARDED)
+    lines += _table(
+        ["cell", "floor", "floor of code", "step-level target", *names],
+        (
+            [
+                label(cell),
+                _text(cell["tilted_data"]["floor"]),
+                _text(cell["rules"]["code"]["floor_tilted_data"]),
+                _text(cell["tilted_data"]["target"]),
+                *(_text(cell["rules"][name]["to_tilted_data"]) for name in names),
+            ]
+            for cell in cells
+        ),
+    )
+    return "\n".join(lines) + "\n"
+
+
+def label(cell: dict) -> str:
+    """A cell as ".5/.5, 10 steps, equal"."""
+    weights = "/".join(f"{w:.2g}".lstrip("0") for w in cell["weights"])
+    return f"{weights}, {cell['steps']} steps, {cell['variances']}"
+
+
+def _listed(lead: str, cells: Sequence[dict]) -> str:
+    return f"{lead}: {'; '.join(label(cell) for cell in cells)}." if cells else ""
+
+
+def _mean(cell: dict, rule: str) -> float:
+    return cell["rules"][rule]["to_tilted_data"]["mean"]
+
+
+def _range(values: Iterable[dict[str, float]]) -> str:
+    means = [value["mean"] for value in values]
+    return f"{min(means):.3f} to {max(means):.3f}"
+
+
+def _text(value: dict[str, float], places: int = 3) -> str:
+    return f"{value['mean']:.{places}f} ± {(value['high'] - value['low']) / 2:.{places}f}".replace("-", "−")
+
+
+def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    yield from (f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,336 @@
+"""`stepfuse evaluate` on a tiny pipeline with real adapters: what it draws, resumes, shares out and refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.rewards.colourfulness import colourfulness
+from stepfuse.scripts.evaluate import Evaluation, evaluate
+from stepfuse.scripts.evaluation import EvaluationConfig, cells_of, read_config, simplex
+from stepfuse.scripts.main import main
+from stepfuse.train.rollout import sample_generator
+from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
+
+PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
+NAMES = ["a", "b"]
+CONFIG = dict(
+    prompts="prompts.txt",
+    seeds_per_prompt=2,
+    grid=2,
+    rules=[
+        "product",
+        "systematic",
+        {"rule": "kl", "strengths": [0.5]},
+        {"rule": "code", "candidates": 2, "block_size": 2},
+    ],
+    rewards=["emoji_background"],
+    scales={"a": 5.0, "b": 0.2},
+    steps=3,
+    batch_size=4,
+    strip_prompts=1,
+)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    """A folder with a set of two adapters and an oracle at the middle, and prompts."""
+    folder = tmp_path_factory.mktemp("desk")
+    base = save_stable_diffusion(folder / "base")
+    rewards = {
+        "a": "colourfulness",
+        "b": "compressibility",
+        "mix": "weighted:1*colourfulness/5 + 1*compressibility/0.2",
+    }
+    for seed, (name, reward) in enumerate(rewards.items()):
+        schedule = EtaSchedule(eta=0.5 + 0.2 * seed)
+        save_adapter(folder / name, base, name, seed=seed, variance=schedule, reward=reward, guidance="off")
+    create_set(folder / "set", [folder / "a", folder / "b"], oracles=[folder / "mix"])
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_the_desk(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+
+
+@pytest.fixture(scope="module")
+def drawn(desk):
+    """One whole evaluation."""
+    before = Path.cwd()
+    os.chdir(desk)
+    try:
+        evaluate("set", EvaluationConfig(**CONFIG), desk / "out")
+    finally:
+        os.chdir(before)
+    return desk / "out"
+
+
+def table(output):
+    return pd.read_parquet(output / "results.parquet")
+
+
+def without_costs(frame):
+    return frame.drop(columns=["seconds", "peak_memory_mb"])
+
+
+# What is drawn
+
+
+def test_every_cell_holds_every_prompt_and_seed(drawn):
+    frame = table(drawn)
+    cells = frame.groupby(["rule", "weights", "strength"]).size()
+    # base; product and systematic at 1, ½ + ½ and 1; kl on each adapter; code as the first two
+    assert len(cells) == 1 + 3 + 3 + 2 + 3
+    assert (cells == 3 * 2).all()
+    assert set(frame.prompt) == set(PROMPTS)
+    assert set(frame.seed) == {0, 1}
+
+
+def test_rewards_are_those_of_the_images_that_the_sampler_draws(drawn):
+    frame = table(drawn)
+    row = frame[(frame.rule == "product") & (frame.weights == "a=0.5,b=0.5")].iloc[3]
+    (image,) = FusedSampler.from_pretrained("set").sample(
+        [row.prompt],
+        {"a": 0.5, "b": 0.5},
+        num_inference_steps=3,
+        generator=[sample_generator(0, "evaluate", row.prompt, int(row.seed))],
+        output_type="pt",
+        progress=False,
+    )
+    assert row.reward_colourfulness == pytest.approx(colourfulness(image[None], [row.prompt]).item(), abs=1e-3)
+
+
+def test_network_evaluations_are_counted(drawn):
+    """3 steps without guidance: one expert 3, two 6; kl at 0.5 runs the base too; code of 2: 1 + 2 · 2."""
+    nfe = table(drawn).groupby(["rule", "weights"]).nfe.first()
+    assert nfe["base", ""] == 3
+    assert nfe["product", "a=1"] == 3
+    assert nfe["product", "a=0.5,b=0.5"] == 6
+    assert nfe["systematic", "a=0.5,b=0.5"] == 3
+    assert nfe["kl", "a=1"] == 6
+    assert nfe["code", "a=1"] == 5
+
+
+def test_kl_to_the_base_is_0_for_the_base_and_measured_for_the_seeds_asked_for(drawn):
+    frame = table(drawn)
+    base = frame[frame.rule == "base"]
+    assert base[base.seed == 0].kl.abs().max() < 1e-6
+    assert base[base.seed == 1].kl.isna().all()
+    assert frame[frame.rule == "code"].kl.isna().all()
+    assert (frame[(frame.rule == "product") & (frame.seed == 0)].kl > 0).all()
+
+
+def test_kl_of_one_adapter_is_the_sum_over_its_steps(desk):
+    """Σ_t |m - m_ref|² / 2 v_ref + D/2 (r - 1 - log r), r = v / v_ref = 0.5² of the ancestral variance, eta_ref 1."""
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"]))
+    evaluation = Evaluation.prepare(_loaded(), config, device="cpu", dtype=torch.float32)
+    cell = next(c for c in evaluation.cells if c.weights == {"a": 1})
+    sampler = evaluation.sampler
+    (got,) = evaluation.kl_to_base(sampler.with_rule(cell.rule), cell, [(0, 0)])
+    expected, steps = 0.0, []
+    generator = [sample_generator(0, "evaluate", PROMPTS[0], 0)]
+    sampler.sample(
+        [PROMPTS[0]],
+        {"a": 1},
+        num_inference_steps=3,
+        generator=generator,
+        progress=False,
+        observe=lambda *x: steps.append(x),
+    )
+    for step, gaussian, conditioning, _ in steps:
+        with torch.no_grad():
+            (e,) = sampler.denoiser.predictions(step.x_t, step.t, conditioning, [None])
+        reference = step.transition(e, step.variance(step.plan.base))
+        v = reference.variance.item()
+        expected += ((gaussian.mean - reference.mean) ** 2).sum().item() / (2 * v)
+        expected += 4 * 8 * 8 / 2 * (0.25 - 1 - np.log(0.25))
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+def _loaded():
+    from stepfuse.fuse.adapter_set import load_set
+
+    return load_set("set")
+
+
+def test_pictures_are_kept_of_the_first_prompts_and_seed_for_the_page(drawn):
+    frame = table(drawn)
+    kept = frame[frame.image.notna()]
+    assert set(kept.prompt) == {PROMPTS[0]}
+    assert set(kept.seed) == {0}
+    assert (drawn / "report.html").read_text().count("data:image/png;base64,") >= 12
+
+
+def test_the_summary_speaks_of_every_cell(drawn):
+    summary = json.loads((drawn / "summary.json").read_text())
+    assert len(summary["cells"]) == 12
+    assert summary["held_out"] == ["emoji_background"]
+
+
+def test_diversity_is_the_mean_cosine_distance_within_a_prompt(desk):
+    """Of three unit vectors at 0°, 90° and 180° the pairs are 1, 1 and 2 apart: 4/3."""
+    evaluation = Evaluation.prepare(
+        _loaded(), EvaluationConfig(**CONFIG | dict(seeds_per_prompt=3)), device="cpu", dtype=torch.float32
+    )
+
+    class Embedder:
+        def embed_images(self, pixels):
+            return torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+
+    object.__setattr__(evaluation, "embedder", Embedder())
+    assert evaluation.diversity(torch.zeros(3, 3, 4, 4), 1) == pytest.approx([4 / 3] * 3)
+
+
+# Going on, and sharing out
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(drawn, desk):
+    parts = sorted((drawn / "parts").iterdir())
+    before = table(drawn)
+    kept = {part: part.stat().st_mtime_ns for part in parts[::3]}
+    for part in parts:
+        if part not in kept:
+            part.unlink()
+    (drawn / "results.parquet").unlink()
+    evaluate("set", EvaluationConfig(**CONFIG), drawn)
+    pd.testing.assert_frame_equal(without_costs(table(drawn)), without_costs(before))
+    assert {part: part.stat().st_mtime_ns for part in kept} == kept  # not drawn again
+
+
+def test_two_processes_draw_the_numbers_of_one(drawn, desk):
+    (desk / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "stepfuse.scripts.main", "evaluate", "set", "--config", "config.yaml", "--output_dir", "two"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=desk)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("report.html") == 1  # the main process alone reports
+    pd.testing.assert_frame_equal(without_costs(table(desk / "two")), without_costs(table(drawn)), rtol=1e-5)
+
+
+def test_another_evaluation_is_not_written_into_the_folder(drawn):
+    with refused("another evaluation", "--overwrite"):
+        evaluate("set", EvaluationConfig(**CONFIG | dict(seed=1)), drawn)
+    with refused("not empty"):
+        evaluate("set", EvaluationConfig(**CONFIG), drawn / "parts")
+
+
+# Cells
+
+
+def test_the_simplex_holds_every_multiple_of_its_grid():
+    """Three objectives in halves: three alone, three pairs; in thirds 3 + 6 + 1."""
+    halves = simplex(["x", "y", "z"], 2)
+    assert halves[:3] == [{"x": 1}, {"y": 1}, {"z": 1}]
+    assert halves[3:] == [{"x": 0.5, "y": 0.5}, {"x": 0.5, "z": 0.5}, {"y": 0.5, "z": 0.5}]
+    assert len(simplex(["x", "y", "z"], 3)) == 10
+    assert len(simplex(NAMES, 4)) == 5
+
+
+def test_a_rule_may_name_its_own_weights_label_and_strengths():
+    config = EvaluationConfig(
+        rules=[{"rule": "product", "label": "strong", "strengths": [1, 2], "weights": ["a=0.9@0-0.5,0.2@0.5-1,b=0.5"]}]
+    )
+    assert [str(cell) for cell in cells_of(config, NAMES)] == [
+        "base",
+        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5",
+        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5 strength 2",
+    ]
+
+
+# Refusals, before anything is drawn
+
+
+@pytest.mark.parametrize(
+    ("changes", "culprits"),
+    [
+        (dict(rules=["sum"]), ["'sum'", "product"]),
+        (dict(rules=[{"rule": "product", "candidates": 2}]), ["product", "'candidates'"]),
+        (dict(rules=[{"weights": []}]), ["rules"]),
+        (dict(rules=["product", "product"]), ["product a=1", "label"]),
+        (dict(rules=[{"rule": "kl", "strengths": [3]}]), ["kl", "3"]),
+        (dict(rules=["oracle"], grid=4), ["oracle a=0.75,b=0.25", "no oracle"]),
+        (dict(rules=["rgg"]), ["rgg b=1", "compressibility"]),
+        (dict(weights=["a=0.5", "b=0.5"]), ["a=0.5", "quotes"]),
+        (dict(weights=["c=1"]), ["'c'"]),
+        (dict(weights=[3]), ["3"]),
+        (dict(rewards=["mystery"]), ["'mystery'"]),
+        (dict(rewards=["rewards.py:broken"]), ["rewards.py:broken"]),
+        (dict(scales={"a": 1}), ["'b'", "scales"]),
+        (dict(scales={"a": 0, "b": 1}), ["scale of a"]),
+        (dict(scales={"c": 1, "a": 1, "b": 1}), ["'c'"]),
+        (dict(prompts="nowhere.txt"), ["nowhere.txt"]),
+        (dict(prompts="prompts.txt:1"), ["2 or more"]),
+        (dict(steps=0), ["0"]),
+        (dict(guidance="sideways"), ["sideways"]),
+    ],
+)
+def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(desk, tmp_path, changes, culprits):
+    (desk / "rewards.py").write_text("def broken(images, prompts):\n    return images.flatten(1).mean(1) / 0\n")
+    with refused(*culprits):
+        evaluate("set", EvaluationConfig(**CONFIG | changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reward_that_fails_midway_is_named_and_what_was_drawn_is_kept(desk, tmp_path):
+    """It works on gray and on the first picture, then no more; mended, the run goes on."""
+    (desk / "tired.py").write_text(
+        "calls = 0\n\n\ndef tired(images, prompts):\n    global calls\n    calls += 1\n"
+        "    return images.flatten(1).mean(1) * (1 if calls < 4 else float('nan'))\n"
+    )
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"], rewards=["tired.py:tired"]))
+    with refused("product", "tired.py:tired", "nan", "run again"):
+        evaluate("set", config, tmp_path / "out")
+    # One call was for the gray picture, so the second and third gave a batch each.
+    assert len(list((tmp_path / "out" / "parts").glob("*.parquet"))) == 2
+    (desk / "tired.py").write_text("def tired(images, prompts):\n    return images.flatten(1).mean(1)\n")
+    evaluate("set", config, tmp_path / "out")
+    assert len(table(tmp_path / "out")) == 4 * 6
+
+
+@pytest.mark.parametrize(
+    ("text", "culprits"),
+    [
+        ("seeds_per_promt: 3", ["'seeds_per_promt'", "'seeds_per_prompt'"]),
+        ("seeds_per_prompt: many", ["seeds_per_prompt", "many"]),
+        ("seeds_per_prompt: 0", ["seeds_per_prompt", "0"]),
+        ("rules: []", ["rules"]),
+        ("[", ["YAML"]),
+        ("", ["no settings"]),
+    ],
+)
+def test_a_config_that_makes_no_evaluation_is_named(tmp_path, text, culprits):
+    (tmp_path / "config.yaml").write_text(text)
+    with refused("config.yaml", *culprits):
+        read_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "culprit"),
+    [
+        ([], "--config"),
+        (["set"], "--config"),
+        (["set", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["nowhere", "--config", "config.yaml"], "nowhere"),
+        (["set", "--world", "gmm"], "--world"),
+    ],
+)
+def test_the_command_names_what_is_missing(desk, arguments, culprit):
+    (desk / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", *arguments, "--output_dir", "never"])
+    assert culprit in str(stop.value)
+    assert not (desk / "never").exists()

@@ -1,0 +1,481 @@
+"""Every rule through the sampler: which of them are the same pixels, what each runs, and what it refuses."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
+from stepfuse.fuse.adapter_set import create_set, load_set
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
+from stepfuse.fuse.plan import FusionStep, Plan
+from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance, get_rule, systematic_choice
+from stepfuse.fuse.run import Run, private_generator, uniform_numbers
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.weights import WeightSchedule
+from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
+
+PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
+ETA = {"a": 0.4, "b": 0.9}
+RANK = {"a": 2, "b": 2, "wide": 4}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_stable_diffusion(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def folders(base, tmp_path_factory):
+    root = tmp_path_factory.mktemp("adapters")
+    made = {"a": ("colourfulness", 0.4), "b": ("compressibility", 0.9), "wide": ("incompressibility", 0.9)}
+    for seed, (name, (reward, eta)) in enumerate(made.items()):
+        save_adapter(root / name, base, name, rank=RANK[name], seed=seed, variance=EtaSchedule(eta=eta), reward=reward)
+    mixed = "weighted:3*colourfulness/5 + 1*compressibility/0.2"
+    save_adapter(root / "mix", base, "mix", seed=9, variance=EtaSchedule(eta=0.7), reward=mixed)
+    return root
+
+
+@pytest.fixture(scope="module")
+def set_folder(folders, tmp_path_factory):
+    output = tmp_path_factory.mktemp("sets") / "set"
+    create_set(output, [folders / "a", folders / "b"], oracles=[folders / "mix"])
+    return output
+
+
+@pytest.fixture(scope="module")
+def sampler(set_folder):
+    return FusedSampler.from_pretrained(set_folder)
+
+
+@pytest.fixture(scope="module")
+def equal(sampler):
+    """The same set with one variance schedule for all, the base included."""
+    schedule = EtaSchedule(eta=0.8)
+    return replace(
+        sampler, objectives=tuple(replace(o, variance=schedule) for o in sampler.objectives), reference=schedule
+    )
+
+
+def draw(sampler, rule, weights=None, **options):
+    """Pixels of three prompts and seeds."""
+    return sampler.with_rule(rule).sample(
+        PROMPTS,
+        weights,
+        generator=generators(*range(len(PROMPTS))),
+        output_type="pt",
+        progress=False,
+        **{"num_inference_steps": STEPS} | options,
+    )
+
+
+def alone(sampler, name):
+    """One adapter of the set by itself, or with None the base."""
+    return draw(sampler, "product", {name: 1}) if name else draw(sampler, "product", strength=0.0)
+
+
+# The same pixels
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0, 1.3])
+def test_average_noise_is_the_product_where_variances_are_equal(equal, strength):
+    weights = {"a": 0.3, "b": 0.7}
+    torch.testing.assert_close(
+        draw(equal, "average_noise", weights, strength=strength),
+        draw(equal, "product", weights, strength=strength),
+        rtol=0,
+        atol=1e-5,
+    )
+
+
+def test_average_noise_is_not_the_product_where_variances_differ(sampler):
+    weights = {"a": 0.5, "b": 0.5}
+    assert (draw(sampler, "average_noise", weights) - draw(sampler, "product", weights)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("rule", ["average_noise", "kl", "switch", "systematic", "soup", "soup_factors", "oracle"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_with_all_weight_on_one_adapter_a_rule_is_that_adapter(sampler, rule, name):
+    torch.testing.assert_close(draw(sampler, rule, {name: 1}), alone(sampler, name), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["product", "average_noise", "kl", "switch", "systematic", "soup", "oracle"])
+def test_with_strength_0_a_rule_is_the_base(sampler, rule):
+    torch.testing.assert_close(draw(sampler, rule, {"a": 1}, strength=0), draw(sampler, "base"), rtol=0, atol=1e-6)
+
+
+def test_the_base_takes_no_notice_of_weights_and_strength(sampler):
+    assert torch.equal(draw(sampler, "base", {"b": 1}, strength=1.5), draw(sampler, "base"))
+
+
+def test_kl_is_the_product_of_one_objective_with_the_base(sampler):
+    assert torch.equal(draw(sampler, "kl", {"b": 1}, strength=1.4), draw(sampler, "product", {"b": 1}, strength=1.4))
+
+
+def test_code_with_one_candidate_is_the_base(sampler):
+    assert torch.equal(draw(sampler, CoDe(candidates=1, block_size=2), {"a": 1}), draw(sampler, "base"))
+
+
+def test_an_image_does_not_depend_on_its_batch_under_any_rule(sampler):
+    rules = [*(name for name in RULES if name not in ("code", "kl", "oracle", "rgg")), CoDe(candidates=2, block_size=2)]
+    for rule in rules:
+        weights = {"a": 0.5, "b": 0.5}
+        together, apart = draw(sampler, rule, weights), draw(sampler, rule, weights, batch_size=1)
+        torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+
+
+def test_weights_of_one_image_do_not_touch_the_others(sampler):
+    """A batch of three mixtures is the three mixtures."""
+    mixtures = [{"a": 1}, {"a": 0.5, "b": 0.5}, {"b": 1}]
+    for rule in ("product", "average_noise", "soup", "soup_factors", "switch", "systematic"):
+        got = draw(sampler, rule, mixtures)
+        for i, weights in enumerate(mixtures):
+            torch.testing.assert_close(got[i], draw(sampler, rule, weights)[i], rtol=0, atol=1e-5)
+
+
+# Merges, against weights merged by hand
+
+
+def merged_by_hand(base, folders, delta, names):
+    """A plain pipeline whose layers hold W + delta of their LoRA factors (alpha is the rank, so no scale)."""
+    pipeline = load_pipeline(str(base))
+    files = {name: load_file(folders / name / WEIGHTS) for name in names}
+    layers = {key.removesuffix(".lora_A.weight") for key in files[names[0]] if key.endswith(".lora_A.weight")}
+    for layer in layers:
+        module = pipeline.unet.get_submodule(layer.removeprefix("unet."))
+        factors = [(f[f"{layer}.lora_B.weight"], f[f"{layer}.lora_A.weight"]) for f in files.values()]
+        with torch.no_grad():
+            module.weight += delta(factors)
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("rule", "delta"),
+    [
+        ("soup", lambda f: 0.3 * f[0][0] @ f[0][1] + 0.7 * f[1][0] @ f[1][1]),
+        ("soup_factors", lambda f: (0.3 * f[0][0] + 0.7 * f[1][0]) @ (0.3 * f[0][1] + 0.7 * f[1][1])),
+    ],
+)
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_soup_predicts_as_weights_merged_by_hand(sampler, base, folders, rule, delta, strength):
+    plain = merged_by_hand(base, folders, lambda f: strength * delta(f), ["a", "b"])
+    soup = sampler.with_rule(rule)
+    plan = soup.plan({"a": 0.3, "b": 0.7}, 3, strength=strength, num_inference_steps=STEPS)
+    x_t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    conditioning = encode_prompts(sampler.pipeline, PROMPTS, [""] * 3)
+    with torch.no_grad():
+        got = soup.step(x_t, 1, plan, conditioning)
+        # guidance "shared": e_u of the base, at 3
+        unconditional = sampler.denoiser.forward(x_t, plan.steps[1][0], conditioning, "-", None)[0]
+        conditional = plain.unet(x_t, plan.steps[1][0], encoder_hidden_states=conditioning.positive).sample
+    # v = Σ a_i eta_i² of the ancestral variance, the base's eta being 1
+    eta = math.sqrt(strength * (0.3 * 0.4**2 + 0.7 * 0.9**2) + 1 - strength)
+    scheduler = ddim()
+    scheduler.set_timesteps(STEPS)
+    prediction = unconditional + 3.0 * (conditional - unconditional)
+    still = torch.zeros_like(x_t)
+    expected = scheduler.step(prediction, plan.steps[1][0], x_t, eta=eta, variance_noise=still).prev_sample
+    torch.testing.assert_close(got.mean, expected, rtol=0, atol=1e-4)
+
+
+def test_a_soup_leaves_the_adapters_as_they_were(sampler):
+    before = alone(sampler, "a")
+    draw(sampler, "soup", {"a": 0.5, "b": 0.5})
+    draw(sampler, "soup_factors", {"a": 0.5, "b": 0.5})
+    assert torch.equal(alone(sampler, "a"), before)
+
+
+def test_factors_of_different_rank_are_refused_before_anything_runs(folders, tmp_path):
+    create_set(tmp_path / "set", [folders / "a", folders / "wide"])
+    uneven = FusedSampler.from_pretrained(tmp_path / "set")
+    with refused("'a'", "'wide'", "rank", "soup"):
+        draw(uneven, "soup_factors", {"a": 0.5, "wide": 0.5})
+    assert draw(uneven, "soup", {"a": 0.5, "wide": 0.5}).isfinite().all()  # the exact one takes any ranks
+
+
+# One expert a step
+
+
+def test_switch_draws_each_expert_with_its_probability():
+    """10,000 images, exponents 0.5, 0.3, 0 and 0.2 of the base: shares within 4.5 standard errors of 0.005."""
+    images, exponents = 10_000, torch.tensor([0.5, 0.3, 0.0, 0.2], dtype=torch.float64)
+    seen = []
+    step = lots_step(exponents, images)
+    get_rule("switch")(replace(step, networks=spy(seen)))
+    shares = torch.tensor([sum(n for place, n in seen if place == i) / images for i in range(4)])
+    assert (shares - exponents).abs().max() < 4.5 * 0.005
+    assert shares[2] == 0
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.8, 0.2), (0.5, 0.3, 0.2), (0.1, 0.2, 0.3, 0.4), (0.6, 0.0, 0.4)])
+def test_systematic_chooses_each_expert_with_its_probability_at_every_step(weights):
+    """4,000 random phases: shares within 4.5 standard errors, sqrt(w (1 - w) / 4000) < 0.0080."""
+    a = torch.tensor([*weights, 0.0], dtype=torch.float64)
+    uniforms = torch.rand(4000, len(a), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for number in (1, 2, 7):
+        choice = systematic_choice(a[None, :, None].expand(number, -1, 4000), uniforms)
+        shares = torch.bincount(choice, minlength=len(a)) / 4000
+        assert (shares - a).abs().max() < 4.5 * 0.008
+        assert not shares[a == 0].any()
+
+
+def test_every_stretch_of_a_systematic_run_holds_its_due_share():
+    """With weights 0.7 and 0.3 any window of k steps holds the first 0.7 k times, within 1; i.i.d. draws do not."""
+    a = torch.tensor([0.7, 0.3, 0.0], dtype=torch.float64)[None, :, None].expand(20, -1, 50)
+    uniforms = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    first = torch.stack([systematic_choice(a[: k + 1], uniforms) == 0 for k in range(20)]).double()
+    sums = torch.cat([torch.zeros(1, 50).double(), first.cumsum(0)])
+    for begin in range(20):
+        for end in range(begin + 1, 21):
+            assert ((sums[end] - sums[begin]) - 0.7 * (end - begin)).abs().max() < 1 + 1e-9
+
+
+def lots_step(exponents, images):
+    """A step whose experts are told apart by place alone."""
+    path = NoisePath.from_scheduler(ddim())
+    strength = 1 - exponents[-1].item()
+    plan = Plan(
+        path=path,
+        steps=[(501, 251)],
+        names=["a", "b", "c"],
+        schedules=[EtaSchedule()] * 4,
+        weights=(exponents[:-1] / strength)[None, :, None].expand(1, 3, images),
+        strength=strength,
+    )
+    lots = uniform_numbers(plan, generators(*range(images)))
+    return FusionStep(plan=plan, number=0, x_t=torch.zeros(images, 1), networks=spy([]), uniforms=lots)
+
+
+def spy(seen):
+    def networks(x_t, t, wanted, rows):
+        seen.extend((place, len(x_t)) for place in wanted)
+        return [x_t for _ in wanted]
+
+    return networks
+
+
+def test_lots_leave_the_generators_as_they_were():
+    generator = torch.Generator().manual_seed(3)
+    private_generator(generator), private_generator(generator, 1)
+    assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=torch.Generator().manual_seed(3)))
+
+
+def test_private_generators_of_one_image_differ():
+    generator = torch.Generator().manual_seed(3)
+    firsts = {torch.rand(1, generator=private_generator(generator, *place)).item() for place in [(), (1,), (2,), (3,)]}
+    assert len(firsts) == 4
+
+
+# What a rule costs
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "forwards"),
+    [
+        ("base", {}, 4),
+        ("product", {}, 2 * 4),
+        ("product", {"strength": 0.5}, 3 * 4),
+        ("average_noise", {}, 2 * 4),
+        ("switch", {}, 4),
+        ("systematic", {}, 4),
+        ("soup", {}, 4),
+        ("soup_factors", {}, 4),
+        (CoDe(candidates=3, block_size=2), {}, 1 + 3 * 3),  # one in the first step, N in each other
+    ],
+    ids=lambda value: getattr(type(value), "__name__", "") if isinstance(value, CoDe) else None,
+)
+def test_network_evaluations_an_image(sampler, rule, options, forwards):
+    """Without guidance, so that only conditional forwards count; 3 images, 4 steps."""
+    plain = replace(sampler, denoiser=replace(sampler.denoiser, guidance="off"))
+    rows = []
+    hook = sampler.pipeline.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    try:
+        draw(plain, rule, {"a": 0.5, "b": 0.5}, **options)
+    finally:
+        hook.remove()
+    assert sum(rows) == 3 * forwards
+
+
+# Rewards while sampling
+
+
+def toy_run(rule, rewards, *, steps, images=2, observe=None):
+    """A run in 1×2 latents of an exact denoiser: data at 0, so e = x_t / sigma."""
+    path = NoisePath.from_scheduler(ddim())
+    plan = Plan(
+        path=path,
+        steps=path.steps(steps),
+        names=["a", "b"],
+        schedules=[EtaSchedule()] * 3,
+        weights=torch.tensor([0.75, 0.25], dtype=torch.float64)[None, :, None].expand(steps, 2, images),
+        strength=1.0,
+    )
+
+    def networks(x_t, t, wanted, rows):
+        return [x_t / (1 + path.at(t, x_t)[1]) for _ in wanted]
+
+    plan = rule.prepare(plan)
+    return Run(rule=rule, plan=plan, networks=networks, rewards=rewards, scales=[1.0, 2.0], observe=observe)
+
+
+def test_code_keeps_the_candidate_with_the_largest_weighted_scaled_reward():
+    """Σ w_i r_i / σ_i = 0.75 x + 0.25 · 10 y / 2 over the candidates of each block; the last block's are x_0 itself."""
+    seen = []
+
+    def first(clean, rows):
+        seen.append((clean.clone(), rows.clone()))
+        return clean[:, 0]
+
+    run = toy_run(CoDe(candidates=5, block_size=2), [first, lambda clean, rows: 10 * clean[:, 1]], steps=4)
+    x_0 = run.denoise(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)), generators(0, 1))
+    assert len(seen) == 2  # two blocks
+    clean, rows = seen[-1]
+    assert rows.tolist() == [0] * 5 + [1] * 5
+    value = 0.75 * clean[:, 0] + 0.25 * 10 * clean[:, 1] / 2
+    best = torch.stack([clean[value[:5].argmax()], clean[5 + value[5:].argmax()]])
+    assert torch.equal(x_0, best)
+    assert len(value.unique()) == 10
+
+
+def test_code_gains_what_the_best_of_its_candidates_gains(sampler):
+    """Among 8 candidates, one of which is the base's own draw, the chosen one scores no less: a block the whole run."""
+    rewards = {name: sampler.with_rule("code").rewards[name] for name in "ab"}
+    chosen = draw(sampler, CoDe(candidates=8, block_size=STEPS), {"a": 1})
+    gain = rewards["a"](chosen, PROMPTS) - rewards["a"](draw(sampler, "base"), PROMPTS)
+    assert (gain >= 0).all()
+    assert (gain > 0).any()
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_reward_gradient_guidance_moves_the_mean_along_the_normalised_gradient(number):
+    """m + λ v (0.75 g_a + 0.25 g_b), λ = 1.024^(50 k / 4) - 1 up to 1; g of 3 x + 4 y is (0.6, 0.8), of -y (0, -1)."""
+    rewards = [lambda clean, rows: 3 * clean[:, 0] + 4 * clean[:, 1], lambda clean, rows: -clean[:, 1]]
+    run = toy_run(RewardGradientGuidance(), rewards, steps=4)
+    x_t = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
+    step = run._step(number, x_t, uniform_numbers(run.plan, generators(0, 1)), None)
+    guided, plain = run.rule(step), step.gaussians([run.plan.base])[0]
+    factor = {0: 0.0, 1: 1.024**12.5 - 1, 3: 1.0}[number]  # 1.024^37.5 - 1 is 1.43
+    expected = factor * plain.variance * torch.tensor([[0.75 * 0.6, 0.75 * 0.8 - 0.25]])
+    torch.testing.assert_close(guided.mean - plain.mean, expected.expand(2, 2), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(guided.variance, plain.variance)
+
+
+def test_reward_gradient_guidance_raises_the_reward_it_follows(sampler):
+    reward = sampler.with_rule("rgg").rewards["a"]
+    guided = draw(sampler, RewardGradientGuidance(growth=0.1), {"a": 1}, num_inference_steps=8)
+    plain = draw(sampler, "base", num_inference_steps=8)
+    assert (reward(guided, PROMPTS) > reward(plain, PROMPTS)).all()
+
+
+# Weights over the steps
+
+
+def test_weights_over_the_steps_are_those_of_each_step(sampler):
+    """All on a for the first half of 4 steps, then all on b: steps 0 and 1 of one plan, 2 and 3 of the other."""
+    over = {"a": WeightSchedule(((1.0, 0, 0.5),)), "b": WeightSchedule(((1.0, 0.5, 1.0),))}
+    got = draw(sampler, "product", over)
+    conditioning = encode_prompts(sampler.pipeline, PROMPTS, [""] * 3)
+    own = generators(0, 1, 2)
+    x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in own])
+    with torch.no_grad():
+        for number, name in enumerate("aabb"):
+            x = sampler.step(x, number, sampler.plan({name: 1}, 3, num_inference_steps=4), conditioning).sample(own)
+        pixels = sampler.pipeline.vae.decode(x / sampler.pipeline.vae.config.scaling_factor).sample
+    torch.testing.assert_close(got, (pixels / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+
+
+# Oracles
+
+
+def test_the_oracle_of_a_mixture_is_the_adapter_trained_on_it(sampler, folders, base):
+    """Weights 3 : 1 name it, as its reward does."""
+    pipeline = load_pipeline(str(base))
+    adapter = read_adapter(folders / "mix")
+    load_adapter(pipeline, adapter, base_fingerprint(pipeline.unet))
+    single = replace(
+        sampler,
+        pipeline=pipeline,
+        objectives=(adapter.objective,),
+        oracles=(),
+        oracle_weights=(),
+        denoiser=replace(sampler.denoiser, unet=pipeline.unet),
+    )
+    got = draw(sampler, "oracle", {"a": 0.75, "b": 0.25})
+    torch.testing.assert_close(got, draw(single, "product", {"mix": 1}), rtol=0, atol=1e-6)
+
+
+def test_a_set_tells_its_oracles_weights(set_folder):
+    (oracle,) = load_set(set_folder).oracles
+    assert (oracle.adapter.name, oracle.weights) == ("mix", {"a": 0.75, "b": 0.25})
+
+
+def test_an_oracle_of_a_reward_that_no_adapter_has_is_refused(folders, tmp_path):
+    with refused("'mix'", "'compressibility'", "colourfulness, incompressibility"):
+        create_set(tmp_path / "set", [folders / "a", folders / "wide"], oracles=[folders / "mix"])
+    with refused("'wide'", "weighted:"):
+        create_set(tmp_path / "set", [folders / "a", folders / "b"], oracles=[folders / "wide"])
+    assert not (tmp_path / "set").exists()
+
+
+# Refusals, before anything runs
+
+
+@pytest.mark.parametrize(
+    ("rule", "weights", "options", "culprits"),
+    [
+        ("oracle", {"a": 0.5, "b": 0.5}, {}, ["a=0.5, b=0.5", "a=0.75, b=0.25", "--oracle"]),
+        ("oracle", {"a": WeightSchedule(((1, 0, 0.5),)), "b": WeightSchedule(((1, 0.5, 1),))}, {}, ["stay the same"]),
+        ("kl", {"a": 0.5, "b": 0.5}, {}, ["kl", "a=0.5, b=0.5", "product"]),
+        ("kl", {"a": 1}, {"strength": 2.5}, ["2.5", "0 to 2"]),
+        ("switch", {"a": 1, "b": 1}, {"strength": 1.5}, ["switch", "1.5"]),
+        ("systematic", {"a": 2, "b": -1}, {}, ["systematic", "b=-1"]),
+        ("code", {"a": 1}, {"strength": 0.5}, ["code", "0.5"]),
+        ("rgg", {"a": 1}, {"strength": 0.5}, ["rgg", "0.5"]),
+        ("rgg", {"a": 0.5, "b": 0.5}, {}, ["rgg", "'compressibility'", "'b'", "gradient", "code"]),
+        ("average_noise", {"b": 1}, {"strength": 30.0}, ["30", "b=1", "step 1 of 4"]),
+    ],
+)
+def test_what_a_rule_cannot_do_is_refused_before_anything_runs(sampler, rule, weights, options, culprits):
+    calls = []
+    hook = sampler.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        with refused(*culprits):
+            draw(sampler, rule, weights, **options)
+    finally:
+        hook.remove()
+    assert not calls
+
+
+def test_a_rule_without_its_reward_is_refused(folders, base, tmp_path):
+    save_adapter(tmp_path / "other", base, "other", reward="mystery")
+    create_set(tmp_path / "set", [tmp_path / "other"])
+    with refused("'other'", "'mystery'"):
+        FusedSampler.from_pretrained(tmp_path / "set", rule="code")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "culprits"),
+    [
+        ("sum", {}, ["'sum'", "product"]),
+        ("code", {"candidate": 3}, ["'candidate'", "candidates, block_size"]),
+        ("product", {"growth": 1}, ["'growth'", "none"]),
+        ("code", {"candidates": 0}, ["candidates 0"]),
+        ("code", {"block_size": 2.5}, ["block_size 2.5"]),
+        ("rgg", {"growth": -1}, ["growth -1"]),
+    ],
+)
+def test_rules_and_options_that_are_not_there_are_named(name, options, culprits):
+    with refused(*culprits):
+        get_rule(name, **options)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_every_rule_says_its_cost_and_whether_it_needs_a_reward(name):
+    text = " ".join(RULES[name].__doc__.split())
+    assert "Cost: " in text
+    assert "Needs no reward" in text or "Needs rewards" in text or "Needs differentiable rewards" in text
