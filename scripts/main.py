@@ -297,7 +297,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if arguments.set or arguments.config:
             raise ValueError("--world needs no set and no --config; give one or the other")
         from stepfuse.fuse.adapter_set import claim_output
-        from stepfuse.scripts.world import measure_world
+        from stepfuse.scripts.world_report import measure_world
 
         claim_output(arguments.output_dir, overwrite=arguments.overwrite)
         measure_world(arguments.output_dir, seed=arguments.seed)

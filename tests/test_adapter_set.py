@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash, load_adapter, read_adapter
@@ -400,3 +401,33 @@ def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tm
     assert len(copied) == 2
     assert contents(tmp_path) == before
     assert sorted(tmp_path.iterdir()) == sorted([adapters] + [output] * existing)
+
+
+# Half the size.
+
+
+def test_a_set_in_half_precision_holds_the_weights_rounded_and_its_own_hashes(adapters, tmp_path):
+    whole = create_set(tmp_path / "whole", [adapters / "a", adapters / "b"])
+    half = create_set(tmp_path / "half", [adapters / "a", adapters / "b"], half=True)
+    assert half.objectives == whole.objectives
+    for name in ("a", "b"):
+        files = [folder / name / WEIGHTS for folder in (tmp_path / "whole", tmp_path / "half")]
+        full, rounded = map(load_file, files)
+        assert full.keys() == rounded.keys()
+        assert all(torch.equal(rounded[key], full[key].half()) for key in full)
+        record = json.loads((tmp_path / "half" / name / OBJECTIVE).read_text())
+        assert record["sha256"] == file_hash(files[1]) != file_hash(files[0])
+        with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
+            assert one.metadata() == other.metadata()
+
+
+def test_a_set_in_half_precision_is_drawn_with_in_full(adapters, tmp_path):
+    pictures = []
+    for half in (False, True):
+        create_set(tmp_path / f"half-{half}", [adapters / "a"], half=half)
+        sampler = FusedSampler.from_pretrained(tmp_path / f"half-{half}")
+        generator = torch.Generator().manual_seed(0)
+        pictures.append(sampler.sample("a fox", {"a": 1.0}, generator=generator, output_type="pt"))
+    assert pictures[1].dtype == torch.float32
+    difference = (pictures[0] - pictures[1]).abs().max().item()
+    assert 0 < difference < 0.01  # weights of about 0.1 are rounded by 3e-5 at most

@@ -12,11 +12,12 @@ from stepfuse.data import emoji
 from stepfuse.rewards.clip_score import CLIPScore
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
+from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import REWARDS, load_reward
 from tests.fixtures_tiny import refused
 
-PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a dog"]
+PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a dog on a red background"]
 # Of OpenAI's CLIP: huggingface.co/openai/clip-vit-base-patch32, preprocessor_config.json
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
@@ -184,9 +185,10 @@ def test_every_reward_is_found_by_its_name():
         "clip_score": CLIPScore()(images, PROMPTS),
         "colourfulness": colourfulness(images, PROMPTS),
         "compressibility": compressibility(images, PROMPTS),
+        "emoji_background": emoji_background(images, PROMPTS),
         "incompressibility": incompressibility(images, PROMPTS),
     }
-    assert expected.keys() == REWARDS.keys()
+    assert expected.keys() == REWARDS.keys() - {"weighted"}  # which is nothing without its terms
     for name, values in expected.items():
         assert torch.equal(load_reward(name)(images, PROMPTS), values)
     assert torch.equal(load_reward(f"clip_score:{emoji.CLIP}")(images, PROMPTS), expected["clip_score"])
@@ -210,7 +212,7 @@ def test_a_reward_of_ones_own_is_a_function_in_a_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["aesthetics", "", "aesthetics:model"])
 def test_an_unknown_reward_is_named_with_those_there_are(name):
-    with refused(repr(name.partition(":")[0]), "clip_score, colourfulness, compressibility, incompressibility"):
+    with refused(repr(name.partition(":")[0]), ", ".join(REWARDS)):
         load_reward(name)
 
 
