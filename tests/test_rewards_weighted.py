@@ -89,10 +89,9 @@ def test_a_sum_of_an_unknown_reward_names_it() -> None:
 
 
 def test_a_reward_that_fails_within_a_sum_is_named() -> None:
-    reward = Weighted(
-        [Term(name="whole", weight=0.5), Term(name="broken", weight=0.5)],
-        {"whole": colourfulness, "broken": lambda images, prompts: torch.full((len(images),), float("nan"))}.__getitem__,
-    )
+    terms = [Term(name="whole", weight=0.5), Term(name="broken", weight=0.5)]
+    rewards = {"whole": colourfulness, "broken": lambda images, prompts: torch.full((len(images),), float("nan"))}
+    reward = Weighted(terms, rewards.__getitem__)
     with refused("broken"):
         reward(noise(), PROMPTS)
 
