@@ -92,7 +92,7 @@ def evaluate(
     aside = output / "results.parquet.tmp"
     results.to_parquet(aside)
     aside.replace(output / "results.parquet")
-    setup = evaluation.setup(adapter_set, command)
+    setup = evaluation.setup(str(adapter_set), str(loaded.base["name_or_path"]), command)
     summary = summarise(results, setup)
     (output / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_report(output / "report.html", results, summary, setup)
@@ -167,7 +167,7 @@ class Evaluation:
         size = max(1, self.config.batch_size // self.config.seeds_per_prompt)
         return [range(i, min(i + size, len(self.prompts))) for i in range(0, len(self.prompts), size)]
 
-    def setup(self, name: str | Path, command: str) -> Setup:
+    def setup(self, name: str, base: str, command: str) -> Setup:
         """What the tables and the page say of themselves."""
         objectives, config = self.sampler.objectives, self.config
         denoiser = self.sampler.denoiser
@@ -179,7 +179,7 @@ class Evaluation:
             scales={o.reward: self.sampler.reward_scales[o.name] for o in objectives},
             held_out=tuple(n for n in names if n not in own),
             title=f"Evaluation of {name}",
-            base=str(self.sampler.pipeline.config.get("_name_or_path", "")),
+            base=base,
             steps=config.steps or self.sampler.num_inference_steps,
             guidance=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
             machine=machine(self.sampler.pipeline.unet.device),
