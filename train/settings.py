@@ -33,7 +33,10 @@ class TrainSettings:
     objective_name: str = _setting("", "how weights will call this objective; by default the reward's name")
 
     # Prompts.
-    prompts: str = _setting("emoji", "text file with a prompt a line, or `emoji`: the training captions of the base")
+    prompts: str = _setting(
+        "emoji",
+        "text file with a prompt a line, or a set: emoji, colours, dpok, partiprompts, pick-a-pic; :COUNT of it",
+    )
     dataset_name: str | None = _setting(None, "hub data set of prompts, instead of `prompts`")
     dataset_split: str = _setting("train", "its split")
     caption_column: str = _setting("caption", "its column")
