@@ -1,5 +1,6 @@
 """The commands and examples that README and CONTRIBUTING show are run here as they stand, on the embedded base."""
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler
 from PIL import Image
 
@@ -52,7 +54,7 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
-    _, commands = blocks("README.md", "bash")
+    _, commands, _ = blocks("README.md", "bash")
     (snippet,) = blocks("README.md", "python")
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
@@ -74,6 +76,32 @@ def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
         text=True,
     )
     assert done.stdout.strip() == "3 (64, 64)", done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_readme_evaluation_runs_in_small(checkout: Path) -> None:
+    """Its own command and config, every rule and weight of it, with fewer prompts, seeds and steps."""
+    *_, commands = blocks("README.md", "bash")
+    lines = [shlex.split(line, comments=True) for line in commands.replace("\\\n", " ").splitlines()]
+    (words,) = [line for line in lines if line[:3] == ["stepfuse", "evaluate", "emoji"]]
+    place = words.index("--config") + 1
+    settings = yaml.safe_load((checkout / words[place]).read_text())
+    settings |= {"prompts": "emoji-heldout:2", "seeds_per_prompt": 2, "steps": 2, "strip_prompts": 1}
+    (code,) = [rule for rule in settings["rules"] if isinstance(rule, dict) and rule["rule"] == "code"]
+    code |= {"candidates": 2, "block_size": 1}
+    words[place] = str(checkout / "small.yaml")
+    (checkout / "small.yaml").write_text(yaml.safe_dump(settings))
+    done = subprocess.run(
+        [Path(sys.executable).parent / words[0], *words[1:]],
+        cwd=checkout,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    output = checkout / words[words.index("--output_dir") + 1]
+    assert {"report.html", "summary.json", "results.parquet"} <= {file.name for file in output.iterdir()}
+    assert set(json.loads((output / "summary.json").read_text())["rules"]) == set(RULES)
 
 
 def test_the_readme_tree_names_what_is_there() -> None:

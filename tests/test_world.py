@@ -1,6 +1,7 @@
 """The oracle world: its closed forms against other libraries and quadrature, and what it says of the rules."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers import DDIMScheduler
 
 from stepfuse.fuse.rules import get_rule
 from stepfuse.fuse.run import Run, uniform_numbers
+from stepfuse.scripts.main import main
 from stepfuse.scripts.world import DATA, STABLE_DIFFUSION, AverageStep, World, world_of
 from stepfuse.scripts.world_report import WEIGHTS, expected_kl, measure_world, sliced_distance
 
@@ -236,3 +238,15 @@ def test_what_cannot_be_measured_is_refused_before_a_file_is_written(
         measure_world(tmp_path / "out", **arguments)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_measures_and_prints_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = partial(measure_world, samples=20, replicates=2, objectives=(2,), steps=(2,))  # in full it takes minutes
+    monkeypatch.setattr("stepfuse.scripts.world_report.measure_world", small)
+    main(["evaluate", "--world", "gmm", "--seed", "3", "--output_dir", str(tmp_path / "out")])
+    assert capsys.readouterr().out.strip() == (tmp_path / "out" / "world.md").read_text().strip()
+    assert json.loads((tmp_path / "out" / "world.json").read_text())["seed"] == 3
+    with pytest.raises(SystemExit, match="not empty"):
+        main(["evaluate", "--world", "gmm", "--output_dir", str(tmp_path / "out")])
