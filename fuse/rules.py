@@ -315,11 +315,12 @@ def get_rule(name: str, **options: Any) -> FusionRule:
     """
     if name not in RULES:
         raise ValueError(f"no fusion rule {name!r}; expected one of {', '.join(RULES)}")
-    fields = [f.name for f in dataclasses.fields(RULES[name])] if dataclasses.is_dataclass(RULES[name]) else []
+    rule: Any = RULES[name]
+    fields = [f.name for f in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
     for option in options:
         if option not in fields:
             raise ValueError(f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}")
-    return RULES[name](**options)
+    return rule(**options)
 
 
 # What rules have in common --------------------------------------------------------------------
@@ -328,7 +329,7 @@ def get_rule(name: str, **options: Any) -> FusionRule:
 def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts batch"]) -> Latents:
     """Σ a_i e_i."""
     a = exponents.to(predictions[0]).reshape(len(predictions), -1, *[1] * (predictions[0].ndim - 1))
-    return sum(a[i] * prediction for i, prediction in enumerate(predictions))
+    return (a * torch.stack(list(predictions))).sum(0)
 
 
 def average_variance(step: FusionStep) -> Tensor:

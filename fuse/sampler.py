@@ -293,8 +293,8 @@ class FusedSampler:
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its networks and rewards know which row belongs to which image."""
 
-        def networks(x_t: Latents, t: int, wanted: Sequence[int | Merge], rows: Rows) -> list[Latents]:
-            adapters = [self._adapter(plan, network) for network in wanted]
+        def networks(x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows) -> list[Latents]:
+            adapters = [self._adapter(plan, network) for network in networks]
             return self.denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters)
 
         def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:

@@ -244,7 +244,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.fuse.rules import get_rule
     from stepfuse.fuse.sampler import FusedSampler
-    from stepfuse.fuse.weights import label_weights, parse_weights
+    from stepfuse.fuse.weights import Weights, label_weights, parse_weights
     from stepfuse.scripts.pictures import labelled_grid
 
     if arguments.output.exists() and not arguments.overwrite:
@@ -257,7 +257,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     rule = get_rule(arguments.rule, **{name: value for name, value in options.items() if value is not None})
     quiet_libraries()
     loaded = load_set(arguments.set)
-    columns = [parse_weights(text) for text in arguments.weights or []] or [loaded.default_weights]
+    default: Weights = loaded.default_weights
+    given = [parse_weights(text) for text in arguments.weights or []]
+    columns = given or [default]
     sampler = FusedSampler.from_pretrained(
         loaded,
         rule=rule,

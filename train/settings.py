@@ -216,7 +216,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def check_types(settings: TrainSettings) -> None:
+def check_types(settings: Any) -> None:
     """A YAML value of another type than its setting's."""
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
