@@ -6,6 +6,7 @@ OUT/
   results.parquet    a row an image
   summary.json       the figures
   report.html        the page
+  fronts.png         its fronts in one picture
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.evaluation import EvaluationConfig, PlannedCell, cells_of, shares_of
 from stepfuse.scripts.figures import summarise
+from stepfuse.scripts.plots import save_fronts
 from stepfuse.scripts.report import write_report
 from stepfuse.train.rollout import sample_generator
 
@@ -96,6 +98,7 @@ def evaluate(
     summary = summarise(results, setup)
     (output / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_report(output / "report.html", results, summary, setup)
+    save_fronts(output / "fronts.png", summary)
     return summary
 
 

@@ -4,12 +4,14 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#6A3D9A", "#B2182B", "#4D9221", "#525252")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
+SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
 FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
 
 
@@ -58,22 +60,48 @@ def _front(summary: dict, first: str, second: str, salt: str) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 9}
-    settings |= {"font.family": "sans-serif"}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}):
         figure, axes = pyplot.subplots(figsize=(5.2, 4.2), layout="constrained")
-        for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
-            _draw_rule(axes, summary, rule, (first, second), style, f"rule-{i}")
-        rewards = summary["objectives"]
-        axes.set_xlabel(f"{first}: mean {rewards[first]}")
-        axes.set_ylabel(f"{second}: mean {rewards[second]}")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(0.06)
+        _draw_front(axes, summary, first, second)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         pyplot.close(figure)
     return _inline(file.getvalue(), salt, f"Front between {first} and {second}")
+
+
+def save_fronts(file: Path, summary: dict) -> None:
+    """The fronts of every pair of objectives in one picture, with a legend: for documents, the page has its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    pairs = list(combinations(summary["objectives"], 2))
+    if not pairs:
+        return
+    marks = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=rule)
+        for rule, (colour, marker) in styles(list(summary["rules"])).items()
+    ]
+    with matplotlib.rc_context(SETTINGS):
+        figure, grid = pyplot.subplots(1, len(pairs), figsize=(4.6 * len(pairs), 4.4), layout="constrained")
+        for axes, pair in zip(np.atleast_1d(grid), pairs, strict=True):
+            _draw_front(axes, summary, *pair)
+        figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 4 * len(pairs)), frameon=False)
+        figure.savefig(file, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+def _draw_front(axes: Any, summary: dict, first: str, second: str) -> None:
+    for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
+        _draw_rule(axes, summary, rule, (first, second), style, f"rule-{i}")
+    rewards = summary["objectives"]
+    axes.set_xlabel(f"{first}: mean {rewards[first]}")
+    axes.set_ylabel(f"{second}: mean {rewards[second]}")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(0.06)
 
 
 def _draw_rule(axes: Any, summary: dict, rule: str, pair: tuple[str, str], style: tuple[str, str], group: str) -> None:

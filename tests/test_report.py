@@ -16,6 +16,7 @@ from PIL import Image
 
 from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.figures import summarise
+from stepfuse.scripts.plots import save_fronts, styles
 from stepfuse.scripts.report import strips, write_report
 
 HOSTILE = '<script>alert(1)</script> & "quoted"'
@@ -201,6 +202,18 @@ def test_every_heading_of_a_table_has_its_definition(page):
     assert len(heads) == len(reader.all("button"))
     assert len(heads) > 3 * len(REWARDS) + 10
     assert all(attributes["title"] for attributes in heads)
+
+
+def test_the_fronts_are_one_picture_too(summary, tmp_path):
+    """Three pairs beside each other, each 4.6 × 4.4 inches at 110 dots; one objective alone has no front."""
+    save_fronts(tmp_path / "fronts.png", summary)
+    with Image.open(tmp_path / "fronts.png") as picture:
+        assert picture.size == (3 * 506, 484)
+        colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
+    for colour, _ in styles(list(summary["rules"])).values():
+        assert tuple(bytes.fromhex(colour[1:])) in colours  # in the legend at full ink
+    save_fronts(tmp_path / "none.png", summary | {"objectives": {NAMES[0]: REWARDS[0]}})
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.fixture(scope="module")
