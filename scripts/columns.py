@@ -56,7 +56,7 @@ def rule_columns(summary: dict) -> list[Column]:
         ),
         _interval(
             "mean regret",
-            "Mean of the regret at strength 1 over the weights that an oracle was trained at; less is better",
+            "Mean of the regret at strength 1 over the mixed weights that an oracle was trained at; less is better",
             lambda r: r["regret"] and r["regret"]["mean"],
         ),
         _interval(

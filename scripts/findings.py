@@ -74,7 +74,7 @@ def _regrets(summary: dict) -> Iterator[str]:
     count = max(regret["weights"] for regret in known.values())
     ranked = sorted((r for r in known if known[r]["weights"] == count), key=lambda r: known[r]["mean"]["mean"])
     best = ranked[0]
-    sentence = f"Lowest mean regret over the {count} weights with an oracle: {best}, {text(known[best]['mean'])}"
+    sentence = f"Lowest mean regret over the {count} mixed weights with an oracle: {best}, {text(known[best]['mean'])}"
     if len(ranked) > 1:
         sentence += f"; next {ranked[1]}, {text(known[ranked[1]]['mean'])}"
     over = known[best]["over_product"]

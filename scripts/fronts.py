@@ -107,13 +107,14 @@ def _matched(
 
 
 def _regret(table: Cells, full: list[int], scaled: np.ndarray, means: Means) -> dict | None:
-    """Mean regret over the weights that an oracle was trained at, and the same less that of product."""
+    """Mean regret over the mixed weights that an oracle was trained at, and the same less that of product."""
 
     def mean_gap(pairs: list[tuple[int, int]]) -> dict | None:
         gaps = [np.tensordot(table.cells[i].shares, scaled[:, j] - scaled[:, i], 1) for i, j in pairs]
         return plain(means(np.stack(gaps)).mean(0)) if gaps else None
 
-    trained = [(i, j) for i in full if (j := table.find("oracle", table.cells[i].weights)) is not None]
+    mixed = [i for i in full if not table.cells[i].one_hot]  # all the weight on one adapter is no question of fusion
+    trained = [(i, j) for i in mixed if (j := table.find("oracle", table.cells[i].weights)) is not None]
     if not trained:
         return None
     rivals = [(i, table.find("product", table.cells[i].weights)) for i, _ in trained]

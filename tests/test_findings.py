@@ -74,7 +74,7 @@ def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():
     quarters = [noisy(rule, 0.25, (1.5, 1.5)) for rule in ("product", "soup")]
     cells = [*front("product", 1.8), *front("soup", 1.9), *front("switch", 1.95), *quarters, *oracle]
     (sentence,) = about(told(*cells), "Lowest mean regret")
-    assert sentence.startswith("Lowest mean regret over the 2 weights with an oracle: soup, 0.0500 [")
+    assert sentence.startswith("Lowest mean regret over the 2 mixed weights with an oracle: soup, 0.0500 [")
     assert "next product, 0.100 [" in sentence
     assert "soup minus product: −0.0500" in sentence
     assert "Left out for having fewer of these weights: switch (1)." in sentence
