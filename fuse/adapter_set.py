@@ -29,7 +29,7 @@ from stepfuse.fuse.adapter import (
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule, schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.weights import weight_table
-from stepfuse.rewards.weighted import parse_terms
+from stepfuse.rewards.weighted import Term, parse_terms
 
 MANIFEST = "adapter_set.json"
 EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
@@ -42,10 +42,12 @@ class OracleAdapter:
     Attributes:
         adapter: read and checked like the others.
         weights: of that sum, by objective name.
+        scales: σ_i in that sum, by objective name.
     """
 
     adapter: Adapter
     weights: dict[str, float]
+    scales: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,12 @@ class AdapterSet:
 
     @property
     def reward_scales(self) -> dict[str, float]:
-        """The deviation of each reward that training measured on images of the base, where it did."""
+        """σ_i: the unit the oracles were trained with; without any, the deviation measured on the base's images."""
         measured = {a.name: a.record.get("validation", {}).get("before", {}).get("deviation") for a in self.adapters}
-        return {name: value for name, value in measured.items() if value}
+        known = {name: value for name, value in measured.items() if value}
+        for oracle in self.oracles:
+            known |= oracle.scales
+        return known
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
@@ -112,7 +117,7 @@ def create_set(
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
     extra = [read_adapter(folder) for folder in oracles]
-    weights = [_oracle_weights(oracle, adapters) for oracle in extra]
+    weights = [{name: term.weight for name, term in _oracle_terms(oracle, adapters).items()} for oracle in extra]
     everyone = [*adapters, *extra]
     for adapter in everyone[1:]:
         if adapter.name in [a.name for a in everyone if a is not adapter]:
@@ -188,7 +193,14 @@ def load_set(folder: str | Path) -> AdapterSet:
             guidance_scale=float(values["guidance_scale"]),
             num_inference_steps=check_steps(values["num_inference_steps"]),
             default_weights=dict(values["default_weights"]),
-            oracles=tuple(OracleAdapter(adapter=a, weights=w) for a, w in zip(oracles, weights, strict=True)),
+            oracles=tuple(
+                OracleAdapter(
+                    adapter=oracle,
+                    weights=given,
+                    scales={name: term.scale for name, term in _oracle_terms(oracle, adapters).items()},
+                )
+                for oracle, given in zip(oracles, weights, strict=True)
+            ),
         )
         weight_table([loaded.default_weights, *weights], loaded.names)
     except KeyError as error:
@@ -208,23 +220,23 @@ def _entry(folder: Path, adapter: Adapter) -> dict[str, Any]:
     return {"name": adapter.name, "folder": adapter.name, "sha256": sha256}
 
 
-def _oracle_weights(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, float]:
-    """The weights an oracle was trained on, by objective: its reward's terms, matched to the objectives' rewards."""
+def _oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term]:
+    """The terms of the reward an oracle was trained on, by objective, matched by the objectives' rewards."""
     kind, _, sum_of = oracle.objective.reward.partition(":")
     if kind != "weighted":
         raise ValueError(
             f"oracle {oracle.name!r} was trained on {oracle.objective.reward!r}; expected a weighted:… reward"
         )
     names = {adapter.objective.reward: adapter.name for adapter in adapters}
-    weights = {}
+    terms = {}
     for term in parse_terms(sum_of):
         if term.name not in names:
             raise ValueError(
                 f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "
                 f"the set's rewards are {', '.join(names)}"
             )
-        weights[names[term.name]] = term.weight
-    return weights
+        terms[names[term.name]] = term
+    return terms
 
 
 def claim_output(folder: Path, *, overwrite: bool) -> None:

@@ -200,9 +200,9 @@ class Switch:
 class Systematic:
     """One expert a step and image by credit: credit += a, the largest is chosen, and pays 1; random phase an image.
 
-    Each expert is chosen with probability a_i at every step, as in `switch`, but any window of the run holds its due
-    share within about one step, so the run stays closer to the blend. (Systematic sampling; the credit rule is that of
-    smooth weighted round-robin schedulers.) Cost: one forward. Needs no reward.
+    Each expert is chosen with probability a_i at every step, as in `switch`, but any window of the run in which the
+    weights stay the same holds its due share within about one step, so the run stays closer to the blend. (Systematic
+    sampling; the credit rule is that of smooth weighted round-robin schedulers.) Cost: one forward. Needs no reward.
     """
 
     def prepare(self, plan: Plan) -> Plan:
@@ -224,19 +224,20 @@ class RewardGradientGuidance(Base):
     whose weight is not 0 one decoding and one reward with their gradients. Needs differentiable rewards.
 
     Attributes:
-        growth: published as 0.024.
+        growth: 0.024 in the commands of the Diffusion Blend code.
     """
 
     growth: float = 0.024
     needs: ClassVar[str] = "gradients"
 
     def __post_init__(self) -> None:
-        if not 0 < self.growth < float("inf"):
-            raise ValueError(f"growth {self.growth}; expected a positive number")
+        if not isinstance(self.growth, int | float) or not 0 < self.growth < float("inf"):
+            raise ValueError(f"growth {self.growth!r}; expected a positive number")
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength: the base is not tilted by λ here."""
+        """Raises ValueError for a strength, for the base is not tilted by λ here, and for a base without noise."""
         check_no_strength(plan, "rgg")
+        check_random(plan, "rgg", "it moves a step by a multiple of its variance")
         return super().prepare(plan)
 
     def __call__(self, step: FusionStep) -> Gaussian:
@@ -284,8 +285,10 @@ class CoDe(Base):
                 raise ValueError(f"{name} {value!r}; expected a whole number, 1 or more")
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength: the choice has none."""
+        """Raises ValueError for a strength, for the choice has none, and for a base without noise."""
         check_no_strength(plan, "code")
+        if self.candidates > 1:
+            check_random(plan, "code", "its candidates would be alike")
         return super().prepare(plan)
 
 
@@ -344,23 +347,38 @@ def systematic_choice(
     """The place each image takes at the last of these steps, by credit from a random phase.
 
     A step moves the credit vector c, of sum 0, by a - e_chosen: modulo the differences e_i - e_j a rotation of the
-    torus, which keeps the uniform distribution. So a uniform phase Σ_{i<n} u_i (e_i - e_n), played forward until the
-    credits are where the rule keeps them, makes every expert's chance a_i at every step.
+    torus, which keeps the uniform distribution. So a uniform phase Σ_{i<n} u_i (e_i - e_n), brought to where the rule
+    keeps credits, makes every expert's chance a_i at every step. Where the exponents change, credit begins anew.
     """
-    places, batch = exponents.shape[1:]
-    columns = torch.arange(batch)
-    active = (exponents > 0).any(0)  # the others have no credit: they would bias the phase of those that do
-    last = places - 1 - active.flip(0).to(torch.int64).argmax(0)
-    credit = uniforms[:, :places].T.double() * active
-    credit[last, columns] = 0
-    credit[last, columns] = -credit.sum(0)
+    stages, batch = len(exponents), exponents.shape[2]
+    mixtures, which = torch.unique(exponents.flatten(0, 1), dim=1, return_inverse=True)
     choice = torch.zeros(batch, dtype=torch.int64)
-    for a in [exponents[0]] * (4 * places) + list(exponents):
-        # An expert of exponent 0 never takes part, whatever its credit.
-        choice = (credit + a).masked_fill(a == 0, -torch.inf).argmax(0)
-        credit = credit + a
-        credit[choice, columns] -= 1
+    for column, mixture in enumerate(mixtures.unflatten(0, (stages, -1)).unbind(-1)):
+        rows = (which == column).nonzero().flatten()
+        changed = (mixture != mixture[-1]).any(1).nonzero().flatten()
+        since = stages - (int(changed[-1]) + 1 if len(changed) else 0)
+        choice[rows] = _choice_by_credit(mixture[-1], since, uniforms[rows])
     return choice
+
+
+def _choice_by_credit(
+    a: Float[Tensor, " places"], rounds: int, uniforms: Float[Tensor, "rows draws"]
+) -> Int[Tensor, " rows"]:
+    """The place chosen in the last of these rounds; experts of exponent 0 take no part."""
+    active = a.nonzero().flatten()
+    count, every = len(active), torch.arange(len(uniforms))
+    phase = uniforms[:, : count - 1].double()
+    credit = torch.cat([phase, -phase.sum(1, keepdim=True)], 1)
+    while bool((far := credit.amax(1) - credit.amin(1) > 1 + 1e-9).any()):  # to the lattice's Voronoi cell at 0
+        rows = every[far]
+        credit[rows, credit[rows].argmax(1)] -= 1
+        credit[rows, credit[rows].argmin(1)] += 1
+    choice = torch.zeros(len(uniforms), dtype=torch.int64)
+    for _ in range(8 * count + rounds):  # from there the rule's own region is a few rounds away
+        credit += a[active].double()
+        choice = credit.argmax(1)
+        credit[every, choice] -= 1
+    return active[choice]
 
 
 def check_strength(plan: Plan) -> None:
@@ -446,3 +464,15 @@ def check_probabilities(plan: Plan, rule: str) -> None:
 def check_no_strength(plan: Plan, rule: str) -> None:
     if plan.strength != 1:
         raise ValueError(f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength")
+
+
+def check_random(plan: Plan, rule: str, why: str) -> None:
+    """See that the base draws noise at some step.
+
+    Raises:
+        ValueError: for a deterministic base.
+    """
+    if not any(plan.relative(plan.base, number) for number in range(len(plan.steps))):
+        raise ValueError(
+            f"rule {rule} needs a base that draws noise: {why}; create the set with a --reference_eta above 0"
+        )

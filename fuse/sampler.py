@@ -33,8 +33,12 @@ from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.fuse.weights import Weights, weight_table
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.weighted import Weighted
 
 Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
+
+
+GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there for all prompts or for none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +200,8 @@ class FusedSampler:
             check(lora_layers(self.pipeline.unet), used)
         if getattr(self.rule, "needs", "") == "gradients":
             self._check_gradients(plan)
+        if getattr(self.rule, "needs", "") == "rewards":
+            self._check_scales(plan)
         return self.rule.prepare(plan)
 
     def step(self, x_t: Latents, number: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
@@ -204,8 +210,12 @@ class FusedSampler:
         Rules that draw lots take them from generators of seeds 0, 1, 2 …; `sample` takes each image's own.
 
         Raises:
-            ValueError: for a fused precision that is not positive.
+            ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
+                whole images and their prompts, so `sample` alone has them.
         """
+        if getattr(self.rule, "needs", ""):
+            name = type(self.rule).__name__
+            raise ValueError(f"rule {name} needs rewards, which a single step does not have; use sample")
         lots = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
         run = self._run(plan, conditioning, None)
         return self.rule(
@@ -313,7 +323,7 @@ class FusedSampler:
             plan=plan,
             networks=networks,
             rewards=[scorer(o) for o in self.objectives] if needed else [],
-            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
+            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],  # _check_scales
         )
 
     def _adapter(self, plan: Plan, network: int | Merge) -> str | MergedAdapters | None:
@@ -321,18 +331,31 @@ class FusedSampler:
             return MergedAdapters(tuple(zip(plan.names, network.weights, strict=True)), factors=network.factors)
         return None if network == plan.base else plan.names[network]
 
+    def _check_scales(self, plan: Plan) -> None:
+        """See that rewards weighed against each other have units; one alone needs none."""
+        used = [o.name for i, o in enumerate(self.objectives) if bool((plan.weights[:, i] != 0).any())]
+        unknown = [name for name in used if name not in self.reward_scales]
+        if len(used) > 1 and unknown:
+            raise ValueError(
+                f"no scale for {unknown[0]!r}, to weigh its reward against the others: its training measured no "
+                "deviation; pass reward_scales={…}, or scales in an evaluation's config"
+            )
+
     def _check_gradients(self, plan: Plan) -> None:
-        """See that the rewards in use are differentiable, by one small picture."""
+        """See that the rewards in use, and every term of weighted ones, are differentiable, by one small picture."""
         for place, objective in enumerate(self.objectives):
             if bool((plan.weights[:, place] != 0).any()):
-                pixels = torch.full((1, 3, 64, 64), 0.5, device=self.pipeline.unet.device, requires_grad=True)
-                with torch.enable_grad():
-                    value = score(self.rewards[objective.name], pixels, [""], name=objective.reward)
-                if not value.requires_grad:
-                    raise ValueError(
-                        f"rule rgg needs gradients, and the reward {objective.reward!r} of objective "
-                        f"{objective.name!r} has none; give it weight 0, or use the rule code"
-                    )
+                reward = self.rewards[objective.name]
+                terms = reward.rewards if isinstance(reward, Weighted) else {objective.reward: reward}
+                for name, term in terms.items():
+                    pixels = torch.full((1, 3, 64, 64), 0.5, device=self.pipeline.unet.device, requires_grad=True)
+                    with torch.enable_grad():
+                        value = score(term, pixels, [GRADIENT_PROMPT], name=name)
+                    if not value.requires_grad:
+                        raise ValueError(
+                            f"rule rgg needs gradients, and the reward {name!r} of objective {objective.name!r} has "
+                            "none; give it weight 0, or use the rule code"
+                        )
 
 
 def _reward_of(objective: Objective, rule: FusionRule, device: torch.device) -> Reward:

@@ -8,14 +8,14 @@ import torch
 from stepfuse.data.emoji import BACKGROUNDS
 from stepfuse.rewards.protocol import Pixels, Scores
 
-BORDER = 1 / 16  # of the width; an emoji covers at most 94 % of it
+BORDER = 1 / 16  # of the width
 
 
 def emoji_background(images: Pixels, prompts: Sequence[str]) -> Scores:
     """Minus the distance between the border's mean colour and the one named, as a root mean square over RGB, 0 to 255.
 
-    For prompts of the emoji world, "a red apple on a blue background". Held out of all training, it tells truth to the
-    prompt from what merely pleases a CLIP.
+    For prompts of the emoji world, "a red apple on a blue background". Held out of all training, it is a check on what
+    merely pleases a CLIP. A rough one: grounds vary in shade, and an emoji may reach into the border.
 
     Raises:
         ValueError: for a prompt that names no background of the emoji world.

@@ -21,9 +21,16 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
     """Call a reward and check what it returns; float32, on the device of the images.
 
     Raises:
-        ValueError: for a result that is no tensor of one finite number an image, naming the reward and prompt.
+        ValueError: for a reward that fails, and for a result that is no tensor of one finite number an image, naming
+            the reward and prompt.
     """
-    values = reward(images, prompts)
+    try:
+        values = reward(images, prompts)
+    except ValueError:
+        raise  # one line already
+    except Exception as error:  # rewards are anybody's code
+        text = " ".join(str(error).split())
+        raise ValueError(f"reward {name!r} failed: {type(error).__name__}: {text[:300]}") from error
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -37,8 +37,9 @@ from stepfuse.fuse.adapter_set import AdapterSet, claim_output, load_set
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep
-from stepfuse.fuse.rules import CoDe
+from stepfuse.fuse.rules import CoDe, Oracle
 from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import schedule_to_dict
 from stepfuse.rewards.clip_score import CLIPScore
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
@@ -77,12 +78,7 @@ def evaluate(
         )
     loaded = load_set(adapter_set)
     evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
-    identity = {
-        "format_version": 1,
-        "config": dataclasses.asdict(config),
-        "adapters": {a.name: a.sha256 for a in (*loaded.adapters, *(o.adapter for o in loaded.oracles))},
-        "prompts": hashlib.sha256("\n".join(evaluation.prompts).encode()).hexdigest(),
-    }
+    identity = evaluation.identity(loaded, dtype)
     if state.is_main_process:
         _claim(output, identity, overwrite=overwrite)
     state.wait_for_everyone()
@@ -90,7 +86,8 @@ def evaluate(
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
-    results = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
+    tables = [pd.read_parquet(part).assign(rule=cell.label) for cell, part in parts]
+    results = pd.concat(tables, ignore_index=True)
     aside = output / "results.parquet.tmp"
     results.to_parquet(aside)
     aside.replace(output / "results.parquet")
@@ -141,8 +138,11 @@ class Evaluation:
                 raise ValueError(f"no scale for {name!r}: its training measured none; add it to scales in the config")
         own = {o.name: o.reward for o in adapter_set.objectives}
         rewards = {name: load_reward(name, device) for name in dict.fromkeys([*own.values(), *config.rewards])}
-        for name, reward in rewards.items():  # one gray picture: what fails always, fails here
-            score(reward, torch.full((2, 3, 64, 64), 0.5, device=device), prompts[:2], name=name)
+        for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
+            for begin in range(0, len(prompts), config.batch_size):
+                some = prompts[begin : begin + config.batch_size]
+                score(reward, torch.full((len(some), 3, 64, 64), 0.5, device=device), some, name=name)
+        check_oracles(adapter_set, cells, scales)
         sampler = FusedSampler.from_pretrained(
             adapter_set,
             guidance=config.guidance,
@@ -189,16 +189,43 @@ class Evaluation:
             command=command,
         )
 
-    def draw(self, folder: Path, state: PartialState) -> list[Path]:
+    def identity(self, adapter_set: AdapterSet, dtype: torch.dtype) -> dict[str, Any]:
+        """What the images depend on: a run is gone on with where this is the same."""
+        sampler, oracles = self.sampler, adapter_set.oracles
+        return {
+            "format_version": 1,
+            "config": dataclasses.asdict(self.config),
+            "adapters": {a.name: a.sha256 for a in (*adapter_set.adapters, *(o.adapter for o in oracles))},
+            "objectives": [
+                [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
+                for o in (*sampler.objectives, *sampler.oracles)
+            ],
+            "reference": schedule_to_dict(sampler.reference),
+            "guidance": [sampler.denoiser.guidance, sampler.denoiser.guidance_scale],
+            "steps": self.config.steps or sampler.num_inference_steps,
+            "scales": dict(sampler.reward_scales),
+            "dtype": str(dtype),
+            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+        }
+
+    def draw(self, folder: Path, state: PartialState) -> list[tuple[PlannedCell, Path]]:
         """Draw and score every cell, a file for each batch; files that are there are kept.
+
+        Cells that are one adapter alone under different names are drawn once.
+
+        Returns:
+            The files of each cell.
 
         Raises:
             ValueError: for a reward that fails, naming the cell; what was drawn before is kept.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        first: dict[tuple, int] = {}
+        for i, cell in enumerate(self.cells):
+            first.setdefault(cell.draws, i)
         units = [
-            (folder / f"{i:04d}-{j:04d}.parquet", cell, rows)
-            for i, cell in enumerate(self.cells)
+            (folder / f"{i:04d}-{j:04d}.parquet", self.cells[i], rows)
+            for i in first.values()
             for j, rows in enumerate(self.batches)
         ]
         mine = [unit for number, unit in enumerate(units) if number % state.num_processes == state.process_index]
@@ -214,7 +241,11 @@ class Evaluation:
                     table.to_parquet(aside)
                     aside.replace(file)
                 bar.update()
-        return [file for file, _, _ in units]
+        return [
+            (cell, folder / f"{first[cell.draws]:04d}-{j:04d}.parquet")
+            for cell in self.cells
+            for j in range(len(self.batches))
+        ]
 
     @torch.no_grad()
     def measure(self, cell: PlannedCell, rows: range) -> pd.DataFrame:
@@ -305,6 +336,25 @@ class Evaluation:
         cosines = embeddings @ embeddings.transpose(1, 2)
         off_diagonal = (cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (seeds * (seeds - 1))
         return (1 - off_diagonal).repeat_interleave(seeds).tolist()
+
+
+def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales: Mapping[str, float]) -> None:
+    """See that the oracles were trained on the weighted rewards that regret is measured in.
+
+    Raises:
+        ValueError: for oracles whose rewards were weighed in other units.
+    """
+    if not any(isinstance(cell.rule, Oracle) for cell in cells):
+        return
+    for oracle in adapter_set.oracles:
+        ratios = [scales[name] / scale for name, scale in oracle.scales.items()]
+        if max(ratios) > 1.001 * min(ratios):
+            trained = ", ".join(f"{name}: {scale:g}" for name, scale in oracle.scales.items())
+            given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
+            raise ValueError(
+                f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}; "
+                "its regret would be another reward's. Give its units as scales"
+            )
 
 
 def machine(device: torch.device) -> str:

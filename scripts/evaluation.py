@@ -9,9 +9,24 @@ from typing import Any
 
 import yaml
 
-from stepfuse.fuse.rules import FusionRule, get_rule
+from stepfuse.fuse.rules import (
+    KL,
+    RULES,
+    AverageNoise,
+    FusionRule,
+    Oracle,
+    Product,
+    Soup,
+    SoupFactors,
+    Switch,
+    Systematic,
+    get_rule,
+)
 from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights, weight_table
 from stepfuse.train.settings import check_types, nearest, require
+
+# With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
+FUSING = (Product, AverageNoise, KL, Switch, Systematic, Soup, SoupFactors, Oracle)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +102,13 @@ class PlannedCell:
     strength: float = 1.0
 
     @property
+    def draws(self) -> tuple:
+        """What is drawn: equal for cells whose images are the same, so that these are drawn once."""
+        alone = self.weights is not None and len(self.weights) == 1 and self.strength == 1
+        rule = "one adapter" if alone and type(self.rule) in FUSING else self.label
+        return rule, self.weights_label, self.strength
+
+    @property
     def weights_label(self) -> str:
         return "" if self.weights is None else label_weights(self.weights)
 
@@ -154,15 +176,17 @@ def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell
 def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Sequence[Weights]) -> list[PlannedCell]:
     name = values.pop("rule")
     label = str(values.pop("label", name))
+    if label != name and label in RULES:
+        raise ValueError(f"rule {name} has the label {label!r}, which is another rule's name; choose another")
     strengths = values.pop("strengths", [values.pop("strength", 1.0)])
-    if not isinstance(strengths, list) or not all(isinstance(s, int | float) for s in strengths):
+    if not isinstance(strengths, list) or not strengths or not all(isinstance(s, int | float) for s in strengths):
         raise ValueError(f"rule {label} has strengths {strengths!r}; expected a list of numbers")
     texts = values.pop("weights", None)
-    rule = get_rule(name, **values)
+    rule = get_rule(name, **{str(option): value for option, value in values.items()})
     if name == "base":
         return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None)]
     if texts is not None:
-        if not isinstance(texts, list):
+        if not isinstance(texts, list) or not texts:
             raise ValueError(f"rule {label} has weights {texts!r}; expected a list, such as [a=0.5,b=0.5]")
         mixtures: list[Weights] = [_read_weights(text, names) for text in texts]
     else:

@@ -9,7 +9,7 @@ ROUNDING = 1e-12  # the same images summed in another order differ by less
 
 def findings(summary: dict) -> list[str]:
     """Sentences computed from `summarise`'s figures."""
-    sections = (_volumes, _regrets, _weights_lost, _cheapest, _monotone, _diversity, _held_out, _missing)
+    sections = (_volumes, _regrets, _weak_oracles, _weights_lost, _cheapest, _monotone, _diversity, _held_out, _missing)
     return [sentence for section in sections for sentence in section(summary)]
 
 
@@ -82,6 +82,17 @@ def _regrets(summary: dict) -> Iterator[str]:
         sentence += f". {best} minus product: {_judged(over)}"
     few = [f"{rule} ({regret['weights']})" for rule, regret in known.items() if regret["weights"] < count]
     yield sentence + (f". Left out for having fewer of these weights: {', '.join(few)}." if few else ".")
+
+
+def _weak_oracles(summary: dict) -> Iterator[str]:
+    for cell in summary["cells"]:
+        gain = cell["scalarised_gain"]
+        mixed = cell["shares"] and max(cell["shares"].values()) < 1 - 1e-6
+        if cell["rule"] == "oracle" and cell["strength"] == 1 and mixed and gain and not (gain["low"] or 0) > ROUNDING:
+            yield (
+                f"The oracle at {cell['weights']} is not clearly above the base in the reward it was trained on, "
+                f"{text(gain, signed=True)}: regret there says little."
+            )
 
 
 def _weights_lost(summary: dict) -> Iterator[str]:

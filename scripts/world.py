@@ -21,8 +21,8 @@ Gaussian: log p_i = -P_i |x_s|²/2 + x_s·l_i + const, with
 and the target of weights w at this step, p* ∝ Π p_i^(w_i), has P* = Σ w_i P_i and l* = Σ w_i l_i. Only the mixture's
 posterior and these two sums make the target: the package's rules see predicted noises and variance schedules alone.
 
-The rewards tilt the data as well, p_w(x_0) ∝ p(x_0) exp(Σ w_i q_i(x_0)), another mixture: what `code` and `rgg`, which
-use rewards of x_0, aim at. It is not where the step-level target ends, which nothing here makes it.
+The rewards tilt the data as well, p_w(x_0) ∝ p(x_0) exp(Σ w_i q_i(x_0)), another mixture, and the target of RL on whole
+runs. It is not where the step-level target ends. `code` and `rgg` use rewards of x_0, but neither has p_w as its law.
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ A cell is a number of objectives, their weights, a number of steps, and variance
 - the expected KL a run, E Σ_t KL(p*(.|x_t) ‖ p_rule(.|x_t)) over the target's own trajectories, in closed form;
 - for rules that pick one expert a step, the distance to the product's own output (the blend) and to that of
   `AverageStep`, and with the same x_T and noise the root mean square of |x_0 - x_0 of product|, path by path;
-- the distance to the tilted data p(x_0) exp(Σ w_i q_i(x_0)), the aim of rules that use rewards of x_0.
+- the distance to the tilted data p(x_0) exp(Σ w_i q_i(x_0)), the target of RL on whole runs.
 
 Intervals are 95 %, Student's t over replicates; of `code`, which draws image by image, a bootstrap over fewer images.
 """
@@ -325,8 +325,9 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
     for name in REWARDED:
         nearer, best = (sum(_mean(cell, name) < _mean(cell, other) for cell in cells) for other in ("base", "product"))
         yield (
-            f"`{name}` aims at another target, the tilted data: it ends nearer to that than the base in {nearer} of "
-            f"{len(cells)} cells, and nearer than `product`, which does not aim at it, in {best}."
+            f"`{name}` uses rewards of x_0, with no temperature of its own: it ends nearer than the base to the "
+            f"tilted data, the target of RL on whole runs, in {nearer} of {len(cells)} cells, and nearer than "
+            f"`product`, whose target is the step-level one, in {best}."
         )
     yield "Not measured: " + "; ".join(f"`{name}`, {why}" for name, why in NOT_MEASURED.items()) + "."
 
@@ -385,7 +386,7 @@ def page(result: dict) -> str:
             for cell in cells
         ),
     )
-    lines += ["", "## Distance to the tilted data, the aim of `code` and `rgg`", ""]
+    lines += ["", "## Distance to the tilted data, p(x_0) exp(Σ w_i q_i(x_0))", ""]
     names = ("base", "product", *PICKING, *REWARDED)
     lines += _table(
         ["cell", "floor", "floor of code", "step-level target", *names],

@@ -57,6 +57,7 @@ def desk(tmp_path_factory):
         save_adapter(folder / name, base, name, seed=seed, variance=schedule, reward=reward, guidance="off")
     create_set(folder / "set", [folder / "a", folder / "b"], oracles=[folder / "mix"])
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    create_set(folder / "plain", [folder / "a", folder / "b"])
     return folder
 
 
@@ -165,6 +166,15 @@ def _loaded():
     return load_set("set")
 
 
+def test_one_adapter_alone_is_drawn_once_for_all_rules_that_fuse(drawn):
+    """base, product's three and ½ + ½ of systematic, kl twice, code three times, in two batches each; not 12 cells."""
+    assert len(list((drawn / "parts").iterdir())) == 2 * 10
+    frame = table(drawn).drop(columns="rule")
+    for weights in ("a=1", "b=1"):
+        rows = [frame[(table(drawn).rule == rule) & (frame.weights == weights)] for rule in ("product", "systematic")]
+        pd.testing.assert_frame_equal(*(r.reset_index(drop=True) for r in rows))
+
+
 def test_pictures_are_kept_of_the_first_prompts_and_seed_for_the_page(drawn):
     frame = table(drawn)
     kept = frame[frame.image.notna()]
@@ -269,7 +279,14 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
         (dict(weights=[3]), ["3"]),
         (dict(rewards=["mystery"]), ["'mystery'"]),
         (dict(rewards=["rewards.py:broken"]), ["rewards.py:broken"]),
-        (dict(scales={"a": 1}), ["'b'", "scales"]),
+        (dict(rules=["oracle"], scales={"a": 1, "b": 1}), ["'mix'", "a: 5, b: 0.2", "a: 1, b: 1"]),
+        (dict(rules=[{"rule": "soup", "label": "base"}]), ["soup", "'base'"]),
+        (dict(rules=[{"rule": "soup", "label": "product"}]), ["soup", "'product'"]),
+        (dict(rules=[{"rule": "soup", "strengths": []}]), ["soup", "strengths"]),
+        (dict(rules=[{"rule": "soup", "weights": []}]), ["soup", "weights"]),
+        (dict(rules=[{"rule": "rgg", "growth": "1e-2"}]), ["growth", "'1e-2'"]),
+        (dict(rules=[{"rule": "product", 1: 2}]), ["product", "'1'"]),
+        (dict(prompts="grounds.txt"), ["'a dog'", "background"]),
         (dict(scales={"a": 0, "b": 1}), ["scale of a"]),
         (dict(scales={"c": 1, "a": 1, "b": 1}), ["'c'"]),
         (dict(prompts="nowhere.txt"), ["nowhere.txt"]),
@@ -279,9 +296,43 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
     ],
 )
 def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(desk, tmp_path, changes, culprits):
+    (desk / "grounds.txt").write_text("\n".join([*PROMPTS, "a dog"]))
     (desk / "rewards.py").write_text("def broken(images, prompts):\n    return images.flatten(1).mean(1) / 0\n")
     with refused(*culprits):
         evaluate("set", EvaluationConfig(**CONFIG | changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rewards_without_a_unit_are_refused(tmp_path):
+    """Training measured no deviation here, and there is no oracle to tell one."""
+    config = EvaluationConfig(**CONFIG | dict(scales={"a": 1}))
+    with refused("'b'", "scales"):
+        evaluate("plain", config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [dict(reference=EtaSchedule(eta=0.5)), dict(oracles=[])], ids=["reference", "oracles"]
+)
+def test_parts_of_another_set_are_not_gone_on_with(desk, tmp_path, change):
+    """The adapters' weights are the same; what is fused with them is not."""
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"]))
+    whole = dict(oracles=[desk / "mix"])
+    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole)
+    evaluate(tmp_path / "set", config, tmp_path / "out")
+    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole | change, overwrite=True)
+    with refused("another evaluation"):
+        evaluate(tmp_path / "set", config, tmp_path / "out")
+    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole, overwrite=True)
+    with refused("another evaluation"):
+        evaluate(tmp_path / "set", config, tmp_path / "out", dtype=torch.bfloat16)
+    evaluate(tmp_path / "set", config, tmp_path / "out")
+
+
+def test_a_reward_that_raises_is_one_line(desk, tmp_path):
+    (desk / "raises.py").write_text("def raises(images, prompts):\n    return [][3]\n")
+    with refused("raises.py:raises", "IndexError"):
+        evaluate("set", EvaluationConfig(**CONFIG | dict(rewards=["raises.py:raises"])), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

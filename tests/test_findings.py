@@ -68,6 +68,15 @@ def test_where_product_is_best_everywhere_no_other_rule_is_named():
     assert not about(sentences, "Not product but")
 
 
+def test_an_oracle_that_is_not_above_the_base_is_told():
+    """0.5 · (−1) + 0.5 · 0.5 = −0.25; the other gains 1."""
+    weak = [cell("product", 0.5, (1, 1)), cell("oracle", 0.5, (-1, 0.5))]
+    (sentence,) = about(told(*weak), "The oracle at")
+    assert "x=0.5,y=0.5" in sentence
+    assert "−0.250" in sentence
+    assert not about(told(weak[0], cell("oracle", 0.5, (1, 1))), "The oracle at")
+
+
 def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():
     """Of the oracle's 2 half way and (1.5, 1.5) at a quarter soup lacks 0.1 and 0, product 0.2 and 0."""
     oracle = [noisy("oracle", 0.5, (2.0, 2.0)), noisy("oracle", 0.25, (1.5, 1.5))]

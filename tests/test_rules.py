@@ -17,6 +17,8 @@ from stepfuse.fuse.run import Run, private_generator, uniform_numbers
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.fuse.weights import WeightSchedule
+from stepfuse.rewards.emoji_background import emoji_background
+from stepfuse.rewards.registry import load_reward
 from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
@@ -212,16 +214,51 @@ def test_switch_draws_each_expert_with_its_probability():
     assert shares[2] == 0
 
 
-@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.8, 0.2), (0.5, 0.3, 0.2), (0.1, 0.2, 0.3, 0.4), (0.6, 0.0, 0.4)])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (0.5, 0.5),
+        (0.98, 0.02),
+        (0.02, 0.98),
+        (0.5, 0.3, 0.2),
+        (0.96, 0.02, 0.02),
+        (0.6, 0.0, 0.4),
+        (0.1, 0.2, 0.3, 0.4),
+        (0.5, 0.25, 0.15, 0.1),
+        (0.4, 0.3, 0.2, 0.06, 0.04),
+        (1.0, 0.0, 0.0),
+    ],
+)
 def test_systematic_chooses_each_expert_with_its_probability_at_every_step(weights):
-    """4,000 random phases: shares within 4.5 standard errors, sqrt(w (1 - w) / 4000) < 0.0080."""
+    """4,000 random phases: shares within 4.5 standard errors sqrt(w (1 - w) / 4000)."""
     a = torch.tensor([*weights, 0.0], dtype=torch.float64)
     uniforms = torch.rand(4000, len(a), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = (a * (1 - a) / 4000).sqrt()
     for number in (1, 2, 7):
         choice = systematic_choice(a[None, :, None].expand(number, -1, 4000), uniforms)
         shares = torch.bincount(choice, minlength=len(a)) / 4000
-        assert (shares - a).abs().max() < 4.5 * 0.008
-        assert not shares[a == 0].any()
+        assert ((shares - a).abs() <= 4.5 * error).all()
+
+
+def test_systematic_keeps_its_probabilities_where_weights_change():
+    """Half the images change after three steps, an expert coming in late; each step by its own weights."""
+    late = torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 3 + [[0.5, 0.2, 0.3, 0.0]] * 4, dtype=torch.float64)
+    same = torch.tensor([[0.1, 0.2, 0.7, 0.0]] * 7, dtype=torch.float64)
+    exponents = torch.stack([late, same], 2).repeat_interleave(4000, 2)
+    uniforms = torch.rand(8000, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for number in range(1, 8):
+        choice = systematic_choice(exponents[:number], uniforms)
+        for a, rows in ((late[number - 1], slice(4000)), (same[number - 1], slice(4000, 8000))):
+            shares = torch.bincount(choice[rows], minlength=4) / 4000
+            assert ((shares - a).abs() <= 4.5 * (a * (1 - a) / 4000).sqrt()).all()
+
+
+def test_experts_that_take_no_part_change_no_choice():
+    a = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    uniforms = torch.rand(500, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    more = torch.zeros(8, dtype=torch.float64).index_copy(0, torch.tensor([0, 1, 5]), a)
+    few, many = (systematic_choice(b[None, :, None].expand(4, -1, 500), uniforms) for b in (a, more))
+    assert torch.equal(torch.tensor([0, 1, 5])[few], many)
 
 
 def test_every_stretch_of_a_systematic_run_holds_its_due_share():
@@ -451,6 +488,46 @@ def test_what_a_rule_cannot_do_is_refused_before_anything_runs(sampler, rule, we
     assert not calls
 
 
+@pytest.mark.parametrize("rule", ["code", "rgg"])
+def test_rules_that_live_on_noise_are_refused_on_a_deterministic_base(sampler, rule):
+    still = replace(sampler, reference=EtaSchedule(eta=0.0))
+    with refused(rule, "noise", "--reference_eta"):
+        draw(still, rule, {"a": 1})
+    draw(still, CoDe(candidates=1), {"a": 1})  # the base itself
+
+
+def test_a_weighted_reward_is_as_differentiable_as_each_of_its_terms(sampler):
+    mixed = load_reward("weighted:1*colourfulness/5 + 1*compressibility/0.2")
+    with refused("rgg", "'compressibility'", "'a'"):
+        draw(replace(sampler, rewards={"a": mixed}), "rgg", {"a": 1})
+    even = load_reward("weighted:1*colourfulness/5")
+    assert draw(replace(sampler, rewards={"a": even}), "rgg", {"a": 1}).isfinite().all()
+
+
+def test_a_differentiable_reward_of_the_prompt_is_taken(sampler):
+    assert draw(replace(sampler, rewards={"a": emoji_background}), "rgg", {"a": 1}).isfinite().all()
+
+
+def test_rewards_without_a_unit_are_not_weighed_against_each_other(sampler):
+    unknown = replace(sampler, reward_scales={"a": 5.0})
+    with refused("'b'", "reward_scales"):
+        draw(unknown, "code", {"a": 0.5, "b": 0.5})
+    assert draw(unknown, CoDe(candidates=2), {"b": 1}).isfinite().all()  # alone it needs none
+
+
+def test_units_are_those_the_oracles_were_trained_in(sampler):
+    assert sampler.reward_scales == {"a": 5.0, "b": 0.2}
+
+
+@pytest.mark.parametrize("rule", ["code", "rgg"])
+def test_a_single_step_has_no_rewards_to_go_by(sampler, rule):
+    own = sampler.with_rule(rule)
+    plan = own.plan({"a": 1}, 1, num_inference_steps=STEPS)
+    conditioning = encode_prompts(sampler.pipeline, PROMPTS[:1], [""])
+    with refused("sample", "rewards"):
+        own.step(torch.zeros(1, 4, 8, 8), 0, plan, conditioning)
+
+
 def test_a_rule_without_its_reward_is_refused(folders, base, tmp_path):
     save_adapter(tmp_path / "other", base, "other", reward="mystery")
     create_set(tmp_path / "set", [tmp_path / "other"])
@@ -467,6 +544,7 @@ def test_a_rule_without_its_reward_is_refused(folders, base, tmp_path):
         ("code", {"candidates": 0}, ["candidates 0"]),
         ("code", {"block_size": 2.5}, ["block_size 2.5"]),
         ("rgg", {"growth": -1}, ["growth -1"]),
+        ("rgg", {"growth": "1e-2"}, ["growth '1e-2'"]),
     ],
 )
 def test_rules_and_options_that_are_not_there_are_named(name, options, culprits):
