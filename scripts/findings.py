@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from math import floor, isfinite, log10
 
-ASIDE = ("base", "oracle")  # neither is a rule that fuses
+REWARDED = ("code", "rgg")  # they see the rewards while sampling
+ASIDE = ("base", "oracle", *REWARDED)  # none is a rule that fuses
 ROUNDING = 1e-12  # the same images summed in another order differ by less
 
 
 def findings(summary: dict) -> list[str]:
     """Sentences computed from `summarise`'s figures."""
-    sections = (_volumes, _regrets, _weak_oracles, _weights_lost, _cheapest, _monotone, _diversity, _held_out, _missing)
+    sections = [_volumes, _regrets, _weak_oracles, _weights_lost, _rewarded]
+    sections += [_cheapest, _monotone, _diversity, _held_out, _missing]
     return [sentence for section in sections for sentence in section(summary)]
 
 
@@ -96,7 +98,7 @@ def _weak_oracles(summary: dict) -> Iterator[str]:
 
 
 def _weights_lost(summary: dict) -> Iterator[str]:
-    """Weights at which another rule's weighted reward is above product's, at strength 1."""
+    """Weights at which another rule that fuses has a weighted reward above product's, at strength 1."""
     rivals: dict[str, list[dict]] = {}
     for cell in summary["cells"]:
         if cell["over_product"] is not None and cell["strength"] == 1 and cell["rule"] not in ASIDE:
@@ -109,13 +111,32 @@ def _weights_lost(summary: dict) -> Iterator[str]:
     if rivals:
         clear = sum(excludes_zero(cell["over_product"]) for cell in lost.values())
         yield (
-            f"At strength 1 product has the highest weighted reward at {len(rivals) - len(lost)} of {len(rivals)} "
-            f"weights that other rules have too; another rule is above it at {len(lost)}, with an interval that "
-            f"excludes 0 at {clear}. The best of several is chosen after looking, so these intervals flatter it."
+            f"Among rules that fuse, product at strength 1 has the highest weighted reward at "
+            f"{len(rivals) - len(lost)} of {len(rivals)} weights; another rule is above it at {len(lost)}, with an "
+            f"interval that excludes 0 at {clear}. The best of several is chosen after looking, so these intervals "
+            "flatter it."
         )
     for weights, cell in lost.items():
         over = cell["over_product"]
         yield f"Not product but {cell['rule']} is best at {weights}: by {_judged(over)}."
+
+
+def _rewarded(summary: dict) -> Iterator[str]:
+    """What seeing the rewards while sampling gains over product, and what it costs."""
+    for cell in summary["cells"]:
+        over, one = cell["over_product"], cell["of_one_adapter"]
+        if cell["rule"] in REWARDED and over is not None:
+            cost = "" if one["seconds"] is None else f", at {one['seconds']:.3g} × the seconds of one adapter"
+            held = [
+                f"{reward} {text(gain, signed=True)} against the base"
+                for reward in summary["held_out"]
+                if (gain := cell["rewards"][reward]["gain"]) is not None
+            ]
+            told = f"; held out, {', '.join(held)}" if held else ""
+            yield (
+                f"{cell['rule']}, which sees the rewards while sampling, at {cell['weights']}: weighted reward minus "
+                f"product's {_judged(over)}{cost}{told}."
+            )
 
 
 def _cheapest(summary: dict) -> Iterator[str]:

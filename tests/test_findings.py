@@ -77,6 +77,22 @@ def test_an_oracle_that_is_not_above_the_base_is_told():
     assert not about(told(weak[0], cell("oracle", 0.5, (1, 1))), "The oracle at")
 
 
+def test_rules_that_see_the_rewards_are_told_apart_from_those_that_fuse():
+    """0.5 · 2 + 0.5 · 2 more than product in 300 / 40 of the seconds, and nothing against soup's 0."""
+    sentences = told(
+        cell("product", 0.5, (1, 1)),
+        cell("product", 1.0, (1, 0)),
+        cell("soup", 0.5, (1, 1)),
+        cell("code", 0.5, (3, 3), seconds=7.5),
+    )
+    (sentence,) = about(sentences, "code, which sees the rewards while sampling, at x=0.5,y=0.5")
+    assert "minus product's +2.00" in sentence
+    assert "7.5 × the seconds" in sentence
+    assert "rz +0.00" in sentence or "rz 0" in sentence or "rz +0" in sentence
+    (fused,) = about(sentences, "Among rules that fuse")
+    assert "at 1 of 1 weights; another rule is above it at 0" in fused
+
+
 def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():
     """Of the oracle's 2 half way and (1.5, 1.5) at a quarter soup lacks 0.1 and 0, product 0.2 and 0."""
     oracle = [noisy("oracle", 0.5, (2.0, 2.0)), noisy("oracle", 0.25, (1.5, 1.5))]
