@@ -17,6 +17,7 @@ from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.evaluation import cells_of, read_config
 from stepfuse.scripts.figures import summarise
+from stepfuse.scripts.findings import findings, text
 from stepfuse.scripts.world_report import page, verdicts
 from tests.fixtures_tiny import generators
 
@@ -78,7 +79,7 @@ def test_the_evaluation_is_of_held_out_prompts_and_every_rule() -> None:
     assert config.seeds_per_prompt >= 8
     assert not set(prompts) & set(load_prompts("emoji"))
     cells = cells_of(config, OBJECTIVES)
-    assert {cell.label for cell in cells} == set(RULES)
+    assert {type(cell.rule) for cell in cells} == set(RULES.values())
     assert len([cell for cell in cells if cell.label == "oracle"]) >= 3
     identity = json.loads((EVALUATION / "evaluation.json").read_text())
     loaded = load_set("emoji")
@@ -111,7 +112,36 @@ def test_the_summary_is_that_of_the_table() -> None:
         guidance=0,
     )
     again = summarise(pd.read_parquet(EVALUATION / "results.parquet"), setup, draws=summary["draws"])
-    assert numbers(again) == pytest.approx(numbers(summary), rel=1e-6, abs=1e-9)
+    got, shown = numbers(again), numbers(summary)
+    assert got.keys() == shown.keys()
+    values = {place for place, value in shown.items() if isinstance(value, float)}
+    assert len(values) > 1000
+    assert {place: got[place] for place in values} == pytest.approx({place: shown[place] for place in values}, rel=1e-6)
+    assert all(got[place] == shown[place] for place in shown.keys() - values)
+
+
+MIXTURES = [
+    "compressibility=0.5,colourfulness=0.5",
+    "compressibility=0.5,alignment=0.5",
+    "colourfulness=0.5,alignment=0.5",
+    "compressibility=0.333333,colourfulness=0.333333,alignment=0.333333",
+]
+
+
+def test_the_tables_shown_are_those_of_the_summary() -> None:
+    summary = json.loads((EVALUATION / "summary.json").read_text())
+    readme, account = (ROOT / "README.md").read_text(), (EVALUATION / "README.md").read_text()
+    shown = {"product at strength 1.5": "`product`, λ = 1.5"}
+    mixed = {(cell["rule"], cell["weights"]): cell for cell in summary["cells"] if cell["weights"] in MIXTURES}
+    rules = dict.fromkeys(rule for rule, _ in mixed)
+    assert len(rules) == 10  # all but base and kl, and product at another strength
+    for rule in rules:
+        cells = [mixed.get((rule, weights)) for weights in MIXTURES]
+        gains = " | ".join("–" if cell is None else text(cell["scalarised_gain"], signed=True) for cell in cells)
+        row = f"| {shown.get(rule, f'`{rule}`')} | {gains} |"
+        assert row in readme
+        assert row in account
+    assert all(f"- {sentence}" in account for sentence in findings(summary))
 
 
 def test_the_page_of_the_oracle_world_is_that_of_its_figures() -> None:
