@@ -257,9 +257,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     rule = get_rule(arguments.rule, **{name: value for name, value in options.items() if value is not None})
     quiet_libraries()
     loaded = load_set(arguments.set)
-    default: Weights = loaded.default_weights
-    given = [parse_weights(text) for text in arguments.weights or []]
-    columns = given or [default]
+    columns: list[Weights] = [parse_weights(text) for text in arguments.weights or []]
+    if not columns:
+        columns = [loaded.default_weights]
     sampler = FusedSampler.from_pretrained(
         loaded,
         rule=rule,

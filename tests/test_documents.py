@@ -101,7 +101,7 @@ def test_the_readme_evaluation_runs_in_small(checkout: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     output = checkout / words[words.index("--output_dir") + 1]
     assert {"report.html", "fronts.png", "summary.json", "results.parquet"} <= {file.name for file in output.iterdir()}
-    assert set(json.loads((output / "summary.json").read_text())["rules"]) == set(RULES)
+    assert set(json.loads((output / "summary.json").read_text())["rules"]) >= set(RULES)
 
 
 def test_the_readme_tree_names_what_is_there() -> None:

@@ -261,6 +261,13 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
     ]
 
 
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")), ids=str)
+def test_every_config_that_is_shipped_makes_cells(config):
+    names = {"emoji": ["compressibility", "colourfulness", "alignment"], "sd15": ["alignment", "compressibility"]}
+    cells = cells_of(read_config(config), names[config.stem])
+    assert {"base", "product", "average_noise", "systematic", "soup", "kl"} <= {cell.label for cell in cells}
+
+
 # Refusals, before anything is drawn
 
 

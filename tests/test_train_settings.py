@@ -177,7 +177,7 @@ def test_empty_prompt_file_is_named(desk, monkeypatch, text):
 
 
 def test_missing_prompt_file_is_named(desk, monkeypatch):
-    assert "no prompt file 'mine.txt'" in refusal(monkeypatch, "dpo", "--prompts", "mine.txt")
+    assert "no prompts 'mine.txt'; expected a text file" in refusal(monkeypatch, "dpo", "--prompts", "mine.txt")
 
 
 def test_group_that_does_not_divide_the_batch_is_refused(desk, monkeypatch):
