@@ -11,11 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.fuse.gaussian import Gaussian, product
+from stepfuse.fuse.limits import (
+    check_average_variance,
+    check_no_strength,
+    check_probabilities,
+    check_random,
+    check_strength,
+)
+from stepfuse.fuse.lots import systematic_choice
 from stepfuse.fuse.plan import FusionStep, Latents, Merge, Plan
 
 
@@ -339,140 +347,3 @@ def average_variance(step: FusionStep) -> Tensor:
     """Σ a_i v_i + (1 - Σ a_i) v_ref, one an image."""
     a = step.exponents.to(step.x_t).reshape(step.plan.base + 1, -1, *[1] * (step.x_t.ndim - 1))
     return sum((a[i] * step.variance(i) for i in step.used), torch.zeros(()).to(step.x_t))
-
-
-def systematic_choice(
-    exponents: Float[Tensor, "steps places batch"], uniforms: Float[Tensor, "batch draws"]
-) -> Int[Tensor, " batch"]:
-    """The place each image takes at the last of these steps, by credit from a random phase.
-
-    A step moves the credit vector c, of sum 0, by a - e_chosen: modulo the differences e_i - e_j a rotation of the
-    torus, which keeps the uniform distribution. So a uniform phase Σ_{i<n} u_i (e_i - e_n), brought to where the rule
-    keeps credits, makes every expert's chance a_i at every step. Where the exponents change, credit begins anew.
-    """
-    stages, batch = len(exponents), exponents.shape[2]
-    mixtures, which = torch.unique(exponents.flatten(0, 1), dim=1, return_inverse=True)
-    choice = torch.zeros(batch, dtype=torch.int64)
-    for column, mixture in enumerate(mixtures.unflatten(0, (stages, -1)).unbind(-1)):
-        rows = (which == column).nonzero().flatten()
-        changed = (mixture != mixture[-1]).any(1).nonzero().flatten()
-        since = stages - (int(changed[-1]) + 1 if len(changed) else 0)
-        choice[rows] = _choice_by_credit(mixture[-1], since, uniforms[rows])
-    return choice
-
-
-def _choice_by_credit(
-    a: Float[Tensor, " places"], rounds: int, uniforms: Float[Tensor, "rows draws"]
-) -> Int[Tensor, " rows"]:
-    """The place chosen in the last of these rounds; experts of exponent 0 take no part."""
-    active = a.nonzero().flatten()
-    count, every = len(active), torch.arange(len(uniforms))
-    phase = uniforms[:, : count - 1].double()
-    credit = torch.cat([phase, -phase.sum(1, keepdim=True)], 1)
-    while bool((far := credit.amax(1) - credit.amin(1) > 1 + 1e-9).any()):  # to the lattice's Voronoi cell at 0
-        rows = every[far]
-        credit[rows, credit[rows].argmax(1)] -= 1
-        credit[rows, credit[rows].argmin(1)] += 1
-    choice = torch.zeros(len(uniforms), dtype=torch.int64)
-    for _ in range(8 * count + rounds):  # from there the rule's own region is a few rounds away
-        credit += a[active].double()
-        choice = credit.argmax(1)
-        credit[every, choice] -= 1
-    return active[choice]
-
-
-def check_strength(plan: Plan) -> None:
-    """See that the product's precision is positive at every step: it depends on variances alone.
-
-    Raises:
-        ValueError: naming the step, the weights and the largest valid strength.
-    """
-    images = plan.weights.shape[2]
-    limits = torch.full((len(plan.steps), images), torch.inf, dtype=torch.float64)
-    for number in range(len(plan.steps)):
-        used = (plan.weights[number] != 0).any(1).nonzero().flatten().tolist()
-        r = torch.tensor([plan.relative(place, number) for place in used], dtype=torch.float64)
-        reference = plan.relative(plan.base, number)
-        present = [*r.tolist(), reference] if plan.strength != 1 else r.tolist()
-        if plan.strength == 0:
-            present = [reference]
-        if min(present) == 0 and max(present) > 0:
-            raise ValueError(
-                f"step {number + 1} of {len(plan.steps)} mixes deterministic and random schedules (relative variances "
-                f"{[round(v, 4) for v in present]}); use eta 0 for all, the base included, or for none"
-            )
-        if max(present) > 0 and plan.strength != 0:
-            limits[number] = largest_strength(plan.weights[number][used], r, reference or r.max().item())
-    if bool((limits <= plan.strength).any()):
-        number, image = divmod(int(limits.argmin()), images)
-        raise ValueError(
-            f"strength {plan.strength:g} with weights {plan.label(number, image)} leaves no positive precision at step "
-            f"{number + 1} of {len(plan.steps)}; the largest valid strength is just below {limits.min().item():.4g}"
-        )
-
-
-def largest_strength(
-    weights: Float[Tensor, "objectives batch"],
-    relative_variances: Float[Tensor, " objectives"],
-    reference: float,
-) -> Float[Tensor, " batch"]:
-    """The supremum of λ for which the product's precision is positive at one step, one a sample.
-
-    The precision is (1 - λ) / r_ref + λ Σ w_i / r_i in units of the ancestral variance, linear in λ.
-    Infinite where every λ ≥ 0 is valid.
-    """
-    slope = (weights / relative_variances[:, None]).sum(0) - 1 / reference
-    limit = -1 / (reference * slope)
-    return torch.where(slope < 0, limit, torch.inf)
-
-
-def check_average_variance(plan: Plan) -> None:
-    """See that Σ a_i v_i stays in [0, sigma_s²] at every step.
-
-    Raises:
-        ValueError: naming the step and the weights.
-    """
-    like = torch.zeros(1, 1, dtype=torch.float64)
-    for number, (t, s) in enumerate(plan.steps):
-        r = torch.tensor([plan.relative(place, number) for place in range(plan.base + 1)], dtype=torch.float64)
-        average = (plan.exponents[number] * r[:, None]).sum(0)
-        share = plan.path.ancestral_variance(t, s, like).item()
-        room = plan.path.at(s, like)[1].item() ** 2
-        outside = (average < -1e-9) | (average * share > room * (1 + 1e-6))
-        if bool(outside.any()):
-            image = int(outside.nonzero()[0])
-            raise ValueError(
-                f"strength {plan.strength:g} with weights {plan.label(number, image)} averages the variances to "
-                f"{average[image].item() * share:g} at step {number + 1} of {len(plan.steps)}, outside 0 to {room:g}; "
-                "use a strength nearer 1, or the rule product"
-            )
-
-
-def check_probabilities(plan: Plan, rule: str) -> None:
-    """See that all exponents lie in [0, 1].
-
-    Raises:
-        ValueError: naming the weights, or the strength.
-    """
-    if not 0 <= plan.strength <= 1:
-        raise ValueError(f"rule {rule} with strength {plan.strength:g}; it picks experts by chance, so expected 0 to 1")
-    if bool((plan.weights < 0).any()):
-        number, _, image = (int(i) for i in (plan.weights < 0).nonzero()[0])
-        raise ValueError(f"rule {rule} with weights {plan.label(number, image)}; it takes none below 0")
-
-
-def check_no_strength(plan: Plan, rule: str) -> None:
-    if plan.strength != 1:
-        raise ValueError(f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength")
-
-
-def check_random(plan: Plan, rule: str, why: str) -> None:
-    """See that the base draws noise at some step.
-
-    Raises:
-        ValueError: for a deterministic base.
-    """
-    if not any(plan.relative(plan.base, number) for number in range(len(plan.steps))):
-        raise ValueError(
-            f"rule {rule} needs a base that draws noise: {why}; create the set with a --reference_eta above 0"
-        )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from stepfuse.fuse.gaussian import Gaussian, product
-from stepfuse.fuse.rules import Product, get_rule, largest_strength
+from stepfuse.fuse.limits import largest_strength
+from stepfuse.fuse.rules import Product, get_rule
 
 
 def test_rules_go_by_name():

@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
 from stepfuse.fuse.adapter_set import create_set, load_set
+from stepfuse.fuse.lots import systematic_choice
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.plan import FusionStep, Plan
-from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance, get_rule, systematic_choice
+from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance, get_rule
 from stepfuse.fuse.run import Run, private_generator, uniform_numbers
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
