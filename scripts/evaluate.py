@@ -13,11 +13,8 @@ import dataclasses
 import hashlib
 import json
 import os
-import platform
 import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -44,6 +41,7 @@ from stepfuse.rewards.clip_score import CLIPScore
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cells import Setup
+from stepfuse.scripts.costs import counted_rows, machine, now, peak_memory
 from stepfuse.scripts.evaluation import EvaluationConfig, PlannedCell, cells_of, shares_of
 from stepfuse.scripts.figures import summarise
 from stepfuse.scripts.plots import save_fronts
@@ -256,9 +254,9 @@ class Evaluation:
         sampler = self.sampler.with_rule(cell.rule)
         device = sampler.pipeline.unet.device
         with counted_rows(sampler.pipeline.unet) as count, peak_memory(device) as peak:
-            begin = _now(device)
+            begin = now(device)
             pixels = self._sample(sampler, cell, places)
-            seconds = _now(device) - begin
+            seconds = now(device) - begin
         scores = {
             f"reward_{name}": score(reward, pixels.to(device), prompts, name=name).cpu().tolist()
             for name, reward in self.rewards.items()
@@ -355,56 +353,6 @@ def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales:
                 f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}; "
                 "its regret would be another reward's. Give its units as scales"
             )
-
-
-def machine(device: torch.device) -> str:
-    """The device and what runs on it, for figures that depend on it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return f"{name}{threads}, torch {torch.__version__}"
-
-
-@contextmanager
-def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
-    """Count the images that go through a network: its function evaluations."""
-    total = 0
-
-    def count(_: torch.nn.Module, arguments: tuple) -> None:
-        nonlocal total
-        total += len(arguments[0])
-
-    handle = module.register_forward_pre_hook(count)
-    try:
-        yield lambda: total
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def peak_memory(device: torch.device) -> Iterator[Any]:
-    """The most memory in use meanwhile, in MB: of the device, or of the process (Linux only; NaN elsewhere)."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    except OSError:
-        yield lambda: float("nan")
-        return
-    yield _high_water_mark
-
-
-def _high_water_mark() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024 / 1e6
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _png(pixels: Tensor) -> bytes:

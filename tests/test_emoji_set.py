@@ -18,7 +18,7 @@ from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.evaluation import cells_of, read_config
 from stepfuse.scripts.figures import summarise
 from stepfuse.scripts.findings import findings, text
-from stepfuse.scripts.world_report import page, verdicts
+from stepfuse.scripts.world_page import page, verdicts
 from tests.fixtures_tiny import generators
 
 ROOT = Path(__file__).parents[1]

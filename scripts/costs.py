@@ -1,0 +1,61 @@
+"""What sampling costs: network evaluations, seconds and memory, and the machine they are of."""
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: torch.device) -> str:
+    """The device and what runs on it, for figures that depend on it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"{name}{threads}, torch {torch.__version__}"
+
+
+@contextmanager
+def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
+    """Count the images that go through a network: its function evaluations."""
+    total = 0
+
+    def count(_: torch.nn.Module, arguments: tuple) -> None:
+        nonlocal total
+        total += len(arguments[0])
+
+    handle = module.register_forward_pre_hook(count)
+    try:
+        yield lambda: total
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Any]:
+    """The most memory in use meanwhile, in MB: of the device, or of the process (Linux only; NaN elsewhere)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    except OSError:
+        yield lambda: float("nan")
+        return
+    yield _high_water_mark
+
+
+def _high_water_mark() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024 / 1e6
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
