@@ -171,7 +171,8 @@ def load_set(folder: str | Path) -> AdapterSet:
     Raises:
         ValueError: naming the file at fault.
     """
-    folder = Path(folder) if Path(folder).exists() else EMBEDDED_SETS.get(str(folder), Path(folder))
+    named = EMBEDDED_SETS.get(str(folder), Path(folder))
+    folder = Path(folder) if (Path(folder) / MANIFEST).exists() else named
     file = folder / MANIFEST
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
     try:

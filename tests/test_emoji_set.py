@@ -41,6 +41,12 @@ def test_the_set_is_small_and_holds_three_objectives_and_their_mixtures() -> Non
     ]
 
 
+def test_a_folder_of_that_name_without_a_set_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "emoji").mkdir()
+    assert load_set("emoji").names == OBJECTIVES
+
+
 def test_the_set_belongs_to_the_embedded_base_and_its_variances_differ() -> None:
     sampler = FusedSampler.from_pretrained("emoji", rule="oracle")
     schedules = [objective.variance for objective in sampler.objectives]
