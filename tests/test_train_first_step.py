@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.path import NoisePath
@@ -16,28 +16,13 @@ from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.losses import ddpo_loss
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
 from stepfuse.train.settings import DPOSettings
+from tests.fixtures_training import tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 SHAPE = (4, 8, 8)
 ETA = EtaSchedule(eta=0.8)
 BENT = LearnedSchedule(offsets=torch.tensor([0.4, -0.7, 0.2]), eta=0.8)
 PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-
-
-def tiny_unet():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-    return unet.requires_grad_(False)
 
 
 class World:

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.path import FINAL, NoisePath
@@ -12,28 +12,13 @@ from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.train.lora import add_lora
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator, with_advantages
+from tests.fixtures_training import tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 SHAPE = (4, 8, 8)
 G, ETA, N, K = 3.0, 0.8, 4, 3  # guidance scale, eta, steps, candidates
 RANDOM_END = dict(steps_offset=1, set_alpha_to_one=False)
 SURE_END = dict(steps_offset=1, set_alpha_to_one=True)
-
-
-def tiny_unet():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=32,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-    return unet.requires_grad_(False).eval()
 
 
 class World:
