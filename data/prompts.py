@@ -1,11 +1,11 @@
 """Prompts from a file, a hub data set, or a set by its name."""
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from stepfuse.data import colours, emoji
+from stepfuse.data.names import nearest
 
 
 def load_prompts(
@@ -30,11 +30,9 @@ def load_prompts(
     name, colon, count = source.rpartition(":")
     if not _is_there(name):
         asked = name if colon else source
-        close = difflib.get_close_matches(asked, PROMPT_SETS, n=1, cutoff=0.5)
-        nearest = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"no prompts {asked!r}; expected a text file with a prompt a line, or one of "
-            f"{', '.join(PROMPT_SETS)}{nearest}"
+            f"{', '.join(PROMPT_SETS)}{nearest(asked, PROMPT_SETS)}"
         )
     if not count.isdecimal() or int(count) < 1:  # before the hub is asked
         raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a whole number of 1 or more")

@@ -273,17 +273,8 @@ def merged_adapters(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[N
     layers = lora_layers(unet)
     used = {name: weight for name, weight in weights.items() if weight != 0}
     check_mergeable(layers, list(used))
-    scalings = [dict(layer.scaling) for layer in layers]
-    try:
-        for layer in layers:
-            for name, weight in used.items():
-                if name in layer.scaling:
-                    layer.scaling[name] *= weight
-        with _active(layers, list(used)):
-            yield
-    finally:
-        for layer, before in zip(layers, scalings, strict=True):
-            layer.scaling.update(before)
+    with _scaled(layers, used), _active(layers, list(used)):
+        yield
 
 
 @contextmanager
@@ -303,7 +294,6 @@ def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[
         return
     first = next(iter(used))  # its place holds the average meanwhile
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-    scalings = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:
             if first not in layer.scaling:
@@ -312,14 +302,11 @@ def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[
                 weight = factors[first].weight
                 kept.append((weight, weight.data))
                 weight.data = sum(w / strength * factors[name].weight.data for name, w in used.items())
-            layer.scaling[first] *= strength
-        with _active(layers, [first]):
+        with _scaled(layers, {first: strength}), _active(layers, [first]):
             yield
     finally:
         for weight, data in kept:
             weight.data = data
-        for layer, before in zip(layers, scalings, strict=True):
-            layer.scaling.update(before)
 
 
 def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
@@ -346,6 +333,20 @@ def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> Non
                 f"adapters {one!r} and {other!r} differ in rank, alpha or layers ({a} and {b} as rank and scale), "
                 "so their factors have no average; use the rule soup"
             )
+
+
+@contextmanager
+def _scaled(layers: Sequence[BaseTunerLayer], weights: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the output of adapters meanwhile."""
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in weights.keys() & layer.scaling.keys():
+                layer.scaling[name] *= weights[name]
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @contextmanager

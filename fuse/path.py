@@ -19,6 +19,17 @@ FINAL = -1  # the position after the last step
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
+# What diffusers' DDIMScheduler takes for the schedule of Stable Diffusion.
+STABLE_DIFFUSION = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class NoisePath:
     """The coefficients of one diffusers scheduler, and its rule for choosing time steps.

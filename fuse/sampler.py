@@ -323,7 +323,8 @@ class FusedSampler:
             plan=plan,
             networks=networks,
             rewards=[scorer(o) for o in self.objectives] if needed else [],
-            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],  # _check_scales
+            # A reward alone needs no unit; for several `plan` has seen to it.
+            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
         )
 
     def _adapter(self, plan: Plan, network: int | Merge) -> str | MergedAdapters | None:

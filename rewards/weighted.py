@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,20 +40,21 @@ def parse_terms(text: str) -> tuple[Term, ...]:
     for part in re.split(r"\s\+\s", text):
         match = TERM.fullmatch(part)
         try:
-            weight, scale = float(match["weight"]), float(match["scale"] or 1) if match else 0.0  # type: ignore[index]
-        except (TypeError, ValueError) as error:
+            if match is None:
+                raise ValueError("no WEIGHT*REWARD")
+            term = Term(name=match["name"], weight=float(match["weight"]), scale=float(match["scale"] or 1))
+        except ValueError as error:
             raise ValueError(f"weighted reward {text!r} has the term {part!r}; {expected}") from error
-        assert match is not None
-        if not 0 <= weight < float("inf") or not 0 < scale < float("inf"):
+        if not 0 <= term.weight < float("inf") or not 0 < term.scale < float("inf"):
             raise ValueError(f"weighted reward {text!r}: {part!r} needs a weight of 0 or more and a positive scale")
-        terms.append(Term(name=match["name"].strip(), weight=weight, scale=scale))
+        terms.append(term)
     names = [term.name for term in terms]
     total = sum(term.weight for term in terms)
     if len(set(names)) < len(names):
         raise ValueError(f"weighted reward {text!r} names a reward twice")
     if total <= 0:
         raise ValueError(f"weighted reward {text!r} has weights that sum to 0")
-    return tuple(Term(name=t.name, weight=t.weight / total, scale=t.scale) for t in terms)
+    return tuple(replace(term, weight=term.weight / total) for term in terms)
 
 
 class Weighted:
@@ -68,13 +69,11 @@ class Weighted:
     """
 
     def __init__(self, terms: Sequence[Term], load: Callable[[str], Reward]) -> None:
-        self.terms = tuple(terms)
-        self.rewards = {term.name: load(term.name) for term in terms if term.weight > 0}
+        self.terms = tuple(term for term in terms if term.weight > 0)
+        self.rewards = {term.name: load(term.name) for term in self.terms}
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         total = torch.zeros(len(images), device=images.device)
         for term in self.terms:
-            if term.weight > 0:
-                values = score(self.rewards[term.name], images, prompts, name=term.name)
-                total = total + term.weight / term.scale * values
+            total = total + term.weight / term.scale * score(self.rewards[term.name], images, prompts, name=term.name)
         return total

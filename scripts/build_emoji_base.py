@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.fuse.path import STABLE_DIFFUSION
 
 MAX_TOKENS = 16
 LATENT_CHANNELS = 4
@@ -328,15 +329,7 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def new_scheduler() -> DDIMScheduler:
     """Stable Diffusion's schedule; v-prediction, because plain grounds are all low frequency."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
+    return DDIMScheduler(**STABLE_DIFFUSION, prediction_type="v_prediction")
 
 
 def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tuple[Tensor, Tensor]:

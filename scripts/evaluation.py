@@ -1,13 +1,10 @@
 """What an evaluation draws: its config, and the cells it comes to."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product as combinations
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from stepfuse.fuse.rules import (
     KL,
@@ -23,7 +20,7 @@ from stepfuse.fuse.rules import (
     get_rule,
 )
 from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights, weight_table
-from stepfuse.train.settings import check_types, nearest, require
+from stepfuse.train.settings import check_types, read_settings, require
 
 # With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
 FUSING = (Product, AverageNoise, KL, Switch, Systematic, Soup, SoupFactors, Oracle)
@@ -123,18 +120,7 @@ def read_config(file: Path) -> EvaluationConfig:
     Raises:
         ValueError: for a missing or malformed file, an unknown key, naming the nearest, or a value out of range.
     """
-    if not file.is_file():
-        raise ValueError(f"no config file {file}")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no settings; expected `name: value` lines")
-    names = [f.name for f in dataclasses.fields(EvaluationConfig)]
-    for key in values:
-        if key not in names:
-            raise ValueError(f"{file}: unknown setting {key!r}{nearest(str(key), names)}")
+    values = read_settings(file, EvaluationConfig)
     try:
         return EvaluationConfig(**values)
     except ValueError as error:

@@ -60,6 +60,11 @@ def _add(commands: argparse._SubParsersAction, name: str, summary: str, example:
     )
 
 
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default=None, help="by default cuda where there is one")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base")
+
+
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = _add(
         commands,
@@ -151,8 +156,7 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     sample.add_argument("--height", type=int, help="pixels; by default the base's")
     sample.add_argument("--width", type=int, help="pixels; by default the base's")
     sample.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
-    sample.add_argument("--device", default=None, help="by default cuda where there is one")
-    sample.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base")
+    _add_device(sample)
     sample.add_argument("--output", type=Path, default=Path("out.png"), help="the picture (default out.png)")
     sample.add_argument("--overwrite", action="store_true", help="replace the picture if it is there")
     sample.set_defaults(run=_sample)
@@ -173,8 +177,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--output_dir", type=Path, default=Path("outputs/evaluation"), help="where everything goes; run again to go on"
     )
     evaluate.add_argument("--overwrite", action="store_true", help="begin anew")
-    evaluate.add_argument("--device", default=None, help="by default cuda where there is one")
-    evaluate.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the base")
+    _add_device(evaluate)
     evaluate.set_defaults(run=_evaluate)
 
 
@@ -250,7 +253,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
     check_picture(arguments.output)
-    device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(arguments.device)
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
     options = {name: getattr(arguments, name) for name in ("candidates", "block_size")}
@@ -311,7 +314,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.evaluation import read_config
     from stepfuse.scripts.findings import findings
 
-    device = check_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(arguments.device)
     summary = evaluate(
         arguments.set,
         read_config(arguments.config),
@@ -341,9 +344,11 @@ def check_picture(file: Path) -> None:
             break
 
 
-def check_device(name: str) -> str:
+def check_device(name: str | None) -> str:
+    """See that a device is there; None is cuda where there is one."""
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # unknown, or built without it

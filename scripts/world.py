@@ -35,20 +35,12 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.path import STABLE_DIFFUSION, NoisePath
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows, Score
 from stepfuse.fuse.rules import FusionRule
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule
 
 DIM = 2
-STABLE_DIFFUSION = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from stepfuse.fuse.path import STABLE_DIFFUSION
 from stepfuse.fuse.rules import get_rule
 from stepfuse.fuse.run import Run, uniform_numbers
 from stepfuse.scripts.main import main
-from stepfuse.scripts.world import DATA, STABLE_DIFFUSION, AverageStep, World, world_of
+from stepfuse.scripts.world import DATA, AverageStep, World, world_of
 from stepfuse.scripts.world_report import WEIGHTS, expected_kl, measure_world, sliced_distance
 
 KINDS = ("equal", "distinct")

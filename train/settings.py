@@ -1,7 +1,6 @@
 """Settings of a training run: YAML by `--config`, any field as a flag."""
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
 
 
@@ -184,7 +184,8 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
 
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     if "--config" in arguments:
-        _check_config(settings, arguments[arguments.index("--config") + 1 :][:1])
+        place = arguments[arguments.index("--config") + 1 :][:1]
+        read_settings(Path(place[0] if place else "(none given)"), settings, besides=("env",))  # trl's own
     known = {f"--{f.name}" for f in dataclasses.fields(settings)} | {"--config", "--help"}
     known |= {f"--no_{f.name}" for f in dataclasses.fields(settings)}
     for argument in arguments:
@@ -196,24 +197,25 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     return parsed
 
 
-def _check_config(settings: type[TrainSettings], place: Sequence[str]) -> None:
-    if not place or not Path(place[0]).is_file():
-        raise ValueError(f"no config file {place[0] if place else '(none given)'}")
+def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """The `name: value` lines of a YAML file, every name a field of these settings or one of `besides`.
+
+    Raises:
+        ValueError: for a missing or malformed file, or an unknown name, with the nearest known one.
+    """
+    if not file.is_file():
+        raise ValueError(f"no config file {file}")
     try:
-        values = yaml.safe_load(Path(place[0]).read_text())
+        values = yaml.safe_load(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{place[0]} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{place[0]} holds no settings; expected `name: value` lines")
+        raise ValueError(f"{file} holds no settings; expected `name: value` lines")
     names = [f.name for f in dataclasses.fields(settings)]
     for key in values:
-        if key not in names and key != "env":
-            raise ValueError(f"{place[0]}: unknown setting {key!r}{nearest(str(key), names)}")
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+        if key not in names and key not in besides:
+            raise ValueError(f"{file}: unknown setting {key!r}{nearest(str(key), names)}")
+    return values
 
 
 def check_types(settings: Any) -> None:
