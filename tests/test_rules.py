@@ -9,11 +9,8 @@ from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
 from stepfuse.fuse.adapter_set import create_set, load_set
-from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
-from stepfuse.fuse.plan import Plan
-from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance, get_rule
-from stepfuse.fuse.run import Run, uniform_numbers
+from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.fuse.weights import WeightSchedule
@@ -233,44 +230,6 @@ def test_network_evaluations_an_image(sampler, rule, options, forwards):
 # Rewards while sampling
 
 
-def toy_run(rule, rewards, *, steps, images=2, observe=None):
-    """A run in 1×2 latents of an exact denoiser: data at 0, so e = x_t / sigma."""
-    path = NoisePath.from_scheduler(ddim())
-    plan = Plan(
-        path=path,
-        steps=path.steps(steps),
-        names=["a", "b"],
-        schedules=[EtaSchedule()] * 3,
-        weights=torch.tensor([0.75, 0.25], dtype=torch.float64)[None, :, None].expand(steps, 2, images),
-        strength=1.0,
-    )
-
-    def networks(x_t, t, wanted, rows):
-        return [x_t / (1 + path.at(t, x_t)[1]) for _ in wanted]
-
-    plan = rule.prepare(plan)
-    return Run(rule=rule, plan=plan, networks=networks, rewards=rewards, scales=[1.0, 2.0], observe=observe)
-
-
-def test_code_keeps_the_candidate_with_the_largest_weighted_scaled_reward():
-    """Σ w_i r_i / σ_i = 0.75 x + 0.25 · 10 y / 2 over the candidates of each block; the last block's are x_0 itself."""
-    seen = []
-
-    def first(clean, rows):
-        seen.append((clean.clone(), rows.clone()))
-        return clean[:, 0]
-
-    run = toy_run(CoDe(candidates=5, block_size=2), [first, lambda clean, rows: 10 * clean[:, 1]], steps=4)
-    x_0 = run.denoise(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)), generators(0, 1))
-    assert len(seen) == 2  # two blocks
-    clean, rows = seen[-1]
-    assert rows.tolist() == [0] * 5 + [1] * 5
-    value = 0.75 * clean[:, 0] + 0.25 * 10 * clean[:, 1] / 2
-    best = torch.stack([clean[value[:5].argmax()], clean[5 + value[5:].argmax()]])
-    assert torch.equal(x_0, best)
-    assert len(value.unique()) == 10
-
-
 def test_code_gains_what_the_best_of_its_candidates_gains(sampler):
     """Among 8 candidates, one of which is the base's own draw, the chosen one scores no less: a block the whole run."""
     rewards = {name: sampler.with_rule("code").rewards[name] for name in "ab"}
@@ -278,20 +237,6 @@ def test_code_gains_what_the_best_of_its_candidates_gains(sampler):
     gain = rewards["a"](chosen, PROMPTS) - rewards["a"](draw(sampler, "base"), PROMPTS)
     assert (gain >= 0).all()
     assert (gain > 0).any()
-
-
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_reward_gradient_guidance_moves_the_mean_along_the_normalised_gradient(number):
-    """m + λ v (0.75 g_a + 0.25 g_b), λ = 1.024^(50 k / 4) - 1 up to 1; g of 3 x + 4 y is (0.6, 0.8), of -y (0, -1)."""
-    rewards = [lambda clean, rows: 3 * clean[:, 0] + 4 * clean[:, 1], lambda clean, rows: -clean[:, 1]]
-    run = toy_run(RewardGradientGuidance(), rewards, steps=4)
-    x_t = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
-    step = run._step(number, x_t, uniform_numbers(run.plan, generators(0, 1)), None)
-    guided, plain = run.rule(step), step.gaussians([run.plan.base])[0]
-    factor = {0: 0.0, 1: 1.024**12.5 - 1, 3: 1.0}[number]  # 1.024^37.5 - 1 is 1.43
-    expected = factor * plain.variance * torch.tensor([[0.75 * 0.6, 0.75 * 0.8 - 0.25]])
-    torch.testing.assert_close(guided.mean - plain.mean, expected.expand(2, 2), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(guided.variance, plain.variance)
 
 
 def test_reward_gradient_guidance_raises_the_reward_it_follows(sampler):
@@ -425,27 +370,3 @@ def test_a_rule_without_its_reward_is_refused(folders, base, tmp_path):
     create_set(tmp_path / "set", [tmp_path / "other"])
     with refused("'other'", "'mystery'"):
         FusedSampler.from_pretrained(tmp_path / "set", rule="code")
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "culprits"),
-    [
-        ("sum", {}, ["'sum'", "product"]),
-        ("code", {"candidate": 3}, ["'candidate'", "candidates, block_size"]),
-        ("product", {"growth": 1}, ["'growth'", "none"]),
-        ("code", {"candidates": 0}, ["candidates 0"]),
-        ("code", {"block_size": 2.5}, ["block_size 2.5"]),
-        ("rgg", {"growth": -1}, ["growth -1"]),
-        ("rgg", {"growth": "1e-2"}, ["growth '1e-2'"]),
-    ],
-)
-def test_rules_and_options_that_are_not_there_are_named(name, options, culprits):
-    with refused(*culprits):
-        get_rule(name, **options)
-
-
-@pytest.mark.parametrize("name", list(RULES))
-def test_every_rule_says_its_cost_and_whether_it_needs_a_reward(name):
-    text = " ".join(RULES[name].__doc__.split())
-    assert "Cost: " in text
-    assert "Needs no reward" in text or "Needs rewards" in text or "Needs differentiable rewards" in text
