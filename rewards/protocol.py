@@ -26,11 +26,9 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
     """
     try:
         values = reward(images, prompts)
-    except ValueError:
-        raise  # one line already
     except Exception as error:  # rewards are anybody's code
-        text = " ".join(str(error).split())
-        raise ValueError(f"reward {name!r} failed: {type(error).__name__}: {text[:300]}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"reward {name!r} failed: {kind}{' '.join(str(error).split())}") from error
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -336,9 +336,13 @@ def test_parts_of_another_set_are_not_gone_on_with(desk, tmp_path, change):
     evaluate(tmp_path / "set", config, tmp_path / "out")
 
 
-def test_a_reward_that_raises_is_one_line(desk, tmp_path):
-    (desk / "raises.py").write_text("def raises(images, prompts):\n    return [][3]\n")
-    with refused("raises.py:raises", "IndexError"):
+@pytest.mark.parametrize(
+    ("body", "culprit"),
+    [("return [][3]", "IndexError"), ("raise ValueError('a line\\nand another')", "a line and another")],
+)
+def test_a_reward_that_raises_is_one_line(desk, tmp_path, body, culprit):
+    (desk / "raises.py").write_text(f"def raises(images, prompts):\n    {body}\n")
+    with refused("'raises.py:raises'", culprit):
         evaluate("set", EvaluationConfig(**CONFIG | dict(rewards=["raises.py:raises"])), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
