@@ -63,7 +63,7 @@ def save_front(
     for point, label in zip(points, labels, strict=True):
         axes.annotate(label, point, textcoords="offset points", xytext=(6, 6), fontsize=8)
     axes.plot(*base, "s", color="tab:gray", label="base")
-    axes.margins(0.15)
+    axes.margins(x=0.38, y=0.15)  # room for labels at the right
     axes.set(xlabel=x_label, ylabel=y_label, title="Front between two rewards, held-out prompts")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
