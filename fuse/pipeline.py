@@ -1,6 +1,7 @@
 """The diffusers pipeline as a place to load from: base models, prompts to embeddings, latents to pixels."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,6 +97,23 @@ class Conditioning:
                 name: torch.cat([pair[pick[k]] for k in kinds]) for name, pair in self.added.items()
             }
         return inputs
+
+
+def stack_inputs(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """UNet arguments of several batches as those of one."""
+    return {
+        name: stack_inputs([part[name] for part in parts])
+        if isinstance(value, Mapping)
+        else torch.cat([part[name] for part in parts])
+        for name, value in parts[0].items()
+    }
+
+
+def input_rows(inputs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """UNet arguments of some rows of a batch."""
+    return {
+        name: input_rows(value, rows) if isinstance(value, Mapping) else value[rows] for name, value in inputs.items()
+    }
 
 
 @torch.no_grad()

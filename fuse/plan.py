@@ -38,11 +38,17 @@ class Networks(Protocol):
     Args:
         networks: the place of an expert in the plan, or a merge of several.
         rows: which images of the batch the rows of x_t belong to.
+        where: the rows of x_t that each network is wanted for, all for None.
     """
 
     def __call__(
-        self, x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows
-    ) -> list[Float[Tensor, "rows *shape"]]: ...
+        self,
+        x_t: Latents,
+        t: int,
+        networks: Sequence[int | Merge],
+        rows: Rows,
+        where: Sequence[Rows | None],
+    ) -> list[Latents]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +149,24 @@ class FusionStep:
         """r of experts at this step."""
         return torch.tensor([self.plan.relative(place, self.number) for place in places], dtype=torch.float64)
 
-    def predict(self, networks: Sequence[int | Merge], rows: Rows | None = None) -> list[Latents]:
-        """Predictions at (x_t, t), for some rows of x_t or for all."""
+    def predict(self, networks: Sequence[int | Merge], where: Sequence[Rows | None] | None = None) -> list[Latents]:
+        """Predictions at (x_t, t), each for some rows of x_t or for all."""
         images = torch.arange(len(self.x_t)) if self.rows is None else self.rows
-        if rows is None:
-            return self.networks(self.x_t, self.t, networks, images)
-        return self.networks(self.x_t[rows.to(self.x_t.device)], self.t, networks, images[rows])
+        return self.networks(self.x_t, self.t, networks, images, where or [None] * len(networks))
+
+    def predict_some(self, networks: Sequence[int | Merge], where: Sequence[Rows]) -> list[Latents]:
+        """The same, each as large as x_t and 0 elsewhere."""
+        everywhere = [None if len(rows) == len(self.x_t) else rows for rows in where]
+        results = self.predict(networks, everywhere)
+        for i, (rows, result) in enumerate(zip(everywhere, results, strict=True)):
+            if rows is not None:
+                results[i] = torch.zeros_like(self.x_t, dtype=result.dtype)
+                results[i][rows.to(self.x_t.device)] = result
+        return results
+
+    def predict_used(self, places: Sequence[int]) -> list[Latents]:
+        """Predictions of experts, for the images whose exponent is not 0; 0 for the others."""
+        return self.predict_some(places, [(self.exponents[place] != 0).nonzero().flatten() for place in places])
 
     def variance(self, place: int) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
@@ -159,17 +177,16 @@ class FusionStep:
         return transition(self.plan.path, self.x_t, prediction, self.t, self.s, variance)
 
     def gaussians(self, places: Sequence[int]) -> list[Gaussian]:
-        """p_i(x_s | x_t) of experts: one forward each."""
-        predictions = self.predict(places)
+        """p_i(x_s | x_t) of experts: one forward each. Where an image's exponent is 0 it is not of that expert."""
+        predictions = self.predict_used(places)
         return [self.transition(e, self.variance(i)) for e, i in zip(predictions, places, strict=True)]
 
     def chosen(self, choice: Int[Tensor, " batch"]) -> Gaussian:
         """p_i(x_s | x_t) of one expert an image, by place: the forwards of one model."""
-        prediction = torch.empty_like(self.x_t)
         variance = torch.zeros(len(self.x_t), *[1] * (self.x_t.ndim - 1)).to(self.x_t)
-        for place in choice.unique().tolist():
-            rows = (choice == place).nonzero().flatten()
-            there = rows.to(self.x_t.device)
-            prediction[there] = self.predict([place], rows)[0].to(prediction.dtype)
-            variance[there] = self.variance(place).to(variance)
+        places = choice.unique().tolist()
+        where = [(choice == place).nonzero().flatten() for place in places]
+        prediction = sum(self.predict_some(places, where), torch.zeros(()).to(self.x_t))
+        for place, rows in zip(places, where, strict=True):
+            variance[rows.to(self.x_t.device)] = self.variance(place).to(variance)
         return self.transition(prediction, variance)

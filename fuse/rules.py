@@ -142,7 +142,7 @@ class AverageNoise:
     def __call__(self, step: FusionStep) -> Gaussian:
         places = step.used
         exponents = step.exponents[places]
-        return step.transition(average(step.predict(places), exponents), average_variance(step))
+        return step.transition(average(step.predict_used(places), exponents), average_variance(step))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class Soup:
     """One network with the LoRA Σ a_i B_i A_i, exactly (Rewarded Soup, arXiv:2306.04488); variance as `average_noise`.
 
     To first order in the LoRAs its prediction is that of `average_noise`. Weights may differ between the images of a
-    batch; each distinct mixture is one call. Cost: one forward. Needs no reward.
+    batch. Cost: one forward. Needs no reward.
     """
 
     factors: ClassVar[bool] = False
@@ -163,12 +163,9 @@ class Soup:
     def __call__(self, step: FusionStep) -> Gaussian:
         weights = step.exponents[: step.plan.base]
         mixtures, which = torch.unique(weights, dim=1, return_inverse=True)
-        prediction = torch.empty_like(step.x_t)
-        for column in range(mixtures.shape[1]):
-            rows = (which == column).nonzero().flatten()
-            merge = Merge(tuple(mixtures[:, column].tolist()), factors=self.factors)
-            prediction[rows.to(prediction.device)] = step.predict([merge], rows)[0].to(prediction.dtype)
-        return step.transition(prediction, average_variance(step))
+        merges = [Merge(tuple(mixture), factors=self.factors) for mixture in mixtures.T.tolist()]
+        predictions = step.predict_some(merges, [(which == i).nonzero().flatten() for i in range(len(merges))])
+        return step.transition(sum(predictions, torch.zeros(()).to(step.x_t)), average_variance(step))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 from stepfuse.data.emoji import to_image
 from stepfuse.fuse.adapter import Objective, check_factors, check_mergeable, load_adapter, lora_layers
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
-from stepfuse.fuse.denoiser import Denoiser, Latents, MergedAdapters
+from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
+from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian, Generators
 from stepfuse.fuse.pipeline import (
     Conditioning,
@@ -82,6 +83,8 @@ class FusedSampler:
         rule: str | FusionRule = "product",
         guidance: str | None = None,
         guidance_scale: float | None = None,
+        forwards: str = "batched",
+        rows_at_once: int | None = None,
         rewards: Mapping[str, Reward] | None = None,
         reward_scales: Mapping[str, float] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -94,6 +97,9 @@ class FusedSampler:
             pipeline: the base if it is loaded already; by default the one the set names.
             rule: a name in `stepfuse.fuse.rules.RULES`, or a rule.
             guidance, guidance_scale: by default those of the set.
+            forwards: `batched`, all adapters in one forward, or `separate`, each in one of its own: slower, for kinds
+                of LoRA that have no batched form.
+            rows_at_once: the most rows in one forward; smaller is slower and takes less memory.
             rewards: by objective, for rules that need them; by default those the objectives name.
             reward_scales: by objective; by default the deviation each adapter's training measured on the base.
             dtype, device: where and how the base is kept.
@@ -102,6 +108,8 @@ class FusedSampler:
             ValueError: for a faulty set, a pipeline that is not the set's base, or a rule whose rewards are not there.
         """
         chosen_rule = get_rule(rule) if isinstance(rule, str) else rule
+        if forwards not in ("batched", "separate"):
+            raise ValueError(f"forwards {forwards!r}; expected batched or separate")
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set)
         if pipeline is None:
@@ -110,7 +118,8 @@ class FusedSampler:
         fingerprint = base_fingerprint(pipeline.unet)
         if not same_base(adapter_set.base, fingerprint):
             raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-        for adapter in (*adapter_set.adapters, *(oracle.adapter for oracle in adapter_set.oracles)):
+        adapters = [*adapter_set.adapters, *(oracle.adapter for oracle in adapter_set.oracles)]
+        for adapter in adapters:
             load_adapter(pipeline, adapter, fingerprint)
         sampler = cls(
             pipeline=pipeline,
@@ -119,6 +128,8 @@ class FusedSampler:
                 pipeline,
                 guidance=guidance or adapter_set.guidance,
                 guidance_scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
+                batched=BatchedAdapters(pipeline.unet, [a.name for a in adapters]) if forwards == "batched" else None,
+                rows_at_once=rows_at_once,
             ),
             reference=adapter_set.reference,
             rule=chosen_rule,
@@ -303,9 +314,11 @@ class FusedSampler:
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its networks and rewards know which row belongs to which image."""
 
-        def networks(x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows) -> list[Latents]:
+        def networks(
+            x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+        ) -> list[Latents]:
             adapters = [self._adapter(plan, network) for network in networks]
-            return self.denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters)
+            return self.denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
 
         def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
             def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:

@@ -252,7 +252,9 @@ class World:
             strength=1.0,
         )
 
-    def networks(self, x_t: Tensor, t: int, networks: Sequence[int | Merge], rows: Rows) -> list[Tensor]:
+    def networks(
+        self, x_t: Tensor, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+    ) -> list[Tensor]:
         """The noises whose transition is p_i: m = a x_t + (sqrt(sigma_s² - v) - a sigma_t) e, a = alpha_s / alpha_t."""
         x, s = x_t.numpy(), dict(self.times)[t]
         square_t, square_s = self.squares[t], self.squares[s]
@@ -268,7 +270,7 @@ class World:
             mean = v * self.linear(objective, x, noise, t, s)
             gain = (1 - square_s - v) ** 0.5 - shrink * (1 - square_t) ** 0.5
             predictions.append(torch.from_numpy((mean - shrink * x) / gain))
-        return predictions
+        return [e if own is None else e[own] for e, own in zip(predictions, where, strict=True)]
 
     def rewards(self) -> list[Score]:
         """q_i of x_0, for rules that need rewards."""

@@ -142,9 +142,10 @@ def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         strength=1.0,
     )
 
-    def networks(x_t, t, wanted, rows):  # each expert predicts its own place as x_0
+    def networks(x_t, t, wanted, rows, where):  # each expert predicts its own place as x_0
         alpha, sigma = plan.path.at(t, x_t)
-        return [(x_t - alpha * place) / sigma for place in wanted]
+        everywhere = [(x_t - alpha * place) / sigma for place in wanted]
+        return [e if own is None else e[own] for e, own in zip(everywhere, where, strict=True)]
 
     rule = rules.get_rule("strongest")
     step = FusionStep(

@@ -61,7 +61,7 @@ def toy_run(rule, rewards, *, steps, images=2, observe=None):
         strength=1.0,
     )
 
-    def networks(x_t, t, wanted, rows):
+    def networks(x_t, t, wanted, rows, where):
         return [x_t / (1 + path.at(t, x_t)[1]) for _ in wanted]
 
     plan = rule.prepare(plan)

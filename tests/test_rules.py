@@ -277,7 +277,7 @@ def test_the_oracle_of_a_mixture_is_the_adapter_trained_on_it(sampler, folders, 
         objectives=(adapter.objective,),
         oracles=(),
         oracle_weights=(),
-        denoiser=replace(sampler.denoiser, unet=pipeline.unet),
+        denoiser=replace(sampler.denoiser, unet=pipeline.unet, batched=None),
     )
     got = draw(sampler, "oracle", {"a": 0.75, "b": 0.25})
     torch.testing.assert_close(got, draw(single, "product", {"mix": 1}), rtol=0, atol=1e-6)

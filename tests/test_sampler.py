@@ -11,11 +11,13 @@ from diffusers import StableDiffusionPipeline
 
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.path import FINAL, NoisePath
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.scripts.costs import counted_rows
 from tests.fixtures_tiny import (
     BETAS,
     LATENT,
@@ -247,24 +249,30 @@ def test_with_equal_variances_fusion_averages_the_predictions_of_separate_pipeli
 
 
 @pytest.mark.parametrize(
-    ("guidance", "weights", "strength", "forwards"),
+    ("guidance", "weights", "strength", "rows", "networks"),
     [
-        ("shared", WEIGHTS, 1.0, 3 + 1),
-        ("shared", WEIGHTS, 0.5, 3 + 1),  # the base's own prediction comes with the unconditional one
-        ("shared", {"a": 1, "c": 1}, 1.0, 2 + 1),
-        ("shared", {"a": 1, "b": 0}, 1.0, 1 + 1),
-        ("shared", [{"a": 1}, {"b": 1}], 1.0, 2 + 1),
-        ("shared", WEIGHTS, 0.0, 1),
-        ("full", WEIGHTS, 1.0, 3),
-        ("full", {"b": 1}, 0.5, 1 + 1),
-        ("off", WEIGHTS, 1.0, 3),
+        ("shared", WEIGHTS, 1.0, 3 + 1, 4),
+        ("shared", WEIGHTS, 0.5, 3 + 1 + 1, 4),  # the base's own prediction comes with the unconditional one
+        ("shared", {"a": 1, "c": 1}, 1.0, 2 + 1, 3),
+        ("shared", {"a": 1, "b": 0}, 1.0, 1 + 1, 2),
+        ("shared", [{"a": 1}, {"b": 1}], 1.0, 1 + 1, 3),
+        ("shared", WEIGHTS, 0.0, 1 + 1, 1),
+        ("full", WEIGHTS, 1.0, 3 * 2, 3),
+        ("full", {"b": 1}, 0.5, 2 * 2, 2),
+        ("off", WEIGHTS, 1.0, 3, 3),
     ],
 )
-def test_a_step_costs_a_forward_an_objective_of_some_weight_and_one_for_guidance(
-    sampler, count_forwards, guidance, weights, strength, forwards
+def test_a_step_is_one_forward_of_a_row_for_each_objective_in_use_and_one_for_guidance(
+    sampler, count_forwards, guidance, weights, strength, rows, networks
 ):
-    latents(changed(sampler, guidance=guidance), PROMPTS, weights, strength=strength)
-    assert count_forwards() == 3 * forwards
+    """An image has no row of an objective whose weight is 0 for it; without batching each network runs by itself."""
+    chosen = changed(sampler, guidance=guidance)
+    with counted_rows(sampler.pipeline.unet) as count:
+        together = latents(chosen, PROMPTS, weights, strength=strength)
+        assert (count_forwards(), count()) == (3, 3 * rows * len(PROMPTS))
+    chosen = replace(chosen, denoiser=replace(chosen.denoiser, batched=None))
+    torch.testing.assert_close(latents(chosen, PROMPTS, weights, strength=strength), together, atol=1e-5, rtol=1e-5)
+    assert count_forwards() == 3 + 3 * networks
 
 
 # Seeds, batches, files.
@@ -327,7 +335,8 @@ def test_an_adapter_saved_and_loaded_draws_the_bits_it_drew_before(base, tmp_pat
     )
     create_set(tmp_path / "set", [tmp_path / "fresh"])
     loaded = FusedSampler.from_pretrained(tmp_path / "set")
-    denoiser = Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=SCALE)
+    batched = BatchedAdapters(pipeline.unet, ["fresh"])
+    denoiser = Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=SCALE, batched=batched)
     in_memory = replace(loaded, pipeline=pipeline, denoiser=denoiser)
     for strength in (1.0, 0.5):
         before = latents(in_memory, PROMPTS, strength=strength)

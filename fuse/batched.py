@@ -1,0 +1,285 @@
+"""One forward for all adapters: each row of a batch has a LoRA of its own, or a mixture of several.
+
+    y_k = W x_k + B_k A_k x_k
+
+The base product is computed once for the whole batch, and the LoRAs of all rows are two batched products beside it,
+their factors stacked and picked by row. (LoRA, arXiv:2106.09685; batches of many adapters: Punica, arXiv:2310.18547,
+and S-LoRA, arXiv:2311.03285.)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
+from torch import Tensor, nn
+from torch.nn import functional
+
+Rows = Float[Tensor, "rows ..."]
+
+
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Adapters merged by weight into one LoRA, Σ w_i B_i A_i, or by factors, λ (Σ w_i B_i / λ) (Σ w_i A_i / λ).
+
+    Attributes:
+        weights: (name, w_i) of each.
+        factors: average A and B separately; λ is the sum of the weights.
+    """
+
+    weights: tuple[tuple[str, float], ...]
+    factors: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Which LoRA each row of a batch has: none for the first rows, for the others one of three.
+
+    Attributes:
+        base: how many rows at the front have none.
+        experts: one adapter a row, by place; the place after the last stands for none.
+        up: c_k, for Σ_i c_ki s_i B_i A_i a row, or with `down`, d_k, for s (Σ_i c_ki B_i) (Σ_i d_ki A_i).
+        merged: the rows after `base` go through the weights of the last `BatchedAdapters.merge`.
+    """
+
+    base: int
+    experts: Int[Tensor, " rows"] | None = None
+    up: Float[Tensor, "rows adapters"] | None = None
+    down: Float[Tensor, "rows adapters"] | None = None
+    merged: bool = False
+
+
+class LoRAStack(nn.Module):
+    """The LoRAs of one layer, stacked: ranks padded with zeros, scales multiplied into B, one of zeros last.
+
+    A layer that an adapter does not touch has zeros for it. A DoRA (arXiv:2402.09353) multiplies each output channel
+    by m / ‖W + s B A‖ as well, a number known once it is loaded.
+
+    Buffers, not saved with the model, moved and cast with it:
+        down: (adapters + 1, r, in); of a convolution (adapters + 1, r k k, in), each kernel turned by 180°.
+        up: (adapters + 1, out, r).
+        gain: (adapters + 1, out), where one of the adapters is a DoRA.
+        merged: like the layer's weight, once adapters were merged.
+    """
+
+    down: Tensor
+    up: Tensor
+    gain: Tensor | None
+    merged: Tensor | None
+
+    def __init__(self, layer: LoraLayer, names: Sequence[str]) -> None:
+        super().__init__()
+        weight = layer.get_base_layer().weight.detach()
+        own = [(place, name) for place, name in enumerate(names) if name in layer.lora_A]
+        rank = max(layer.r[name] for _, name in own)
+        down = weight.new_zeros(len(names) + 1, rank, *weight.shape[1:], dtype=torch.float32)
+        up = weight.new_zeros(len(names) + 1, len(weight), rank, dtype=torch.float32)
+        gain = weight.new_ones(len(names) + 1, len(weight), dtype=torch.float32)
+        for place, name in own:
+            down[place, : layer.r[name]] = layer.lora_A[name].weight.detach()
+            up[place, :, : layer.r[name]] = layer.scaling[name] * layer.lora_B[name].weight.detach().flatten(1)
+            if layer.use_dora.get(name, False):
+                norm = (weight.float().flatten(1) + up[place] @ down[place].flatten(1)).norm(dim=1)
+                gain[place] = layer.lora_magnitude_vector[name].weight.detach().flatten() / norm
+                up[place] *= gain[place, :, None]
+        self.kernel = tuple(weight.shape[2:])
+        if self.kernel:
+            down = down.flip(-1, -2).permute(0, 1, 3, 4, 2).flatten(1, 3)
+        dora = any(layer.use_dora.get(name, False) for _, name in own)
+        self.register_buffer("down", down.to(weight.dtype).contiguous(), persistent=False)
+        self.register_buffer("up", up.to(weight.dtype), persistent=False)
+        self.register_buffer("gain", gain.to(weight.dtype) if dora else None, persistent=False)
+        self.register_buffer("merged", None, persistent=False)
+
+    def forward(self, base: nn.Module, x: Rows, route: Route) -> Rows:
+        """The layer's output for a batch."""
+        if route.merged:
+            return self._through_merged(base, x, route.base)
+        y = base(x)
+        count = len(x) - route.base
+        if not count:
+            return y
+        x, rows = x[route.base :], y[route.base :]
+        down, up = self._factors(route)
+        if self.gain is not None and route.experts is not None:
+            self._scale(base, rows, self.gain[route.experts])
+        if self.kernel:
+            h = self._convolve(base, down.expand(count, -1, -1), x)
+            _add_product(rows, rows.shape[1:2], up.expand(count, -1, -1), h.flatten(2))
+        else:
+            h = torch.bmm(x.reshape(count, -1, x.shape[-1]), down.expand(count, -1, -1).mT)
+            _add_product(rows, (h.shape[1],), h, up.expand(count, -1, -1).mT)
+        return y
+
+    def _factors(self, route: Route) -> tuple[Tensor, Tensor]:
+        """A_k and B_k, one a row, or one for all."""
+        if route.experts is not None:
+            return self.down[route.experts], self.up[route.experts]
+        assert route.up is not None
+        down, up, c = self.down[:-1], self.up[:-1], route.up.to(self.up)
+        if route.down is None:
+            scaled = (c[:, :, None, None] * up).transpose(1, 2).flatten(2)
+            return down.flatten(0, 1)[None], scaled
+        return torch.tensordot(route.down.to(down), down, 1), torch.tensordot(c, up, 1)
+
+    def _scale(self, base: nn.Module, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
+        """A DoRA's factor, on all but the bias."""
+        channels = (-1, 1, 1) if self.kernel else (-1,)
+        gain = gain.reshape(len(rows), *[1] * (rows.ndim - 1 - len(channels)), *gain.shape[1:], *channels[1:])
+        bias = 0 if base.bias is None else base.bias.reshape(channels)
+        rows.sub_(bias).mul_(gain).add_(bias)
+
+    def _convolve(self, base: nn.Module, down: Tensor, x: Rows) -> Float[Tensor, "rows r h w"]:
+        """The convolution with A_k: every tap's product at once, summed where the taps meet.
+
+        A convolution of stride 1 is the transpose of folding; a larger stride keeps every so many of its outputs.
+        """
+        taps = torch.bmm(down, x.flatten(2))
+        padding = [k - 1 - p for k, p in zip(self.kernel, base.padding, strict=True)]
+        size = [n + 2 * p - k + 1 for n, k, p in zip(x.shape[2:], self.kernel, base.padding, strict=True)]
+        h = functional.fold(taps, size, self.kernel, padding=padding)
+        return h[..., :: base.stride[0], :: base.stride[1]]
+
+    def _through_merged(self, base: nn.Module, x: Rows, first: int) -> Rows:
+        y = _product(base, self.merged, x[first:])
+        return torch.cat([base(x[:first]), y]) if first else y
+
+    def merge(self, base: nn.Module, up: Float[Tensor, " adapters"], down: Float[Tensor, " adapters"] | None) -> None:
+        """Keep W + Σ_i c_i s_i B_i A_i, or with `down` W + s (Σ_i c_i B_i) (Σ_i d_i A_i)."""
+        route = Route(base=0, up=up[None], down=None if down is None else down[None])
+        A, B = (factor[0] for factor in self._factors(route))
+        if self.kernel:
+            A = A.unflatten(0, (-1, *self.kernel)).flip(1, 2).permute(0, 3, 1, 2).flatten(1)
+        if self.merged is None:
+            self.merged = torch.empty_like(base.weight)
+        self.merged.copy_(torch.addmm(base.weight.flatten(1), B, A).view_as(base.weight))
+
+
+def _add_product(rows: Tensor, inner: Sequence[int], a: Tensor, b: Tensor) -> None:
+    """rows += a b, in one pass where the memory allows it."""
+    if rows.is_contiguous():
+        rows.view(len(rows), *inner, -1).baddbmm_(a, b)
+    else:
+        rows.add_(torch.bmm(a, b).view_as(rows))
+
+
+def _product(base: nn.Module, weight: Tensor | None, x: Tensor) -> Tensor:
+    """The layer with another weight."""
+    if isinstance(base, nn.Conv2d):
+        return functional.conv2d(x, weight, base.bias, base.stride, base.padding)
+    return functional.linear(x, weight, base.bias)
+
+
+class BatchedAdapters:
+    """The adapters of a UNet, ready to run together: a stack beside each of peft's LoRA layers.
+
+    Without a route the layers do what they did before. The stacks are copies: adapters changed later are not seen.
+
+    Args:
+        unet: with LoRAs on it, by peft.
+        names: of the adapters, in the order that places refer to.
+
+    Raises:
+        ValueError: naming the adapter and the layer, for kinds of LoRA that have no batched form here.
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        self.unet = unet
+        self.names = tuple(names)
+        self.route: Route | None = None
+        self._merged: MergedAdapters | None = None
+        layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
+        self._layers = [m for m in layers.values() if any(name in m.r for name in names)]
+        for name in names:
+            if not any(name in layer.r for layer in self._layers):
+                raise ValueError(f"the UNet has no adapter {name!r}")
+            for place, layer in layers.items():
+                if name in layer.r:
+                    _check_layer(layer, place, name)
+        for layer in self._layers:
+            layer.stack = LoRAStack(layer, names)
+            layer.forward = self._routed_forward(layer, layer.stack, layer.forward)
+
+    def _routed_forward(self, layer: LoraLayer, stack: LoRAStack, forward: Callable) -> Callable:
+        def routed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return forward(x, *args, **kwargs) if self.route is None else stack(layer.base_layer, x, self.route)
+
+        return routed
+
+    @contextmanager
+    def routed(self, route: Route) -> Iterator[None]:
+        """Run the UNet with these LoRAs on the rows of its batch."""
+        self.route = route
+        try:
+            yield
+        finally:
+            self.route = None
+
+    def route_of(self, adapters: Sequence[str | MergedAdapters | None], device: torch.device) -> Route:
+        """The route of rows with these adapters: those without first, and mixtures of one kind or none.
+
+        Rows that all have one mixture go through merged weights, in float32 or wider; in half precision these would
+        lose what the LoRAs change.
+        """
+        base = next((i for i, adapter in enumerate(adapters) if adapter is not None), len(adapters))
+        own = adapters[base:]
+        merges = [adapter for adapter in own if isinstance(adapter, MergedAdapters)]
+        if not merges:
+            places = [len(self.names) if name is None else self.names.index(name) for name in own]
+            return Route(base=base, experts=torch.tensor(places, dtype=torch.int64, device=device))
+        if len(set(merges)) == 1 and self._can_merge():
+            self.merge(merges[0])
+            return Route(base=base, merged=True)
+        up = torch.stack([self._coefficients(merge)[0] for merge in merges]).to(device)
+        if not merges[0].factors:
+            return Route(base=base, up=up)
+        down = torch.stack([self._coefficients(merge)[1] for merge in merges]).to(device)
+        return Route(base=base, up=up, down=down)
+
+    def merge(self, merge: MergedAdapters) -> None:
+        """Keep the weights of one mixture in every layer, until another is merged or they are released."""
+        if merge == self._merged:
+            return
+        self._merged = None
+        up, down = self._coefficients(merge)
+        for layer in self._layers:
+            layer.stack.merge(layer.base_layer, up, down if merge.factors else None)
+        self._merged = merge
+
+    def release(self) -> None:
+        """Give back the memory of merged weights."""
+        self._merged = None
+        for layer in self._layers:
+            layer.stack.merged = None
+
+    def _can_merge(self) -> bool:
+        weights = [layer.base_layer.weight for layer in self._layers]
+        return all(weight.dtype.itemsize >= 4 and not weight.is_meta for weight in weights)  # meta: offloaded
+
+    def _coefficients(self, merge: MergedAdapters) -> tuple[Tensor, Tensor]:
+        """c and d of a mixture: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
+        weights = dict(merge.weights)
+        c = torch.tensor([weights.get(name, 0.0) for name in self.names], dtype=torch.float64)
+        strength = c.sum()
+        return c, c / strength if strength else torch.zeros_like(c)
+
+
+def _check_layer(layer: LoraLayer, place: str, name: str) -> None:
+    """See that an adapter of a layer has a batched form."""
+    variant = layer.lora_variant.get(name)
+    base = layer.get_base_layer()
+    if not isinstance(layer, Linear | Conv2d):
+        why = f"is a {type(layer).__name__} of peft"
+    elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
+        why = f"is a {type(variant).__name__.removesuffix('Variant')}"
+    elif layer.lora_bias.get(name, False):
+        why = "has a bias"
+    elif isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros" or base.dilation != (1, 1)):
+        why = "is of a convolution with groups, dilation or padding other than zeros"
+    else:
+        return
+    raise ValueError(f"adapter {name!r}: the LoRA of {place} {why}, which cannot be batched; use forwards='separate'")

@@ -1,0 +1,245 @@
+"""One forward for all adapters against peft's own forwards, one adapter after the other."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
+from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
+from tests.fixtures_tiny import LATENT, ddim, refused, save_stable_diffusion
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+LINEAR = ["ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+ZOO = {
+    "thin": dict(r=1, target_modules=ATTENTION),
+    "attention": dict(r=4, lora_alpha=8, target_modules=ATTENTION),
+    "everything": dict(r=3, lora_alpha=2, target_modules=[*ATTENTION, *CONVOLUTIONS, *LINEAR, "proj_in"]),
+    "wide": dict(r=64, target_modules=["to_q", "conv1"]),
+    "rank_stabilised": dict(r=6, lora_alpha=4, use_rslora=True, target_modules=ATTENTION),
+    "ranks_of_their_own": dict(
+        r=2, rank_pattern={"to_k": 5}, alpha_pattern={"to_v": 7}, target_modules=[*ATTENTION, "conv2"]
+    ),
+    "dora": dict(r=2, use_dora=True, target_modules=[*ATTENTION, *LINEAR]),
+    "dora_of_convolutions": dict(r=2, lora_alpha=5, use_dora=True, target_modules=[*CONVOLUTIONS, "to_out.0"]),
+}
+PLAIN = [name for name in ZOO if "dora" not in name]
+
+
+def unet_with(folder, zoo):
+    """A UNet with adapters of random weights; DoRAs have other magnitudes than the base's."""
+    unet = load_pipeline(str(folder)).unet
+    torch.manual_seed(3)
+    for name, config in zoo.items():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            unet.add_adapter(LoraConfig(**config), adapter_name=name)
+    generator = torch.Generator().manual_seed(4)
+    for key, value in unet.named_parameters():
+        if "lora_B" in key:
+            value.data.normal_(std=0.1, generator=generator)
+        if "lora_magnitude" in key:
+            value.data.mul_(1 + 0.2 * torch.rand(value.shape, generator=generator))
+    return unet.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_stable_diffusion(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def denoiser(base):
+    """Guidance `off`: predictions are what the UNet says."""
+    unet = unet_with(base, ZOO)
+    path = NoisePath.from_scheduler(ddim())
+    return Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
+
+
+def one_by_one(denoiser):
+    return replace(denoiser, batched=None)
+
+
+def inputs(images, *, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    x_t = torch.randn(images, *LATENT, generator=generator)
+    states = torch.randn(2, images, 7, 32, generator=generator).to(dtype)
+    return x_t, 500, Conditioning(positive=states[0], negative=states[1])
+
+
+def assert_near(got, expected, atol=1e-5):
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=atol, rtol=1e-5)
+
+
+def test_every_kind_of_lora_in_one_forward_is_what_peft_says_of_each(denoiser):
+    """Ranks 1 to 64, alpha ≠ rank, rank-stabilised, DoRA; linear layers, convolutions of stride 1 and 2 and 1×1."""
+    names = [None, *ZOO]
+    given = inputs(2)
+    expected = one_by_one(denoiser).predictions(*given, names)
+    assert_near(denoiser.predictions(*given, names), expected)
+    for name, prediction in zip(ZOO, expected[1:], strict=True):
+        assert (prediction - expected[0]).abs().max() > 0.01, f"{name} changes nothing, so nothing was tested"
+
+
+@pytest.mark.parametrize("guidance", ["shared", "full", "off"])
+def test_rows_of_their_own_adapters_are_guided_alike(denoiser, guidance):
+    """Five images, each adapter for some of them, in no order, one of them for none."""
+    chosen = replace(denoiser, guidance=guidance, guidance_scale=3.0)
+    names = ["dora", None, "wide", "attention", None]
+    rows = [torch.tensor([4, 0]), None, torch.tensor([1]), torch.tensor([0, 1, 2, 4]), torch.tensor([3])]
+    given = inputs(5)
+    assert_near(chosen.predictions(*given, names, rows), one_by_one(chosen).predictions(*given, names, rows), atol=3e-5)
+
+
+def test_a_prediction_for_some_rows_is_that_of_these_images_alone(denoiser):
+    x_t, t, conditioning = inputs(4)
+    rows = torch.tensor([2, 0])
+    (some,) = denoiser.predictions(x_t, t, conditioning, ["everything"], [rows])
+    assert_near([some], denoiser.predictions(x_t[rows], t, conditioning[rows], ["everything"]))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_one_soup_for_all_images_is_what_peft_says_of_scaled_adapters(denoiser, images):
+    soup = MergedAdapters((("thin", 0.5), ("everything", -0.3), ("wide", 1.4), ("ranks_of_their_own", 0.2)))
+    given = inputs(images)
+    assert_near(denoiser.predictions(*given, [soup]), one_by_one(denoiser).predictions(*given, [soup]))
+
+
+def test_soups_of_their_own_run_together_with_the_base(denoiser):
+    """Two images under one mixture and one under another, which one forward of low rank serves."""
+    soups = [
+        MergedAdapters(tuple((name, 0.7 / (place + 1)) for place, name in enumerate(PLAIN))),
+        MergedAdapters((("attention", 1.5), ("everything", -0.5))),
+    ]
+    rows = [torch.tensor([0, 2]), torch.tensor([1])]
+    chosen = replace(denoiser, guidance="shared", guidance_scale=3.0)
+    given = inputs(3)
+    calls = []
+    hook = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    got = chosen.predictions(*given, soups, rows)
+    hook.remove()
+    assert len(calls) == 1
+    assert_near(got, one_by_one(chosen).predictions(*given, soups, rows), atol=3e-5)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_averaged_factors_are_those_of_peft(base, own):
+    """Alike for all images, or with one of its own for each of two."""
+    zoo = {name: dict(r=2, lora_alpha=3, target_modules=[*ATTENTION, "conv1"]) for name in "ab"}
+    unet = unet_with(base, zoo)
+    path = NoisePath.from_scheduler(ddim())
+    denoiser = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, "ab"))
+    averages = [
+        MergedAdapters((("a", 0.9), ("b", 0.4)), factors=True),
+        MergedAdapters((("a", 0.2), ("b", 0.8)), factors=True),
+    ]
+    given = inputs(2)
+    rows = [torch.tensor([0]), torch.tensor([1])] if own else [None, None]
+    expected = one_by_one(denoiser).predictions(*given, averages, rows)
+    if own:
+        assert_near(denoiser.predictions(*given, averages, rows), expected)
+    else:
+        assert_near([denoiser.predictions(*given, [average])[0] for average in averages], expected)
+
+
+def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
+    wanted = ["thin", MergedAdapters((("thin", 0.5), ("wide", 0.5))), None, "dora"]
+    given = inputs(2)
+    assert_near(denoiser.predictions(*given, wanted), one_by_one(denoiser).predictions(*given, wanted))
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_fewer_rows_at_once_change_no_number_and_bound_every_forward(denoiser, rows_at_once):
+    chosen = replace(denoiser, guidance="shared", guidance_scale=3.0, rows_at_once=rows_at_once)
+    given = inputs(2)
+    names = ["thin", "everything", "dora"]
+    sizes = []
+    hook = denoiser.unet.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    got = chosen.predictions(*given, names)
+    hook.remove()
+    assert sum(sizes) == 2 * (3 + 1)
+    assert max(sizes) == min(rows_at_once, 8)
+    assert_near(got, replace(chosen, rows_at_once=None).predictions(*given, names))
+
+
+def test_half_precision_is_near_what_peft_says_of_each(base):
+    """bfloat16 rounds at 2⁻⁸; peft rounds the LoRA's part once more, so the two may differ by some roundings."""
+    unet = unet_with(base, ZOO).to(torch.bfloat16)
+    denoiser = Denoiser(
+        unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, list(ZOO))
+    )
+    given = inputs(2, dtype=torch.bfloat16)
+    soup = MergedAdapters((("attention", 0.5), ("everything", 0.5)))
+    wanted = [*ZOO, soup]
+    expected = one_by_one(denoiser).predictions(*given, wanted)
+    scale = torch.stack(expected).abs().max()
+    for got, one in zip(denoiser.predictions(*given, wanted), expected, strict=True):
+        assert (got - one).abs().max() < 8 * 2**-8 * scale
+
+
+def test_outside_a_batch_peft_goes_on_as_before(base):
+    unet = unet_with(base, {"a": ZOO["attention"]})
+    x_t, t, conditioning = inputs(2)
+    before = unet(x_t, t, conditioning.positive).sample
+    fingerprint, keys = base_fingerprint(unet), list(unet.state_dict())
+    denoiser = Denoiser(
+        unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, ["a"])
+    )
+    denoiser.predictions(x_t, t, conditioning, [None])
+    denoiser.predictions(x_t, t, conditioning, [MergedAdapters((("a", 0.5),))])
+    assert torch.equal(unet(x_t, t, conditioning.positive).sample, before)
+    assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
+
+
+def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
+    """Each has stacks of its own, whatever adapters the other knows."""
+    unet = unet_with(base, {"a": ZOO["attention"], "b": ZOO["everything"]})
+    path = NoisePath.from_scheduler(ddim())
+    first = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["a", "b"]))
+    second = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["b"]))
+    given = inputs(2)
+    expected = one_by_one(first).predictions(*given, ["a", "b"])
+    assert_near(first.predictions(*given, ["a", "b"]), expected)
+    assert_near(second.predictions(*given, ["b"]), expected[1:])
+
+
+def test_merged_weights_are_kept_for_one_mixture_and_given_back(denoiser):
+    given = inputs(1)
+    soups = [MergedAdapters((("thin", weight),)) for weight in (0.5, 1.5)]
+    stacks = [layer.stack for layer in denoiser.batched._layers]
+    expected = one_by_one(denoiser).predictions(*given, soups)
+    for soup, prediction in zip([*soups, *soups], [*expected, *expected], strict=True):
+        assert_near(denoiser.predictions(*given, [soup]), [prediction])
+        assert all(stack.merged is not None for stack in stacks)
+    denoiser.batched.release()
+    assert all(stack.merged is None for stack in stacks)
+    assert_near(denoiser.predictions(*given, soups[:1]), expected[:1])
+
+
+@pytest.mark.parametrize(
+    ("config", "culprits"),
+    [
+        (LoraConfig(r=2, lora_bias=True, target_modules=["to_out.0"]), ["'odd'", "to_out.0", "bias"]),
+        (LoraConfig(r=2, target_modules=["conv_in"]), ["'odd'", "conv_in", "padding"]),
+    ],
+)
+def test_a_lora_that_cannot_be_batched_is_refused_by_name(base, config, culprits):
+    unet = load_pipeline(str(base)).unet
+    if "padding" in culprits:
+        unet.conv_in.padding_mode = "circular"
+    unet.add_adapter(config, adapter_name="odd")
+    with refused(*culprits, "forwards='separate'"):
+        BatchedAdapters(unet, ["odd"])
+
+
+def test_adapters_that_are_not_there_or_of_another_unet_are_refused(base, denoiser):
+    with refused("'absent'"):
+        BatchedAdapters(denoiser.unet, ["thin", "absent"])
+    with refused("another UNet"):
+        replace(denoiser, unet=load_pipeline(str(base)).unet)
