@@ -26,6 +26,7 @@ from stepfuse.fuse.adapter import (
     read_json,
     write_json,
 )
+from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule, schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.weights import weight_table
@@ -63,6 +64,7 @@ class AdapterSet:
         num_inference_steps: default number of denoising steps.
         default_weights: by objective name.
         oracles: adapters trained on mixtures of the rewards, to compare fusion with.
+        profiles: how far a soup is from the product at each step, as `stepfuse set profile` measured it.
     """
 
     base: dict[str, Any]
@@ -73,6 +75,7 @@ class AdapterSet:
     num_inference_steps: int
     default_weights: dict[str, float]
     oracles: tuple[OracleAdapter, ...] = ()
+    profiles: tuple[GapProfile, ...] = ()
 
     @property
     def reward_scales(self) -> dict[str, float]:
@@ -171,8 +174,7 @@ def load_set(folder: str | Path) -> AdapterSet:
     Raises:
         ValueError: naming the file at fault.
     """
-    named = EMBEDDED_SETS.get(str(folder), Path(folder))
-    folder = Path(folder) if (Path(folder) / MANIFEST).exists() else named
+    folder = set_folder(folder)
     file = folder / MANIFEST
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
     try:
@@ -202,8 +204,10 @@ def load_set(folder: str | Path) -> AdapterSet:
                 )
                 for oracle, given in zip(oracles, weights, strict=True)
             ),
+            profiles=tuple(profile_from_dict(profile) for profile in values.get("profiles", [])),
         )
-        weight_table([loaded.default_weights, *weights], loaded.names)
+        measured = [mixture for profile in loaded.profiles for mixture in profile.mixtures]
+        weight_table([loaded.default_weights, *weights, *measured], loaded.names)
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
     except (TypeError, ValueError) as error:
@@ -214,6 +218,26 @@ def load_set(folder: str | Path) -> AdapterSet:
         if not same_base(adapter.base, loaded.base):
             raise ValueError(f"{file}: adapter {name!r} belongs to another base, {adapter.base.get('name_or_path')!r}")
     return loaded
+
+
+def add_profile(folder: str | Path, profile: GapProfile) -> None:
+    """Keep a gap profile with a set, in place of one of the same steps and guidance.
+
+    Raises:
+        ValueError: for what is no set.
+    """
+    loaded = load_set(folder)
+    file = set_folder(folder) / MANIFEST
+    same = ("num_inference_steps", "guidance", "guidance_scale")
+    others = [p for p in loaded.profiles if any(getattr(p, key) != getattr(profile, key) for key in same)]
+    values = read_json(file, "an adapter set")
+    write_json(file, values | {"profiles": [profile_to_dict(p) for p in (*others, profile)]})
+
+
+def set_folder(folder: str | Path) -> Path:
+    """Where a set lies: a folder, or one of `EMBEDDED_SETS` by its name."""
+    named = EMBEDDED_SETS.get(str(folder), Path(folder))
+    return Path(folder) if (Path(folder) / MANIFEST).exists() else named
 
 
 def _entry(folder: Path, adapter: Adapter) -> dict[str, Any]:

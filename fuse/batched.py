@@ -39,6 +39,8 @@ class MergedAdapters:
 class Route:
     """Which LoRA each row of a batch has: none for the first rows, for the others one of three.
 
+    The tensors may be longer than the batch; what is left over says nothing.
+
     Attributes:
         base: how many rows at the front have none.
         experts: one adapter a row, by place; the place after the last stands for none.
@@ -104,9 +106,9 @@ class LoRAStack(nn.Module):
         if not count:
             return y
         x, rows = x[route.base :], y[route.base :]
-        down, up = self._factors(route)
+        down, up = self._factors(route, count)
         if self.gain is not None and route.experts is not None:
-            self._scale(base, rows, self.gain[route.experts])
+            self._scale(base, rows, self.gain[route.experts[:count]])
         if self.kernel:
             h = self._convolve(base, down.expand(count, -1, -1), x)
             _add_product(rows, rows.shape[1:2], up.expand(count, -1, -1), h.flatten(2))
@@ -115,16 +117,16 @@ class LoRAStack(nn.Module):
             _add_product(rows, (h.shape[1],), h, up.expand(count, -1, -1).mT)
         return y
 
-    def _factors(self, route: Route) -> tuple[Tensor, Tensor]:
+    def _factors(self, route: Route, count: int) -> tuple[Tensor, Tensor]:
         """A_k and B_k, one a row, or one for all."""
         if route.experts is not None:
-            return self.down[route.experts], self.up[route.experts]
+            return self.down[route.experts[:count]], self.up[route.experts[:count]]
         assert route.up is not None
-        down, up, c = self.down[:-1], self.up[:-1], route.up.to(self.up)
+        down, up, c = self.down[:-1], self.up[:-1], route.up[:count].to(self.up)
         if route.down is None:
             scaled = (c[:, :, None, None] * up).transpose(1, 2).flatten(2)
             return down.flatten(0, 1)[None], scaled
-        return torch.tensordot(route.down.to(down), down, 1), torch.tensordot(c, up, 1)
+        return torch.tensordot(route.down[:count].to(down), down, 1), torch.tensordot(c, up, 1)
 
     def _scale(self, base: nn.Module, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
         """A DoRA's factor, on all but the bias."""
@@ -151,7 +153,7 @@ class LoRAStack(nn.Module):
     def merge(self, base: nn.Module, up: Float[Tensor, " adapters"], down: Float[Tensor, " adapters"] | None) -> None:
         """Keep W + Σ_i c_i s_i B_i A_i, or with `down` W + s (Σ_i c_i B_i) (Σ_i d_i A_i)."""
         route = Route(base=0, up=up[None], down=None if down is None else down[None])
-        A, B = (factor[0] for factor in self._factors(route))
+        A, B = (factor[0] for factor in self._factors(route, 1))
         if self.kernel:
             A = A.unflatten(0, (-1, *self.kernel)).flip(1, 2).permute(0, 3, 1, 2).flatten(1)
         if self.merged is None:
@@ -192,6 +194,7 @@ class BatchedAdapters:
         self.names = tuple(names)
         self.route: Route | None = None
         self._merged: MergedAdapters | None = None
+        self._fixed: dict[str, Route] = {}
         layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
         self._layers = [m for m in layers.values() if any(name in m.r for name in names)]
         for name in names:
@@ -225,6 +228,8 @@ class BatchedAdapters:
         Rows that all have one mixture go through merged weights, in float32 or wider; in half precision these would
         lose what the LoRAs change.
         """
+        if self._fixed:
+            return self._fixed_route(adapters)
         base = next((i for i, adapter in enumerate(adapters) if adapter is not None), len(adapters))
         own = adapters[base:]
         merges = [adapter for adapter in own if isinstance(adapter, MergedAdapters)]
@@ -239,6 +244,37 @@ class BatchedAdapters:
             return Route(base=base, up=up)
         down = torch.stack([self._coefficients(merge)[1] for merge in merges]).to(device)
         return Route(base=base, up=up, down=down)
+
+    def fix(self, rows: int) -> None:
+        """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
+
+        Then other adapters or mixtures are other values, and nothing is compiled anew, nor any CUDA graph recorded.
+        """
+        device = next(self.unet.parameters()).device
+        experts = torch.zeros(rows, dtype=torch.int64, device=device)
+        up, down = (torch.zeros(rows, len(self.names), device=device) for _ in range(2))
+        self._fixed = {
+            "experts": Route(base=0, experts=experts),
+            "soup": Route(base=0, up=up),
+            "factors": Route(base=0, up=up, down=down),
+        }
+
+    def _fixed_route(self, adapters: Sequence[str | MergedAdapters | None]) -> Route:
+        merges = [adapter for adapter in adapters if isinstance(adapter, MergedAdapters)]
+        kind = ("factors" if merges[0].factors else "soup") if merges else "experts"
+        tensors = [v for v in (self._fixed[kind].experts, self._fixed[kind].up) if v is not None]
+        if len(adapters) > len(tensors[0]):
+            self.fix(len(adapters))
+        route = self._fixed[kind]
+        if route.experts is not None:
+            places = [len(self.names) if name is None else self.names.index(name) for name in adapters]
+            route.experts[: len(places)].copy_(torch.tensor(places))
+        nothing = MergedAdapters(())
+        pairs = [self._coefficients(m if isinstance(m, MergedAdapters) else nothing) for m in adapters]
+        for tensor, values in ((route.up, [c for c, _ in pairs]), (route.down, [d for _, d in pairs])):
+            if tensor is not None:
+                tensor[: len(values)].copy_(torch.stack(values))
+        return route
 
     def merge(self, merge: MergedAdapters) -> None:
         """Keep the weights of one mixture in every layer, until another is merged or they are released."""

@@ -63,6 +63,8 @@ class Plan:
         weights: w_i, summing to 1 at each step and for each image; 0 for oracles.
         strength: λ.
         oracles: the weights each oracle was trained on, a row an oracle.
+        unguided: the t of steps without guidance.
+        gaps: KL( soup ‖ product ) of each step and image in nats, as the set's profile has it; for rules with a gate.
     """
 
     path: NoisePath
@@ -72,6 +74,8 @@ class Plan:
     weights: Float[Tensor, "steps experts batch"]
     strength: float
     oracles: Float[Tensor, "oracles objectives"] = field(default_factory=lambda: torch.zeros(0, 0))
+    unguided: frozenset[int] = frozenset()
+    gaps: Float[Tensor, "steps batch"] | None = None
 
     @property
     def base(self) -> int:
@@ -91,7 +95,8 @@ class Plan:
 
     def __getitem__(self, rows: slice | Rows) -> "Plan":
         """The plan of some of the images."""
-        return replace(self, weights=self.weights[..., rows])
+        gaps = None if self.gaps is None else self.gaps[:, rows]
+        return replace(self, weights=self.weights[..., rows], gaps=gaps)
 
     def relative(self, place: int, number: int) -> float:
         """r of an expert at a step: its variance in units of the ancestral one."""
@@ -156,12 +161,15 @@ class FusionStep:
 
     def predict_some(self, networks: Sequence[int | Merge], where: Sequence[Rows]) -> list[Latents]:
         """The same, each as large as x_t and 0 elsewhere."""
-        everywhere = [None if len(rows) == len(self.x_t) else rows for rows in where]
-        results = self.predict(networks, everywhere)
-        for i, (rows, result) in enumerate(zip(everywhere, results, strict=True)):
+        wanted = [i for i, rows in enumerate(where) if len(rows)]
+        everywhere = [None if len(where[i]) == len(self.x_t) else where[i] for i in wanted]
+        results = [torch.zeros_like(self.x_t)] * len(networks)
+        for i, rows, e in zip(wanted, everywhere, self.predict([networks[i] for i in wanted], everywhere), strict=True):
             if rows is not None:
-                results[i] = torch.zeros_like(self.x_t, dtype=result.dtype)
-                results[i][rows.to(self.x_t.device)] = result
+                results[i] = torch.zeros_like(self.x_t, dtype=e.dtype)
+                results[i][rows.to(e.device)] = e
+            else:
+                results[i] = e
         return results
 
     def predict_used(self, places: Sequence[int]) -> list[Latents]:

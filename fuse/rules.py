@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from stepfuse.fuse.gate import soup_weights
 from stepfuse.fuse.gaussian import Gaussian, product
 from stepfuse.fuse.limits import (
     check_average_variance,
@@ -39,14 +40,8 @@ class FusionRule(Protocol):
     def __call__(self, step: FusionStep) -> Gaussian: ...
 
 
-@dataclass(frozen=True)
-class Product:
-    """p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i), a_i = λ w_i (MSDDA, arXiv:2604.14379).
-
-        1/v* = (1 - Σ a_i)/v_ref + Σ a_i/v_i,    m* = v* [ (1 - Σ a_i) m_ref/v_ref + Σ a_i m_i/v_i ]
-
-    Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
-    """
+class ProductLaw:
+    """The product of a step's experts, for the rules that are cases of it."""
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a strength that leaves no positive precision at some step."""
@@ -55,15 +50,45 @@ class Product:
 
     def __call__(self, step: FusionStep) -> Gaussian:
         places = step.used
-        exponents = step.exponents[places]
-        gaussians = step.gaussians(places)
-        if len(gaussians) == 1 and bool((exponents == 1).all()):
-            return gaussians[0]
-        return product(gaussians, exponents, relative_variances=step.relative(places))
+        return fused(step, places, step.gaussians(places))
 
 
 @dataclass(frozen=True)
-class Base(Product):
+class Product(ProductLaw):
+    """p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i), a_i = λ w_i (MSDDA, arXiv:2604.14379).
+
+        1/v* = (1 - Σ a_i)/v_ref + Σ a_i/v_i,    m* = v* [ (1 - Σ a_i) m_ref/v_ref + Σ a_i m_i/v_i ]
+
+    Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
+
+    With a gate, steps where the set's profile measured KL( soup ‖ product ) ≤ gate take the one network
+    Σ b_i B_i A_i for every expert's prediction (`stepfuse.fuse.gate.soup_weights`), with v* as it is: one forward.
+
+    Attributes:
+        gate: in nats a step; None runs every expert at every step.
+    """
+
+    gate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.gate is not None and not self.gate >= 0:
+            raise ValueError(f"gate {self.gate!r}; expected a number of nats, 0 or more")
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a gate with a strength, for it was measured at 1, and for no positive precision."""
+        if self.gate is not None and plan.strength != 1:
+            raise ValueError(f"gate {self.gate:g} with strength {plan.strength:g}: gaps are measured at strength 1")
+        return super().prepare(plan)
+
+    def __call__(self, step: FusionStep) -> Gaussian:
+        if self.gate is None:
+            return super().__call__(step)
+        assert step.plan.gaps is not None
+        return gated(step, step.plan.gaps[step.number] <= self.gate)
+
+
+@dataclass(frozen=True)
+class Base(ProductLaw):
     """p_ref: every adapter off, the weights and λ of no effect. Cost: one forward. Needs no reward."""
 
     def prepare(self, plan: Plan) -> Plan:
@@ -71,7 +96,7 @@ class Base(Product):
 
 
 @dataclass(frozen=True)
-class KL(Product):
+class KL(ProductLaw):
     """p* ∝ p_ref^(1 - λ) p_i^λ: one adapter at another KL strength, λ in [0, 2] (DB-KLA, Diffusion Blend,
     arXiv:2505.18547).
 
@@ -95,7 +120,7 @@ class KL(Product):
 
 
 @dataclass(frozen=True)
-class Oracle(Product):
+class Oracle(ProductLaw):
     """p_w, the one adapter that was trained on the weighted reward itself (MORL): what fusion is measured against.
 
     Found in the set by its weights, to three decimals; for all the weight on one objective it is that objective's own
@@ -332,6 +357,32 @@ def get_rule(name: str, **options: Any) -> FusionRule:
 
 
 # What rules have in common --------------------------------------------------------------------
+
+
+def fused(step: FusionStep, places: Sequence[int], gaussians: Sequence[Gaussian]) -> Gaussian:
+    """The product of experts with the step's exponents."""
+    exponents = step.exponents[places]
+    if len(gaussians) == 1 and bool((exponents == 1).all()):
+        return gaussians[0]
+    return product(gaussians, exponents, relative_variances=step.relative(places))
+
+
+def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
+    """The product, for some images with the soup's prediction for every expert's."""
+    places = step.used
+    weights = soup_weights(step)
+    # One expert alone costs no more than a soup, and is exact.
+    soup = soup & ((step.exponents != 0).sum(0) > 1) & weights.isfinite().all(0)
+    mixtures, which = torch.unique(weights[:-1, soup], dim=1, return_inverse=True)
+    merges = [Merge(tuple(mixture)) for mixture in mixtures.T.tolist()]
+    rows = soup.nonzero().flatten()
+    own = [((step.exponents[place] != 0) & ~soup).nonzero().flatten() for place in places]
+    predictions = step.predict_some([*places, *merges], [*own, *(rows[which == i] for i in range(len(merges)))])
+    shared = sum(predictions[len(places) :], torch.zeros(()).to(step.x_t))
+    gaussians = [
+        step.transition(e + shared, step.variance(i)) for e, i in zip(predictions[: len(places)], places, strict=True)
+    ]
+    return fused(step, places, gaussians)
 
 
 def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts batch"]) -> Latents:

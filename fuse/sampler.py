@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +18,7 @@ from stepfuse.fuse.adapter import Objective, check_factors, check_mergeable, loa
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
 from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.gate import GapProfile, find_profile
 from stepfuse.fuse.gaussian import Gaussian, Generators
 from stepfuse.fuse.pipeline import (
     Conditioning,
@@ -28,7 +30,7 @@ from stepfuse.fuse.pipeline import (
     same_base,
 )
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows
-from stepfuse.fuse.rules import CoDe, FusionRule, Soup, get_rule
+from stepfuse.fuse.rules import CoDe, FusionRule, Product, Soup, get_rule
 from stepfuse.fuse.run import Run, uniform_numbers
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.fuse.weights import Weights, weight_table
@@ -60,6 +62,7 @@ class FusedSampler:
         oracle_weights: what each of them was trained on, by objective.
         rewards: of the objectives, by name; only rules that need rewards read them.
         reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
+        profiles: measured gaps between soup and product, for rules with a gate.
     """
 
     pipeline: DiffusionPipeline
@@ -73,6 +76,7 @@ class FusedSampler:
     oracle_weights: tuple[Mapping[str, float], ...] = ()
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     reward_scales: Mapping[str, float] = field(default_factory=dict)
+    profiles: tuple[GapProfile, ...] = ()
 
     @classmethod
     def from_pretrained(
@@ -139,6 +143,7 @@ class FusedSampler:
             oracle_weights=tuple(oracle.weights for oracle in adapter_set.oracles),
             rewards=rewards or {},
             reward_scales=adapter_set.reward_scales | dict(reward_scales or {}),
+            profiles=adapter_set.profiles,
         )
         return sampler.with_rule(chosen_rule)
 
@@ -156,6 +161,29 @@ class FusedSampler:
         rewards = {o.name: self.rewards.get(o.name) or _reward_of(o, rule, device) for o in self.objectives}
         return replace(self, rule=rule, rewards=rewards)
 
+    def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
+        """Compile the UNet, in place. Weights, strengths, schedules and adapters in use are values to it: other ones
+        compile nothing anew. Another number of rows in a batch does once, then no more.
+
+        Args:
+            how: `regional`, the transformer blocks, each kind once: in seconds; or `full`, the whole UNet: in minutes,
+                and faster on a GPU with mode="reduce-overhead" (CUDA graphs).
+            rows: the most rows of a batch foreseen; more compile once more.
+            options: for `torch.compile`.
+
+        Raises:
+            ValueError: for another word, or without batched forwards.
+        """
+        if how not in ("regional", "full"):
+            raise ValueError(f"compile {how!r}; expected regional or full")
+        if self.denoiser.batched is None:
+            raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
+        self.denoiser.batched.fix(rows)
+        if how == "regional":
+            self.pipeline.unet.compile_repeated_blocks(fullgraph=True, **options)
+        else:
+            self.pipeline.unet.compile(fullgraph=True, **options)
+
     @property
     def names(self) -> list[str]:
         return [objective.name for objective in self.objectives]
@@ -168,6 +196,7 @@ class FusedSampler:
         strength: float = 1.0,
         weights_on: str = "exponents",
         num_inference_steps: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> Plan:
         """What a run for `count` images will do, checked by the rule before anything is computed.
 
@@ -177,9 +206,11 @@ class FusedSampler:
             strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
             weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i: weights on the rewards themselves.
             num_inference_steps: by default the set's.
+            guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
+                the others the prediction is e_c (arXiv:2404.07724).
 
         Raises:
-            ValueError: for weights or a strength that make no plan, or that the rule refuses.
+            ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
         """
         given = self.default_weights if weights is None else weights
         rows = [given] if isinstance(given, Mapping) else list(given)
@@ -195,6 +226,9 @@ class FusedSampler:
             raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
         if not strength >= 0 or strength == float("inf"):
             raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
+        begin, end = guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
         experts = (*self.objectives, *self.oracles)
         plan = Plan(
             path=path,
@@ -204,7 +238,12 @@ class FusedSampler:
             weights=torch.cat([table, torch.zeros(len(steps), len(self.oracles), count, dtype=torch.float64)], 1),
             strength=float(strength),
             oracles=weight_table(self.oracle_weights, self.names)[0].T if self.oracles else torch.zeros(0, 0),
+            unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
         )
+        if isinstance(self.rule, Product) and self.rule.gate is not None:
+            denoiser = self.denoiser
+            profile = find_profile(self.profiles, len(steps), denoiser.guidance, denoiser.guidance_scale)
+            plan = replace(plan, gaps=profile.at(table, self.names))
         if isinstance(self.rule, Soup):
             used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
             check = check_factors if self.rule.factors else check_mergeable
@@ -242,6 +281,7 @@ class FusedSampler:
         strength: float = 1.0,
         weights_on: str = "exponents",
         num_inference_steps: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generators = None,
         negative_prompt: str | Sequence[str] = "",
         height: int | None = None,
@@ -256,7 +296,7 @@ class FusedSampler:
         Args:
             prompts: one or several.
             weights: by objective name: one mapping for all images, or one an image.
-            strength, weights_on, num_inference_steps: see `plan`.
+            strength, weights_on, num_inference_steps, guidance_interval: see `plan`.
             generator: one for all images, or one an image. An image depends on its own generator
                 alone, never on the batch it is drawn in.
             negative_prompt: one for all images, or one an image.
@@ -284,7 +324,12 @@ class FusedSampler:
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
         plan = self.plan(
-            weights, len(prompts), strength=strength, weights_on=weights_on, num_inference_steps=num_inference_steps
+            weights,
+            len(prompts),
+            strength=strength,
+            weights_on=weights_on,
+            num_inference_steps=num_inference_steps,
+            guidance_interval=guidance_interval,
         )
         generators = image_generators(generator, len(prompts))
         shape = latent_shape(self.pipeline, height, width)
@@ -318,7 +363,8 @@ class FusedSampler:
             x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
         ) -> list[Latents]:
             adapters = [self._adapter(plan, network) for network in networks]
-            return self.denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
+            denoiser = self.denoiser.unguided() if t in plan.unguided else self.denoiser
+            return denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
 
         def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
             def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:

@@ -1,0 +1,136 @@
+"""The adaptive gate: one soup where it is as good as the product, a branch an adapter where it is not.
+
+To first order in the LoRAs a network merged with weights b predicts Σ b_i e_i, so that the soup equals the product up
+to curvature. How far it falls short is measured once, step by step, and kept with the set.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.plan import FusionStep
+
+
+def soup_weights(step: FusionStep) -> Float[Tensor, "places batch"]:
+    """The weights b of the soup that equals the product to first order in the LoRAs, the base's share last.
+
+        m_i = (terms of x_t) + k_i e_i,     k_i = sqrt(sigma_s² - v_i) - alpha_s sigma_t / alpha_t
+        m* = (terms of x_t) + Σ u_i k_i e_i,     u_i = (a_i / v_i) / Σ_j (a_j / v_j)
+        b_i = u_i k_i / Σ_j u_j k_j
+
+    NaN for an image whose mean leaves the predictions out, Σ_j u_j k_j = 0, or has them with the sign turned, which
+    strengths beyond 1 can do.
+    """
+    path, like = step.plan.path, torch.zeros(1, 1, dtype=torch.float64)
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ((v.item() for v in path.at(x, like)) for x in (step.t, step.s))
+    r = step.relative(range(step.plan.base + 1))
+    ancestral = path.ancestral_variance(step.t, step.s, like).item()
+    # All but the used ones have exponent 0; their variance does not matter, and may be 0 where others are not.
+    used = (step.exponents != 0).any(1)
+    scale = torch.where(used, r, 1.0) if bool((r[used] > 0).all()) else torch.ones_like(r)
+    u = step.exponents / scale[:, None]
+    # Times alpha_t, which is 0 where flow matching starts.
+    k = alpha_t * (sigma_s**2 - r * ancestral).clamp(min=0).sqrt() - alpha_s * sigma_t
+    shares = u / u.sum(0) * k[:, None]
+    total = shares.sum(0)
+    return torch.where(total < 0, shares / total, torch.nan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GapProfile:
+    """How far the soup is from the product at each step of a set, KL( soup ‖ product ) in nats, by mixture.
+
+    By the chain rule a run that takes the soup at some steps is within the sum of their gaps of the product's run.
+
+    Attributes:
+        num_inference_steps, guidance, guidance_scale: of the runs it was measured on.
+        images: how many a mixture.
+        mixtures: weights by objective.
+        gaps: one number a mixture and step; None where steps have no noise, and so no KL.
+
+    Raises:
+        ValueError: for gaps that do not fit the mixtures and steps, or are negative or not finite.
+    """
+
+    num_inference_steps: int
+    guidance: str
+    guidance_scale: float
+    images: int
+    mixtures: tuple[Mapping[str, float], ...]
+    gaps: tuple[tuple[float | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.mixtures or len(self.gaps) != len(self.mixtures):
+            raise ValueError(f"a gap profile with {len(self.mixtures)} mixtures and gaps of {len(self.gaps)}")
+        for row in self.gaps:
+            if len(row) != self.num_inference_steps:
+                raise ValueError(f"a gap profile of {self.num_inference_steps} steps with gaps of {len(row)}")
+            if any(gap is not None and not 0 <= gap < float("inf") for gap in row):
+                raise ValueError(f"gaps {list(row)}; expected numbers of 0 or more, in nats")
+
+    def at(
+        self, weights: Float[Tensor, "steps objectives batch"], names: Sequence[str]
+    ) -> Float[Tensor, "steps batch"]:
+        """The gap of each step and image: the largest measured of a mixture of objectives that are in use there.
+
+        Infinite where no such mixture was measured, or its steps have no noise; 0 where one objective has it all.
+        """
+        used = weights != 0
+        gaps = torch.where(used.sum(1) > 1, torch.nan, 0.0)
+        for mixture, row in zip(self.mixtures, self.gaps, strict=True):
+            held = torch.tensor([mixture.get(name, 0) != 0 for name in names])
+            covered = (used | ~held[:, None]).all(1) & (used.sum(1) > 1)
+            measured = torch.tensor([float("inf") if gap is None else gap for gap in row], dtype=torch.float64)
+            here = measured[:, None].expand_as(gaps).to(gaps)
+            gaps = torch.where(covered, torch.fmax(gaps, here), gaps)  # fmax: NaN is nothing yet
+        return gaps.nan_to_num(nan=float("inf"), posinf=float("inf"))
+
+
+def profile_to_dict(profile: GapProfile) -> dict[str, Any]:
+    """As JSON has it."""
+    return {
+        "num_inference_steps": profile.num_inference_steps,
+        "guidance": profile.guidance,
+        "guidance_scale": profile.guidance_scale,
+        "images": profile.images,
+        "mixtures": [dict(mixture) for mixture in profile.mixtures],
+        "gaps": [list(row) for row in profile.gaps],
+    }
+
+
+def profile_from_dict(values: Mapping[str, Any]) -> GapProfile:
+    """The inverse of `profile_to_dict`.
+
+    Raises:
+        KeyError, TypeError, ValueError: for what is no profile.
+    """
+    return GapProfile(
+        num_inference_steps=int(values["num_inference_steps"]),
+        guidance=str(values["guidance"]),
+        guidance_scale=float(values["guidance_scale"]),
+        images=int(values["images"]),
+        mixtures=tuple({str(k): float(w) for k, w in mixture.items()} for mixture in values["mixtures"]),
+        gaps=tuple(tuple(None if gap is None else float(gap) for gap in row) for row in values["gaps"]),
+    )
+
+
+def find_profile(profiles: Sequence[GapProfile], steps: int, guidance: str, guidance_scale: float) -> GapProfile:
+    """The profile of these steps and this guidance.
+
+    Raises:
+        ValueError: where the set has none, with the command that measures it.
+    """
+    for profile in profiles:
+        same = profile.guidance == guidance and (guidance == "off" or profile.guidance_scale == guidance_scale)
+        if profile.num_inference_steps == steps and same:
+            return profile
+    options = f"--steps {steps} --guidance {guidance}"
+    options += "" if guidance == "off" else f" --guidance_scale {guidance_scale:g}"
+    raise ValueError(
+        f"a gate needs the set's gap profile of {steps} steps with guidance {guidance}, and it has none; measure it: "
+        f"stepfuse set profile SET {options}"
+    )
