@@ -7,7 +7,7 @@ their factors stacked and picked by row. (LoRA, arXiv:2106.09685; batches of man
 and S-LoRA, arXiv:2311.03285.)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,7 @@ class Route:
         base: how many rows at the front have none.
         experts: one adapter a row, by place; the place after the last stands for none.
         up: c_k, for Σ_i c_ki s_i B_i A_i a row, or with `down`, d_k, for s (Σ_i c_ki B_i) (Σ_i d_ki A_i).
+        used: the places that columns of `up` and `down` stand for, by default all.
         merged: the rows after `base` go through the weights of the last `BatchedAdapters.merge`.
     """
 
@@ -52,6 +53,7 @@ class Route:
     experts: Int[Tensor, " rows"] | None = None
     up: Float[Tensor, "rows adapters"] | None = None
     down: Float[Tensor, "rows adapters"] | None = None
+    used: Int[Tensor, " used"] | None = None
     merged: bool = False
 
 
@@ -122,7 +124,8 @@ class LoRAStack(nn.Module):
         if route.experts is not None:
             return self.down[route.experts[:count]], self.up[route.experts[:count]]
         assert route.up is not None
-        down, up, c = self.down[:-1], self.up[:-1], route.up[:count].to(self.up)
+        c = route.up[:count].to(self.up)
+        down, up = (f[:-1] if route.used is None else f[route.used] for f in (self.down, self.up))
         if route.down is None:
             scaled = (c[:, :, None, None] * up).transpose(1, 2).flatten(2)
             return down.flatten(0, 1)[None], scaled
@@ -203,15 +206,7 @@ class BatchedAdapters:
             for place, layer in layers.items():
                 if name in layer.r:
                     _check_layer(layer, place, name)
-        for layer in self._layers:
-            layer.stack = LoRAStack(layer, names)
-            layer.forward = self._routed_forward(layer, layer.stack, layer.forward)
-
-    def _routed_forward(self, layer: LoraLayer, stack: LoRAStack, forward: Callable) -> Callable:
-        def routed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return forward(x, *args, **kwargs) if self.route is None else stack(layer.base_layer, x, self.route)
-
-        return routed
+        self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in self._layers]
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
@@ -239,11 +234,11 @@ class BatchedAdapters:
         if len(set(merges)) == 1 and self._can_merge():
             self.merge(merges[0])
             return Route(base=base, merged=True)
-        up = torch.stack([self._coefficients(merge)[0] for merge in merges]).to(device)
-        if not merges[0].factors:
-            return Route(base=base, up=up)
-        down = torch.stack([self._coefficients(merge)[1] for merge in merges]).to(device)
-        return Route(base=base, up=up, down=down)
+        pairs = [self._coefficients(merge) for merge in merges]
+        used = torch.stack([c for c, _ in pairs]).any(0).nonzero().flatten()
+        used = used if len(used) else torch.tensor([0])
+        up, down = (torch.stack(values)[:, used].to(device) for values in zip(*pairs, strict=True))
+        return Route(base=base, up=up, down=down if merges[0].factors else None, used=used.to(device))
 
     def fix(self, rows: int) -> None:
         """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
@@ -282,15 +277,15 @@ class BatchedAdapters:
             return
         self._merged = None
         up, down = self._coefficients(merge)
-        for layer in self._layers:
-            layer.stack.merge(layer.base_layer, up, down if merge.factors else None)
+        for layer, stack in zip(self._layers, self._stacks, strict=True):
+            stack.merge(layer.base_layer, up, down if merge.factors else None)
         self._merged = merge
 
     def release(self) -> None:
         """Give back the memory of merged weights."""
         self._merged = None
-        for layer in self._layers:
-            layer.stack.merged = None
+        for stack in self._stacks:
+            stack.merged = None
 
     def _can_merge(self) -> bool:
         weights = [layer.base_layer.weight for layer in self._layers]
@@ -304,11 +299,40 @@ class BatchedAdapters:
         return c, c / strength if strength else torch.zeros_like(c)
 
 
+class _Routed:
+    """A LoRA layer of peft that takes a route where there is one; a class, so that copies of a model are whole."""
+
+    routers: list[BatchedAdapters]
+    stacks: nn.ModuleList
+    base_layer: nn.Module
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for router, stack in zip(self.routers, self.stacks, strict=True):
+            if router.route is not None:
+                return stack(self.base_layer, x, router.route)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class RoutedLinear(_Routed, Linear): ...
+
+
+class RoutedConv2d(_Routed, Conv2d): ...
+
+
+def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> LoRAStack:
+    if not isinstance(layer, _Routed):
+        layer.__class__ = RoutedConv2d if isinstance(layer, Conv2d) else RoutedLinear
+        layer.routers, layer.stacks = [], nn.ModuleList()
+    layer.routers.append(router)
+    layer.stacks.append(stack)
+    return stack
+
+
 def _check_layer(layer: LoraLayer, place: str, name: str) -> None:
     """See that an adapter of a layer has a batched form."""
     variant = layer.lora_variant.get(name)
     base = layer.get_base_layer()
-    if not isinstance(layer, Linear | Conv2d):
+    if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
         why = f"is a {type(layer).__name__} of peft"
     elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"

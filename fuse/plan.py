@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -122,6 +122,7 @@ class FusionStep:
         uniforms: each image's own numbers in [0, 1), the same at every step; as many as there are steps, or experts.
         rewards: a reward of x_0 latents an objective, differentiable where the reward is; for rules that need them.
         rows: which images of the batch x_t's rows are; by default all, in order.
+        memory: what a rule keeps from step to step of one run.
     """
 
     plan: Plan
@@ -131,6 +132,7 @@ class FusionStep:
     uniforms: Float[Tensor, "batch draws"]
     rewards: Sequence[Score] = ()
     rows: Rows | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def t(self) -> int:

@@ -24,7 +24,7 @@ from stepfuse.fuse.limits import (
     check_random,
     check_strength,
 )
-from stepfuse.fuse.lots import systematic_choice
+from stepfuse.fuse.lots import systematic_choices
 from stepfuse.fuse.plan import FusionStep, Latents, Merge, Plan
 
 
@@ -241,7 +241,9 @@ class Systematic:
         return plan
 
     def __call__(self, step: FusionStep) -> Gaussian:
-        return step.chosen(systematic_choice(step.plan.exponents[: step.number + 1], step.uniforms))
+        if "choices" not in step.memory:
+            step.memory["choices"] = systematic_choices(step.plan.exponents, step.uniforms)
+        return step.chosen(step.memory["choices"][step.number])
 
 
 @dataclass(frozen=True)

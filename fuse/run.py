@@ -1,7 +1,8 @@
 """A whole run of denoising: one rule, step by step, or in blocks of candidates."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -39,8 +40,9 @@ class Run:
         uniforms = uniform_numbers(self.plan, generators)
         if isinstance(self.rule, CoDe) and self.rule.candidates > 1:
             return self._best_of_blocks(self.rule, x, uniforms, generators)
+        memory: dict[str, Any] = {}
         for number in range(len(self.plan.steps)):
-            step = self._step(number, x, uniforms, None)
+            step = replace(self._step(number, x, uniforms, None), memory=memory)
             gaussian = self.rule(step)
             if self.observe:
                 self.observe(step, gaussian)

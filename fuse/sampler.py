@@ -263,9 +263,7 @@ class FusedSampler:
             ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
                 whole images and their prompts, so `sample` alone has them.
         """
-        if getattr(self.rule, "needs", ""):
-            name = type(self.rule).__name__
-            raise ValueError(f"rule {name} needs rewards, which a single step does not have; use sample")
+        self._refuse_rewards()
         lots = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
         run = self._run(plan, conditioning, None)
         return self.rule(
@@ -355,6 +353,22 @@ class FusedSampler:
                 outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
+
+    @torch.no_grad()
+    def denoise(
+        self, x_T: Latents, plan: Plan, conditioning: Conditioning, generators: list[torch.Generator]
+    ) -> Latents:
+        """From x_T to x_0 latents, as `sample` does between embedding prompts and decoding; for rules without rewards.
+
+        Raises:
+            ValueError: for rules that need rewards, which are of whole images and their prompts.
+        """
+        self._refuse_rewards()
+        return self._run(plan, conditioning, None).denoise(x_T, generators)
+
+    def _refuse_rewards(self) -> None:
+        if getattr(self.rule, "needs", ""):
+            raise ValueError(f"rule {type(self.rule).__name__} needs rewards, which latents do not have; use sample")
 
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its networks and rewards know which row belongs to which image."""

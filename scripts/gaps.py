@@ -45,7 +45,8 @@ def measure_gaps(
     sampler = sampler.with_rule("product")
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
     rows = []
-    with tqdm(total=len(mixtures) * count * -(-len(prompts) // batch_size), disable=not progress, desc="profile") as bar:
+    batches = -(-len(prompts) // batch_size)
+    with tqdm(total=len(mixtures) * count * batches, disable=not progress, desc="profile") as bar:
         for mixture in mixtures:
             gaps = torch.zeros(count, len(prompts), dtype=torch.float64)
 

@@ -1,5 +1,6 @@
 """One forward for all adapters against peft's own forwards, one adapter after the other."""
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
+from stepfuse.fuse.batched import BatchedAdapters, LoRAStack, MergedAdapters
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
@@ -197,6 +198,19 @@ def test_outside_a_batch_peft_goes_on_as_before(base):
     assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
 
 
+def test_a_copy_of_the_unet_is_a_unet_of_its_own(base):
+    unet = unet_with(base, {"a": ZOO["attention"]})
+    path = NoisePath.from_scheduler(ddim())
+    denoiser = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["a"]))
+    copied = copy.deepcopy(denoiser)
+    given = inputs(2)
+    (expected,) = denoiser.predictions(*given, ["a"])
+    for value in unet.state_dict().values():
+        value.zero_()
+    assert torch.equal(copied.predictions(*given, ["a"])[0], expected)
+    assert not torch.equal(denoiser.predictions(*given, ["a"])[0], expected)
+
+
 def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
     """Each has stacks of its own, whatever adapters the other knows."""
     unet = unet_with(base, {"a": ZOO["attention"], "b": ZOO["everything"]})
@@ -212,7 +226,7 @@ def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
 def test_merged_weights_are_kept_for_one_mixture_and_given_back(denoiser):
     given = inputs(1)
     soups = [MergedAdapters((("thin", weight),)) for weight in (0.5, 1.5)]
-    stacks = [layer.stack for layer in denoiser.batched._layers]
+    stacks = [module for module in denoiser.unet.modules() if isinstance(module, LoRAStack)]
     expected = one_by_one(denoiser).predictions(*given, soups)
     for soup, prediction in zip([*soups, *soups], [*expected, *expected], strict=True):
         assert_near(denoiser.predictions(*given, [soup]), [prediction])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.lots import systematic_choice
+from stepfuse.fuse.lots import systematic_choices
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.plan import FusionStep, Plan
 from stepfuse.fuse.rules import get_rule
@@ -46,7 +46,7 @@ def test_systematic_chooses_each_expert_with_its_probability_at_every_step(weigh
     uniforms = torch.rand(4000, len(a), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     error = (a * (1 - a) / 4000).sqrt()
     for number in (1, 2, 7):
-        choice = systematic_choice(a[None, :, None].expand(number, -1, 4000), uniforms)
+        choice = systematic_choices(a[None, :, None].expand(number, -1, 4000), uniforms)[-1]
         shares = torch.bincount(choice, minlength=len(a)) / 4000
         assert ((shares - a).abs() <= 4.5 * error).all()
 
@@ -58,7 +58,7 @@ def test_systematic_keeps_its_probabilities_where_weights_change():
     exponents = torch.stack([late, same], 2).repeat_interleave(4000, 2)
     uniforms = torch.rand(8000, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for number in range(1, 8):
-        choice = systematic_choice(exponents[:number], uniforms)
+        choice = systematic_choices(exponents[:number], uniforms)[-1]
         for a, rows in ((late[number - 1], slice(4000)), (same[number - 1], slice(4000, 8000))):
             shares = torch.bincount(choice[rows], minlength=4) / 4000
             assert ((shares - a).abs() <= 4.5 * (a * (1 - a) / 4000).sqrt()).all()
@@ -68,7 +68,7 @@ def test_experts_that_take_no_part_change_no_choice():
     a = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     uniforms = torch.rand(500, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     more = torch.zeros(8, dtype=torch.float64).index_copy(0, torch.tensor([0, 1, 5]), a)
-    few, many = (systematic_choice(b[None, :, None].expand(4, -1, 500), uniforms) for b in (a, more))
+    few, many = (systematic_choices(b[None, :, None].expand(4, -1, 500), uniforms) for b in (a, more))
     assert torch.equal(torch.tensor([0, 1, 5])[few], many)
 
 
@@ -76,7 +76,7 @@ def test_every_stretch_of_a_systematic_run_holds_its_due_share():
     """With weights 0.7 and 0.3 any window of k steps holds the first 0.7 k times, within 1; i.i.d. draws do not."""
     a = torch.tensor([0.7, 0.3, 0.0], dtype=torch.float64)[None, :, None].expand(20, -1, 50)
     uniforms = torch.rand(50, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    first = torch.stack([systematic_choice(a[: k + 1], uniforms) == 0 for k in range(20)]).double()
+    first = (systematic_choices(a, uniforms) == 0).double()
     sums = torch.cat([torch.zeros(1, 50).double(), first.cumsum(0)])
     for begin in range(20):
         for end in range(begin + 1, 21):

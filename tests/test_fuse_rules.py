@@ -27,7 +27,9 @@ def test_rules_go_by_name():
     [
         ("sum", {}, ["'sum'", "product"]),
         ("code", {"candidate": 3}, ["'candidate'", "candidates, block_size"]),
-        ("product", {"growth": 1}, ["'growth'", "none"]),
+        ("product", {"growth": 1}, ["'growth'", "gate"]),
+        ("soup", {"gate": 1}, ["'gate'", "none"]),
+        ("product", {"gate": -1.0}, ["gate -1.0"]),
         ("code", {"candidates": 0}, ["candidates 0"]),
         ("code", {"block_size": 2.5}, ["block_size 2.5"]),
         ("rgg", {"growth": -1}, ["growth -1"]),
