@@ -165,14 +165,14 @@ class Denoiser:
         most = self.rows_at_once or len(x)
         outputs = []
         for some in (slice(first, first + most) for first in range(0, len(x), most)):
-            with self._active(adapters[some]):
+            with self._active(adapters[some], x.device):
                 outputs.append(call_unet(self.unet, x[some], times[some], input_rows(inputs, some)))
         return list(torch.cat(outputs).split(counts))
 
-    def _active(self, adapters: Sequence[Adapters]) -> AbstractContextManager[None]:
+    def _active(self, adapters: Sequence[Adapters], device: torch.device) -> AbstractContextManager[None]:
         """The UNet with these adapters on the rows of its batch."""
         if self.batched is not None:
-            return self.batched.routed(self.batched.route_of(adapters, self.unet.device))
+            return self.batched.routed(self.batched.route_of(adapters, device))
         adapter = adapters[0]  # one network for all
         if not isinstance(adapter, MergedAdapters):
             return active_adapter(self.unet, adapter)

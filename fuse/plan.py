@@ -12,7 +12,7 @@ from torch import Tensor
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import VarianceSchedule, step_variance
+from stepfuse.fuse.variance import VarianceSchedule
 
 Latents = Float[Tensor, "batch *shape"]
 Rows = Int[Tensor, " rows"]
@@ -180,7 +180,12 @@ class FusionStep:
 
     def variance(self, place: int) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
-        return step_variance(self.plan.schedules[place], self.plan.path, self.t, self.s, self.x_t)
+        r = self.plan.schedules[place].relative(self.plan.path, self.t, self.s, self.x_t)
+        return r * self._ancestral
+
+    @cached_property
+    def _ancestral(self) -> Tensor:
+        return self.plan.path.ancestral_variance(self.t, self.s, self.x_t)
 
     def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
         """p(x_s | x_t) of a prediction for all rows."""

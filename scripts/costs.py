@@ -13,9 +13,17 @@ import torch
 
 def machine(device: torch.device) -> str:
     """The device and what runs on it, for figures that depend on it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return f"{name}{threads}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The processor's own name (Linux only; its architecture elsewhere)."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else f"{platform.machine()} CPU"
 
 
 @contextmanager
@@ -53,6 +61,17 @@ def _high_water_mark() -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024 / 1e6
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a program could still take (on a CPU Linux only; without limit elsewhere)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next(1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
 def now(device: torch.device) -> float:

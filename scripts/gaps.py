@@ -1,7 +1,9 @@
 """`stepfuse set profile`: measure, step by step, how far the soup is from the product."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from string import ascii_uppercase
 
 import torch
 from torch import Tensor
@@ -85,18 +87,33 @@ def measure_gaps(
 
 
 def describe_gaps(profile: GapProfile) -> str:
-    """The gaps as a table, and what gates at some of them cost and save, for the first mixture."""
-    heads = [" + ".join(f"{w:g} {name}" for name, w in mixture.items()) for mixture in profile.mixtures]
-    lines = ["KL( soup ‖ product ), nats a step", "step  " + "  ".join(heads)]
-    for k, row in enumerate(zip(*profile.gaps, strict=True), 1):
-        cells = [("–" if gap is None else f"{gap:.3g}").rjust(len(head)) for gap, head in zip(row, heads, strict=True)]
-        lines.append(f"{k:4}  " + "  ".join(cells))
-    known = sorted(gap for gap in profile.gaps[0] if gap is not None)
-    branches, steps = len(profile.mixtures[0]), profile.num_inference_steps
-    lines += ["", f"gates, for {heads[0]}:", "  --gate  soup steps  forwards of a branch a run  nats a run"]
-    for share in (0.25, 0.5, 0.75, 1.0):
-        soups = max(1, round(share * len(known)))
-        tau = known[soups - 1]
-        forwards = soups + (steps - soups) * branches
-        lines.append(f"  {tau:6.3g}  {soups:10}  {forwards:14} of {steps * branches:9}  {sum(known[:soups]):10.3g}")
+    """The gaps as a table, and for the first mixture what gates cost and lose."""
+    of = [" + ".join(f"{w:.3g} {name}" for name, w in mixture.items()) for mixture in profile.mixtures]
+    guidance = profile.guidance + ("" if profile.guidance == "off" else f" {profile.guidance_scale:g}")
+    lines = [
+        f"KL( soup ‖ product ) at each of {profile.num_inference_steps} steps, guidance {guidance}, in nats, "
+        f"means of {profile.images} images",
+        *(f"  {letter}: {mixture}" for letter, mixture in zip(ascii_uppercase, of, strict=False)),
+        "step" + "".join(letter.rjust(10) for letter, _ in zip(ascii_uppercase, of, strict=False)),
+    ]
+    for number, row in enumerate(zip(*profile.gaps, strict=True), 1):
+        lines.append(f"{number:4}" + "".join(("–" if gap is None else f"{gap:.2g}").rjust(10) for gap in row))
+    mixture = profile.mixtures[0]
+    weights = torch.tensor(list(mixture.values()), dtype=torch.float64)[None, :, None]
+    gaps = profile.at(weights.expand(profile.num_inference_steps, -1, 1), list(mixture))[:, 0]
+    known = sorted(gaps[gaps.isfinite()].tolist())
+    steps = profile.num_inference_steps
+    lines += [
+        f"gates for {of[0]}: of {len(mixture) * steps} rows of adapters an image, and what of the product is lost",
+        "    gate  steps by soup  rows  nats a run",
+    ]
+    for count in sorted({max(1, round(share * len(known))) for share in (0.25, 0.5, 0.75, 0.9, 1.0)}):
+        rows = count + (steps - count) * len(mixture)
+        lines.append(f"{_up(known[count - 1]):8.2g}{count:15}{rows:6}{sum(known[:count]):12.2g}")
     return "\n".join(lines)
+
+
+def _up(value: float) -> float:
+    """A number rounded up to two digits, so that a gate as printed takes it in."""
+    unit = 10 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1
+    return math.ceil(value / unit) * unit

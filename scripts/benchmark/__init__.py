@@ -1,0 +1,1 @@
+"""`stepfuse benchmark`: what fusion costs, beside other ways to do the same."""

@@ -1,0 +1,131 @@
+"""UNets to measure on: a set's base, or an architecture with random weights where none can be loaded."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+
+from stepfuse.fuse.adapter import load_adapter
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.path import STABLE_DIFFUSION
+from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
+from stepfuse.train.lora import add_lora
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
+ARCHITECTURES = {
+    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
+    "sdxl": dict(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A UNet with LoRAs of random weights on it, in a pipeline.
+
+    Attributes:
+        name: `sd15`, `sdxl`, or the set whose base it is.
+        pipeline: with a text encoder and an autoencoder only where it is a set's base.
+        adapters: names of the LoRAs.
+        rank, targets: of each.
+    """
+
+    name: str
+    pipeline: StableDiffusionPipeline
+    adapters: tuple[str, ...]
+    rank: int
+    targets: tuple[str, ...]
+
+
+def random_model(
+    architecture: str, count: int, *, rank: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Model:
+    """An architecture of random weights with LoRAs on its attention.
+
+    Raises:
+        ValueError: for an architecture that is not known.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**ARCHITECTURES[architecture]).to(dtype).requires_grad_(False).eval()
+    scheduler = DDIMScheduler(**STABLE_DIFFUSION)
+    parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler)
+    pipeline = (
+        StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+        if architecture == "sdxl"
+        else StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    )
+    return Model(
+        name=architecture,
+        pipeline=pipeline,
+        adapters=_add_loras(unet, count, rank, ATTENTION),
+        rank=rank,
+        targets=ATTENTION,
+    )
+
+
+def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+    """A set's base, with LoRAs of random weights in the shape of its first adapter: as many as are wanted."""
+    adapter_set = load_set(folder)
+    pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype).to(device)
+    first = adapter_set.adapters[0]
+    load_adapter(pipeline, first, base_fingerprint(pipeline.unet))
+    config = pipeline.unet.peft_config[first.name]
+    pipeline.unload_lora_weights()
+    targets = tuple(sorted(config.target_modules))
+    names = _add_loras(pipeline.unet, count, config.r, targets)
+    return Model(name=str(folder), pipeline=pipeline, adapters=names, rank=config.r, targets=targets)
+
+
+def _add_loras(unet: nn.Module, count: int, rank: int, targets: Sequence[str]) -> tuple[str, ...]:
+    """LoRAs whose B is not zero, in the UNet's precision; how long they take does not depend on their values."""
+    names = tuple(f"adapter{i + 1}" for i in range(count))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        for seed, name in enumerate(names):
+            add_lora(unet, name, rank=rank, alpha=rank, targets=list(targets), seed=seed)
+    generator = torch.Generator().manual_seed(0)
+    for key, value in unet.named_parameters():
+        if ".lora_" in key:
+            value.requires_grad_(False)
+            value.data = value.data.to(unet.dtype)
+        if ".lora_B." in key:
+            value.copy_(0.01 * torch.randn(value.shape, generator=generator))
+    return names
+
+
+def random_conditioning(model: Model, images: int) -> Conditioning:
+    """Embeddings of prompts nobody wrote, of the model's own shape."""
+    unet, generator = model.pipeline.unet, torch.Generator().manual_seed(1)
+    tokens = 77 if model.pipeline.tokenizer is None else model.pipeline.tokenizer.model_max_length
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(images, *shape, generator=generator).to(unet.device, unet.dtype)
+
+    added = {}
+    if unet.config.addition_embed_type == "text_time":
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        side = float(8 * unet.config.sample_size)
+        ids = torch.tensor([side, side, 0, 0, side, side]).to(unet.device, unet.dtype).expand(images, -1)
+        added = {"text_embeds": (noise(pooled), noise(pooled)), "time_ids": (ids, ids)}
+    width = unet.config.cross_attention_dim
+    return Conditioning(positive=noise(tokens, width), negative=noise(tokens, width), added=added)

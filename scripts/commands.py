@@ -1,0 +1,256 @@
+"""What the commands of `stepfuse` do; heavy imports wait until one is run."""
+
+import argparse
+import json
+from pathlib import Path
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from stepfuse.scripts.demo import demo
+
+    demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)
+
+
+def set_create(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.adapter_set import create_set
+    from stepfuse.fuse.variance import EtaSchedule
+
+    reference = EtaSchedule(eta=arguments.reference_eta)
+    created = create_set(
+        arguments.output,
+        arguments.adapter,
+        oracles=arguments.oracle,
+        reference=reference,
+        half=arguments.half,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{arguments.output}: {', '.join([*created.names, *(o.adapter.name for o in created.oracles)])}")
+
+
+def set_validate(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.adapter_set import load_set
+
+    loaded = load_set(arguments.set)
+    if arguments.load:
+        from stepfuse.fuse.pipeline import quiet_libraries
+        from stepfuse.fuse.sampler import FusedSampler
+
+        quiet_libraries()
+        FusedSampler.from_pretrained(loaded)
+    print(f"{arguments.set}: valid; {len(loaded.adapters)} adapters of base {loaded.base['name_or_path']!r}")
+
+
+def set_show(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.adapter_set import load_set
+    from stepfuse.fuse.variance import schedule_to_dict
+    from stepfuse.fuse.weights import label_weights
+    from stepfuse.scripts.gaps import describe_gaps
+
+    loaded = load_set(arguments.set)
+    print(f"base        {loaded.base['name_or_path']}")
+    print(f"guidance    {loaded.guidance}, scale {loaded.guidance_scale:g}")
+    print(f"steps       {loaded.num_inference_steps}")
+    print(f"reference   {json.dumps(schedule_to_dict(loaded.reference))}")
+    for adapter in loaded.adapters:
+        objective, record = adapter.objective, adapter.record
+        print(f"\n{objective.name}  (default weight {loaded.default_weights.get(objective.name, 0):g})")
+        print(f"  reward    {objective.reward}")
+        print(f"  variance  {json.dumps(schedule_to_dict(objective.variance))}")
+        print(f"  beta      {objective.beta:g}")
+        if "algorithm" in record:
+            print(f"  trained   {record['algorithm']}, {record.get('steps')} steps, KL {record.get('kl', 0):.3g} nats")
+        for moment, measured in record.get("validation", {}).items():
+            print(f"  reward {moment:7} {measured['reward']:.3f} over {measured['images']} images")
+    for profile in loaded.profiles:
+        print(f"\n{describe_gaps(profile)}")
+    for oracle in loaded.oracles:
+        print(f"\noracle {oracle.adapter.name}  ({label_weights(oracle.weights)})")
+
+
+def set_profile(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.data.prompts import load_prompts
+    from stepfuse.fuse.adapter_set import add_profile, load_set
+    from stepfuse.fuse.pipeline import EMBEDDED, quiet_libraries
+    from stepfuse.fuse.sampler import FusedSampler
+    from stepfuse.scripts.gaps import describe_gaps, measure_gaps
+
+    device = check_device(arguments.device)
+    loaded = load_set(arguments.set)
+    embedded = loaded.base["name_or_path"] in EMBEDDED
+    prompts = load_prompts(arguments.prompts or ("emoji-heldout:16" if embedded else "colours-heldout:16"))
+    quiet_libraries()
+    sampler = FusedSampler.from_pretrained(
+        loaded,
+        guidance=arguments.guidance,
+        guidance_scale=arguments.guidance_scale,
+        dtype=getattr(torch, arguments.dtype),
+        device=device,
+    )
+    profile = measure_gaps(
+        sampler, prompts, num_inference_steps=arguments.steps, seed=arguments.seed, batch_size=arguments.batch_size
+    )
+    add_profile(arguments.set, profile)
+    print(describe_gaps(profile))
+
+
+def sample(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.fuse.adapter_set import load_set
+    from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.fuse.rules import get_rule
+    from stepfuse.fuse.sampler import FusedSampler
+    from stepfuse.fuse.weights import Weights, label_weights, parse_weights
+    from stepfuse.scripts.pictures import labelled_grid
+
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
+    check_picture(arguments.output)
+    device = check_device(arguments.device)
+    if any(not prompt.strip() for prompt in arguments.prompt):
+        raise ValueError("an empty --prompt; give some words")
+    options = {name: getattr(arguments, name) for name in ("candidates", "block_size", "gate")}
+    rule = get_rule(arguments.rule, **{name: value for name, value in options.items() if value is not None})
+    interval = parse_interval(arguments.guidance_interval)
+    quiet_libraries()
+    loaded = load_set(arguments.set)
+    columns: list[Weights] = [parse_weights(text) for text in arguments.weights or []]
+    if not columns:
+        columns = [loaded.default_weights]
+    sampler = FusedSampler.from_pretrained(
+        loaded,
+        rule=rule,
+        guidance=arguments.guidance,
+        guidance_scale=arguments.guidance_scale,
+        forwards=arguments.forwards,
+        rows_at_once=arguments.rows_at_once,
+        dtype=getattr(torch, arguments.dtype),
+        device=device,
+    )
+    if arguments.compile:
+        sampler.compile(arguments.compile)
+    prompts = [prompt for prompt in arguments.prompt for _ in columns]
+    seeds = [arguments.seed + row for row in range(len(arguments.prompt)) for _ in columns]
+    images = sampler.sample(
+        prompts,
+        columns * len(arguments.prompt),
+        strength=arguments.strength,
+        weights_on=arguments.weights_on,
+        num_inference_steps=arguments.steps,
+        guidance_interval=interval,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        negative_prompt=arguments.negative_prompt,
+        height=arguments.height,
+        width=arguments.width,
+        batch_size=arguments.batch_size,
+    )
+    assert isinstance(images, list)
+    width = len(columns)
+    rows = [images[i : i + width] for i in range(0, len(images), width)]
+    heads = [label_weights(column).replace("=", " ").replace(",", ", ") for column in columns]
+    picture = rows[0][0] if len(images) == 1 else labelled_grid(rows, arguments.prompt, heads)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(arguments.output)
+    print(arguments.output)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    import torch
+
+    if arguments.world:
+        if arguments.set or arguments.config:
+            raise ValueError("--world needs no set and no --config; give one or the other")
+        from stepfuse.fuse.adapter_set import claim_output
+        from stepfuse.scripts.world_report import measure_world
+
+        claim_output(arguments.output_dir, overwrite=arguments.overwrite)
+        measure_world(arguments.output_dir, seed=arguments.seed)
+        print((arguments.output_dir / "world.md").read_text())
+        return
+    if arguments.set is None or arguments.config is None:
+        raise ValueError("evaluate needs a set and --config FILE, or --world gmm")
+    from stepfuse.scripts.evaluate import evaluate
+    from stepfuse.scripts.evaluation import read_config
+    from stepfuse.scripts.findings import findings
+
+    device = check_device(arguments.device)
+    summary = evaluate(
+        arguments.set,
+        read_config(arguments.config),
+        arguments.output_dir,
+        overwrite=arguments.overwrite,
+        device=device,
+        dtype=getattr(torch, arguments.dtype),
+        command=f"stepfuse evaluate {arguments.set} --config {arguments.config}",
+    )
+    if summary:  # the main process
+        print("\n".join(f"- {line}" for line in findings(summary)))
+        print(arguments.output_dir / "report.html")
+
+
+def benchmark(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.fuse.adapter import write_json
+    from stepfuse.scripts.benchmark.sampling import Settings, benchmark_sampling, markdown_table
+
+    if (arguments.set is None) == (arguments.architecture is None):
+        raise ValueError("benchmark needs a set or --architecture, one of them")
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    own = ("adapters", "rules", "rivals", "images", "height", "width", "steps", "repeats", "guidance_scale")
+    own += ("rows_at_once", "compile", "mode", "dtype")
+    settings = Settings(
+        model=arguments.architecture or str(arguments.set),
+        device=check_device(arguments.device),
+        memory=not arguments.no_memory,
+        **{name: getattr(arguments, name) for name in own},
+    )
+    results = benchmark_sampling(settings)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output, results)
+    print(results["machine"])
+    print(markdown_table(results))
+    print(arguments.output)
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """`0.2-0.8` → (0.2, 0.8)."""
+    begin, dash, end = text.partition("-")
+    try:
+        if not dash:
+            raise ValueError
+        return float(begin), float(end)
+    except ValueError:
+        raise ValueError(f"guidance_interval {text!r}; expected shares of the steps, such as 0.2-0.8") from None
+
+
+def check_picture(file: Path) -> None:
+    """See that a picture can be saved there, before minutes go into drawing it."""
+    from PIL import Image
+
+    if file.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output {file}; expected a picture's name, such as out.png")
+    if file.is_dir():
+        raise ValueError(f"output {file} is a folder; expected a picture's name, such as out.png")
+    for parent in file.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise ValueError(f"output {file}: {parent} is a file")
+            break
+
+
+def check_device(name: str | None) -> str:
+    """See that a device is there; None is cuda where there is one."""
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown, or built without it
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
