@@ -80,13 +80,12 @@ class GapProfile:
         Infinite where no such mixture was measured, or its steps have no noise; 0 where one objective has it all.
         """
         used = weights != 0
-        gaps = torch.where(used.sum(1) > 1, torch.nan, 0.0)
+        gaps = torch.where(used.sum(1) > 1, torch.nan, torch.zeros((), dtype=torch.float64))
         for mixture, row in zip(self.mixtures, self.gaps, strict=True):
             held = torch.tensor([mixture.get(name, 0) != 0 for name in names])
             covered = (used | ~held[:, None]).all(1) & (used.sum(1) > 1)
             measured = torch.tensor([float("inf") if gap is None else gap for gap in row], dtype=torch.float64)
-            here = measured[:, None].expand_as(gaps).to(gaps)
-            gaps = torch.where(covered, torch.fmax(gaps, here), gaps)  # fmax: NaN is nothing yet
+            gaps = torch.where(covered, torch.fmax(gaps, measured[:, None]), gaps)  # fmax: NaN is nothing yet
         return gaps.nan_to_num(nan=float("inf"), posinf=float("inf"))
 
 

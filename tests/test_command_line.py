@@ -250,6 +250,13 @@ def test_a_picture_that_is_there_is_kept_unless_overwritten(set_folder, tmp_path
         (["--steps", "0"], "0"),
         (["--batch_size", "0"], "batch_size 0"),
         (["--rule", "average"], "'average'"),
+        (["--gate", "0.5"], "stepfuse set profile"),
+        (["--gate", "-0.5"], "gate -0.5"),
+        (["--rule", "soup", "--gate", "0.5"], "'gate'"),
+        (["--guidance_interval", "0.5"], "'0.5'"),
+        (["--guidance_interval", "0.8-0.2"], "0.8-0.2"),
+        (["--rows_at_once", "0"], "rows_at_once 0"),
+        (["--forwards", "separate", "--compile", "regional"], "batched"),
         (["--prompt", " "], "prompt"),
         (["--device", "abacus"], "abacus"),
         (["--output", "picture"], "picture"),
@@ -261,6 +268,40 @@ def test_sample_names_what_is_wrong_and_writes_nothing(set_folder, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert culprit in error_of("sample", set_folder, "--prompt", PROMPTS[0], "--device", "cpu", *options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_profiled_set_is_sampled_with_a_gate(set_folder, tmp_path, capsys):
+    """The profile is measured, told and kept; with a gate above every gap the pictures are the soup's."""
+    profiled = tmp_path / "set"
+    shutil.copytree(set_folder, profiled)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    run("set", "profile", profiled, "--prompts", tmp_path / "prompts.txt", "--device", "cpu")
+    told = capsys.readouterr().out
+    (profile,) = load_set(profiled).profiles
+    assert profile.images == len(PROMPTS)
+    assert profile.mixtures == ({"bright": 0.5, "small": 0.5},)
+    assert told.startswith("KL( soup ‖ product ) at each of 3 steps, guidance shared 3, in nats, means of 2 images")
+    run("set", "show", profiled)
+    assert told.strip() in capsys.readouterr().out
+    pictures = []
+    for number, options in enumerate([[], ["--gate", 0], ["--gate", 2 * max(profile.gaps[0])]]):
+        file = tmp_path / f"{number}.png"
+        run("sample", profiled, "--prompt", PROMPTS[0], "--device", "cpu", "--output", file, *options)
+        pictures.append(file.read_bytes())
+    assert pictures[0] == pictures[1]
+    assert pictures[0] != pictures[2]
+
+
+def test_sampling_options_of_speed_change_no_picture(set_folder, tmp_path):
+    pictures = []
+    for number, options in enumerate(
+        [[], ["--forwards", "separate"], ["--rows_at_once", 2], ["--guidance_interval", "0-1"]]
+    ):
+        file = tmp_path / f"{number}.png"
+        run("sample", set_folder, "--prompt", PROMPTS[0], "--device", "cpu", "--output", file, *options)
+        with Image.open(file) as image:
+            pictures.append(array(image))
+    assert all(np.abs(picture - pictures[0]).max() <= 1 for picture in pictures)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -310,6 +351,9 @@ def test_there_are_the_commands_that_are_tested_here():
         "set create",
         "set validate",
         "set show",
+        "set profile",
+        "evaluate",
+        "benchmark",
     }
 
 

@@ -95,8 +95,8 @@ def _average(predictions: Sequence[Tensor]) -> Tensor:
 def _with_adapters(model: Model, names: Sequence[str]) -> nn.Module:
     """A whole UNet of its own, with some of the adapters alone."""
     unet = copy.deepcopy(model.pipeline.unet)
+    unet.set_adapters(list(names))  # first, for peft warns of an active adapter that goes
     unet.delete_adapters([name for name in model.adapters if name not in names])
-    unet.set_adapters(list(names))
     return unet
 
 

@@ -25,6 +25,7 @@ from stepfuse.scripts.benchmark.rivals import RIVALS, denoise
 from stepfuse.scripts.costs import counted_rows, free_memory, machine, now, peak_memory
 
 REFERENCE = "one adapter"
+MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
@@ -75,6 +76,8 @@ class Settings:
                 raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")
         if not self.adapters or min(self.adapters) < 1:
             raise ValueError(f"adapters {list(self.adapters)}; expected numbers of 1 or more")
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}; expected one of {', '.join(MODES[1:])}")
         for rule in self.rules:
             if getattr(get_rule(rule), "needs", "") or rule in ("kl", "oracle", "base"):
                 raise ValueError(f"rule {rule} is not measured here; expected one that fuses adapters without rewards")

@@ -1,0 +1,215 @@
+"""The benchmark: that every way of its table does what it is called, and what it counts and keeps."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from stepfuse.fuse.adapter_set import create_set
+from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, set_model
+from stepfuse.scripts.benchmark.rivals import RIVALS
+from stepfuse.scripts.benchmark.sampling import (
+    REFERENCE,
+    Bench,
+    Row,
+    Settings,
+    benchmark_sampling,
+    markdown_table,
+    memory_of,
+    rows_of,
+)
+from stepfuse.scripts.main import main
+from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
+
+SCALE = 3.0
+
+
+@pytest.fixture(scope="module")
+def set_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("set")
+    base = save_stable_diffusion(root / "base")
+    save_adapter(root / "a", base, "a", rank=3)
+    create_set(root / "set", [root / "a"])
+    return root / "set"
+
+
+@pytest.fixture(scope="module")
+def settings(set_folder):
+    return Settings(
+        model=str(set_folder), adapters=(1, 3), images=2, steps=2, repeats=1, guidance_scale=SCALE, memory=False
+    )
+
+
+@pytest.fixture(scope="module")
+def results(settings):
+    return benchmark_sampling(settings, progress=False)
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_a_rival_predicts_the_average_of_what_each_adapter_predicts(settings, rival):
+    """Ours, one adapter after the other, guided by the adapter itself; peft's mixed batch shares the base's e_u."""
+    bench = Bench(settings)
+    names = bench.model.adapters
+    guidance = "shared" if rival == "mixed_batch" else "full"
+    denoiser = replace(bench.sampler.denoiser, guidance=guidance, guidance_scale=SCALE)
+    t = torch.tensor(500)
+    each = denoiser.predictions(bench.x_T, t, bench.conditioning, names)
+    blend = RIVALS[rival](bench.model, names, SCALE)
+    with torch.no_grad():
+        got = blend(bench.x_T, t, bench.conditioning)
+    torch.testing.assert_close(got, torch.stack(each).mean(0), atol=3e-5, rtol=1e-5)
+    assert (each[0] - each[1]).abs().max() > 1e-3
+
+
+def test_a_set_lends_its_base_and_the_shape_of_its_adapters(set_folder):
+    model = set_model(str(set_folder), 5)
+    assert (model.rank, set(model.targets)) == (3, {"to_q", "to_k", "to_v", "to_out.0"})
+    assert list(model.pipeline.unet.peft_config) == list(model.adapters)
+    assert len(model.adapters) == 5
+
+
+def test_rows_are_counted_not_said(results):
+    """Of an image at a step: N + 1 for the product, 2 for one network with guidance, 2 N for rivals that run N."""
+    counted = {(row["way"], row["adapters"]): row["rows_an_image"] for row in results["rows"]}
+    assert counted == {
+        (REFERENCE, 1): 2,
+        ("product", 3): 4,
+        ("systematic", 3): 2,
+        ("soup", 3): 2,
+        ("diffusion_blend", 1): 2,
+        ("diffusion_blend", 3): 6,
+        ("set_adapters", 1): 2,
+        ("set_adapters", 3): 6,
+        ("mixed_batch", 1): 2,
+        ("mixed_batch", 3): 4,
+    }
+    assert all(row["floor"] == row["rows_an_image"] / 2 for row in results["rows"])
+
+
+def test_the_median_lies_within_the_rounds_and_the_reference_is_one(settings):
+    measured = benchmark_sampling(replace(settings, rivals=(), repeats=3), progress=False)
+    assert [(row["ratio_min"], row["ratio"], row["ratio_max"]) for row in measured["rows"][:1]] == [(1, 1, 1)]
+    assert all(0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in measured["rows"])
+    assert measured["machine"]
+    assert measured["libraries"]["torch"] == torch.__version__.partition("+")[0] or measured["libraries"]["torch"]
+
+
+def test_a_row_is_measured_for_each_number_of_adapters_and_one_adapter_of_a_rule_is_the_reference(settings):
+    rows = rows_of(replace(settings, adapters=(1, 2), rules=("product",), rivals=("set_adapters",)))
+    assert rows == [Row(REFERENCE, 1), Row("product", 2), Row("set_adapters", 1), Row("set_adapters", 2)]
+
+
+def test_eight_adapters_weigh_what_their_factors_weigh(settings):
+    """peft's own copy of N adapters and the stack of N + 1: 4-byte numbers, rank 3, over the layers' widths."""
+    alone = replace(settings, images=1, steps=1, rivals=())
+    bench = Bench(replace(alone, adapters=(1,)))
+    layers = [module for name, module in bench.model.pipeline.unet.named_modules() if name.endswith(".base_layer")]
+    factors = 4 * 3 * sum(sum(layer.weight.shape) for layer in layers)
+    weights = {count: memory_of(replace(alone, adapters=(count,)), Row("product", count))[0] for count in (1, 8)}
+    assert 1e6 * (weights[8] - weights[1]) == pytest.approx(2 * 7 * factors)
+
+
+def test_a_rival_with_networks_of_its_own_weighs_as_many(settings):
+    one, three = (memory_of(replace(settings, adapters=(n,)), Row("diffusion_blend", n))[0] for n in (1, 3))
+    assert three > 2.9 * one
+
+
+def test_what_does_not_fit_is_left_out_and_said(settings, monkeypatch):
+    monkeypatch.setattr("stepfuse.scripts.benchmark.sampling.free_memory", lambda device: 2e5)
+    measured = benchmark_sampling(replace(settings, rules=()), progress=False)
+    assert set(measured["skipped"]) >= {"diffusion_blend, 3 adapters"}
+    assert "diffusion_blend, 3 adapters: left out, 3 UNets" in markdown_table(measured)
+
+
+def test_the_table_has_a_line_a_row(results):
+    lines = markdown_table(results).splitlines()
+    assert len(lines) == 2 + len(results["rows"])
+    row = next(row for row in results["rows"] if row["way"] == "product")
+    (line,) = [line for line in lines if line.startswith("| product | 3 |")]
+    assert f"| {row['ratio']:.2f} |" in line
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_has_the_published_number_of_parameters(name):
+    """859,520,964 of Stable Diffusion 1.5 and 2,567,463,684 of XL, as their checkpoints have."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**ARCHITECTURES[name])
+    published = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
+    assert sum(parameter.numel() for parameter in unet.parameters()) == published[name]
+
+
+def test_conditioning_of_sdxl_has_its_pooled_text_and_sizes():
+    """2,816 inputs are the pooled text, 1,280, and six sizes of width 256."""
+    from types import SimpleNamespace
+
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**ARCHITECTURES["sdxl"])
+    unet = SimpleNamespace(config=unet.config, device="cpu", dtype=torch.float32)  # its weights need 10 GB
+    model = SimpleNamespace(pipeline=SimpleNamespace(unet=unet, tokenizer=None))
+    conditioning = random_conditioning(model, 2)
+    assert conditioning.positive.shape == (2, 77, 2048)
+    assert {name: pair[0].shape for name, pair in conditioning.added.items()} == {
+        "text_embeds": (2, 1280),
+        "time_ids": (2, 6),
+    }
+
+
+# The command.
+
+
+def test_the_command_writes_the_results_and_prints_the_table(set_folder, tmp_path, capsys):
+    output = tmp_path / "new" / "bench.json"
+    main(
+        f"benchmark {set_folder} --adapters 1,2 --rules product --rivals set_adapters --images 1 --steps 1 --repeats 1 "
+        f"--device cpu --output {output}".split()
+    )
+    results = json.loads(output.read_text())
+    printed = capsys.readouterr().out
+    assert markdown_table(results) in printed
+    assert results["settings"]["adapters"] == [1, 2]
+    assert all(row["peak_memory_mb"] > row["weights_mb"] > 0 for row in results["rows"])
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        ("", "one of them"),
+        ("SET --architecture sd15", "one of them"),
+        ("SET --rules rgg", "rule rgg"),
+        ("SET --rules sum", "'sum'"),
+        ("SET --rivals lora_hub", "'lora_hub'"),
+        ("SET --adapters 0", "adapters [0]"),
+        ("SET --repeats 0", "repeats 0"),
+        ("SET --compile full --mode fast", "'fast'"),
+    ],
+)
+def test_what_cannot_be_measured_is_named_and_nothing_is_written(set_folder, tmp_path, options, culprit):
+    output = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["benchmark", *options.replace("SET", str(set_folder)).split(), "--device", "cpu", "--output", str(output)]
+        )
+    assert re.fullmatch(r"error: [^\n]+", str(stop.value.code))
+    assert culprit in stop.value.code
+    assert not output.exists()
+
+
+def test_results_that_are_there_are_kept(set_folder, tmp_path):
+    output = tmp_path / "bench.json"
+    output.write_text("mine")
+    with pytest.raises(SystemExit, match="exists"):
+        main(["benchmark", str(set_folder), "--output", str(output)])
+    assert output.read_text() == "mine"
+
+
+def test_an_architecture_that_is_not_known_is_refused():
+    from stepfuse.scripts.benchmark.models import random_model
+
+    with refused("'sd3'", "sd15, sdxl"):
+        random_model("sd3", 1)

@@ -1,0 +1,116 @@
+"""Compiled networks: what is a value to them and compiles nothing anew."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.weights import WeightSchedule
+from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion
+
+ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}
+ALL = {"a": 0.5, "b": 0.3, "c": 0.2}
+
+
+@pytest.fixture(scope="module")
+def set_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("set")
+    base = save_stable_diffusion(root / "base")
+    for seed, (name, eta) in enumerate(ETAS.items()):
+        save_adapter(root / name, base, name, seed=seed, variance=EtaSchedule(eta=eta), rank=1 + seed)
+    create_set(root / "set", [root / name for name in ETAS], reference=EtaSchedule(eta=0.6))
+    return root / "set"
+
+
+@pytest.fixture(scope="module")
+def eager(set_folder):
+    return FusedSampler.from_pretrained(set_folder)
+
+
+@pytest.fixture
+def compiled(set_folder):
+    """A sampler whose compilations start from nothing."""
+    torch.compiler.reset()
+    yield FusedSampler.from_pretrained(set_folder)
+    torch.compiler.reset()
+
+
+def draw(sampler, weights, *, rule="product", images=2, **options):
+    return sampler.with_rule(rule).sample(
+        ["a fox"] * images,
+        weights,
+        generator=generators(*range(images)),
+        output_type="latent",
+        progress=False,
+        num_inference_steps=2,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("how", ["regional", "full"])
+def test_weights_strengths_and_the_adapters_in_use_compile_nothing_anew(eager, compiled, how):
+    """One graph for the first number of rows, one for all others; a soup is another network, and so one graph more.
+
+    The graphs run as they are, without a compiler behind them, so that the numbers are the same.
+    """
+    counter = CompileCounter()
+    compiled.compile(how, backend=counter)
+
+    def check(weights, **options):
+        expected = draw(eager, weights, **options)
+        torch.testing.assert_close(draw(compiled, weights, **options), expected, atol=2e-5, rtol=1e-5)
+
+    check(ALL)
+    assert counter.frame_count == 1
+    check(ALL, strength=0.7)  # the base takes part: more rows
+    assert counter.frame_count == 2
+    for weights, options in [
+        ({"a": 0.1, "b": 0.3, "c": 0.6}, {}),
+        (ALL, {"strength": 0.3}),
+        (ALL, {"strength": 1.1}),
+        ({"b": 0.6, "c": 0.4}, {}),
+        ({"c": 1.0}, {}),
+        ([{"a": 1.0}, {"b": 0.5, "c": 0.5}], {}),
+        ({"a": WeightSchedule(((0.9, 0.0, 0.5), (0.1, 0.5, 1.0))), "b": 0.5}, {}),
+        (ALL, {"rule": "systematic"}),
+        (ALL, {"rule": "switch"}),
+        (ALL, {"rule": "average_noise"}),
+    ]:
+        check(weights, **options)
+    assert counter.frame_count == 2
+    check(ALL, rule="soup")
+    assert counter.frame_count == 3
+    check({"b": 0.6, "c": 0.4}, rule="soup")
+    check([{"a": 1.0}, {"b": 0.5, "c": 0.5}], rule="soup", strength=0.8)
+    assert counter.frame_count == 3
+
+
+def test_more_rows_than_foreseen_compile_once_more(eager, compiled):
+    counter = CompileCounter()
+    compiled.compile("regional", backend=counter, rows=2)
+    torch.testing.assert_close(draw(compiled, ALL, images=3), draw(eager, ALL, images=3), atol=1e-5, rtol=1e-5)
+    count = counter.frame_count
+    draw(compiled, {"a": 0.4, "b": 0.4, "c": 0.2}, images=3)
+    assert counter.frame_count == count
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_by_inductor_the_numbers_are_the_same(eager, compiled):
+    compiled.compile("regional")
+    torch.testing.assert_close(draw(compiled, ALL), draw(eager, ALL), atol=1e-4, rtol=1e-4)
+    other = {"a": 0.2, "b": 0.2, "c": 0.6}
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(draw(compiled, other), draw(eager, other), atol=1e-4, rtol=1e-4)
+
+
+def test_what_cannot_be_compiled_is_refused(set_folder):
+    with refused("'most'", "regional or full"):
+        FusedSampler.from_pretrained(set_folder).compile("most")
+    with refused("batched"):
+        FusedSampler.from_pretrained(set_folder, forwards="separate").compile()
