@@ -66,18 +66,20 @@ class LoRAStack(nn.Module):
     Buffers, not saved with the model, moved and cast with it:
         down: (adapters + 1, r, in); of a convolution (adapters + 1, r k k, in), each kernel turned by 180°.
         up: (adapters + 1, out, r).
-        gain: (adapters + 1, out), where one of the adapters is a DoRA.
+        gain: (adapters + 1, out), where one of the adapters is a DoRA; and the layer's bias.
         merged: like the layer's weight, once adapters were merged.
     """
 
     down: Tensor
     up: Tensor
     gain: Tensor | None
+    bias: Tensor | None
     merged: Tensor | None
 
     def __init__(self, layer: LoraLayer, names: Sequence[str]) -> None:
         super().__init__()
-        weight = layer.get_base_layer().weight.detach()
+        self._beside = (layer.get_base_layer(),)  # not a module of this one
+        weight = self.base.weight.detach()
         own = [(place, name) for place, name in enumerate(names) if name in layer.lora_A]
         rank = max(layer.r[name] for _, name in own)
         down = weight.new_zeros(len(names) + 1, rank, *weight.shape[1:], dtype=torch.float32)
@@ -97,22 +99,29 @@ class LoRAStack(nn.Module):
         self.register_buffer("down", down.to(weight.dtype).contiguous(), persistent=False)
         self.register_buffer("up", up.to(weight.dtype), persistent=False)
         self.register_buffer("gain", gain.to(weight.dtype) if dora else None, persistent=False)
+        bias = self.base.bias.detach().clone() if dora and self.base.bias is not None else None
+        self.register_buffer("bias", bias, persistent=False)  # the layer's own may be offloaded
         self.register_buffer("merged", None, persistent=False)
 
-    def forward(self, base: nn.Module, x: Rows, route: Route) -> Rows:
+    @property
+    def base(self) -> nn.Module:
+        """The layer without LoRAs."""
+        return self._beside[0]
+
+    def forward(self, x: Rows, route: Route) -> Rows:
         """The layer's output for a batch."""
         if route.merged:
-            return self._through_merged(base, x, route.base)
-        y = base(x)
+            return self._through_merged(x, route.base)
+        y = self.base(x)
         count = len(x) - route.base
         if not count:
             return y
         x, rows = x[route.base :], y[route.base :]
         down, up = self._factors(route, count)
         if self.gain is not None and route.experts is not None:
-            self._scale(base, rows, self.gain[route.experts[:count]])
+            self._scale(rows, self.gain[route.experts[:count]])
         if self.kernel:
-            h = self._convolve(base, down.expand(count, -1, -1), x)
+            h = self._convolve(down.expand(count, -1, -1), x)
             _add_product(rows, rows.shape[1:2], up.expand(count, -1, -1), h.flatten(2))
         else:
             h = torch.bmm(x.reshape(count, -1, x.shape[-1]), down.expand(count, -1, -1).mT)
@@ -131,37 +140,37 @@ class LoRAStack(nn.Module):
             return down.flatten(0, 1)[None], scaled
         return torch.tensordot(route.down[:count].to(down), down, 1), torch.tensordot(c, up, 1)
 
-    def _scale(self, base: nn.Module, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
+    def _scale(self, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
         """A DoRA's factor, on all but the bias."""
         channels = (-1, 1, 1) if self.kernel else (-1,)
         gain = gain.reshape(len(rows), *[1] * (rows.ndim - 1 - len(channels)), *gain.shape[1:], *channels[1:])
-        bias = 0 if base.bias is None else base.bias.reshape(channels)
+        bias = 0 if self.bias is None else self.bias.reshape(channels)
         rows.sub_(bias).mul_(gain).add_(bias)
 
-    def _convolve(self, base: nn.Module, down: Tensor, x: Rows) -> Float[Tensor, "rows r h w"]:
+    def _convolve(self, down: Tensor, x: Rows) -> Float[Tensor, "rows r h w"]:
         """The convolution with A_k: every tap's product at once, summed where the taps meet.
 
         A convolution of stride 1 is the transpose of folding; a larger stride keeps every so many of its outputs.
         """
         taps = torch.bmm(down, x.flatten(2))
-        padding = [k - 1 - p for k, p in zip(self.kernel, base.padding, strict=True)]
-        size = [n + 2 * p - k + 1 for n, k, p in zip(x.shape[2:], self.kernel, base.padding, strict=True)]
+        padding = [k - 1 - p for k, p in zip(self.kernel, self.base.padding, strict=True)]
+        size = [n + 2 * p - k + 1 for n, k, p in zip(x.shape[2:], self.kernel, self.base.padding, strict=True)]
         h = functional.fold(taps, size, self.kernel, padding=padding)
-        return h[..., :: base.stride[0], :: base.stride[1]]
+        return h[..., :: self.base.stride[0], :: self.base.stride[1]]
 
-    def _through_merged(self, base: nn.Module, x: Rows, first: int) -> Rows:
-        y = _product(base, self.merged, x[first:])
-        return torch.cat([base(x[:first]), y]) if first else y
+    def _through_merged(self, x: Rows, first: int) -> Rows:
+        y = _product(self.base, self.merged, x[first:])
+        return torch.cat([self.base(x[:first]), y]) if first else y
 
-    def merge(self, base: nn.Module, up: Float[Tensor, " adapters"], down: Float[Tensor, " adapters"] | None) -> None:
+    def merge(self, up: Float[Tensor, " adapters"], down: Float[Tensor, " adapters"] | None) -> None:
         """Keep W + Σ_i c_i s_i B_i A_i, or with `down` W + s (Σ_i c_i B_i) (Σ_i d_i A_i)."""
         route = Route(base=0, up=up[None], down=None if down is None else down[None])
         A, B = (factor[0] for factor in self._factors(route, 1))
         if self.kernel:
             A = A.unflatten(0, (-1, *self.kernel)).flip(1, 2).permute(0, 3, 1, 2).flatten(1)
         if self.merged is None:
-            self.merged = torch.empty_like(base.weight)
-        self.merged.copy_(torch.addmm(base.weight.flatten(1), B, A).view_as(base.weight))
+            self.merged = torch.empty_like(self.base.weight)
+        self.merged.copy_(torch.addmm(self.base.weight.flatten(1), B, A).view_as(self.base.weight))
 
 
 def _add_product(rows: Tensor, inner: Sequence[int], a: Tensor, b: Tensor) -> None:
@@ -199,14 +208,14 @@ class BatchedAdapters:
         self._merged: MergedAdapters | None = None
         self._fixed: dict[str, Route] = {}
         layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
-        self._layers = [m for m in layers.values() if any(name in m.r for name in names)]
         for name in names:
-            if not any(name in layer.r for layer in self._layers):
+            if not any(name in layer.r for layer in layers.values()):
                 raise ValueError(f"the UNet has no adapter {name!r}")
             for place, layer in layers.items():
                 if name in layer.r:
                     _check_layer(layer, place, name)
-        self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in self._layers]
+        used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
+        self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
@@ -240,12 +249,11 @@ class BatchedAdapters:
         up, down = (torch.stack(values)[:, used].to(device) for values in zip(*pairs, strict=True))
         return Route(base=base, up=up, down=down if merges[0].factors else None, used=used.to(device))
 
-    def fix(self, rows: int) -> None:
+    def fix(self, rows: int, device: torch.device) -> None:
         """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
 
         Then other adapters or mixtures are other values, and nothing is compiled anew, nor any CUDA graph recorded.
         """
-        device = next(self.unet.parameters()).device
         experts = torch.zeros(rows, dtype=torch.int64, device=device)
         up, down = (torch.zeros(rows, len(self.names), device=device) for _ in range(2))
         self._fixed = {
@@ -259,7 +267,7 @@ class BatchedAdapters:
         kind = ("factors" if merges[0].factors else "soup") if merges else "experts"
         tensors = [v for v in (self._fixed[kind].experts, self._fixed[kind].up) if v is not None]
         if len(adapters) > len(tensors[0]):
-            self.fix(len(adapters))
+            self.fix(len(adapters), tensors[0].device)
         route = self._fixed[kind]
         if route.experts is not None:
             places = [len(self.names) if name is None else self.names.index(name) for name in adapters]
@@ -277,8 +285,8 @@ class BatchedAdapters:
             return
         self._merged = None
         up, down = self._coefficients(merge)
-        for layer, stack in zip(self._layers, self._stacks, strict=True):
-            stack.merge(layer.base_layer, up, down if merge.factors else None)
+        for stack in self._stacks:
+            stack.merge(up, down if merge.factors else None)
         self._merged = merge
 
     def release(self) -> None:
@@ -288,7 +296,7 @@ class BatchedAdapters:
             stack.merged = None
 
     def _can_merge(self) -> bool:
-        weights = [layer.base_layer.weight for layer in self._layers]
+        weights = [stack.base.weight for stack in self._stacks]
         return all(weight.dtype.itemsize >= 4 and not weight.is_meta for weight in weights)  # meta: offloaded
 
     def _coefficients(self, merge: MergedAdapters) -> tuple[Tensor, Tensor]:
@@ -304,12 +312,11 @@ class _Routed:
 
     routers: list[BatchedAdapters]
     stacks: nn.ModuleList
-    base_layer: nn.Module
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         for router, stack in zip(self.routers, self.stacks, strict=True):
             if router.route is not None:
-                return stack(self.base_layer, x, router.route)
+                return stack(x, router.route)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 

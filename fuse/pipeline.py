@@ -116,6 +116,11 @@ def input_rows(inputs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
     }
 
 
+def execution_device(pipeline: DiffusionPipeline) -> torch.device:
+    """Where the pipeline computes; with offloading its modules lie elsewhere meanwhile."""
+    return pipeline._execution_device
+
+
 @torch.no_grad()
 def encode_prompts(
     pipeline: DiffusionPipeline,
@@ -128,7 +133,7 @@ def encode_prompts(
     """Embed prompts as the pipeline itself does; height and width matter to SDXL only."""
     arguments = dict(
         prompt=prompts,
-        device=pipeline.unet.device,
+        device=execution_device(pipeline),
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
         negative_prompt=negative_prompts,

@@ -25,6 +25,7 @@ from stepfuse.fuse.pipeline import (
     base_fingerprint,
     decode_latents,
     encode_prompts,
+    execution_device,
     latent_shape,
     load_pipeline,
     same_base,
@@ -118,6 +119,8 @@ class FusedSampler:
             adapter_set = load_set(adapter_set)
         if pipeline is None:
             pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype)
+        if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
+            raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
         pipeline.to(device)
         fingerprint = base_fingerprint(pipeline.unet)
         if not same_base(adapter_set.base, fingerprint):
@@ -157,7 +160,7 @@ class FusedSampler:
         rule = get_rule(rule) if isinstance(rule, str) else rule
         if not getattr(rule, "needs", ""):
             return replace(self, rule=rule)
-        device = self.pipeline.unet.device
+        device = execution_device(self.pipeline)
         rewards = {o.name: self.rewards.get(o.name) or _reward_of(o, rule, device) for o in self.objectives}
         return replace(self, rule=rule, rewards=rewards)
 
@@ -178,7 +181,7 @@ class FusedSampler:
             raise ValueError(f"compile {how!r}; expected regional or full")
         if self.denoiser.batched is None:
             raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
-        self.denoiser.batched.fix(rows)
+        self.denoiser.batched.fix(rows, execution_device(self.pipeline))
         if how == "regional":
             self.pipeline.unet.compile_repeated_blocks(fullgraph=True, **options)
         else:
@@ -331,7 +334,7 @@ class FusedSampler:
         )
         generators = image_generators(generator, len(prompts))
         shape = latent_shape(self.pipeline, height, width)
-        device = self.pipeline.unet.device
+        device = execution_device(self.pipeline)
         outputs = []
         together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
@@ -417,12 +420,13 @@ class FusedSampler:
 
     def _check_gradients(self, plan: Plan) -> None:
         """See that the rewards in use, and every term of weighted ones, are differentiable, by one small picture."""
+        device = execution_device(self.pipeline)
         for place, objective in enumerate(self.objectives):
             if bool((plan.weights[:, place] != 0).any()):
                 reward = self.rewards[objective.name]
                 terms = reward.rewards if isinstance(reward, Weighted) else {objective.reward: reward}
                 for name, term in terms.items():
-                    pixels = torch.full((1, 3, 64, 64), 0.5, device=self.pipeline.unet.device, requires_grad=True)
+                    pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
                     with torch.enable_grad():
                         value = score(term, pixels, [GRADIENT_PROMPT], name=name)
                     if not value.requires_grad:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig
 
 from stepfuse.fuse.batched import BatchedAdapters, LoRAStack, MergedAdapters
@@ -234,6 +235,16 @@ def test_merged_weights_are_kept_for_one_mixture_and_given_back(denoiser):
     denoiser.batched.release()
     assert all(stack.merged is None for stack in stacks)
     assert_near(denoiser.predictions(*given, soups[:1]), expected[:1])
+
+
+def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
+    """Their weights are elsewhere between forwards; the stacks stay."""
+    unet = unet_with(base, ZOO)
+    offloaded = replace(denoiser, unet=unet, batched=BatchedAdapters(unet, list(ZOO)))
+    cpu_offload(unet, execution_device=torch.device("cpu"))
+    soup = MergedAdapters((("thin", 0.5), ("everything", 0.5)))
+    given = inputs(2)
+    assert_near(offloaded.predictions(*given, [*ZOO, soup]), denoiser.predictions(*given, [*ZOO, soup]))
 
 
 @pytest.mark.parametrize(
