@@ -5,6 +5,7 @@ SET/
   NAME/                one adapter folder an objective
 """
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -224,14 +225,25 @@ def add_profile(folder: str | Path, profile: GapProfile) -> None:
     """Keep a gap profile with a set, in place of one of the same steps and guidance.
 
     Raises:
-        ValueError: for what is no set.
+        ValueError: for what is no set, or cannot be written.
     """
-    loaded = load_set(folder)
-    file = set_folder(folder) / MANIFEST
+    loaded, file = load_set(folder), check_writable(folder)
     same = ("num_inference_steps", "guidance", "guidance_scale")
     others = [p for p in loaded.profiles if any(getattr(p, key) != getattr(profile, key) for key in same)]
     values = read_json(file, "an adapter set")
     write_json(file, values | {"profiles": [profile_to_dict(p) for p in (*others, profile)]})
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The manifest of a set, to be written.
+
+    Raises:
+        ValueError: where it cannot be.
+    """
+    file = set_folder(folder) / MANIFEST
+    if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written; copy the set to a folder of your own")
+    return file
 
 
 def set_folder(folder: str | Path) -> Path:

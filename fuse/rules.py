@@ -71,7 +71,7 @@ class Product(ProductLaw):
     gate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.gate is not None and not self.gate >= 0:
+        if self.gate is not None and not (isinstance(self.gate, int | float) and self.gate >= 0):
             raise ValueError(f"gate {self.gate!r}; expected a number of nats, 0 or more")
 
     def prepare(self, plan: Plan) -> Plan:

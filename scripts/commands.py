@@ -71,13 +71,14 @@ def set_profile(arguments: argparse.Namespace) -> None:
     import torch
 
     from stepfuse.data.prompts import load_prompts
-    from stepfuse.fuse.adapter_set import add_profile, load_set
+    from stepfuse.fuse.adapter_set import add_profile, check_writable, load_set
     from stepfuse.fuse.pipeline import EMBEDDED, quiet_libraries
     from stepfuse.fuse.sampler import FusedSampler
     from stepfuse.scripts.gaps import describe_gaps, measure_gaps
 
     device = check_device(arguments.device)
     loaded = load_set(arguments.set)
+    check_writable(arguments.set)  # before minutes go into measuring
     embedded = loaded.base["name_or_path"] in EMBEDDED
     prompts = load_prompts(arguments.prompts or ("emoji-heldout:16" if embedded else "colours-heldout:16"))
     quiet_libraries()

@@ -31,6 +31,7 @@ from stepfuse.data.emoji import to_image
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.adapter import read_json, write_json
 from stepfuse.fuse.adapter_set import AdapterSet, claim_output, load_set
+from stepfuse.fuse.gate import profile_to_dict
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep
@@ -204,7 +205,12 @@ class Evaluation:
             "scales": dict(sampler.reward_scales),
             "dtype": str(dtype),
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
-        }
+        } | ({"profiles": [profile_to_dict(p) for p in sampler.profiles]} if self.gated else {})
+
+    @property
+    def gated(self) -> bool:
+        """Whether some rule has a gate, which opens by the set's profile."""
+        return any(getattr(cell.rule, "gate", None) is not None for cell in self.cells)
 
     def draw(self, folder: Path, state: PartialState) -> list[tuple[PlannedCell, Path]]:
         """Draw and score every cell, a file for each batch; files that are there are kept.

@@ -239,9 +239,9 @@ def _add_benchmark(actions: argparse._SubParsersAction) -> None:
     benchmark.add_argument(
         "--rivals",
         type=_names,
-        default=("diffusion_blend", "set_adapters", "mixed_batch"),
+        default=("separate", "diffusion_blend", "set_adapters", "mixed_batch"),
         metavar="A,B",
-        help="of diffusion_blend, set_adapters, mixed_batch, or '' (default all)",
+        help="of separate, diffusion_blend, set_adapters, mixed_batch, or '' (default all)",
     )
     benchmark.add_argument("--images", type=int, default=8, help="a batch (default 8)")
     benchmark.add_argument("--height", type=int, help="pixels; by default the model's")

@@ -78,6 +78,8 @@ def test_rows_are_counted_not_said(results):
         ("product", 3): 4,
         ("systematic", 3): 2,
         ("soup", 3): 2,
+        ("separate", 1): 2,
+        ("separate", 3): 4,
         ("diffusion_blend", 1): 2,
         ("diffusion_blend", 3): 6,
         ("set_adapters", 1): 2,

@@ -30,6 +30,7 @@ def test_rules_go_by_name():
         ("product", {"growth": 1}, ["'growth'", "gate"]),
         ("soup", {"gate": 1}, ["'gate'", "none"]),
         ("product", {"gate": -1.0}, ["gate -1.0"]),
+        ("product", {"gate": "small"}, ["gate 'small'"]),
         ("code", {"candidates": 0}, ["candidates 0"]),
         ("code", {"block_size": 2.5}, ["block_size 2.5"]),
         ("rgg", {"growth": -1}, ["growth -1"]),

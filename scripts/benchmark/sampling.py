@@ -25,6 +25,8 @@ from stepfuse.scripts.benchmark.rivals import RIVALS, denoise
 from stepfuse.scripts.costs import counted_rows, free_memory, machine, now, peak_memory
 
 REFERENCE = "one adapter"
+SEPARATE = "separate"  # product, each adapter in a forward of its own
+WAYS = (SEPARATE, *RIVALS)  # beside the rules
 MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
@@ -37,7 +39,7 @@ class Settings:
         model: `sd15` or `sdxl` for random weights of that architecture, else a set.
         adapters: N of each row; the most of them are on the UNet throughout.
         rules: fusion rules.
-        rivals: names in `RIVALS`.
+        rivals: names in `RIVALS`, or `separate`: the product with each adapter in a forward of its own.
         images: a batch.
         height, width: pixels; by default the model's own.
         steps: denoising steps of one measurement.
@@ -56,7 +58,7 @@ class Settings:
     model: str
     adapters: tuple[int, ...] = (1, 2, 4, 8)
     rules: tuple[str, ...] = ("product", "systematic", "soup")
-    rivals: tuple[str, ...] = tuple(RIVALS)
+    rivals: tuple[str, ...] = WAYS
     images: int = 8
     height: int | None = None
     width: int | None = None
@@ -81,8 +83,8 @@ class Settings:
         for rule in self.rules:
             if getattr(get_rule(rule), "needs", "") or rule in ("kl", "oracle", "base"):
                 raise ValueError(f"rule {rule} is not measured here; expected one that fuses adapters without rewards")
-        if strange := [rival for rival in self.rivals if rival not in RIVALS]:
-            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(RIVALS)}")
+        if strange := [rival for rival in self.rivals if rival not in WAYS]:
+            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(WAYS)}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def rows_of(settings: Settings) -> list[Row]:
     rows = [Row(REFERENCE, 1)]
     for way in (*settings.rules, *settings.rivals):
         # A rule with one adapter is the reference; a rival has its own way with one.
-        rows += [Row(way, n) for n in settings.adapters if n > 1 or way in RIVALS]
+        rows += [Row(way, n) for n in settings.adapters if n > 1 or way in WAYS]
     return rows
 
 
@@ -152,7 +154,9 @@ class Bench:
             blend = RIVALS[row.way](self.model, names, self.settings.guidance_scale)
             scheduler = self.sampler.denoiser.path.scheduler
             return lambda: denoise(blend, scheduler, steps, x_T, conditioning)
-        sampler = self.sampler.with_rule("product" if row.way == REFERENCE else row.way)
+        sampler = self.sampler.with_rule("product" if row.way in (REFERENCE, SEPARATE) else row.way)
+        if row.way == SEPARATE:
+            sampler = replace(sampler, denoiser=replace(sampler.denoiser, batched=None))
 
         def ours() -> torch.Tensor:
             plan = sampler.plan(dict.fromkeys(names, 1.0), len(x_T))
