@@ -241,6 +241,8 @@ def check_writable(folder: str | Path) -> Path:
         ValueError: where it cannot be.
     """
     file = set_folder(folder) / MANIFEST
+    if not (Path(folder) / MANIFEST).exists():
+        raise ValueError(f"set {str(folder)!r} is the package's own; copy {file.parent} to a folder of your own")
     if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
         raise ValueError(f"{file} cannot be written; copy the set to a folder of your own")
     return file

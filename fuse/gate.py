@@ -42,9 +42,11 @@ def soup_weights(step: FusionStep) -> Float[Tensor, "places batch"]:
 
 @dataclass(frozen=True, kw_only=True)
 class GapProfile:
-    """How far the soup is from the product at each step of a set, KL( soup ‖ product ) in nats, by mixture.
+    """How far the soup is from the product at each step of a set, KL( product ‖ soup ) in nats, by mixture.
 
-    By the chain rule a run that takes the soup at some steps is within the sum of their gaps of the product's run.
+    Measured along the product's runs, so that by the chain rule the gaps of some steps add up to the KL from its run to
+    one that takes the soup at these. Their variances are equal, so a step's gap is the same either way round. With
+    guidance; without, where an interval leaves it out, both are nearer by g².
 
     Attributes:
         num_inference_steps, guidance, guidance_scale: of the runs it was measured on.
@@ -77,7 +79,8 @@ class GapProfile:
     ) -> Float[Tensor, "steps batch"]:
         """The gap of each step and image: the largest measured of a mixture of objectives that are in use there.
 
-        Infinite where no such mixture was measured, or its steps have no noise; 0 where one objective has it all.
+        Infinite where no such mixture was measured, its steps have no noise, or a weight is negative, which goes beyond
+        what was measured; 0 where one objective has it all.
         """
         used = weights != 0
         gaps = torch.where(used.sum(1) > 1, torch.nan, torch.zeros((), dtype=torch.float64))
@@ -86,7 +89,8 @@ class GapProfile:
             covered = (used | ~held[:, None]).all(1) & (used.sum(1) > 1)
             measured = torch.tensor([float("inf") if gap is None else gap for gap in row], dtype=torch.float64)
             gaps = torch.where(covered, torch.fmax(gaps, measured[:, None]), gaps)  # fmax: NaN is nothing yet
-        return gaps.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        gaps = gaps.nan_to_num(nan=float("inf"), posinf=float("inf"))
+        return torch.where((weights < 0).any(1), float("inf"), gaps)
 
 
 def profile_to_dict(profile: GapProfile) -> dict[str, Any]:
@@ -112,7 +116,7 @@ def profile_from_dict(values: Mapping[str, Any]) -> GapProfile:
         guidance=str(values["guidance"]),
         guidance_scale=float(values["guidance_scale"]),
         images=int(values["images"]),
-        mixtures=tuple({str(k): float(w) for k, w in mixture.items()} for mixture in values["mixtures"]),
+        mixtures=tuple({str(k): float(w) for k, w in dict(mixture).items()} for mixture in values["mixtures"]),
         gaps=tuple(tuple(None if gap is None else float(gap) for gap in row) for row in values["gaps"]),
     )
 

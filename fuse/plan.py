@@ -64,7 +64,7 @@ class Plan:
         strength: λ.
         oracles: the weights each oracle was trained on, a row an oracle.
         unguided: the t of steps without guidance.
-        gaps: KL( soup ‖ product ) of each step and image in nats, as the set's profile has it; for rules with a gate.
+        gaps: KL( product ‖ soup ) of each step and image in nats, as the set's profile has it; for rules with a gate.
     """
 
     path: NoisePath

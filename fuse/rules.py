@@ -61,7 +61,7 @@ class Product(ProductLaw):
 
     Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
 
-    With a gate, steps where the set's profile measured KL( soup ‖ product ) ≤ gate take the one network
+    With a gate, steps where the set's profile measured KL( product ‖ soup ) ≤ gate take the one network
     Σ b_i B_i A_i for every expert's prediction (`stepfuse.fuse.gate.soup_weights`), with v* as it is: one forward.
 
     Attributes:

@@ -166,10 +166,13 @@ class FusedSampler:
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
         """Compile the UNet, in place. Weights, strengths, schedules and adapters in use are values to it: other ones
-        compile nothing anew. Another number of rows in a batch does once, then no more.
+        compile nothing anew. A soup is another network than adapters one a row; and a second number of rows in a batch
+        compiles once more, as a single row does, but no third.
+
+        Raises torch's limit of graphs for one piece of code to 64, for blocks of all widths share theirs.
 
         Args:
-            how: `regional`, the transformer blocks, each kind once: in seconds; or `full`, the whole UNet: in minutes,
+            how: `regional`, the transformer blocks, once each width: in seconds; or `full`, the whole UNet: in minutes,
                 and faster on a GPU with mode="reduce-overhead" (CUDA graphs).
             rows: the most rows of a batch foreseen; more compile once more.
             options: for `torch.compile`.
@@ -182,6 +185,7 @@ class FusedSampler:
         if self.denoiser.batched is None:
             raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
         self.denoiser.batched.fix(rows, execution_device(self.pipeline))
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         if how == "regional":
             self.pipeline.unet.compile_repeated_blocks(fullgraph=True, **options)
         else:
@@ -243,14 +247,15 @@ class FusedSampler:
             oracles=weight_table(self.oracle_weights, self.names)[0].T if self.oracles else torch.zeros(0, 0),
             unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
         )
-        if isinstance(self.rule, Product) and self.rule.gate is not None:
+        gate = isinstance(self.rule, Product) and self.rule.gate is not None
+        if isinstance(self.rule, Soup) or gate:
+            used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
+            check = check_factors if isinstance(self.rule, Soup) and self.rule.factors else check_mergeable
+            check(lora_layers(self.pipeline.unet), used)
+        if gate:
             denoiser = self.denoiser
             profile = find_profile(self.profiles, len(steps), denoiser.guidance, denoiser.guidance_scale)
             plan = replace(plan, gaps=profile.at(table, self.names))
-        if isinstance(self.rule, Soup):
-            used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
-            check = check_factors if self.rule.factors else check_mergeable
-            check(lora_layers(self.pipeline.unet), used)
         if getattr(self.rule, "needs", "") == "gradients":
             self._check_gradients(plan)
         if getattr(self.rule, "needs", "") == "rewards":
@@ -354,6 +359,7 @@ class FusedSampler:
 
                 x_0 = replace(run, observe=watch).denoise(x_T, own)
                 outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
+        self._release()
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
 
@@ -367,7 +373,15 @@ class FusedSampler:
             ValueError: for rules that need rewards, which are of whole images and their prompts.
         """
         self._refuse_rewards()
-        return self._run(plan, conditioning, None).denoise(x_T, generators)
+        try:
+            return self._run(plan, conditioning, None).denoise(x_T, generators)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Give back what a soup's weights took."""
+        if self.denoiser.batched is not None:
+            self.denoiser.batched.release()
 
     def _refuse_rewards(self) -> None:
         if getattr(self.rule, "needs", ""):

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from string import ascii_uppercase
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stepfuse.fuse.adapter import check_mergeable, lora_layers
 from stepfuse.fuse.gate import GapProfile
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import Conditioning
@@ -36,14 +36,15 @@ def measure_gaps(
     batch_size: int = 16,
     progress: bool = True,
 ) -> GapProfile:
-    """KL( soup ‖ product ) in nats at each step, along the product's own runs, one image a prompt, their mean.
+    """KL( product ‖ soup ) in nats at each step, along the product's own runs, one image a prompt, their mean.
 
     Raises:
-        ValueError: for a set of one objective, or one whose steps have no noise.
+        ValueError: for a set of one objective, one with a DoRA, or one whose steps have no noise.
     """
     mixtures = mixtures_of(sampler.names, dict(sampler.default_weights))  # type: ignore[arg-type]
     if not mixtures:
         raise ValueError(f"the set has one objective in use, {', '.join(sampler.names)}: a gap needs two")
+    check_mergeable(lora_layers(sampler.pipeline.unet), sampler.names)
     sampler = sampler.with_rule("product")
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
     rows = []
@@ -58,7 +59,7 @@ def measure_gaps(
                 bar.update()
                 if bool((gaussian.variance > 0).all()):
                     soup = gated(step, torch.ones(len(step.x_t), dtype=torch.bool))
-                    gaps[step.number, which] = soup.kl(gaussian).double().cpu()
+                    gaps[step.number, which] = gaussian.kl(soup).double().cpu()
                 else:
                     gaps[step.number, which] = torch.nan
 
@@ -79,7 +80,7 @@ def measure_gaps(
     return GapProfile(
         num_inference_steps=count,
         guidance=denoiser.guidance,
-        guidance_scale=denoiser.guidance_scale,
+        guidance_scale=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
         images=len(prompts),
         mixtures=tuple(mixtures),
         gaps=tuple(rows),
@@ -91,10 +92,10 @@ def describe_gaps(profile: GapProfile) -> str:
     of = [" + ".join(f"{w:.3g} {name}" for name, w in mixture.items()) for mixture in profile.mixtures]
     guidance = profile.guidance + ("" if profile.guidance == "off" else f" {profile.guidance_scale:g}")
     lines = [
-        f"KL( soup ‖ product ) at each of {profile.num_inference_steps} steps, guidance {guidance}, in nats, "
+        f"KL( product ‖ soup ) at each of {profile.num_inference_steps} steps, guidance {guidance}, in nats, "
         f"means of {profile.images} images",
-        *(f"  {letter}: {mixture}" for letter, mixture in zip(ascii_uppercase, of, strict=False)),
-        "step" + "".join(letter.rjust(10) for letter, _ in zip(ascii_uppercase, of, strict=False)),
+        *(f"  {place}: {mixture}" for place, mixture in enumerate(of, 1)),
+        "step" + "".join(f"{place}:".rjust(10) for place in range(1, len(of) + 1)),
     ]
     for number, row in enumerate(zip(*profile.gaps, strict=True), 1):
         lines.append(f"{number:4}" + "".join(("–" if gap is None else f"{gap:.2g}").rjust(10) for gap in row))

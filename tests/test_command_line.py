@@ -280,7 +280,7 @@ def test_a_profiled_set_is_sampled_with_a_gate(set_folder, tmp_path, capsys):
     (profile,) = load_set(profiled).profiles
     assert profile.images == len(PROMPTS)
     assert profile.mixtures == ({"bright": 0.5, "small": 0.5},)
-    assert told.startswith("KL( soup ‖ product ) at each of 3 steps, guidance shared 3, in nats, means of 2 images")
+    assert told.startswith("KL( product ‖ soup ) at each of 3 steps, guidance shared 3, in nats, means of 2 images")
     run("set", "show", profiled)
     assert told.strip() in capsys.readouterr().out
     pictures = []

@@ -89,6 +89,30 @@ def test_weights_strengths_and_the_adapters_in_use_compile_nothing_anew(eager, c
     assert counter.frame_count == 3
 
 
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_blocks_of_two_widths_under_every_kind_of_network_stay_within_torchs_limit():
+    """The embedded base's transformer blocks are of two widths, which share one piece of code and its limit of graphs.
+
+    Two widths, and three kinds of network (an adapter a row, soups, averaged factors), each for one number of rows, any
+    number, and a single row at most: 18 graphs, and torch gives up at 8 unless told otherwise.
+    """
+    torch.compiler.reset()
+    sampler = FusedSampler.from_pretrained("emoji")
+    counter = CompileCounter()
+    sampler.compile("regional", backend=counter)
+    halves, others = ({"compressibility": w, "colourfulness": 1 - w} for w in (0.5, 0.3))
+    for rule in ("product", "systematic", "soup", "soup_factors"):
+        for images in (2, 3, 1):
+            draw(sampler, halves, rule=rule, images=images)
+    count = counter.frame_count
+    assert 8 < count <= 18
+    for rule in ("product", "systematic", "soup", "soup_factors"):
+        for images in (1, 2, 4):
+            draw(sampler, others, rule=rule, images=images)
+    assert counter.frame_count == count
+    torch.compiler.reset()
+
+
 def test_more_rows_than_foreseen_compile_once_more(eager, compiled):
     counter = CompileCounter()
     compiled.compile("regional", backend=counter, rows=2)

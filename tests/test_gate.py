@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepfuse.fuse.adapter import lora_layers
 from stepfuse.fuse.adapter_set import add_profile, create_set, load_set
 from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict, soup_weights
 from stepfuse.fuse.path import NoisePath
@@ -155,10 +156,12 @@ def test_images_of_one_adapter_or_another_mixture_keep_their_own(sampler):
 def test_a_gap_is_the_largest_measured_of_the_objectives_in_use():
     names = ["a", "b", "c"]
     measured = profile([[0.1, 0.2, None], [0.5, 0.1, 0.3]], [{"a": 0.5, "b": 0.5}, {"a": 0.2, "b": 0.4, "c": 0.4}])
-    rows = [[0.9, 0.1, 0.0], [0.2, 0.3, 0.5], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]]
+    rows = [[0.9, 0.1, 0.0], [0.2, 0.3, 0.5], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0], [1.2, -0.2, 0.0]]
     weights = torch.tensor(rows, dtype=torch.float64).T[None].expand(3, -1, -1)
     inf = math.inf
-    expected = torch.tensor([[0.1, 0.5, inf, 0.0], [0.2, 0.2, inf, 0.0], [inf, inf, inf, 0.0]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[0.1, 0.5, inf, 0.0, inf], [0.2, 0.2, inf, 0.0, inf], [inf, inf, inf, 0.0, inf]], dtype=torch.float64
+    )
     assert torch.equal(measured.at(weights, names), expected)
 
 
@@ -176,6 +179,24 @@ def test_a_gate_that_was_not_measured_is_refused_before_anything_runs(sampler, o
     assert count() == 0
 
 
+def test_a_gate_over_doras_is_refused(tmp_path):
+    """A DoRA is not linear in its weight: it has no soup to measure, nor to take."""
+    base = save_stable_diffusion(tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        save_adapter(tmp_path / name, base, name, seed=seed)
+    create_set(tmp_path / "set", [tmp_path / name for name in "ab"])
+    sampler = FusedSampler.from_pretrained(tmp_path / "set")
+    for layer in lora_layers(sampler.pipeline.unet):
+        layer.use_dora["b"] = True
+    gate = replace(sampler, profiles=(profile([[0.1] * 3], [{"a": 0.5, "b": 0.5}]),), rule=Product(gate=0.5))
+    with counted_rows(sampler.pipeline.unet) as count:
+        with refused("'b'", "DoRA"):
+            draw(gate, {"a": 0.5, "b": 0.5})
+        with refused("'b'", "DoRA"):
+            measure_gaps(sampler, PROMPTS, progress=False)
+    assert count() == 0
+
+
 def test_a_gate_of_another_guidance_is_refused(sampler):
     gate = replace(sampler, profiles=(profile([[0.1] * 3], guidance_scale=7.0),), rule=Product(gate=0.5))
     with refused("guidance shared", "--guidance_scale 3"):
@@ -185,7 +206,7 @@ def test_a_gate_of_another_guidance_is_refused(sampler):
 # Measuring.
 
 
-def test_a_gap_is_the_kl_of_the_soups_step_to_the_products(sampler):
+def test_a_gap_is_the_kl_from_the_products_step_to_the_soups(sampler):
     """Worked anew at every step from the two Gaussians' own means, |m - m'|² / (2 v): their variances are one."""
     seen = []
 
@@ -229,7 +250,7 @@ def test_a_described_gate_takes_in_the_steps_it_names():
     gate, soups, rows, lost = (float(word) for word in last.split())
     assert (soups, rows, lost) == (3, 3, 8.4)
     assert 7.89 <= gate < 8
-    assert "A: 0.333 a + 0.333 b + 0.333 c" in text
+    assert "1: 0.333 a + 0.333 b + 0.333 c" in text
 
 
 def test_sets_that_have_no_gap_are_refused(sampler):
