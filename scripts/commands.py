@@ -195,7 +195,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
     import torch
 
     from stepfuse.fuse.adapter import write_json
-    from stepfuse.scripts.benchmark.sampling import Settings, benchmark_sampling, markdown_table
+    from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table
+    from stepfuse.scripts.benchmark.ways import Settings
 
     if (arguments.set is None) == (arguments.architecture is None):
         raise ValueError("benchmark needs a set or --architecture, one of them")
@@ -211,9 +212,8 @@ def benchmark(arguments: argparse.Namespace) -> None:
         memory=not arguments.no_memory,
         **{name: getattr(arguments, name) for name in own},
     )
-    results = benchmark_sampling(settings)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.output, results)
+    results = benchmark_sampling(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
     print(markdown_table(results))
     print(arguments.output)

@@ -1,18 +1,18 @@
 """UNets to measure on: a set's base, or an architecture with random weights where none can be loaded."""
 
+import copy
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from torch import nn
 
 from stepfuse.fuse.adapter import load_adapter
 from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.path import STABLE_DIFFUSION
 from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
-from stepfuse.train.lora import add_lora
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
@@ -42,14 +42,13 @@ class Model:
         name: `sd15`, `sdxl`, or the set whose base it is.
         pipeline: with a text encoder and an autoencoder only where it is a set's base.
         adapters: names of the LoRAs.
-        rank, targets: of each.
+        lora: the configuration of each.
     """
 
     name: str
     pipeline: StableDiffusionPipeline
     adapters: tuple[str, ...]
-    rank: int
-    targets: tuple[str, ...]
+    lora: LoraConfig
 
 
 def random_model(
@@ -74,41 +73,34 @@ def random_model(
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     )
-    return Model(
-        name=architecture,
-        pipeline=pipeline,
-        adapters=_add_loras(unet, count, rank, ATTENTION),
-        rank=rank,
-        targets=ATTENTION,
-    )
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION))
+    return Model(name=architecture, pipeline=pipeline, adapters=_add_loras(unet, count, config), lora=config)
 
 
 def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """A set's base, with LoRAs of random weights in the shape of its first adapter: as many as are wanted."""
+    """A set's base, with LoRAs of random weights configured as its first adapter is: as many as are wanted."""
     adapter_set = load_set(folder)
     pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype).to(device)
     first = adapter_set.adapters[0]
     load_adapter(pipeline, first, base_fingerprint(pipeline.unet))
     config = pipeline.unet.peft_config[first.name]
     pipeline.unload_lora_weights()
-    targets = tuple(sorted(config.target_modules))
-    names = _add_loras(pipeline.unet, count, config.r, targets)
-    return Model(name=str(folder), pipeline=pipeline, adapters=names, rank=config.r, targets=targets)
+    return Model(name=str(folder), pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
 
 
-def _add_loras(unet: nn.Module, count: int, rank: int, targets: Sequence[str]) -> tuple[str, ...]:
-    """LoRAs whose B is not zero, in the UNet's precision; how long they take does not depend on their values."""
+def _add_loras(unet: nn.Module, count: int, config: LoraConfig) -> tuple[str, ...]:
+    """LoRAs that are not zero, in the UNet's precision; how long they take does not depend on their values."""
     names = tuple(f"adapter{i + 1}" for i in range(count))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for seed, name in enumerate(names):
-            add_lora(unet, name, rank=rank, alpha=rank, targets=list(targets), seed=seed)
+        for name in names:
+            unet.add_adapter(copy.deepcopy(config), adapter_name=name)
     generator = torch.Generator().manual_seed(0)
     for key, value in unet.named_parameters():
         if ".lora_" in key:
             value.requires_grad_(False)
             value.data = value.data.to(unet.dtype)
-        if ".lora_B." in key:
+        if ".lora_A." in key or ".lora_B." in key:
             value.copy_(0.01 * torch.randn(value.shape, generator=generator))
     return names
 

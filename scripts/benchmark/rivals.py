@@ -13,27 +13,26 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from stepfuse.fuse.pipeline import Conditioning, stack_inputs
-from stepfuse.scripts.benchmark.models import Model
 
 Blend = Callable[[Tensor, Tensor, Conditioning], Tensor]
+CopyOf = Callable[[Sequence[str]], nn.Module]  # a whole UNet of its own, with these adapters alone, active
 
 
-def diffusion_blend(model: Model, names: Sequence[str], scale: float) -> Blend:
+def diffusion_blend(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
     """DB-MPA as published (arXiv:2505.18547): N whole UNets held at once, each run in turn with and without prompt.
 
     Attention is diffusers' present default, not the explicit one of 2022 that the published code ran on.
     """
-    unets = [_with_adapters(model, [name]) for name in names]
+    unets = [copy_of([name]) for name in names]
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         return _average([_guided(unet, x, t, conditioning, scale) for unet in unets])
 
-    return blend
+    return blend, unets
 
 
-def set_adapters(model: Model, names: Sequence[str], scale: float) -> Blend:
+def set_adapters(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
     """One UNet, diffusers' `set_adapters` before every forward: N forwards a step, as Multi-LoRA-Composition has it."""
-    unet = model.pipeline.unet
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         outputs = []
@@ -42,24 +41,25 @@ def set_adapters(model: Model, names: Sequence[str], scale: float) -> Blend:
             outputs.append(_guided(unet, x, t, conditioning, scale))
         return _average(outputs)
 
-    return blend
+    return blend, [unet]
 
 
-def mixed_batch(model: Model, names: Sequence[str], scale: float) -> Blend:
+def mixed_batch(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
     """peft's mixed batch, `adapter_names`: one forward, in which each layer loops over the adapters.
 
     The unconditional rows are the base's, shared by all, as in our own batch: N + 1 rows an image.
     """
-    unet = _with_adapters(model, names)
-    configs, weights = dict(unet.peft_config), {k: v for k, v in unet.state_dict().items() if ".lora_" in k}
-    unet.unload_lora()
+    own = copy.deepcopy(copy_of(names))
+    dtype, device = own.dtype, own.device
+    configs, weights = dict(own.peft_config), {k: v for k, v in own.state_dict().items() if ".lora_" in k}
+    own.unload_lora()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        wrapped = PeftModel(unet, configs[names[0]], adapter_name=names[0])  # diffusers leaves this wrapper out
+        wrapped = PeftModel(own, configs[names[0]], adapter_name=names[0])  # diffusers leaves this wrapper out
         for name in names[1:]:
             wrapped.add_adapter(name, configs[name])
-    wrapped.base_model.model.load_state_dict(weights, strict=False)
-    wrapped.to(unet.device, unet.dtype).requires_grad_(False).eval()
+    own.load_state_dict(weights, strict=False)
+    wrapped.to(device, dtype).requires_grad_(False).eval()
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         rows = [name for name in ("__base__", *names) for _ in range(len(x))]
@@ -69,7 +69,7 @@ def mixed_batch(model: Model, names: Sequence[str], scale: float) -> Blend:
         e_u, *e_c = output.float().chunk(1 + len(names))
         return _average([e_u + scale * (e - e_u) for e in e_c])
 
-    return blend
+    return blend, [own]
 
 
 def denoise(blend: Blend, scheduler: DDIMScheduler, steps: int, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -92,15 +92,7 @@ def _average(predictions: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(predictions)).mean(0)
 
 
-def _with_adapters(model: Model, names: Sequence[str]) -> nn.Module:
-    """A whole UNet of its own, with some of the adapters alone."""
-    unet = copy.deepcopy(model.pipeline.unet)
-    unet.set_adapters(list(names))  # first, for peft warns of an active adapter that goes
-    unet.delete_adapters([name for name in model.adapters if name not in names])
-    return unet
-
-
-RIVALS: dict[str, Callable[[Model, Sequence[str], float], Blend]] = {
+RIVALS: dict[str, Callable[[nn.Module, CopyOf, Sequence[str], float], tuple[Blend, list]]] = {
     "diffusion_blend": diffusion_blend,
     "set_adapters": set_adapters,
     "mixed_batch": mixed_batch,

@@ -1,0 +1,186 @@
+"""The ways to sample that a benchmark's table has, each ready to run on one model."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from stepfuse.fuse.adapter import Objective
+from stepfuse.fuse.batched import BatchedAdapters
+from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.pipeline import latent_shape, quiet_libraries
+from stepfuse.fuse.rules import get_rule
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, random_model, set_model
+from stepfuse.scripts.benchmark.rivals import RIVALS, denoise
+
+REFERENCE = "one adapter"
+SEPARATE = "separate"  # product, each adapter in a forward of its own
+WAYS = (SEPARATE, *RIVALS)  # beside the rules
+MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured.
+
+    Attributes:
+        model: `sd15` or `sdxl` for random weights of that architecture, else a set.
+        adapters: N of each row; the most of them are on the UNet throughout.
+        rules: fusion rules.
+        rivals: names in `RIVALS`, or `separate`: the product with each adapter in a forward of its own.
+        images: a batch.
+        height, width: pixels; by default the model's own.
+        steps: denoising steps of one measurement.
+        repeats: measurements of each row, of which the median counts.
+        guidance_scale: g.
+        rows_at_once: see `Denoiser`.
+        compile: `regional` or `full` for our own, the reference among them; the ways beside the rules stay eager.
+        mode: of `torch.compile`.
+        device, dtype: of the model.
+        memory: measure each row's memory too, in a process of its own.
+
+    Raises:
+        ValueError: for counts below 1, and names that are not there.
+    """
+
+    model: str
+    adapters: tuple[int, ...] = (1, 2, 4, 8)
+    rules: tuple[str, ...] = ("product", "systematic", "soup")
+    rivals: tuple[str, ...] = WAYS
+    images: int = 8
+    height: int | None = None
+    width: int | None = None
+    steps: int = 10
+    repeats: int = 5
+    guidance_scale: float = 5.0
+    rows_at_once: int | None = None
+    compile: str = ""
+    mode: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    memory: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("images", "steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")
+        if not self.adapters or min(self.adapters) < 1:
+            raise ValueError(f"adapters {list(self.adapters)}; expected numbers of 1 or more")
+        if self.guidance_scale == 1:
+            raise ValueError("guidance_scale 1 is no guidance, and the reference is one adapter with it; give another")
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}; expected one of {', '.join(MODES[1:])}")
+        if self.mode and not self.compile:
+            raise ValueError(f"mode {self.mode!r} is of torch.compile; give --compile regional or full")
+        for rule in self.rules:
+            if getattr(get_rule(rule), "needs", "") or rule in ("kl", "oracle", "base"):
+                raise ValueError(f"rule {rule} is not measured here; expected one that fuses adapters without rewards")
+        if strange := [rival for rival in self.rivals if rival not in WAYS]:
+            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(WAYS)}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a way to sample, with so many adapters."""
+
+    way: str
+    adapters: int
+
+    def __str__(self) -> str:
+        return self.way if self.way == REFERENCE else f"{self.way}, {self.adapters} adapters"
+
+
+def rows_of(settings: Settings) -> list[Row]:
+    """The reference, then rules and rivals at each number of adapters."""
+    rows = [Row(REFERENCE, 1)]
+    for way in (*settings.rules, *settings.rivals):
+        # A rule with one adapter is the reference; a rival has its own way with one.
+        rows += [Row(way, n) for n in settings.adapters if n > 1 or way in WAYS]
+    return rows
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way, ready to run.
+
+    Attributes:
+        run: from x_T to x_0.
+        networks: the UNets it runs.
+    """
+
+    run: Callable[[], torch.Tensor]
+    networks: tuple[nn.Module, ...]
+
+
+class Bench:
+    """A model and what every way starts from: the same x_T and the same prompts."""
+
+    def __init__(self, settings: Settings) -> None:
+        quiet_libraries()
+        self.settings = settings
+        most = max(settings.adapters)
+        build = random_model if settings.model in ARCHITECTURES else set_model
+        self.model = build(settings.model, most, dtype=getattr(torch, settings.dtype), device=settings.device)
+        pipeline = self.model.pipeline
+        self.conditioning = random_conditioning(self.model, settings.images)
+        shape = latent_shape(pipeline, settings.height, settings.width)
+        x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
+        self.x_T = x_T.to(settings.device)
+        # Adapters are put into one batch, and compiled, in place: what runs beside that has a UNet of its own.
+        self.plain = copy.deepcopy(pipeline.unet) if settings.compile else pipeline.unet
+        self._copies: dict[tuple[str, ...], nn.Module] = {}
+        etas = torch.linspace(0.8, 1.0, most).tolist()
+        self.sampler = FusedSampler(
+            pipeline=pipeline,
+            objectives=tuple(
+                Objective(name=name, reward=name, variance=EtaSchedule(eta=eta), beta=1.0)
+                for name, eta in zip(self.model.adapters, etas, strict=True)
+            ),
+            denoiser=Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=settings.guidance_scale),
+            reference=EtaSchedule(eta=1.0),
+            rule=get_rule("product"),
+            num_inference_steps=settings.steps,
+            default_weights={self.model.adapters[0]: 1.0},
+        )
+
+    def batch(self) -> None:
+        """Put the adapters into one batch; copies are made before."""
+        batched = BatchedAdapters(self.model.pipeline.unet, self.model.adapters)
+        denoiser = replace(self.sampler.denoiser, batched=batched, rows_at_once=self.settings.rows_at_once)
+        self.sampler = replace(self.sampler, denoiser=denoiser)
+        if self.settings.compile:
+            options = {"mode": self.settings.mode} if self.settings.mode else {}
+            rows = self.settings.images * (max(self.settings.adapters) + 1)
+            self.sampler.compile(self.settings.compile, rows=rows, **options)
+
+    def copy_of(self, names: Sequence[str]) -> nn.Module:
+        """A whole UNet of its own with some of the adapters alone; the same one for the same names."""
+        if tuple(names) not in self._copies:
+            unet = copy.deepcopy(self.plain)
+            unet.set_adapters(list(names))  # first, for peft warns of an active adapter that goes
+            unet.delete_adapters([name for name in self.model.adapters if name not in names])
+            self._copies[tuple(names)] = unet
+        return self._copies[tuple(names)]
+
+    def way(self, row: Row) -> Way:
+        """A row's way; it holds only what it needs."""
+        names, steps, scale = self.model.adapters[: row.adapters], self.settings.steps, self.settings.guidance_scale
+        x_T, conditioning = self.x_T, self.conditioning
+        if row.way in RIVALS:
+            blend, networks = RIVALS[row.way](self.plain, self.copy_of, names, scale)
+            scheduler = self.sampler.denoiser.path.scheduler
+            return Way(lambda: denoise(blend, scheduler, steps, x_T, conditioning), tuple(networks))
+        sampler = self.sampler.with_rule("product" if row.way in (REFERENCE, SEPARATE) else row.way)
+        if row.way == SEPARATE:
+            sampler = replace(sampler, denoiser=replace(sampler.denoiser, unet=self.plain, batched=None))
+
+        def ours() -> torch.Tensor:
+            plan = sampler.plan(dict.fromkeys(names, 1.0), len(x_T))
+            generators = [torch.Generator().manual_seed(seed) for seed in range(len(x_T))]
+            return sampler.denoise(x_T, plan, conditioning, generators)
+
+        return Way(ours, (sampler.denoiser.unet,))
