@@ -20,10 +20,12 @@ class MergedAdapters:
     Attributes:
         weights: (name, w_i) of each.
         factors: average A and B separately; λ is the sum of the weights.
+        lasting: it will be asked for again, so that keeping merged weights is worth its while.
     """
 
     weights: tuple[tuple[str, float], ...]
     factors: bool = False
+    lasting: bool = False
 
 
 class BatchedAdapters:
@@ -43,7 +45,6 @@ class BatchedAdapters:
         self.unet = unet
         self.names = tuple(names)
         self.route: Route | None = None
-        self._last: MergedAdapters | None = None  # of the forward before
         self._merged: MergedAdapters | None = None
         self._fixed: Route | None = None
         layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
@@ -69,8 +70,8 @@ class BatchedAdapters:
     def route_of(self, adapters: Sequence[str | MergedAdapters | None], device: torch.device) -> Route:
         """The route of rows with these adapters: those without first, and mixtures of one kind or none.
 
-        Where all rows have one mixture, and had it the time before, they go through merged weights from then on. Not in
-        half precision, which would lose what the LoRAs change, nor where weights are offloaded between forwards.
+        Where all rows have one lasting mixture they go through merged weights. Not in half precision, which would lose
+        what the LoRAs change, nor where weights are offloaded between forwards.
 
         Raises:
             ValueError: for a mixture of a DoRA, which is not linear in its weight.
@@ -82,16 +83,17 @@ class BatchedAdapters:
         merges = [adapter for adapter in own if isinstance(adapter, MergedAdapters)]
         if not merges:
             return Route(base=base, experts=self._places(own).to(device))
-        if len(set(merges)) == 1:
-            again, self._last = merges[0] == self._last, merges[0]
-            if again and self._can_merge(device):
-                self._merge(merges[0])
-                return Route(base=base, merged=True)
+        if merges[0].lasting and len(set(merges)) == 1 and self._can_merge(device):
+            self._merge(merges[0], device)
+            return Route(base=base, merged=True)
+        return replace(self._mixture_route(merges, device), base=base)
+
+    def _mixture_route(self, merges: Sequence[MergedAdapters], device: torch.device) -> Route:
         up, down = self._coefficients(merges)
         used = up.any(0).nonzero().flatten()
         used = used if len(used) else torch.tensor([0])
         up, down = (values[:, used].to(device, self._stacks[0].up.dtype) for values in (up, down))
-        return Route(base=base, up=up, down=down if merges[0].factors else None, used=used.to(device))
+        return Route(base=0, up=up, down=down if merges[0].factors else None, used=used.to(device))
 
     def fix(self, rows: int, device: torch.device) -> None:
         """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
@@ -118,18 +120,18 @@ class BatchedAdapters:
 
     def release(self) -> None:
         """Give back the memory of merged weights."""
-        self._last = self._merged = None
+        self._merged = None
         for stack in self._stacks:
             stack.merged = None
 
-    def _merge(self, merge: MergedAdapters) -> None:
+    def _merge(self, merge: MergedAdapters, device: torch.device) -> None:
         """Keep the weights of one mixture in every layer, until another is merged or they are released."""
         if merge == self._merged:
             return
         self._merged = None
-        up, down = (values[0].to(self._stacks[0].up) for values in self._coefficients([merge]))
+        route = self._mixture_route([merge], device)
         for stack in self._stacks:
-            stack.merge(up, down if merge.factors else None)
+            stack.merge(route)
         self._merged = merge
 
     def _can_merge(self, device: torch.device) -> bool:

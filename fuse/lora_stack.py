@@ -146,15 +146,14 @@ class LoRAStack(nn.Module):
         y = _product(self.base, self.merged, x[first:])
         return torch.cat([self.base(x[:first]), y]) if first else y
 
-    def merge(self, up: Float[Tensor, " adapters"], down: Float[Tensor, " adapters"] | None) -> None:
-        """Keep W + Σ_i c_i s_i B_i A_i, or with `down` W + s (Σ_i c_i B_i) (Σ_i d_i A_i)."""
-        route = Route(base=0, up=up[None], down=None if down is None else down[None])
+    def merge(self, route: Route) -> None:
+        """Keep W + B A of a mixture's route of one row."""
         A, B = (factor[0] for factor in self._factors(route, 1))
         if self.kernel:
             A = A.unflatten(0, (-1, *self.kernel)).flip(1, 2).permute(0, 3, 1, 2).flatten(1)
         if self.merged is None:
-            self.merged = torch.empty_like(self.base.weight)
-        self.merged.copy_(torch.addmm(self.base.weight.flatten(1), B, A).view_as(self.base.weight))
+            self.merged = torch.empty_like(self.base.weight, memory_format=torch.contiguous_format)
+        torch.addmm(self.base.weight.detach().flatten(1), B, A, out=self.merged.flatten(1))
 
 
 def _add_product(rows: Tensor, inner: Sequence[int], a: Tensor, b: Tensor) -> None:

@@ -26,10 +26,12 @@ class Merge:
     Attributes:
         weights: by the objective's place.
         factors: average A and B separately, instead of their products.
+        lasting: other steps take it too, so that merging once is worth its while.
     """
 
     weights: tuple[float, ...]
     factors: bool = False
+    lasting: bool = False
 
 
 class Networks(Protocol):

@@ -188,7 +188,8 @@ class Soup:
     def __call__(self, step: FusionStep) -> Gaussian:
         weights = step.exponents[: step.plan.base]
         mixtures, which = torch.unique(weights, dim=1, return_inverse=True)
-        merges = [Merge(tuple(mixture), factors=self.factors) for mixture in mixtures.T.tolist()]
+        lasting = mixtures.shape[1] == 1 and bool((step.plan.exponents == step.exponents).all())
+        merges = [Merge(tuple(mixture), self.factors, lasting) for mixture in mixtures.T.tolist()]
         predictions = step.predict_some(merges, [(which == i).nonzero().flatten() for i in range(len(merges))])
         return step.transition(sum(predictions, torch.zeros(()).to(step.x_t)), average_variance(step))
 

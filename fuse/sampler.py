@@ -419,7 +419,8 @@ class FusedSampler:
 
     def _adapter(self, plan: Plan, network: int | Merge) -> str | MergedAdapters | None:
         if isinstance(network, Merge):
-            return MergedAdapters(tuple(zip(plan.names, network.weights, strict=True)), factors=network.factors)
+            weights = tuple(zip(plan.names, network.weights, strict=True))
+            return MergedAdapters(weights, network.factors, network.lasting)
         return None if network == plan.base else plan.names[network]
 
     def _check_scales(self, plan: Plan) -> None:

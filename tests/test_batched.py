@@ -108,11 +108,11 @@ def test_a_prediction_for_some_rows_is_that_of_these_images_alone(denoiser):
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_one_soup_for_all_images_is_what_peft_says_of_scaled_adapters(denoiser, images):
-    soup = MergedAdapters((("thin", 0.5), ("everything", -0.3), ("wide", 1.4), ("ranks_of_their_own", 0.2)))
+    weights = (("thin", 0.5), ("everything", -0.3), ("wide", 1.4), ("ranks_of_their_own", 0.2))
     given = inputs(images)
-    expected = one_by_one(denoiser).predictions(*given, [soup])
-    for _ in range(2):  # by factors the first time, by merged weights from then on
-        assert_near(denoiser.predictions(*given, [soup]), expected)
+    expected = one_by_one(denoiser).predictions(*given, [MergedAdapters(weights)])
+    for lasting in (False, True):  # by factors, and by merged weights
+        assert_near(denoiser.predictions(*given, [MergedAdapters(weights, lasting=lasting)]), expected)
 
 
 def test_soups_of_their_own_run_together_with_the_base(denoiser):
@@ -150,8 +150,8 @@ def test_averaged_factors_are_those_of_peft(base, own):
         assert_near(denoiser.predictions(*given, averages, rows), expected)
     else:
         for average, prediction in zip(averages, expected, strict=True):
-            for _ in range(2):
-                assert_near(denoiser.predictions(*given, [average]), [prediction])
+            for lasting in (False, True):
+                assert_near(denoiser.predictions(*given, [replace(average, lasting=lasting)]), [prediction])
 
 
 def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
@@ -182,7 +182,7 @@ def test_half_precision_is_near_what_peft_says_of_each(base, dtype, unit):
         unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, list(ZOO))
     )
     given = inputs(2, dtype=dtype)
-    soup = MergedAdapters((("attention", 0.5), ("everything", 0.5)))
+    soup = MergedAdapters((("attention", 0.5), ("everything", 0.5)), lasting=True)
     wanted = [*ZOO, soup]
     expected = one_by_one(denoiser).predictions(*given, wanted)
     scale = torch.stack(expected).abs().max()
@@ -199,7 +199,7 @@ def test_outside_a_batch_peft_goes_on_as_before(base):
         unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, ["a"])
     )
     denoiser.predictions(x_t, t, conditioning, [None])
-    denoiser.predictions(x_t, t, conditioning, [MergedAdapters((("a", 0.5),))])
+    denoiser.predictions(x_t, t, conditioning, [MergedAdapters((("a", 0.5),), lasting=True)])
     assert torch.equal(unet(x_t, t, conditioning.positive).sample, before)
     assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
 
@@ -229,25 +229,26 @@ def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
     assert_near(second.predictions(*given, ["b"]), expected[1:])
 
 
-def test_a_mixture_that_comes_again_is_merged_until_another_does_twice_or_it_is_released(denoiser):
+def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser):
     given = inputs(1)
-    first, second = (MergedAdapters((("thin", weight),)) for weight in (0.5, 1.5))
+    first, second = (MergedAdapters((("thin", weight), ("wide", 1.0)), lasting=True) for weight in (0.5, 1.5))
+    passing = replace(first, lasting=False)
     stacks = [module for module in denoiser.unet.modules() if isinstance(module, LoRAStack)]
     expected = dict(zip([first, second], one_by_one(denoiser).predictions(*given, [first, second]), strict=True))
     denoiser.batched.release()
-    kept = []
-    for soup in (first, first, first, second, first, second, second):
+    assert_near(denoiser.predictions(*given, [passing]), [expected[first]])
+    assert all(stack.merged is None for stack in stacks)
+    for soup in (first, first, second, first):
         assert_near(denoiser.predictions(*given, [soup]), [expected[soup]])
-        kept.append(all(stack.merged is not None for stack in stacks))
-    assert kept == [False, True, True, True, True, True, True]
+        assert all(stack.merged is not None for stack in stacks)
     denoiser.batched.release()
     assert all(stack.merged is None for stack in stacks)
     assert_near(denoiser.predictions(*given, [first]), [expected[first]])
 
 
 def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
-    """Rows of two mixtures in turns, one row at once: none comes twice in a row."""
-    soups = [MergedAdapters((("thin", 0.5), ("wide", 0.5))), MergedAdapters((("everything", 1.0),))]
+    """Rows of two mixtures in turns, so that a forward of few has one or the other."""
+    soups = [MergedAdapters((("thin", 0.5), ("wide", 0.5)), lasting=True), MergedAdapters((("everything", 1.0),))]
     rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
     given = inputs(4)
     for most in (1, 2, 3):
@@ -267,7 +268,7 @@ def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
     unet = unet_with(base, ZOO)
     offloaded = replace(denoiser, unet=unet, batched=BatchedAdapters(unet, list(ZOO)))
     cpu_offload(unet, execution_device=torch.device("cpu"))
-    soup = MergedAdapters((("thin", 0.5), ("everything", 0.5)))
+    soup = MergedAdapters((("thin", 0.5), ("everything", 0.5)), lasting=True)
     given = inputs(2)
     assert_near(offloaded.predictions(*given, [*ZOO, soup]), denoiser.predictions(*given, [*ZOO, soup]))
 
