@@ -192,7 +192,9 @@ def _check_layer(layer: LoraLayer, place: str, name: str) -> None:
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"
     elif layer.lora_bias.get(name, False):
         why = "has a bias"
-    elif isinstance(base, nn.Conv2d) and (base.groups != 1 or base.padding_mode != "zeros" or base.dilation != (1, 1)):
+    elif isinstance(base, nn.Conv2d) and (
+        base.groups != 1 or base.dilation != (1, 1) or base.padding_mode != "zeros" or isinstance(base.padding, str)
+    ):
         why = "is of a convolution with groups, dilation or padding other than zeros"
     else:
         return

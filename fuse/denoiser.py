@@ -16,7 +16,7 @@ from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning, input_rows, stack_inputs
 
 Latents = Float[Tensor, "batch channels height width"]
-Adapters = str | MergedAdapters | None  # None is the base
+Network = str | MergedAdapters | None  # an adapter, several merged, or the base
 Rows = Int[Tensor, " rows"]
 
 
@@ -30,7 +30,7 @@ class Branch:
         rows: by default all, in order.
     """
 
-    adapter: Adapters
+    adapter: Network
     kind: str
     rows: Rows | None = None
 
@@ -89,7 +89,7 @@ class Denoiser:
         x_t: Latents,
         t: Tensor | int,
         conditioning: Conditioning,
-        adapters: Sequence[Adapters],
+        adapters: Sequence[Network],
         rows: Sequence[Rows | None] | None = None,
     ) -> list[Latents]:
         """Guided predictions at (x_t, t), one an adapter or merge of several; None is the base.
@@ -123,7 +123,7 @@ class Denoiser:
         t: Tensor | int,
         conditioning: Conditioning,
         kinds: str,
-        adapter: Adapters,
+        adapter: Network,
     ) -> list[Latents]:
         """Raw predictions for `+`, `-` or `-+`, in float32 or wider."""
         return self.run(x_t, t, conditioning, [Branch(adapter, kind) for kind in kinds])
@@ -134,7 +134,7 @@ class Denoiser:
         """Raw predictions of branches, in as few forwards as there are networks: one where they are batched."""
         groups: dict[Any, list[int]] = {}
         for place, branch in enumerate(branches):
-            groups.setdefault(self._network(branch.adapter), []).append(place)
+            groups.setdefault(self._together(branch.adapter), []).append(place)
         if self.batched is not None and None in groups and len(groups) > 1:  # the base goes with any
             base = groups.pop(None)
             groups[next(iter(groups))][:0] = base
@@ -144,7 +144,7 @@ class Denoiser:
             outputs |= zip(places, self._forward(x_t, t, conditioning, together), strict=True)
         return [outputs[place] for place in range(len(branches))]
 
-    def _network(self, adapter: Adapters) -> Any:
+    def _together(self, adapter: Network) -> Any:
         """What branches must have in common to be run in one forward."""
         if self.batched is None or adapter is None:
             return adapter
@@ -169,7 +169,7 @@ class Denoiser:
                 outputs.append(call_unet(self.unet, x[some], times[some], input_rows(inputs, some)))
         return list(torch.cat(outputs).split(counts))
 
-    def _active(self, adapters: Sequence[Adapters], device: torch.device) -> AbstractContextManager[None]:
+    def _active(self, adapters: Sequence[Network], device: torch.device) -> AbstractContextManager[None]:
         """The UNet with these adapters on the rows of its batch."""
         if self.batched is not None:
             return self.batched.routed(self.batched.route_of(adapters, device))

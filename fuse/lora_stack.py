@@ -30,7 +30,7 @@ class Route:
         experts: one adapter a row, by place; the place after the last stands for none.
         up: c_k, for Σ_i c_ki s_i B_i A_i a row, or with `down`, d_k, for s (Σ_i c_ki B_i) (Σ_i d_ki A_i).
         used: the places that columns of `up` and `down` stand for, by default all.
-        merged: the rows after `base` go through the weights of the last `BatchedAdapters.merge`.
+        merged: the rows after `base` go through the weights merged last.
     """
 
     base: int
@@ -126,9 +126,11 @@ class LoRAStack(nn.Module):
 
     def _scale(self, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
         """A DoRA's factor, on all but the bias."""
-        channels = (-1, 1, 1) if self.kernel else (-1,)
-        gain = gain.reshape(len(rows), *[1] * (rows.ndim - 1 - len(channels)), *gain.shape[1:], *channels[1:])
-        bias = 0 if self.bias is None else self.bias.reshape(channels)
+        bias = rows.new_zeros(()) if self.bias is None else self.bias
+        if self.kernel:
+            gain, bias = gain[..., None, None], bias[..., None, None]
+        else:
+            gain = gain.view(len(rows), *[1] * (rows.ndim - 2), -1)
         rows.sub_(bias).mul_(gain).add_(bias)
 
     def _convolve(self, down: Tensor, x: Rows) -> Float[Tensor, "rows r h w"]:

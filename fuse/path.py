@@ -5,6 +5,7 @@ Nothing outside this file knows of which family a model is.
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -125,14 +126,25 @@ class NoisePath:
 
     def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t), shaped to broadcast against `like`; t is one position or one a sample."""
-        index = torch.as_tensor(t, device="cpu").reshape(-1)
-        index = torch.where(index < 0, self.length, index)
+        alpha, sigma = self._tables_on(like.device, at_least_float32(like).dtype)
+        index: int | Tensor
+        if isinstance(t, int):
+            index = t if t >= 0 else self.length
+        else:
+            index = torch.as_tensor(t, device=like.device).reshape(-1)
+            index = torch.where(index < 0, self.length, index)
         shape = (-1, *[1] * (like.ndim - 1))
-        dtype = at_least_float32(like).dtype
-        return (
-            self.alpha[index].to(like.device, dtype).reshape(shape),
-            self.sigma[index].to(like.device, dtype).reshape(shape),
-        )
+        return alpha[index].reshape(shape), sigma[index].reshape(shape)
+
+    def _tables_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """alpha and sigma where they are used, copied once: small copies at every step would keep a GPU waiting."""
+        if (device, dtype) not in self._tables:
+            self._tables[device, dtype] = (self.alpha.to(device, dtype), self.sigma.to(device, dtype))
+        return self._tables[device, dtype]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
+        return {}
 
     def ancestral_variance(self, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
         """sigma_s² / sigma_t² (sigma_t² - alpha_t² / alpha_s² sigma_s²): the step variance of DDIM with eta 1.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.gaussian import Gaussian, Generators
 from stepfuse.fuse.plan import FusionStep, Latents, Networks, Plan, Rows, Score
 from stepfuse.fuse.rules import CoDe, FusionRule
 
@@ -138,3 +138,17 @@ def private_generator(generator: torch.Generator, *place: int) -> torch.Generato
 
 def _candidate_generators(generator: torch.Generator, count: int) -> list[torch.Generator]:
     return [private_generator(generator, 1 + i) for i in range(count)]
+
+
+def image_generators(generator: Generators, count: int) -> list[torch.Generator]:
+    """One generator an image: those given, or ones seeded by a single one.
+
+    Raises:
+        ValueError: for a list of another length.
+    """
+    if isinstance(generator, list):
+        if len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} images; expected 1 or {count}")
+        return generator
+    seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device if generator else "cpu")
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

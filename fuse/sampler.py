@@ -31,18 +31,14 @@ from stepfuse.fuse.pipeline import (
     same_base,
 )
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows
+from stepfuse.fuse.reward_checks import check_gradients, check_scales, reward_of
 from stepfuse.fuse.rules import CoDe, FusionRule, Product, Soup, get_rule
-from stepfuse.fuse.run import Run, uniform_numbers
+from stepfuse.fuse.run import Run, image_generators, uniform_numbers
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.fuse.weights import Weights, weight_table
 from stepfuse.rewards.protocol import Reward, score
-from stepfuse.rewards.registry import load_reward
-from stepfuse.rewards.weighted import Weighted
 
 Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
-
-
-GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there for all prompts or for none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +157,7 @@ class FusedSampler:
         if not getattr(rule, "needs", ""):
             return replace(self, rule=rule)
         device = execution_device(self.pipeline)
-        rewards = {o.name: self.rewards.get(o.name) or _reward_of(o, rule, device) for o in self.objectives}
+        rewards = {o.name: self.rewards.get(o.name) or reward_of(o, rule, device) for o in self.objectives}
         return replace(self, rule=rule, rewards=rewards)
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
@@ -257,9 +253,9 @@ class FusedSampler:
             profile = find_profile(self.profiles, len(steps), denoiser.guidance, denoiser.guidance_scale)
             plan = replace(plan, gaps=profile.at(table, self.names))
         if getattr(self.rule, "needs", "") == "gradients":
-            self._check_gradients(plan)
+            check_gradients(plan, self.objectives, self.rewards, execution_device(self.pipeline))
         if getattr(self.rule, "needs", "") == "rewards":
-            self._check_scales(plan)
+            check_scales(plan, self.objectives, self.reward_scales)
         return self.rule.prepare(plan)
 
     def step(self, x_t: Latents, number: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
@@ -359,7 +355,6 @@ class FusedSampler:
 
                 x_0 = replace(run, observe=watch).denoise(x_T, own)
                 outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
-        self._release()
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
 
@@ -373,13 +368,10 @@ class FusedSampler:
             ValueError: for rules that need rewards, which are of whole images and their prompts.
         """
         self._refuse_rewards()
-        try:
-            return self._run(plan, conditioning, None).denoise(x_T, generators)
-        finally:
-            self._release()
+        return self._run(plan, conditioning, None).denoise(x_T, generators)
 
-    def _release(self) -> None:
-        """Give back what a soup's weights took."""
+    def release(self) -> None:
+        """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
         if self.denoiser.batched is not None:
             self.denoiser.batched.release()
 
@@ -422,54 +414,3 @@ class FusedSampler:
             weights = tuple(zip(plan.names, network.weights, strict=True))
             return MergedAdapters(weights, network.factors, network.lasting)
         return None if network == plan.base else plan.names[network]
-
-    def _check_scales(self, plan: Plan) -> None:
-        """See that rewards weighed against each other have units; one alone needs none."""
-        used = [o.name for i, o in enumerate(self.objectives) if bool((plan.weights[:, i] != 0).any())]
-        unknown = [name for name in used if name not in self.reward_scales]
-        if len(used) > 1 and unknown:
-            raise ValueError(
-                f"no scale for {unknown[0]!r}, to weigh its reward against the others: its training measured no "
-                "deviation; pass reward_scales={…}, or scales in an evaluation's config"
-            )
-
-    def _check_gradients(self, plan: Plan) -> None:
-        """See that the rewards in use, and every term of weighted ones, are differentiable, by one small picture."""
-        device = execution_device(self.pipeline)
-        for place, objective in enumerate(self.objectives):
-            if bool((plan.weights[:, place] != 0).any()):
-                reward = self.rewards[objective.name]
-                terms = reward.rewards if isinstance(reward, Weighted) else {objective.reward: reward}
-                for name, term in terms.items():
-                    pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
-                    with torch.enable_grad():
-                        value = score(term, pixels, [GRADIENT_PROMPT], name=name)
-                    if not value.requires_grad:
-                        raise ValueError(
-                            f"rule rgg needs gradients, and the reward {name!r} of objective {objective.name!r} has "
-                            "none; give it weight 0, or use the rule code"
-                        )
-
-
-def _reward_of(objective: Objective, rule: FusionRule, device: torch.device) -> Reward:
-    try:
-        return load_reward(objective.reward, device)
-    except ValueError as error:
-        raise ValueError(
-            f"rule {type(rule).__name__} needs the reward of objective {objective.name!r}: {error}; "
-            "or pass it as rewards={…}"
-        ) from error
-
-
-def image_generators(generator: Generators, count: int) -> list[torch.Generator]:
-    """One generator an image: those given, or ones seeded by a single one.
-
-    Raises:
-        ValueError: for a list of another length.
-    """
-    if isinstance(generator, list):
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators for {count} images; expected 1 or {count}")
-        return generator
-    seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device if generator else "cpu")
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

@@ -1,0 +1,82 @@
+"""What README and docs/speed say of speed and memory is what their measurements hold."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.scripts.benchmark.sampling import markdown_table
+from stepfuse.scripts.gaps import describe_gaps
+
+ROOT = Path(__file__).parents[1]
+SPEED = ROOT / "docs" / "speed"
+ACCOUNT = (SPEED / "README.md").read_text()
+
+
+def read(name: str) -> dict:
+    return json.loads((SPEED / name).read_text())
+
+
+def rows_of(name: str) -> dict[tuple[str, int], dict]:
+    return {(row["way"], row["adapters"]): row for row in read(name)["rows"]}
+
+
+def cells(document: str, begin: str) -> list[str]:
+    (line,) = [line for line in document.splitlines() if line.startswith(f"| {begin}")]
+    return [cell.strip() for cell in line.strip("|").split("|")[1:]]
+
+
+@pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json"])
+def test_the_tables_are_those_of_the_measurements(name: str) -> None:
+    assert markdown_table(read(name)) in ACCOUNT
+
+
+@pytest.mark.parametrize(
+    ("begin", "way"),
+    [
+        ("`product`: all", "product"),
+        ("`systematic`", "systematic"),
+        ("`soup`", "soup"),
+        ("`product`, `--forwards", "separate"),
+        ("peft's mixed batch", "mixed_batch"),
+        ("Diffusion Blend:", "diffusion_blend"),
+        ("diffusers: `set_adapters`", "set_adapters"),
+    ],
+)
+def test_the_readme_has_the_measured_ratios(begin: str, way: str) -> None:
+    rows = rows_of("bench.json")
+    table = (ROOT / "README.md").read_text().split("| way | 2 adapters | 4 | 8 |")[1].split("\n\n")[0]
+    assert cells(table, begin) == [f"{rows[way, n]['ratio']:.2f}" for n in (2, 4, 8)]
+
+
+@pytest.mark.parametrize(("begin", "way"), [(f"`{way}`, at most", way) for way in ("product", "systematic", "soup")])
+def test_goals_stand_beside_what_was_measured(begin: str, way: str) -> None:
+    rows = rows_of("bench.json")
+    assert cells(ACCOUNT, begin) == [f"{rows[way, n]['ratio']:.2f}" for n in (2, 4, 8)]
+
+
+def test_what_is_said_of_memory_is_what_was_measured() -> None:
+    two, everything = rows_of("sd15-two-rows.json"), rows_of("sd15-all-rows.json")
+
+    def more(rows: dict, key: str) -> float:
+        return 100 * (rows["product", 8][key] / rows["one adapter", 1][key] - 1)
+
+    said = re.sub(r"\s+", " ", ACCOUNT)
+    assert f"Eight adapters weigh {more(two, 'weights_mb'):.1f} % more than one" in said
+    assert f"the peak is {more(two, 'peak_memory_mb'):.1f} % above one adapter's" in said
+    assert f"in one forward it is {more(everything, 'peak_memory_mb'):.0f} % above" in said
+
+
+def test_the_gaps_are_those_of_the_embedded_set() -> None:
+    (profile,) = load_set("emoji").profiles
+    assert describe_gaps(profile) in ACCOUNT
+
+
+def test_the_measurements_name_their_machine_and_settings() -> None:
+    for name in ("bench.json", "sd15-two-rows.json", "sd15-all-rows.json"):
+        results = read(name)
+        assert re.search(r"threads of \d+ cores, torch 2", results["machine"])
+        assert results["settings"]["device"] == "cpu"
+        assert results["lora"]["rank"] == 4
