@@ -9,6 +9,7 @@ arXiv:2311.03285.)
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -88,7 +89,7 @@ class LoRAStack(nn.Module):
         self.register_buffer("merged", None, persistent=False)
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> Any:
         """The layer without LoRAs."""
         return self._beside[0]
 
@@ -139,8 +140,8 @@ class LoRAStack(nn.Module):
         A convolution of stride 1 is the transpose of folding; a larger stride keeps every so many of its outputs.
         """
         taps = torch.bmm(down, x.flatten(2))
-        padding = [k - 1 - p for k, p in zip(self.kernel, self.base.padding, strict=True)]
-        size = [n + 2 * p - k + 1 for n, k, p in zip(x.shape[2:], self.kernel, self.base.padding, strict=True)]
+        padding = tuple(k - 1 - p for k, p in zip(self.kernel, self.base.padding, strict=True))
+        size = tuple(n + 2 * p - k + 1 for n, k, p in zip(x.shape[2:], self.kernel, self.base.padding, strict=True))
         h = functional.fold(taps, size, self.kernel, padding=padding)
         return h[..., :: self.base.stride[0], :: self.base.stride[1]]
 
@@ -166,8 +167,8 @@ def _add_product(rows: Tensor, inner: Sequence[int], a: Tensor, b: Tensor) -> No
         rows.add_(torch.bmm(a, b).view_as(rows))
 
 
-def _product(base: nn.Module, weight: Tensor | None, x: Tensor) -> Tensor:
+def _product(base: Any, weight: Tensor | None, x: Tensor) -> Tensor:
     """The layer with another weight."""
     if isinstance(base, nn.Conv2d):
-        return functional.conv2d(x, weight, base.bias, base.stride, base.padding)
-    return functional.linear(x, weight, base.bias)
+        return functional.conv2d(x, cast(Tensor, weight), base.bias, cast(Any, base).stride, cast(Any, base).padding)
+    return functional.linear(x, cast(Tensor, weight), base.bias)

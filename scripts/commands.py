@@ -205,12 +205,12 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     own = ("adapters", "rules", "rivals", "images", "height", "width", "steps", "repeats", "guidance_scale")
-    own += ("rows_at_once", "compile", "mode", "dtype")
+    names = (*own, "rows_at_once", "compile", "mode", "dtype")
     settings = Settings(
         model=arguments.architecture or str(arguments.set),
         device=check_device(arguments.device),
         memory=not arguments.no_memory,
-        **{name: getattr(arguments, name) for name in own},
+        **{name: getattr(arguments, name) for name in names},
     )
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = benchmark_sampling(settings, report=lambda results: write_json(arguments.output, results))

@@ -3,11 +3,11 @@
 import copy
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
-from torch import nn
 
 from stepfuse.fuse.adapter import load_adapter
 from stepfuse.fuse.adapter_set import load_set
@@ -16,7 +16,7 @@ from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
     "sdxl": dict(
         sample_size=128,
@@ -88,7 +88,7 @@ def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, de
     return Model(name=str(folder), pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
 
 
-def _add_loras(unet: nn.Module, count: int, config: LoraConfig) -> tuple[str, ...]:
+def _add_loras(unet: Any, count: int, config: LoraConfig) -> tuple[str, ...]:
     """LoRAs that are not zero, in the UNet's precision; how long they take does not depend on their values."""
     names = tuple(f"adapter{i + 1}" for i in range(count))
     with warnings.catch_warnings():

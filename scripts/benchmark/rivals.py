@@ -6,6 +6,7 @@ Each predicts the blended noise Σ w_i [e_u,i + g (e_c,i - e_u,i)] of a step.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -31,7 +32,7 @@ def diffusion_blend(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scal
     return blend, unets
 
 
-def set_adapters(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
+def set_adapters(unet: Any, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
     """One UNet, diffusers' `set_adapters` before every forward: N forwards a step, as Multi-LoRA-Composition has it."""
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -49,7 +50,7 @@ def mixed_batch(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: f
 
     The unconditional rows are the base's, shared by all, as in our own batch: N + 1 rows an image.
     """
-    own = copy.deepcopy(copy_of(names))
+    own: Any = copy.deepcopy(copy_of(names))
     dtype, device = own.dtype, own.device
     configs, weights = dict(own.peft_config), {k: v for k, v in own.state_dict().items() if ".lora_" in k}
     own.unload_lora()
