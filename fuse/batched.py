@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -11,21 +11,7 @@ from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
 from stepfuse.fuse.lora_stack import LoRAStack, Route
-
-
-@dataclass(frozen=True)
-class MergedAdapters:
-    """Adapters merged by weight into one LoRA, Σ w_i B_i A_i, or by factors, λ (Σ w_i B_i / λ) (Σ w_i A_i / λ).
-
-    Attributes:
-        weights: (name, w_i) of each.
-        factors: average A and B separately; λ is the sum of the weights.
-        lasting: it will be asked for again, so that keeping merged weights is worth its while.
-    """
-
-    weights: tuple[tuple[str, float], ...]
-    factors: bool = False
-    lasting: bool = False
+from stepfuse.fuse.plan import Merge
 
 
 class BatchedAdapters:
@@ -45,7 +31,7 @@ class BatchedAdapters:
         self.unet = unet
         self.names = tuple(names)
         self.route: Route | None = None
-        self._merged: MergedAdapters | None = None
+        self._merged: Merge | None = None
         self._fixed: Route | None = None
         layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
         for name in names:
@@ -67,7 +53,7 @@ class BatchedAdapters:
         finally:
             self.route = None
 
-    def route_of(self, adapters: Sequence[str | MergedAdapters | None], device: torch.device) -> Route:
+    def route_of(self, adapters: Sequence[str | Merge | None], device: torch.device) -> Route:
         """The route of rows with these adapters: those without first, and mixtures of one kind or none.
 
         Where all rows have one lasting mixture they go through merged weights. Not in half precision, which would lose
@@ -80,7 +66,7 @@ class BatchedAdapters:
             return self._fixed_route(adapters)
         base = next((i for i, adapter in enumerate(adapters) if adapter is not None), len(adapters))
         own = adapters[base:]
-        merges = [adapter for adapter in own if isinstance(adapter, MergedAdapters)]
+        merges = [adapter for adapter in own if isinstance(adapter, Merge)]
         if not merges:
             return Route(base=base, experts=self._places(own).to(device))
         if merges[0].lasting and len(set(merges)) == 1 and self._can_merge(device):
@@ -88,7 +74,7 @@ class BatchedAdapters:
             return Route(base=base, merged=True)
         return replace(self._mixture_route(merges, device), base=base)
 
-    def _mixture_route(self, merges: Sequence[MergedAdapters], device: torch.device) -> Route:
+    def _mixture_route(self, merges: Sequence[Merge], device: torch.device) -> Route:
         up, down = self._coefficients(merges)
         used = up.any(0).nonzero().flatten()
         used = used if len(used) else torch.tensor([0])
@@ -100,20 +86,20 @@ class BatchedAdapters:
 
         Then other adapters or mixtures are other values, and nothing is compiled anew, nor any CUDA graph recorded.
         """
-        up, down = (torch.zeros(rows, len(self.names), device=device) for _ in range(2))
+        up, down = (torch.zeros(rows, len(self.names), device=device, dtype=self._stacks[0].up.dtype) for _ in range(2))
         self._fixed = Route(base=0, experts=torch.zeros(rows, dtype=torch.int64, device=device), up=up, down=down)
 
-    def _fixed_route(self, adapters: Sequence[str | MergedAdapters | None]) -> Route:
+    def _fixed_route(self, adapters: Sequence[str | Merge | None]) -> Route:
         fixed = cast(Any, self._fixed)
         if len(adapters) > len(fixed.experts):
             self.fix(len(adapters), fixed.experts.device)
             fixed = cast(Any, self._fixed)
-        merges = [adapter for adapter in adapters if isinstance(adapter, MergedAdapters)]
+        merges = [adapter for adapter in adapters if isinstance(adapter, Merge)]
         if not merges:
             fixed.experts[: len(adapters)].copy_(self._places(adapters))
             return replace(fixed, up=None, down=None)
-        nothing = MergedAdapters(())
-        up, down = self._coefficients([a if isinstance(a, MergedAdapters) else nothing for a in adapters])
+        nothing = Merge(())
+        up, down = self._coefficients([a if isinstance(a, Merge) else nothing for a in adapters])
         fixed.up[: len(up)].copy_(up)
         fixed.down[: len(down)].copy_(down)
         return replace(fixed, experts=None, down=fixed.down if merges[0].factors else None)
@@ -124,7 +110,7 @@ class BatchedAdapters:
         for stack in self._stacks:
             stack.merged = None
 
-    def _merge(self, merge: MergedAdapters, device: torch.device) -> None:
+    def _merge(self, merge: Merge, device: torch.device) -> None:
         """Keep the weights of one mixture in every layer, until another is merged or they are released."""
         if merge == self._merged:
             return
@@ -143,11 +129,11 @@ class BatchedAdapters:
             [len(self.names) if name is None else self.names.index(name) for name in adapters], dtype=torch.int64
         )
 
-    def _coefficients(self, merges: Sequence[MergedAdapters]) -> tuple[Tensor, Tensor]:
+    def _coefficients(self, merges: Sequence[Merge]) -> tuple[Tensor, Tensor]:
         """c and d of mixtures: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
         for name in {name for merge in merges for name, weight in merge.weights if weight}:
             if name in self._doras:
-                raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight")
+                raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
         weights = [dict(merge.weights) for merge in merges]
         c = torch.tensor([[own.get(name, 0.0) for name in self.names] for own in weights], dtype=torch.float64)
         strength = c.sum(1, keepdim=True)

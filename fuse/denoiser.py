@@ -10,13 +10,15 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepfuse.fuse.adapter import GUIDANCE, active_adapter, averaged_factors, merged_adapters
-from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
+from stepfuse.fuse.adapter import GUIDANCE
+from stepfuse.fuse.batched import BatchedAdapters
+from stepfuse.fuse.lora_layers import active_adapter, averaged_factors, merged_adapters
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning, input_rows, stack_inputs
+from stepfuse.fuse.plan import Merge
 
 Latents = Float[Tensor, "batch channels height width"]
-Network = str | MergedAdapters | None  # an adapter, several merged, or the base
+Network = str | Merge | None  # an adapter, several merged, or the base
 Rows = Int[Tensor, " rows"]
 
 
@@ -148,7 +150,7 @@ class Denoiser:
         """What branches must have in common to be run in one forward."""
         if self.batched is None or adapter is None:
             return adapter
-        return ("merged", adapter.factors) if isinstance(adapter, MergedAdapters) else "adapters"
+        return ("merged", adapter.factors) if isinstance(adapter, Merge) else "adapters"
 
     def _forward(
         self, x_t: Latents, t: Tensor | int, conditioning: Conditioning, branches: Sequence[Branch]
@@ -174,7 +176,7 @@ class Denoiser:
         if self.batched is not None:
             return self.batched.routed(self.batched.route_of(adapters, device))
         adapter = adapters[0]  # one network for all
-        if not isinstance(adapter, MergedAdapters):
+        if not isinstance(adapter, Merge):
             return active_adapter(self.unet, adapter)
         merge = averaged_factors if adapter.factors else merged_adapters
         return merge(self.unet, dict(adapter.weights))

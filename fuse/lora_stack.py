@@ -146,8 +146,13 @@ class LoRAStack(nn.Module):
         return h[..., :: self.base.stride[0], :: self.base.stride[1]]
 
     def _through_merged(self, x: Rows, first: int) -> Rows:
-        y = _product(self.base, self.merged, x[first:])
-        return torch.cat([self.base(x[:first]), y]) if first else y
+        base, own, weight = self.base, x[first:], cast(Tensor, self.merged)
+        y = (
+            functional.conv2d(own, weight, base.bias, base.stride, base.padding)
+            if self.kernel
+            else functional.linear(own, weight, base.bias)
+        )
+        return torch.cat([base(x[:first]), y]) if first else y
 
     def merge(self, route: Route) -> None:
         """Keep W + B A of a mixture's route of one row."""
@@ -165,10 +170,3 @@ def _add_product(rows: Tensor, inner: Sequence[int], a: Tensor, b: Tensor) -> No
         rows.view(len(rows), *inner, -1).baddbmm_(a, b)
     else:
         rows.add_(torch.bmm(a, b).view_as(rows))
-
-
-def _product(base: Any, weight: Tensor | None, x: Tensor) -> Tensor:
-    """The layer with another weight."""
-    if isinstance(base, nn.Conv2d):
-        return functional.conv2d(x, cast(Tensor, weight), base.bias, cast(Any, base).stride, cast(Any, base).padding)
-    return functional.linear(x, cast(Tensor, weight), base.bias)

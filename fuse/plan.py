@@ -21,15 +21,15 @@ Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
 
 @dataclass(frozen=True)
 class Merge:
-    """One network whose LoRAs are merged by weight, one weight an objective.
+    """One network whose LoRAs are merged by weight, Σ w_i B_i A_i, or by factors, λ (Σ w_i B_i / λ) (Σ w_i A_i / λ).
 
     Attributes:
-        weights: by the objective's place.
-        factors: average A and B separately, instead of their products.
-        lasting: other steps take it too, so that merging once is worth its while.
+        weights: (name, w_i) of each adapter.
+        factors: average A and B separately; λ is the sum of the weights.
+        lasting: it will be asked for again, so that keeping merged weights is worth its while.
     """
 
-    weights: tuple[float, ...]
+    weights: tuple[tuple[str, float], ...]
     factors: bool = False
     lasting: bool = False
 
@@ -104,6 +104,10 @@ class Plan:
         """r of an expert at a step: its variance in units of the ancestral one."""
         t, s = self.steps[number]
         return self.schedules[place].relative(self.path, t, s, torch.zeros(1, 1, dtype=torch.float64)).item()
+
+    def merge(self, weights: Sequence[float], *, factors: bool = False, lasting: bool = False) -> Merge:
+        """One network of all names, by a weight each."""
+        return Merge(tuple(zip(self.names, weights, strict=True)), factors, lasting)
 
     def label(self, number: int, image: int) -> str:
         """The weights of one image at one step, for messages."""

@@ -25,7 +25,7 @@ from stepfuse.fuse.limits import (
     check_strength,
 )
 from stepfuse.fuse.lots import systematic_choices
-from stepfuse.fuse.plan import FusionStep, Latents, Merge, Plan
+from stepfuse.fuse.plan import FusionStep, Latents, Plan
 
 
 class FusionRule(Protocol):
@@ -33,6 +33,10 @@ class FusionRule(Protocol):
 
     `prepare` sees the whole run before anything is sampled: it refuses what the rule cannot do, naming the remedy,
     and may rewrite the plan. Calling the rule fuses one step.
+
+    A rule may have attributes that say what it needs of the sampler, which then sees to it before `prepare`: `needs`,
+    "rewards" or their "gradients"; `merges`, adapters that can be merged by "weights" or by "factors"; `gate`, the
+    set's gap profile.
     """
 
     def prepare(self, plan: Plan) -> Plan: ...
@@ -69,6 +73,10 @@ class Product(ProductLaw):
     """
 
     gate: float | None = None
+
+    @property
+    def merges(self) -> str:
+        return "" if self.gate is None else "weights"
 
     def __post_init__(self) -> None:
         if self.gate is not None and not (isinstance(self.gate, int | float) and self.gate >= 0):
@@ -178,7 +186,7 @@ class Soup:
     batch. Cost: one forward. Needs no reward.
     """
 
-    factors: ClassVar[bool] = False
+    merges: ClassVar[str] = "weights"
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
@@ -189,7 +197,8 @@ class Soup:
         weights = step.exponents[: step.plan.base]
         mixtures, which = torch.unique(weights, dim=1, return_inverse=True)
         lasting = mixtures.shape[1] == 1 and bool((step.plan.exponents == step.exponents).all())
-        merges = [Merge(tuple(mixture), self.factors, lasting) for mixture in mixtures.T.tolist()]
+        factors = self.merges == "factors"
+        merges = [step.plan.merge(row, factors=factors, lasting=lasting) for row in mixtures.T.tolist()]
         predictions = step.predict_some(merges, [(which == i).nonzero().flatten() for i in range(len(merges))])
         return step.transition(sum(predictions, torch.zeros(()).to(step.x_t)), average_variance(step))
 
@@ -202,7 +211,7 @@ class SoupFactors(Soup):
     "Rewarded Soup" come from it. Takes adapters of one rank and alpha. Cost: one forward. Needs no reward.
     """
 
-    factors: ClassVar[bool] = True
+    merges: ClassVar[str] = "factors"
 
 
 @dataclass(frozen=True)
@@ -377,7 +386,7 @@ def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
     # One expert alone costs no more than a soup, and is exact.
     soup = soup & ((step.exponents != 0).sum(0) > 1) & weights.isfinite().all(0)
     mixtures, which = torch.unique(weights[:-1, soup], dim=1, return_inverse=True)
-    merges = [Merge(tuple(mixture)) for mixture in mixtures.T.tolist()]
+    merges = [step.plan.merge(mixture) for mixture in mixtures.T.tolist()]
     rows = soup.nonzero().flatten()
     own = [((step.exponents[place] != 0) & ~soup).nonzero().flatten() for place in places]
     predictions = step.predict_some([*places, *merges], [*own, *(rows[which == i] for i in range(len(merges)))])

@@ -14,12 +14,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
-from stepfuse.fuse.adapter import Objective, check_factors, check_mergeable, load_adapter, lora_layers
+from stepfuse.fuse.adapter import Objective, load_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
-from stepfuse.fuse.batched import BatchedAdapters, MergedAdapters
+from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gate import GapProfile, find_profile
 from stepfuse.fuse.gaussian import Gaussian, Generators
+from stepfuse.fuse.lora_layers import check_factors, check_mergeable, lora_layers
 from stepfuse.fuse.pipeline import (
     Conditioning,
     base_fingerprint,
@@ -32,7 +33,7 @@ from stepfuse.fuse.pipeline import (
 )
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows
 from stepfuse.fuse.reward_checks import check_gradients, check_scales, reward_of
-from stepfuse.fuse.rules import CoDe, FusionRule, Product, Soup, get_rule
+from stepfuse.fuse.rules import CoDe, FusionRule, get_rule
 from stepfuse.fuse.run import Run, image_generators, uniform_numbers
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.fuse.weights import Weights, weight_table
@@ -243,12 +244,11 @@ class FusedSampler:
             oracles=weight_table(self.oracle_weights, self.names)[0].T if self.oracles else torch.zeros(0, 0),
             unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
         )
-        gate = isinstance(self.rule, Product) and self.rule.gate is not None
-        if isinstance(self.rule, Soup) or gate:
+        if merges := getattr(self.rule, "merges", ""):
             used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
-            check = check_factors if isinstance(self.rule, Soup) and self.rule.factors else check_mergeable
+            check = check_factors if merges == "factors" else check_mergeable
             check(lora_layers(self.pipeline.unet), used)
-        if gate:
+        if getattr(self.rule, "gate", None) is not None:
             denoiser = self.denoiser
             profile = find_profile(self.profiles, len(steps), denoiser.guidance, denoiser.guidance_scale)
             plan = replace(plan, gaps=profile.at(table, self.names))
@@ -385,7 +385,8 @@ class FusedSampler:
         def networks(
             x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
         ) -> list[Latents]:
-            adapters = [self._adapter(plan, network) for network in networks]
+            experts = [*plan.names, None]  # the base is the last
+            adapters = [network if isinstance(network, Merge) else experts[network] for network in networks]
             denoiser = self.denoiser.unguided() if t in plan.unguided else self.denoiser
             return denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
 
@@ -408,9 +409,3 @@ class FusedSampler:
             # A reward alone needs no unit; for several `plan` has seen to it.
             scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
         )
-
-    def _adapter(self, plan: Plan, network: int | Merge) -> str | MergedAdapters | None:
-        if isinstance(network, Merge):
-            weights = tuple(zip(plan.names, network.weights, strict=True))
-            return MergedAdapters(weights, network.factors, network.lasting)
-        return None if network == plan.base else plan.names[network]

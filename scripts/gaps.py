@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stepfuse.fuse.adapter import check_mergeable, lora_layers
 from stepfuse.fuse.gate import GapProfile
 from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.lora_layers import check_mergeable, lora_layers
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.plan import FusionStep
 from stepfuse.fuse.rules import gated

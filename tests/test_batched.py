@@ -9,10 +9,12 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
 
-from stepfuse.fuse.batched import BatchedAdapters, LoRAStack, MergedAdapters
+from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.lora_stack import LoRAStack
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
+from stepfuse.fuse.plan import Merge
 from tests.fixtures_tiny import LATENT, ddim, refused, save_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -110,16 +112,16 @@ def test_a_prediction_for_some_rows_is_that_of_these_images_alone(denoiser):
 def test_one_soup_for_all_images_is_what_peft_says_of_scaled_adapters(denoiser, images):
     weights = (("thin", 0.5), ("everything", -0.3), ("wide", 1.4), ("ranks_of_their_own", 0.2))
     given = inputs(images)
-    expected = one_by_one(denoiser).predictions(*given, [MergedAdapters(weights)])
+    expected = one_by_one(denoiser).predictions(*given, [Merge(weights)])
     for lasting in (False, True):  # by factors, and by merged weights
-        assert_near(denoiser.predictions(*given, [MergedAdapters(weights, lasting=lasting)]), expected)
+        assert_near(denoiser.predictions(*given, [Merge(weights, lasting=lasting)]), expected)
 
 
 def test_soups_of_their_own_run_together_with_the_base(denoiser):
     """Two images under one mixture and one under another, which one forward of low rank serves."""
     soups = [
-        MergedAdapters(tuple((name, 0.7 / (place + 1)) for place, name in enumerate(PLAIN))),
-        MergedAdapters((("attention", 1.5), ("everything", -0.5))),
+        Merge(tuple((name, 0.7 / (place + 1)) for place, name in enumerate(PLAIN))),
+        Merge((("attention", 1.5), ("everything", -0.5))),
     ]
     rows = [torch.tensor([0, 2]), torch.tensor([1])]
     chosen = replace(denoiser, guidance="shared", guidance_scale=3.0)
@@ -140,8 +142,8 @@ def test_averaged_factors_are_those_of_peft(base, own):
     path = NoisePath.from_scheduler(ddim())
     denoiser = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, "ab"))
     averages = [
-        MergedAdapters((("a", 0.9), ("b", 0.4)), factors=True),
-        MergedAdapters((("a", 0.2), ("b", 0.8)), factors=True),
+        Merge((("a", 0.9), ("b", 0.4)), factors=True),
+        Merge((("a", 0.2), ("b", 0.8)), factors=True),
     ]
     given = inputs(2)
     rows = [torch.tensor([0]), torch.tensor([1])] if own else [None, None]
@@ -155,7 +157,7 @@ def test_averaged_factors_are_those_of_peft(base, own):
 
 
 def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
-    wanted = ["thin", MergedAdapters((("thin", 0.5), ("wide", 0.5))), None, "dora"]
+    wanted = ["thin", Merge((("thin", 0.5), ("wide", 0.5))), None, "dora"]
     given = inputs(2)
     assert_near(denoiser.predictions(*given, wanted), one_by_one(denoiser).predictions(*given, wanted))
 
@@ -182,7 +184,7 @@ def test_half_precision_is_near_what_peft_says_of_each(base, dtype, unit):
         unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, list(ZOO))
     )
     given = inputs(2, dtype=dtype)
-    soup = MergedAdapters((("attention", 0.5), ("everything", 0.5)), lasting=True)
+    soup = Merge((("attention", 0.5), ("everything", 0.5)), lasting=True)
     wanted = [*ZOO, soup]
     expected = one_by_one(denoiser).predictions(*given, wanted)
     scale = torch.stack(expected).abs().max()
@@ -199,7 +201,7 @@ def test_outside_a_batch_peft_goes_on_as_before(base):
         unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, ["a"])
     )
     denoiser.predictions(x_t, t, conditioning, [None])
-    denoiser.predictions(x_t, t, conditioning, [MergedAdapters((("a", 0.5),), lasting=True)])
+    denoiser.predictions(x_t, t, conditioning, [Merge((("a", 0.5),), lasting=True)])
     assert torch.equal(unet(x_t, t, conditioning.positive).sample, before)
     assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
 
@@ -231,7 +233,7 @@ def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
 
 def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser):
     given = inputs(1)
-    first, second = (MergedAdapters((("thin", weight), ("wide", 1.0)), lasting=True) for weight in (0.5, 1.5))
+    first, second = (Merge((("thin", weight), ("wide", 1.0)), lasting=True) for weight in (0.5, 1.5))
     passing = replace(first, lasting=False)
     stacks = [module for module in denoiser.unet.modules() if isinstance(module, LoRAStack)]
     expected = dict(zip([first, second], one_by_one(denoiser).predictions(*given, [first, second]), strict=True))
@@ -248,7 +250,7 @@ def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser
 
 def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
     """Rows of two mixtures in turns, so that a forward of few has one or the other."""
-    soups = [MergedAdapters((("thin", 0.5), ("wide", 0.5)), lasting=True), MergedAdapters((("everything", 1.0),))]
+    soups = [Merge((("thin", 0.5), ("wide", 0.5)), lasting=True), Merge((("everything", 1.0),))]
     rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
     given = inputs(4)
     for most in (1, 2, 3):
@@ -260,7 +262,7 @@ def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
 
 def test_a_mixture_of_a_dora_is_refused(denoiser):
     with refused("'dora'", "merged"):
-        denoiser.predictions(*inputs(1), [MergedAdapters((("thin", 0.5), ("dora", 0.5)))])
+        denoiser.predictions(*inputs(1), [Merge((("thin", 0.5), ("dora", 0.5)))])
 
 
 def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
@@ -268,7 +270,7 @@ def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
     unet = unet_with(base, ZOO)
     offloaded = replace(denoiser, unet=unet, batched=BatchedAdapters(unet, list(ZOO)))
     cpu_offload(unet, execution_device=torch.device("cpu"))
-    soup = MergedAdapters((("thin", 0.5), ("everything", 0.5)), lasting=True)
+    soup = Merge((("thin", 0.5), ("everything", 0.5)), lasting=True)
     given = inputs(2)
     assert_near(offloaded.predictions(*given, [*ZOO, soup]), denoiser.predictions(*given, [*ZOO, soup]))
 

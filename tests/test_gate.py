@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import lora_layers
 from stepfuse.fuse.adapter_set import add_profile, create_set, load_set
 from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict, soup_weights
+from stepfuse.fuse.lora_layers import lora_layers
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.plan import FusionStep, Merge, Plan
 from stepfuse.fuse.rules import Product, gated
@@ -67,7 +67,7 @@ def linear_step(etas, weights, *, strength=1.0, t=500, s=250, prediction_type="e
     def networks(x_t, t, wanted, rows, where):
         def says(network):
             if isinstance(network, Merge):
-                return e_0 + sum(w * move for w, move in zip(network.weights, d, strict=True))
+                return e_0 + sum(w * move for (_, w), move in zip(network.weights, d, strict=True))
             return e_0 if network == len(d) else e_0 + d[network]
 
         return [

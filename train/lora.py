@@ -9,9 +9,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from stepfuse.fuse.adapter import active_adapter
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.lora_layers import active_adapter
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
