@@ -1,6 +1,6 @@
 """What a run of the sampler is asked for, and what one of its steps offers to a fusion rule."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stepfuse.fuse.adapter import Objective
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.fuse.weights import Weights, weight_table
 
 Latents = Float[Tensor, "batch *shape"]
 Rows = Int[Tensor, " rows"]
@@ -114,6 +116,52 @@ class Plan:
         shares = self.weights[number, :, image].tolist()
         objectives = [(name, w) for name, w in zip(self.names, shares, strict=True)][: self.objectives]
         return ", ".join(f"{name}={w:g}" for name, w in objectives)
+
+
+def make_plan(
+    weights: Weights | Sequence[Weights],
+    count: int,
+    *,
+    path: NoisePath,
+    num_inference_steps: int,
+    objectives: Sequence[Objective],
+    oracles: Sequence[Objective],
+    oracle_weights: Sequence[Mapping[str, float]],
+    reference: VarianceSchedule,
+    strength: float,
+    weights_on: str,
+    guidance_interval: tuple[float, float],
+) -> Plan:
+    """The plan of a run for `count` images; what is wanted of it is explained at `FusedSampler.plan`.
+
+    Raises:
+        ValueError: for weights, a strength or an interval that make no plan.
+    """
+    rows = [weights] if isinstance(weights, Mapping) else list(weights)
+    if len(rows) not in (1, count):
+        raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
+    steps, names = path.steps(num_inference_steps), [objective.name for objective in objectives]
+    table = weight_table(rows, names, len(steps)).expand(-1, -1, count)
+    if weights_on == "rewards":
+        table = table * torch.tensor([[o.beta] for o in objectives], dtype=torch.float64)
+        table = table / table.sum(1, keepdim=True)
+    elif weights_on != "exponents":
+        raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
+    if not strength >= 0 or strength == float("inf"):
+        raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
+    begin, end = guidance_interval
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
+    return Plan(
+        path=path,
+        steps=steps,
+        names=[expert.name for expert in (*objectives, *oracles)],
+        schedules=[*(expert.variance for expert in (*objectives, *oracles)), reference],
+        weights=torch.cat([table, torch.zeros(len(steps), len(oracles), count, dtype=torch.float64)], 1),
+        strength=float(strength),
+        oracles=weight_table(oracle_weights, names)[0].T if oracles else torch.zeros(0, 0),
+        unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

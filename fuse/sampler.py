@@ -31,12 +31,12 @@ from stepfuse.fuse.pipeline import (
     load_pipeline,
     same_base,
 )
-from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows
+from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows, make_plan
 from stepfuse.fuse.reward_checks import check_gradients, check_scales, reward_of
 from stepfuse.fuse.rules import CoDe, FusionRule, get_rule
 from stepfuse.fuse.run import Run, image_generators, uniform_numbers
 from stepfuse.fuse.variance import VarianceSchedule
-from stepfuse.fuse.weights import Weights, weight_table
+from stepfuse.fuse.weights import Weights
 from stepfuse.rewards.protocol import Reward, score
 
 Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
@@ -216,33 +216,18 @@ class FusedSampler:
         Raises:
             ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
         """
-        given = self.default_weights if weights is None else weights
-        rows = [given] if isinstance(given, Mapping) else list(given)
-        if len(rows) not in (1, count):
-            raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
-        path = self.denoiser.path
-        steps = path.steps(self.num_inference_steps if num_inference_steps is None else num_inference_steps)
-        table = weight_table(rows, self.names, len(steps)).expand(-1, -1, count)
-        if weights_on == "rewards":
-            table = table * torch.tensor([[o.beta] for o in self.objectives], dtype=torch.float64)
-            table = table / table.sum(1, keepdim=True)
-        elif weights_on != "exponents":
-            raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
-        if not strength >= 0 or strength == float("inf"):
-            raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
-        begin, end = guidance_interval
-        if not 0 <= begin < end <= 1:
-            raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
-        experts = (*self.objectives, *self.oracles)
-        plan = Plan(
-            path=path,
-            steps=steps,
-            names=[expert.name for expert in experts],
-            schedules=[*(expert.variance for expert in experts), self.reference],
-            weights=torch.cat([table, torch.zeros(len(steps), len(self.oracles), count, dtype=torch.float64)], 1),
-            strength=float(strength),
-            oracles=weight_table(self.oracle_weights, self.names)[0].T if self.oracles else torch.zeros(0, 0),
-            unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
+        plan = make_plan(
+            self.default_weights if weights is None else weights,
+            count,
+            path=self.denoiser.path,
+            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            objectives=self.objectives,
+            oracles=self.oracles,
+            oracle_weights=self.oracle_weights,
+            reference=self.reference,
+            strength=strength,
+            weights_on=weights_on,
+            guidance_interval=guidance_interval,
         )
         if merges := getattr(self.rule, "merges", ""):
             used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
@@ -250,8 +235,8 @@ class FusedSampler:
             check(lora_layers(self.pipeline.unet), used)
         if getattr(self.rule, "gate", None) is not None:
             denoiser = self.denoiser
-            profile = find_profile(self.profiles, len(steps), denoiser.guidance, denoiser.guidance_scale)
-            plan = replace(plan, gaps=profile.at(table, self.names))
+            profile = find_profile(self.profiles, len(plan.steps), denoiser.guidance, denoiser.guidance_scale)
+            plan = replace(plan, gaps=profile.at(plan.weights, plan.names))
         if getattr(self.rule, "needs", "") == "gradients":
             check_gradients(plan, self.objectives, self.rewards, execution_device(self.pipeline))
         if getattr(self.rule, "needs", "") == "rewards":

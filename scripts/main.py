@@ -72,6 +72,16 @@ def _add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=float, help="by default the set's")
 
 
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--height", type=int, help="pixels; by default the base's")
+    parser.add_argument("--width", type=int, help="pixels; by default the base's")
+
+
+def _add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--output", type=Path, default=Path(default), help=f"the file (default {default})")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+
+
 def _add_demo(actions: argparse._SubParsersAction) -> None:
     demo = _add(
         actions,
@@ -197,12 +207,10 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
     )
     sample.add_argument("--rows_at_once", type=int, help="most rows in one forward: slower, and less memory")
     sample.add_argument("--compile", choices=("regional", "full"), help="compile transformer blocks, or the UNet")
-    sample.add_argument("--height", type=int, help="pixels; by default the base's")
-    sample.add_argument("--width", type=int, help="pixels; by default the base's")
+    _add_size(sample)
     sample.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
     _add_device(sample)
-    sample.add_argument("--output", type=Path, default=Path("out.png"), help="the picture (default out.png)")
-    sample.add_argument("--overwrite", action="store_true", help="replace the picture if it is there")
+    _add_output(sample, "out.png")
     sample.set_defaults(run=commands.sample)
 
 
@@ -244,8 +252,7 @@ def _add_benchmark(actions: argparse._SubParsersAction) -> None:
         help="of separate, diffusion_blend, set_adapters, mixed_batch, or '' (default all)",
     )
     benchmark.add_argument("--images", type=int, default=8, help="a batch (default 8)")
-    benchmark.add_argument("--height", type=int, help="pixels; by default the model's")
-    benchmark.add_argument("--width", type=int, help="pixels; by default the model's")
+    _add_size(benchmark)
     benchmark.add_argument("--steps", type=int, default=10, help="denoising steps of a measurement (default 10)")
     benchmark.add_argument("--repeats", type=int, default=5, help="rounds; their median counts (default 5)")
     benchmark.add_argument("--guidance_scale", type=float, default=5.0, help="(default 5)")
@@ -255,8 +262,7 @@ def _add_benchmark(actions: argparse._SubParsersAction) -> None:
     benchmark.add_argument("--no_memory", action="store_true", help="leave memory out: each row's takes a process")
     benchmark.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
     _add_device(benchmark)
-    benchmark.add_argument("--output", type=Path, default=Path("bench.json"), help="(default bench.json)")
-    benchmark.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    _add_output(benchmark, "bench.json")
     benchmark.set_defaults(run=commands.benchmark)
 
 
