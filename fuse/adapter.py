@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from torch import nn
 
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
+from stepfuse.rewards.shaping import Shaping
 
 FORMAT_VERSION = 1
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -39,7 +40,8 @@ class Objective:
         name: how users call it in their weights; letters, digits, `_` and `-`.
         reward: the reward's name.
         variance: the schedule it was trained with, and is fused with.
-        beta: temperature of its KL to the base.
+        beta: temperature of its KL to the base, in units of the shaped reward.
+        shaping: what its reward went through before anything learnt from it.
 
     Raises:
         ValueError: for a name that cannot serve as one, or a beta that is not positive.
@@ -49,6 +51,12 @@ class Objective:
     reward: str
     variance: VarianceSchedule
     beta: float
+    shaping: Shaping = field(default_factory=Shaping)
+
+    @property
+    def temperature(self) -> float:
+        """Its beta in units of the raw reward: r/scale at beta is r at beta · scale."""
+        return self.beta * self.shaping.scale
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
@@ -113,6 +121,7 @@ def write_adapter(
         "name": objective.name,
         "reward": objective.reward,
         "beta": objective.beta,
+        "shaping": asdict(objective.shaping),
         "variance": schedule_to_dict(objective.variance),
         "guidance": guidance,
         "guidance_scale": guidance_scale,
@@ -156,6 +165,7 @@ def read_adapter(folder: str | Path) -> Adapter:
                 reward=values["reward"],
                 variance=schedule_from_dict(values["variance"]),
                 beta=float(values["beta"]),
+                shaping=Shaping(**values.get("shaping", {})),
             ),
             base=check_base(values["base"]),
             guidance=check_guidance(values["guidance"]),

@@ -143,7 +143,7 @@ def make_plan(
     steps, names = path.steps(num_inference_steps), [objective.name for objective in objectives]
     table = weight_table(rows, names, len(steps)).expand(-1, -1, count)
     if weights_on == "rewards":
-        table = table * torch.tensor([[o.beta] for o in objectives], dtype=torch.float64)
+        table = table * torch.tensor([[o.temperature] for o in objectives], dtype=torch.float64)
         table = table / table.sum(1, keepdim=True)
     elif weights_on != "exponents":
         raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")

@@ -208,7 +208,7 @@ class FusedSampler:
             weights: one mapping for all, or one an image; objectives left out get 0.
             count: how many images.
             strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
-            weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i: weights on the rewards themselves.
+            weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i scale_i: weights on the raw rewards.
             num_inference_steps: by default the set's.
             guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
                 the others the prediction is e_c (arXiv:2404.07724).

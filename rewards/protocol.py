@@ -25,7 +25,8 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
             the reward and prompt.
     """
     try:
-        values = reward(images, prompts)
+        with torch.autocast(images.device.type, enabled=False):  # what a training step runs in is not the reward's
+            values = reward(images, prompts)
     except Exception as error:  # rewards are anybody's code
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"reward {name!r} failed: {kind}{' '.join(str(error).split())}") from error

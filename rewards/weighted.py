@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
 
@@ -73,7 +75,37 @@ class Weighted:
         self.rewards = {term.name: load(term.name) for term in self.terms}
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        total = torch.zeros(len(images), device=images.device)
-        for term in self.terms:
-            total = total + term.weight / term.scale * score(self.rewards[term.name], images, prompts, name=term.name)
-        return total
+        return self.terms_of(images, prompts).sum(1)
+
+    def terms_of(self, images: Pixels, prompts: Sequence[str]) -> Float[Tensor, "batch terms"]:
+        """w_i r_i / σ_i of each term."""
+        columns = [
+            term.weight / term.scale * score(self.rewards[term.name], images, prompts, name=term.name)
+            for term in self.terms
+        ]
+        return torch.stack(columns, dim=1)
+
+
+def label_terms(terms: Sequence[Term]) -> str:
+    """The inverse of `parse_terms`, with `weighted:` before it."""
+    return "weighted:" + " + ".join(f"{t.weight!r}*{t.name}/{t.scale!r}" for t in terms)
+
+
+def fit_scales(reward: Weighted, images: Pixels, prompts: Sequence[str]) -> Weighted:
+    """The same sum with σ_i the standard deviation of r_i over these images.
+
+    Raises:
+        ValueError: for a term that has a scale already, or is the same for all images.
+    """
+    given = [term.name for term in reward.terms if term.scale != 1]
+    if given:
+        raise ValueError(f"the term {given[0]!r} of the weighted reward has a scale, and is to be fitted; leave it out")
+    terms = []
+    for term in reward.terms:
+        scale = score(reward.rewards[term.name], images, prompts, name=term.name).double().std(correction=0).item()
+        if not scale > 0:
+            raise ValueError(
+                f"the reward {term.name!r} is the same for all {len(images)} images it was to be fitted on"
+            )
+        terms.append(replace(term, scale=scale))
+    return Weighted(terms, reward.rewards.__getitem__)

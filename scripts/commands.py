@@ -219,6 +219,74 @@ def benchmark(arguments: argparse.Namespace) -> None:
     print(arguments.output)
 
 
+def reward_list(arguments: argparse.Namespace) -> None:
+    from stepfuse.scripts.rewards import list_rewards
+
+    list_rewards()
+
+
+def reward_score(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.scripts.rewards import score_folder
+
+    quiet_libraries()
+    if arguments.picture is not None:
+        check_picture(arguments.picture)
+    if arguments.batch_size < 1:
+        raise ValueError(f"batch_size {arguments.batch_size}; expected 1 or more")
+    score_folder(
+        arguments.name,
+        arguments.images,
+        arguments.prompts,
+        arguments.output,
+        device=torch.device(check_device(arguments.device)),
+        batch_size=arguments.batch_size,
+        overwrite=arguments.overwrite,
+        picture=arguments.picture,
+    )
+
+
+def reward_serve(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.scripts.rewards import serve
+
+    quiet_libraries()
+    token = None
+    if arguments.token_file is not None:
+        if not arguments.token_file.is_file():
+            raise ValueError(f"no token file {arguments.token_file}")
+        token = arguments.token_file.read_text().strip()
+    device = torch.device(check_device(arguments.device))
+    serve(arguments.name, host=arguments.host, port=arguments.port, token=token, device=device)
+
+
+def reward_benchmark(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from stepfuse.fuse.adapter import write_json
+    from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.scripts.benchmark.rewards import RewardBenchmark, benchmark_rewards, reward_table
+
+    quiet_libraries()
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
+    settings = RewardBenchmark(
+        **{name: getattr(arguments, name) for name in ("rewards", "count", "batch_size", "repeats", "size")},
+        images=str(arguments.images or ""),
+        prompts=str(arguments.prompts or ""),
+        threads=arguments.threads or torch.get_num_threads(),
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    results = benchmark_rewards(settings, report=lambda results: write_json(arguments.output, results))
+    print(results["machine"])
+    print(reward_table(results))
+    print(arguments.output)
+
+
 def parse_interval(text: str) -> tuple[float, float]:
     """`0.2-0.8` → (0.2, 0.8)."""
     begin, dash, end = text.partition("-")

@@ -6,6 +6,7 @@ from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.settings_file import check_types, read_settings, require
 from stepfuse.fuse.rules import (
     KL,
     RULES,
@@ -20,7 +21,6 @@ from stepfuse.fuse.rules import (
     get_rule,
 )
 from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights, weight_table
-from stepfuse.train.settings import check_types, read_settings, require
 
 # With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
 FUSING = (Product, AverageNoise, KL, Switch, Systematic, Soup, SoupFactors, Oracle)

@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input ends in one line and exit status 1."""
     # Before transformers is imported: on import it warns of torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    parsed = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["benchmark", "rewards"]:
+        given[:2] = ["benchmark rewards"]
+    parsed = _parser().parse_args(given)
     try:
         parsed.run(parsed)
     except ValueError as error:
@@ -48,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(actions)
     _add_sample(actions)
     _add_evaluate(actions)
+    _add_reward(actions)
     _add_benchmark(actions)
+    _add_reward_benchmark(actions)
     return parser
 
 
@@ -231,6 +236,79 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--overwrite", action="store_true", help="begin anew")
     _add_device(evaluate)
     evaluate.set_defaults(run=commands.evaluate)
+
+
+def _add_reward(actions: argparse._SubParsersAction) -> None:
+    parent = _add(actions, "reward", "list rewards, score images with one, serve one", "stepfuse reward list")
+    own = parent.add_subparsers(required=True, metavar="action")
+    listing = _add(
+        own,
+        "list",
+        "what each reward is, weighs and needs, and whether a gradient can be had of it",
+        "stepfuse reward list",
+    )
+    listing.set_defaults(run=commands.reward_list)
+    name = "a reward's name, NAME:FOLDER, path/to/file.py:function, path/to/file.yaml, or http://HOST:PORT"
+    score = _add(
+        own,
+        "score",
+        "score a folder of images and write a table",
+        "stepfuse reward score image_reward --images outputs/images --prompts prompts.txt --output scores.csv",
+    )
+    score.add_argument("name", help=name)
+    score.add_argument("--images", type=Path, required=True, metavar="DIR")
+    score.add_argument(
+        "--prompts",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="a prompt a line in the order of the images' names, or one for all; or a .csv or .jsonl with file_name "
+        "and prompt",
+    )
+    score.add_argument("--batch_size", type=int, default=16, help="images scored together (default 16)")
+    score.add_argument("--picture", type=Path, metavar="FILE", help="the best images with their scores, as one picture")
+    score.add_argument("--device", default=None, help="by default cuda where there is one")
+    _add_output(score, "scores.csv")
+    score.set_defaults(run=commands.reward_score)
+    serve = _add(
+        own,
+        "serve",
+        "serve a reward over HTTP, for --reward http://HOST:PORT elsewhere",
+        "stepfuse reward serve image_reward --port 8765",
+    )
+    serve.add_argument("name", help=name)
+    serve.add_argument("--host", default="127.0.0.1", help="where it listens (default 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8765, help="(default 8765)")
+    serve.add_argument(
+        "--token_file",
+        type=Path,
+        help="a file with the token that clients must send; by default STEPFUSE_REWARD_TOKEN, or one made up and shown",
+    )
+    serve.add_argument("--device", default=None, help="by default cuda where there is one")
+    serve.set_defaults(run=commands.reward_serve)
+
+
+def _add_reward_benchmark(actions: argparse._SubParsersAction) -> None:
+    benchmark = _add(
+        actions,
+        "benchmark rewards",
+        "time rewards against the packages they come from, in turns, with random weights, and compare their scores",
+        "stepfuse benchmark rewards --rewards image_reward --output rewards.json",
+    )
+    benchmark.add_argument(
+        "--rewards", type=_names, default=("image_reward", "hpsv2", "pickscore"), metavar="A,B", help="(default all)"
+    )
+    benchmark.add_argument("--images", type=Path, metavar="DIR", help="by default pictures made up")
+    benchmark.add_argument("--prompts", type=Path, metavar="FILE", help="as `reward score` takes it")
+    benchmark.add_argument("--count", type=int, default=16, help="images (default 16)")
+    benchmark.add_argument("--batch_size", type=int, default=16, help="of ours (default 16)")
+    benchmark.add_argument("--repeats", type=int, default=3, help="rounds; their median counts (default 3)")
+    benchmark.add_argument(
+        "--size", choices=("published", "small"), default="published", help="of the models; small ones have two layers"
+    )
+    benchmark.add_argument("--threads", type=int, help="of the CPU, theirs and ours; by default as many as torch takes")
+    _add_output(benchmark, "rewards.json")
+    benchmark.set_defaults(run=commands.reward_benchmark)
 
 
 def _add_benchmark(actions: argparse._SubParsersAction) -> None:

@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    reasons = {"gpu": _no_gpu, "network": lambda: _no_network(config)}
+    reasons = {"gpu": _no_gpu, "network": lambda: _no_network(config), "originals": _no_originals}
     for mark, reason in reasons.items():
         marked = [item for item in items if item.get_closest_marker(mark)]
         if marked and (why := reason()):
@@ -64,6 +64,11 @@ def _no_gpu() -> str | None:
     import torch
 
     return None if torch.cuda.is_available() else "needs a CUDA device"
+
+
+def _no_originals() -> str | None:
+    wanted = os.environ.get("STEPFUSE_ORIGINALS") == "1"
+    return None if wanted else "makes environments of several GB: set STEPFUSE_ORIGINALS=1"
 
 
 def _no_network(config: pytest.Config) -> str | None:

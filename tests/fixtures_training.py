@@ -7,6 +7,7 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.rewards.scoring_queue import ScoringQueue
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -24,6 +25,11 @@ def tiny_unet() -> UNet2DConditionModel:
             norm_num_groups=8,
         )
     return unet.requires_grad_(False).eval()
+
+
+def at_once(score):
+    """A function of latents that answers with a future, as the queue does, here done at once."""
+    return lambda latents: ScoringQueue(ahead=0).submit(lambda: score(latents))
 
 
 def save_tiny_pipeline(folder: Path) -> None:

@@ -127,7 +127,8 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     ours = {name for name in names if name.startswith("stepfuse/")}
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
     embedded = [path for name in ("emoji-base", "emoji-set") for path in (ROOT / "data" / name).rglob("*")]
-    data = [*embedded, *(ROOT / "configs").rglob("*.*"), ROOT / "scripts" / "report.html.j2"]
+    single = ("scripts/report.html.j2", "scripts/benchmark/originals/hpsv2.txt", "rewards/bert-base-uncased-vocab.txt")
+    data = [*embedded, *(ROOT / "configs").rglob("*.*"), *(ROOT / name for name in single)]
     typed = [ROOT / layer / "py.typed" for layer in LAYERS]
     wanted = {path for path in [*SOURCES, *typed, *data] if path.is_file() and "__pycache__" not in path.parts}
     assert ours == {f"stepfuse/{path.relative_to(ROOT).as_posix()}" for path in wanted}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stepfuse.train.algorithms import DDPO
-from stepfuse.train.credit import best_and_worst, group_advantages
+from stepfuse.train.credit import best_and_worst, decoupled_advantages, group_advantages
 from stepfuse.train.rollout import SampledStep, Trajectory
 from stepfuse.train.settings import DDPOSettings
 
@@ -72,10 +72,51 @@ def test_ddpo_credits_each_micro_batch_with_the_statistics_of_the_whole_step(per
     step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
     trajectory = Trajectory(steps=(step, step), latents=x, conditioning=None)
     rewards, groups = REWARDS[:8], torch.arange(8) // 4
-    credited = DDPO(settings).credit(trajectory, rewards, groups, slice(2, 4))
+    halves = torch.stack([0.25 * rewards, 0.75 * rewards], 1)  # terms of a weighted reward: advantages are of their sum
+    credited = DDPO(settings).credit(trajectory, halves, torch.ones(2), groups, slice(2, 4))
     expected = z_scores(rewards, groups if per_prompt else torch.zeros(8))[2:4]
     for step in credited.steps:
         np.testing.assert_allclose(step.advantage.numpy(), expected, rtol=1e-6)
+
+
+def gdpo_by_hand(terms, weights, groups):
+    """GDPO (arXiv:2601.05242): z-scores of each reward in its group, weighted and summed, then z-scores of that."""
+    total = sum(w * z_scores(column, groups) for w, column in zip(weights, terms.unbind(1), strict=True))
+    return (total - total.mean()) / total.std()
+
+
+def test_decoupled_advantages_are_those_of_gdpo_worked_with_numpy():
+    terms = torch.stack([REWARDS, 0.01 * torch.sin(9 * REWARDS), 3 - REWARDS**2], 1)
+    weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    found = decoupled_advantages(terms, weights, GROUPS, scale=True, clip=100.0)
+    np.testing.assert_allclose(found.numpy(), gdpo_by_hand(terms, weights.tolist(), GROUPS), atol=1e-5)
+    # What each term is measured in does not count.
+    other = decoupled_advantages(terms * torch.tensor([7.0, 1e3, 0.1]), weights, GROUPS, scale=True, clip=100.0)
+    torch.testing.assert_close(other, found, rtol=1e-5, atol=1e-6)
+
+
+def test_decoupled_advantages_tell_apart_what_the_sum_does_not():
+    # GDPO's own example, two goals that are met or not: where both differ within a group, sums are 0 and 2, and
+    # plain advantages are those of a group where one goal differs; decoupled, they are twice those.
+    terms = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    groups, weights = torch.tensor([0, 0, 1, 1]), torch.ones(2)
+    plain = group_advantages(terms.sum(1), groups, scale=True, clip=5.0)
+    apart = decoupled_advantages(terms, weights, groups, scale=False, clip=5.0)
+    assert plain.tolist() == pytest.approx([-1, 1, -1, 1], abs=1e-6)
+    assert apart.tolist() == pytest.approx([-2, 2, -1, 1], abs=1e-6)
+
+
+def test_ddpo_takes_decoupled_advantages_of_a_weighted_reward_where_asked():
+    settings = DDPOSettings(
+        num_generations=4, reward="weighted:1*a + 3*b", multi_objective_aggregation="normalize_then_sum"
+    )
+    x = torch.zeros(2, 1, 1, 1)
+    step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
+    trajectory = Trajectory(steps=(step,), latents=x, conditioning=None)
+    terms, groups = torch.stack([REWARDS[:8], torch.cos(REWARDS[:8])], 1), torch.arange(8) // 4
+    credited = DDPO(settings).credit(trajectory, terms, torch.tensor([0.25, 0.75]), groups, slice(2, 4))
+    expected = gdpo_by_hand(terms, [0.25, 0.75], groups)[2:4]
+    np.testing.assert_allclose(credited.steps[0].advantage.numpy(), expected, rtol=1e-5)
 
 
 def test_best_and_worst_drop_ties_and_honour_the_margin():

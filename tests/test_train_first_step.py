@@ -16,7 +16,7 @@ from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.losses import ddpo_loss
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
 from stepfuse.train.settings import DPOSettings
-from tests.fixtures_training import tiny_unet
+from tests.fixtures_training import at_once, tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 SHAPE = (4, 8, 8)
@@ -53,7 +53,7 @@ class World:
 
     def pairs(self):
         options = dict(candidates=3, margin=0.0, skip_first=0)
-        return branching_rollout(*self.place, score_latents=lambda x: x.flatten(1).sum(1), **options).steps
+        return branching_rollout(*self.place, score_latents=at_once(lambda x: x.flatten(1).sum(1)), **options).steps
 
     def gaussians(self, step):
         return step_gaussians(self.policy, self.denoiser, self.schedule, step, self.conditioning)

@@ -12,7 +12,7 @@ from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.train.lora import add_lora
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator, with_advantages
-from tests.fixtures_training import tiny_unet
+from tests.fixtures_training import at_once, tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 SHAPE = (4, 8, 8)
@@ -49,7 +49,7 @@ class World:
         return rollout(*self.place(rows))
 
     def branch(self, rows=slice(0, 4), *, score=None, margin=0.0, skip_first=0):
-        options = dict(score_latents=score or roughness, candidates=K, margin=margin, skip_first=skip_first)
+        options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin, skip_first=skip_first)
         return branching_rollout(*self.place(rows), **options)
 
     def guided(self, x, t):
@@ -221,7 +221,12 @@ def test_branching_goes_on_from_one_of_the_candidates_at_random():
     for seed in range(8):
         generators = [sample_generator(seed, i) for i in range(4)]
         steps = branching_rollout(
-            *world.place(slice(0, 4))[:-1], generators, score_latents=roughness, candidates=2, margin=0.0, skip_first=0
+            *world.place(slice(0, 4))[:-1],
+            generators,
+            score_latents=at_once(roughness),
+            candidates=2,
+            margin=0.0,
+            skip_first=0,
         ).steps
         for step, following in pairwise(steps):
             best = (following.x_t == step.chosen).flatten(1).all(1)

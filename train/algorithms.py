@@ -1,6 +1,7 @@
 """What sets DPO and DDPO apart: how a batch is rolled out, given credit, and scored by its loss."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.variance import VarianceSchedule
-from stepfuse.train.credit import group_advantages
+from stepfuse.train.credit import decoupled_advantages, group_advantages
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import (
     PairedStep,
@@ -25,7 +26,7 @@ from stepfuse.train.rollout import (
 )
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
-ScoreLatents = Callable[[Latents, int], Float[Tensor, " images"]]
+ScoreLatents = Callable[[Latents, int], "Future[Float[Tensor, ' images']]"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +63,23 @@ class Algorithm(Protocol):
         sampling: Sampling,
         conditioning: Conditioning,
         generators: list[torch.Generator],
-        score: Callable[[Latents, int], Float[Tensor, " images"]],
+        score: ScoreLatents,
     ) -> Trajectory:
-        """Roll out one micro-batch; `score(latents, copies)` rewards `copies` latents a prompt."""
+        """Roll out one micro-batch; `score(latents, copies)` will have the rewards of `copies` latents a prompt."""
         ...
 
     def credit(
-        self, trajectory: Trajectory, rewards: Float[Tensor, " all"], groups: Int[Tensor, " all"], own: slice
+        self,
+        trajectory: Trajectory,
+        rewards: Float[Tensor, "all terms"],
+        weights: Float[Tensor, " terms"],
+        groups: Int[Tensor, " all"],
+        own: slice,
     ) -> Trajectory:
-        """Give credit, knowing the final rewards and prompts of all samples of the step; `own` are these."""
+        """Give credit, knowing the final rewards and prompts of all samples of the step; `own` are these.
+
+        A weighted reward has a column for each of its terms, which sum to it; any other has one.
+        """
         ...
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Float[Tensor, " batch"]:
@@ -109,7 +118,9 @@ class DPO:
             skip_first=self.settings.skip_first_steps,
         )
 
-    def credit(self, trajectory: Trajectory, rewards: Tensor, groups: Tensor, own: slice) -> Trajectory:
+    def credit(
+        self, trajectory: Trajectory, rewards: Tensor, weights: Tensor, groups: Tensor, own: slice
+    ) -> Trajectory:
         return trajectory  # pairs were made while rolling out
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
@@ -162,14 +173,15 @@ class DDPO:
             generators,
         )
 
-    def credit(self, trajectory: Trajectory, rewards: Tensor, groups: Tensor, own: slice) -> Trajectory:
-        per_prompt = self.settings.per_prompt_stat_tracking
-        advantages = group_advantages(
-            rewards,
-            groups if per_prompt else torch.zeros_like(groups),
-            scale=self.settings.scale_rewards,
-            clip=self.settings.train_adv_clip_max,
-        )
+    def credit(
+        self, trajectory: Trajectory, rewards: Tensor, weights: Tensor, groups: Tensor, own: slice
+    ) -> Trajectory:
+        groups = groups if self.settings.per_prompt_stat_tracking else torch.zeros_like(groups)
+        scale, clip = self.settings.scale_rewards, self.settings.train_adv_clip_max
+        if self.settings.multi_objective_aggregation == "normalize_then_sum":
+            advantages = decoupled_advantages(rewards, weights, groups, scale=scale, clip=clip)
+        else:
+            advantages = group_advantages(rewards.sum(1), groups, scale=scale, clip=clip)
         return with_advantages(trajectory, advantages[own])
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:

@@ -21,11 +21,13 @@ class Progress:
         step: optimiser steps done.
         kl: of the last step, nats an image.
         validation: mean reward of the validation images, `before` and `after`.
+        reward: the reward and its shaping, as fitted on images of the base.
     """
 
     step: int = 0
     kl: float = 0.0
     validation: dict[str, Any] = field(default_factory=dict)
+    reward: dict[str, Any] = field(default_factory=dict)
 
 
 POLICY, PROGRESS = "policy.safetensors", "progress.json"

@@ -40,3 +40,26 @@ def group_advantages(
         deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
         centred = centred / (deviation[index] + 1e-8)
     return centred.clamp(-clip, clip)
+
+
+def decoupled_advantages(
+    terms: Float[Tensor, "batch terms"],
+    weights: Float[Tensor, " terms"],
+    groups: Int[Tensor, " batch"],
+    *,
+    scale: bool,
+    clip: float,
+) -> Float[Tensor, " batch"]:
+    """A = z over all of Σ w_i z_g(r_i): each reward normalised in its group before it is weighted, then their sum.
+
+    So a reward that varies much within a prompt does not drown one that varies little (GDPO, arXiv:2601.05242, eq. 4
+    to 7; trl's `normalize_then_sum`).
+
+    Args:
+        terms: each reward's scores over the whole step; a positive factor of a column changes nothing.
+        weights: w_i.
+        groups, scale, clip: as in `group_advantages`; the last two are of the sum.
+    """
+    own = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in terms.unbind(1)]
+    total = (torch.stack(own, dim=1) * weights.to(terms)).sum(1)
+    return group_advantages(total, torch.zeros_like(groups), scale=scale, clip=clip)

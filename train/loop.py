@@ -5,7 +5,8 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import Tensor
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.adapter_set import claim_output
-from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import (
     Conditioning,
     base_fingerprint,
@@ -32,13 +33,14 @@ from stepfuse.fuse.pipeline import (
     load_pipeline,
 )
 from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
-from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, Sampling
 from stepfuse.train.checkpoints import Progress, find_checkpoint, load_checkpoint, save_checkpoint
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import Trajectory, rollout, sample_generator
 from stepfuse.train.samples import save_samples
+from stepfuse.train.scoring import Scorer, TrainingReward
 from stepfuse.train.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     )
     accelerator = _accelerator(settings)
     _check_groups(settings, algorithm, accelerator.num_processes)
-    reward = load_reward(settings.reward, accelerator.device)
+    reward = TrainingReward(load_reward(settings.reward, accelerator.device), settings)
     Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
     run = Run(settings, algorithm, accelerator, reward, prompts)
     first = run.draw_validation() if checkpoint is None else None  # a faulty reward is found here
@@ -80,7 +82,11 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     progress = load_checkpoint(checkpoint, accelerator, run.policy) if checkpoint else Progress()
     if first is not None:
         progress.validation["before"] = run.save_validation(0, first)
-    run.fit(progress)
+    try:
+        run.fit_reward(progress)
+        run.fit(progress)
+    finally:
+        reward.queue.close()
     accelerator.end_training()
     return output
 
@@ -93,7 +99,7 @@ class Run:
         settings: TrainSettings,
         algorithm: Algorithm,
         accelerator: Accelerator,
-        reward: Reward,
+        reward: TrainingReward,
         prompts: list[str],
     ) -> None:
         self.settings, self.algorithm, self.accelerator = settings, algorithm, accelerator
@@ -188,25 +194,28 @@ class Run:
         total = own * accelerator.num_processes
         groups = [i // self.algorithm.group_size for i in range(total)]
         order = self._prompt_order(step, groups[-1] + 1)
-        trajectories, rewards = [], []
+        trajectories: list[Trajectory] = []
+        rewards: list[Future[Tensor]] = []
         sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
         for start in range(first, first + own, settings.train_batch_size):
             rows = range(start, start + settings.train_batch_size)
             prompts = [self.prompts[order[groups[i]]] for i in rows]
             generators = [sample_generator(settings.seed, "rollout", step, i) for i in rows]
-            scorer = _Scorer(self, prompts, step)
+            scorer = Scorer(self.reward, self.pipeline, prompts, step)
             with accelerator.autocast():
                 trajectory = self.algorithm.collect(sampling, self.embed(prompts), generators, scorer)
-            rewards.append(scorer(trajectory.latents, 1))
+            rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
             trajectories.append(trajectory)
-        everyone = accelerator.gather(torch.cat(rewards))
+        everyone = accelerator.gather(torch.cat([future.result() for future in rewards]))
         index = torch.tensor(groups, device=everyone.device)
         size = settings.train_batch_size
         credited = [
-            self.algorithm.credit(trajectory, everyone, index, slice(first + i * size, first + (i + 1) * size))
+            self.algorithm.credit(
+                trajectory, everyone, self.reward.term_weights(), index, slice(first + i * size, first + (i + 1) * size)
+            )
             for i, trajectory in enumerate(trajectories)
         ]
-        return credited, everyone
+        return credited, everyone.sum(1)
 
     def update(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
         """One optimiser step on the mean loss over samples and denoising steps."""
@@ -246,6 +255,19 @@ class Run:
             "gradient_norm": float(norm),
             "learning_rate": self.rate.get_last_lr()[0],
         }
+
+    def fit_reward(self, progress: "Progress") -> None:
+        """Fit the reward on images of the base, where that is wanted and not done; the same on all processes."""
+        count = self.settings.fit_reward
+        if count and not progress.reward:
+            fitted: list[Any] = [None]
+            if self.accelerator.is_main_process:
+                prompts = [self.prompts[i * len(self.prompts) // count] for i in range(count)]
+                pixels = torch.cat([pixels for _, pixels in self._draw(prompts, "fit")])
+                fitted = [self.reward.fit(pixels, prompts)]
+            (progress.reward,) = broadcast_object_list(fitted)
+        if progress.reward:
+            self.reward.restore(progress.reward)
 
     # What steps need -----------------------------------------------------------------------
 
@@ -292,11 +314,20 @@ class Run:
         wanted = settings.validation_prompts or self.prompts
         count = settings.num_validation_images
         prompts = [wanted[i * len(wanted) // count if count < len(wanted) else i % len(wanted)] for i in range(count)]
-        sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
         values, pictures = [], []
+        for batch, pixels in self._draw(prompts, "validation"):
+            values.append(self.reward.raw(pixels, batch).cpu())
+            pictures.append(pixels.cpu())
+        return prompts, torch.cat(pictures), torch.cat(values)
+
+    @torch.no_grad()
+    def _draw(self, prompts: Sequence[str], place: str) -> Iterator[tuple[Sequence[str], Pixels]]:
+        """Images of the policy as it stands, a micro-batch at a time."""
+        settings = self.settings
+        sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
         for start in range(0, len(prompts), settings.train_batch_size):
             batch = prompts[start : start + settings.train_batch_size]
-            generators = [sample_generator(settings.seed, "validation", start + i) for i in range(len(batch))]
+            generators = [sample_generator(settings.seed, place, start + i) for i in range(len(batch))]
             with self.accelerator.autocast():
                 latents = rollout(
                     sampling.denoiser,
@@ -307,10 +338,7 @@ class Run:
                     sampling.shape,
                     generators,
                 ).latents
-            pixels = decode_latents(self.pipeline, latents)
-            values.append(score(self.reward, pixels, batch, name=settings.reward).cpu())
-            pictures.append(pixels.cpu())
-        return prompts, torch.cat(pictures), torch.cat(values)
+            yield batch, decode_latents(self.pipeline, latents)
 
     def save_validation(self, step: int, drawn: tuple[list[str], Tensor, Tensor]) -> dict[str, float]:
         """Save the validation images as a picture and log their reward."""
@@ -326,7 +354,11 @@ class Run:
         """The adapter, with all that is known of it."""
         settings = self.settings
         objective = Objective(
-            name=settings.name, reward=settings.reward, variance=self.current_schedule(), beta=settings.beta
+            name=settings.name,
+            reward=self.reward.name,
+            variance=self.current_schedule(),
+            beta=settings.beta,
+            shaping=self.reward.shaping,
         )
         packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
         write_adapter(
@@ -347,22 +379,6 @@ class Run:
             },
             pipeline_class=type(self.pipeline),
         )
-
-
-class _Scorer:
-    """Latents of a micro-batch → rewards; `copies` latents a prompt lie together."""
-
-    def __init__(self, run: Run, prompts: Sequence[str], step: int) -> None:
-        self.run, self.prompts, self.step = run, prompts, step
-
-    @torch.no_grad()
-    def __call__(self, latents: Latents, copies: int) -> Tensor:
-        prompts = [prompt for prompt in self.prompts for _ in range(copies)]
-        name = self.run.settings.reward
-        try:
-            return score(self.run.reward, decode_latents(self.run.pipeline, latents), prompts, name=name)
-        except ValueError as error:
-            raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
 
 
 def _accelerator(settings: TrainSettings) -> Accelerator:

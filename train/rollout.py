@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Future
+from dataclasses import dataclass, fields, replace
 from typing import cast
 
 import torch
@@ -128,7 +129,7 @@ def branching_rollout(
     shape: tuple[int, int, int],
     generators: list[torch.Generator],
     *,
-    score_latents: Callable[[Latents], Float[Tensor, " images"]],
+    score_latents: Callable[[Latents], "Future[Float[Tensor, ' images']]"],
     candidates: int,
     margin: float,
     skip_first: int,
@@ -136,15 +137,17 @@ def branching_rollout(
     """Denoise with the policy; at each step draw k candidates, keep the best and worst, go on from a random one.
 
     A candidate's score is the reward of its predicted x_0 (MSDDA; SPO, arXiv:2406.04314). Its
-    prediction is the one the next step starts from, so nothing is computed twice.
+    prediction is the one the next step starts from, so nothing is computed twice. Rewards are waited for when all is
+    drawn: which candidate it goes on from does not depend on them.
 
     Args:
-        score_latents: clean latents (b·k) → rewards, sample-major: the candidates of one sample lie together.
+        score_latents: clean latents (b·k) → rewards to be, sample-major: the candidates of one sample lie together.
     """
     x_t = _start(denoiser, shape, generators)
     now = _predict(denoiser, adapter, x_t, steps[0][0], conditioning)
     wide = conditioning.repeat(candidates)
-    stored: list[Step] = []
+    rows = torch.arange(len(x_t), device=x_t.device)
+    asked: list[tuple[Step, Latents, Future[Tensor]]] = []
     for number, (t, s) in enumerate(steps):
         following = steps[number + 1][0] if number + 1 < len(steps) else None
         gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
@@ -160,26 +163,24 @@ def branching_rollout(
         else:
             ahead = _predict(denoiser, adapter, flat, following, wide)
             clean, _ = denoiser.path.clean_and_noise(flat, ahead.policy, following)
-        rewards = score_latents(clean).reshape(len(x_t), candidates)
-        winner, loser, kept = best_and_worst(rewards, margin)
-        rows = torch.arange(len(x_t), device=x_t.device)
-        stored.append(
-            PairedStep(
-                x_t=x_t,
-                t=t,
-                s=s,
-                negative=now.negative,
-                reference=_reference(denoiser, x_t, t, conditioning, now.negative),
-                chosen=drawn[rows, winner],
-                rejected=drawn[rows, loser],
-                kept=kept,
-            )
-        )
+        rewards = score_latents(clean)
+        reference = _reference(denoiser, x_t, t, conditioning, now.negative)
+        asked.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
         if ahead is not None:
             now = ahead[rows * candidates + picks]
-    return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
+    stored = tuple(_paired(step, drawn, rewards.result(), margin) for step, drawn, rewards in asked)
+    return Trajectory(steps=stored, latents=x_t, conditioning=conditioning)
+
+
+def _paired(
+    step: Step, drawn: Float[Tensor, "batch candidates channels height width"], rewards: Tensor, margin: float
+) -> PairedStep:
+    winner, loser, kept = best_and_worst(rewards.reshape(drawn.shape[:2]), margin)
+    rows = torch.arange(len(drawn), device=drawn.device)
+    own = {field.name: getattr(step, field.name) for field in fields(step)}
+    return PairedStep(**own, chosen=drawn[rows, winner], rejected=drawn[rows, loser], kept=kept)
 
 
 def with_advantages(trajectory: Trajectory, advantages: Float[Tensor, " batch"]) -> Trajectory:

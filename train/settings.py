@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar
 
 import torch
-import yaml
 
 from stepfuse.data.names import nearest
+from stepfuse.data.settings_file import check_types, read_settings, require
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
+from stepfuse.rewards.shaping import Shaping
 
 
 def _setting(default: Any, help_text: str) -> Any:
@@ -29,7 +30,17 @@ class TrainSettings:
     pretrained_model_name_or_path: str = _setting("emoji", "hub id or folder of the base, or `emoji`, the embedded one")
     revision: str | None = _setting(None, "revision of the base on the hub")
     variant: str | None = _setting(None, "variant of the weights, `fp16` for instance")
-    reward: str = _setting("clip_score", "name of the reward, or path/to/file.py:function")
+    reward: str = _setting(
+        "clip_score",
+        "name of the reward (`stepfuse reward list`), path/to/file.py:function, path/to/file.yaml, or http://HOST:PORT",
+    )
+    reward_shift: float = _setting(0.0, "subtracted from the reward")
+    reward_scale: float = _setting(1.0, "what it is divided by then; beta is in this unit")
+    reward_clip: list[float] = _setting([], "bounds of what comes out, the lower and the upper")
+    fit_reward: int = _setting(
+        0, "images of the base on which shift and scale are fitted instead, to mean 0 and deviation 1; 0: none"
+    )
+    async_scoring: bool = _setting(True, "score one batch while the next is sampled")
     objective_name: str = _setting("", "how weights will call this objective; by default the reward's name")
 
     # Prompts.
@@ -105,6 +116,11 @@ class TrainSettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpointing_steps", "num_validation_images"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.fit_reward != 1 and self.fit_reward >= 0, "fit_reward", self.fit_reward, "0, or 2 or more images")
+        if self.fit_reward:
+            fixed = (self.reward_shift, self.reward_scale)
+            require(fixed == (0, 1), "reward_shift and reward_scale", fixed, "none beside fit_reward, which fits them")
+        self.initial_shaping()
         for name in ("learning_rate", "beta", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
@@ -114,8 +130,12 @@ class TrainSettings:
 
     @property
     def name(self) -> str:
-        """The objective's name: as given, or the reward's without its argument."""
+        """The objective's name: as given, or the reward's without its argument or folder."""
         return self.objective_name or Path(self.reward.split(":")[-1 if ".py:" in self.reward else 0]).stem
+
+    def initial_shaping(self) -> Shaping:
+        """The reward's shaping as configured; with `fit_reward` it is fitted later."""
+        return Shaping(shift=self.reward_shift, scale=self.reward_scale, clip=self.reward_clip)
 
     def initial_schedule(self) -> VarianceSchedule:
         """The variance schedule training starts from, which is also that of its reference."""
@@ -158,6 +178,10 @@ class DDPOSettings(TrainSettings):
     num_generations: int = _setting(8, "images a prompt, over which advantages are normalised")
     per_prompt_stat_tracking: bool = _setting(True, "normalise per prompt; otherwise over the whole step")
     scale_rewards: bool = _setting(True, "divide advantages by their standard deviation")
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = _setting(
+        "sum_then_normalize",
+        "of a weighted reward: advantages of the sum, or the weighted sum of each term's own (GDPO, arXiv:2601.05242)",
+    )
     train_clip_range: float = _setting(0.2, "the ratio is clipped to 1 ± this")
     train_adv_clip_max: float = _setting(5.0, "advantages are clipped to ± this; DDPO: 5")
     num_inner_epochs: int = _setting(1, "optimiser steps a rollout")
@@ -169,6 +193,12 @@ class DDPOSettings(TrainSettings):
         require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
         if self.per_prompt_stat_tracking:
             require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            wanted = "a weighted: sum, for multi_objective_aggregation normalize_then_sum"
+            require(self.reward.startswith("weighted:"), "reward", self.reward, wanted)
+            shaping = (self.reward_shift, self.reward_scale, self.reward_clip)
+            none = "none of them with normalize_then_sum, which normalises each term by itself"
+            require(shaping == (0, 1, []), "reward_shift, reward_scale and reward_clip", shaping, none)
 
 
 S = TypeVar("S", bound=TrainSettings)
@@ -195,51 +225,3 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     parser = TrlParser(settings, description=description, allow_abbrev=False)
     (parsed,) = parser.parse_args_and_config(arguments)
     return parsed
-
-
-def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
-    """The `name: value` lines of a YAML file, every name a field of these settings or one of `besides`.
-
-    Raises:
-        ValueError: for a missing or malformed file, or an unknown name, with the nearest known one.
-    """
-    if not file.is_file():
-        raise ValueError(f"no config file {file}")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no settings; expected `name: value` lines")
-    names = [f.name for f in dataclasses.fields(settings)]
-    for key in values:
-        if key not in names and key not in besides:
-            raise ValueError(f"{file}: unknown setting {key!r}{nearest(str(key), names)}")
-    return values
-
-
-def check_types(settings: Any) -> None:
-    """A YAML value of another type than its setting's."""
-    for name, hint in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
-        if not _fits(value, hint):
-            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-            raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
-
-
-def _fits(value: object, hint: Any) -> bool:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
-    if inner:  # a union
-        return any(_fits(value, choice) for choice in inner)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; expected {expected}")

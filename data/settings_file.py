@@ -1,0 +1,58 @@
+"""Settings from YAML: into frozen dataclasses, where an unknown or ill-typed value is an error that names it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from stepfuse.data.names import nearest
+
+
+def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """The `name: value` lines of a YAML file, every name a field of these settings or one of `besides`.
+
+    Raises:
+        ValueError: for a missing or malformed file, or an unknown name, with the nearest known one.
+    """
+    if not file.is_file():
+        raise ValueError(f"no config file {file}")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no settings; expected `name: value` lines")
+    names = [f.name for f in dataclasses.fields(settings)]
+    for key in values:
+        if key not in names and key not in besides:
+            raise ValueError(f"{file}: unknown setting {key!r}{nearest(str(key), names)}")
+    return values
+
+
+def check_types(settings: Any) -> None:
+    """A YAML value of another type than its setting's."""
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if not _fits(value, hint):
+            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
+            raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in inner
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if inner:  # a union
+        return any(_fits(value, choice) for choice in inner)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; expected {expected}")

@@ -1,0 +1,96 @@
+"""LAION's aesthetic predictor V2 (Schuhmann 2022; used as a reward by DDPO, arXiv:2305.13301)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPVisionModelWithProjection
+
+from stepfuse.rewards.batches import score_in_batches
+from stepfuse.rewards.clip import load_model, read_config, unit
+from stepfuse.rewards.pixels import normalise, resize_and_crop
+from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.rewards.published import Published, find_files, load_state
+
+CLIP, CLIP_REVISION = "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"
+CONFIG = Published(repo=CLIP, name="config.json", revision=CLIP_REVISION)
+WEIGHTS = Published(
+    repo=CLIP,
+    name="model.safetensors",
+    revision=CLIP_REVISION,
+    sha256="a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
+    size=1_710_540_580,
+)
+HEAD = Published(
+    repo="trl-lib/ddpo-aesthetic-predictor",
+    name="aesthetic-model.pth",
+    revision="cf4bd10345610935a80a5d3be9a3133c50f121e4",
+    size=3_714_759,
+)
+
+
+class LAIONAesthetic:
+    """r = head(CLIP ViT-L/14 of the image, a unit vector), about 1 to 10; the prompt does not count.
+
+    Differentiable in the images.
+
+    Args:
+        folder: with config.json, model.safetensors and aesthetic-model.pth; by default from the hub, 1.7 GB.
+        device: where it runs.
+        dtype: of CLIP; scores are float32.
+        batch_size: images a forward where no gradient is wanted.
+
+    Raises:
+        ValueError: for files that cannot be had, or are not what was published.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> None:
+        files = find_files((CONFIG, WEIGHTS, HEAD), folder, "laion_aesthetic")
+        weights = files[WEIGHTS.name]
+        config = read_config(files[CONFIG.name], CLIPConfig).vision_config
+        self.clip = load_model(
+            CLIPVisionModelWithProjection,
+            config,
+            load_state(weights),
+            weights,
+            superfluous=("text_model.", "text_projection.", "logit_scale"),
+        )
+        self.clip.requires_grad_(False).eval().to(device, dtype)
+        self.head = five_layers(load_state(files[HEAD.name]), files[HEAD.name]).to(device)
+        self.size, self.batch_size = config.image_size, batch_size
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        return score_in_batches(self._score, images, prompts, self.batch_size)
+
+    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        clip = self.clip
+        pixels = normalise(resize_and_crop(images.to(clip.device), self.size)).to(clip.dtype)
+        return self.head(unit(clip(pixel_values=pixels).image_embeds))[:, 0]
+
+
+def five_layers(state: dict[str, Tensor], file: Path) -> nn.Sequential:
+    """The head of this predictor and of ImageReward: five linear layers, with nothing between them.
+
+    The dropouts that lie between them in training keep their places in the names: layers.0, 2, 4, 6 and 7.
+
+    Raises:
+        ValueError: for other layers, naming the file.
+    """
+    names = [f"layers.{place}.{kind}" for place in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
+    if state.keys() != set(names):
+        raise ValueError(
+            f"{file}: the head has {', '.join(sorted(state)) or 'no tensors'}; expected {', '.join(names)}"
+        )
+    layers = []
+    for weight, bias in zip(names[::2], names[1::2], strict=True):
+        layer = nn.Linear(*reversed(state[weight].shape))
+        layer.load_state_dict({"weight": state[weight], "bias": state[bias]})
+        layers.append(layer)
+    return nn.Sequential(*layers).requires_grad_(False).eval()

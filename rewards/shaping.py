@@ -1,0 +1,59 @@
+"""A reward in another unit: shifted, scaled and clipped."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaping:
+    """r → clip((r - shift) / scale, low, high).
+
+    Attributes:
+        shift: a number of the reward's own unit; its mean over images of the base, say.
+        scale: likewise; its standard deviation there, say.
+        clip: low and high, or nothing.
+
+    Raises:
+        ValueError: for a scale that is not positive, or bounds that bound nothing.
+    """
+
+    shift: float = 0.0
+    scale: float = 1.0
+    clip: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"reward scale {self.scale}; expected a positive number")
+        if not abs(self.shift) < float("inf"):
+            raise ValueError(f"reward shift {self.shift}; expected a finite number")
+        numbers = all(isinstance(bound, int | float) for bound in self.clip)
+        if self.clip and not (len(self.clip) == 2 and numbers and self.clip[0] < self.clip[1]):
+            raise ValueError(f"reward clip {self.clip}; expected two numbers, the lower first")
+
+    def __call__(self, scores: Scores) -> Scores:
+        shaped = (scores - self.shift) / self.scale
+        return shaped.clamp(*self.clip) if self.clip else shaped
+
+
+def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
+    """Mean 0 and standard deviation 1 over these scores.
+
+    Raises:
+        ValueError: where all are equal.
+    """
+    scale = scores.double().std(correction=0).item()
+    if not scale > 0:
+        raise ValueError(f"the reward is {scores[0].item():g} for all {len(scores)} images it was to be fitted on")
+    return Shaping(shift=scores.double().mean().item(), scale=scale, clip=list(clip))
+
+
+class Shaped:
+    """A reward and its shaping; differentiable where the reward is, and its score within the bounds."""
+
+    def __init__(self, reward: Reward, shaping: Shaping, name: str) -> None:
+        self.reward, self.shaping, self.name = reward, shaping, name
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        return self.shaping(score(self.reward, images, prompts, name=self.name))

@@ -1,0 +1,1 @@
+"""Rewards in a process, and if need be an environment, of their own."""

@@ -1,0 +1,106 @@
+"""Environments of workers: made once from a requirements file, and kept."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+COMPLETE = "stepfuse-complete"
+
+
+def cache_folder() -> Path:
+    """`STEPFUSE_CACHE`, by default ~/.cache/stepfuse."""
+    given = os.environ.get("STEPFUSE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
+
+
+def environment_folder(requirements: Path, python: str | None = None) -> Path:
+    """Where the environment of a requirements file lies, made or not: its name changes with its contents.
+
+    Raises:
+        ValueError: for a file that is not there.
+    """
+    if not requirements.is_file():
+        raise ValueError(f"no requirements file {requirements}")
+    key = hashlib.sha256("\0".join([requirements.read_text(), python or sys.version[:6]]).encode()).hexdigest()[:12]
+    return cache_folder() / "environments" / f"{requirements.stem}-{key}"
+
+
+def environment_python(requirements: Path, python: str | None = None) -> Path:
+    """The interpreter of that environment, which is made first if need be: by uv where there is one, else venv and pip.
+
+    One that was begun and not finished is made anew; two processes that want it make one.
+
+    Args:
+        requirements: as pip reads it.
+        python: of another interpreter than this one: a command such as python3.10, or for uv a version.
+
+    Raises:
+        ValueError: where it cannot be made, with the last lines of the log.
+    """
+    folder = environment_folder(requirements, python)
+    interpreter = folder / "bin" / "python"
+    if (folder / COMPLETE).is_file() and interpreter.exists():
+        return interpreter
+    with _locked(folder.with_name(folder.name + ".lock")):
+        if not ((folder / COMPLETE).is_file() and interpreter.exists()):  # another process may have made it
+            _make(folder, requirements, python)
+    return interpreter
+
+
+def _make(folder: Path, requirements: Path, python: str | None) -> None:
+    log = folder.with_name(folder.name + ".log")
+    print(f"making the environment of {requirements} once: {folder} (log: {log})", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    uv = shutil.which("uv")
+    if uv:
+        commands = [
+            [uv, "venv", "--python", python or sys.executable, str(folder)],
+            [uv, "pip", "install", "--python", str(folder / "bin" / "python"), "-r", str(requirements)],
+        ]
+    else:
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        commands = [
+            [python or sys.executable, "-m", "venv", str(folder)],
+            [*pip, "install", "-r", str(requirements)],
+        ]
+    with open(log, "w") as output:
+        for command in commands:
+            try:
+                code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                status = f"exit status {code.returncode}" if code.returncode else ""
+            except OSError as error:
+                status = str(error)
+            if status:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise ValueError(
+                    f"the environment of {requirements} could not be made: {' '.join(command[:4])} … ended with "
+                    f"{status}; {last_lines(log)} (log: {log})"
+                )
+    (folder / COMPLETE).touch()
+
+
+def last_lines(file: Path, count: int = 4) -> str:
+    """The end of a log, on one line."""
+    try:
+        with open(file, "rb") as handle:
+            handle.seek(max(0, file.stat().st_size - 4096))
+            text = handle.read().decode(errors="replace")
+    except OSError:
+        text = ""
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    return f"its last output: {' | '.join(lines[-count:])[-600:]}" if lines else "it printed nothing"
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Alone among processes; a lock ends with the process that holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

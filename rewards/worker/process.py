@@ -1,0 +1,89 @@
+"""The worker's own process: `python process.py SOCKET FUNCTION ARGUMENTS`, started by client.py.
+
+It runs in the environment of the reward, where there is no stepfuse: the standard library and numpy alone. FUNCTION is
+`path/to/file.py:name` or `module:name`; a class is made once, with ARGUMENTS as keywords.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from types import ModuleType
+from typing import Any
+
+
+def main() -> None:
+    """Answer batches until the socket closes."""
+    descriptor, function, arguments = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    parent = os.getppid()
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    messages = _load_file(os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py"))
+    connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)
+    try:
+        reward = _find(function)
+        if isinstance(reward, type):
+            reward = reward(**arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        messages.send(connection, messages.encode({"kind": "broken", "message": _line(error)}))
+        return
+    messages.send(connection, messages.encode({"kind": "ready"}))
+    while True:
+        try:
+            header, arrays = messages.receive(connection)
+        except ConnectionError:
+            return
+        messages.send(connection, _answer(messages, reward, header, arrays))
+
+
+def _answer(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> bytes:
+    import numpy as np
+
+    try:
+        values = np.asarray(reward(arrays[0], header["prompts"]), dtype=np.float64)
+        if values.shape != (len(arrays[0]),):
+            raise ValueError(f"returned {values.shape} for {len(arrays[0])} images; expected ({len(arrays[0])},)")
+    except Exception as error:
+        traceback.print_exc()
+        return messages.encode({"kind": "failed", "id": header["id"], "message": _line(error)})
+    return messages.encode({"kind": "scores", "id": header["id"]}, [values])
+
+
+def _die_with(parent: int) -> None:
+    """End this process and all it started when the parent is gone: its end of standard input closes, kill -9 or not."""
+    while os.getppid() == parent:
+        readable, _, _ = select.select([0], [], [], 1.0)
+        if readable and not os.read(0, 1):
+            break
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _find(function: str) -> Any:
+    place, _, name = function.rpartition(":")
+    module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+    return getattr(module, name)
+
+
+def _load_file(file: str) -> ModuleType:
+    name = "stepfuse_worker_" + os.path.splitext(os.path.basename(file))[0]
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # this folder: its names are not the environment's
+    main()

@@ -1,0 +1,198 @@
+"""Rewards against the packages they come from: images a second, and how far scores are apart.
+
+The originals run in environments of their own, made at first use, with random weights of the published layout, which
+ours then load: no download, and the same comparison with the real ones.
+"""
+
+import importlib.metadata
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from stepfuse.rewards.catalogue import CONFIGS
+from stepfuse.rewards.hpsv2 import HPSv2
+from stepfuse.rewards.image_files import in_batches, pair_prompts
+from stepfuse.rewards.image_reward import VOCABULARY, ImageReward
+from stepfuse.rewards.pickscore import PickScore
+from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
+from stepfuse.rewards.worker.environment import environment_python
+from stepfuse.scripts.benchmark.originals.clip_vocabulary import write_tokenizer
+from stepfuse.scripts.costs import machine
+
+ORIGINALS = Path(__file__).parent / "originals"
+OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": HPSv2, "pickscore": PickScore}
+REQUIREMENTS = {
+    "image_reward": CONFIGS / "image_reward_original.txt",
+    "hpsv2": ORIGINALS / "hpsv2.txt",
+    "pickscore": CONFIGS / "image_reward_original.txt",  # of it, transformers 4
+}
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LIBRARIES = ("torch", "transformers", "stepfuse")
+Batch = tuple[Tensor, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardBenchmark:
+    """What is measured.
+
+    Attributes:
+        rewards: names of `OURS`.
+        images, prompts: as `stepfuse reward score` takes them; none makes pictures up.
+        count: images.
+        batch_size: of ours; the originals take one at a time.
+        repeats: rounds.
+        size: `published`, or `small` for two layers.
+        threads: of the CPU, theirs and ours.
+
+    Raises:
+        ValueError: for an unknown reward, and numbers below 1.
+    """
+
+    rewards: Sequence[str] = tuple(OURS)
+    images: str = ""
+    prompts: str = ""
+    count: int = 16
+    batch_size: int = 16
+    repeats: int = 3
+    size: str = "published"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in self.rewards:
+            if name not in OURS:
+                raise ValueError(f"no original of {name!r}; expected some of {', '.join(OURS)}")
+        for name in ("count", "batch_size", "repeats", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")
+        if bool(self.images) != bool(self.prompts):
+            raise ValueError("images and prompts go together")
+
+
+def benchmark_rewards(
+    settings: RewardBenchmark, *, report: Callable[[dict[str, Any]], None] = lambda results: None
+) -> dict[str, Any]:
+    """Every reward in turn: the original one image at a time, then ours in batches, round by round.
+
+    Raises:
+        ValueError: for images that cannot be had, or an environment that cannot be made.
+    """
+    batches = _batches(settings)
+    torch.set_num_threads(settings.threads)
+    results: dict[str, Any] = {
+        "format_version": 1,
+        "machine": machine(torch.device("cpu")),
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "settings": asdict(settings) | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
+        "rows": [],
+    }
+    for name in settings.rewards:
+        with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as folder:
+            original = start_original(name, Path(folder), size=settings.size, threads=settings.threads)
+            try:
+                original(*(part[:1] for part in batches[0]))  # makes the weights
+                results["rows"].append(_compare(name, settings, original, Path(folder), batches))
+            finally:
+                original.close()
+        report(results)
+    return results
+
+
+def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> WorkerReward:
+    """The original of a reward; its first call writes random weights in the published layout to the folder.
+
+    Raises:
+        ValueError: where its environment cannot be made.
+    """
+    python = environment_python(REQUIREMENTS[name])
+    (merges,) = [*python.parents[1].glob(f"lib/python*/site-packages/clip/{MERGES}")] or [
+        *python.parents[1].glob(f"lib/python*/site-packages/open_clip/{MERGES}")
+    ]
+    arguments: dict[str, Any] = {"folder": str(folder), "size": size, "threads": threads}
+    if name == "image_reward":
+        example = CONFIGS / "image_reward_original.py"
+        arguments |= {"vocabulary": str(VOCABULARY), "example": str(example)}
+    else:
+        write_tokenizer(merges, folder)
+    settings = WorkerSettings(
+        function=f"{name}.py:Original",
+        requirements=str(REQUIREMENTS[name]),
+        arguments=arguments,
+        batch_size=2**20,  # it takes one at a time by itself
+        timeout=7200,
+    )
+    return WorkerReward(settings, name=f"{name} as published", folder=ORIGINALS)
+
+
+def reward_table(results: dict[str, Any]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [
+        "| reward | original, images/s | ours, float32 | ours, bfloat16 | largest difference, float32 | bfloat16 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        ours = [f"{row[d]['images_per_second']:.3g} ({row[d]['ratio']:.2f} ×)" for d in DTYPES]
+        apart = [f"{row[d]['largest_difference']:.1e}" for d in DTYPES]
+        cells = [row["reward"], f"{row['images_per_second']:.3g}", *ours, *apart]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _compare(
+    name: str, settings: RewardBenchmark, original: WorkerReward, folder: Path, batches: list[Batch]
+) -> dict[str, Any]:
+    """One row: seconds of each round, in turns, and the largest difference of a score."""
+    count = sum(len(pixels) for pixels, _ in batches)
+    ours = {d: OURS[name](folder, "cpu", dtype, settings.batch_size) for d, dtype in DTYPES.items()}
+    ways: dict[str, Reward] = {"original": original, **ours}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    scores: dict[str, Tensor] = {}
+    with tqdm(total=settings.repeats * len(ways), desc=name, file=sys.stderr) as bar:
+        for _ in range(settings.repeats):
+            for way, reward in ways.items():
+                begin = time.perf_counter()
+                scores[way] = torch.cat([reward(pixels, prompts).double() for pixels, prompts in batches])
+                seconds[way].append(time.perf_counter() - begin)
+                bar.update()
+    row: dict[str, Any] = {
+        "reward": name,
+        "images": count,
+        "seconds": seconds["original"],
+        "images_per_second": count / statistics.median(seconds["original"]),
+        "scores": {
+            "mean": scores["original"].mean().item(),
+            "deviation": scores["original"].std().item() if count > 1 else 0.0,
+        },
+    }
+    for d in DTYPES:
+        row[d] = {
+            "seconds": seconds[d],
+            "images_per_second": count / statistics.median(seconds[d]),
+            "ratio": statistics.median(a / b for a, b in zip(seconds["original"], seconds[d], strict=True)),
+            "largest_difference": (scores[d] - scores["original"]).abs().max().item(),
+        }
+    return row
+
+
+def _batches(settings: RewardBenchmark) -> list[Batch]:
+    if settings.images:
+        items = pair_prompts(Path(settings.images), Path(settings.prompts))[: settings.count]
+        return [(pixels, [i.prompt for i in group]) for group, pixels in in_batches(items, settings.batch_size)]
+    generator = np.random.default_rng(0)
+    coarse = torch.from_numpy(generator.random((settings.count, 3, 8, 8), dtype=np.float32))
+    pictures = torch.nn.functional.interpolate(coarse, size=(512, 512), mode="bicubic").clamp(0, 1)
+    pixels = (pictures * 255).round() / 255
+    size = settings.batch_size
+    prompts = [f"picture number {i} of a series, in many colours" for i in range(settings.count)]
+    return [(pixels[i : i + size], prompts[i : i + size]) for i in range(0, settings.count, size)]

@@ -1,0 +1,95 @@
+"""What a run learns from: its reward in the unit it learns in, scored while the next batch is sampled."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.denoiser import Latents
+from stepfuse.fuse.pipeline import decode_latents
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+from stepfuse.rewards.scoring_queue import ScoringQueue
+from stepfuse.rewards.shaping import Shaping, fit_shaping
+from stepfuse.rewards.weighted import Weighted, fit_scales, label_terms, parse_terms
+from stepfuse.train.settings import TrainSettings
+
+
+class TrainingReward:
+    """A reward, its shaping, and the queue it is scored in.
+
+    Attributes:
+        name: of the reward; of a weighted one with the scales that were fitted.
+        shaping: as configured or fitted.
+    """
+
+    def __init__(self, reward: Reward, settings: TrainSettings) -> None:
+        if settings.reward.startswith("weighted:") and not isinstance(reward, Weighted):
+            raise ValueError(f"reward {settings.reward!r} is no weighted sum")
+        self.reward, self.name, self.shaping = reward, settings.reward, settings.initial_shaping()
+        self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0)
+
+    def raw(self, pixels: Pixels, prompts: Sequence[str]) -> Scores:
+        """In the reward's own unit, at once."""
+        return score(self.reward, pixels, prompts, name=self.name)
+
+    def terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
+        """The columns of a weighted reward, which sum to it; one, shaped, of any other."""
+        if isinstance(self.reward, Weighted) and self.shaping == Shaping():
+            return self.reward.terms_of(pixels, prompts)
+        return self.shaping(self.raw(pixels, prompts))[:, None]
+
+    def term_weights(self) -> Float[Tensor, " terms"]:
+        """w_i of those columns."""
+        if isinstance(self.reward, Weighted) and self.shaping == Shaping():
+            return torch.tensor([term.weight for term in self.reward.terms])
+        return torch.ones(1)
+
+    def fit(self, pixels: Pixels, prompts: Sequence[str]) -> dict[str, Any]:
+        """Name and shaping by images of the base, as values that `restore` takes.
+
+        The terms of a weighted reward get the deviations they have among them; any other reward mean 0 and deviation 1.
+        """
+        if isinstance(self.reward, Weighted):
+            name = label_terms(fit_scales(self.reward, pixels, prompts).terms)
+            return {"reward": name, "shaping": dataclasses.asdict(self.shaping)}
+        shaping = fit_shaping(self.raw(pixels, prompts), self.shaping.clip)
+        return {"reward": self.name, "shaping": dataclasses.asdict(shaping)}
+
+    def restore(self, fitted: dict[str, Any]) -> None:
+        """Take what was fitted, now or before a checkpoint."""
+        self.name, self.shaping = fitted["reward"], Shaping(**fitted["shaping"])
+        if isinstance(self.reward, Weighted):
+            self.reward = Weighted(parse_terms(self.name.partition(":")[2]), self.reward.rewards.__getitem__)
+
+
+class Scorer:
+    """Latents of one micro-batch → rewards to be: decoded at once, scored in the queue."""
+
+    def __init__(self, reward: TrainingReward, pipeline: DiffusionPipeline, prompts: Sequence[str], step: int) -> None:
+        self.reward, self.pipeline, self.prompts, self.step = reward, pipeline, prompts, step
+
+    def __call__(self, latents: Latents, copies: int) -> "Future[Tensor]":
+        """(images,) of `copies` latents a prompt, which lie together."""
+        prompts = [prompt for prompt in self.prompts for _ in range(copies)]
+        return self._submit(latents, prompts, lambda terms: terms.sum(1))
+
+    def terms(self, latents: Latents) -> "Future[Tensor]":
+        """(images, terms) of one latent a prompt."""
+        return self._submit(latents, self.prompts, lambda terms: terms)
+
+    @torch.no_grad()
+    def _submit(self, latents: Latents, prompts: Sequence[str], reduce: Callable[[Tensor], Tensor]) -> "Future[Tensor]":
+        pixels = decode_latents(self.pipeline, latents)
+
+        def call() -> Tensor:
+            try:
+                return reduce(self.reward.terms(pixels, prompts))
+            except ValueError as error:
+                raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
+
+        return self.reward.queue.submit(call)
