@@ -86,4 +86,8 @@ def _line(error: BaseException) -> str:
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its names are not the environment's
-    main()
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # and with it all that the reward started
