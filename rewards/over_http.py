@@ -1,5 +1,6 @@
 """A reward behind HTTP: `stepfuse reward serve NAME` is the other side."""
 
+import http.client
 import os
 import urllib.error
 import urllib.parse
@@ -78,9 +79,10 @@ class HTTPReward:
                 with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
                     header, answers = decode(response.read())
             except urllib.error.HTTPError as error:
-                raise ValueError(self._refusal(error)) from error
-            except MessageError as error:
-                problem = f"sent what is no answer ({error})"
+                with error:
+                    raise ValueError(self._refusal(error)) from error
+            except (MessageError, http.client.HTTPException) as error:
+                problem = f"sent what is no answer ({' '.join(str(error).split())})"
             except TimeoutError:
                 problem = f"gave no answer in {self.settings.timeout:g} s"
             except OSError as error:

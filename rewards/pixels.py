@@ -23,7 +23,8 @@ def resize_and_crop(images: Pixels, size: int, *, rounded: bool = False) -> Pixe
     """The shorter side resized to `size`, then the centre cut out; in [0, 1], float32.
 
     The published models resize pictures of whole bytes by PIL. So does this, to the last bit, unless a gradient is
-    wanted: then pixels are resized as real numbers, which differs by less than a byte's step of rounding, twice.
+    wanted: then pixels are resized as real numbers, which differs by PIL's rounding to bytes, along and across, and
+    where its filter overshoots black and white.
 
     Args:
         rounded: an odd margin is rounded to even, as torchvision does; otherwise down, as transformers does.

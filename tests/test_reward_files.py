@@ -1,0 +1,353 @@
+"""Images of every mode, prompts in every file, reward files, and the commands over them."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from stepfuse.rewards.catalogue import CATALOGUE
+from stepfuse.rewards.colourfulness import colourfulness
+from stepfuse.rewards.image_files import pair_prompts, read_pixels
+from stepfuse.rewards.pixels import resize_and_crop, resize_and_crop_smoothly, resize_and_pad
+from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.scripts.main import main
+from tests.fixtures_rewards import photographs, save_image_reward
+from tests.fixtures_tiny import refused
+
+ARRAY = np.random.default_rng(0).integers(0, 256, (6, 7, 3), dtype=np.uint8)
+GRAY = ARRAY[..., 0]
+
+
+def pixels(array):
+    """(height, width, 3) of bytes → (1, 3, height, width)."""
+    return torch.from_numpy(np.array(array)).permute(2, 0, 1)[None].float() / 255
+
+
+def same(channel):
+    return np.stack([channel] * 3, -1)
+
+
+# Images.
+
+
+def palette_picture():
+    picture = Image.fromarray(ARRAY).quantize(8)
+    return picture, np.asarray(picture.getpalette()[: 8 * 3]).reshape(8, 3)[np.asarray(picture)].astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "picture", "expected"),
+    [
+        ("RGB", Image.fromarray(ARRAY), ARRAY),
+        ("L", Image.fromarray(GRAY), same(GRAY)),
+        ("LA", Image.merge("LA", [Image.fromarray(GRAY), Image.fromarray(GRAY[::-1].copy())]), same(GRAY)),
+        ("RGBA", Image.merge("RGBA", [Image.fromarray(c) for c in (*ARRAY.transpose(2, 0, 1), GRAY)]), ARRAY),
+        ("P", *palette_picture()),
+        ("1", Image.fromarray(GRAY > 127), same(((GRAY > 127) * 255).astype(np.uint8))),
+        ("I;16", Image.fromarray(GRAY.astype(np.uint16) * 257), same(GRAY)),
+        ("one pixel", Image.fromarray(ARRAY[:1, :1]), ARRAY[:1, :1]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_picture_of_any_mode_is_its_colours(mode, picture, expected, tmp_path):
+    picture.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as saved:
+        assert mode == "one pixel" or saved.mode == mode
+    assert torch.equal(read_pixels(tmp_path / "a.png"), pixels(expected))
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "I;16", "one pixel"])
+def test_image_reward_scores_pictures_of_any_mode(mode, tmp_path):
+    save_image_reward(tmp_path / "weights")
+    reward = load_reward(f"image_reward:{tmp_path / 'weights'}")
+    photo = photographs(8)[0][0][:1]
+    array = (photo[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    if mode == "one pixel":
+        array = array[:1, :1]
+        picture = Image.fromarray(array)
+    else:
+        gray = array[..., 1]
+        picture = {
+            "P": Image.fromarray(array).quantize(256),
+            "LA": Image.merge("LA", [Image.fromarray(gray)] * 2),
+            "I;16": Image.fromarray(gray.astype(np.uint16) * 257),
+        }[mode]
+        array = np.asarray(picture.convert("RGB")) if mode == "P" else same(gray)
+    picture.save(tmp_path / "a.png")
+    found = reward(read_pixels(tmp_path / "a.png"), ["a cat"])
+    assert torch.equal(found, reward(pixels(array), ["a cat"]))
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("kind", ["text", "cut off", "floats", "empty"])
+def test_a_picture_that_cannot_be_read_is_named(kind, tmp_path):
+    file = tmp_path / "a.png"
+    if kind == "text":
+        file.write_text("I am a picture")
+    elif kind == "empty":
+        file.write_bytes(b"")
+    elif kind == "floats":
+        file = tmp_path / "a.tiff"
+        Image.fromarray(GRAY.astype(np.float32)).save(file)
+    else:
+        Image.fromarray(np.tile(ARRAY, (40, 40, 1))).save(file)
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with refused(str(file)):
+        read_pixels(file)
+
+
+# Pixels as models want them, against PIL.
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 91), (91, 40), (33, 32), (32, 35), (1, 1), (3, 50)])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_resizing_is_pils_to_the_last_bit(size, rounded):
+    array = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    height, width = size
+    target = (32, int(32 * width / height)) if height <= width else (int(32 * height / width), 32)
+    resized = Image.fromarray(array).resize(target[::-1], Image.Resampling.BICUBIC)
+    spare = ((target[0] - 32) / 2, (target[1] - 32) / 2)
+    top, left = (round(s) if rounded else int(s) for s in spare)
+    expected = np.asarray(resized)[top : top + 32, left : left + 32]
+    found = resize_and_crop(pixels(array), 32, rounded=rounded)
+    assert torch.equal(found, pixels(expected))
+    assert resize_and_crop(pixels(array).requires_grad_(True), 32, rounded=rounded).requires_grad
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 91), (3, 50)])
+def test_resizing_real_numbers_differs_by_rounding_to_bytes_along_and_across(size):
+    # Smooth and away from black and white: what the filter overshoots PIL cuts off after each way.
+    coarse = 0.25 + 0.5 * torch.rand(1, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").mul(255).round() / 255
+    apart = resize_and_crop(smooth, 32) - resize_and_crop_smoothly(smooth, 32)
+    # Half a byte along, which the filter's weights across take at most 1.25 times, and half a byte more.
+    assert 0 < apart.abs().max() <= 1.125 / 255
+
+
+def test_bars_are_black_and_share_what_is_left():
+    found = resize_and_pad(torch.ones(1, 3, 20, 45), 30)  # 45 → 30, 20 → 13: bars of 8 and 9
+    rows = found[0, 0, :, 15]
+    assert found.shape == (1, 3, 30, 30)
+    assert (rows[:8] == 0).all()
+    assert torch.allclose(rows[8:21], torch.ones(13))
+    assert (rows[21:] == 0).all()
+
+
+# Prompts.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in (10, 2, 1):
+        Image.fromarray(np.roll(ARRAY, number, 2) if number < 10 else np.tile(ARRAY, (2, 1, 1))).save(
+            images / f"img{number}.png"
+        )
+    (images / "notes.md").write_text("not a picture")
+    return tmp_path
+
+
+def pairs(folder, name, text):
+    (folder / name).write_text(text, encoding="utf-8")
+    return [(item.name, item.prompt) for item in pair_prompts(folder / "images", folder / name)]
+
+
+def test_prompts_go_with_images_in_counting_order(folder):
+    ordered = ["img1.png", "img2.png", "img10.png"]
+    assert pairs(folder, "p.txt", "a\n\n夜空\n") == list(zip(ordered, ["a", "", "夜空"], strict=True))
+    assert pairs(folder, "p.txt", "for all\n") == [(name, "for all") for name in ordered]
+    rows = [("img10.png", 'a "b", c'), ("img1.png", "x"), ("img1.png", "y")]
+    table = "prompt,file_name\r\n" + "".join(f'"{p.replace(chr(34), chr(34) * 2)}",{n}\r\n' for n, p in rows)
+    assert pairs(folder, "p.csv", table) == rows
+    lines = "".join(json.dumps({"file_name": n, "text": p}) + "\n" for n, p in rows)
+    assert pairs(folder, "p.jsonl", lines) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "culprits"),
+    [
+        ("p.txt", "a\nb\n", ["2 lines", "3 images"]),
+        ("p.txt", "", ["0 lines"]),
+        ("p.csv", "file_name,prompt\nimg3.png,a\n", ["row 1", "img3.png"]),
+        ("p.csv", "file,prompt\nimg1.png,a\n", ["row 1", "file_name"]),
+        ("p.jsonl", "{", ["cannot be read"]),
+        ("p.jsonl", "[1]", ["row 1"]),
+        ("p.csv", "file_name,prompt\n", ["no rows"]),
+    ],
+)
+def test_prompts_that_do_not_fit_are_named(name, text, culprits, folder):
+    with refused(name, *culprits):
+        pairs(folder, name, text)
+
+
+def test_folders_and_files_that_are_not_there_are_named(folder):
+    for images, prompts in ((folder / "none", folder / "p.txt"), (folder / "images", folder / "none.txt")):
+        with refused("none"):
+            pair_prompts(images, prompts)
+    (folder / "bare").mkdir()
+    (folder / "p.txt").write_text("a")
+    with refused("bare", ".png"):
+        pair_prompts(folder / "bare", folder / "p.txt")
+
+
+# Reward files.
+
+
+@pytest.mark.parametrize(
+    ("text", "culprit"),
+    [
+        ("reward: colourfulness\nscales: 2", "'scale'"),
+        ("{}", "one of reward, worker and http"),
+        ("reward: colourfulness\nhttp: {url: http://a}", "reward and http"),
+        ("worker: {functoin: a.py:b}", "'function'"),
+        ("worker: {batch_size: 3}", "no function"),
+        ("worker: {function: a.py:b, batch_size: 0}", "batch_size"),
+        ("worker: {function: a.py:b, timeout: soon}", "timeout"),
+        ("http: {url: 3}", "url"),
+        ("reward: colourfulness\nscale: 0", "scale"),
+        ("reward: colourfulness\nclip: [3, 1]", "clip"),
+        ("reward: colourfulness\nclip: [1]", "clip"),
+        ("reward: colourfulness\ndtype: float8", "dtype"),
+        ("reward: beauty", "beauty"),
+        ("reward: [", "YAML"),
+    ],
+)
+def test_a_reward_file_with_a_fault_is_refused_by_name(text, culprit, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    with refused("mine.yaml", culprit):
+        load_reward(str(tmp_path / "mine.yaml"))
+
+
+def test_a_reward_file_shifts_scales_and_clips(tmp_path):
+    images = photographs(8)[0][0]
+    raw = colourfulness(images, [""] * 8).tolist()
+    shift, scale = sorted(raw)[3], (max(raw) - min(raw)) / 2
+    (tmp_path / "mine.yaml").write_text(f"reward: colourfulness\nshift: {shift}\nscale: {scale}\nclip: [-0.2, 0.3]\n")
+    found = load_reward(str(tmp_path / "mine.yaml"))(images, [""] * 8)
+    expected = [min(max((value - shift) / scale, -0.2), 0.3) for value in raw]
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+    assert {-0.2, 0.0, 0.3} < {round(value, 6) for value in found.tolist()}
+
+
+def test_a_reward_file_says_in_which_precision_networks_run(tmp_path):
+    save_image_reward(tmp_path / "weights")
+    (tmp_path / "mine.yaml").write_text(f"reward: image_reward:{tmp_path / 'weights'}\ndtype: bfloat16\n")
+    assert load_reward(str(tmp_path / "mine.yaml")).dtype == torch.bfloat16
+
+
+# The list.
+
+
+def test_every_reward_is_in_the_list_with_what_it_needs(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("STEPFUSE_CACHE", str(tmp_path))
+    assert list(CATALOGUE) == list(REWARDS)
+    main(["reward", "list"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line) for line in lines[1 : 1 + len(REWARDS)]}
+    assert list(rows) == list(REWARDS)
+    assert rows["image_reward"][1:5] == ["yes", "1.8 GB", "1.8 GB", "downloads 1.8 GB at first use"]
+    assert rows["compressibility"][1:5] == ["no", "–", "–", "ready"]
+    assert "image_reward_original.txt" in rows["image_reward_original"][4]
+    assert all(len(row) == 7 for row in rows.values())
+
+
+@pytest.mark.parametrize("name", [n for n, info in CATALOGUE.items() if not info.files and not info.requirements])
+def test_the_list_says_rightly_whether_there_is_a_gradient(name):
+    reward = load_reward("weighted:1*colourfulness" if name == "weighted" else name)
+    images = (0.2 + 0.6 * torch.rand(1, 3, 64, 64)).requires_grad_(True)
+    assert reward(images, ["a fox on a red background"]).requires_grad == CATALOGUE[name].differentiable
+
+
+# Scoring a folder.
+
+
+def rows_of(file):
+    with open(file, newline="", encoding="utf-8") as handle:
+        return list(csv.reader(handle))
+
+
+def run_score(folder, *more, reward="colourfulness"):
+    main(
+        [
+            *("reward", "score", reward, "--images", str(folder / "images"), "--prompts", str(folder / "p.txt")),
+            *("--output", str(folder / "scores.csv"), "--device", "cpu", *more),
+        ]
+    )
+
+
+def test_scores_of_a_folder_become_a_table(folder, capsys):
+    (folder / "p.txt").write_text('a\nb, "c"\n日本\n', encoding="utf-8")
+    run_score(folder, "--picture", str(folder / "best.png"), "--batch_size", "2")
+    head, *rows = rows_of(folder / "scores.csv")
+    assert head == ["file_name", "prompt", "score"]
+    assert [row[:2] for row in rows] == [["img1.png", "a"], ["img2.png", 'b, "c"'], ["img10.png", "日本"]]
+    for row in rows:
+        assert float(row[2]) == colourfulness(read_pixels(folder / "images" / row[0]), [""]).item()
+    assert "3 images" in capsys.readouterr().out
+    with Image.open(folder / "best.png") as picture:
+        assert picture.size[0] > 8 * 128
+    assert [p.name for p in folder.iterdir() if "partial" in p.name] == []
+    with pytest.raises(SystemExit, match="overwrite"):
+        run_score(folder)
+    run_score(folder, "--overwrite")
+
+
+def test_scoring_goes_on_where_it_was_interrupted(folder):
+    """Killed after the second batch: its scores are kept, none is lost and none is doubled."""
+    (folder / "p.txt").write_text("a\nb\nc\n")
+    (folder / "slow.py").write_text(
+        "import os, time, torch\n"
+        "def slow(images, prompts):\n"
+        "    open('asked', 'a').write(prompts[0])\n"
+        "    if prompts == ['c'] and not os.path.exists('let'):\n"
+        "        time.sleep(600)\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    arguments = ["reward", "score", "slow.py:slow", "--images", "images", "--prompts", "p.txt", "--batch_size", "1"]
+    command = [sys.executable, "-m", "stepfuse.scripts.main", *arguments, "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while (not (folder / "asked").exists() or (folder / "asked").read_text() != "abc") and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "scores.csv").exists()
+    (folder / "let").touch()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "asked").read_text() == "abcc"
+    expected = [read_pixels(folder / "images" / f"img{i}.png").mean((1, 2, 3)).item() for i in (1, 2, 10)]
+    assert [float(row[2]) for row in rows_of(folder / "scores.csv")[1:]] == pytest.approx(expected)
+
+
+def test_a_failure_midway_names_the_images_and_keeps_what_was_scored(folder, tmp_path):
+    (folder / "p.txt").write_text("a\nb\nc\n")
+    (folder / "odd.py").write_text(
+        "def odd(images, prompts):\n    if 'b' in prompts:\n        raise RuntimeError('no b')\n"
+        "    return images.mean((1, 2, 3))\n"
+    )
+    with pytest.raises(SystemExit, match=r"img2\.png to img2\.png: .*no b"):
+        run_score(folder, "--batch_size", "1", reward=f"{folder / 'odd.py'}:odd")
+    (partial,) = [p for p in folder.iterdir() if "partial" in p.name]
+    assert [row[0] for row in rows_of(partial)] == ["img1.png"]
+    assert not (folder / "scores.csv").exists()
+
+
+def test_bad_arguments_are_one_line(folder):
+    (folder / "p.txt").write_text("a\nb\nc\n")
+    for more, culprit in ((["--batch_size", "0"], "batch_size"), (["--picture", "a.txt"], "a.txt")):
+        with pytest.raises(SystemExit, match=culprit):
+            run_score(folder, *more)
+    with pytest.raises(SystemExit, match="beauty"):
+        run_score(folder, reward="beauty")
+    assert not os.path.exists(folder / "scores.csv")
