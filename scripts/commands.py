@@ -44,6 +44,7 @@ def set_show(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.variance import schedule_to_dict
     from stepfuse.fuse.weights import label_weights
+    from stepfuse.rewards.shaping import Shaping
     from stepfuse.scripts.gaps import describe_gaps
 
     loaded = load_set(arguments.set)
@@ -57,6 +58,10 @@ def set_show(arguments: argparse.Namespace) -> None:
         print(f"  reward    {objective.reward}")
         print(f"  variance  {json.dumps(schedule_to_dict(objective.variance))}")
         print(f"  beta      {objective.beta:g}")
+        if objective.shaping != Shaping():
+            shaping = objective.shaping
+            clip = f", clipped to {shaping.clip}" if shaping.clip else ""
+            print(f"  learnt    (reward - {shaping.shift:g}) / {shaping.scale:g}{clip}")
         if "algorithm" in record:
             print(f"  trained   {record['algorithm']}, {record.get('steps')} steps, KL {record.get('kl', 0):.3g} nats")
         for moment, measured in record.get("validation", {}).items():

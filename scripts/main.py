@@ -28,16 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input ends in one line and exit status 1."""
     # Before transformers is imported: on import it warns of torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:2] == ["benchmark", "rewards"]:
-        given[:2] = ["benchmark rewards"]
-    parsed = _parser().parse_args(given)
+    parsed = parse(sys.argv[1:] if arguments is None else arguments)
     try:
         parsed.run(parsed)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """`benchmark rewards` is a command of its own: after `benchmark` a set may come as well."""
+    if list(arguments[:2]) == ["benchmark", "rewards"]:
+        arguments = ["benchmark rewards", *arguments[2:]]
+    return _parser().parse_args(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from stepfuse.fuse.adapter_set import MANIFEST, load_set
 from stepfuse.fuse.rules import RULES
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.scripts.main import RULE_NAMES, _parser, main
+from stepfuse.scripts.main import RULE_NAMES, _parser, main, parse
 from tests.fixtures_tiny import generators, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]
@@ -354,6 +354,10 @@ def test_there_are_the_commands_that_are_tested_here():
         "set profile",
         "evaluate",
         "benchmark",
+        "benchmark rewards",
+        "reward list",
+        "reward score",
+        "reward serve",
     }
 
 
@@ -365,8 +369,8 @@ def test_help_has_an_example_that_can_be_run(names, capsys):
     _, _, examples = capsys.readouterr().out.partition("example:\n")
     program, *arguments = shlex.split(examples.strip())
     assert program == "stepfuse"
-    assert tuple(arguments[: len(names)]) == names
-    assert callable(_parser().parse_args(arguments).run)
+    assert " ".join(arguments).startswith(" ".join(names))
+    assert callable(parse(arguments).run)
 
 
 def test_a_failing_command_exits_with_status_1_and_one_line(tmp_path):

@@ -59,14 +59,18 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
-    _, trial, commands, benchmarks, cheaper, _ = blocks("README.md", "bash")
+    _, trial, commands, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
     (snippet,) = blocks("README.md", "python")
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    written = (trial + commands + benchmarks + cheaper).replace("\\\n", " ").splitlines()
+    written = (trial + commands + rewards + benchmarks + cheaper).replace("\\\n", " ").splitlines()
     # Random weights of Stable Diffusion 1.5 want a GPU; tests/test_benchmark.py holds them to the published number.
     lines = [line for line in written if line.strip() and "--architecture sd15" not in line]
-    assert len(lines) == 1 + 6 + 1 + 2
+    assert len(lines) == 1 + 6 + 2 + 1 + 2
+    (checkout / "outputs" / "images").mkdir(parents=True)
+    for number, colour in enumerate(("red", "gray")):
+        Image.new("RGB", (64, 48), colour).save(checkout / "outputs" / "images" / f"{number}.png")
+    (checkout / "prompts.txt").write_text("a red square\na gray square\n")
     for line in lines:
         words = shlex.split(line, comments=True)
         words += shlex.split(next((extra for program, extra in SMALLER.items() if program in words), ""))
@@ -75,6 +79,8 @@ def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
     with Image.open(checkout / "out.png") as picture:
         assert picture.size == (64, 64)
+    assert (checkout / "scores.csv").read_text().splitlines()[2].startswith("1.png,a gray square,")
+    assert (checkout / "best.png").is_file()
     done = subprocess.run(
         [sys.executable, "-c", f"{snippet}\nprint(len(images), images[0].size)"],
         cwd=checkout,
