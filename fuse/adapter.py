@@ -55,7 +55,11 @@ class Objective:
 
     @property
     def temperature(self) -> float:
-        """Its beta in units of the raw reward: r/scale at beta is r at beta · scale."""
+        """Its beta in units of the raw reward: r/scale at beta is r at beta · scale.
+
+        Exact for the optimum of E[r/scale] - beta KL. Training by normalised advantages or by pairs does not see the
+        scale, which then says in which unit beta is meant; `fit_reward` makes it the reward's deviation.
+        """
         return self.beta * self.shaping.scale
 
     def __post_init__(self) -> None:

@@ -1,6 +1,5 @@
 """The two towers of a CLIP, as unit vectors: what PickScore, HPSv2 and the aesthetic predictor start from."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from stepfuse.rewards.protocol import Pixels
-from stepfuse.rewards.published import Published, load_state
+from stepfuse.rewards.published import Published
 
 # The vocabulary is one for all of OpenAI's and OpenCLIP's; LAION's is read, as PickScore's authors do.
 TOKENIZER = Published(
@@ -80,50 +79,3 @@ def load_clip_tokenizer(file: Path, length: int) -> Callable[[Sequence[str]], In
         return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
 
     return tokenize
-
-
-def read_config(file: Path, kind: Any) -> Any:
-    """A transformers configuration from a file of the published repository.
-
-    Raises:
-        ValueError: for a file that is none.
-    """
-    try:
-        return kind.from_dict(json.loads(file.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{file} is no configuration ({error}); delete it and download it again") from error
-
-
-def load_clip(file: Path, config: CLIPConfig, device: str | torch.device, dtype: torch.dtype) -> CLIPModel:
-    """A CLIP with the weights of one file in transformers' layout."""
-    return load_model(CLIPModel, config, load_state(file), file).to(device, dtype)
-
-
-def load_model(
-    kind: Any, config: Any, state: dict[str, Tensor], file: Path, *, superfluous: tuple[str, ...] = (), **options: Any
-) -> nn.Module:
-    """A transformers model with exactly these weights, in float32 on the CPU.
-
-    Args:
-        superfluous: how the names begin that the file may have besides.
-
-    Raises:
-        ValueError: naming the file and a tensor that is missing, unexpected or of another shape.
-    """
-    # A buffer in older files, computed now.
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(superfluous)}
-    model, report = kind.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,
-        **options,
-    )
-    for problem in ("missing", "unexpected", "mismatched"):
-        if report[f"{problem}_keys"]:
-            first = min(map(str, report[f"{problem}_keys"]))
-            raise ValueError(f"{file}: {problem} tensors, such as {first}; expected the published layout")
-    return model

@@ -9,7 +9,8 @@ import torch
 from transformers import CLIPModel
 
 from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip_tokenizer, load_model
+from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip_tokenizer
+from stepfuse.rewards.networks import load_model
 from stepfuse.rewards.open_clip_layout import from_open_clip
 from stepfuse.rewards.pixels import normalise, resize_and_pad
 from stepfuse.rewards.protocol import Pixels, Scores

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from stepfuse.rewards.protocol import Pixels
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+MOST_PIXELS = 2**25  # of a batch: 400 MB as float32
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
 
@@ -70,7 +71,8 @@ def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
         raise ValueError(f"{prompts} is not UTF-8 text: {error}") from error
     if prompts.suffix in (".csv", ".jsonl"):
         return _from_table(folder, prompts, text)
-    files = sorted((p for p in folder.iterdir() if p.suffix.lower() in ENDINGS), key=lambda p: _counted(p.name))
+    images = (p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
+    files = sorted(images, key=lambda p: _counted(p.name))
     if not files:
         raise ValueError(f"no images in {folder}; expected files ending in {', '.join(ENDINGS)}")
     lines = text.splitlines()  # an empty line is an empty prompt
@@ -82,12 +84,13 @@ def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
 
 
 def in_batches(items: Sequence[PromptedImage], batch_size: int) -> Iterator[tuple[list[PromptedImage], Pixels]]:
-    """Consecutive images of one size, at most `batch_size` together, in order."""
+    """Consecutive images of one size, at most `batch_size` and `MOST_PIXELS` together, in order."""
     waiting: list[PromptedImage] = []
     pixels: list[Pixels] = []
     for item in items:
         image = read_pixels(item.file)
-        if waiting and (len(waiting) == batch_size or image.shape != pixels[0].shape):
+        full = len(waiting) == batch_size or (len(waiting) + 1) * image[0, 0].numel() > MOST_PIXELS
+        if waiting and (full or image.shape != pixels[0].shape):
             yield waiting, torch.cat(pixels)
             waiting, pixels = [], []
         waiting.append(item)

@@ -11,8 +11,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import load_model
-from stepfuse.rewards.laion_aesthetic import five_layers
+from stepfuse.rewards.networks import five_layers, load_model
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -149,16 +148,22 @@ def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tupl
         sizes = {name: med[name] for name in (*kept, "max_position_embeddings", "layer_norm_eps", "hidden_act")}
     except (KeyError, IndexError) as error:
         raise ValueError(f"{file} or med_config.json has no {error}; expected the published layout") from error
-    return (
-        BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=mlp,
-            num_hidden_layers=layers,
-            num_attention_heads=width // 64,
-            image_size=round(patches**0.5) * patch,
-            patch_size=patch,
-            hidden_act="gelu",
-            layer_norm_eps=1e-6,
-        ),
-        BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True),
+    try:
+        return _vision(width, mlp, layers, patches, patch), BlipTextConfig(
+            **sizes, encoder_hidden_size=width, is_decoder=True
+        )
+    except Exception as error:  # transformers' own checks raise what they like
+        raise ValueError(f"med_config.json or {file}: {' '.join(str(error).split())[:160]}") from error
+
+
+def _vision(width: int, mlp: int, layers: int, patches: int, patch: int) -> BlipVisionConfig:
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        image_size=round(patches**0.5) * patch,
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
     )

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import load_model, read_config, unit
+from stepfuse.rewards.clip import unit
+from stepfuse.rewards.networks import five_layers, load_model, read_config
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -73,24 +73,3 @@ class LAIONAesthetic:
         clip = self.clip
         pixels = normalise(resize_and_crop(images.to(clip.device), self.size)).to(clip.dtype)
         return self.head(unit(clip(pixel_values=pixels).image_embeds))[:, 0]
-
-
-def five_layers(state: dict[str, Tensor], file: Path) -> nn.Sequential:
-    """The head of this predictor and of ImageReward: five linear layers, with nothing between them.
-
-    The dropouts that lie between them in training keep their places in the names: layers.0, 2, 4, 6 and 7.
-
-    Raises:
-        ValueError: for other layers, naming the file.
-    """
-    names = [f"layers.{place}.{kind}" for place in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
-    if state.keys() != set(names):
-        raise ValueError(
-            f"{file}: the head has {', '.join(sorted(state)) or 'no tensors'}; expected {', '.join(names)}"
-        )
-    layers = []
-    for weight, bias in zip(names[::2], names[1::2], strict=True):
-        layer = nn.Linear(*reversed(state[weight].shape))
-        layer.load_state_dict({"weight": state[weight], "bias": state[bias]})
-        layers.append(layer)
-    return nn.Sequential(*layers).requires_grad_(False).eval()

@@ -8,13 +8,14 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from stepfuse.rewards.pixels import to_bytes
 from stepfuse.rewards.protocol import Pixels, Scores
-from stepfuse.rewards.worker.messages import MessageError, decode, encode
+from stepfuse.rewards.worker.messages import MessageError, batches, decode, encode
 
 TOKEN = "STEPFUSE_REWARD_TOKEN"
 
@@ -36,10 +37,35 @@ class HTTPSettings:
     timeout: float = 300.0
 
 
+def read_token(file: Path | None) -> str | None:
+    """The token of a file, by default of STEPFUSE_REWARD_TOKEN; None where there is neither.
+
+    Raises:
+        ValueError: for a file that is not there or empty, and for anything but letters, digits and signs in one line;
+            the token itself is not in the message.
+    """
+    where = f"the variable {TOKEN}" if file is None else f"token file {file}"
+    if file is not None and not file.is_file():
+        raise ValueError(f"no {where}")
+    token = os.environ.get(TOKEN) if file is None else file.read_text(errors="replace")
+    if token is None:
+        return None
+    token = token.strip()
+    if not (token.isascii() and token.isprintable()) or " " in token or not (token or file is None):
+        raise ValueError(f"{where} holds no token; expected one word of letters, digits and signs")
+    return token or None
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class HTTPReward:
     """Ask a server, batch by batch, in order; not differentiable.
 
-    A request that breaks off is sent once more, whole: scoring changes nothing, so that twice is as good as once.
+    A request that breaks off is sent once more, whole: scoring changes nothing, so that twice is as good as once. The
+    token goes to this address alone: redirections are not followed.
 
     Args:
         settings: whom to ask.
@@ -54,17 +80,15 @@ class HTTPReward:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url {settings.url!r}; expected an address such as http://127.0.0.1:8765")
         self.settings = settings
-        self.token = os.environ.get(TOKEN, "")
-        if settings.token_file is not None:
-            file = folder / settings.token_file
-            if not file.is_file():
-                raise ValueError(f"no token file {file}")
-            self.token = file.read_text().strip()
+        self.token = read_token(None if settings.token_file is None else folder / settings.token_file) or ""
+        local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
+        proxies = [urllib.request.ProxyHandler({})] if local else []  # none between this machine and itself
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        arrays, size, values = to_bytes(images), self.settings.batch_size, [np.zeros(0)]
-        for first in range(0, len(arrays), size):
-            values.append(self._ask(arrays[first : first + size], list(prompts[first : first + size])))
+        arrays, values = to_bytes(images), [np.zeros(0)]
+        for part in batches(arrays, self.settings.batch_size):
+            values.append(self._ask(arrays[part], list(prompts[part])))
         return torch.from_numpy(np.concatenate(values)).float().to(images.device)
 
     def _ask(self, arrays: np.ndarray, prompts: list[str]) -> np.ndarray:
@@ -76,15 +100,15 @@ class HTTPReward:
         )
         for _ in range(2):
             try:
-                with urllib.request.urlopen(request, timeout=self.settings.timeout) as response:
+                with self._opener.open(request, timeout=self.settings.timeout) as response:
                     header, answers = decode(response.read())
             except urllib.error.HTTPError as error:
                 with error:
                     raise ValueError(self._refusal(error)) from error
             except (MessageError, http.client.HTTPException) as error:
                 problem = f"sent what is no answer ({' '.join(str(error).split())})"
-            except TimeoutError:
-                problem = f"gave no answer in {self.settings.timeout:g} s"
+            except TimeoutError as error:  # not again: what it was asked it may still be at
+                raise ValueError(f"the server at {url} gave no answer in {self.settings.timeout:g} s") from error
             except OSError as error:
                 problem = f"cannot be reached ({getattr(error, 'reason', error)})"
             else:

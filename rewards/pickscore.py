@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPModel
 
 from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip, load_clip_tokenizer, read_config
+from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip_tokenizer
+from stepfuse.rewards.networks import load_model, read_config
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
-from stepfuse.rewards.published import Published, find_files
+from stepfuse.rewards.published import Published, find_files, load_state
 
 REPOSITORY, REVISION = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
 CONFIG = Published(repo=REPOSITORY, name="config.json", revision=REVISION)
@@ -47,12 +48,15 @@ class PickScore:
     ) -> None:
         files = find_files((CONFIG, WEIGHTS, TOKENIZER), folder, "pickscore")
         config = read_config(files[CONFIG.name], CLIPConfig)
+        model = load_model(CLIPModel, config, load_state(files[WEIGHTS.name]), files[WEIGHTS.name])
+        self.scale = (
+            model.logit_scale.exp().item()
+        )  # in float32: rounded to bfloat16 first, it would be off by a percent
         self.towers = CLIPTowers(
-            load_clip(files[WEIGHTS.name], config, device, dtype),
+            model.to(device, dtype),
             load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings),
             lambda images, size: normalise(resize_and_crop(images, size)),
         )
-        self.scale = self.towers.model.logit_scale.float().exp()
         self.batch_size = batch_size
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:

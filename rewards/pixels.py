@@ -11,6 +11,7 @@ from stepfuse.rewards.protocol import Pixels
 # Every published CLIP of OpenAI's and OpenCLIP's normalises so, and BLIP too.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+LONGEST = 200  # times the shorter side: it is resized whole before the centre is cut out
 
 
 def normalise(pixels: Pixels) -> Pixels:
@@ -82,6 +83,8 @@ def to_bytes(images: Pixels) -> np.ndarray:
 
 
 def _shorter_side(height: int, width: int, size: int) -> tuple[int, int]:
+    if max(height, width) > LONGEST * min(height, width):
+        raise ValueError(f"an image of {width} × {height} pixels is more than {LONGEST} times as long as it is wide")
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size

@@ -24,6 +24,8 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
         ValueError: for a reward that fails, and for a result that is no tensor of one finite number an image, naming
             the reward and prompt.
     """
+    if len(prompts) != len(images):
+        raise ValueError(f"{len(prompts)} prompts for {len(images)} images; expected as many")
     try:
         with torch.autocast(images.device.type, enabled=False):  # what a training step runs in is not the reward's
             values = reward(images, prompts)
@@ -40,3 +42,10 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
         first = int(bad.nonzero()[0])
         raise ValueError(f"reward {name!r} is {values[first].item()} for the prompt {prompts[first]!r}")
     return values.float().to(images.device)
+
+
+def close(reward: Reward) -> None:
+    """End what a reward holds beyond this process's memory: a worker. It can be called again, and starts another."""
+    end = getattr(reward, "close", None)
+    if callable(end):
+        end()

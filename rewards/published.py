@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +21,7 @@ class Published:
         repo: `owner/name`.
         name: the file's.
         revision: the commit.
-        sha256: of the file, where it was published; in its place the hub's own for large files.
+        sha256: of the file, where it is known; in its place the hub's own for large files.
         size: in bytes, roughly.
     """
 
@@ -34,11 +33,13 @@ class Published:
 
 
 def find_files(files: Sequence[Published], folder: str | Path | None, reward: str) -> dict[str, Path]:
-    """Where each file lies, by name: in the folder, or in the hub's cache, downloaded and checked if need be.
+    """Where each file lies, by name: in the folder, or in the hub's cache, downloaded if need be.
+
+    Files of the cache are checked against the published hash; those of a folder are its owner's, and are not.
 
     Raises:
         ValueError: for a file that is not there and cannot be had, with what to download and where to put it, or one
-            whose hash is not what was published.
+            of the cache whose hash is not what was published.
     """
     if folder is not None:
         return {file.name: _in_folder(file, Path(folder)) for file in files}
@@ -80,7 +81,7 @@ def _in_folder(file: Published, folder: Path) -> Path:
 def _from_hub(file: Published, files: Sequence[Published], reward: str) -> Path:
     try:
         path = Path(hf_hub_download(file.repo, file.name, revision=file.revision))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub's own errors, and those of each way it downloads by
         commands = [f"hf download {f.repo} {f.name} --revision {f.revision} --local-dir DIR" for f in files]
         raise ValueError(
             f"{file.name} of {file.repo} is not in the hub's cache and cannot be downloaded ({type(error).__name__}). "

@@ -106,7 +106,10 @@ def _from_file(file: str, function: str) -> Reward:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # it is anybody's code
+        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{file} has no function {function!r}")
     return getattr(module, function)

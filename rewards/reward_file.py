@@ -20,12 +20,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFile:
-    """What a reward file says. Paths in it are relative to it.
+    """What a reward file says.
 
     Attributes:
-        reward: a name as `--reward` takes it; or `worker`, or `http`: one of the three.
-        worker: see `WorkerSettings`.
-        http: see `HTTPSettings`.
+        reward: a name as `--reward` takes it, paths in it as there; or `worker`, or `http`: one of the three.
+        worker: see `WorkerSettings`; its paths are relative to this file.
+        http: see `HTTPSettings`; likewise.
         dtype: of the networks of a named reward.
         shift, scale, clip: see `Shaping`.
     """
@@ -57,6 +57,10 @@ def read_reward_file(
         given = [name for name in ("reward", "worker", "http") if getattr(settings, name)]
         if len(given) != 1:
             raise ValueError(f"{' and '.join(given) or 'no reward'}; expected one of reward, worker and http")
+        if settings.reward.endswith((".yaml", ".yml")):
+            raise ValueError(f"reward {settings.reward!r} is a reward file too; expected a name or a function")
+        if settings.dtype != "float32" and not settings.reward:
+            raise ValueError(f"dtype {settings.dtype} of a reward in another process; say it there")
         shaping = Shaping(shift=settings.shift, scale=settings.scale, clip=settings.clip)
         reward: Reward
         if settings.worker:
@@ -83,7 +87,7 @@ def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
             raise ValueError(f"{where} has no {name}")
     settings = kind(**values)
     check_types(settings)
-    for name in ("batch_size", "timeout"):
-        if not getattr(settings, name) > 0:
+    for name in ("batch_size", "timeout", "start_timeout"):
+        if not getattr(settings, name, 1) > 0:
             raise ValueError(f"{where}: {name} is {getattr(settings, name)}; expected a positive number")
     return settings

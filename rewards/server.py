@@ -1,5 +1,6 @@
 """Serve one reward over HTTP: POST /score takes and gives the messages of worker/messages.py."""
 
+import contextlib
 import hmac
 import threading
 from collections.abc import Sequence
@@ -43,8 +44,9 @@ class RewardServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         try:
             super().__init__(address, _Handler)
-        except OSError as error:
-            raise ValueError(f"cannot listen on {address[0]}:{address[1]} ({error.strerror or error})") from error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"cannot listen on {address[0]}:{address[1]} ({reason})") from error
 
     @property
     def url(self) -> str:
@@ -53,8 +55,8 @@ class RewardServer(ThreadingHTTPServer):
 
     def score(self, pixels: np.ndarray, prompts: Sequence[str]) -> Scores:
         """Uint8 (batch, height, width, 3) and prompts → scores."""
-        images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-        with self.lock, torch.no_grad():
+        with self.lock, torch.no_grad():  # one batch at a time on the device, whoever asks
+            images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
             return score(self.reward, images, prompts, name=self.name)
 
 
@@ -62,20 +64,24 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = 60  # seconds for the bytes of a request
     protocol_version = "HTTP/1.1"
+    unread: int | None = 0  # bytes of the request
 
     def do_POST(self) -> None:
+        self.unread = _length(self.headers.get("Content-Length"))
         given = self.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
             return self._refuse(HTTPStatus.UNAUTHORIZED, "a wrong token")
         if self.path != "/score":
             return self._refuse(HTTPStatus.NOT_FOUND, "only /score is here")
-        length = self.headers.get("Content-Length", "")
-        if not length.isdecimal():
+        length = self.unread
+        if length is None:
             return self._refuse(HTTPStatus.LENGTH_REQUIRED, "a request without its length")
-        if int(length) > LARGEST:
+        if length > LARGEST:
+            self.unread = 0  # too much to be read only to be thrown away
             return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST} bytes; send fewer images")
+        self.unread = 0
         try:
-            header, arrays = decode(self.rfile.read(int(length)))
+            header, arrays = decode(self.rfile.read(length))
             pixels, prompts = _checked(header, arrays)
         except (MessageError, KeyError, TypeError) as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
@@ -83,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
             values = self.server.score(pixels, prompts)
         except ValueError as error:
             return self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+        except Exception as error:  # out of memory, say: the client is told, and the server goes on
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
         self._send(
             HTTPStatus.OK,
             "application/octet-stream",
@@ -93,18 +102,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "POST /score")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        self.close_connection = True  # what is left of the request is not read
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # who is still sending does not read the answer
+            left = min(self.unread or 0, LARGEST)
+            while left > 0 and (part := self.rfile.read(min(left, 2**20))):
+                left -= len(part)
         self._send(status, "text/plain; charset=utf-8", f"{reason}\n".encode())
 
     def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(OSError):  # a client that has given up
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing: a line a batch is noise."""
+
+
+def _length(header: str | None) -> int | None:
+    return int(header) if header is not None and header.isascii() and header.isdecimal() else None
 
 
 def _checked(header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
@@ -112,7 +130,7 @@ def _checked(header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarr
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise MessageError("prompts are not a list of strings")
     shape, kind = (arrays[0].shape, arrays[0].dtype.name) if len(arrays) == 1 else ((), "no")
-    if len(shape) != 4 or shape[3] != 3 or kind != "uint8" or not len(shape) or shape[0] != len(prompts) or 0 in shape:
+    if len(shape) != 4 or shape[3] != 3 or kind != "uint8" or shape[0] != len(prompts) or 0 in shape:
         raise MessageError(
             f"images are {kind} {shape} for {len(prompts)} prompts; expected uint8 (batch, height, width, 3)"
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
     """
     scale = scores.double().std(correction=0).item()
     if not scale > 0:
-        raise ValueError(f"the reward is {scores[0].item():g} for all {len(scores)} images it was to be fitted on")
+        raise ValueError(f"the reward is {scores[0].item():g} for all {len(scores)} images it is fitted on")
     return Shaping(shift=scores.double().mean().item(), scale=scale, clip=list(clip))
 
 
@@ -57,3 +57,6 @@ class Shaped:
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         return self.shaping(score(self.reward, images, prompts, name=self.name))
+
+    def close(self) -> None:
+        close(self.reward)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 
 TERM = re.compile(
     r"\s*(?P<weight>[0-9.eE+-]+)\s*\*\s*(?P<name>.+?)(?:\s*/\s*(?P<scale>[0-9.]+(?:[eE][+-]?[0-9]+)?))?\s*"
@@ -77,6 +77,10 @@ class Weighted:
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         return self.terms_of(images, prompts).sum(1)
 
+    def close(self) -> None:
+        for reward in self.rewards.values():
+            close(reward)
+
     def terms_of(self, images: Pixels, prompts: Sequence[str]) -> Float[Tensor, "batch terms"]:
         """w_i r_i / σ_i of each term."""
         columns = [
@@ -91,21 +95,31 @@ def label_terms(terms: Sequence[Term]) -> str:
     return "weighted:" + " + ".join(f"{t.weight!r}*{t.name}/{t.scale!r}" for t in terms)
 
 
-def fit_scales(reward: Weighted, images: Pixels, prompts: Sequence[str]) -> Weighted:
-    """The same sum with σ_i the standard deviation of r_i over these images.
+def check_unscaled(terms: Sequence[Term]) -> None:
+    """See that terms whose scales are to be fitted have none.
+
+    Raises:
+        ValueError: naming one that has.
+    """
+    given = [term.name for term in terms if term.scale != 1]
+    if given:
+        raise ValueError(f"the term {given[0]!r} of the weighted reward has a scale, and is to be fitted; leave it out")
+
+
+def fit_scales(terms: Sequence[Term], columns: Float[Tensor, "images terms"]) -> tuple[Term, ...]:
+    """The same terms with σ_i the standard deviation of w_i r_i / w_i over some images.
+
+    Args:
+        columns: of `Weighted.terms_of`, with the terms as they are.
 
     Raises:
         ValueError: for a term that has a scale already, or is the same for all images.
     """
-    given = [term.name for term in reward.terms if term.scale != 1]
-    if given:
-        raise ValueError(f"the term {given[0]!r} of the weighted reward has a scale, and is to be fitted; leave it out")
-    terms = []
-    for term in reward.terms:
-        scale = score(reward.rewards[term.name], images, prompts, name=term.name).double().std(correction=0).item()
+    check_unscaled(terms)
+    fitted = []
+    for term, column in zip(terms, columns.double().unbind(1), strict=True):
+        scale = (column / term.weight).std(correction=0).item()
         if not scale > 0:
-            raise ValueError(
-                f"the reward {term.name!r} is the same for all {len(images)} images it was to be fitted on"
-            )
-        terms.append(replace(term, scale=scale))
-    return Weighted(terms, reward.rewards.__getitem__)
+            raise ValueError(f"the reward {term.name!r} is the same for all {len(column)} images it is fitted on")
+        fitted.append(replace(term, scale=scale))
+    return tuple(fitted)

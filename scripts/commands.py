@@ -260,13 +260,8 @@ def reward_serve(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.rewards import serve
 
     quiet_libraries()
-    token = None
-    if arguments.token_file is not None:
-        if not arguments.token_file.is_file():
-            raise ValueError(f"no token file {arguments.token_file}")
-        token = arguments.token_file.read_text().strip()
     device = torch.device(check_device(arguments.device))
-    serve(arguments.name, host=arguments.host, port=arguments.port, token=token, device=device)
+    serve(arguments.name, host=arguments.host, port=arguments.port, token_file=arguments.token_file, device=device)
 
 
 def reward_benchmark(arguments: argparse.Namespace) -> None:

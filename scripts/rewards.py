@@ -2,23 +2,26 @@
 
 import csv
 import hashlib
-import os
+import io
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm import tqdm
 
 from stepfuse.rewards.catalogue import CATALOGUE, table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
-from stepfuse.rewards.over_http import TOKEN
-from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.over_http import TOKEN, read_token
+from stepfuse.rewards.protocol import Reward, close, score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.server import RewardServer
 from stepfuse.train.samples import save_samples
 
 COLUMNS = ("file_name", "prompt", "score")
+END = b"\r\n"
 SHOWN = 32  # images of a picture
 
 
@@ -53,23 +56,28 @@ def score_folder(
         ValueError: for images, prompts or a reward that cannot be had, and a table that is there.
     """
     for file in (output, picture):
-        if file is not None and file.exists() and not overwrite:
+        if file is not None and file.exists() and (file.is_dir() or not overwrite):
             raise ValueError(f"{file} exists; give another file or --overwrite")
     items = pair_prompts(folder, prompts)
-    aside = _aside(output, name, items)
-    done = _read_rows(aside) if aside.is_file() else []
-    if [row[:2] for row in done] != [(item.name, item.prompt) for item in items[: len(done)]]:
-        done = []
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(output, name, items)
+        done = _whole_rows(aside)
+        if [row[:2] for row in done] != [(item.name, item.prompt) for item in items[: len(done)]]:
+            done = []
+        with open(aside, "a", newline="", encoding="utf-8") as rows:
+            rows.truncate(sum(len(_line(row)) for row in done))
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror}") from error
     reward = load_reward(name, device)
-    output.parent.mkdir(parents=True, exist_ok=True)
     scores = [float(row[2]) for row in done]
-    with open(aside, "w", newline="", encoding="utf-8") as handle:
-        rows = csv.writer(handle)
-        rows.writerows(done)
-        scores += _score_rest(reward, name, items[len(done) :], rows, handle, device, batch_size)
-    table_of = [(item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True)]
-    with open(aside, "w", newline="", encoding="utf-8") as handle:
-        csv.writer(handle).writerows([COLUMNS, *table_of])
+    try:
+        with open(aside, "ab") as handle:
+            scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
+    finally:
+        close(reward)
+    whole = [(item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True)]
+    aside.write_bytes(b"".join(map(_line, [COLUMNS, *whole])))
     aside.replace(output)
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
@@ -86,29 +94,32 @@ def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> 
     save_samples(file, tiles, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
 
 
-def serve(name: str, *, host: str, port: int, token: str | None, device: torch.device) -> None:
+def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:
     """Serve a reward until interrupted.
 
     Raises:
-        ValueError: for a reward that cannot be loaded, or an address that is taken.
+        ValueError: for a reward that cannot be loaded, a token that is none, or an address that is taken.
     """
-    own = token or os.environ.get(TOKEN) or secrets.token_urlsafe(24)
-    server = RewardServer(load_reward(name, device), name=name, address=(host, port), token=own, device=device)
-    print(f"{name} at {server.url}", flush=True)
-    if not token and not os.environ.get(TOKEN):
-        print(f"clients need its token: export {TOKEN}={own}", flush=True)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        print("images and the token cross the network in the clear; a tunnel or a proxy encrypts them", file=sys.stderr)
-    with server:
-        server.serve_forever()
+    given = read_token(token_file)
+    token = given or secrets.token_urlsafe(24)
+    reward = load_reward(name, device)
+    with RewardServer(reward, name=name, address=(host, port), token=token, device=device) as server:
+        print(f"{name} at {server.url}", flush=True)
+        if given is None:
+            print(f"clients need its token: export {TOKEN}={token}", flush=True)
+        if host not in ("127.0.0.1", "localhost"):
+            print("images and token cross the network in the clear; a tunnel or a proxy encrypts them", file=sys.stderr)
+        try:
+            server.serve_forever()
+        finally:
+            close(reward)
 
 
 def _score_rest(
     reward: Reward,
     name: str,
     items: list[PromptedImage],
-    rows: "csv._writer",
-    handle: "object",
+    handle: IO[bytes],
     device: torch.device,
     batch_size: int,
 ) -> list[float]:
@@ -119,8 +130,9 @@ def _score_rest(
                 values = score(reward, pixels.to(device), [item.prompt for item in batch], name=name).tolist()
             except ValueError as error:
                 raise ValueError(f"{batch[0].name} to {batch[-1].name}: {error}") from error
-            rows.writerows((item.name, item.prompt, repr(v)) for item, v in zip(batch, values, strict=True))
-            handle.flush()  # type: ignore[attr-defined]
+            rows = [(item.name, item.prompt, repr(v)) for item, v in zip(batch, values, strict=True)]
+            handle.write(b"".join(map(_line, rows)))
+            handle.flush()
             scores += values
             bar.update(len(batch))
     return scores
@@ -139,20 +151,25 @@ def _tile(pixels: torch.Tensor, side: int = 128) -> torch.Tensor:
 
 
 def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
-    """The unfinished table of this reward on these images: another reward's is never gone on with."""
-    what = "\0".join([name, *(f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)])
-    return output.with_name(f".{output.name}.{hashlib.sha256(what.encode()).hexdigest()[:12]}.partial")
+    """The unfinished table of this reward, as it reads now, on these images: another's is never gone on with."""
+    file = Path(name.rsplit(":", 1)[0] if ".py:" in name else name)
+    code = file.read_text(errors="replace") if file.suffix in (".py", ".yaml", ".yml") and file.is_file() else ""
+    images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
+    digest = hashlib.sha256("\0".join([name, code, *images]).encode()).hexdigest()
+    return output.with_name(f".{output.name}.{digest[:12]}.partial")
 
 
-def _read_rows(file: Path) -> list[tuple[str, ...]]:
-    """The whole rows of an unfinished table."""
-    with open(file, newline="", encoding="utf-8") as handle:
-        rows = [tuple(row) for row in csv.reader(handle)]
-    whole = []
-    for row in rows:
-        try:
-            float(row[2])
-        except (IndexError, ValueError):
-            break  # cut off
-        whole.append(row)
-    return whole
+def _whole_rows(file: Path) -> list[tuple[str, ...]]:
+    """The rows of an unfinished table, but for a last one that was cut off."""
+    if not file.is_file():
+        return []
+    data = file.read_bytes()
+    text = data[: data.rfind(END) + len(END)].decode("utf-8") if END in data else ""
+    return [tuple(row) for row in csv.reader(io.StringIO(text, newline=""))]
+
+
+def _line(row: Sequence[str]) -> bytes:
+    """One row as CSV; a line's end within a prompt is a bare one, so that `END` ends rows alone."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator=END.decode()).writerow([cell.replace("\r\n", "\n") for cell in row])
+    return text.getvalue().encode()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from stepfuse.rewards.catalogue import CATALOGUE
 from stepfuse.rewards.colourfulness import colourfulness
-from stepfuse.rewards.image_files import pair_prompts, read_pixels
+from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.pixels import resize_and_crop, resize_and_crop_smoothly, resize_and_pad
 from stepfuse.rewards.registry import REWARDS, load_reward
 from stepfuse.scripts.main import main
@@ -219,6 +219,9 @@ def test_folders_and_files_that_are_not_there_are_named(folder):
         ("reward: colourfulness\nclip: [1]", "clip"),
         ("reward: colourfulness\ndtype: float8", "dtype"),
         ("reward: beauty", "beauty"),
+        ("reward: mine.yaml", "reward file too"),
+        ("dtype: bfloat16\nworker: {function: a.py:b}", "bfloat16"),
+        ("worker: {function: a.py:b, start_timeout: 0}", "start_timeout"),
         ("reward: [", "YAML"),
     ],
 )
@@ -328,6 +331,58 @@ def test_scoring_goes_on_where_it_was_interrupted(folder):
     assert (folder / "asked").read_text() == "abcc"
     expected = [read_pixels(folder / "images" / f"img{i}.png").mean((1, 2, 3)).item() for i in (1, 2, 10)]
     assert [float(row[2]) for row in rows_of(folder / "scores.csv")[1:]] == pytest.approx(expected)
+
+
+def test_scoring_does_not_go_on_from_another_reward_or_from_half_a_row(folder):
+    lines = ({"file_name": f"img{i}.png", "prompt": prompt} for i, prompt in ((1, "a"), (2, "b\nc"), (10, "é")))
+    (folder / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code = (
+        "def mine(images, prompts):\n    if {}:\n        raise RuntimeError('not yet')\n"
+        "    return images.mean((1, 2, 3)) * {}\n"
+    )
+
+    def run(when, factor):
+        (folder / "mine.py").write_text(code.format(when, factor))
+        arguments = ["--images", str(folder / "images"), "--prompts", str(folder / "p.jsonl"), "--batch_size", "1"]
+        name = f"{folder / 'mine.py'}:mine"
+        main(["reward", "score", name, *arguments, "--output", str(folder / "s.csv"), "--device", "cpu"])
+
+    with pytest.raises(SystemExit, match="not yet"):
+        run("'é' in prompts", 1)
+    (partial,) = folder.glob(".s.csv.*")
+    whole = partial.read_bytes()
+    assert [row[1] for row in rows_of(partial)] == ["a", "b\nc"]
+    for cut in (whole[:-4], whole[:-2], whole[: whole.index(b"\r\n") + 2], b"", whole + "é".encode()[:1]):
+        partial.write_bytes(cut)
+        with pytest.raises(SystemExit, match="not yet"):
+            run("'é' in prompts", 1)
+        assert partial.read_bytes() == whole
+    run("False", 3)  # another formula: nothing of the old one is in its table
+    found = [float(row[2]) for row in rows_of(folder / "s.csv")[1:]]
+    expected = [3 * read_pixels(folder / "images" / f"img{i}.png").mean().item() for i in (1, 2, 10)]
+    assert found == pytest.approx(expected)
+    assert [row[1] for row in rows_of(folder / "s.csv")[1:]] == ["a", "b\nc", "é"]
+
+
+def test_an_output_that_cannot_be_written_is_named_before_anything_is_scored(folder):
+    (folder / "p.txt").write_text("a\n")
+    (folder / "taken").mkdir()
+    (folder / "file").write_text("")
+    for output in (folder / "taken", folder / "file" / "s.csv"):
+        with pytest.raises(SystemExit, match=str(output.name)):
+            run_score(folder, "--overwrite", "--output", str(output))
+
+
+def test_a_strip_is_refused_rather_than_resized_whole():
+    with refused("1 × 10000"):
+        resize_and_crop(torch.zeros(1, 3, 10000, 1), 224)
+
+
+def test_batches_of_large_images_are_smaller(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (5000, 4000)).save(tmp_path / f"{i}.png")
+    items = [PromptedImage(file=tmp_path / f"{i}.png", name=str(i), prompt="") for i in range(3)]
+    assert [len(batch) for batch, _ in in_batches(items, 16)] == [1, 1, 1]  # two are 40 megapixels
 
 
 def test_a_failure_midway_names_the_images_and_keeps_what_was_scored(folder, tmp_path):

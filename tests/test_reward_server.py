@@ -21,7 +21,7 @@ from stepfuse.rewards.server import RewardServer
 from stepfuse.rewards.worker.messages import decode, encode
 from tests.fixtures_tiny import refused
 
-TOKEN = "a token of some length"
+TOKEN = "a-token-of-some-length"
 IMAGES = (torch.rand(7, 3, 8, 9, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
 PROMPTS = [f"number {i} 番" for i in range(7)]
 
@@ -103,22 +103,64 @@ def test_many_clients_at_once_get_each_their_own_scores(serve):
     assert [found[i] for i in range(7)] == telling(IMAGES, PROMPTS).tolist()
 
 
-@pytest.mark.parametrize("token", ["", "another token of some length", TOKEN[:-1], TOKEN + "x", "tökén of some length"])
+@pytest.mark.parametrize("token", ["", "another-token-of-some-length", TOKEN[:-1], TOKEN + "x"])
 def test_a_wrong_token_is_refused_and_says_where_it_is_taken_from(token, serve, monkeypatch, tmp_path):
     called = []
     url = serve(lambda images, prompts: called.append(1))
     monkeypatch.setenv("STEPFUSE_REWARD_TOKEN", token)
-    if token.isascii():
-        with refused(url, "token", "STEPFUSE_REWARD_TOKEN"):
-            load_reward(url)(IMAGES, PROMPTS)
-    (tmp_path / "token").write_text(token or " ")
-    (tmp_path / "there.yaml").write_text(f"http: {{url: '{url}', token_file: token}}")
-    if token.isascii():
-        with refused(url, "token"):
+    large = torch.zeros(16, 3, 640, 640)  # 20 MB, more than a socket holds: the answer must be read all the same
+    for images in (IMAGES, large):
+        with refused(url, "refuses the token", "STEPFUSE_REWARD_TOKEN"):
+            load_reward(url)(images, [""] * len(images))
+    if token:
+        (tmp_path / "token").write_text(token)
+        (tmp_path / "there.yaml").write_text(f"http: {{url: '{url}', token_file: token}}")
+        with refused(url, "refuses the token", "token"):
             load_reward(str(tmp_path / "there.yaml"))(IMAGES, PROMPTS)
-    status, _ = post(url, message(), token=token.encode().decode("latin-1"))
-    assert status == 401
+    assert post(url, message(), token=token)[0] == 401
     assert not called
+
+
+@pytest.mark.parametrize("token", ["", "two words", "two\nlines", "tökén-of-some-length", "\x00"])
+def test_a_token_that_is_none_is_refused_without_being_shown(token, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text(token)
+    (tmp_path / "there.yaml").write_text("http: {url: 'http://127.0.0.1:1', token_file: token}")
+    with refused("token file", "one word") as _:
+        load_reward(str(tmp_path / "there.yaml"))
+    if token and "\x00" not in token:
+        monkeypatch.setenv("STEPFUSE_REWARD_TOKEN", token)
+        with pytest.raises(ValueError, match="STEPFUSE_REWARD_TOKEN") as error:
+            load_reward("http://127.0.0.1:1")
+        assert token not in str(error.value)
+
+
+def test_the_token_goes_to_no_other_address(serve, monkeypatch):
+    """A server that sends its clients elsewhere, and a proxy for everything: neither gets a request."""
+    elsewhere = []
+    with socket.socket() as other, socket.socket() as listener:
+        for one in (other, listener):
+            one.bind(("127.0.0.1", 0))
+            one.listen()
+            one.settimeout(5)
+        there = f"http://127.0.0.1:{other.getsockname()[1]}"
+        monkeypatch.setenv("http_proxy", there)
+
+        def redirect():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(f"HTTP/1.1 303 See\r\nLocation: {there}/score\r\nContent-Length: 0\r\n\r\n".encode())
+
+        thread = threading.Thread(target=redirect)
+        thread.start()
+        with refused("303"):
+            load_reward(f"http://127.0.0.1:{listener.getsockname()[1]}")(IMAGES[:1], PROMPTS[:1])
+        thread.join()
+        assert load_reward(serve())(IMAGES, PROMPTS).tolist() == telling(IMAGES, PROMPTS).tolist()
+        other.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            elsewhere.append(other.accept())
+    assert not elsewhere
 
 
 @pytest.mark.parametrize(
@@ -168,6 +210,18 @@ def test_what_a_reward_raises_there_is_said_here(serve):
         score(load_reward(url), IMAGES, PROMPTS, name="mine")
     with refused("nan", "number 1"):
         load_reward(serve(lambda images, prompts: torch.tensor([0.0, float("nan")])))(IMAGES[:2], PROMPTS[:2])
+
+
+def test_a_server_that_runs_out_of_memory_says_so_and_goes_on(serve):
+    def hungry(images, prompts):
+        if len(images) == 1:
+            raise MemoryError("no room")
+        return telling(images, prompts)
+
+    url = serve(hungry)
+    with refused(url, "no room"):
+        load_reward(url)(IMAGES[:1], PROMPTS[:1])
+    assert load_reward(url)(IMAGES, PROMPTS).tolist() == telling(IMAGES, PROMPTS).tolist()
 
 
 def test_a_server_that_is_not_there_is_named_with_what_starts_one():
@@ -223,8 +277,9 @@ def test_a_short_token_and_a_port_that_is_taken_are_refused(serve):
     with refused("16"):
         RewardServer(telling, name="mine", address=("127.0.0.1", 0), token="short")
     port = int(serve().rpartition(":")[2])
-    with refused(str(port)):
-        RewardServer(telling, name="mine", address=("127.0.0.1", port), token=TOKEN)
+    for taken in (port, 99999):
+        with refused(str(taken)):
+            RewardServer(telling, name="mine", address=("127.0.0.1", taken), token=TOKEN)
 
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):

@@ -161,11 +161,23 @@ def test_a_reward_that_raises_or_returns_nonsense_is_not_started_again(code, cul
         ("def reward(", "mine.py:reward", "SyntaxError"),
         ("print('before the end'); os._exit(7)", "mine.py:reward", "exit status 7"),
         ("x = 1", "no.such.module:reward", "no"),
+        ("def reward(images, prompts):\n    sys.exit('no model here')", "mine.py:reward", "no model here"),
     ],
 )
 def test_a_worker_that_cannot_start_says_why_at_once(body, function, culprit, worker):
     with refused("'mine'", culprit):
         worker(body, function=function)(IMAGES, PROMPTS)
+
+
+def test_arguments_are_for_classes(worker):
+    with refused("'mine'", "arguments"):
+        worker("def reward(images, prompts):\n    return [0.0]\n", arguments={"a": 1})(IMAGES[:1], PROMPTS[:1])
+
+
+def test_large_images_go_in_smaller_batches(monkeypatch, worker):
+    monkeypatch.setattr("stepfuse.rewards.worker.messages.BATCH_BYTES", 2 * 5 * 6 * 3)
+    reward = worker("def reward(images, prompts):\n    return [len(images)] * len(images)\n", batch_size=5)
+    assert reward(IMAGES, PROMPTS).tolist() == [2, 2, 2, 2, 2, 2, 1]
 
 
 @pytest.mark.parametrize("function", ["mine.py", ":reward", "mine.py:", "other.py:reward"])
@@ -199,7 +211,8 @@ def test_a_worker_and_what_it_started_die_with_their_parent(how, busy, tmp_path)
         "def reward(images, prompts):\n"
         "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         "    print(os.getpid(), child.pid, file=open('pids', 'w'), flush=True)\n"
-        f"    time.sleep({600 if busy else 0})\n"
+        # Busy in C with the interpreter held: no thread of Python's runs beside it.
+        f"    {'pow(3, 10**9)' if busy else 'pass'}\n"
         "    return [0.0]\n"
     )
     wait = "import time; time.sleep(600)" if how else "pass"

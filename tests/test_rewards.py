@@ -208,6 +208,10 @@ def test_a_reward_of_ones_own_is_a_function_in_a_file(tmp_path):
     for function in ("missing", "number", ""):
         with refused(f"{tmp_path}/mine.py", repr(function)):
             load_reward(f"{tmp_path}/mine.py:{function}")
+    for code in ("def mine(", "import no_such_module"):
+        (tmp_path / "broken.py").write_text(code)
+        with refused(f"{tmp_path}/broken.py"):
+            load_reward(f"{tmp_path}/broken.py:mine")
     with refused(f"{tmp_path}/other.py"):
         load_reward(f"{tmp_path}/other.py:length_of_prompt")
 

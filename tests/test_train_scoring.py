@@ -116,17 +116,22 @@ def test_a_queue_lets_no_more_wait_than_it_was_told():
     queue.close()
 
 
-def test_what_a_call_raises_is_raised_at_its_result_and_the_queue_goes_on():
-    queue = ScoringQueue()
+def test_what_a_call_raises_is_raised_at_its_result_and_nothing_more_is_called():
+    queue, called, release = ScoringQueue(), [], threading.Event()
 
     def broken():
+        release.wait(30)
         raise ValueError("no such colour")
 
-    first, second = queue.submit(broken), queue.submit(lambda: torch.tensor(2.0))
-    with refused("no such colour"):
-        first.result()
-    assert second.result().item() == 2
+    first, second = queue.submit(broken), queue.submit(lambda: called.append(1))
+    release.set()
+    for future in (first, second):
+        with refused("no such colour"):
+            future.result()
+    with refused("no such colour"):  # a rollout that goes on asking ends here, not at its end
+        queue.submit(lambda: called.append(1))
     queue.close()
+    assert not called
 
 
 def test_a_batch_is_scored_while_the_next_is_sampled(run, monkeypatch):
@@ -227,15 +232,26 @@ def test_a_reward_is_fitted_on_images_of_the_base_and_a_resumed_run_keeps_it(run
     monkeypatch.setattr("stepfuse.train.loop.load_reward", lambda name, device: recording)
     options = dict(fit_reward=6, checkpointing_steps=1)
     straight = run(output_dir="straight", **options)
-    fitted = next(values for values in calls if len(values) == 6)
+    fitted = calls[0] + calls[1]  # before anything else, a micro-batch at a time
+    assert len(fitted) == 6
     assert straight.objective.shaping.shift == pytest.approx(statistics.fmean(fitted))
     assert straight.objective.shaping.scale == pytest.approx(statistics.pstdev(fitted))
     run(max_train_steps=1, **options)
     calls.clear()
     resumed = run(resume_from_checkpoint="latest", **options)
-    assert not [values for values in calls if len(values) == 6]
+    assert [len(values) for values in calls] == [4, 4, 2]  # a step, and the validation
     assert resumed.objective == straight.objective
     assert all(torch.equal(weights("out")[name], tensor) for name, tensor in weights("straight").items())
+
+
+def test_a_run_is_not_resumed_with_another_fit(run):
+    run(max_train_steps=1, checkpointing_steps=1, fit_reward=4)
+    for changes in (dict(reward="rewards.py:thousands"), dict(fit_reward=5), dict(reward_clip=[0.0, 1.0])):
+        with refused("'rewards.py:slope' on 4 images"):
+            run(**({"fit_reward": 4} | changes), resume_from_checkpoint="latest")
+    run(output_dir="unfitted", max_train_steps=1, checkpointing_steps=1)
+    with refused("fit_reward", "begun"):
+        run(output_dir="unfitted", fit_reward=4, resume_from_checkpoint="latest")
 
 
 def test_the_terms_of_a_weighted_reward_are_fitted_one_by_one(run):
@@ -244,21 +260,28 @@ def test_the_terms_of_a_weighted_reward_are_fitted_one_by_one(run):
     assert [(term.name, term.weight) for term in terms] == [("rewards.py:slope", 0.75), ("rewards.py:thousands", 0.25)]
     assert terms[1].scale > 100 * terms[0].scale > 0
     assert adapter.objective.shaping == Shaping()
+    # What is recorded of the validation is in the unit of that very reward.
+    same = run(reward=adapter.objective.reward, output_dir="same")
+    assert same.record["validation"]["before"] == adapter.record["validation"]["before"]
+    with refused("'rewards.py:slope'", "scale"):
+        run(reward=adapter.objective.reward, output_dir="twice", fit_reward=6)
+    assert not Path("twice").exists()
 
 
 def test_fitted_scales_are_the_deviations_of_each_term():
     pixels, prompts = photographs(8)[0]
     rewards = {"a": compressibility, "b": lambda images, prompts: images.mean((1, 2, 3))}
-    terms = parse_terms("2*a + 2*b")
-    fitted = fit_scales(Weighted(terms, rewards.__getitem__), pixels, prompts)
-    for term in fitted.terms:
+    weighted = Weighted(parse_terms("2*a + 6*b"), rewards.__getitem__)
+    fitted = fit_scales(weighted.terms, weighted.terms_of(pixels, prompts))
+    for term, weight in zip(fitted, (0.25, 0.75), strict=True):
         values = rewards[term.name](pixels, prompts).tolist()
         assert term.scale == pytest.approx(statistics.pstdev(values), rel=1e-5)
-    assert parse_terms(label_terms(fitted.terms).removeprefix("weighted:")) == fitted.terms
+        assert term.weight == weight
+    assert parse_terms(label_terms(fitted).removeprefix("weighted:")) == fitted
     with refused("'a'", "scale"):
-        fit_scales(fitted, pixels, prompts)
+        fit_scales(fitted, weighted.terms_of(pixels, prompts))
     with refused("'a'", "8 images"):
-        fit_scales(Weighted(terms, lambda name: lambda images, prompts: torch.ones(len(images))), pixels, prompts)
+        fit_scales(weighted.terms, torch.ones(8, 2))
 
 
 def test_decoupled_advantages_learn_from_the_small_term_too(run):

@@ -21,7 +21,7 @@ class Progress:
         step: optimiser steps done.
         kl: of the last step, nats an image.
         validation: mean reward of the validation images, `before` and `after`.
-        reward: the reward and its shaping, as fitted on images of the base.
+        reward: what was fitted of the reward on images of the base.
     """
 
     step: int = 0

@@ -67,9 +67,27 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     )
     accelerator = _accelerator(settings)
     _check_groups(settings, algorithm, accelerator.num_processes)
-    reward = TrainingReward(load_reward(settings.reward, accelerator.device), settings)
+    reward = TrainingReward(load_reward(settings.reward, accelerator.device), settings, accelerator.device)
     Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
+    try:
+        _train(settings, algorithm, accelerator, reward, prompts, checkpoint)
+    finally:
+        reward.close()
+    return output
+
+
+def _train(
+    settings: TrainSettings,
+    algorithm: Algorithm,
+    accelerator: Accelerator,
+    reward: TrainingReward,
+    prompts: list[str],
+    checkpoint: Path | None,
+) -> None:
+    output = Path(settings.output_dir)
     run = Run(settings, algorithm, accelerator, reward, prompts)
+    progress = load_checkpoint(checkpoint, accelerator, run.policy) if checkpoint else Progress()
+    run.fit_reward(progress)
     first = run.draw_validation() if checkpoint is None else None  # a faulty reward is found here
     if accelerator.is_main_process:
         if settings.overwrite and checkpoint is None and output.exists():
@@ -79,16 +97,10 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     accelerator.wait_for_everyone()
     if accelerator.trackers == [] and settings.report_to != "none":
         accelerator.init_trackers("stepfuse", config=_trackable(settings))
-    progress = load_checkpoint(checkpoint, accelerator, run.policy) if checkpoint else Progress()
     if first is not None:
         progress.validation["before"] = run.save_validation(0, first)
-    try:
-        run.fit_reward(progress)
-        run.fit(progress)
-    finally:
-        reward.queue.close()
+    run.fit(progress)
     accelerator.end_training()
-    return output
 
 
 class Run:
@@ -260,12 +272,19 @@ class Run:
         """Fit the reward on images of the base, where that is wanted and not done; the same on all processes."""
         count = self.settings.fit_reward
         if count and not progress.reward:
-            fitted: list[Any] = [None]
+            if progress.step:
+                raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
+            told: list[Any] = [None]
             if self.accelerator.is_main_process:
                 prompts = [self.prompts[i * len(self.prompts) // count] for i in range(count)]
-                pixels = torch.cat([pixels for _, pixels in self._draw(prompts, "fit")])
-                fitted = [self.reward.fit(pixels, prompts)]
-            (progress.reward,) = broadcast_object_list(fitted)
+                try:
+                    told = [self.reward.fit(self._draw(prompts, "fit"))]
+                except ValueError as error:  # for the other processes too
+                    told = [error]
+            (fitted,) = broadcast_object_list(told)
+            if isinstance(fitted, ValueError):
+                raise fitted
+            progress.reward = fitted
         if progress.reward:
             self.reward.restore(progress.reward)
 

@@ -1,7 +1,7 @@
 """What a run learns from: its reward in the unit it learns in, scored while the next batch is sampled."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from stepfuse.fuse.denoiser import Latents
 from stepfuse.fuse.pipeline import decode_latents
-from stepfuse.rewards.protocol import Pixels, Reward, Scores, score
+from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping
-from stepfuse.rewards.weighted import Weighted, fit_scales, label_terms, parse_terms
+from stepfuse.rewards.weighted import Weighted, check_unscaled, fit_scales, label_terms, parse_terms
 from stepfuse.train.settings import TrainSettings
 
 
@@ -27,11 +27,12 @@ class TrainingReward:
         shaping: as configured or fitted.
     """
 
-    def __init__(self, reward: Reward, settings: TrainSettings) -> None:
-        if settings.reward.startswith("weighted:") and not isinstance(reward, Weighted):
-            raise ValueError(f"reward {settings.reward!r} is no weighted sum")
+    def __init__(self, reward: Reward, settings: TrainSettings, device: str | torch.device = "cpu") -> None:
+        if settings.fit_reward and isinstance(reward, Weighted):
+            check_unscaled(reward.terms)
         self.reward, self.name, self.shaping = reward, settings.reward, settings.initial_shaping()
-        self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0)
+        self.asked = {"reward": settings.reward, "images": settings.fit_reward, "clip": settings.reward_clip}
+        self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
 
     def raw(self, pixels: Pixels, prompts: Sequence[str]) -> Scores:
         """In the reward's own unit, at once."""
@@ -49,22 +50,40 @@ class TrainingReward:
             return torch.tensor([term.weight for term in self.reward.terms])
         return torch.ones(1)
 
-    def fit(self, pixels: Pixels, prompts: Sequence[str]) -> dict[str, Any]:
-        """Name and shaping by images of the base, as values that `restore` takes.
+    def fit(self, drawn: Iterable[tuple[Sequence[str], Pixels]]) -> dict[str, Any]:
+        """Name and shaping by images of the base, scored a batch at a time, as values that `restore` takes.
 
         The terms of a weighted reward get the deviations they have among them; any other reward mean 0 and deviation 1.
+
+        Raises:
+            ValueError: for a reward, or a term, that is the same for all of them.
         """
+        name, shaping = self.name, self.shaping
         if isinstance(self.reward, Weighted):
-            name = label_terms(fit_scales(self.reward, pixels, prompts).terms)
-            return {"reward": name, "shaping": dataclasses.asdict(self.shaping)}
-        shaping = fit_shaping(self.raw(pixels, prompts), self.shaping.clip)
-        return {"reward": self.name, "shaping": dataclasses.asdict(shaping)}
+            columns = torch.cat([self.reward.terms_of(pixels, prompts) for prompts, pixels in drawn])
+            name = label_terms(fit_scales(self.reward.terms, columns))
+        else:
+            scores = torch.cat([self.raw(pixels, prompts) for prompts, pixels in drawn])
+            shaping = fit_shaping(scores, self.shaping.clip)
+        return {"asked": self.asked, "reward": name, "shaping": dataclasses.asdict(shaping)}
 
     def restore(self, fitted: dict[str, Any]) -> None:
-        """Take what was fitted, now or before a checkpoint."""
+        """Take what was fitted, now or before a checkpoint.
+
+        Raises:
+            ValueError: where something else was asked for then.
+        """
+        if fitted["asked"] != self.asked:
+            was, now = (f"{a['reward']!r} on {a['images']} images" for a in (fitted["asked"], self.asked))
+            raise ValueError(f"the checkpoint's reward was fitted as {was}, and now it is {now}; resume with the same")
         self.name, self.shaping = fitted["reward"], Shaping(**fitted["shaping"])
         if isinstance(self.reward, Weighted):
             self.reward = Weighted(parse_terms(self.name.partition(":")[2]), self.reward.rewards.__getitem__)
+
+    def close(self) -> None:
+        """Let what is being scored come to its end, and end workers."""
+        self.queue.close()
+        close(self.reward)
 
 
 class Scorer:

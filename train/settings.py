@@ -35,7 +35,9 @@ class TrainSettings:
         "name of the reward (`stepfuse reward list`), path/to/file.py:function, path/to/file.yaml, or http://HOST:PORT",
     )
     reward_shift: float = _setting(0.0, "subtracted from the reward")
-    reward_scale: float = _setting(1.0, "what it is divided by then; beta is in this unit")
+    reward_scale: float = _setting(
+        1.0, "what it is divided by then: the unit of beta, margin and clip; normalised advantages do not depend on it"
+    )
     reward_clip: list[float] = _setting([], "bounds of what comes out, the lower and the upper")
     fit_reward: int = _setting(
         0, "images of the base on which shift and scale are fitted instead, to mean 0 and deviation 1; 0: none"
@@ -131,7 +133,10 @@ class TrainSettings:
     @property
     def name(self) -> str:
         """The objective's name: as given, or the reward's without its argument or folder."""
-        return self.objective_name or Path(self.reward.split(":")[-1 if ".py:" in self.reward else 0]).stem
+        if self.objective_name:
+            return self.objective_name
+        own = self.reward.split(":")[-1 if ".py:" in self.reward else 0]
+        return Path(own).stem if own.endswith((".yaml", ".yml")) else own.replace(".", "_")
 
     def initial_shaping(self) -> Shaping:
         """The reward's shaping as configured; with `fit_reward` it is fitted later."""

@@ -22,7 +22,7 @@ import torch
 from stepfuse.rewards.pixels import to_bytes
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.worker.environment import environment_python, last_lines
-from stepfuse.rewards.worker.messages import MessageError, encode, receive, send
+from stepfuse.rewards.worker.messages import MessageError, batches, encode, receive, send
 
 PROCESS = Path(__file__).parent / "process.py"
 
@@ -84,11 +84,11 @@ class WorkerReward:
         self._lock = threading.Lock()
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        arrays, size, values = to_bytes(images), self.settings.batch_size, []
+        arrays, values = to_bytes(images), [np.zeros(0)]
         with self._lock:
-            for first in range(0, len(arrays), size):
-                values.append(self._ask(arrays[first : first + size], list(prompts[first : first + size]), first))
-        return torch.from_numpy(np.concatenate([np.zeros(0), *values])).float().to(images.device)
+            for part in batches(arrays, self.settings.batch_size):
+                values.append(self._ask(arrays[part], list(prompts[part]), part.start))
+        return torch.from_numpy(np.concatenate(values)).float().to(images.device)
 
     def close(self) -> None:
         """End the process; the next call starts another."""
@@ -128,7 +128,7 @@ class WorkerReward:
 
     def _start(self) -> "_Process":
         self._process = process = _Process(self.python, self.function, self.settings.arguments)
-        self._finalizer = weakref.finalize(self, process.stop)
+        self._finalizer = weakref.finalize(self, process.stop_here)
         try:
             header, _ = receive(process.connection, time.monotonic() + self.settings.start_timeout)
         except (OSError, MessageError) as error:
@@ -142,10 +142,7 @@ class WorkerReward:
     def _status(self) -> str:
         if self._process is None:
             return ""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            code = self._process.process.wait(5)
-            return f" ({signal.Signals(-code).name})" if code < 0 else f" (exit status {code})"
-        return ""
+        return self._process.status()
 
     def _stop(self) -> str:
         """End the process; what it said last."""
@@ -165,8 +162,9 @@ class _Process:
     """One worker process, its socket, and the file its output goes to."""
 
     def __init__(self, python: str | Path, function: str, arguments: dict[str, Any]) -> None:
+        self.owner = os.getpid()
         self.connection, theirs = socket.socketpair()
-        self.log = tempfile.NamedTemporaryFile(prefix="stepfuse-worker-", suffix=".log")  # noqa: SIM115
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (nameless: nothing stays behind, whoever is killed)
         with theirs:
             self.process = subprocess.Popen(
                 [str(python), "-u", str(PROCESS), str(theirs.fileno()), function, json.dumps(arguments)],
@@ -178,6 +176,24 @@ class _Process:
                 env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")},
             )
 
+    def status(self, seconds: float = 5.0) -> str:
+        """How it ended, if it does within some seconds; it is left unreaped, so that its number stays its own."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                signalled = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                return (
+                    f" ({signal.Signals(ended.si_status).name})" if signalled else f" (exit status {ended.si_status})"
+                )
+            time.sleep(0.01)
+        return ""
+
+    def stop_here(self) -> None:
+        """`stop`, unless this is a fork of the process that started it."""
+        if os.getpid() == self.owner:
+            self.stop()
+
     def stop(self) -> str:
         """Kill it and all it started; the end of its output."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -186,6 +202,5 @@ class _Process:
         self.connection.close()
         assert self.process.stdin is not None
         self.process.stdin.close()
-        said = last_lines(Path(self.log.name))
-        self.log.close()
-        return said
+        with self.log:
+            return last_lines(self.log)

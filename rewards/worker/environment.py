@@ -3,12 +3,14 @@
 import fcntl
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 COMPLETE = "stepfuse-complete"
 
@@ -20,14 +22,16 @@ def cache_folder() -> Path:
 
 
 def environment_folder(requirements: Path, python: str | None = None) -> Path:
-    """Where the environment of a requirements file lies, made or not: its name changes with its contents.
+    """Where the environment of a requirements file lies, made or not: its name changes with the file's text.
 
     Raises:
         ValueError: for a file that is not there.
     """
     if not requirements.is_file():
         raise ValueError(f"no requirements file {requirements}")
-    key = hashlib.sha256("\0".join([requirements.read_text(), python or sys.version[:6]]).encode()).hexdigest()[:12]
+    version = python or ".".join(map(str, sys.version_info[:3]))
+    what = "\0".join([requirements.read_text(), version, platform.machine()])
+    key = hashlib.sha256(what.encode()).hexdigest()[:12]
     return cache_folder() / "environments" / f"{requirements.stem}-{key}"
 
 
@@ -47,6 +51,10 @@ def environment_python(requirements: Path, python: str | None = None) -> Path:
     interpreter = folder / "bin" / "python"
     if (folder / COMPLETE).is_file() and interpreter.exists():
         return interpreter
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make {folder.parent} ({error.strerror}); set STEPFUSE_CACHE to a folder") from error
     with _locked(folder.with_name(folder.name + ".lock")):
         if not ((folder / COMPLETE).is_file() and interpreter.exists()):  # another process may have made it
             _make(folder, requirements, python)
@@ -69,30 +77,30 @@ def _make(folder: Path, requirements: Path, python: str | None) -> None:
             [python or sys.executable, "-m", "venv", str(folder)],
             [*pip, "install", "-r", str(requirements)],
         ]
-    with open(log, "w") as output:
+    # What this environment's variables point to is not in the worker's.
+    variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    with open(log, "w+b") as output:
         for command in commands:
             try:
-                code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-                status = f"exit status {code.returncode}" if code.returncode else ""
+                done = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables
+                )
+                status = f"exit status {done.returncode}" if done.returncode else ""
             except OSError as error:
                 status = str(error)
             if status:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise ValueError(
                     f"the environment of {requirements} could not be made: {' '.join(command[:4])} … ended with "
-                    f"{status}; {last_lines(log)} (log: {log})"
+                    f"{status}; {last_lines(output)} (log: {log})"
                 )
     (folder / COMPLETE).touch()
 
 
-def last_lines(file: Path, count: int = 4) -> str:
+def last_lines(log: IO[bytes], count: int = 4) -> str:
     """The end of a log, on one line."""
-    try:
-        with open(file, "rb") as handle:
-            handle.seek(max(0, file.stat().st_size - 4096))
-            text = handle.read().decode(errors="replace")
-    except OSError:
-        text = ""
+    log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+    text = log.read().decode(errors="replace")
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return f"its last output: {' | '.join(lines[-count:])[-600:]}" if lines else "it printed nothing"
 
@@ -100,7 +108,6 @@ def last_lines(file: Path, count: int = 4) -> str:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Alone among processes; a lock ends with the process that holds it."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -10,14 +10,15 @@ import math
 import socket
 import struct
 import time
-from typing import Any, Sequence  # noqa: UP035 (older interpreters too)
+from typing import Any, Iterator, Sequence  # noqa: UP035 (older interpreters too)
 
 import numpy as np
 
 MAGIC = b"SFR1"
 TYPES = ("uint8", "int64", "float32", "float64")
 LONGEST_HEADER = 16 * 2**20  # prompts are in it
-LARGEST_BODY = 2 * 2**30
+LARGEST_BODY = 2**30
+BATCH_BYTES = 2**28  # of images in one message, where there are several
 
 
 class MessageError(ValueError):
@@ -26,9 +27,19 @@ class MessageError(ValueError):
 
 def encode(header: "dict[str, Any]", arrays: "Sequence[np.ndarray]" = ()) -> bytes:
     """One message as bytes."""
+    size = sum(array.nbytes for array in arrays)
+    if size > LARGEST_BODY:
+        raise ValueError(f"{size} bytes of arrays; at most {LARGEST_BODY}")
     described = [{"type": array.dtype.name, "shape": list(array.shape)} for array in arrays]
     head = json.dumps({**header, "arrays": described}).encode()
     return b"".join([MAGIC, struct.pack("<I", len(head)), head, *(np.ascontiguousarray(a).tobytes() for a in arrays)])
+
+
+def batches(images: np.ndarray, batch_size: int) -> "Iterator[slice]":
+    """Places of at most `batch_size` images, and no more of them than a message should hold."""
+    size = max(1, min(batch_size, BATCH_BYTES // max(1, images[:1].nbytes)))
+    for first in range(0, len(images), size):
+        yield slice(first, min(first + size, len(images)))
 
 
 def decode(message: bytes) -> "tuple[dict[str, Any], list[np.ndarray]]":
@@ -75,7 +86,7 @@ def _head(start: bytes, read: Any) -> "tuple[dict[str, Any], list[tuple[str, tup
         header = json.loads(read(length))
         described = header.pop("arrays")
         layout = [(item["type"], tuple(item["shape"])) for item in described]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MessageError(f"a header that cannot be read: {error!r}") from None
     for kind, shape in layout:
         if kind not in TYPES or not all(type(n) is int and n >= 0 for n in shape):

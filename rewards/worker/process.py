@@ -4,6 +4,7 @@ It runs in the environment of the reward, where there is no stepfuse: the standa
 `path/to/file.py:name` or `module:name`; a class is made once, with ARGUMENTS as keywords.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -12,7 +13,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 import traceback
 from types import ModuleType
 from typing import Any
@@ -21,8 +21,7 @@ from typing import Any
 def main() -> None:
     """Answer batches until the socket closes."""
     descriptor, function, arguments = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    parent = os.getppid()
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    _watch(descriptor)
     messages = _load_file(os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py"))
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
@@ -30,6 +29,8 @@ def main() -> None:
         reward = _find(function)
         if isinstance(reward, type):
             reward = reward(**arguments)
+        elif arguments:
+            raise ValueError(f"arguments for {function}, which is a function; expected a class")
     except BaseException as error:
         traceback.print_exc()
         messages.send(connection, messages.encode({"kind": "broken", "message": _line(error)}))
@@ -56,12 +57,19 @@ def _answer(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays:
     return messages.encode({"kind": "scores", "id": header["id"]}, [values])
 
 
-def _die_with(parent: int) -> None:
-    """End this process and all it started when the parent is gone: its end of standard input closes, kill -9 or not."""
-    while os.getppid() == parent:
-        readable, _, _ = select.select([0], [], [], 1.0)
-        if readable and not os.read(0, 1):
-            break
+def _watch(descriptor: int) -> None:
+    """Fork a process that ends this one and all it started when the parent is gone, kill -9 or not.
+
+    The parent's end of standard input closes then. A process, for a thread would wait for whatever holds the
+    interpreter; and the parent is looked for too, since a process it forked may hold that end as well.
+    """
+    parent = os.getppid()
+    if os.fork():
+        return
+    os.close(descriptor)
+    with contextlib.suppress(OSError):
+        while not (select.select([0], [], [], 1.0)[0] and not os.read(0, 1)):
+            os.kill(parent, 0)
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -73,6 +81,7 @@ def _find(function: str) -> Any:
 
 def _load_file(file: str) -> ModuleType:
     name = "stepfuse_worker_" + os.path.splitext(os.path.basename(file))[0]
+    sys.path.append(os.path.dirname(os.path.abspath(file)))  # last: what lies beside it, unless it is installed
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -88,6 +97,8 @@ if __name__ == "__main__":
     sys.path.pop(0)  # this folder: its names are not the environment's
     try:
         main()
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os.killpg(os.getpgrp(), signal.SIGKILL)  # and with it all that the reward started

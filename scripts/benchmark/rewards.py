@@ -116,15 +116,15 @@ def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> W
         ValueError: where its environment cannot be made.
     """
     python = environment_python(REQUIREMENTS[name])
-    (merges,) = [*python.parents[1].glob(f"lib/python*/site-packages/clip/{MERGES}")] or [
-        *python.parents[1].glob(f"lib/python*/site-packages/open_clip/{MERGES}")
-    ]
     arguments: dict[str, Any] = {"folder": str(folder), "size": size, "threads": threads}
     if name == "image_reward":
         example = CONFIGS / "image_reward_original.py"
         arguments |= {"vocabulary": str(VOCABULARY), "example": str(example)}
     else:
-        write_tokenizer(merges, folder)
+        found = [*python.parents[1].glob(f"lib/python*/site-packages/*/{MERGES}")]
+        if not found:
+            raise ValueError(f"no {MERGES} in {python.parents[1]}; delete that folder, and it is made again")
+        write_tokenizer(found[0], folder)
     settings = WorkerSettings(
         function=f"{name}.py:Original",
         requirements=str(REQUIREMENTS[name]),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
 SMALL = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14},
@@ -25,7 +24,8 @@ class Original:
 
     def __init__(self, folder: str, size: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        preparing = _load(HERE / "preparing.py")
+        import preparing  # it lies beside this file, where the worker looks last
+
         preparing.define_operators()
         import open_clip
 
@@ -61,10 +61,3 @@ class Original:
             text_features = self.model.encode_text(self.tokenize([prompt]), normalize=True)
             scores.append((image_features @ text_features.T).item())
         return scores
-
-
-def _load(file: Path):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

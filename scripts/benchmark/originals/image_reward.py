@@ -1,13 +1,12 @@
 """The image-reward package with random weights, scored one image at a time as published."""
 
-import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
 # What its published med_config.json says.
 MED_CONFIG = {
     "architectures": ["BertModel"],
@@ -43,8 +42,11 @@ class Original:
 
     def __init__(self, folder: str, vocabulary: str, example: str, size: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        shipped, fill = _load(Path(example)), _load(HERE / "preparing.py").fill
-        shipped.define_operators()
+        sys.path.append(str(Path(example).parent))
+        import image_reward_original  # the shipped worker, which does the loading
+        import preparing  # it lies beside this file, where the worker looks last
+
+        image_reward_original.define_operators()
         from ImageReward.ImageReward import ImageReward
         from ImageReward.models.BLIP import blip_pretrain
         from ImageReward.models.BLIP.vit import VisionTransformer
@@ -65,19 +67,12 @@ class Original:
         tokenizers.from_pretrained = lambda name: published(folder)
         model = ImageReward(str(target / "med_config.json"))
         tokenizers.from_pretrained = published
-        fill(model)
+        preparing.fill(model)
         torch.save(model.state_dict(), target / "ImageReward.pt")
         del model
-        self.score = shipped.ImageRewardOriginal(
+        self.score = image_reward_original.ImageRewardOriginal(
             str(target / "ImageReward.pt"), med_config=str(target / "med_config.json"), vocabulary=folder
         )
 
     def __call__(self, images, prompts):
         return self.score(images, prompts)
-
-
-def _load(file: Path):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

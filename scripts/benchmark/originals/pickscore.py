@@ -1,11 +1,9 @@
 """PickScore as its authors' README uses it, on transformers 4 with random weights, one image at a time."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).parent
 # Of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which PickScore was trained from.
 PUBLISHED = {
     "vision": dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16),
@@ -30,7 +28,8 @@ class Original:
 
     def __init__(self, folder: str, size: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        preparing = _load(HERE / "preparing.py")
+        import preparing  # it lies beside this file, where the worker looks last
+
         preparing.define_operators()
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
@@ -74,10 +73,3 @@ class Original:
             text_embs = text_embs / torch.norm(text_embs, dim=-1, keepdim=True)
             scores.append((self.model.logit_scale.exp() * (text_embs @ image_embs.T))[0].item())
         return scores
-
-
-def _load(file: Path):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,0 +1,44 @@
+"""What README and docs/rewards say of rewards is what was measured, and what the catalogue has."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from stepfuse.rewards.catalogue import CATALOGUE, size_label
+from stepfuse.scripts.benchmark.rewards import OURS, reward_table
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "rewards"
+ACCOUNT = (FOLDER / "README.md").read_text()
+
+
+def read(name: str) -> dict:
+    return json.loads((FOLDER / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["parity.json", "bench.json"])
+def test_the_tables_are_those_of_the_measurements(name: str) -> None:
+    results = read(name)
+    assert reward_table(results) in ACCOUNT
+    assert results["machine"] in ACCOUNT
+    assert [row["reward"] for row in results["rows"]] == list(OURS)
+    assert results["settings"]["size"] == "published"
+
+
+def test_scores_were_the_originals_to_a_ten_thousandth_on_64_pictures() -> None:
+    for row in read("parity.json")["rows"]:
+        assert row["images"] == 64
+        assert row["float32"]["largest_difference"] < 1e-4
+        assert row["scores"]["deviation"] > 100 * row["float32"]["largest_difference"]
+    assert "to 1e-4" in (ROOT / "README.md").read_text()
+
+
+def test_every_reward_is_in_the_table_with_its_download_and_gradient() -> None:
+    lines = [line for line in ACCOUNT.splitlines() if line.startswith("| `")]
+    for name, info in CATALOGUE.items():
+        (line,) = [line for line in lines if f"`{name}`" in line or f"`{name}:" in line.split("|")[1]]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[2].startswith("yes" if info.differentiable else "no") or name == "weighted"
+        assert (f"downloads {size_label(info.download)}" in cells[3]) == bool(info.files)
+        assert cells[4].split(",")[0].split(" ")[0] in (*info.licence.split(" "), "weights:", "the", "")
