@@ -37,8 +37,9 @@ def read_pixels(file: Path) -> Pixels:
         ValueError: for a file that is no image, or one of floats, whose range nobody knows.
     """
     try:
-        with Image.open(file) as image:
-            image.load()
+        with Image.open(file) as opened:
+            opened.load()
+            image: Image.Image = opened
             if image.mode == "F":
                 raise ValueError(f"{file} holds floats; save it with 8 or 16 bits a channel")
             if image.mode.startswith("I"):

@@ -23,8 +23,8 @@ def read_config(file: Path, kind: Any) -> Any:
 
 def load_model(
     kind: Any, config: Any, state: dict[str, Tensor], file: Path, *, superfluous: tuple[str, ...] = (), **options: Any
-) -> nn.Module:
-    """A transformers model with exactly these weights, in float32 on the CPU.
+) -> Any:
+    """A transformers model of this kind with exactly these weights, in float32 on the CPU.
 
     Args:
         superfluous: how the names begin that the file may have besides.

@@ -83,6 +83,8 @@ def _load_file(file: str) -> ModuleType:
     name = "stepfuse_worker_" + os.path.splitext(os.path.basename(file))[0]
     sys.path.append(os.path.dirname(os.path.abspath(file)))  # last: what lies beside it, unless it is installed
     spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

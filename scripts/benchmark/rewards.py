@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from stepfuse.rewards.catalogue import CONFIGS
@@ -93,6 +94,7 @@ def benchmark_rewards(
     results: dict[str, Any] = {
         "format_version": 1,
         "machine": machine(torch.device("cpu")),
+        "gflop_per_second": dict.fromkeys(DTYPES, 0.0),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "settings": asdict(settings) | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
         "rows": [],
@@ -101,8 +103,11 @@ def benchmark_rewards(
         with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as folder:
             original = start_original(name, Path(folder), size=settings.size, threads=settings.threads)
             try:
-                original(*(part[:1] for part in batches[0]))  # makes the weights
-                results["rows"].append(_compare(name, settings, original, Path(folder), batches))
+                original(batches[0][0][:1], batches[0][1][:1])  # makes the weights
+                row, speeds = _compare(name, settings, original, Path(folder), batches)
+                results["rows"].append(row)
+                for dtype, speed in speeds.items():
+                    results["gflop_per_second"][dtype] = max(results["gflop_per_second"][dtype], speed)
             finally:
                 original.close()
         report(results)
@@ -136,28 +141,47 @@ def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> W
 
 
 def reward_table(results: dict[str, Any]) -> str:
-    """The rows as a table in Markdown."""
+    """The rows as a table in Markdown.
+
+    The bound is the ratio at which ours would do nothing but its products, at the best speed that a large layer had.
+    """
     lines = [
-        "| reward | original, images/s | ours, float32 | ours, bfloat16 | largest difference, float32 | bfloat16 |",
-        "|---|--:|--:|--:|--:|--:|",
+        "| reward | original, images/s | float32 | bound | bfloat16 | bound | largest difference | in bfloat16 |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in results["rows"]:
-        ours = [f"{row[d]['images_per_second']:.3g} ({row[d]['ratio']:.2f} ×)" for d in DTYPES]
-        apart = [f"{row[d]['largest_difference']:.1e}" for d in DTYPES]
-        cells = [row["reward"], f"{row['images_per_second']:.3g}", *ours, *apart]
+        cells = [row["reward"], f"{row['images_per_second']:.3g}"]
+        for dtype in DTYPES:
+            bound = results["gflop_per_second"][dtype] / row["gflop_per_image"] / row["images_per_second"]
+            cells += [f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)", f"{bound:.1f} ×"]
+        cells += [f"{row[dtype]['largest_difference']:.1e}" for dtype in DTYPES]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def parity_table(results: dict[str, Any]) -> str:
+    """How far scores are apart, beside how far images are apart in the original's."""
+    lines = [
+        "| reward | images | scores of the original | largest difference | in bfloat16 |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        spread = f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
+        apart = [f"{row[dtype]['largest_difference']:.1e}" for dtype in DTYPES]
+        lines.append(f"| {' | '.join([row['reward'], str(row['images']), spread, *apart])} |")
     return "\n".join(lines)
 
 
 def _compare(
     name: str, settings: RewardBenchmark, original: WorkerReward, folder: Path, batches: list[Batch]
-) -> dict[str, Any]:
-    """One row: seconds of each round, in turns, and the largest difference of a score."""
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """One row: seconds of each round, in turns, and the largest difference of a score. And the best speed of products."""
     count = sum(len(pixels) for pixels, _ in batches)
     ours = {d: OURS[name](folder, "cpu", dtype, settings.batch_size) for d, dtype in DTYPES.items()}
     ways: dict[str, Reward] = {"original": original, **ours}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     scores: dict[str, Tensor] = {}
+    speeds = dict.fromkeys(DTYPES, 0.0)
     with tqdm(total=settings.repeats * len(ways), desc=name, file=sys.stderr) as bar:
         for _ in range(settings.repeats):
             for way, reward in ways.items():
@@ -165,9 +189,14 @@ def _compare(
                 scores[way] = torch.cat([reward(pixels, prompts).double() for pixels, prompts in batches])
                 seconds[way].append(time.perf_counter() - begin)
                 bar.update()
+            for d, dtype in DTYPES.items():
+                speeds[d] = max(speeds[d], _speed_of_products(dtype))
+    with FlopCounterMode(display=False) as counted:
+        ours["float32"](batches[0][0][:1], batches[0][1][:1])
     row: dict[str, Any] = {
         "reward": name,
         "images": count,
+        "gflop_per_image": counted.get_total_flops() / 1e9,
         "seconds": seconds["original"],
         "images_per_second": count / statistics.median(seconds["original"]),
         "scores": {
@@ -182,7 +211,18 @@ def _compare(
             "ratio": statistics.median(a / b for a, b in zip(seconds["original"], seconds[d], strict=True)),
             "largest_difference": (scores[d] - scores["original"]).abs().max().item(),
         }
-    return row
+    return row, speeds
+
+
+def _speed_of_products(dtype: torch.dtype, side: int = 2048) -> float:
+    """GFLOP a second of one linear layer on many rows, at its best: what networks of such layers cannot exceed."""
+    layer, rows = torch.nn.Linear(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    seconds = []
+    for _ in range(6):
+        begin = time.perf_counter()
+        layer(rows)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * side**3 / min(seconds) / 1e9
 
 
 def _batches(settings: RewardBenchmark) -> list[Batch]:
