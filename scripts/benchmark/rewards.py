@@ -175,7 +175,7 @@ def parity_table(results: dict[str, Any]) -> str:
 def _compare(
     name: str, settings: RewardBenchmark, original: WorkerReward, folder: Path, batches: list[Batch]
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """One row: seconds of each round, in turns, and the largest difference of a score. And the best speed of products."""
+    """A row, of seconds round by round and the largest difference of a score; and how fast large products were."""
     count = sum(len(pixels) for pixels, _ in batches)
     ours = {d: OURS[name](folder, "cpu", dtype, settings.batch_size) for d, dtype in DTYPES.items()}
     ways: dict[str, Reward] = {"original": original, **ours}
