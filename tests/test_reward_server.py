@@ -1,5 +1,6 @@
 """A reward behind HTTP: the same scores, one token, and one clear line for each thing that can go wrong."""
 
+import functools
 import http.client
 import os
 import re
@@ -285,16 +286,20 @@ def test_a_short_token_and_a_port_that_is_taken_are_refused(serve):
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
     command = [sys.executable, "-m", "stepfuse.scripts.main", "reward", "serve", "colourfulness", "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "STEPFUSE_REWARD_TOKEN"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
-    )
-    url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
-    token = process.stdout.readline().rpartition("=")[2].strip()
-    (tmp_path / "token").write_text(token)
-    (tmp_path / "there.yaml").write_text(f"http: {{url: '{url}', token_file: token}}")
-    found = load_reward(str(tmp_path / "there.yaml"))(IMAGES, PROMPTS)
-    torch.testing.assert_close(found, colourfulness(IMAGES, PROMPTS))
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    # Where tests run in the background, an interrupt is ignored, and what they start would ignore it too.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, env=environment, preexec_fn=listen) as process:
+        try:
+            url = re.search(r"http://127\.0\.0\.1:\d+", process.stdout.readline())[0]
+            token = process.stdout.readline().rpartition("=")[2].strip()
+            (tmp_path / "token").write_text(token)
+            (tmp_path / "there.yaml").write_text(f"http: {{url: '{url}', token_file: token}}")
+            found = load_reward(str(tmp_path / "there.yaml"))(IMAGES, PROMPTS)
+            torch.testing.assert_close(found, colourfulness(IMAGES, PROMPTS))
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert said.strip().splitlines()[-1] == "interrupted"

@@ -75,7 +75,7 @@ def _make(folder: Path, requirements: Path, python: str | None) -> None:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
         commands = [
             [python or sys.executable, "-m", "venv", str(folder)],
-            [*pip, "install", "-r", str(requirements)],
+            [*pip, "install", "--no-compile", "-r", str(requirements)],  # most of it is never imported
         ]
     # What this environment's variables point to is not in the worker's.
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
