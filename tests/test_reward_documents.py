@@ -1,12 +1,15 @@
 """What README and docs/rewards say of rewards is what was measured, and what the catalogue has."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from stepfuse.rewards.catalogue import CATALOGUE, size_label
+from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark.rewards import OURS, parity_table, reward_table
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,17 @@ def test_scores_were_the_originals_to_a_ten_thousandth_on_64_pictures() -> None:
         assert row["float32"]["largest_difference"] < 1e-4
         assert row["scores"]["deviation"] > 100 * row["float32"]["largest_difference"]
     assert "to 1e-4" in (ROOT / "README.md").read_text()
+
+
+def test_the_worked_example_is_a_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", ACCOUNT, flags=re.DOTALL)
+    name = re.search(r"--reward (\S+)", code)[1]
+    (tmp_path / name.split(":")[0]).write_text(code)
+    assert code.count("\n") <= 10
+    colours = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0]])[:, :, None, None].expand(2, 3, 4, 4)
+    # ITU-R BT.601: white is 100, green 58.7
+    assert load_reward(name)(colours, ["", ""]).tolist() == pytest.approx([100, 58.7])
 
 
 def test_every_reward_is_in_the_table_with_its_download_and_gradient() -> None:
