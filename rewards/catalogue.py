@@ -86,7 +86,7 @@ CATALOGUE: dict[str, RewardInfo] = {
         files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
     ),
     "image_reward_original": RewardInfo(
-        source="image-reward 1.5 in an environment of its own",
+        source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
         licence="Apache-2.0",
         differentiable=False,
         weights=1_786_000_000,
@@ -108,7 +108,7 @@ CATALOGUE: dict[str, RewardInfo] = {
         files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
     ),
     "vila": RewardInfo(
-        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, in an environment of its own",
+        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, in an environment of its own; it downloads its model",
         licence="Apache-2.0 by the hub's default",
         differentiable=False,
         requirements=CONFIGS / "vila.txt",
