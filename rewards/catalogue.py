@@ -108,7 +108,7 @@ CATALOGUE: dict[str, RewardInfo] = {
         files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
     ),
     "vila": RewardInfo(
-        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, in an environment of its own; it downloads its model",
+        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
         licence="Apache-2.0 by the hub's default",
         differentiable=False,
         requirements=CONFIGS / "vila.txt",
