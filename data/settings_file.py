@@ -1,7 +1,7 @@
 """Settings from YAML: into frozen dataclasses, where an unknown or ill-typed value is an error that names it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -24,11 +24,19 @@ def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) ->
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no settings; expected `name: value` lines")
+    try:
+        check_names(values, settings, besides=besides)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return values
+
+
+def check_names(values: Mapping[str, Any], settings: type, *, besides: Sequence[str] = ()) -> None:
+    """A value whose name is no field of these settings."""
     names = [f.name for f in dataclasses.fields(settings)]
     for key in values:
         if key not in names and key not in besides:
-            raise ValueError(f"{file}: unknown setting {key!r}{nearest(str(key), names)}")
-    return values
+            raise ValueError(f"unknown setting {key!r}{nearest(str(key), names)}")
 
 
 def check_types(settings: Any) -> None:

@@ -1,24 +1,25 @@
-"""What there is to know of each reward before it is loaded: `stepfuse reward list`."""
+"""What a reward is called by: how it is made, and what there is to know of it before: `stepfuse reward list`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 
-from stepfuse.rewards import hpsv2, image_reward, laion_aesthetic, pickscore
-from stepfuse.rewards.clip import TOKENIZER
+from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.published import Published
 from stepfuse.rewards.worker.environment import COMPLETE, environment_folder
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
+Build = Callable[[str | None, torch.device, torch.dtype], Reward]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardInfo:
-    """One line of the list.
+class NamedReward:
+    """One reward, and its line of the list.
 
     Attributes:
+        build: from what follows the name's colon, a device and a precision.
         source: the paper, or where it comes from.
         licence: of the weights, or of the code where there are none.
         differentiable: in the pixels, so that `rgg` can use it.
@@ -28,6 +29,7 @@ class RewardInfo:
         needs: what has to be given.
     """
 
+    build: Build
     source: str
     licence: str
     differentiable: bool
@@ -53,75 +55,6 @@ class RewardInfo:
         return "ready"
 
 
-OURS = "stepfuse"
-CATALOGUE: dict[str, RewardInfo] = {
-    "clip_score": RewardInfo(
-        source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
-        licence="Apache-2.0; of a hub id, its own",
-        differentiable=True,
-        weights=14_000_000,
-    ),
-    "colourfulness": RewardInfo(source="Hasler and Süsstrunk 2003", licence="Apache-2.0", differentiable=True),
-    "compressibility": RewardInfo(source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False),
-    "emoji_background": RewardInfo(source=OURS, licence="Apache-2.0", differentiable=True),
-    "hpsv2": RewardInfo(
-        source="arXiv:2306.09341, xswu/HPSv2",
-        licence="Apache-2.0",
-        differentiable=True,
-        weights=3_944_000_000,
-        files=(hpsv2.VERSIONS["2"], TOKENIZER),
-    ),
-    "hpsv2.1": RewardInfo(
-        source="arXiv:2306.09341, xswu/HPSv2",
-        licence="Apache-2.0",
-        differentiable=True,
-        weights=3_944_000_000,
-        files=(hpsv2.VERSIONS["2.1"], TOKENIZER),
-    ),
-    "image_reward": RewardInfo(
-        source="arXiv:2304.05977, THUDM/ImageReward",
-        licence="Apache-2.0",
-        differentiable=True,
-        weights=1_786_000_000,
-        files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
-    ),
-    "image_reward_original": RewardInfo(
-        source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
-        licence="Apache-2.0",
-        differentiable=False,
-        weights=1_786_000_000,
-        requirements=CONFIGS / "image_reward_original.txt",
-    ),
-    "incompressibility": RewardInfo(source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False),
-    "laion_aesthetic": RewardInfo(
-        source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
-        licence="Apache-2.0 (head), MIT (CLIP)",
-        differentiable=True,
-        weights=1_216_000_000,
-        files=(laion_aesthetic.CONFIG, laion_aesthetic.WEIGHTS, laion_aesthetic.HEAD),
-    ),
-    "pickscore": RewardInfo(
-        source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
-        licence="not stated for the weights; MIT for its code",
-        differentiable=True,
-        weights=3_944_000_000,
-        files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
-    ),
-    "vila": RewardInfo(
-        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
-        licence="Apache-2.0 by the hub's default",
-        differentiable=False,
-        requirements=CONFIGS / "vila.txt",
-    ),
-    "weighted": RewardInfo(
-        source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
-        licence="those of its terms",
-        differentiable=True,
-        needs="its terms",
-    ),
-}
-
-
 def size_label(size: int) -> str:
     """Bytes as people write them."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
@@ -130,7 +63,7 @@ def size_label(size: int) -> str:
     return f"{size} B" if size else "–"
 
 
-def table(infos: dict[str, RewardInfo], state: Callable[[RewardInfo], str] = RewardInfo.state) -> list[tuple[str, ...]]:
+def table(rewards: dict[str, NamedReward]) -> list[tuple[str, ...]]:
     """Rows of `stepfuse reward list`, its heading first."""
     heading = ("reward", "gradient", "download", "in memory", "at first use", "licence", "source")
     rows = [
@@ -139,11 +72,11 @@ def table(infos: dict[str, RewardInfo], state: Callable[[RewardInfo], str] = Rew
             "yes" if info.differentiable else "no",
             size_label(info.download),
             size_label(info.weights),
-            state(info),
+            info.state(),
             info.licence,
             info.source,
         )
-        for name, info in infos.items()
+        for name, info in rewards.items()
     ]
     return [heading, *rows]
 

@@ -1,4 +1,4 @@
-"""The two towers of a CLIP, as unit vectors: what PickScore, HPSv2 and the aesthetic predictor start from."""
+"""Rewards that are the cosine of a CLIP's two towers: CLIP score, PickScore and HPSv2."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel
 
-from stepfuse.rewards.protocol import Pixels
+from stepfuse.rewards.batches import score_in_batches
+from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published
 
 # The vocabulary is one for all of OpenAI's and OpenCLIP's; LAION's is read, as PickScore's authors do.
@@ -23,13 +24,15 @@ TOKENIZER = Published(
 )
 
 
-class CLIPTowers:
-    """Unit vectors of images and of prompts, in float32.
+class CLIPReward:
+    """r = factor · cos(image, prompt) by the two towers of a CLIP, in float32; differentiable in the images.
 
     Args:
         model: with weights, on its device.
         tokenize: prompts → tokens that end in the end-of-text token.
         prepare: pixels in [0, 1] → normalised ones of the model's size.
+        factor: what the cosine is multiplied by.
+        batch_size: images a forward where no gradient is wanted.
     """
 
     def __init__(
@@ -37,19 +40,31 @@ class CLIPTowers:
         model: CLIPModel,
         tokenize: Callable[[Sequence[str]], Int[Tensor, "batch length"]],
         prepare: Callable[[Pixels, int], Pixels],
+        *,
+        factor: float = 1.0,
+        batch_size: int = 16,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
         self.tokenize, self.prepare = tokenize, prepare
-        self.size = model.config.vision_config.image_size
+        self.factor, self.batch_size = factor, batch_size
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        return score_in_batches(self._score, images, prompts, self.batch_size)
 
     def embed_images(self, images: Pixels) -> Float[Tensor, "batch width"]:
-        pixels = self.prepare(images.to(self.model.device), self.size)
+        """Unit vectors of the image tower."""
+        pixels = self.prepare(images.to(self.model.device), self.model.config.vision_config.image_size)
         return unit(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "batch width"]:
-        tokens = self.tokenize(prompts)[:, : self.model.config.text_config.max_position_embeddings]
-        return unit(self.model.get_text_features(input_ids=tokens.to(self.model.device)))
+        """Unit vectors of the text tower; candidates of one prompt share one."""
+        distinct = list(dict.fromkeys(prompts))
+        vectors = unit(self.model.get_text_features(input_ids=self.tokenize(distinct).to(self.model.device)))
+        return vectors[[distinct.index(prompt) for prompt in prompts]]
+
+    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        return self.factor * (self.embed_images(images) * self.embed_prompts(prompts)).sum(1)
 
 
 def unit(features: Any) -> Float[Tensor, "batch width"]:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import ftfy
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import CLIPModel
 
-from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip_tokenizer
+from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
 from stepfuse.rewards.networks import load_model
 from stepfuse.rewards.open_clip_layout import from_open_clip
 from stepfuse.rewards.pixels import normalise, resize_and_pad
-from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.published import Published, find_files, load_state
 
 REPOSITORY, REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -35,11 +36,16 @@ VERSIONS = {
 }
 
 
-class HPSv2:
+def hpsv2(
+    folder: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+    version: str = "2",
+) -> CLIPReward:
     """r = cos(image, prompt), by a CLIP-H trained on people's rankings; about 0.2 to 0.35. Versions do not compare.
 
     As its package does with torchvision since 0.17: the longer side resized to 224 with antialiasing, then black bars.
-    Differentiable in the images.
 
     Args:
         folder: with the checkpoint and tokenizer.json; by default they come from the hub, 2 GB.
@@ -51,32 +57,20 @@ class HPSv2:
     Raises:
         ValueError: for files that cannot be had, or are not what was published.
     """
+    weights = VERSIONS[version]
+    files = find_files((weights, TOKENIZER), folder, "hpsv2" if version == "2" else f"hpsv{version}")
+    file = files[weights.name]
+    config, state = from_open_clip(load_state(file), file)
+    split = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
 
-    def __init__(
-        self,
-        folder: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-        version: str = "2",
-    ) -> None:
-        weights = VERSIONS[version]
-        files = find_files((weights, TOKENIZER), folder, "hpsv2" if version == "2" else f"hpsv{version}")
-        file = files[weights.name]
-        config, state = from_open_clip(load_state(file), file)
-        tokenize = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
-        self.towers = CLIPTowers(
-            load_model(CLIPModel, config, state, file).to(device, dtype),
-            lambda prompts: tokenize([clean(prompt) for prompt in prompts]),
-            lambda images, size: normalise(resize_and_pad(images, size)),
-        )
-        self.batch_size = batch_size
+    def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:
+        return split([clean(prompt) for prompt in prompts])
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return score_in_batches(self._score, images, prompts, self.batch_size)
+    def prepare(images: Pixels, size: int) -> Pixels:
+        return normalise(resize_and_pad(images, size))
 
-    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return (self.towers.embed_images(images) * self.towers.embed_prompts(prompts)).sum(1)
+    model = load_model(CLIPModel, config, state, file).to(device, dtype)
+    return CLIPReward(model, tokenize, prepare, batch_size=batch_size)
 
 
 def clean(prompt: str) -> str:

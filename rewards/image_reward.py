@@ -1,6 +1,5 @@
 """ImageReward (Xu et al. 2023, arXiv:2304.05977) on transformers' BLIP: no package of its own."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.networks import five_layers, load_model
+from stepfuse.rewards.networks import five_layers, load_model, read_json
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -78,7 +77,7 @@ class ImageReward:
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        configs = _configs(file, vision, _read(files[MED_CONFIG.name]))
+        configs = _configs(file, vision, read_json(files[MED_CONFIG.name]))
         self.size = configs[0].image_size
         self.vision = load_model(BlipVisionModel, configs[0], {_renamed(k): v for k, v in vision.items()}, file)
         self.text = load_model(BlipTextModel, configs[1], text, file, add_pooling_layer=False)
@@ -124,16 +123,6 @@ def _renamed(name: str) -> str:
         if count:
             return renamed
     return name
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON ({error}); delete it and download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object; delete it and download it again")
-    return values
 
 
 def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tuple[BlipVisionConfig, BlipTextConfig]:

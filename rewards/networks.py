@@ -8,14 +8,30 @@ import torch
 from torch import Tensor, nn
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a published JSON file.
+
+    Raises:
+        ValueError: for a file that holds none.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON ({error}); delete it and download it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object; delete it and download it again")
+    return values
+
+
 def read_config(file: Path, kind: Any) -> Any:
     """A transformers configuration from a file of the published repository.
 
     Raises:
         ValueError: for a file that is none.
     """
+    values = read_json(file)
     try:
-        return kind.from_dict(json.loads(file.read_text()))
+        return kind.from_dict(values)
     except Exception as error:  # transformers' own checks raise what they like
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{file} is no configuration ({reason}); delete it and download it again") from error

@@ -1,16 +1,14 @@
 """PickScore (Kirstain et al. 2023, arXiv:2305.01569)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import TOKENIZER, CLIPTowers, load_clip_tokenizer
+from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
 from stepfuse.rewards.networks import load_model, read_config
 from stepfuse.rewards.pixels import normalise, resize_and_crop
-from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.published import Published, find_files, load_state
 
 REPOSITORY, REVISION = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
@@ -24,10 +22,13 @@ WEIGHTS = Published(
 )
 
 
-class PickScore:
+def pickscore(
+    folder: str | Path | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 16,
+) -> CLIPReward:
     """r = exp(logit scale) · cos(image, prompt), by a CLIP-H trained on people's choices; about 15 to 25.
-
-    Differentiable in the images.
 
     Args:
         folder: with config.json, model.safetensors and tokenizer.json; by default they come from the hub, 3.9 GB.
@@ -38,29 +39,14 @@ class PickScore:
     Raises:
         ValueError: for files that cannot be had, or are not what was published.
     """
+    files = find_files((CONFIG, WEIGHTS, TOKENIZER), folder, "pickscore")
+    config = read_config(files[CONFIG.name], CLIPConfig)
+    model = load_model(CLIPModel, config, load_state(files[WEIGHTS.name]), files[WEIGHTS.name])
+    # Before the model is rounded: a scale in bfloat16 is off by as much as a percent.
+    factor = model.logit_scale.exp().item()
+    tokenize = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
 
-    def __init__(
-        self,
-        folder: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
-    ) -> None:
-        files = find_files((CONFIG, WEIGHTS, TOKENIZER), folder, "pickscore")
-        config = read_config(files[CONFIG.name], CLIPConfig)
-        model = load_model(CLIPModel, config, load_state(files[WEIGHTS.name]), files[WEIGHTS.name])
-        self.scale = (
-            model.logit_scale.exp().item()
-        )  # in float32: rounded to bfloat16 first, it would be off by a percent
-        self.towers = CLIPTowers(
-            model.to(device, dtype),
-            load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings),
-            lambda images, size: normalise(resize_and_crop(images, size)),
-        )
-        self.batch_size = batch_size
+    def prepare(images: Pixels, size: int) -> Pixels:
+        return normalise(resize_and_crop(images, size))
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return score_in_batches(self._score, images, prompts, self.batch_size)
-
-    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return self.scale * (self.towers.embed_images(images) * self.towers.embed_prompts(prompts)).sum(1)
+    return CLIPReward(model.to(device, dtype), tokenize, prepare, factor=factor, batch_size=batch_size)

@@ -1,34 +1,32 @@
 """Rewards by name."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from stepfuse.rewards.catalogue import CONFIGS
-from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.data import emoji
+from stepfuse.rewards import hpsv2, image_reward, laion_aesthetic, pickscore
+from stepfuse.rewards.catalogue import Build, NamedReward
+from stepfuse.rewards.clip import TOKENIZER
+from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
 from stepfuse.rewards.emoji_background import emoji_background
-from stepfuse.rewards.hpsv2 import HPSv2
-from stepfuse.rewards.image_reward import ImageReward
-from stepfuse.rewards.laion_aesthetic import LAIONAesthetic
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
-from stepfuse.rewards.pickscore import PickScore
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
 from stepfuse.rewards.weighted import Weighted, parse_terms
 
-Build = Callable[[str | None, torch.device, torch.dtype], Reward]
+CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
 
 
 def _clip_score(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-    return CLIPScore(argument, device) if argument else CLIPScore(device=device)
+    return clip_score(argument or emoji.CLIP, device, dtype)
 
 
 def _hpsv2_1(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-    return HPSv2(argument, device, dtype, version="2.1")
+    return hpsv2.hpsv2(argument, device, dtype, version="2.1")
 
 
 def _weighted(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
@@ -53,21 +51,88 @@ def _shipped(name: str) -> Build:
     return build
 
 
-# What each is, weighs and needs is in catalogue.py, under the same names.
-REWARDS: dict[str, Build] = {
-    "clip_score": _clip_score,
-    "colourfulness": _plain(colourfulness),
-    "compressibility": _plain(compressibility),
-    "emoji_background": _plain(emoji_background),
-    "hpsv2": HPSv2,
-    "hpsv2.1": _hpsv2_1,
-    "image_reward": ImageReward,
-    "image_reward_original": _shipped("image_reward_original"),
-    "incompressibility": _plain(incompressibility),
-    "laion_aesthetic": LAIONAesthetic,
-    "pickscore": PickScore,
-    "vila": _shipped("vila"),
-    "weighted": _weighted,
+REWARDS: dict[str, NamedReward] = {
+    "clip_score": NamedReward(
+        build=_clip_score,
+        source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
+        licence="Apache-2.0; of a hub id, its own",
+        differentiable=True,
+        weights=14_000_000,
+    ),
+    "colourfulness": NamedReward(
+        build=_plain(colourfulness), source="Hasler and Süsstrunk 2003", licence="Apache-2.0", differentiable=True
+    ),
+    "compressibility": NamedReward(
+        build=_plain(compressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False
+    ),
+    "emoji_background": NamedReward(
+        build=_plain(emoji_background), source="stepfuse", licence="Apache-2.0", differentiable=True
+    ),
+    "hpsv2": NamedReward(
+        build=hpsv2.hpsv2,
+        source="arXiv:2306.09341, xswu/HPSv2",
+        licence="Apache-2.0",
+        differentiable=True,
+        weights=3_944_000_000,
+        files=(hpsv2.VERSIONS["2"], TOKENIZER),
+    ),
+    "hpsv2.1": NamedReward(
+        build=_hpsv2_1,
+        source="arXiv:2306.09341, xswu/HPSv2",
+        licence="Apache-2.0",
+        differentiable=True,
+        weights=3_944_000_000,
+        files=(hpsv2.VERSIONS["2.1"], TOKENIZER),
+    ),
+    "image_reward": NamedReward(
+        build=image_reward.ImageReward,
+        source="arXiv:2304.05977, THUDM/ImageReward",
+        licence="Apache-2.0",
+        differentiable=True,
+        weights=1_786_000_000,
+        files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
+    ),
+    "image_reward_original": NamedReward(
+        build=_shipped("image_reward_original"),
+        source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
+        licence="Apache-2.0",
+        differentiable=False,
+        weights=1_786_000_000,
+        requirements=CONFIGS / "image_reward_original.txt",
+    ),
+    "incompressibility": NamedReward(
+        build=_plain(incompressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False
+    ),
+    "laion_aesthetic": NamedReward(
+        build=laion_aesthetic.LAIONAesthetic,
+        source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
+        licence="Apache-2.0 (head), MIT (CLIP)",
+        differentiable=True,
+        weights=1_216_000_000,
+        files=(laion_aesthetic.CONFIG, laion_aesthetic.WEIGHTS, laion_aesthetic.HEAD),
+    ),
+    "pickscore": NamedReward(
+        build=pickscore.pickscore,
+        source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
+        licence="not stated for the weights; MIT for its code",
+        differentiable=True,
+        weights=3_944_000_000,
+        files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
+    ),
+    "vila": NamedReward(
+        build=_shipped("vila"),
+        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
+        licence="Apache-2.0 by the hub's default",
+        differentiable=False,
+        requirements=CONFIGS / "vila.txt",
+    ),
+    "weighted": NamedReward(
+        build=_weighted,
+        source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
+        licence="those of its terms",
+        differentiable=True,
+        needs="its terms",
+    ),
 }
 
 
@@ -86,7 +151,7 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     kind, _, argument = name.partition(":")
     device = torch.device(device)
     if kind in REWARDS:
-        return REWARDS[kind](argument or None, device, dtype)
+        return REWARDS[kind].build(argument or None, device, dtype)
     if kind in ("http", "https"):
         return HTTPReward(HTTPSettings(url=name))
     if ".py:" in name:

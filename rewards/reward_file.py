@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from stepfuse.data.names import nearest
-from stepfuse.data.settings_file import check_types, read_settings
+from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.shaping import Shaped, Shaping
@@ -76,18 +75,16 @@ def read_reward_file(
 
 
 def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
-    names = [f.name for f in dataclasses.fields(kind)]
-    for key in values:
-        if key not in names:
-            raise ValueError(f"unknown setting {key!r} of {where}{nearest(str(key), names)}")
-    unset = dataclasses.MISSING
-    missing = [f.name for f in dataclasses.fields(kind) if f.default is unset and f.default_factory is unset]
-    for name in missing:
-        if name not in values:
-            raise ValueError(f"{where} has no {name}")
-    settings = kind(**values)
-    check_types(settings)
-    for name in ("batch_size", "timeout", "start_timeout"):
-        if not getattr(settings, name, 1) > 0:
-            raise ValueError(f"{where}: {name} is {getattr(settings, name)}; expected a positive number")
+    try:
+        check_names(values, kind)
+        unset = dataclasses.MISSING
+        for own in dataclasses.fields(kind):
+            needed = own.default is unset and own.default_factory is unset
+            require(not needed or own.name in values, own.name, values.get(own.name), "a value")
+        settings = kind(**values)
+        check_types(settings)
+        for name in ("batch_size", "timeout", "start_timeout"):
+            require(getattr(settings, name, 1) > 0, name, getattr(settings, name, 1), "a positive number")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return settings

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 
 from stepfuse.rewards.protocol import Reward, Scores, score
-from stepfuse.rewards.worker.messages import MessageError, decode, encode
-
-LARGEST = 512 * 2**20  # bytes of a request
+from stepfuse.rewards.worker.messages import LARGEST_BODY, MessageError, decode, encode
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -76,9 +74,11 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.unread
         if length is None:
             return self._refuse(HTTPStatus.LENGTH_REQUIRED, "a request without its length")
-        if length > LARGEST:
+        if length > LARGEST_BODY:
             self.unread = 0  # too much to be read only to be thrown away
-            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST} bytes; send fewer images")
+            return self._refuse(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST_BODY} bytes; send fewer images"
+            )
         self.unread = 0
         try:
             header, arrays = decode(self.rfile.read(length))
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
         self.close_connection = True
         with contextlib.suppress(OSError):  # who is still sending does not read the answer
-            left = min(self.unread or 0, LARGEST)
+            left = min(self.unread or 0, LARGEST_BODY)
             while left > 0 and (part := self.rfile.read(min(left, 2**20))):
                 left -= len(part)
         self._send(status, "text/plain; charset=utf-8", f"{reason}\n".encode())

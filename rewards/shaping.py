@@ -1,7 +1,7 @@
 """A reward in another unit: shifted, scaled and clipped."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 
@@ -21,16 +21,17 @@ class Shaping:
 
     shift: float = 0.0
     scale: float = 1.0
-    clip: list = field(default_factory=list)
+    clip: Sequence[float] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "clip", tuple(self.clip))
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"reward scale {self.scale}; expected a positive number")
         if not abs(self.shift) < float("inf"):
             raise ValueError(f"reward shift {self.shift}; expected a finite number")
         numbers = all(isinstance(bound, int | float) for bound in self.clip)
         if self.clip and not (len(self.clip) == 2 and numbers and self.clip[0] < self.clip[1]):
-            raise ValueError(f"reward clip {self.clip}; expected two numbers, the lower first")
+            raise ValueError(f"reward clip {list(self.clip)}; expected two numbers, the lower first")
 
     def __call__(self, scores: Scores) -> Scores:
         shaped = (scores - self.shift) / self.scale
@@ -46,7 +47,7 @@ def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
     scale = scores.double().std(correction=0).item()
     if not scale > 0:
         raise ValueError(f"the reward is {scores[0].item():g} for all {len(scores)} images it is fitted on")
-    return Shaping(shift=scores.double().mean().item(), scale=scale, clip=list(clip))
+    return Shaping(shift=scores.double().mean().item(), scale=scale, clip=clip)
 
 
 class Shaped:

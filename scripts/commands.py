@@ -60,7 +60,7 @@ def set_show(arguments: argparse.Namespace) -> None:
         print(f"  beta      {objective.beta:g}")
         if objective.shaping != Shaping():
             shaping = objective.shaping
-            clip = f", clipped to {shaping.clip}" if shaping.clip else ""
+            clip = f", clipped to {list(shaping.clip)}" if shaping.clip else ""
             print(f"  learnt    (reward - {shaping.shift:g}) / {shaping.scale:g}{clip}")
         if "algorithm" in record:
             print(f"  trained   {record['algorithm']}, {record.get('steps')} steps, KL {record.get('kl', 0):.3g} nats")

@@ -38,7 +38,8 @@ from stepfuse.fuse.plan import FusionStep
 from stepfuse.fuse.rules import CoDe, Oracle
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import schedule_to_dict
-from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.rewards.clip import CLIPReward
+from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cells import Setup
@@ -107,7 +108,7 @@ class Evaluation:
     cells: list[PlannedCell]
     prompts: list[str]
     rewards: Mapping[str, Reward]
-    embedder: CLIPScore | None
+    embedder: CLIPReward | None
 
     @classmethod
     def prepare(
@@ -160,7 +161,7 @@ class Evaluation:
                 raise ValueError(f"{cell}: {error}") from error
         embedding = config.embedding
         embedded = adapter_set.base["name_or_path"] in EMBEDDED
-        embedder = CLIPScore(embedding, device) if embedding else CLIPScore(device=device) if embedded else None
+        embedder = clip_score(embedding, device) if embedding else clip_score(device=device) if embedded else None
         return cls(config=config, sampler=sampler, cells=cells, prompts=prompts, rewards=rewards, embedder=embedder)
 
     @property

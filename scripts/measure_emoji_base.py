@@ -19,7 +19,8 @@ from tqdm import tqdm
 from stepfuse.data import emoji
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import decode_latents, encode_prompts, latent_shape, load_pipeline
-from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.rewards.clip import CLIPReward
+from stepfuse.rewards.clip_score import clip_score
 from stepfuse.scripts.build_emoji_base import draw_batch, read_package
 from stepfuse.train.rollout import sample_generator
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--picture", type=Path, help="write a grid of sampled images here")
     arguments = parser.parse_args()
-    clip, captions = CLIPScore(), emoji.captions(held_out=True)
+    clip, captions = clip_score(), emoji.captions(held_out=True)
     generator = torch.Generator().manual_seed(arguments.seed)
     prompts = [captions[i] for i in torch.randint(len(captions), (PAIRS,), generator=generator).tolist()]
     sampled = sample_base(prompts, arguments.guidance_scale, arguments.seed)
@@ -81,7 +82,7 @@ def sample_base(prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def rank_first(clip: CLIPScore, images: Tensor, prompts: list[str], generator: torch.Generator) -> float:
+def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: torch.Generator) -> float:
     """Share of images whose own caption scores highest among 32 held-out captions."""
     captions = emoji.captions(held_out=True)
     similarity = clip.embed_images(images) @ clip.embed_prompts(captions).T

@@ -2,32 +2,33 @@
 
 import csv
 import hashlib
-import io
+import json
 import secrets
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
+import numpy as np
 import torch
+from PIL import ImageOps
 from tqdm import tqdm
 
-from stepfuse.rewards.catalogue import CATALOGUE, table
+from stepfuse.data.emoji import to_image
+from stepfuse.rewards.catalogue import table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import REWARDS, load_reward
 from stepfuse.rewards.server import RewardServer
 from stepfuse.train.samples import save_samples
 
 COLUMNS = ("file_name", "prompt", "score")
-END = b"\r\n"
-SHOWN = 32  # images of a picture
+SHOWN, TILE = 32, 128  # images of a picture, and their side in pixels
 
 
 def list_rewards() -> None:
     """What `stepfuse reward list` prints: one column aligned after another."""
-    rows = table(CATALOGUE)
+    rows = table(REWARDS)
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -63,21 +64,22 @@ def score_folder(
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = _aside(output, name, items)
         done = _whole_rows(aside)
-        if [row[:2] for row in done] != [(item.name, item.prompt) for item in items[: len(done)]]:
+        if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
-        with open(aside, "a", newline="", encoding="utf-8") as rows:
-            rows.truncate(sum(len(_line(row)) for row in done))
+        aside.write_text("".join(map(_line, done)))
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}") from error
     reward = load_reward(name, device)
-    scores = [float(row[2]) for row in done]
+    scores = [row[2] for row in done]
     try:
-        with open(aside, "ab") as handle:
+        with open(aside, "a") as handle:
             scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
     finally:
         close(reward)
-    whole = [(item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True)]
-    aside.write_bytes(b"".join(map(_line, [COLUMNS, *whole])))
+    with open(aside, "w", newline="", encoding="utf-8") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(COLUMNS)
+        rows.writerows((item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True))
     aside.replace(output)
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
@@ -90,8 +92,10 @@ def score_folder(
 def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
     """The images in order of their scores, the best first, as one picture."""
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
-    tiles = torch.cat([_tile(read_pixels(items[i].file)) for i in order])
-    save_samples(file, tiles, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
+    pictures = [to_image(read_pixels(items[i].file)[0]) for i in order]
+    tiles = [np.asarray(ImageOps.pad(picture, (TILE, TILE), color="white")) for picture in pictures]
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+    save_samples(file, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
 
 
 def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:
@@ -119,7 +123,7 @@ def _score_rest(
     reward: Reward,
     name: str,
     items: list[PromptedImage],
-    handle: IO[bytes],
+    handle: TextIO,
     device: torch.device,
     batch_size: int,
 ) -> list[float]:
@@ -130,24 +134,11 @@ def _score_rest(
                 values = score(reward, pixels.to(device), [item.prompt for item in batch], name=name).tolist()
             except ValueError as error:
                 raise ValueError(f"{batch[0].name} to {batch[-1].name}: {error}") from error
-            rows = [(item.name, item.prompt, repr(v)) for item, v in zip(batch, values, strict=True)]
-            handle.write(b"".join(map(_line, rows)))
+            handle.writelines(_line([i.name, i.prompt, v]) for i, v in zip(batch, values, strict=True))
             handle.flush()
             scores += values
             bar.update(len(batch))
     return scores
-
-
-def _tile(pixels: torch.Tensor, side: int = 128) -> torch.Tensor:
-    """One image within a white square."""
-    height, width = pixels.shape[-2:]
-    scale = side / max(height, width)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    small = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-    tile = torch.ones(1, 3, side, side)
-    top, left = (side - size[0]) // 2, (side - size[1]) // 2
-    tile[..., top : top + size[0], left : left + size[1]] = small
-    return tile
 
 
 def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
@@ -159,17 +150,12 @@ def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
     return output.with_name(f".{output.name}.{digest[:12]}.partial")
 
 
-def _whole_rows(file: Path) -> list[tuple[str, ...]]:
+def _whole_rows(file: Path) -> list[list]:
     """The rows of an unfinished table, but for a last one that was cut off."""
-    if not file.is_file():
-        return []
-    data = file.read_bytes()
-    text = data[: data.rfind(END) + len(END)].decode("utf-8") if END in data else ""
-    return [tuple(row) for row in csv.reader(io.StringIO(text, newline=""))]
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def _line(row: Sequence[str]) -> bytes:
-    """One row as CSV; a line's end within a prompt is a bare one, so that `END` ends rows alone."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator=END.decode()).writerow([cell.replace("\r\n", "\n") for cell in row])
-    return text.getvalue().encode()
+def _line(row: list) -> str:
+    """A row as JSON, in ASCII: a line's end ends rows alone."""
+    return json.dumps(row) + "\n"

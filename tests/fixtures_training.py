@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -25,6 +26,12 @@ def tiny_unet() -> UNet2DConditionModel:
             norm_num_groups=8,
         )
     return unet.requires_grad_(False).eval()
+
+
+def forget_accelerator():
+    """accelerate keeps one state a process: the next run has its own settings."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def at_once(score):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.rewards.catalogue import CATALOGUE, size_label
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.catalogue import size_label
+from stepfuse.rewards.registry import REWARDS, load_reward
 from stepfuse.scripts.benchmark.rewards import OURS, parity_table, reward_table
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_the_worked_example_is_a_reward(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_every_reward_is_in_the_table_with_its_download_and_gradient() -> None:
     lines = [line for line in ACCOUNT.splitlines() if line.startswith("| `")]
-    for name, info in CATALOGUE.items():
+    for name, info in REWARDS.items():
         (line,) = [line for line in lines if f"`{name}`" in line or f"`{name}:" in line.split("|")[1]]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[2].startswith("yes" if info.differentiable else "no") or name == "weighted"

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
 from stepfuse.rewards.emoji_background import emoji_background
@@ -116,8 +116,8 @@ def test_a_grey_image_has_no_gradient_of_colourfulness_rather_than_nan():
 
 
 @pytest.fixture(scope="module")
-def clip_score():
-    return CLIPScore()
+def emoji_clip():
+    return clip_score()
 
 
 def clip_by_transformers(arrays, prompts):
@@ -149,31 +149,31 @@ def clip_by_transformers(arrays, prompts):
     [(64, 64), (128, 128), (40, 40), (96, 128), (150, 100), (32, 48), (96, 160)],
     ids=lambda size: f"{size[0]}x{size[1]}",
 )
-def test_clip_score_is_the_cosine_that_transformers_computes(clip_score, size):
+def test_clip_score_is_the_cosine_that_transformers_computes(emoji_clip, size):
     arrays = smooth_images(*size)
-    got = clip_score(pixels_of(arrays), PROMPTS)
+    got = emoji_clip(pixels_of(arrays), PROMPTS)
     torch.testing.assert_close(got, clip_by_transformers(arrays, PROMPTS), rtol=0, atol=2e-3)
     assert got.std() > 0.1
 
 
-def test_clip_score_truncates_prompts_that_are_too_long(clip_score):
+def test_clip_score_truncates_prompts_that_are_too_long(emoji_clip):
     images = pixels_of(smooth_images(64, 64, count=1))
     long = " ".join([PROMPTS[0]] * 5)
     expected = clip_by_transformers(smooth_images(64, 64, count=1), [long])
-    torch.testing.assert_close(clip_score(images, [long]), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(emoji_clip(images, [long]), expected, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [64, 96])
-def test_the_gradient_of_clip_score_reaches_the_pixels(clip_score, size):
+def test_the_gradient_of_clip_score_reaches_the_pixels(emoji_clip, size):
     # Away from 0 and 1, where resizing clamps.
     images = 0.25 + 0.5 * pixels_of(smooth_images(size, size))
-    assert_gradient_is_the_slope(clip_score, images, PROMPTS, step=3e-2, tolerance=3e-2)
-    assert not any(parameter.requires_grad for parameter in clip_score.model.parameters())
+    assert_gradient_is_the_slope(emoji_clip, images, PROMPTS, step=3e-2, tolerance=3e-2)
+    assert not any(parameter.requires_grad for parameter in emoji_clip.model.parameters())
 
 
 def test_a_clip_that_is_not_there_is_named(tmp_path):
     with refused(str(tmp_path), "CLIP"):
-        CLIPScore(tmp_path)
+        clip_score(tmp_path)
 
 
 # Rewards by name.
@@ -182,7 +182,7 @@ def test_a_clip_that_is_not_there_is_named(tmp_path):
 def test_every_reward_is_found_by_its_name():
     images = pixels_of(smooth_images(64, 64))
     expected = {
-        "clip_score": CLIPScore()(images, PROMPTS),
+        "clip_score": clip_score()(images, PROMPTS),
         "colourfulness": colourfulness(images, PROMPTS),
         "compressibility": compressibility(images, PROMPTS),
         "emoji_background": emoji_background(images, PROMPTS),

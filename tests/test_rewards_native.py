@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from stepfuse.rewards.hpsv2 import HPSv2, clean
+from stepfuse.rewards.hpsv2 import clean, hpsv2
 from stepfuse.rewards.image_reward import ImageReward, load_tokenizer
 from stepfuse.rewards.laion_aesthetic import LAIONAesthetic
-from stepfuse.rewards.pickscore import PickScore
+from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.registry import load_reward
 from tests.fixtures_rewards import (
     photographs,
@@ -67,7 +67,7 @@ def test_image_reward_scores_photographs_as_its_package_does(rewards):
 def test_pickscore_is_that_of_its_readme_on_transformers(folders, rewards):
     """Its own processor and CLIPModel, one pair at a time: exp(scale) · cos."""
     folder = folders / "pickscore"
-    model, tokenizer = rewards["pickscore"].towers.model, CLIPTokenizer.from_pretrained(folder)
+    model, tokenizer = rewards["pickscore"].model, CLIPTokenizer.from_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size=56)
     for pixels, prompts in photographs(24):
         found = rewards["pickscore"](pixels, prompts)
@@ -94,7 +94,7 @@ def test_the_aesthetic_predictor_is_its_layers_on_the_unit_vector_of_clip(folder
         nn.Linear(16, 1),
     )
     module.load_state_dict(state)
-    clip = load_reward(f"pickscore:{folders / 'laion_aesthetic'}").towers
+    clip = load_reward(f"pickscore:{folders / 'laion_aesthetic'}")
     for pixels, prompts in photographs(16):
         expected = module.eval().layers(clip.embed_images(pixels))[:, 0]
         torch.testing.assert_close(rewards["laion_aesthetic"](pixels, prompts), expected)
@@ -121,7 +121,7 @@ def test_versions_of_hpsv2_read_their_own_file(folders):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_do_not_depend_on_the_batch_and_keep_their_order(name, folders):
-    kind = {"image_reward": ImageReward, "pickscore": PickScore, "hpsv2": HPSv2, "laion_aesthetic": LAIONAesthetic}
+    kind = {"image_reward": ImageReward, "pickscore": pickscore, "hpsv2": hpsv2, "laion_aesthetic": LAIONAesthetic}
     (pixels, prompts), *_ = photographs(8)
     threes = kind[name](folders / name, batch_size=3)(pixels, prompts)
     one = kind[name](folders / name)
@@ -136,7 +136,7 @@ def test_half_precision_is_of_the_networks_alone(name, folders, rewards):
     reduced = load_reward(f"{name}:{folders / name}", dtype=torch.bfloat16)
     half, full = reduced(pixels, prompts), rewards[name](pixels, prompts)
     if name == "pickscore":  # a factor of all scores: in bfloat16 it would be off by up to half a percent
-        assert reduced.scale == rewards[name].scale
+        assert reduced.factor == rewards[name].factor
     assert half.dtype == torch.float32
     assert not torch.equal(half, full)
     assert (half - full).abs().max() < 0.1 * full.abs().max()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepfuse.data.emoji import BACKGROUNDS
-from stepfuse.rewards.clip_score import CLIPScore
+from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility
 from stepfuse.rewards.emoji_background import emoji_background
@@ -66,7 +66,7 @@ def test_a_sum_that_is_none_is_refused(text: str, culprits: list[str]) -> None:
 
 def test_the_sum_is_that_of_its_scaled_rewards() -> None:
     images = noise()
-    expected = 0.25 * compressibility(images, PROMPTS) / 0.5 + 0.75 * CLIPScore()(images, PROMPTS) / 6
+    expected = 0.25 * compressibility(images, PROMPTS) / 0.5 + 0.75 * clip_score()(images, PROMPTS) / 6
     found = load_reward("weighted:1*compressibility/0.5 + 3*clip_score/6")(images, PROMPTS)
     torch.testing.assert_close(found, expected)
 

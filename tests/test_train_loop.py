@@ -7,7 +7,6 @@ import diffusers
 import pytest
 import torch
 import transformers
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
@@ -15,7 +14,7 @@ from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings, DPOSettings
-from tests.fixtures_training import save_tiny_pipeline
+from tests.fixtures_training import forget_accelerator, save_tiny_pipeline
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
 COMMON = {
@@ -74,11 +73,6 @@ def desk(tmp_path, monkeypatch, pipeline):
         library.utils.logging.set_verbosity(before)
         library.utils.logging.enable_progress_bar()
     forget_accelerator()
-
-
-def forget_accelerator():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

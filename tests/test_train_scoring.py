@@ -1,6 +1,5 @@
 """What a run learns from: scored while it goes on sampling, in the unit it was given or fitted."""
 
-import dataclasses
 import json
 import statistics
 import threading
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
@@ -21,7 +19,7 @@ from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_rewards import photographs
 from tests.fixtures_tiny import refused
-from tests.fixtures_training import save_tiny_pipeline
+from tests.fixtures_training import forget_accelerator, save_tiny_pipeline
 
 ALGORITHMS = {"dpo": (DPO, DPOSettings), "ddpo": (DDPO, DDPOSettings)}
 REWARDS = """
@@ -68,8 +66,7 @@ def run(tmp_path, monkeypatch, base):
         if algorithm == "ddpo":
             values["num_generations"] = 4
         values |= changes
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        forget_accelerator()
         own = settings(**values)
         return read_adapter(train(own, kind(own)))
 
@@ -321,10 +318,10 @@ def test_settings_that_do_not_fit_together_are_refused(changes, culprit):
         DDPOSettings(**changes)
 
 
-def test_an_adapter_from_before_shaping_is_read_as_unshaped(run):
+def test_an_adapter_without_shaping_is_read_as_unshaped(run):
     run()
     values = json.loads(Path("out/objective.json").read_text())
-    assert values.pop("shaping") == dataclasses.asdict(Shaping())
+    assert Shaping(**values.pop("shaping")) == Shaping()
     Path("out/objective.json").write_text(json.dumps(values))
     assert read_adapter("out").objective.shaping == Shaping()
     Path("out/objective.json").write_text(json.dumps(values | {"shaping": {"scale": -1}}))

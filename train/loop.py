@@ -25,10 +25,8 @@ from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.adapter_set import claim_output
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import (
-    Conditioning,
     base_fingerprint,
     decode_latents,
-    encode_prompts,
     latent_shape,
     load_pipeline,
 )
@@ -37,6 +35,7 @@ from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, Sampling
 from stepfuse.train.checkpoints import Progress, find_checkpoint, load_checkpoint, save_checkpoint
+from stepfuse.train.conditioning import Embeddings, prompt_order
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import Trajectory, rollout, sample_generator
 from stepfuse.train.samples import save_samples
@@ -167,7 +166,7 @@ class Run:
             steps=denoiser.path.steps(settings.sample_num_steps),
             shape=latent_shape(self.pipeline, settings.resolution, settings.resolution),
         )
-        self._embedded: dict[str, Conditioning] = {}
+        self.embed = Embeddings(self.pipeline, settings.resolution)
 
     # One step ------------------------------------------------------------------------------
 
@@ -205,7 +204,7 @@ class Run:
         first = accelerator.process_index * own
         total = own * accelerator.num_processes
         groups = [i // self.algorithm.group_size for i in range(total)]
-        order = self._prompt_order(step, groups[-1] + 1)
+        order = prompt_order(settings.seed, len(self.prompts), step, groups[-1] + 1)
         trajectories: list[Trajectory] = []
         rewards: list[Future[Tensor]] = []
         sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
@@ -290,39 +289,11 @@ class Run:
 
     # What steps need -----------------------------------------------------------------------
 
-    def embed(self, prompts: Sequence[str]) -> Conditioning:
-        """Embeddings of prompts, computed once each."""
-        size = self.settings.resolution
-        for prompt in prompts:
-            if prompt not in self._embedded:
-                if len(self._embedded) > 4096:
-                    self._embedded.clear()
-                self._embedded[prompt] = encode_prompts(self.pipeline, [prompt], [""], height=size, width=size)
-        rows = [self._embedded[prompt] for prompt in prompts]
-        return Conditioning(
-            positive=torch.cat([row.positive for row in rows]),
-            negative=torch.cat([row.negative for row in rows]),
-            added={
-                name: (torch.cat([r.added[name][0] for r in rows]), torch.cat([r.added[name][1] for r in rows]))
-                for name in rows[0].added
-            },
-        )
-
     def current_schedule(self) -> VarianceSchedule:
         """The schedule with the offsets learned so far."""
         if self.policy.offsets is None or not isinstance(self.schedule, LearnedSchedule):
             return self.schedule
         return dataclasses.replace(self.schedule, offsets=self.policy.offsets.detach().clone())
-
-    def _prompt_order(self, step: int, count: int) -> list[int]:
-        """Prompts of one step, by shuffled passes over all of them."""
-        places = range(step * count, (step + 1) * count)
-        size = len(self.prompts)
-        passes = {
-            p: torch.randperm(size, generator=sample_generator(self.settings.seed, "prompts", p)).tolist()
-            for p in {place // size for place in places}
-        }
-        return [passes[place // size][place % size] for place in places]
 
     @torch.no_grad()
     def draw_validation(self) -> tuple[list[str], Tensor, Tensor]:

@@ -106,7 +106,7 @@ class WorkerReward:
             except MessageError as error:
                 problem = f"sent what is no answer ({error})"
             except OSError:  # a connection that is closed or broken
-                problem = f"died{self._status()}"
+                problem = f"died{self._process.status() if self._process else ''}"
             said = self._stop()
         raise ValueError(
             f"worker {self.name!r} {problem}, and so after a restart, on images {first} to {first + len(arrays) - 1} "
@@ -132,17 +132,12 @@ class WorkerReward:
         try:
             header, _ = receive(process.connection, time.monotonic() + self.settings.start_timeout)
         except (OSError, MessageError) as error:
-            problem = "was not ready in time" if isinstance(error, TimeoutError) else f"did not start{self._status()}"
+            problem = "was not ready in time" if isinstance(error, TimeoutError) else f"did not start{process.status()}"
             raise _NotStarted(f"worker {self.name!r} {problem}; {self._stop()}") from error
         if header.get("kind") != "ready":
             self._stop()
             raise _NotStarted(f"worker {self.name!r} cannot load {self.function}: {header.get('message')}")
         return process
-
-    def _status(self) -> str:
-        if self._process is None:
-            return ""
-        return self._process.status()
 
     def _stop(self) -> str:
         """End the process; what it said last."""
@@ -183,9 +178,8 @@ class _Process:
             ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None:
                 signalled = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-                return (
-                    f" ({signal.Signals(ended.si_status).name})" if signalled else f" (exit status {ended.si_status})"
-                )
+                how = signal.Signals(ended.si_status).name if signalled else f"exit status {ended.si_status}"
+                return f" ({how})"
             time.sleep(0.01)
         return ""
 

@@ -17,7 +17,7 @@ import numpy as np
 MAGIC = b"SFR1"
 TYPES = ("uint8", "int64", "float32", "float64")
 LONGEST_HEADER = 16 * 2**20  # prompts are in it
-LARGEST_BODY = 2**30
+LARGEST_BODY = 2**29
 BATCH_BYTES = 2**28  # of images in one message, where there are several
 
 

@@ -20,19 +20,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from stepfuse.rewards.catalogue import CONFIGS
-from stepfuse.rewards.hpsv2 import HPSv2
+from stepfuse.rewards.hpsv2 import hpsv2
 from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import VOCABULARY, ImageReward
-from stepfuse.rewards.pickscore import PickScore
+from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.registry import CONFIGS
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
 from stepfuse.rewards.worker.environment import environment_python
 from stepfuse.scripts.benchmark.originals.clip_vocabulary import write_tokenizer
 from stepfuse.scripts.costs import machine
 
 ORIGINALS = Path(__file__).parent / "originals"
-OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": HPSv2, "pickscore": PickScore}
+OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
 REQUIREMENTS = {
     "image_reward": CONFIGS / "image_reward_original.txt",
     "hpsv2": ORIGINALS / "hpsv2.txt",

@@ -1,0 +1,52 @@
+"""Which prompts a step trains on, and their embeddings."""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepfuse.fuse.pipeline import Conditioning, encode_prompts
+from stepfuse.train.rollout import sample_generator
+
+KEPT = 4096  # prompts
+
+
+class Embeddings:
+    """Embeddings of prompts by a pipeline's text encoders, computed once each.
+
+    Args:
+        pipeline: whose they are.
+        resolution: of its images in pixels, which some bases are told; None is their own.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None) -> None:
+        self.pipeline, self.resolution = pipeline, resolution
+        self._known: dict[str, Conditioning] = {}
+
+    def __call__(self, prompts: Sequence[str]) -> Conditioning:
+        """One row a prompt."""
+        size = self.resolution
+        for prompt in prompts:
+            if prompt not in self._known:
+                if len(self._known) > KEPT:
+                    self._known.clear()
+                self._known[prompt] = encode_prompts(self.pipeline, [prompt], [""], height=size, width=size)
+        rows = [self._known[prompt] for prompt in prompts]
+        return Conditioning(
+            positive=torch.cat([row.positive for row in rows]),
+            negative=torch.cat([row.negative for row in rows]),
+            added={
+                name: (torch.cat([r.added[name][0] for r in rows]), torch.cat([r.added[name][1] for r in rows]))
+                for name in rows[0].added
+            },
+        )
+
+
+def prompt_order(seed: int, size: int, step: int, count: int) -> list[int]:
+    """The places of a step's `count` prompts among `size`, by shuffled passes over all of them."""
+    places = range(step * count, (step + 1) * count)
+    passes = {
+        p: torch.randperm(size, generator=sample_generator(seed, "prompts", p)).tolist()
+        for p in {place // size for place in places}
+    }
+    return [passes[place // size][place % size] for place in places]
