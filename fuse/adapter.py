@@ -20,7 +20,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
@@ -103,6 +103,7 @@ def write_adapter(
     unet: nn.Module,
     objective: Objective,
     *,
+    state: dict[str, Tensor] | None = None,
     base: dict[str, Any],
     guidance: str,
     guidance_scale: float,
@@ -110,16 +111,27 @@ def write_adapter(
     record: dict[str, Any],
     pipeline_class: type[DiffusionPipeline],
 ) -> Adapter:
-    """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last."""
+    """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last.
+
+    Args:
+        state: its tensors in peft's names, whole; by default as they are on the UNet.
+
+    Raises:
+        ValueError: for tensors that are empty or not finite: nothing is written then.
+    """
+    state = get_peft_model_state_dict(unet, adapter_name=objective.name) if state is None else state
+    for name, value in state.items():
+        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"adapter {objective.name!r}: {name} is empty or not finite; it is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     # In peft's key names throughout: diffusers' older names exist for attention only, and of a file
     # that mixes both, `load_lora_weights` drops one kind.
-    layers = get_peft_model_state_dict(unet, adapter_name=objective.name)
     pipeline_class.save_lora_weights(
         folder,
-        unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in layers.items()},
+        unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in state.items()},
         unet_lora_adapter_metadata=cast(Any, unet).peft_config[objective.name].to_dict(),
     )
+    _sort_metadata(folder / WEIGHTS)
     values = {
         "format_version": FORMAT_VERSION,
         "name": objective.name,
@@ -136,6 +148,19 @@ def write_adapter(
     }
     write_json(folder / OBJECTIVE, values)
     return read_adapter(folder)
+
+
+def _sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in order, which the library leaves to chance: one adapter, one hash."""
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+    aside.replace(file)
 
 
 def copy_adapter(adapter: Adapter, folder: Path, *, half: bool = False) -> None:

@@ -278,15 +278,15 @@ def _oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Ter
     return terms
 
 
-def claim_output(folder: Path, *, overwrite: bool) -> None:
-    """See that an output folder is free to be written.
+def claim_output(folder: Path, *, overwrite: bool, besides: Sequence[str] = ()) -> None:
+    """See that an output folder is free to be written: empty, or with no more than `besides`.
 
     Raises:
         ValueError: for a folder that is not empty, unless `overwrite`.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file; choose another")
-    if folder.exists() and any(folder.iterdir()) and not overwrite:
+    if folder.exists() and not overwrite and any(place.name not in besides for place in folder.iterdir()):
         raise ValueError(f"output {folder} exists and is not empty; choose another or pass --overwrite")
 
 

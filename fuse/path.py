@@ -139,7 +139,8 @@ class NoisePath:
     def _tables_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """alpha and sigma where they are used, copied once: small copies at every step would keep a GPU waiting."""
         if (device, dtype) not in self._tables:
-            self._tables[device, dtype] = (self.alpha.to(device, dtype), self.sigma.to(device, dtype))
+            with torch.inference_mode(False):  # kept longer than the mode they are first asked for in
+                self._tables[device, dtype] = (self.alpha.to(device, dtype), self.sigma.to(device, dtype))
         return self._tables[device, dtype]
 
     @cached_property

@@ -83,6 +83,13 @@ class Conditioning:
             added={k: (p[rows], n[rows]) for k, (p, n) in self.added.items()},
         )
 
+    def to(self, device: torch.device) -> "Conditioning":
+        return Conditioning(
+            positive=self.positive.to(device),
+            negative=self.negative.to(device),
+            added={k: (p.to(device), n.to(device)) for k, (p, n) in self.added.items()},
+        )
+
     def repeat(self, count: int) -> "Conditioning":
         """Every row `count` times, in place: a a b b."""
         return self[torch.arange(len(self.positive)).repeat_interleave(count)]
@@ -129,11 +136,16 @@ def encode_prompts(
     *,
     height: int | None = None,
     width: int | None = None,
+    device: torch.device | None = None,
 ) -> Conditioning:
-    """Embed prompts as the pipeline itself does; height and width matter to SDXL only."""
+    """Embed prompts as the pipeline itself does; height and width matter to SDXL only.
+
+    Args:
+        device: where its text encoders are; by default where it computes.
+    """
     arguments = dict(
         prompt=prompts,
-        device=execution_device(pipeline),
+        device=device or execution_device(pipeline),
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
         negative_prompt=negative_prompts,

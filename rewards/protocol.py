@@ -17,8 +17,13 @@ class Reward(Protocol):
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores: ...
 
 
-def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str = "reward") -> Scores:
+def score(
+    reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str = "reward", finite: bool = True
+) -> Scores:
     """Call a reward and check what it returns; float32, on the device of the images.
+
+    Args:
+        finite: refuse numbers that are not; otherwise they are for the caller to see.
 
     Raises:
         ValueError: for a reward that fails, and for a result that is no tensor of one finite number an image, naming
@@ -38,7 +43,7 @@ def score(reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str =
             f"reward {name!r} returned {shape} for {len(images)} images; expected a tensor ({len(images)},)"
         )
     bad = ~torch.isfinite(values)
-    if bool(bad.any()):
+    if finite and bool(bad.any()):
         first = int(bad.nonzero()[0])
         raise ValueError(f"reward {name!r} is {values[first].item()} for the prompt {prompts[first]!r}")
     return values.float().to(images.device)

@@ -81,10 +81,10 @@ class Weighted:
         for reward in self.rewards.values():
             close(reward)
 
-    def terms_of(self, images: Pixels, prompts: Sequence[str]) -> Float[Tensor, "batch terms"]:
-        """w_i r_i / σ_i of each term."""
+    def terms_of(self, images: Pixels, prompts: Sequence[str], *, finite: bool = True) -> Float[Tensor, "batch terms"]:
+        """w_i r_i / σ_i of each term; `finite` as for `score`."""
         columns = [
-            term.weight / term.scale * score(self.rewards[term.name], images, prompts, name=term.name)
+            term.weight / term.scale * score(self.rewards[term.name], images, prompts, name=term.name, finite=finite)
             for term in self.terms
         ]
         return torch.stack(columns, dim=1)

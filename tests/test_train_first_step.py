@@ -52,7 +52,7 @@ class World:
         return [p for name, p in self.unet.named_parameters() if kind in name]
 
     def pairs(self):
-        options = dict(candidates=3, margin=0.0, skip_first=0)
+        options = dict(candidates=3, margin=0.0)
         return branching_rollout(*self.place, score_latents=at_once(lambda x: x.flatten(1).sum(1)), **options).steps
 
     def gaussians(self, step):

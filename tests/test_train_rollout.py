@@ -48,8 +48,8 @@ class World:
     def rollout(self, rows=slice(0, 4)):
         return rollout(*self.place(rows))
 
-    def branch(self, rows=slice(0, 4), *, score=None, margin=0.0, skip_first=0):
-        options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin, skip_first=skip_first)
+    def branch(self, rows=slice(0, 4), *, score=None, margin=0.0, learned=None):
+        options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin, learned=learned)
         return branching_rollout(*self.place(rows), **options)
 
     def guided(self, x, t):
@@ -226,7 +226,6 @@ def test_branching_goes_on_from_one_of_the_candidates_at_random():
             score_latents=at_once(roughness),
             candidates=2,
             margin=0.0,
-            skip_first=0,
         ).steps
         for step, following in pairwise(steps):
             best = (following.x_t == step.chosen).flatten(1).all(1)
@@ -269,7 +268,7 @@ def test_skipped_steps_have_no_candidates(skip):
         scored.append(len(latents))
         return roughness(latents)
 
-    trajectory = World().branch(score=score, skip_first=skip)
+    trajectory = World().branch(score=score, learned=range(skip, N))
     assert [step.t for step in trajectory.steps] == [751, 501, 251, 1][skip:]
     assert scored == [4 * K] * (N - skip)
 
@@ -277,9 +276,9 @@ def test_skipped_steps_have_no_candidates(skip):
 # What it costs, in rows of the UNet
 
 
-@pytest.mark.parametrize(("guidance", "rows"), [("shared", [4, 4, 4]), ("full", [8, 8]), ("off", [4, 4])])
+@pytest.mark.parametrize(("guidance", "rows"), [("shared", [8, 4]), ("full", [8, 8]), ("off", [4, 4])])
 def test_a_step_of_a_rollout_costs_policy_and_reference(guidance, rows):
-    # shared: e_u, e_c of the policy, e_c of the base; full: policy and base, both with their own e_u stacked
+    # shared: e_u and e_c of the base in one, e_c of the policy; full: policy and base, both with their own e_u stacked
     world = World(guidance=guidance)
     world.rollout()
     assert world.rows == rows * N
@@ -288,7 +287,7 @@ def test_a_step_of_a_rollout_costs_policy_and_reference(guidance, rows):
 def test_a_deterministic_step_costs_no_reference():
     world = World(end=SURE_END)
     world.rollout()
-    assert world.rows == [4] * (3 * N - 1)
+    assert world.rows == [8, 4] * (N - 1) + [4, 4]
 
 
 def test_a_candidate_is_predicted_once_for_its_score_and_the_next_step():
@@ -301,5 +300,5 @@ def test_a_candidate_is_predicted_once_for_its_score_and_the_next_step():
 
 def test_a_skipped_step_costs_one_prediction_a_sample():
     world = World()
-    world.branch(skip_first=2)
+    world.branch(learned=range(2, N))
     assert world.rows == [4, 4] + [4, 4] * 2 + [4 * K, 4 * K, 4] * (N - 3) + [4]

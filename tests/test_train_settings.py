@@ -222,8 +222,7 @@ def test_overwriting_loses_nothing_where_another_setting_is_wrong(desk, monkeypa
     assert "'./nowhere'" in refusal(monkeypatch, "dpo", "--output_dir", "mine", "--overwrite")
 
 
-@pytest.mark.parametrize("wanted", ["latest", "checkpoint-7"])
-@pytest.mark.parametrize("exists", [True, False])
+@pytest.mark.parametrize(("wanted", "exists"), [("latest", True), ("checkpoint-7", True), ("checkpoint-7", False)])
 def test_resuming_from_nothing_is_refused(desk, monkeypatch, wanted, exists):
     if exists:
         Path("mine/checkpoint-3").mkdir(parents=True)  # of a run cut off while it wrote: no progress.json

@@ -31,23 +31,35 @@ ScoreLatents = Callable[[Latents, int], "Future[Float[Tensor, ' images']]"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What a rollout needs besides its prompts."""
+    """What a rollout needs besides its prompts.
+
+    Attributes:
+        steps: of the path, noisiest first.
+        shape: of one latent.
+        learned: places of the steps that are learned from; None is all of them.
+    """
 
     denoiser: Denoiser
     adapter: str
     schedule: VarianceSchedule
     steps: list[tuple[int, int]]
     shape: tuple[int, int, int]
+    learned: frozenset[int] | None = None
 
 
 class Algorithm(Protocol):
     """How one algorithm fills the loop.
 
     Attributes:
+        name: what a record calls it.
         group_size: consecutive samples that share a prompt.
         updates_per_rollout: optimiser steps on one rollout.
         beta: weight of the KL in the loss; 0 where the loss holds it already.
+        measures_kl: whether the KL of its Gaussians is that of denoising steps.
     """
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def group_size(self) -> int: ...
@@ -57,6 +69,9 @@ class Algorithm(Protocol):
 
     @property
     def beta(self) -> float: ...
+
+    @property
+    def measures_kl(self) -> bool: ...
 
     def collect(
         self,
@@ -92,9 +107,11 @@ class DPO:
     """Step-level DPO."""
 
     settings: DPOSettings
+    name: str = "dpo"
     group_size: int = 1
     updates_per_rollout: int = 1
     beta: float = 0.0
+    measures_kl: bool = True
 
     def collect(
         self,
@@ -115,7 +132,7 @@ class DPO:
             score_latents=lambda latents: score(latents, copies),
             candidates=copies,
             margin=self.settings.margin,
-            skip_first=self.settings.skip_first_steps,
+            learned=sampling.learned,
         )
 
     def credit(
@@ -143,6 +160,8 @@ class DDPO:
     """Policy gradient with an exact per-step KL to the base."""
 
     settings: DDPOSettings
+    name: str = "ddpo"
+    measures_kl: bool = True
 
     @property
     def group_size(self) -> int:
@@ -171,6 +190,7 @@ class DDPO:
             conditioning,
             sampling.shape,
             generators,
+            learned=sampling.learned,
         )
 
     def credit(
@@ -178,10 +198,14 @@ class DDPO:
     ) -> Trajectory:
         groups = groups if self.settings.per_prompt_stat_tracking else torch.zeros_like(groups)
         scale, clip = self.settings.scale_rewards, self.settings.train_adv_clip_max
+        finite = torch.isfinite(rewards).all(1)  # an image without a reward teaches nothing
+        rewards, groups = rewards[finite], groups[finite]
         if self.settings.multi_objective_aggregation == "normalize_then_sum":
-            advantages = decoupled_advantages(rewards, weights, groups, scale=scale, clip=clip)
+            known = decoupled_advantages(rewards, weights, groups, scale=scale, clip=clip)
         else:
-            advantages = group_advantages(rewards.sum(1), groups, scale=scale, clip=clip)
+            known = group_advantages(rewards.sum(1), groups, scale=scale, clip=clip)
+        advantages = rewards.new_zeros(len(finite))
+        advantages[finite] = known
         return with_advantages(trajectory, advantages[own])
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:

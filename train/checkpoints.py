@@ -1,16 +1,27 @@
-"""Checkpoints: the trainable state, the optimiser and the step, written aside and renamed."""
+"""Checkpoints: what a run needs to go on as if nothing had happened, written aside, hashed and renamed."""
 
 import json
+import logging
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from stepfuse.train.lora import Policy
+from stepfuse.fuse.adapter import file_hash
+from stepfuse.train.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+POLICY, BEST, PROGRESS = "policy.safetensors", "best.safetensors", "progress.json"
+MANIFEST = "manifest.json"
+ASIDE = "checkpoint.tmp"
 
 
 @dataclass
@@ -19,77 +30,142 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
-        kl: of the last step, nats an image.
+        kl: of the last step, nats an image; None where it is not measured.
         validation: mean reward of the validation images, `before` and `after`.
         reward: what was fitted of the reward on images of the base.
+        best: `step`, `kl` and `validation` of the best checkpoint so far, where they are compared.
+        health: what was skipped, collapsed, or stopped the run.
+        base_diversity: of the first rollout, which is the base's.
     """
 
     step: int = 0
-    kl: float = 0.0
+    kl: float | None = 0.0
     validation: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    health: list[dict[str, Any]] = field(default_factory=list)
+    base_diversity: float | None = None
 
 
-POLICY, PROGRESS = "policy.safetensors", "progress.json"
+def list_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints, whole or not, oldest first."""
+    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def find_checkpoint(output: Path, wanted: str | None) -> Path | None:
-    """The checkpoint folder to resume from: `latest`, or a folder by name or path.
+def newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose files are all there, each with the hash it was written with."""
+    for folder in reversed(list_checkpoints(output)):
+        if not (why := damage(folder)):
+            return folder
+        logger.warning("%s is not whole, %s; looking for an older one", folder, why)
+    return None
+
+
+def whole_checkpoint(output: Path, wanted: str) -> Path:
+    """A checkpoint by its name in the output folder, or by its path.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: for one that is not there, or not whole.
     """
-    if wanted is None:
-        return None
-    if wanted == "latest":
-        found = list_checkpoints(output)
-        if not found:
-            raise ValueError(f"no checkpoint in {output} to resume from; train without --resume_from_checkpoint")
-        return found[-1]
     for folder in (output / wanted, Path(wanted)):
-        if (folder / PROGRESS).is_file():
+        if folder.is_dir():
+            if why := damage(folder):
+                raise ValueError(f"{folder} is not whole, {why}; resume from `latest`")
             return folder
     raise ValueError(f"no checkpoint {wanted!r} in {output}; expected `latest` or a folder like checkpoint-500")
 
 
-def list_checkpoints(output: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted((p for p in found if (p / PROGRESS).is_file()), key=lambda p: int(p.name.split("-")[1]))
+def damage(folder: Path) -> str:
+    """What a checkpoint lacks, in words; empty for a whole one."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        wrong = [name for name, sha256 in files.items() if file_hash(folder / name) != sha256]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return f"{wrong[0]} is not as it was written" if wrong else ""
 
 
 def save_checkpoint(
-    output: Path, accelerator: Accelerator, policy: Policy, progress: Progress, limit: int | None
+    output: Path, engine: Engine, progress: Progress, limit: int | None, best: dict[str, Tensor] | None = None
 ) -> None:
-    """Write `checkpoint-STEP`, then drop the oldest beyond the limit."""
-    aside = output / "checkpoint.tmp"
-    if accelerator.is_main_process:
+    """Write `checkpoint-STEP`, then drop the oldest beyond the limit; every process takes part.
+
+    Under its name a checkpoint is whole: its files and their hashes are on the disk before it gets it.
+
+    Raises:
+        ValueError: where it cannot be written; earlier ones are kept.
+    """
+    accelerator, aside = engine.accelerator, output / ASIDE
+    main = accelerator.is_main_process
+    state = engine.trainable_state()  # of every process: it may be in parts
+    if main:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    hook = accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    try:  # the models are left out: the base never changes, and the policy is written below
-        accelerator.save_state(str(aside))
-    finally:
-        hook.remove()
-    if accelerator.is_main_process:
-        state = {name: value.detach().contiguous().cpu() for name, value in policy.trainable_state().items()}
-        save_file(state, aside / POLICY)
-        (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
-        final = output / f"checkpoint-{progress.step}"
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in list_checkpoints(output)[: -limit if limit else 0]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(folder: Path, accelerator: Accelerator, policy: Policy) -> Progress:
-    """Restore policy, optimiser, learning rate and progress."""
-    hook = accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+    failure = ""
     try:
-        accelerator.load_state(str(folder))
+        aside.mkdir(parents=True, exist_ok=True)
+        accelerator.wait_for_everyone()
+        engine.save(aside)
+        if main:
+            save_file(state, aside / POLICY)
+            if best is not None:
+                save_file(best, aside / BEST)
+            (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
+        failure = " ".join(str(error).split())
+    failures = [line for line in gather_object([failure]) if line]
+    if main and not failures:
+        try:
+            _name(aside, output / f"checkpoint-{progress.step}")
+            for old in list_checkpoints(output)[: -limit if limit else 0]:
+                _drop(old)
+        except OSError as error:
+            failures = [str(error)]
+    failures = [line for line in gather_object(failures) if line]
+    if failures:
+        if main:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(p.name for p in list_checkpoints(output)) or "none yet"
+        free = shutil.disk_usage(output).free / 1e6
+        raise ValueError(
+            f"the checkpoint of step {progress.step} could not be written to {output}, which has {free:,.0f} MB free "
+            f"({failures[0]}); earlier ones are kept ({kept}): make room and go on with --resume_from_checkpoint latest"
+        )
+
+
+def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, Tensor] | None]:
+    """Restore policy, optimiser, learning rate and progress; the best policy so far is returned."""
+    engine.load(folder, load_file(folder / POLICY))
+    best = load_file(folder / BEST) if (folder / BEST).exists() else None
+    return Progress(**json.loads((folder / PROGRESS).read_text())), best
+
+
+def _name(aside: Path, final: Path) -> None:
+    """See that all is on the disk, hashed, and give it its name."""
+    names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
+    for name in names:
+        _sync(aside / name)
+    (aside / MANIFEST).write_text(json.dumps({"files": {name: file_hash(aside / name) for name in names}}))
+    _sync(aside / MANIFEST)
+    if final.exists():  # one that was not whole, or not gone on from
+        _drop(final)
+    aside.rename(final)
+    _sync(final.parent)
+
+
+def _drop(folder: Path) -> None:
+    """Take its name away first, so that half of it is never taken for a checkpoint."""
+    gone = folder.with_name("checkpoint.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _sync(place: Path) -> None:
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        hook.remove()
-    policy.load_trainable_state(load_file(folder / POLICY))
-    return Progress(**json.loads((folder / PROGRESS).read_text()))
+        os.close(handle)

@@ -15,22 +15,29 @@ class Embeddings:
     """Embeddings of prompts by a pipeline's text encoders, computed once each.
 
     Args:
-        pipeline: whose they are.
+        pipeline: whose they are; its parts are moved to the device.
         resolution: of its images in pixels, which some bases are told; None is their own.
+        device: where embeddings are wanted.
+        offload: leave the text encoders in the memory of the CPU, and have them compute there.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, resolution: int | None) -> None:
-        self.pipeline, self.resolution = pipeline, resolution
+    def __init__(
+        self, pipeline: DiffusionPipeline, resolution: int | None, device: torch.device, *, offload: bool = False
+    ) -> None:
+        self.pipeline, self.resolution, self.device = pipeline, resolution, device
+        self.encoders_on = torch.device("cpu") if offload else device
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                part.to(self.encoders_on if name.startswith("text_encoder") else device)
         self._known: dict[str, Conditioning] = {}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """One row a prompt."""
-        size = self.resolution
         for prompt in prompts:
             if prompt not in self._known:
                 if len(self._known) > KEPT:
                     self._known.clear()
-                self._known[prompt] = encode_prompts(self.pipeline, [prompt], [""], height=size, width=size)
+                self._known[prompt] = self._encode(prompt)
         rows = [self._known[prompt] for prompt in prompts]
         return Conditioning(
             positive=torch.cat([row.positive for row in rows]),
@@ -40,6 +47,11 @@ class Embeddings:
                 for name in rows[0].added
             },
         )
+
+    def _encode(self, prompt: str) -> Conditioning:
+        size = self.resolution
+        found = encode_prompts(self.pipeline, [prompt], [""], height=size, width=size, device=self.encoders_on)
+        return found.to(self.device)
 
 
 def prompt_order(seed: int, size: int, step: int, count: int) -> list[int]:

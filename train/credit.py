@@ -10,11 +10,11 @@ def best_and_worst(
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """Winner and loser among the candidates of each step, and whether they differ by more than the margin.
 
-    A tie is dropped, never invented.
+    A tie is dropped, never invented; so is a step with a candidate whose reward is not finite.
     """
     winner, loser = rewards.argmax(1), rewards.argmin(1)
     gap = rewards.gather(1, winner[:, None]) - rewards.gather(1, loser[:, None])
-    return winner, loser, gap[:, 0] > margin
+    return winner, loser, (gap[:, 0] > margin) & torch.isfinite(rewards).all(1)
 
 
 def group_advantages(

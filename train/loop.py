@@ -1,12 +1,11 @@
-"""The one training loop: rollouts → rewards → credit → loss, with checkpoints, logs and sample images."""
+"""The one training loop: what a step learns from → loss → update, with checkpoints, logs and sample images."""
 
-import contextlib
 import dataclasses
 import json
-import logging
-import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+import math
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,35 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.adapter import Objective, write_adapter
-from stepfuse.fuse.adapter_set import claim_output
 from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.pipeline import (
-    base_fingerprint,
-    decode_latents,
-    latent_shape,
-    load_pipeline,
-)
+from stepfuse.fuse.pipeline import base_fingerprint, decode_latents, latent_shape, load_pipeline
 from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, Sampling
-from stepfuse.train.checkpoints import Progress, find_checkpoint, load_checkpoint, save_checkpoint
-from stepfuse.train.conditioning import Embeddings, prompt_order
+from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
+from stepfuse.train.collect import Batch, Rollouts, learnable_steps
+from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.engine import Engine
+from stepfuse.train.health import STOPPED, Health, listed
+from stepfuse.train.launch import make_accelerator
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
-from stepfuse.train.rollout import Trajectory, rollout, sample_generator
+from stepfuse.train.memory import explained_memory
+from stepfuse.train.output import CONFIG, clear, explained_disk, find_start, locked
+from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
-from stepfuse.train.scoring import Scorer, TrainingReward
+from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
+from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
 
-logger = logging.getLogger(__name__)
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
 
 
 def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
@@ -52,54 +51,28 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
     anything is written.
 
     Raises:
-        ValueError: for settings that do not fit together, a faulty reward, and a loss that is not finite.
+        ValueError: for settings that do not fit together, a folder in use, a faulty reward, a loss that is not finite,
+            and a disk or memory that is full.
     """
     output = Path(settings.output_dir)
-    checkpoint = find_checkpoint(output, settings.resume_from_checkpoint)
-    if settings.resume_from_checkpoint is None:
-        claim_output(output, overwrite=settings.overwrite)
-    prompts = load_prompts(
-        settings.prompts,
-        dataset_name=settings.dataset_name,
-        split=settings.dataset_split,
-        column=settings.caption_column,
-    )
-    accelerator = _accelerator(settings)
-    _check_groups(settings, algorithm, accelerator.num_processes)
-    reward = TrainingReward(load_reward(settings.reward, accelerator.device), settings, accelerator.device)
-    Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
-    try:
-        _train(settings, algorithm, accelerator, reward, prompts, checkpoint)
-    finally:
-        reward.close()
+    main = int(os.environ.get("RANK", "0")) == 0
+    with locked(output) if main else nullcontext(), explained_disk(output), explained_memory(settings):
+        start = find_start(output, settings.resume_from_checkpoint, overwrite=settings.overwrite)
+        prompts = load_prompts(
+            settings.prompts,
+            dataset_name=settings.dataset_name,
+            split=settings.dataset_split,
+            column=settings.caption_column,
+        )
+        accelerator = make_accelerator(settings)
+        _check_groups(settings, algorithm, accelerator.num_processes)
+        reward = TrainingReward(load_reward(settings.reward, accelerator.device), settings, accelerator.device)
+        Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
+        try:
+            Run(settings, algorithm, accelerator, reward, prompts).go(start)
+        finally:
+            reward.close()
     return output
-
-
-def _train(
-    settings: TrainSettings,
-    algorithm: Algorithm,
-    accelerator: Accelerator,
-    reward: TrainingReward,
-    prompts: list[str],
-    checkpoint: Path | None,
-) -> None:
-    output = Path(settings.output_dir)
-    run = Run(settings, algorithm, accelerator, reward, prompts)
-    progress = load_checkpoint(checkpoint, accelerator, run.policy) if checkpoint else Progress()
-    run.fit_reward(progress)
-    first = run.draw_validation() if checkpoint is None else None  # a faulty reward is found here
-    if accelerator.is_main_process:
-        if settings.overwrite and checkpoint is None and output.exists():
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
-    accelerator.wait_for_everyone()
-    if accelerator.trackers == [] and settings.report_to != "none":
-        accelerator.init_trackers("stepfuse", config=_trackable(settings))
-    if first is not None:
-        progress.validation["before"] = run.save_validation(0, first)
-    run.fit(progress)
-    accelerator.end_training()
 
 
 class Run:
@@ -115,12 +88,13 @@ class Run:
     ) -> None:
         self.settings, self.algorithm, self.accelerator = settings, algorithm, accelerator
         self.reward, self.prompts = reward, prompts
-        self.output = Path(settings.output_dir)
+        self.output, self.main = Path(settings.output_dir), accelerator.is_main_process
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         options = {"revision": settings.revision, "variant": settings.variant}
-        self.pipeline: DiffusionPipeline = load_pipeline(
-            settings.pretrained_model_name_or_path, dtype=dtype, **options
-        ).to(accelerator.device)
+        self.pipeline: DiffusionPipeline = load_pipeline(settings.pretrained_model_name_or_path, dtype=dtype, **options)
+        self.embed = Embeddings(
+            self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
+        )
         unet = self.pipeline.unet
         self.base = {"name_or_path": settings.pretrained_model_name_or_path} | base_fingerprint(unet)
         add_lora(
@@ -133,29 +107,12 @@ class Run:
         )
         if settings.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        if settings.compile != "no":
+            unet.compile() if settings.compile == "full" else unet.compile_repeated_blocks()
         unet.train()
         self.schedule = settings.initial_schedule()
-        policy = Policy(unet, settings.name, self.schedule).to(accelerator.device)
-        trainable = [p for p in policy.parameters() if p.requires_grad]
-        offsets = [] if policy.offsets is None else [policy.offsets]
-        lora = [p for p in trainable if not any(p is o for o in offsets)]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": lora, "lr": settings.learning_rate},
-                *([{"params": offsets, "lr": settings.variance_learning_rate, "weight_decay": 0.0}] if offsets else []),
-            ],
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            weight_decay=settings.adam_weight_decay,
-            eps=settings.adam_epsilon,
-        )
-        rate = get_scheduler(
-            settings.lr_scheduler,
-            optimizer,
-            num_warmup_steps=settings.lr_warmup_steps * accelerator.num_processes,
-            num_training_steps=settings.max_train_steps * accelerator.num_processes,
-        )
-        self.wrapped, self.optimizer, self.rate = accelerator.prepare(policy, optimizer, rate)
-        self.policy, self.trainable = policy, trainable
+        self.policy = Policy(unet, settings.name, self.schedule).to(accelerator.device)
+        self.engine = Engine(accelerator, self.policy, settings)
         denoiser = Denoiser.from_pipeline(
             self.pipeline, guidance=settings.guidance, guidance_scale=settings.sample_guidance_scale
         )
@@ -166,220 +123,274 @@ class Run:
             steps=denoiser.path.steps(settings.sample_num_steps),
             shape=latent_shape(self.pipeline, settings.resolution, settings.resolution),
         )
-        self.embed = Embeddings(self.pipeline, settings.resolution)
-
-    # One step ------------------------------------------------------------------------------
-
-    def fit(self, progress: "Progress") -> None:
-        """Train from where `progress` stands to `max_train_steps`, then write the adapter."""
-        settings, main = self.settings, self.accelerator.is_main_process
-        bar = tqdm(
-            total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not main
-        )
-        while progress.step < settings.max_train_steps:
-            before = progress.step
-            trajectories, rewards = self.collect(before)
-            for _ in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
-                measured = self.update(trajectories, progress.step) | {"reward": rewards.mean().item()}
-                progress.step += 1
-                progress.kl = measured["kl"]
-                bar.update()
-                bar.set_postfix({k: f"{measured[k]:.4g}" for k in ("reward", "loss", "kl")})
-                self.accelerator.log(measured, step=progress.step)
-                if settings.validation_steps and progress.step % settings.validation_steps == 0:
-                    self.save_validation(progress.step, self.draw_validation())
-            # Between rollouts only: one that was half used could not be resumed exactly.
-            if progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps:
-                save_checkpoint(self.output, self.accelerator, self.policy, progress, settings.checkpoints_total_limit)
-        bar.close()
-        progress.validation["after"] = self.save_validation(progress.step, self.draw_validation())
-        if main:
-            self.write(progress)
-        self.accelerator.wait_for_everyone()
-
-    def collect(self, step: int) -> tuple[list[Trajectory], Tensor]:
-        """Roll out and credit the micro-batches of one step; rewards of all processes."""
-        settings, accelerator = self.settings, self.accelerator
-        own = settings.train_batch_size * settings.gradient_accumulation_steps
-        first = accelerator.process_index * own
-        total = own * accelerator.num_processes
-        groups = [i // self.algorithm.group_size for i in range(total)]
-        order = prompt_order(settings.seed, len(self.prompts), step, groups[-1] + 1)
-        trajectories: list[Trajectory] = []
-        rewards: list[Future[Tensor]] = []
-        sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
-        for start in range(first, first + own, settings.train_batch_size):
-            rows = range(start, start + settings.train_batch_size)
-            prompts = [self.prompts[order[groups[i]]] for i in rows]
-            generators = [sample_generator(settings.seed, "rollout", step, i) for i in rows]
-            scorer = Scorer(self.reward, self.pipeline, prompts, step)
-            with accelerator.autocast():
-                trajectory = self.algorithm.collect(sampling, self.embed(prompts), generators, scorer)
-            rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
-            trajectories.append(trajectory)
-        everyone = accelerator.gather(torch.cat([future.result() for future in rewards]))
-        index = torch.tensor(groups, device=everyone.device)
-        size = settings.train_batch_size
-        credited = [
-            self.algorithm.credit(
-                trajectory, everyone, self.reward.term_weights(), index, slice(first + i * size, first + (i + 1) * size)
-            )
-            for i, trajectory in enumerate(trajectories)
-        ]
-        return credited, everyone.sum(1)
-
-    def update(self, trajectories: Sequence[Trajectory], step: int) -> dict[str, float]:
-        """One optimiser step on the mean loss over samples and denoising steps."""
-        settings, accelerator = self.settings, self.accelerator
-        items = [(trajectory, stored) for trajectory in trajectories for stored in trajectory.steps]
-        if not items:
+        self.learnable = len(learnable_steps(settings, self.sampling))
+        if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
-        totals = torch.zeros(4, device=accelerator.device)
-        for number, (trajectory, stored) in enumerate(items):
+        self.progress, self.best = Progress(), None
+        self.validated: tuple[int, Validation] | None = None
+
+    def go(self, start: Path | None) -> None:
+        """From the beginning or a checkpoint to the adapter."""
+        settings = self.settings
+        if start is not None:
+            self.progress, self.best = load_checkpoint(start, self.engine)
+        self.health = Health(self.progress, skips=settings.nonfinite == "skip", main=self.main)
+        self.fit_reward()
+        first = self.validate() if start is None else None  # a faulty reward is found here
+        if self.main:
+            if settings.overwrite and start is None:
+                clear(self.output)
+            (self.output / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.trackers == [] and settings.report_to != "none":
+            self.accelerator.init_trackers("stepfuse", config=_trackable(settings))
+        if first is not None:
+            self.progress.validation["before"] = self.save_validation(first)
+        self.fit()
+        self.accelerator.end_training()
+
+    # Steps ---------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from where `progress` stands to `max_train_steps`, then write the adapter."""
+        settings, progress = self.settings, self.progress
+        source = self.source()
+        bar = tqdm(
+            total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not self.main
+        )
+        stopped = False
+        while progress.step < settings.max_train_steps and not stopped:
+            before = progress.step
+            batches, of_rollout = source.collect(before, self.current_schedule())
+            for _ in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
+                measured = self.update(batches) | of_rollout
+                progress.step += 1
+                progress.kl = measured.get("kl")
+                bar.update()
+                bar.set_postfix({k: f"{measured[k]:.4g}" for k in ("reward", "loss", "kl") if k in measured})
+                self.accelerator.log(measured, step=progress.step)
+                if stopped := self.beyond_kl():
+                    break
+                if settings.validation_steps and progress.step % settings.validation_steps == 0:
+                    self.save_validation(self.validate())
+            # Between rollouts only: one that was half used could not be resumed exactly.
+            crossed = progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps
+            if crossed and not stopped:
+                self.consider(self.validate() if settings.keeps_best else None)
+                save_checkpoint(self.output, self.engine, progress, settings.checkpoints_total_limit, self.best)
+        bar.close()
+        self.finish(stopped)
+
+    def source(self) -> Rollouts:
+        """Where steps have what they learn from."""
+        return Rollouts(
+            settings=self.settings,
+            algorithm=self.algorithm,
+            accelerator=self.accelerator,
+            pipeline=self.pipeline,
+            sampling=self.sampling,
+            embed=self.embed,
+            prompts=self.prompts,
+            reward=self.reward,
+            health=self.health,
+            inference=not self.engine.partitioned,
+        )
+
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One optimiser step on the mean loss over samples and denoising steps."""
+        engine, algorithm, step = self.engine, self.algorithm, self.progress.step + 1
+        items = [(batch, stored) for batch in batches for stored in batch.trajectory.steps]
+        totals = torch.zeros(4, device=self.accelerator.device)
+        faults: list[str] = []
+        faulty = False
+        for number, (batch, stored) in enumerate(items):
             last = number + 1 == len(items)
-            with _synchronised(accelerator, self.wrapped, last):
-                with accelerator.autocast():
+            with engine.synchronised(last):
+                with self.accelerator.autocast():
                     policy, reference = step_gaussians(
-                        self.wrapped, self.sampling.denoiser, self.schedule, stored, trajectory.conditioning
+                        engine.wrapped, self.sampling.denoiser, self.schedule, stored, batch.trajectory.conditioning
                     )
                 kl = policy.kl(reference)
-                values = self.algorithm.loss(policy, reference, stored) + self.algorithm.beta * kl
-                loss = values.mean() / len(items)
-                if not bool(torch.isfinite(loss)):
-                    raise ValueError(f"the loss is {loss.item()} at step {step + 1}, denoising step {stored.t}")
-                accelerator.backward(loss)
+                values = algorithm.loss(policy, reference, stored)
+                values = values + algorithm.beta * kl if algorithm.beta else values
+                finite = torch.isfinite(values)
+                if not bool(finite.all()):
+                    faults += [prompt for prompt, good in zip(batch.prompts, finite.tolist(), strict=True) if not good]
+                if last:  # before the last backward, which with DeepSpeed cannot be taken back
+                    faulty = self.not_finite("a loss that is not finite", step, faults)
+                engine.backward(values.mean() / len(items), last=last)
             kept = getattr(stored, "kept", None)
-            share = 1.0 if kept is None else kept.float().mean()
-            mean_kl = kl.detach().mean() * len(items) / len(trajectories)
-            totals += torch.stack([loss.detach() * len(items), mean_kl, torch.as_tensor(share), torch.ones(())]).to(
-                totals
+            share = torch.ones(()) if kept is None else kept.float().mean()
+            totals += torch.stack(
+                [part.detach().to(totals) for part in (values.mean(), kl.mean(), share, totals.new_ones(()))]
             )
-        norm = accelerator.clip_grad_norm_(self.trainable, settings.max_grad_norm)
-        self.optimizer.step()
-        self.rate.step()
-        self.optimizer.zero_grad()
-        loss_sum, kl_sum, kept_sum, count = accelerator.reduce(totals, "sum").tolist()
-        return {
+        norm = engine.clip()
+        if norm is not None and not math.isfinite(norm) and not faulty and not engine.scaled:
+            everyone = [prompt for batch in batches for prompt in batch.prompts]
+            faulty = self.not_finite("a gradient that is not finite", step, everyone)
+        if faulty:
+            engine.drop()
+        else:
+            norm = engine.step(norm)
+            if not math.isfinite(norm) and not engine.scaled:
+                raise ValueError(f"step {step}: the gradient is not finite; training stopped, checkpoints are kept")
+        loss_sum, kl_sum, kept_sum, count = self.accelerator.reduce(totals, "sum").tolist()
+        measured = {
             "loss": loss_sum / max(kept_sum, 1e-12),
-            "kl": kl_sum / count,  # nats an image: the sum over its denoising steps
             "kept_pairs": kept_sum / count,
-            "gradient_norm": float(norm),
-            "learning_rate": self.rate.get_last_lr()[0],
+            "gradient_norm": norm if norm is not None else math.nan,
+            "learning_rate": engine.rate.get_last_lr()[0],
         }
+        if algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
+            measured["kl"] = kl_sum / count * self.learnable
+        return measured
 
-    def fit_reward(self, progress: "Progress") -> None:
-        """Fit the reward on images of the base, where that is wanted and not done; the same on all processes."""
-        count = self.settings.fit_reward
-        if count and not progress.reward:
-            if progress.step:
-                raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
-            told: list[Any] = [None]
-            if self.accelerator.is_main_process:
-                prompts = [self.prompts[i * len(self.prompts) // count] for i in range(count)]
-                try:
-                    told = [self.reward.fit(self._draw(prompts, "fit"))]
-                except ValueError as error:  # for the other processes too
-                    told = [error]
-            (fitted,) = broadcast_object_list(told)
-            if isinstance(fitted, ValueError):
-                raise fitted
-            progress.reward = fitted
-        if progress.reward:
-            self.reward.restore(progress.reward)
+    def not_finite(self, what: str, step: int, own: list[str]) -> bool:
+        """Whether any process has something that is not finite; told with the prompts of all."""
+        count = torch.tensor(float(len(own)), device=self.accelerator.device)
+        if not self.accelerator.reduce(count, "sum").item():
+            return False
+        everyone = gather_object(own)
+        if self.engine.deepspeed and self.health.skips:
+            raise ValueError(f"step {step}: {what}, for {listed(everyone)}; with DeepSpeed a step cannot be skipped")
+        self.health.not_finite(what, step, everyone)
+        return True
+
+    def beyond_kl(self) -> bool:
+        limit, kl = self.settings.max_kl, self.progress.kl
+        if limit is None or kl is None or kl <= limit:
+            return False
+        self.health.note(STOPPED, self.progress.step, kl=kl, max_kl=limit)
+        return True
+
+    # The end -------------------------------------------------------------------------------
+
+    def consider(self, validation: Validation | None) -> None:
+        """Keep the policy as it stands if none before it had a higher reward on the validation images."""
+        if validation is None:
+            return
+        summary, progress = validation.summary(), self.progress
+        if not progress.best or summary["reward"] > progress.best["validation"]["reward"]:
+            progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
+            self.best = self.engine.trainable_state()
+
+    def finish(self, stopped: bool) -> None:
+        """Write the adapter: the policy as it stands, or the best checkpoint."""
+        settings, progress = self.settings, self.progress
+        if not stopped:
+            progress.validation["after"] = self.save_validation(self.validate())
+            self.consider(self.validate() if settings.keeps_best else None)
+        state, step, kl = self.engine.trainable_state(), progress.step, progress.kl
+        if stopped or settings.load_best_model_at_end:
+            if self.best is None:
+                raise ValueError(
+                    f"step {progress.step}: the KL is {progress.kl:.4g} nats an image, beyond max_kl "
+                    f"{settings.max_kl:g}, and there is no checkpoint yet; lower checkpointing_steps "
+                    f"({settings.checkpointing_steps}) or learning_rate ({settings.learning_rate:g})"
+                )
+            state, step, kl = self.best, progress.best["step"], progress.best["kl"]
+            progress.validation["after"] = progress.best["validation"]
+        if self.main:
+            self.write(state, step, kl)
+        self.accelerator.wait_for_everyone()
+
+    def write(self, state: dict[str, Tensor], step: int, kl: float | None) -> None:
+        """The adapter, with all that is known of it."""
+        settings, progress = self.settings, self.progress
+        offsets = state.get("variance_offsets")
+        schedule = self.schedule
+        if isinstance(schedule, LearnedSchedule) and offsets is not None:
+            schedule = dataclasses.replace(schedule, offsets=offsets)
+        write_adapter(
+            self.output,
+            self.pipeline.unet,
+            Objective(
+                name=settings.name,
+                reward=self.reward.name,
+                variance=schedule,
+                beta=settings.beta,
+                shaping=self.reward.shaping,
+            ),
+            state={name: value for name, value in state.items() if name != "variance_offsets"},
+            base=self.base,
+            guidance=settings.guidance,
+            guidance_scale=settings.sample_guidance_scale,
+            num_inference_steps=settings.sample_num_steps,
+            record={
+                "algorithm": self.algorithm.name,
+                "steps": step,
+                "kl": kl,
+                "validation": progress.validation,
+                "best": progress.best,
+                "health": progress.health,
+                "config": dataclasses.asdict(settings),
+                "versions": {name: version(name) for name in PACKAGES},
+            },
+            pipeline_class=type(self.pipeline),
+        )
 
     # What steps need -----------------------------------------------------------------------
 
+    def fit_reward(self) -> None:
+        """Fit the reward on images of the base, where that is wanted and not done; the same on all processes."""
+        count, progress = self.settings.fit_reward, self.progress
+        if count and not progress.reward:
+            if progress.step:
+                raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
+            prompts = [self.prompts[i * len(self.prompts) // count] for i in range(count)]
+            shares = draw_together(self.accelerator, prompts, self.settings.train_batch_size, self.drawer("fit"))
+            columns = torch.cat([self.reward.columns(pixels, batch) for batch, pixels in shares])
+            progress.reward = self.reward.fit(gathered(self.accelerator, columns, count))
+        if progress.reward:
+            self.reward.restore(progress.reward)
+
     def current_schedule(self) -> VarianceSchedule:
         """The schedule with the offsets learned so far."""
-        if self.policy.offsets is None or not isinstance(self.schedule, LearnedSchedule):
-            return self.schedule
-        return dataclasses.replace(self.schedule, offsets=self.policy.offsets.detach().clone())
+        offsets = self.engine.offsets()
+        return self.schedule if offsets is None else dataclasses.replace(self.schedule, offsets=offsets)
 
-    @torch.no_grad()
-    def draw_validation(self) -> tuple[list[str], Tensor, Tensor]:
-        """Sample the validation prompts, on the main process: the prompts, their pixels and rewards."""
-        if not self.accelerator.is_main_process:
-            return [], torch.empty(0), torch.empty(0)
-        settings = self.settings
-        wanted = settings.validation_prompts or self.prompts
-        count = settings.num_validation_images
-        prompts = [wanted[i * len(wanted) // count if count < len(wanted) else i % len(wanted)] for i in range(count)]
-        values, pictures = [], []
-        for batch, pixels in self._draw(prompts, "validation"):
-            values.append(self.reward.raw(pixels, batch).cpu())
-            pictures.append(pixels.cpu())
-        return prompts, torch.cat(pictures), torch.cat(values)
+    def validate(self) -> Validation:
+        """The validation images of the policy as it stands, drawn once a step."""
+        if self.validated is None or self.validated[0] != self.progress.step:
+            drawn = validate(
+                self.accelerator,
+                validation_prompts(self.settings, self.prompts),
+                self.settings.train_batch_size,
+                self.drawer("validation"),
+                self.reward.raw,
+            )
+            self.validated = (self.progress.step, drawn)
+        return self.validated[1]
 
-    @torch.no_grad()
-    def _draw(self, prompts: Sequence[str], place: str) -> Iterator[tuple[Sequence[str], Pixels]]:
-        """Images of the policy as it stands, a micro-batch at a time."""
-        settings = self.settings
+    def save_validation(self, validation: Validation) -> dict[str, float]:
+        """Save the validation images as a picture and log their reward."""
+        step, summary = self.progress.step, validation.summary()
+        if self.main:
+            save_samples(self.output / "samples" / f"step-{step:06d}.png", validation.pixels, validation.prompts)
+        self.accelerator.log({"validation_reward": summary["reward"]}, step=step)
+        return summary
+
+    def drawer(self, place: str) -> Draw:
+        """Images of the policy as it stands, by prompts and their places among all that are drawn."""
         sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
-        for start in range(0, len(prompts), settings.train_batch_size):
-            batch = prompts[start : start + settings.train_batch_size]
-            generators = [sample_generator(settings.seed, place, start + i) for i in range(len(batch))]
+
+        @torch.no_grad()
+        def draw(prompts: Sequence[str], places: Sequence[int]) -> Pixels:
+            generators = [sample_generator(self.settings.seed, place, number) for number in places]
             with self.accelerator.autocast():
                 latents = rollout(
                     sampling.denoiser,
                     sampling.adapter,
                     sampling.schedule,
                     sampling.steps,
-                    self.embed(batch),
+                    self.embed(prompts),
                     sampling.shape,
                     generators,
+                    learned=(),
                 ).latents
-            yield batch, decode_latents(self.pipeline, latents)
+            return decode_latents(self.pipeline, latents)
 
-    def save_validation(self, step: int, drawn: tuple[list[str], Tensor, Tensor]) -> dict[str, float]:
-        """Save the validation images as a picture and log their reward."""
-        prompts, pixels, values = drawn
-        if not prompts:
-            return {}
-        save_samples(self.output / "samples" / f"step-{step:06d}.png", pixels, prompts)
-        mean = values.mean().item()
-        self.accelerator.log({"validation_reward": mean}, step=step)
-        return {"reward": mean, "deviation": values.std(correction=0).item(), "images": len(prompts)}
-
-    def write(self, progress: "Progress") -> None:
-        """The adapter, with all that is known of it."""
-        settings = self.settings
-        objective = Objective(
-            name=settings.name,
-            reward=self.reward.name,
-            variance=self.current_schedule(),
-            beta=settings.beta,
-            shaping=self.reward.shaping,
-        )
-        packages = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
-        write_adapter(
-            self.output,
-            self.pipeline.unet,
-            objective,
-            base=self.base,
-            guidance=settings.guidance,
-            guidance_scale=settings.sample_guidance_scale,
-            num_inference_steps=settings.sample_num_steps,
-            record={
-                "algorithm": type(self.algorithm).__name__.lower(),
-                "steps": progress.step,
-                "kl": progress.kl,
-                "validation": progress.validation,
-                "config": dataclasses.asdict(settings),
-                "versions": {name: version(name) for name in packages},
-            },
-            pipeline_class=type(self.pipeline),
-        )
-
-
-def _accelerator(settings: TrainSettings) -> Accelerator:
-    output = Path(settings.output_dir)
-    if settings.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return Accelerator(
-        mixed_precision=settings.mixed_precision,
-        log_with=None if settings.report_to == "none" else settings.report_to,
-        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / settings.logging_dir)),
-    )
+        return draw
 
 
 def _check_groups(settings: TrainSettings, algorithm: Algorithm, processes: int) -> None:
@@ -395,8 +406,3 @@ def _trackable(settings: TrainSettings) -> dict[str, Any]:
     """tensorboard takes numbers and strings only."""
     plain = dataclasses.asdict(settings)
     return {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in plain.items()}
-
-
-def _synchronised(accelerator: Accelerator, model: torch.nn.Module, last: bool) -> Any:
-    """Gradients are averaged over processes with the last backward of a step only."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)

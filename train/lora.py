@@ -32,12 +32,19 @@ class Policy(nn.Module):
 
     def forward(self, x: Tensor, times: Tensor, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         with active_adapter(self.unet, self.adapter):
-            return self.unet(x, times, return_dict=False, **inputs)[0], self.offsets
+            output = self.unet(x, times, return_dict=False, **inputs)[0]
+        # not the parameter itself, which may be gone after this forward where parameters lie in parts (ZeRO-3)
+        return output, None if self.offsets is None else self.offsets * 1
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """LoRA tensors and offsets, by name."""
-        state = dict(get_peft_model_state_dict(self.unet, adapter_name=self.adapter))
-        return state if self.offsets is None else state | {"variance_offsets": self.offsets.detach()}
+    def trainable_state(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """LoRA tensors in peft's names, and offsets.
+
+        Args:
+            values: of the trainable parameters, by their names in this module.
+        """
+        lora = {name.removeprefix("unet."): value for name, value in values.items() if name != "offsets"}
+        state = dict(get_peft_model_state_dict(self.unet, state_dict=lora, adapter_name=self.adapter))
+        return state if self.offsets is None else state | {"variance_offsets": values["offsets"]}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `trainable_state`."""

@@ -1,7 +1,7 @@
 """Rollouts: denoise with the current policy, and keep what a loss will need of every step."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
 from typing import cast
@@ -94,23 +94,32 @@ def rollout(
     conditioning: Conditioning,
     shape: tuple[int, int, int],
     generators: list[torch.Generator],
+    *,
+    learned: Container[int] | None = None,
 ) -> Trajectory:
-    """Denoise with the policy and store every random step with its log-prob."""
+    """Denoise with the policy and store every random step with its log-prob.
+
+    Args:
+        learned: places of the steps to store; by default all.
+    """
     x_t = _start(denoiser, shape, generators)
     stored: list[Step] = []
-    for t, s in steps:
-        now = _predict(denoiser, adapter, x_t, t, conditioning)
+    for number, (t, s) in enumerate(steps):
+        # the last step of some schedulers is deterministic
+        random = bool((step_variance(schedule, denoiser.path, t, s, x_t) > 0).all())
+        wanted = random and (learned is None or number in learned)
+        now = _predict(denoiser, adapter, x_t, t, conditioning, reference=wanted)
         gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
         x_s = gaussian.sample(generators)
-        if bool((gaussian.variance > 0).all()):  # the last step of some schedulers is deterministic
-            reference = _reference(denoiser, x_t, t, conditioning, now.negative)
+        if wanted:
+            assert now.reference is not None
             stored.append(
                 SampledStep(
                     x_t=x_t,
                     t=t,
                     s=s,
                     negative=now.negative,
-                    reference=reference,
+                    reference=now.reference,
                     x_s=x_s,
                     log_prob=gaussian.log_prob(x_s),
                 )
@@ -132,7 +141,7 @@ def branching_rollout(
     score_latents: Callable[[Latents], "Future[Float[Tensor, ' images']]"],
     candidates: int,
     margin: float,
-    skip_first: int,
+    learned: Container[int] | None = None,
 ) -> Trajectory:
     """Denoise with the policy; at each step draw k candidates, keep the best and worst, go on from a random one.
 
@@ -142,6 +151,7 @@ def branching_rollout(
 
     Args:
         score_latents: clean latents (b·k) → rewards to be, sample-major: the candidates of one sample lie together.
+        learned: places of the steps with candidates; by default all.
     """
     x_t = _start(denoiser, shape, generators)
     now = _predict(denoiser, adapter, x_t, steps[0][0], conditioning)
@@ -151,7 +161,8 @@ def branching_rollout(
     for number, (t, s) in enumerate(steps):
         following = steps[number + 1][0] if number + 1 < len(steps) else None
         gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
-        if number < skip_first or not bool((gaussian.variance > 0).all()):
+        branches = learned is None or number in learned
+        if not branches or not bool((gaussian.variance > 0).all()):
             x_t = gaussian.sample(generators)
             if following is not None:
                 now = _predict(denoiser, adapter, x_t, following, conditioning)
@@ -183,6 +194,24 @@ def _paired(
     return PairedStep(**own, chosen=drawn[rows, winner], rejected=drawn[rows, loser], kept=kept)
 
 
+def out_of_inference(trajectory: Trajectory) -> Trajectory:
+    """The same with tensors that autograd takes; those that are one stay one."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_inference():
+            return value
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
+
+    steps = tuple(
+        replace(step, **{field.name: copy(getattr(step, field.name)) for field in fields(step)})
+        for step in trajectory.steps
+    )
+    return replace(trajectory, steps=steps, latents=cast(Tensor, copy(trajectory.latents)))
+
+
 def with_advantages(trajectory: Trajectory, advantages: Float[Tensor, " batch"]) -> Trajectory:
     """Every step of a trajectory gets the advantage of the image it led to."""
     return replace(
@@ -196,12 +225,20 @@ def _start(denoiser: Denoiser, shape: tuple[int, int, int], generators: list[tor
     return randn_tensor((len(generators), *shape), generator=generators, device=device, dtype=torch.float32)
 
 
-def _predict(denoiser: Denoiser, adapter: str, x_t: Latents, t: int, conditioning: Conditioning) -> _Predictions:
+def _predict(
+    denoiser: Denoiser, adapter: str, x_t: Latents, t: int, conditioning: Conditioning, *, reference: bool = False
+) -> _Predictions:
+    """The guided prediction of the policy; with `reference` the base's too, in one forward with its e_u."""
     if denoiser.guidance != "shared":
-        return _Predictions(negative=None, policy=denoiser.predictions(x_t, t, conditioning, [adapter])[0])
-    (negative,) = denoiser.forward(x_t, t, conditioning, "-", None)
+        policy, *base = denoiser.predictions(x_t, t, conditioning, [adapter, None] if reference else [adapter])
+        return _Predictions(negative=None, policy=policy, reference=base[0] if base else None)
+    negative, *base = denoiser.forward(x_t, t, conditioning, "-+" if reference else "-", None)
     (positive,) = denoiser.forward(x_t, t, conditioning, "+", adapter)
-    return _Predictions(negative=negative, policy=denoiser.guide(negative, positive))
+    return _Predictions(
+        negative=negative,
+        policy=denoiser.guide(negative, positive),
+        reference=denoiser.guide(negative, base[0]) if base else None,
+    )
 
 
 def _reference(

@@ -1,7 +1,7 @@
 """What a run learns from: its reward in the unit it learns in, scored while the next batch is sampled."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,6 +16,7 @@ from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping
 from stepfuse.rewards.weighted import Weighted, check_unscaled, fit_scales, label_terms, parse_terms
+from stepfuse.train.health import thumbnails
 from stepfuse.train.settings import TrainSettings
 
 
@@ -32,6 +33,7 @@ class TrainingReward:
             check_unscaled(reward.terms)
         self.reward, self.name, self.shaping = reward, settings.reward, settings.initial_shaping()
         self.asked = {"reward": settings.reward, "images": settings.fit_reward, "clip": settings.reward_clip}
+        self.finite = settings.nonfinite == "stop"
         self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
 
     def raw(self, pixels: Pixels, prompts: Sequence[str]) -> Scores:
@@ -39,10 +41,13 @@ class TrainingReward:
         return score(self.reward, pixels, prompts, name=self.name)
 
     def terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
-        """The columns of a weighted reward, which sum to it; one, shaped, of any other."""
+        """The columns of a weighted reward, which sum to it; one, shaped, of any other.
+
+        Numbers that are not finite are refused, or let through for the loop to leave out (`nonfinite`).
+        """
         if isinstance(self.reward, Weighted) and self.shaping == Shaping():
-            return self.reward.terms_of(pixels, prompts)
-        return self.shaping(self.raw(pixels, prompts))[:, None]
+            return self.reward.terms_of(pixels, prompts, finite=self.finite)
+        return self.shaping(score(self.reward, pixels, prompts, name=self.name, finite=self.finite))[:, None]
 
     def term_weights(self) -> Float[Tensor, " terms"]:
         """w_i of those columns."""
@@ -50,8 +55,14 @@ class TrainingReward:
             return torch.tensor([term.weight for term in self.reward.terms])
         return torch.ones(1)
 
-    def fit(self, drawn: Iterable[tuple[Sequence[str], Pixels]]) -> dict[str, Any]:
-        """Name and shaping by images of the base, scored a batch at a time, as values that `restore` takes.
+    def columns(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
+        """What is fitted: the terms of a weighted reward, or the reward, unshaped."""
+        if isinstance(self.reward, Weighted):
+            return self.reward.terms_of(pixels, prompts)
+        return self.raw(pixels, prompts)[:, None]
+
+    def fit(self, columns: Float[Tensor, "images terms"]) -> dict[str, Any]:
+        """Name and shaping by images of the base, of `columns`, as values that `restore` takes.
 
         The terms of a weighted reward get the deviations they have among them; any other reward mean 0 and deviation 1.
 
@@ -60,11 +71,9 @@ class TrainingReward:
         """
         name, shaping = self.name, self.shaping
         if isinstance(self.reward, Weighted):
-            columns = torch.cat([self.reward.terms_of(pixels, prompts) for prompts, pixels in drawn])
             name = label_terms(fit_scales(self.reward.terms, columns))
         else:
-            scores = torch.cat([self.raw(pixels, prompts) for prompts, pixels in drawn])
-            shaping = fit_shaping(scores, self.shaping.clip)
+            shaping = fit_shaping(columns[:, 0], self.shaping.clip)
         return {"asked": self.asked, "reward": name, "shaping": dataclasses.asdict(shaping)}
 
     def restore(self, fitted: dict[str, Any]) -> None:
@@ -87,7 +96,11 @@ class TrainingReward:
 
 
 class Scorer:
-    """Latents of one micro-batch → rewards to be: decoded at once, scored in the queue."""
+    """Latents of one micro-batch → rewards to be: decoded at once, scored in the queue.
+
+    Attributes:
+        thumbnails: of the images `terms` was asked for.
+    """
 
     def __init__(self, reward: TrainingReward, pipeline: DiffusionPipeline, prompts: Sequence[str], step: int) -> None:
         self.reward, self.pipeline, self.prompts, self.step = reward, pipeline, prompts, step
@@ -95,15 +108,20 @@ class Scorer:
     def __call__(self, latents: Latents, copies: int) -> "Future[Tensor]":
         """(images,) of `copies` latents a prompt, which lie together."""
         prompts = [prompt for prompt in self.prompts for _ in range(copies)]
-        return self._submit(latents, prompts, lambda terms: terms.sum(1))
+        return self._submit(self._decode(latents), prompts, lambda terms: terms.sum(1))
 
     def terms(self, latents: Latents) -> "Future[Tensor]":
         """(images, terms) of one latent a prompt."""
-        return self._submit(latents, self.prompts, lambda terms: terms)
+        pixels = self._decode(latents)
+        self.thumbnails = thumbnails(pixels)
+        return self._submit(pixels, self.prompts, lambda terms: terms)
 
     @torch.no_grad()
-    def _submit(self, latents: Latents, prompts: Sequence[str], reduce: Callable[[Tensor], Tensor]) -> "Future[Tensor]":
-        pixels = decode_latents(self.pipeline, latents)
+    def _decode(self, latents: Latents) -> Pixels:
+        with torch.inference_mode(False):  # a reward may be anybody's code, and want a gradient of its own
+            return decode_latents(self.pipeline, latents.clone())
+
+    def _submit(self, pixels: Pixels, prompts: Sequence[str], reduce: Callable[[Tensor], Tensor]) -> "Future[Tensor]":
 
         def call() -> Tensor:
             try:

@@ -57,7 +57,10 @@ class TrainSettings:
     # The run.
     output_dir: str = _setting("outputs/adapter", "where the adapter, checkpoints and samples go")
     overwrite: bool = _setting(False, "delete what is in output_dir")
-    resume_from_checkpoint: str | None = _setting(None, "`latest`, or a checkpoint folder of output_dir")
+    resume_from_checkpoint: str | None = _setting(
+        None,
+        "`latest`: the newest whole checkpoint, or the beginning where there is none yet; or one of them by its folder",
+    )
     seed: int = _setting(0, "all randomness derives from it")
     max_train_steps: int = _setting(100, "optimiser steps")
     train_batch_size: int = _setting(8, "images a device and micro-batch")
@@ -70,6 +73,8 @@ class TrainSettings:
         None, "by default what accelerate is configured for"
     )
     gradient_checkpointing: bool = _setting(False, "trade time for memory")
+    compile: Literal["no", "regional", "full"] = _setting("no", "compile the UNet's repeated blocks, or all of it")
+    offload_text_encoders: bool = _setting(False, "keep them in the memory of the CPU")
     allow_tf32: bool = _setting(False, "TF32 matrix products on Ampere and newer")
 
     # The LoRA.
@@ -88,6 +93,10 @@ class TrainSettings:
     sample_etas: list[float] = _setting([], "table: one eta a step, noisiest first")
     variance_knots: int = _setting(5, "learned: number of knots over the time")
     resolution: int | None = _setting(None, "pixels; by default the base's own")
+    skip_first_steps: int = _setting(0, "noisiest steps that are not learned from; SPO: 4 of 20")
+    train_timestep_fraction: float = _setting(
+        1.0, "share of the denoising steps that are learned from, drawn anew for each rollout"
+    )
 
     # The optimiser.
     beta: float = _setting(0.01, "temperature of the KL to the base")
@@ -103,14 +112,30 @@ class TrainSettings:
     adam_weight_decay: float = _setting(1e-4, "")
     adam_epsilon: float = _setting(1e-8, "")
     max_grad_norm: float = _setting(1.0, "gradients are clipped to it")
+    use_8bit_adam: bool = _setting(False, "AdamW of bitsandbytes, its state in 8 bits")
+
+    # Health.
+    nonfinite: Literal["stop", "skip"] = _setting(
+        "stop", "what a reward, loss or gradient that is not finite leads to: an error, or it is left out and recorded"
+    )
+    max_kl: float | None = _setting(
+        None, "nats an image: beyond it training stops, and the best checkpoint by held-out reward is the adapter"
+    )
+    load_best_model_at_end: bool = _setting(
+        False, "the adapter is the best checkpoint by the reward of the validation images, not the last"
+    )
+    min_diversity: float = _setting(
+        0.2, "share of the base's diversity below which it is reported as collapsed; 0: never"
+    )
 
     # Looking at it.
     validation_prompts: list[str] = _setting([], "prompts of the samples; by default some of the training ones")
+    validation_set: str = _setting("", "or a set or file of them, emoji-heldout for instance, as `prompts` takes it")
     num_validation_images: int = _setting(8, "sample images")
     validation_steps: int = _setting(0, "steps between sample images; 0: at the start and the end")
 
     def __post_init__(self) -> None:
-        for name, word in (("guidance", "off"), ("mixed_precision", "no")):
+        for name, word in (("guidance", "off"), ("mixed_precision", "no"), ("compile", "no")):
             if getattr(self, name) is False:  # what YAML makes of the bare word
                 object.__setattr__(self, name, word)
         check_types(self)
@@ -123,12 +148,31 @@ class TrainSettings:
             fixed = (self.reward_shift, self.reward_scale)
             require(fixed == (0, 1), "reward_shift and reward_scale", fixed, "none beside fit_reward, which fits them")
         self.initial_shaping()
+        limit = self.checkpoints_total_limit
+        require(limit is None or limit >= 1, "checkpoints_total_limit", limit, "1 or more, or none")
+        require(self.max_kl is None or self.max_kl > 0, "max_kl", self.max_kl, "a positive number of nats")
+        require(0 <= self.min_diversity < 1, "min_diversity", self.min_diversity, "a number in [0, 1)")
+        require(
+            0 <= self.skip_first_steps < self.sample_num_steps,
+            "skip_first_steps",
+            self.skip_first_steps,
+            "0 or more, below sample_num_steps",
+        )
+        fraction = self.train_timestep_fraction
+        require(0 < fraction <= 1, "train_timestep_fraction", fraction, "a number in (0, 1]")
+        both = bool(self.validation_prompts and self.validation_set)
+        require(not both, "validation_set", self.validation_set, "none beside validation_prompts")
         for name in ("learning_rate", "beta", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
             require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
             require(eta > 0, "sample_eta", eta, "above 0: a deterministic step has no log-prob to train with")
         self.initial_schedule()
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether checkpoints are compared by the reward of the validation images."""
+        return self.load_best_model_at_end or self.max_kl is not None
 
     @property
     def name(self) -> str:
@@ -159,7 +203,6 @@ class DPOSettings(TrainSettings):
 
     num_candidates: int = _setting(4, "candidates x_s drawn from each x_t; SPO: 4")
     margin: float = _setting(0.0, "a pair is dropped unless its rewards differ by more")
-    skip_first_steps: int = _setting(0, "noisiest steps without candidates; SPO: 4 of 20")
     label_smoothing: float = _setting(0.0, "share of flipped labels to assume")
     loss_type: Literal["sigmoid", "ipo"] = _setting("sigmoid", "as in trl's DPOConfig")
 
@@ -168,12 +211,6 @@ class DPOSettings(TrainSettings):
         require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
         require(self.margin >= 0, "margin", self.margin, "0 or more")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
-        require(
-            0 <= self.skip_first_steps < self.sample_num_steps,
-            "skip_first_steps",
-            self.skip_first_steps,
-            "0 or more, below sample_num_steps",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,212 @@
+"""The same numbers however a run is laid out, by `accelerate launch` and the configurations that are shipped.
+
+Without a GPU processes talk by gloo, DeepSpeed's too.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from stepfuse.fuse.adapter import read_adapter
+from tests.fixtures_training import save_tiny_pipeline
+
+REPOSITORY = Path(__file__).parents[1]
+ACCELERATE = REPOSITORY / "configs" / "accelerate"
+STEPS = 20
+SETTINGS = {
+    "prompts": "prompts.txt",
+    "seed": 3,
+    "sample_num_steps": 3,
+    "sample_guidance_scale": 2.0,
+    "num_validation_images": 3,
+    "learning_rate": 0.003,
+    "lr_warmup_steps": 2,
+    "adam_epsilon": 1e-3,  # as in test_train_command.py
+    "reward": "slope.py:slope",
+    "fit_reward": 5,
+    "variance": "learned",
+    "variance_knots": 3,
+    "beta": 0.1,
+    "max_train_steps": STEPS,
+    "checkpointing_steps": 2,
+    "checkpoints_total_limit": None,
+    "pretrained_model_name_or_path": "pipeline",
+}
+OWN = {
+    "ddpo": {"num_generations": 4, "num_inner_epochs": 2, "lr_scheduler": "constant_with_warmup"},
+    "dpo": {"num_candidates": 2, "train_timestep_fraction": 0.7, "lr_scheduler": "cosine"},
+}
+ONE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
+ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+SLOPE = """
+def slope(images, prompts):
+    return (images[:, 0, :, :8] - images[:, 2, :, 8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
+"""
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts")]
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    save_tiny_pipeline(folder / "pipeline")
+    (folder / "prompts.txt").write_text("a red apple\na cat\na boat on a blue background\ntwo keys\na green tree\n")
+    (folder / "slope.py").write_text(SLOPE)
+    for algorithm, own in OWN.items():
+        (folder / f"{algorithm}.yaml").write_text(yaml.safe_dump(SETTINGS | own))
+    # With its defaults ZeRO-3 leaves tensors as small as these whole, and hides what it does to others.
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
+    config = yaml.safe_load((ACCELERATE / "zero3.yaml").read_text())
+    config["deepspeed_config"] = {"deepspeed_config_file": "zero3.json", "zero3_init_flag": False}
+    del config["mixed_precision"]  # a matter of the file then
+    (folder / "zero3.yaml").write_text(yaml.safe_dump(config | {"num_processes": 2}))
+    return folder
+
+
+def command(algorithm, launcher, output, **flags):
+    words = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launcher,
+        str(REPOSITORY / "train" / f"{algorithm}.py"),
+    ]
+    words += ["--config", f"{algorithm}.yaml", "--output_dir", output]
+    return words + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def launch(desk, algorithm, launcher, output, **flags):
+    words = command(algorithm, launcher, output, **flags)
+    done = subprocess.run(words, cwd=desk, env=environment(), capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return desk / output
+
+
+def curve(folder, tag="loss"):
+    """What was logged, a number a step."""
+    log = EventAccumulator(str(folder / "logs" / "stepfuse"))
+    log.Reload()
+    return [event.value for event in log.Scalars(tag)]
+
+
+def tensors(folder, step=None):
+    """The adapter, or the policy of a checkpoint."""
+    file = f"checkpoint-{step}/policy.safetensors" if step else "pytorch_lora_weights.safetensors"
+    return load_file(folder / file)
+
+
+def assert_same(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+
+
+def assert_same_run(found, expected):
+    """Loss, KL and reward at every step, and the adapter."""
+    for tag, near in (("loss", 1e-4), ("kl", 1e-4), ("reward", 1e-4), ("diversity", 1e-4), ("gradient_norm", 1e-3)):
+        was, now = curve(expected, tag), curve(found, tag)
+        assert len(was) == len(now) == STEPS
+        # A loss of DDPO that starts a rollout is a sum of advantages that is 0, and what is left of it is rounding.
+        assert now == pytest.approx(was, rel=near, abs=near), tag
+    assert_same(tensors(found), tensors(expected), atol=1e-4)
+    was, now = (read_adapter(folder).record["validation"] for folder in (expected, found))
+    assert now["after"] == pytest.approx(was["after"], rel=1e-4)
+    learned = tensors(expected)
+    assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 1e-2
+
+
+@pytest.fixture(scope="module")
+def one(desk):
+    return {name: launch(desk, name, ONE, f"{name}-one", train_batch_size=8) for name in OWN}
+
+
+@pytest.fixture(scope="module")
+def zero2(desk):
+    return launch(desk, "ddpo", ZERO2, "ddpo-zero2", train_batch_size=4)
+
+
+@pytest.mark.parametrize("algorithm", OWN)
+def test_two_processes_of_four_are_one_of_eight(desk, one, algorithm):
+    assert_same_run(launch(desk, algorithm, TWO, f"{algorithm}-two", train_batch_size=4), one[algorithm])
+
+
+def test_zero_2_is_one_process(one, zero2):
+    assert_same_run(zero2, one["ddpo"])
+
+
+def test_zero_2_goes_on_from_a_checkpoint_to_the_same_bits(desk, zero2):
+    output = desk / "ddpo-zero2-resumed"
+    output.mkdir()
+    (zero2 / "checkpoint-16").rename(output / "checkpoint-16")
+    launch(desk, "ddpo", ZERO2, output.name, train_batch_size=4, resume_from_checkpoint="latest")
+    assert_same(tensors(output), tensors(zero2), atol=0)
+
+
+def test_zero_3_saves_the_factors_that_zero_2_saves(desk, zero2):
+    # ... in two runs, the second going on from the first one's checkpoint
+    launcher, batch = ["--config_file", "zero3.yaml"], dict(train_batch_size=4)
+    launch(desk, "ddpo", launcher, "ddpo-zero3", max_train_steps=2, **batch)
+    found = launch(desk, "ddpo", launcher, "ddpo-zero3", max_train_steps=4, resume_from_checkpoint="latest", **batch)
+    for step in (2, 4):
+        assert_same(tensors(found, step), tensors(zero2, step), atol=1e-5)
+    last = tensors(found, 4)
+    for name, value in tensors(found).items():
+        assert torch.equal(value, last[name.removeprefix("unet.")])
+        assert value.numel() > 0
+        assert float(value.abs().max()) > 0, name
+    assert read_adapter(found).record["steps"] == 4
+
+
+def test_two_machines_of_one_process_are_one_of_two(desk, one):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    own = dict(train_batch_size=4, max_train_steps=2)
+    config = ["--config_file", str(ACCELERATE / "multi-node.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+    address = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
+    launchers = [[*config, *address, "--machine_rank", str(rank)] for rank in range(2)]
+    machines = [
+        subprocess.Popen(
+            command("ddpo", launcher, "ddpo-machines", **own),
+            cwd=desk,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for launcher in launchers
+    ]
+    told = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], told
+    assert curve(desk / "ddpo-machines") == pytest.approx(curve(one["ddpo"])[:2], rel=1e-4, abs=1e-4)
+
+
+# Launched otherwise than it would run
+
+
+def refusal(desk, launcher, **variables):
+    words = command("ddpo", launcher, "refused", train_batch_size=4)
+    done = subprocess.run(words, cwd=desk, env=environment() | variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    return next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: "))
+
+
+def test_deepspeed_that_accelerate_would_leave_out_is_refused(desk):
+    line = refusal(desk, ZERO2, ACCELERATE_USE_CPU="true")
+    assert "DeepSpeed" in line
+    assert "use_cpu" in line

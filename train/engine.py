@@ -1,0 +1,159 @@
+"""What steps the policy: backward, clipping, optimiser and learning rate, with DeepSpeed or without."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from stepfuse.train.lora import Policy
+from stepfuse.train.settings import TrainSettings
+
+
+class Engine:
+    """A policy made ready for this run's processes.
+
+    Attributes:
+        policy: the module itself.
+        wrapped: what is called for a loss: the policy within DistributedDataParallel, or DeepSpeed's engine.
+    """
+
+    def __init__(self, accelerator: Accelerator, policy: Policy, settings: TrainSettings) -> None:
+        self.accelerator, self.policy, self.max_grad_norm = accelerator, policy, settings.max_grad_norm
+        self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        self.wrapped, self.optimizer = accelerator.prepare(policy, make_optimizer(policy, settings))
+        self.rate = get_scheduler(
+            settings.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=settings.lr_warmup_steps,
+            num_training_steps=settings.max_train_steps,
+        )
+        accelerator.register_for_checkpointing(self.rate)
+
+    @property
+    def partitioned(self) -> bool:
+        """Whether parameters lie in parts on the processes (ZeRO-3), and forwards are a matter of all."""
+        return self.deepspeed and self.wrapped.zero_optimization_stage() == 3
+
+    def synchronised(self, last: bool) -> Any:
+        """For forward and backward: gradients are averaged over processes with the last backward of a step only."""
+        return nullcontext() if last or self.deepspeed else self.accelerator.no_sync(self.wrapped)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        if self.deepspeed:
+            self.wrapped.set_gradient_accumulation_boundary(is_boundary=last)
+            self.wrapped.backward(loss)
+        else:
+            self.accelerator.backward(loss)
+
+    def clip(self) -> float | None:
+        """Norm of the gradient, before it is clipped; DeepSpeed knows it after its step only."""
+        if self.deepspeed:
+            return None
+        return float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
+
+    def step(self, norm: float | None) -> float:
+        """Update parameters and rate.
+
+        Args:
+            norm: of `clip`.
+
+        Returns:
+            The gradient's norm, before it was clipped.
+        """
+        if self.deepspeed:
+            self.wrapped.step()
+            norm = float(self.wrapped.get_global_grad_norm())
+        self.optimizer.step()  # nothing with DeepSpeed, which has its own
+        self.optimizer.zero_grad()
+        self.rate.step()
+        assert norm is not None
+        return norm
+
+    def drop(self) -> None:
+        """Pass this step's gradient over."""
+        self.optimizer.zero_grad()
+        self.rate.step()
+
+    @property
+    def scaled(self) -> bool:
+        """Whether gradients are scaled (fp16), and infinite ones are the scaler's business."""
+        return self.accelerator.scaler is not None
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """LoRA tensors and offsets by name, whole, in float32, on the CPU. Of all processes."""
+        values = {name: self._whole(p) for name, p in self.policy.named_parameters() if p.requires_grad}
+        state = self.policy.trainable_state(values)
+        return {name: value.detach().float().contiguous().cpu().clone() for name, value in state.items()}
+
+    def offsets(self) -> Tensor | None:
+        """Of a learned schedule, as the policy's forward uses them. Of all processes."""
+        parameter = self.policy.offsets
+        if parameter is None or not self.partitioned:
+            return None if parameter is None else parameter.detach().float().clone()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().float().clone()
+
+    def save(self, folder: Path) -> None:
+        """Optimiser, learning rate and generators; DeepSpeed also what it trains of the model, in parts."""
+        if self.deepspeed:
+            self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)
+            return
+        hook = self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        try:
+            self.accelerator.save_state(str(folder))
+        finally:
+            hook.remove()
+
+    def load(self, folder: Path, state: dict[str, Tensor]) -> None:
+        """The inverse of `save`; `state` is what `trainable_state` returned then."""
+        if self.deepspeed:
+            self.accelerator.load_state(str(folder), load_module_strict=False)
+            return
+        hook = self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        try:
+            self.accelerator.load_state(str(folder))
+        finally:
+            hook.remove()
+        self.policy.load_trainable_state(state)
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if not self.deepspeed:
+            return parameter
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        whole = safe_get_full_fp32_param(parameter)
+        return parameter if whole is None else whole
+
+
+def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW for the LoRA, with a rate of their own for variance offsets.
+
+    Raises:
+        ValueError: for 8 bits where bitsandbytes is missing.
+    """
+    offsets = [] if policy.offsets is None else [policy.offsets]
+    lora = [p for p in policy.parameters() if p.requires_grad and not any(p is o for o in offsets)]
+    groups: list[dict[str, Any]] = [{"params": lora, "lr": settings.learning_rate}]
+    if offsets:
+        groups.append({"params": offsets, "lr": settings.variance_learning_rate, "weight_decay": 0.0})
+    kind: Any = torch.optim.AdamW
+    if settings.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ValueError("use_8bit_adam needs bitsandbytes; pip install 'stepfuse[8bit]'") from error
+    return kind(
+        groups,
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+        eps=settings.adam_epsilon,
+    )

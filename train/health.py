@@ -1,0 +1,94 @@
+"""Whether a run is well: numbers that are not finite, a KL that runs away, images that all become one."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepfuse.rewards.protocol import Pixels
+from stepfuse.train.checkpoints import Progress
+
+logger = logging.getLogger(__name__)
+
+SIDE = 8  # pixels of the thumbnails that diversity is measured on
+ENTRIES = 200  # of the record
+
+
+class Health:
+    """What went wrong in a run, told where it happens and kept in its progress.
+
+    Args:
+        progress: whose `health` list it writes.
+        skips: leave out what is not finite; otherwise it is an error.
+        main: whether this process speaks.
+    """
+
+    def __init__(self, progress: Progress, *, skips: bool, main: bool) -> None:
+        self.progress, self.skips, self.main = progress, skips, main
+
+    def note(self, what: str, step: int, **values: Any) -> None:
+        """Tell of it in the log and keep it."""
+        if self.main:
+            told = ", ".join(f"{name} {value}" for name, value in values.items())
+            logger.warning("step %d: %s%s", step, what, f" ({told})" if told else "")
+        if len(self.progress.health) < ENTRIES:
+            self.progress.health.append({"what": what, "step": step} | values)
+
+    def not_finite(self, what: str, step: int, prompts: Sequence[str]) -> None:
+        """Something that is not finite: left out, or an error that names step and prompts.
+
+        Raises:
+            ValueError: unless it is to be skipped.
+        """
+        if not self.skips:
+            raise ValueError(
+                f"step {step}: {what} for {listed(prompts)}; training stopped, checkpoints are kept. "
+                "--nonfinite skip goes on without them"
+            )
+        self.note(f"skipped: {what}", step, prompts=sorted(set(prompts)))
+
+    def measure_diversity(self, value: float, step: int, floor: float) -> None:
+        """Compare the diversity of a rollout with the first one's, which is the base's."""
+        base = self.progress.base_diversity
+        if base is None:
+            self.progress.base_diversity = value
+        elif value < floor * base and not any(entry["what"] == COLLAPSED for entry in self.progress.health):
+            self.note(COLLAPSED, step, diversity=value, base=base)
+
+
+COLLAPSED = "diversity has collapsed"
+STOPPED = "stopped: KL beyond max_kl"
+
+
+def thumbnails(pixels: Pixels) -> Float[Tensor, "batch 3 8 8"]:
+    return torch.nn.functional.adaptive_avg_pool2d(pixels.float(), SIDE)
+
+
+def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -> float:
+    """The standard deviation of a pixel among the images of a group, over pixels and groups.
+
+        D = sqrt( mean over groups and pixels of  Σ_i (x_i - mean)² / n )
+
+    0 where all images of a prompt are the same. Twice its square is the mean squared distance of two images of a group,
+    each pair counted both ways and each image with itself.
+
+    Args:
+        images: thumbnails, so that noise in single pixels does not count.
+        groups: a number an image.
+    """
+    flat = images.flatten(1).double()
+    names, index = groups.unique(return_inverse=True)
+    count = flat.new_zeros(len(names)).index_add(0, index, flat.new_ones(len(flat)))[:, None]
+    mean = flat.new_zeros(len(names), flat.shape[1]).index_add(0, index, flat) / count
+    variance = flat.new_zeros(len(names), flat.shape[1]).index_add(0, index, (flat - mean[index]) ** 2) / count
+    return variance.mean().sqrt().item()
+
+
+def listed(prompts: Sequence[str], most: int = 3) -> str:
+    """Prompts for one line, the first few by name."""
+    names = sorted(set(prompts))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(repr(name) for name in names[:most]) + more

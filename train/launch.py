@@ -1,0 +1,61 @@
+"""The accelerator of a run, as `accelerate launch` configured it: one process or several, DeepSpeed or not."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+
+from stepfuse.train.settings import TrainSettings
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """One for any launcher; several processes without a GPU talk by gloo.
+
+    Raises:
+        ValueError: where what was launched is not what runs: DeepSpeed asked for and switched off or not installed,
+            processes that do not know of each other, an unknown tracker.
+    """
+    output = Path(settings.output_dir)
+    if settings.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = not torch.accelerator.is_available() and (processes > 1 or deepspeed)
+    try:
+        accelerator = Accelerator(
+            # DeepSpeed is passed over where `cpu` is set, other launchers are where it is not
+            cpu=on_cpu and not deepspeed,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
+            mixed_precision=settings.mixed_precision,
+            log_with=None if settings.report_to == "none" else settings.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(output), logging_dir=str(output / settings.logging_dir)
+            ),
+        )
+    except ImportError as error:
+        if not deepspeed:
+            raise
+        raise ValueError(f"DeepSpeed cannot be used: {error}; pip install 'stepfuse[deepspeed]'") from error
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            "the launcher asks for DeepSpeed and for the CPU, and accelerate then leaves DeepSpeed out; "
+            "set use_cpu to false: without a GPU it runs on the CPU all the same"
+        )
+    if accelerator.num_processes != processes:
+        raise ValueError(
+            f"{processes} processes were launched and each would train alone; take configs/accelerate/cpu-2.yaml, "
+            "or set use_cpu to false in yours"
+        )
+    if deepspeed:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or transformers would load text encoders and rewards in parts, as ZeRO-3 has it
+        config = accelerator.deepspeed_plugin.deepspeed_config
+        # Micro-batches are the loop's own: it says itself which backward is a step's last.
+        config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
+        config["gradient_accumulation_steps"] = accelerator.deepspeed_plugin.gradient_accumulation_steps = 1
+        config["gradient_clipping"] = settings.max_grad_norm
+        accelerator.gradient_state.plugin_kwargs["num_steps"] = 1
+    return accelerator
