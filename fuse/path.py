@@ -157,6 +157,28 @@ class NoisePath:
         variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
         return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
 
+    def noised(
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Tensor | int
+    ) -> Float[Tensor, "batch *shape"]:
+        """x_t = alpha_t x_0 + sigma_t e."""
+        alpha, sigma = self.at(t, x_0)
+        return alpha * x_0 + sigma * e
+
+    def target(
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Tensor | int
+    ) -> Float[Tensor, "batch *shape"]:
+        """The prediction that stands for (x_0, e): the inverse of `clean_and_noise`."""
+        alpha, sigma = self.at(t, x_0)
+        match self.prediction_type:
+            case "epsilon":
+                return e
+            case "v_prediction":
+                return alpha * e - sigma * x_0
+            case "sample":
+                return x_0
+            case "flow":
+                return e - x_0
+
     def clean_and_noise(
         self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Tensor | int
     ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:

@@ -1,14 +1,71 @@
 """The small models that training is tested on: seconds a run, and every kind of layer."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import diffusers
+import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
 from stepfuse.rewards.scoring_queue import ScoringQueue
+from stepfuse.train import ddpo, dpo
+
+MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
+COMMON = {
+    "prompts": "prompts.txt",
+    "reward": "rewards.py:slope",
+    "output_dir": "out",
+    "report_to": "none",
+    "sample_num_steps": 3,
+    "sample_guidance_scale": 2.0,
+    "num_validation_images": 4,
+    "train_batch_size": 4,
+    "learning_rate": 0.01,
+    "beta": 0.1,
+}
+
+
+@contextmanager
+def training_desk(monkeypatch, folder: Path, rewards: str) -> Iterator[Path]:
+    """A folder with prompts and rewards to work in; libraries speak again afterwards."""
+    monkeypatch.chdir(folder)
+    Path("prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
+    Path("rewards.py").write_text(rewards)
+    verbosity = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
+    yield folder
+    for library, before in zip((diffusers, transformers), verbosity, strict=True):
+        library.utils.logging.set_verbosity(before)
+        library.utils.logging.enable_progress_bar()
+    forget_accelerator()
+
+
+def run_main(monkeypatch, algorithm: str, **flags) -> None:
+    """main() of one algorithm, with these flags beside the common ones."""
+    flags = COMMON | flags
+    if algorithm == "ddpo":
+        flags.setdefault("num_generations", 2)
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *words])
+    forget_accelerator()
+    MAIN[algorithm]()
+
+
+def refused_by(run, *arguments, **flags) -> str:
+    """The line that a main() exits with."""
+    with pytest.raises(SystemExit) as error:
+        run(*arguments, **flags)
+    line = error.value.code
+    assert isinstance(line, str)  # Python prints it to stderr, and exits with 1
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
 
 
 def tiny_unet() -> UNet2DConditionModel:

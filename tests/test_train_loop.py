@@ -1,34 +1,26 @@
 """The training loop in this process: faulty rewards, folders that hold something, resuming, precision."""
 
-import sys
+from functools import partial
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
-from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings, DPOSettings
-from tests.fixtures_training import forget_accelerator, save_tiny_pipeline
+from tests.fixtures_training import (
+    COMMON,
+    MAIN,
+    forget_accelerator,
+    refused_by,
+    run_main,
+    save_tiny_pipeline,
+    training_desk,
+)
 
-MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
-COMMON = {
-    "prompts": "prompts.txt",
-    "reward": "rewards.py:slope",
-    "output_dir": "out",
-    "report_to": "none",
-    "sample_num_steps": 3,
-    "sample_guidance_scale": 2.0,
-    "num_validation_images": 4,
-    "train_batch_size": 4,
-    "learning_rate": 0.01,
-    "beta": 0.1,
-}
 REWARDS = """
 import torch
 
@@ -62,43 +54,14 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, pipeline):
-    """A folder with prompts and rewards to work in."""
-    monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
-    Path("rewards.py").write_text(REWARDS)
-    verbosity = [library.utils.logging.get_verbosity() for library in (diffusers, transformers)]
-    yield tmp_path
-    for library, before in zip((diffusers, transformers), verbosity, strict=True):
-        library.utils.logging.set_verbosity(before)
-        library.utils.logging.enable_progress_bar()
-    forget_accelerator()
+def desk(tmp_path, monkeypatch):
+    with training_desk(monkeypatch, tmp_path, REWARDS) as folder:
+        yield folder
 
 
 @pytest.fixture
 def main(desk, monkeypatch, pipeline):
-    """main() of one algorithm, with these flags beside the common ones."""
-
-    def run(algorithm, **flags):
-        flags = {"pretrained_model_name_or_path": pipeline} | COMMON | flags
-        if algorithm == "ddpo":
-            flags.setdefault("num_generations", 2)
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *words])
-        forget_accelerator()
-        MAIN[algorithm]()
-
-    return run
-
-
-def refusal(main, algorithm, **flags):
-    with pytest.raises(SystemExit) as error:
-        main(algorithm, **flags)
-    line = error.value.code
-    assert isinstance(line, str)  # Python prints it to stderr, and exits with 1
-    assert line.startswith("error: ")
-    assert "\n" not in line
-    return line
+    return partial(run_main, monkeypatch, pretrained_model_name_or_path=pipeline)
 
 
 def contents(folder):
@@ -112,7 +75,7 @@ def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(ma
     # prompts are drawn by shuffled passes, so the third of step 2 may be any of them: ask for one alone
     Path("prompts.txt").write_text("a red apple\n")
     flags = dict(max_train_steps=3, checkpointing_steps=1)
-    line = refusal(main, "ddpo", reward="rewards.py:nan_at_step_2", **flags)
+    line = refused_by(main, "ddpo", reward="rewards.py:nan_at_step_2", **flags)
     assert "step 2" in line
     assert "rewards.py:nan_at_step_2" in line
     assert "'a red apple'" in line
@@ -127,13 +90,13 @@ def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(ma
 @pytest.mark.parametrize(("reward", "culprit"), [("one_for_all", "returned () for"), ("a_list", "returned list for")])
 @pytest.mark.parametrize("algorithm", MAIN)
 def test_reward_of_the_wrong_shape_is_named(main, algorithm, reward, culprit):
-    line = refusal(main, algorithm, reward=f"rewards.py:{reward}")
+    line = refused_by(main, algorithm, reward=f"rewards.py:{reward}")
     assert f"'rewards.py:{reward}'" in line
     assert culprit in line
 
 
 def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(main):
-    refusal(main, "dpo", reward="rewards.py:one_for_all")
+    refused_by(main, "dpo", reward="rewards.py:one_for_all")
     assert contents("out") == {}
 
 
@@ -152,7 +115,7 @@ def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(main):
     ],
 )
 def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(main, flags, culprit):
-    line = refusal(main, "dpo", **flags, max_train_steps=1)
+    line = refused_by(main, "dpo", **flags, max_train_steps=1)
     assert culprit in line
     assert not Path("out").exists()
 
@@ -164,7 +127,7 @@ def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(
 def test_overwriting_loses_nothing_where_the_run_cannot_start(main, flags):
     Path("out").mkdir()
     Path("out/objective.json").write_text("precious")
-    refusal(main, "dpo", **flags, overwrite="true")
+    refused_by(main, "dpo", **flags, overwrite="true")
     assert contents("out") == {"out/objective.json": b"precious"}
 
 

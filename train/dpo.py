@@ -8,6 +8,7 @@ import sys
 from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.train.algorithms import DPO
 from stepfuse.train.loop import train
+from stepfuse.train.offline import DiffusionDPO
 from stepfuse.train.settings import DPOSettings, parse_settings
 
 
@@ -16,7 +17,7 @@ def main() -> None:
     quiet_libraries()
     try:
         settings = parse_settings(DPOSettings, sys.argv[1:], description=__doc__ or "")
-        train(settings, DPO(settings))
+        train(settings, DiffusionDPO(settings) if settings.pairs else DPO(settings))
     except ValueError as error:
         sys.exit(f"error: {error}")
 

@@ -34,11 +34,12 @@ from stepfuse.train.health import STOPPED, Health, listed
 from stepfuse.train.launch import make_accelerator
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.memory import explained_memory
+from stepfuse.train.offline import PairSource, PreferencePairs
 from stepfuse.train.output import CONFIG, clear, explained_disk, find_start, locked
 from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
 from stepfuse.train.scoring import TrainingReward
-from stepfuse.train.settings import TrainSettings
+from stepfuse.train.settings import DPOSettings, TrainSettings
 from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
@@ -76,7 +77,11 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
 
 
 class Run:
-    """The state of one run: the policy, its optimiser and what rollouts need."""
+    """The state of one run: the policy, its optimiser and what rollouts need.
+
+    Args:
+        pipeline: the base, by default loaded as the settings say; its UNet becomes the policy.
+    """
 
     def __init__(
         self,
@@ -85,13 +90,16 @@ class Run:
         accelerator: Accelerator,
         reward: TrainingReward,
         prompts: list[str],
+        pipeline: DiffusionPipeline | None = None,
     ) -> None:
         self.settings, self.algorithm, self.accelerator = settings, algorithm, accelerator
         self.reward, self.prompts = reward, prompts
         self.output, self.main = Path(settings.output_dir), accelerator.is_main_process
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         options = {"revision": settings.revision, "variant": settings.variant}
-        self.pipeline: DiffusionPipeline = load_pipeline(settings.pretrained_model_name_or_path, dtype=dtype, **options)
+        self.pipeline: DiffusionPipeline = pipeline or load_pipeline(
+            settings.pretrained_model_name_or_path, dtype=dtype, **options
+        )
         self.embed = Embeddings(
             self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
         )
@@ -126,6 +134,7 @@ class Run:
         self.learnable = len(learnable_steps(settings, self.sampling))
         if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
+        self.pairs = PreferencePairs(settings.pairs, settings) if getattr(settings, "pairs", "") else None
         self.progress, self.best = Progress(), None
         self.validated: tuple[int, Validation] | None = None
 
@@ -154,7 +163,7 @@ class Run:
     def fit(self) -> None:
         """Train from where `progress` stands to `max_train_steps`, then write the adapter."""
         settings, progress = self.settings, self.progress
-        source = self.source()
+        source = self.rollouts() if self.pairs is None else self.preferences(self.pairs)
         bar = tqdm(
             total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not self.main
         )
@@ -181,8 +190,22 @@ class Run:
         bar.close()
         self.finish(stopped)
 
-    def source(self) -> Rollouts:
-        """Where steps have what they learn from."""
+    def preferences(self, pairs: PreferencePairs) -> PairSource:
+        """Steps learn from pairs of a data set."""
+        settings = self.settings
+        assert isinstance(settings, DPOSettings)
+        images = settings.train_batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+        return PairSource(
+            settings=settings,
+            accelerator=self.accelerator,
+            pipeline=self.pipeline,
+            denoiser=self.sampling.denoiser,
+            embed=self.embed,
+            pairs=pairs(self.progress.step * images),
+        )
+
+    def rollouts(self) -> Rollouts:
+        """Steps learn from images that the policy draws."""
         return Rollouts(
             settings=self.settings,
             algorithm=self.algorithm,

@@ -15,7 +15,7 @@ from stepfuse.fuse.lora_layers import active_adapter
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
-from stepfuse.train.rollout import Step
+from stepfuse.train.rollout import NoisedPairs, Step
 
 
 class Policy(nn.Module):
@@ -77,15 +77,19 @@ def step_gaussians(
     policy: nn.Module,
     denoiser: Denoiser,
     schedule: VarianceSchedule,
-    step: Step,
+    step: Step | NoisedPairs,
     conditioning: Conditioning,
 ) -> tuple[Gaussian, Gaussian]:
     """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of one stored step.
+
+    Of noised pairs the predictions with variance 1, and no guidance, as in pre-training.
 
     Args:
         policy: the `Policy`, wrapped or not.
         schedule: the initial schedule; learned offsets come from the policy.
     """
+    if isinstance(step, NoisedPairs):
+        return _noise_gaussians(policy, denoiser, step, conditioning)
     path = denoiser.path
     kinds = "-+" if denoiser.guidance == "full" else "+"
     times = path.network_time(step.t).to(step.x_t.device).expand(len(step.x_t) * len(kinds))
@@ -107,4 +111,18 @@ def step_gaussians(
     return (
         transition(path, step.x_t, prediction, step.t, step.s, ours),
         transition(path, step.x_t, step.reference, step.t, step.s, theirs),
+    )
+
+
+def _noise_gaussians(
+    policy: nn.Module, denoiser: Denoiser, step: NoisedPairs, conditioning: Conditioning
+) -> tuple[Gaussian, Gaussian]:
+    dtype = conditioning.positive.dtype
+    times = denoiser.path.network_time(step.times).to(step.x_t.device)
+    both = conditioning[torch.arange(len(conditioning.positive)).repeat(2)]
+    output, _ = policy(step.x_t.to(dtype), times, **both.inputs("+"))
+    variance = step.x_t.new_ones(1, 1, 1, 1)
+    return (
+        Gaussian(mean=output.to(torch.float32), variance=variance),
+        Gaussian(mean=step.reference, variance=variance),
     )

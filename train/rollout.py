@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stepfuse.fuse.denoiser import Denoiser, Latents
@@ -58,10 +58,27 @@ class PairedStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NoisedPairs:
+    """Images of a data set at one noise level each, the winners of all pairs before their losers.
+
+    Attributes:
+        x_t: noised.
+        times: t of each.
+        target: what a network that knew the image would predict.
+        reference: what the base predicts.
+    """
+
+    x_t: Latents
+    times: Int[Tensor, " batch"]
+    target: Latents
+    reference: Latents
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trajectory:
     """The steps of one batch, noisiest first, its final latents, and the prompts' embeddings."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step | NoisedPairs, ...]
     latents: Latents
     conditioning: Conditioning
 

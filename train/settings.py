@@ -201,6 +201,14 @@ class TrainSettings:
 class DPOSettings(TrainSettings):
     """Step-level DPO: candidates of one step, the best against the worst (MSDDA; SPO, arXiv:2406.04314)."""
 
+    pairs: str = _setting(
+        "",
+        "learn from preference pairs instead of rollouts (Diffusion-DPO, arXiv:2311.12908): a hub data set, a parquet "
+        "file, or a folder",
+    )
+    image_columns: list[str] = _setting(["jpg_0", "jpg_1"], "of the pairs, as Pick-a-Pic calls them")
+    label_column: str = _setting("label_0", "1 where the first is preferred, 0 where the second is; else a tie")
+    pairs_shuffle_buffer: int = _setting(1000, "pairs among which the next is drawn")
     num_candidates: int = _setting(4, "candidates x_s drawn from each x_t; SPO: 4")
     margin: float = _setting(0.0, "a pair is dropped unless its rewards differ by more")
     label_smoothing: float = _setting(0.0, "share of flipped labels to assume")
@@ -210,6 +218,11 @@ class DPOSettings(TrainSettings):
         super().__post_init__()
         require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
         require(self.margin >= 0, "margin", self.margin, "0 or more")
+        require(len(self.image_columns) == 2, "image_columns", self.image_columns, "two names")
+        require(self.pairs_shuffle_buffer >= 1, "pairs_shuffle_buffer", self.pairs_shuffle_buffer, "1 or more")
+        if self.pairs:
+            require(self.max_kl is None, "max_kl", self.max_kl, "none with pairs, of which no KL of steps is measured")
+            require(self.variance != "learned", "variance", self.variance, "eta or table with pairs, which teach none")
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "a number in [0, 0.5)")
 
 

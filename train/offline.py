@@ -1,0 +1,214 @@
+"""Preference pairs of a data set instead of rollouts: Diffusion-DPO (arXiv:2311.12908)."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DiffusionPipeline
+from jaxtyping import Float, Int
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from stepfuse.data.emoji import to_pixels
+from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.pipeline import Conditioning, image_size
+from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.train.collect import Batch
+from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.losses import dpo_loss
+from stepfuse.train.rollout import NoisedPairs, Trajectory, sample_generator
+from stepfuse.train.settings import DPOSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two images for one prompt, as they are in the data set.
+
+    Attributes:
+        winner, loser: the preferred one and the other; what a column holds.
+    """
+
+    prompt: str
+    winner: Any
+    loser: Any
+
+
+class PreferencePairs:
+    """The pairs of a Pick-a-Pic-shaped data set, streamed, shuffled within a buffer, over and over.
+
+    `label_0` is 1 where the first image is preferred and 0 where the second is. Other values are ties, which are
+    dropped. Images are decoded by whoever wants them.
+
+    Args:
+        source: a hub data set, a parquet file, or a folder of either parquet files or images with a metadata file.
+
+    Raises:
+        ValueError: for a source that is not there, a column that it lacks, or no pair in it.
+    """
+
+    def __init__(self, source: str, settings: DPOSettings) -> None:
+        from datasets import Image as ImageFeature
+        from datasets import load_dataset
+
+        self.source, self.settings = source, settings
+        self.columns = (*settings.image_columns, settings.label_column, settings.caption_column)
+        try:
+            if Path(source).suffix == ".parquet":
+                rows = load_dataset("parquet", data_files=source, split="train", streaming=True)
+            else:
+                rows = load_dataset(source, split=settings.dataset_split, streaming=True)
+            known = rows.column_names or list(next(iter(rows)))
+        except (OSError, ValueError, StopIteration) as error:
+            first = (str(error).splitlines() or ["it is empty"])[0]
+            raise ValueError(f"cannot load preference pairs {source!r}: {first}") from error
+        for column in self.columns:
+            if column not in known:
+                raise ValueError(f"preference pairs {source!r} have no column {column!r}; they have {', '.join(known)}")
+        rows = rows.select_columns(list(self.columns))
+        for name in settings.image_columns:
+            if rows.features and isinstance(rows.features[name], ImageFeature):
+                rows = rows.cast_column(name, ImageFeature(decode=False))
+        self.rows = rows.shuffle(seed=settings.seed, buffer_size=settings.pairs_shuffle_buffer)
+
+    def __call__(self, start: int) -> Iterator[Pair]:
+        """From a place on; pairs before it are read and passed over."""
+        first, second, label, caption = self.columns
+        epoch, place = 0, 0
+        while True:
+            self.rows.set_epoch(epoch)
+            before = place
+            for row in self.rows:
+                if row[label] not in (0, 1):
+                    continue
+                if place >= start:
+                    one, other = (first, second) if row[label] == 1 else (second, first)
+                    yield Pair(prompt=str(row[caption]), winner=row[one], loser=row[other])
+                place += 1
+            if place == before:
+                raise ValueError(f"preference pairs {self.source!r} hold no pair whose {label} is 0 or 1")
+            epoch += 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """What the loop learns from: noised pairs, shared out over the processes."""
+
+    settings: DPOSettings
+    accelerator: Accelerator
+    pipeline: DiffusionPipeline
+    denoiser: Denoiser
+    embed: Embeddings
+    pairs: Iterator[Pair]
+
+    @torch.no_grad()
+    def collect(self, step: int, schedule: VarianceSchedule) -> tuple[list[Batch], dict[str, float]]:
+        """This process's micro-batches of one step; every process reads all pairs and decodes its own."""
+        settings = self.settings
+        size = settings.train_batch_size
+        own = size * settings.gradient_accumulation_steps
+        first = self.accelerator.process_index * own
+        everyone = list(islice(self.pairs, own * self.accelerator.num_processes))
+        batches = []
+        for start in range(first, first + own, size):
+            rows = range(start, start + size)
+            pairs = [everyone[i] for i in rows]
+            generators = [sample_generator(settings.seed, "pairs", step, i) for i in rows]
+            latents = [self._latents(pairs, side, generators) for side in ("winner", "loser")]
+            # one noise and one time a pair: what differs between winner and loser is the image alone
+            noise = torch.stack([torch.randn(latents[0].shape[1:], generator=g) for g in generators]).to(latents[0])
+            times = torch.cat([torch.randint(self.denoiser.path.length, (1,), generator=g) for g in generators])
+            prompts = [pair.prompt for pair in pairs]
+            with self.accelerator.autocast():
+                noised = noise_pairs(self.denoiser, *latents, noise, times, self.embed(prompts))
+            trajectory = Trajectory(steps=(noised,), latents=latents[0], conditioning=self.embed(prompts))
+            batches.append(Batch(prompts=prompts, trajectory=trajectory))
+        return batches, {}
+
+    def _latents(self, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
+        """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
+        height, width = image_size(self.pipeline, self.settings.resolution, self.settings.resolution)
+        opened = [_open(getattr(pair, side), pair.prompt) for pair in pairs]
+        fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
+        vae = self.pipeline.vae
+        pixels = torch.stack([to_pixels(image) for image in fitted]).to(self.accelerator.device, vae.dtype)
+        encoded = vae.encode(pixels * 2 - 1)
+        latents = encoded.latent_dist.sample(generators) if isinstance(vae, AutoencoderKL) else encoded.latents
+        return latents.float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def noise_pairs(
+    denoiser: Denoiser,
+    winner: Latents,
+    loser: Latents,
+    noise: Latents,
+    times: Int[Tensor, " batch"],
+    conditioning: Conditioning,
+) -> NoisedPairs:
+    """x_t = alpha_t x_0 + sigma_t e of both images of each pair, and what the base predicts there.
+
+    Args:
+        winner, loser: clean latents.
+        noise: e, one a pair.
+        times: t, one a pair.
+    """
+    path = denoiser.path
+    clean, e, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([times, times])
+    x_t = path.noised(clean, e, t)
+    both = conditioning[torch.arange(len(noise)).repeat(2)]
+    (reference,) = denoiser.forward(x_t, t, both, "+", None)
+    return NoisedPairs(x_t=x_t, times=t, target=path.target(clean, e, t), reference=reference)
+
+
+@dataclass(frozen=True)
+class DiffusionDPO:
+    """Diffusion-DPO on noised pairs: each prediction is taken for a Gaussian of variance 1 about it.
+
+        log p(target) = -|target - prediction|² / 2,    L = dpo_loss of winner and loser
+
+    With `log_prob_reduction: mean` that is, of mean squared errors l,
+
+        L = -log sigmoid(-beta/2 [(l_winner - l_winner,ref) - (l_loser - l_loser,ref)])
+
+    as the code of arXiv:2311.12908 and diffusers' script for SDXL have it; the script for SD 1.5 leaves the 1/2 out, so
+    its beta_dpo is half of this beta.
+    """
+
+    settings: DPOSettings
+    name: str = "diffusion-dpo"
+    group_size: int = 1
+    updates_per_rollout: int = 1
+    beta: float = 0.0
+    measures_kl: bool = False
+
+    def loss(self, policy: Gaussian, reference: Gaussian, step: NoisedPairs) -> Float[Tensor, " batch"]:
+        """One value a pair."""
+        scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
+        chosen, rejected = (policy.log_prob(step.target) * scale).chunk(2)
+        reference_chosen, reference_rejected = (reference.log_prob(step.target) * scale).chunk(2)
+        return dpo_loss(
+            chosen,
+            rejected,
+            reference_chosen,
+            reference_rejected,
+            beta=self.settings.beta,
+            label_smoothing=self.settings.label_smoothing,
+            loss_type=self.settings.loss_type,
+        )
+
+
+def _open(cell: Any, prompt: str) -> Image.Image:
+    """A picture from what a data set holds: encoded bytes, bytes or a path in a mapping, or a picture."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
+    try:
+        image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell))
+        return image.convert("RGB")
+    except (OSError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"an image for the prompt {prompt!r} cannot be read: {error}") from error
