@@ -63,7 +63,8 @@ def set_show(arguments: argparse.Namespace) -> None:
             clip = f", clipped to {list(shaping.clip)}" if shaping.clip else ""
             print(f"  learnt    (reward - {shaping.shift:g}) / {shaping.scale:g}{clip}")
         if "algorithm" in record:
-            print(f"  trained   {record['algorithm']}, {record.get('steps')} steps, KL {record.get('kl', 0):.3g} nats")
+            kl = "" if record.get("kl") is None else f", KL {record['kl']:.3g} nats"
+            print(f"  trained   {record['algorithm']}, {record.get('steps')} steps{kl}")
         for moment, measured in record.get("validation", {}).items():
             print(f"  reward {moment:7} {measured['reward']:.3f} over {measured['images']} images")
     for profile in loaded.profiles:
@@ -284,6 +285,35 @@ def reward_benchmark(arguments: argparse.Namespace) -> None:
     results = benchmark_rewards(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
     print(reward_table(results))
+    print(arguments.output)
+
+
+def build(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.pipeline import quiet_libraries
+    from stepfuse.scripts.build_set import build
+
+    quiet_libraries()
+    print(build(arguments.config, device=check_device(arguments.device)))
+
+
+def training_benchmark(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.adapter import write_json
+    from stepfuse.scripts.benchmark.training import benchmark_training, training_table
+    from stepfuse.scripts.benchmark.training_ways import TrainingBenchmark
+
+    if arguments.output.exists() and not arguments.overwrite:
+        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
+    own = ("model", "algorithms", "images", "steps", "candidates", "resolution", "repeats", "timestep_fraction")
+    names = (*own, "compile", "gradient_checkpointing", "threads", "dtype")
+    settings = TrainingBenchmark(
+        device=check_device(arguments.device),
+        memory=not arguments.no_memory,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    results = benchmark_training(settings, report=lambda results: write_json(arguments.output, results))
+    print(results["machine"])
+    print(training_table(results))
     print(arguments.output)
 
 

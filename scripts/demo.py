@@ -1,8 +1,6 @@
 """The demo: raw rewards → two adapters → a set → the slider and the front, measured."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
+from stepfuse.scripts.build_set import ALONE, launch
 from stepfuse.scripts.pictures import labelled_grid, save_front
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.rollout import sample_generator
@@ -61,12 +60,7 @@ def train_adapter(name: str, program: str, config: str, folder: Path, *, seed: i
         f"--config configs/{config}",
         flush=True,
     )
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process"]
-    launcher += [str(torch.get_num_threads())]
-    status = subprocess.run([*launcher, program, *arguments], check=False).returncode
-    if status:
-        raise ValueError(f"training {name!r} ended with status {status}; see the lines above")
+    launch(program, arguments, ALONE, name)
 
 
 def measure(output: Path, *, seed: int, prompts: int) -> dict:

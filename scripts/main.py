@@ -38,9 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """`benchmark rewards` is a command of its own: after `benchmark` a set may come as well."""
-    if list(arguments[:2]) == ["benchmark", "rewards"]:
-        arguments = ["benchmark rewards", *arguments[2:]]
+    """`benchmark rewards` and `benchmark training` are commands of their own: after `benchmark` a set may come too."""
+    if list(arguments[:2]) in (["benchmark", "rewards"], ["benchmark", "training"]):
+        arguments = [" ".join(arguments[:2]), *arguments[2:]]
     return _parser().parse_args(arguments)
 
 
@@ -55,9 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_set(actions)
     _add_sample(actions)
     _add_evaluate(actions)
+    _add_build(actions)
     _add_reward(actions)
     _add_benchmark(actions)
     _add_reward_benchmark(actions)
+    _add_training_benchmark(actions)
     return parser
 
 
@@ -242,6 +244,18 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
     evaluate.set_defaults(run=commands.evaluate)
 
 
+def _add_build(actions: argparse._SubParsersAction) -> None:
+    build = _add(
+        actions,
+        "build",
+        "train every objective of a set, create it, profile and evaluate it and write its card; run again to go on",
+        "stepfuse build configs/sets/emoji.yaml",
+    )
+    build.add_argument("config", type=Path, help="what to build")
+    build.add_argument("--device", default=None, help="of profile and evaluation; by default cuda where there is one")
+    build.set_defaults(run=commands.build)
+
+
 def _add_reward(actions: argparse._SubParsersAction) -> None:
     parent = _add(actions, "reward", "list rewards, score images with one, serve one", "stepfuse reward list")
     own = parent.add_subparsers(required=True, metavar="action")
@@ -346,6 +360,34 @@ def _add_benchmark(actions: argparse._SubParsersAction) -> None:
     _add_device(benchmark)
     _add_output(benchmark, "bench.json")
     benchmark.set_defaults(run=commands.benchmark)
+
+
+def _add_training_benchmark(actions: argparse._SubParsersAction) -> None:
+    benchmark = _add(
+        actions,
+        "benchmark training",
+        "time a whole optimiser step, rollout and update, beside ddpo-pytorch's and SPO's loops, in turns",
+        "stepfuse benchmark training --model emoji --timestep_fraction 0.5 --output training.json",
+    )
+    benchmark.add_argument("--model", default="emoji", help="emoji, or sd15 or sdxl: random weights (default emoji)")
+    benchmark.add_argument("--algorithms", type=_names, default=("ddpo", "dpo"), metavar="A,B", help="(default both)")
+    benchmark.add_argument("--images", type=int, default=8, help="of a step (default 8)")
+    benchmark.add_argument("--steps", type=int, default=20, help="denoising steps (default 20)")
+    benchmark.add_argument("--candidates", type=int, default=4, help="of dpo and SPO (default 4)")
+    benchmark.add_argument("--resolution", type=int, help="pixels; by default the model's")
+    benchmark.add_argument("--repeats", type=int, default=3, help="rounds, after one to warm up (default 3)")
+    benchmark.add_argument(
+        "--timestep_fraction", type=float, default=1.0, help="another row that learns from this share of the steps"
+    )
+    benchmark.add_argument(
+        "--compile", choices=("no", "regional", "full"), default="no", help="another row of ours, compiled"
+    )
+    benchmark.add_argument("--gradient_checkpointing", action="store_true", help="in all ways")
+    benchmark.add_argument("--no_memory", action="store_true", help="leave memory out: each row's takes a process")
+    benchmark.add_argument("--threads", type=int, help="of the CPU; by default as many as torch takes")
+    _add_device(benchmark)
+    _add_output(benchmark, "training.json")
+    benchmark.set_defaults(run=commands.training_benchmark)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -165,3 +165,22 @@ def test_ddpo_ratio_is_of_densities_or_of_their_mean_over_dimensions(reduction):
     values = DDPO(settings).loss(gaussian(near), gaussian(REFERENCE), step)
     expected = -advantage * ((new - old) / (1 if reduction == "sum" else D)).exp()
     torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+# The temperature of what a loss has for its optimum
+
+
+def test_the_stored_beta_is_that_of_the_density_whatever_the_reduction():
+    # D = 64: DPO's mean loss has beta / D before the sum of log-ratios; DDPO's gradient is divided by D, its KL is not.
+    dpo, ddpo = (dict(beta=0.5, log_prob_reduction=kind) for kind in ("sum", "mean"))
+    assert [DPO(DPOSettings(**values)).temperature(64) for values in (dpo, ddpo)] == [0.5, 0.5 / 64]
+    assert [DDPO(DDPOSettings(**values)).temperature(64) for values in (dpo, ddpo)] == [0.5, 32.0]
+
+
+def test_dpo_by_means_is_dpo_by_sums_at_its_temperature():
+    generator = torch.Generator().manual_seed(0)
+    log_probs = [torch.randn(8, generator=generator) for _ in range(4)]
+    mean = dpo_loss(*(value / 64 for value in log_probs), beta=0.5)
+    torch.testing.assert_close(
+        mean, dpo_loss(*log_probs, beta=DPO(DPOSettings(beta=0.5, log_prob_reduction="mean")).temperature(64))
+    )

@@ -73,6 +73,10 @@ class Algorithm(Protocol):
     @property
     def measures_kl(self) -> bool: ...
 
+    def temperature(self, dimensions: int) -> float:
+        """Beta of the optimum p ∝ p_ref exp(r / beta) that the loss has, for densities of so many dimensions."""
+        ...
+
     def collect(
         self,
         sampling: Sampling,
@@ -139,6 +143,10 @@ class DPO:
         self, trajectory: Trajectory, rewards: Tensor, weights: Tensor, groups: Tensor, own: slice
     ) -> Trajectory:
         return trajectory  # pairs were made while rolling out
+
+    def temperature(self, dimensions: int) -> float:
+        """With `mean` the loss has beta / D times the difference of log-densities."""
+        return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
         assert isinstance(step, PairedStep)
@@ -207,6 +215,10 @@ class DDPO:
         advantages = rewards.new_zeros(len(finite))
         advantages[finite] = known
         return with_advantages(trajectory, advantages[own])
+
+    def temperature(self, dimensions: int) -> float:
+        """With `mean` the policy gradient is divided by D, and the KL is not."""
+        return self.settings.beta * (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
     def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
         assert isinstance(step, SampledStep)

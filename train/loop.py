@@ -36,6 +36,7 @@ from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.memory import explained_memory
 from stepfuse.train.offline import PairSource, PreferencePairs
 from stepfuse.train.output import CONFIG, clear, explained_disk, find_start, locked
+from stepfuse.train.provenance import config_hash, input_files
 from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
 from stepfuse.train.scoring import TrainingReward
@@ -137,6 +138,7 @@ class Run:
         self.pairs = PreferencePairs(settings.pairs, settings) if getattr(settings, "pairs", "") else None
         self.progress, self.best = Progress(), None
         self.validated: tuple[int, Validation] | None = None
+        self.inputs, self.identity = input_files(settings), config_hash(settings)  # as they are before it begins
 
     def go(self, start: Path | None) -> None:
         """From the beginning or a checkpoint to the adapter."""
@@ -331,7 +333,7 @@ class Run:
                 name=settings.name,
                 reward=self.reward.name,
                 variance=schedule,
-                beta=settings.beta,
+                beta=self.algorithm.temperature(math.prod(self.sampling.shape)),
                 shaping=self.reward.shaping,
             ),
             state={name: value for name, value in state.items() if name != "variance_offsets"},
@@ -347,6 +349,8 @@ class Run:
                 "best": progress.best,
                 "health": progress.health,
                 "config": dataclasses.asdict(settings),
+                "config_sha256": self.identity,
+                "inputs": self.inputs,
                 "versions": {name: version(name) for name in PACKAGES},
             },
             pipeline_class=type(self.pipeline),

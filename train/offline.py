@@ -187,6 +187,10 @@ class DiffusionDPO:
     beta: float = 0.0
     measures_kl: bool = False
 
+    def temperature(self, dimensions: int) -> float:
+        """Of the loss on noise predictions; the temperature of denoising steps is not known."""
+        return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+
     def loss(self, policy: Gaussian, reference: Gaussian, step: NoisedPairs) -> Float[Tensor, " batch"]:
         """One value a pair."""
         scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0

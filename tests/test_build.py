@@ -1,0 +1,251 @@
+"""`stepfuse build`: one command from rewards to a set with a card; what is done is not done again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.card import card
+from stepfuse.scripts.build_set import read_build
+from stepfuse.scripts.main import main
+from stepfuse.train.output import locked
+from stepfuse.train.provenance import config_hash
+from stepfuse.train.settings import DDPOSettings, DPOSettings
+from tests.fixtures_tiny import refused
+from tests.fixtures_training import save_tiny_pipeline
+
+ROOT = Path(__file__).parents[1]
+COMMON = {
+    "pretrained_model_name_or_path": "pipeline",
+    "prompts": "prompts.txt",
+    "report_to": "none",
+    "sample_num_steps": 3,
+    "guidance": "off",
+    "num_validation_images": 2,
+    "train_batch_size": 4,
+    "max_train_steps": 2,
+    "checkpointing_steps": 1,
+    "learning_rate": 0.01,
+    "beta": 0.1,
+}
+BUILD = {
+    "output_dir": "out",
+    "objectives": [
+        {"algorithm": "ddpo", "config": "ddpo.yaml", "objective_name": "small"},
+        {"algorithm": "dpo", "config": "dpo.yaml"},
+    ],
+    "oracles": [
+        {
+            "algorithm": "ddpo",
+            "config": "ddpo.yaml",
+            "objective_name": "both",
+            "reward": "weighted:1*compressibility/0.2 + 1*colourfulness/5",
+        }
+    ],
+    "profile": "prompts.txt",
+    "evaluate": "eval.yaml",
+}
+EVALUATION = {
+    "prompts": "prompts.txt",
+    "seeds_per_prompt": 2,
+    "rules": ["product", "soup", "oracle"],
+    "grid": 2,
+    "steps": 3,
+    "scales": {"small": 0.2, "colour": 5.0},
+    "strip_prompts": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("build")
+    save_tiny_pipeline(folder / "pipeline")
+    (folder / "prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
+    ddpo = COMMON | {"reward": "compressibility", "num_generations": 4}
+    dpo = COMMON | {"reward": "colourfulness", "objective_name": "colour", "num_candidates": 2}
+    for name, values in {"ddpo": ddpo, "dpo": dpo, "build": BUILD, "eval": EVALUATION}.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def at_the_desk(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+
+
+def command():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return [sys.executable, "-m", "stepfuse.scripts.main", "build", "build.yaml"], environment
+
+
+def build():
+    words, environment = command()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def adapters():
+    return {folder.name.rpartition("-")[0]: folder for folder in Path("out/adapters").iterdir() if folder.is_dir()}
+
+
+@pytest.mark.slow
+def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(desk):
+    words, environment = command()
+    # Killed with its trainings while the second objective is trained.
+    first = subprocess.Popen(
+        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    end = time.monotonic() + 200
+    while not list(Path("out/adapters").glob("colour-*/config.yaml")):
+        assert first.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    small = next(Path("out/adapters").glob("small-*/objective.json"))
+    finished = small.stat().st_mtime_ns
+
+    lines = build()
+    assert [line.split(":")[0] for line in lines if line.startswith("[")] == [
+        "[1/3] small",
+        "[2/3] colour",
+        "[3/3] both",
+    ]
+    assert "done" in lines[0]
+    assert small.stat().st_mtime_ns == finished
+    loaded = load_set("out/set")
+    assert loaded.names == ["small", "colour"]
+    assert [oracle.adapter.name for oracle in loaded.oracles] == ["both"]
+    assert len(loaded.profiles) == 1
+    for name, folder in adapters().items():
+        record = read_adapter(folder).record
+        assert record["steps"] == 2
+        assert record["config_sha256"].startswith(folder.name.rpartition("-")[2])
+        assert list(record["inputs"]) == ["prompts.txt"], name
+
+    # The card has the evaluation's own figures.
+    (evaluation,) = Path("out").glob("evaluation-*")
+    summary = json.loads((evaluation / "summary.json").read_text())
+    text = Path("out/set/README.md").read_text()
+    cell = next(c for c in summary["cells"] if c["rule"] == "product" and "0.5" in c["weights"])
+    for reward in ("compressibility", "colourfulness"):
+        assert f"{cell['rewards'][reward]['gain']['mean']:+.3g} [" in text
+    assert "| both | oracle of small=0.5,colour=0.5 |" in text
+    assert Path("out/set/fronts.png").read_bytes() == (evaluation / "fronts.png").read_bytes()
+
+    # Nothing is done twice.
+    begun = time.monotonic()
+    before = {file: file.stat().st_mtime_ns for file in Path("out/adapters").rglob("*")}
+    lines = build()
+    assert all("done" in line for line in lines if line.startswith("["))
+    assert not [line for line in lines if line.startswith(("set:", "profile:"))]
+    assert {file: file.stat().st_mtime_ns for file in Path("out/adapters").rglob("*")} == before
+    assert time.monotonic() - begun < 120
+
+    # What changes is trained anew beside what was, and the rest stays.
+    values = yaml.safe_load(Path("build.yaml").read_text())
+    values["objectives"][1]["learning_rate"] = 0.02
+    values.pop("evaluate")
+    Path("build.yaml").write_text(yaml.safe_dump(values))
+    lines = [line for line in build() if line.startswith(("[", "set:"))]
+    assert ["done" in line for line in lines] == [True, False, True, False]
+    assert len(list(Path("out/adapters").glob("colour-*/objective.json"))) == 2
+    assert load_set("out/set").adapters[1].record["config"]["learning_rate"] == 0.02
+    assert "No evaluation was made of this set." in Path("out/set/README.md").read_text()
+
+
+# Bad input, found before anything is trained
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"objectives": []}, "objectives is []"),
+        ({"objectives": ["ddpo.yaml"]}, "an objective is ddpo.yaml; expected a mapping with `algorithm` and `config`"),
+        ({"objectives": [{"algorithm": "ppo", "config": "ddpo.yaml"}]}, "algorithm is ppo; expected one of dpo, ddpo"),
+        ({"objectives": [{"algorithm": "ddpo", "config": "no.yaml"}]}, "names 'no.yaml', which is neither here nor in"),
+        ({"objectives": [{"algorithm": "ddpo", "config": "ddpo.yaml", "rnak": 2}]}, "did you mean 'rank'?"),
+        ({"objectives": [{"algorithm": "ddpo", "config": "ddpo.yaml", "rank": 0}]}, "rank is 0; expected 1 or more"),
+        ({"objectives": [BUILD["objectives"][0]] * 2}, "objective_name is small"),
+        (
+            {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"guidance": "shared"}]},
+            "guidance of colour is shared; expected off, as small has it",
+        ),
+        ({"evaluate": "no.yaml"}, "names 'no.yaml'"),
+        ({"accelerate": "no.yaml"}, "names 'no.yaml'"),
+        ({"profile": "nowhere"}, "no prompts 'nowhere'"),
+        ({"ouput_dir": "x"}, "did you mean 'output_dir'?"),
+    ],
+)
+def test_a_build_that_cannot_work_is_named_before_anything_is_trained(tmp_path, change, culprit):
+    Path("wrong.yaml").write_text(yaml.safe_dump(BUILD | {"output_dir": str(tmp_path / "out")} | change))
+    with refused(culprit):
+        read_build(Path("wrong.yaml"))
+    with pytest.raises(SystemExit) as error:
+        main(["build", "wrong.yaml"])
+    assert str(error.value.code).startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_build_in_one_folder_is_refused(tmp_path):
+    Path("held.yaml").write_text(yaml.safe_dump(BUILD | {"output_dir": str(tmp_path / "out")}))
+    with locked(tmp_path / "out"), pytest.raises(SystemExit) as error:
+        main(["build", "held.yaml"])
+    assert "is in use by process" in str(error.value.code)
+
+
+# What decides that an adapter is made anew
+
+
+def test_a_hash_is_of_what_decides_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a cat\n")
+    Path("mine.py").write_text("def reward(images, prompts): ...\n")
+    settings = dict(prompts="prompts.txt", reward="mine.py:reward")
+    first = config_hash(DPOSettings(**settings))
+    aside = dict(output_dir="elsewhere", resume_from_checkpoint="latest", report_to="none", overwrite=True)
+    assert config_hash(DPOSettings(**settings, **aside)) == first
+    assert config_hash(DPOSettings(**settings, learning_rate=2e-4)) != first
+    assert config_hash(DPOSettings(**settings, seed=1)) != first
+    assert config_hash(DDPOSettings(**settings)) != first
+    for file in ("prompts.txt", "mine.py"):
+        Path(file).write_text(Path(file).read_text() + "\n")
+        now = config_hash(DPOSettings(**settings))
+        assert now != first
+        first = now
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sets").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("stepfuse.scripts.build_set.load_prompts", lambda name: [name])  # some are of the hub
+    config, objectives, oracles, _ = read_build(file)
+    assert f"stepfuse build configs/sets/{file.name}" in file.read_text()
+    assert len(objectives) == len(config.objectives) >= 2
+    weighted = [training.settings.reward for training in oracles]
+    assert all(reward.startswith("weighted:") for reward in weighted)
+
+
+def test_a_card_says_what_is_not_known(tmp_path):
+    loaded = load_set("emoji")
+    text = card(loaded, None, folder="emoji", plot=False)
+    front = yaml.safe_load(text.split("---")[1])
+    assert "base_model" not in front  # the embedded base has no hub id
+    assert "No evaluation was made of this set." in text
+    for adapter in loaded.adapters:
+        assert f"| {adapter.name} | `{adapter.objective.reward}` | {adapter.record['algorithm'].upper()}, " in text
+    code = text.split("```python")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    assert names["image"].size == (64, 64)
+    assert isinstance(names["sampler"].pipeline.unet, torch.nn.Module)
