@@ -124,35 +124,37 @@ def test_a_step_with_a_candidate_that_is_not_finite_makes_no_pair(main):
     assert all(torch.isfinite(value).all() for value in weights().values())
 
 
-def gradient_without_bounds(monkeypatch, at):
-    """The real loss, times infinity at one update."""
+def gradient_without_bounds(monkeypatch, at, factor=float("inf")):
+    """The real loss, times infinity at one update, or so large a number that its gradient has no finite norm."""
     from stepfuse.train.algorithms import DDPO
 
     real, updates = DDPO.loss, iter(range(1000))
 
     def loss(self, policy, reference, step):
         values = real(self, policy, reference, step)
-        return values * float("inf") if next(updates) == 3 * at else values  # three denoising steps each
+        return values * factor if next(updates) == 3 * at else values  # three denoising steps each
 
     monkeypatch.setattr(DDPO, "loss", loss)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_policy_is_touched(main, monkeypatch):
-    gradient_without_bounds(monkeypatch, at=1)
+@pytest.mark.parametrize(("factor", "what"), [(float("inf"), "loss"), (1e30, "gradient")])
+def test_what_is_not_finite_stops_before_the_policy_is_touched(main, monkeypatch, factor, what):
+    gradient_without_bounds(monkeypatch, at=1, factor=factor)
     line = refused_by(main, "ddpo", max_train_steps=3, checkpointing_steps=1)
-    assert "step 2: a loss that is not finite" in line
+    assert f"step 2: a {what} that is not finite" in line
     assert "'a " in line or "'two keys'" in line
     assert "--nonfinite skip" in line
     assert [p.name for p in list_checkpoints(Path("out"))] == ["checkpoint-1"]
 
 
-def test_a_skipped_update_leaves_the_policy_as_it_was(main, monkeypatch):
-    gradient_without_bounds(monkeypatch, at=1)
+@pytest.mark.parametrize(("factor", "what"), [(float("inf"), "loss"), (1e30, "gradient")])
+def test_a_skipped_update_leaves_the_policy_as_it_was(main, monkeypatch, factor, what):
+    gradient_without_bounds(monkeypatch, at=1, factor=factor)
     main("ddpo", max_train_steps=2, checkpointing_steps=1, nonfinite="skip", checkpoints_total_limit=5)
     first, second = (load_file(f"out/checkpoint-{step}/policy.safetensors") for step in (1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     (entry,) = record()["health"]
-    assert (entry["what"], entry["step"]) == ("skipped: a loss that is not finite", 2)
+    assert (entry["what"], entry["step"]) == (f"skipped: a {what} that is not finite", 2)
     assert json.loads(Path("out/checkpoint-2/progress.json").read_text())["health"] == [entry]
 
 

@@ -1,0 +1,203 @@
+"""What makes training cheaper, and that it changes no number it should not."""
+
+import builtins
+import os
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.train.algorithms import DDPO, Sampling
+from stepfuse.train.collect import learnable_steps, learned_steps
+from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.loop import train
+from stepfuse.train.settings import DDPOSettings
+from tests.fixtures_training import (
+    COMMON,
+    forget_accelerator,
+    refused_by,
+    run_main,
+    save_tiny_pipeline,
+    training_desk,
+)
+
+REWARDS = """
+def slope(images, prompts):
+    return images[:, 0, :, :8].mean((1, 2)) - images[:, 2, :, 8:].mean((1, 2))
+"""
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    save_tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def main(tmp_path, monkeypatch, pipeline):
+    with training_desk(monkeypatch, tmp_path, REWARDS):
+        yield partial(run_main, monkeypatch, pretrained_model_name_or_path=pipeline)
+
+
+def weights(folder="out"):
+    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+
+
+def assert_near(found, expected, atol):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=atol, msg=name)
+
+
+# Some of the denoising steps
+
+
+def ten_steps(pipeline):
+    denoiser = Denoiser.from_pipeline(load_pipeline(str(pipeline)), guidance="off", guidance_scale=1.0)
+    steps = denoiser.path.steps(10)
+    return Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=steps, shape=(4, 8, 8))
+
+
+def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywhere(pipeline):
+    sampling = ten_steps(pipeline)
+    settings = DDPOSettings(train_timestep_fraction=0.3, sample_num_steps=10, skip_first_steps=2)
+    assert learnable_steps(settings, sampling) == list(range(2, 10))
+    drawn = [learned_steps(settings, sampling, step) for step in range(60)]
+    assert {len(places) for places in drawn} == {2}  # round(0.3 · 8)
+    assert set().union(*drawn) == set(range(2, 10))  # the first two never
+    assert drawn == [learned_steps(settings, sampling, step) for step in range(60)]
+    assert learned_steps(DDPOSettings(sample_num_steps=10), sampling, 5) == frozenset(range(10))
+
+
+class Counted:
+    """DDPO that keeps what it was given."""
+
+    def __init__(self, settings):
+        self.algorithm, self.steps, self.modes = DDPO(settings), [], []
+
+    def __getattr__(self, name):
+        return getattr(self.algorithm, name)
+
+    def collect(self, *arguments):
+        self.modes.append(torch.is_inference_mode_enabled())
+        return self.algorithm.collect(*arguments)
+
+    def credit(self, trajectory, *arguments):
+        credited = self.algorithm.credit(trajectory, *arguments)
+        self.steps.append(credited.steps)
+        return credited
+
+
+def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(main, pipeline):
+    own = COMMON | {"sample_num_steps": 6, "max_train_steps": 3, "train_timestep_fraction": 0.5}
+    settings = DDPOSettings(**own, pretrained_model_name_or_path=str(pipeline), num_generations=4)
+    counted = Counted(settings)
+    forget_accelerator()
+    train(settings, counted)
+    assert [len(steps) for steps in counted.steps] == [3, 3, 3]
+    assert counted.modes == [True] * 3
+    tensors = [value for steps in counted.steps for step in steps for value in vars(step).values()]
+    assert not any(isinstance(value, torch.Tensor) and value.is_inference() for value in tensors)
+    assert len({step.t for steps in counted.steps for step in steps}) > 3  # others in other rollouts
+
+
+def test_the_kl_of_a_fraction_estimates_that_of_all_steps(main, pipeline):
+    # The policy moves by so little that both runs measure nearly the same one: 3 of 6 steps, twice their sum.
+    own = COMMON | {"sample_num_steps": 6, "learning_rate": 1e-3, "report_to": "none", "max_train_steps": 12}
+    own |= {"train_batch_size": 8}
+    kl = {}
+    for fraction in (1.0, 0.5):
+        values = own | {"train_timestep_fraction": fraction, "output_dir": f"out-{fraction}"}
+        settings = DDPOSettings(**values, pretrained_model_name_or_path=str(pipeline), num_generations=4)
+        forget_accelerator()
+        train(settings, DDPO(settings))
+        kl[fraction] = read_adapter(f"out-{fraction}").record["kl"]
+    assert kl[0.5] == pytest.approx(kl[1.0], rel=0.6)
+    assert kl[1.0] > 0
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("algorithm", ["dpo", "ddpo"])
+def test_gradient_checkpointing_and_text_encoders_elsewhere_change_no_number(main, algorithm):
+    flags = dict(max_train_steps=2, adam_epsilon=1e-3)
+    main(algorithm, output_dir="plain", **flags)
+    main(algorithm, gradient_checkpointing="true", offload_text_encoders="true", **flags)
+    assert_near(weights(), weights("plain"), atol=1e-5)
+
+
+@pytest.mark.skipif("STEPFUSE_COMPILE" not in os.environ, reason="two minutes of compiling; STEPFUSE_COMPILE=1")
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what torch compiles with deprecates itself
+def test_a_compiled_unet_trains_to_the_same_adapter(main):
+    flags = dict(max_train_steps=2, adam_epsilon=1e-3, sample_num_steps=2, guidance="off", num_validation_images=4)
+    main("ddpo", output_dir="plain", **flags)
+    main("ddpo", compile="regional", **flags)
+    assert_near(weights(), weights("plain"), atol=1e-3)
+    moved = weights()
+    assert max(value.abs().max() for name, value in moved.items() if "lora_B" in name) > 1e-3
+
+
+@pytest.mark.gpu
+def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(pipeline):
+    loaded = load_pipeline(str(pipeline))
+    embed = Embeddings(loaded, None, torch.device("cuda"), offload=True)
+    assert next(loaded.text_encoder.parameters()).device.type == "cpu"
+    assert next(loaded.unet.parameters()).device.type == "cuda"
+    assert embed(["a cat"]).positive.device.type == "cuda"
+
+
+# 8 bits
+
+
+def test_8_bits_without_bitsandbytes_name_the_extra(main, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *arguments, **options):
+        if name.startswith("bitsandbytes"):
+            raise ImportError("No module named 'bitsandbytes'")
+        return real(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    line = refused_by(main, "ddpo", use_8bit_adam="true", max_train_steps=1)
+    assert "pip install 'stepfuse[8bit]'" in line
+
+
+def test_adam_in_8_bits_takes_nearly_the_steps_of_adam_and_goes_on_to_the_same_bits(main):
+    pytest.importorskip("bitsandbytes", reason="pip install 'stepfuse[8bit]'")
+    flags = dict(
+        max_train_steps=4, checkpointing_steps=2, adam_epsilon=1e-3, rank=64
+    )  # smaller tensors stay in 32 bits
+    main("ddpo", output_dir="plain", **flags)
+    main("ddpo", output_dir="eight", use_8bit_adam="true", **flags)
+    main("ddpo", **flags | {"max_train_steps": 2}, use_8bit_adam="true")
+    main("ddpo", **flags, use_8bit_adam="true", resume_from_checkpoint="latest")
+    eight, plain, resumed = weights("eight"), weights("plain"), weights()
+    assert all(torch.equal(resumed[name], value) for name, value in eight.items())
+    assert not all(torch.equal(plain[name], value) for name, value in eight.items())
+    assert_near(eight, plain, atol=0.05)
+
+
+# What a run refuses
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("train_timestep_fraction", "0.0"),
+        ("train_timestep_fraction", "1.5"),
+        ("max_kl", "-1.0"),
+        ("min_diversity", "1.0"),
+        ("checkpoints_total_limit", "0"),
+    ],
+)
+def test_a_share_or_limit_out_of_range_is_named(main, flag, value):
+    assert f"{flag} is {value}; expected" in refused_by(main, "ddpo", **{flag: value})
