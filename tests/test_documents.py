@@ -59,7 +59,8 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
-    _, trial, commands, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
+    # What comes after `commands` is launched by test_train_layouts.py and test_build.py.
+    _, trial, commands, _, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
     (snippet,) = blocks("README.md", "python")
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
