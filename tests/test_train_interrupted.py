@@ -50,7 +50,7 @@ def slope(images, prompts):
     return (images[:, 0, :, :8] - images[:, 2, :, 8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interrupted")]
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,14 @@ class Algorithm(Protocol):
         """Beta of the optimum p ∝ p_ref exp(r / beta) that the loss has, for densities of so many dimensions."""
         ...
 
+    def loss(self, policy: Gaussian, reference: Gaussian, step: Any) -> Float[Tensor, " batch"]:
+        """One value a sample."""
+        ...
+
+
+class RolloutAlgorithm(Algorithm, Protocol):
+    """One that learns from images the policy draws."""
+
     def collect(
         self,
         sampling: Sampling,
@@ -99,10 +107,6 @@ class Algorithm(Protocol):
 
         A weighted reward has a column for each of its terms, which sum to it; any other has one.
         """
-        ...
-
-    def loss(self, policy: Gaussian, reference: Gaussian, step: Any) -> Float[Tensor, " batch"]:
-        """One value a sample."""
         ...
 
 

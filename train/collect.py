@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepfuse.fuse.variance import VarianceSchedule, step_variance
-from stepfuse.train.algorithms import Algorithm, Sampling
+from stepfuse.train.algorithms import RolloutAlgorithm, Sampling
 from stepfuse.train.conditioning import Embeddings, prompt_order
 from stepfuse.train.health import Health, diversity
 from stepfuse.train.rollout import Trajectory, out_of_inference, sample_generator
@@ -36,7 +36,7 @@ class Rollouts:
     """
 
     settings: TrainSettings
-    algorithm: Algorithm
+    algorithm: RolloutAlgorithm
     accelerator: Accelerator
     pipeline: DiffusionPipeline
     sampling: Sampling

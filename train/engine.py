@@ -147,9 +147,10 @@ def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optim
     kind: Any = torch.optim.AdamW
     if settings.use_8bit_adam:
         try:
-            from bitsandbytes.optim import AdamW8bit as kind
+            from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError("use_8bit_adam needs bitsandbytes; pip install 'stepfuse[8bit]'") from error
+        kind = AdamW8bit
     return kind(
         groups,
         lr=settings.learning_rate,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ from stepfuse.fuse.pipeline import base_fingerprint, decode_latents, latent_shap
 from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
-from stepfuse.train.algorithms import Algorithm, Sampling
+from stepfuse.train.algorithms import Algorithm, RolloutAlgorithm, Sampling
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from stepfuse.train.collect import Batch, Rollouts, learnable_steps
 from stepfuse.train.conditioning import Embeddings
@@ -135,8 +135,11 @@ class Run:
         self.learnable = len(learnable_steps(settings, self.sampling))
         if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
-        self.pairs = PreferencePairs(settings.pairs, settings) if getattr(settings, "pairs", "") else None
-        self.progress, self.best = Progress(), None
+        self.pairs: PreferencePairs | None = None
+        if isinstance(settings, DPOSettings) and settings.pairs:
+            self.pairs = PreferencePairs(settings.pairs, settings)
+        self.progress = Progress()
+        self.best: dict[str, Tensor] | None = None
         self.validated: tuple[int, Validation] | None = None
         self.inputs, self.identity = input_files(settings), config_hash(settings)  # as they are before it begins
 
@@ -210,7 +213,7 @@ class Run:
         """Steps learn from images that the policy draws."""
         return Rollouts(
             settings=self.settings,
-            algorithm=self.algorithm,
+            algorithm=cast(RolloutAlgorithm, self.algorithm),
             accelerator=self.accelerator,
             pipeline=self.pipeline,
             sampling=self.sampling,
@@ -374,7 +377,9 @@ class Run:
     def current_schedule(self) -> VarianceSchedule:
         """The schedule with the offsets learned so far."""
         offsets = self.engine.offsets()
-        return self.schedule if offsets is None else dataclasses.replace(self.schedule, offsets=offsets)
+        if offsets is None or not isinstance(self.schedule, LearnedSchedule):
+            return self.schedule
+        return dataclasses.replace(self.schedule, offsets=offsets)
 
     def validate(self) -> Validation:
         """The validation images of the policy as it stands, drawn once a step."""

@@ -119,14 +119,14 @@ class PairSource:
             rows = range(start, start + size)
             pairs = [everyone[i] for i in rows]
             generators = [sample_generator(settings.seed, "pairs", step, i) for i in rows]
-            latents = [self._latents(pairs, side, generators) for side in ("winner", "loser")]
+            winner, loser = (self._latents(pairs, side, generators) for side in ("winner", "loser"))
             # one noise and one time a pair: what differs between winner and loser is the image alone
-            noise = torch.stack([torch.randn(latents[0].shape[1:], generator=g) for g in generators]).to(latents[0])
+            noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators]).to(winner)
             times = torch.cat([torch.randint(self.denoiser.path.length, (1,), generator=g) for g in generators])
             prompts = [pair.prompt for pair in pairs]
             with self.accelerator.autocast():
-                noised = noise_pairs(self.denoiser, *latents, noise, times, self.embed(prompts))
-            trajectory = Trajectory(steps=(noised,), latents=latents[0], conditioning=self.embed(prompts))
+                noised = noise_pairs(self.denoiser, winner, loser, noise, times, self.embed(prompts))
+            trajectory = Trajectory(steps=(noised,), latents=winner, conditioning=self.embed(prompts))
             batches.append(Batch(prompts=prompts, trajectory=trajectory))
         return batches, {}
 

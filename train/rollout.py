@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -215,7 +215,7 @@ def out_of_inference(trajectory: Trajectory) -> Trajectory:
     """The same with tensors that autograd takes; those that are one stay one."""
     copies: dict[int, Tensor] = {}
 
-    def copy(value: object) -> object:
+    def copy(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_inference():
             return value
         if id(value) not in copies:
@@ -223,10 +223,10 @@ def out_of_inference(trajectory: Trajectory) -> Trajectory:
         return copies[id(value)]
 
     steps = tuple(
-        replace(step, **{field.name: copy(getattr(step, field.name)) for field in fields(step)})
+        replace(cast(Any, step), **{field.name: copy(getattr(step, field.name)) for field in fields(step)})
         for step in trajectory.steps
     )
-    return replace(trajectory, steps=steps, latents=cast(Tensor, copy(trajectory.latents)))
+    return replace(trajectory, steps=steps, latents=copy(trajectory.latents))
 
 
 def with_advantages(trajectory: Trajectory, advantages: Float[Tensor, " batch"]) -> Trajectory:
