@@ -40,11 +40,11 @@ class Objective:
         name: how users call it in their weights; letters, digits, `_` and `-`.
         reward: the reward's name.
         variance: the schedule it was trained with, and is fused with.
-        beta: temperature of its KL to the base, in units of the shaped reward.
+        beta: temperature of its KL to the base, in units of the shaped reward; 0 where its training had none.
         shaping: what its reward went through before anything learnt from it.
 
     Raises:
-        ValueError: for a name that cannot serve as one, or a beta that is not positive.
+        ValueError: for a name that cannot serve as one, or a beta below 0.
     """
 
     name: str
@@ -65,8 +65,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
-        if not self.beta > 0:
-            raise ValueError(f"objective {self.name!r} has beta {self.beta}; expected a positive number")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"objective {self.name!r} has beta {self.beta}; expected 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

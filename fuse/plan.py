@@ -143,6 +143,12 @@ def make_plan(
     steps, names = path.steps(num_inference_steps), [objective.name for objective in objectives]
     table = weight_table(rows, names, len(steps)).expand(-1, -1, count)
     if weights_on == "rewards":
+        for objective in objectives:
+            if objective.temperature == 0:
+                raise ValueError(
+                    f"weights_on rewards goes by every adapter's beta, and {objective.name!r} was trained with none; "
+                    "weigh exponents"
+                )
         table = table * torch.tensor([[o.temperature] for o in objectives], dtype=torch.float64)
         table = table / table.sum(1, keepdim=True)
     elif weights_on != "exponents":

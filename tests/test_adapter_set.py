@@ -153,7 +153,7 @@ def test_a_file_that_is_no_json_object_is_named(adapters, adapter_set, text):
         (dict(name="../x"), "'../x'"),
         (dict(name=""), "''"),
         (dict(name=5), OBJECTIVE),
-        (dict(beta=0), "0"),
+        (dict(beta=math.inf), "inf"),
         (dict(beta=-0.1), "-0.1"),
         (dict(beta=math.nan), "nan"),
         (dict(beta=None), OBJECTIVE),

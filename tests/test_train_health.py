@@ -121,6 +121,9 @@ def test_a_step_with_a_candidate_that_is_not_finite_makes_no_pair(main):
     values = torch.tensor([[0.0, 1.0], [float("-inf"), 1.0], [float("nan"), 1.0], [0.0, float("inf")]])
     assert best_and_worst(values, 0.0)[2].tolist() == [True, False, False, False]
     main("dpo", reward="rewards.py:infinite_candidate", nonfinite="skip", num_candidates=2, max_train_steps=2)
+    (entry,) = record()["health"]
+    assert entry["what"] == "skipped: a reward that is not finite"
+    assert len(entry["prompts"]) == 1
     assert all(torch.isfinite(value).all() for value in weights().values())
 
 

@@ -45,8 +45,8 @@ class World:
         conditioning = self.conditioning[rows]
         return self.denoiser, "mine", EtaSchedule(eta=ETA), self.steps, conditioning, SHAPE, generators
 
-    def rollout(self, rows=slice(0, 4)):
-        return rollout(*self.place(rows))
+    def rollout(self, rows=slice(0, 4), **options):
+        return rollout(*self.place(rows), **options)
 
     def branch(self, rows=slice(0, 4), *, score=None, margin=0.0, learned=None):
         options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin, learned=learned)
@@ -282,6 +282,14 @@ def test_a_step_of_a_rollout_costs_policy_and_reference(guidance, rows):
     world = World(guidance=guidance)
     world.rollout()
     assert world.rows == rows * N
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [("shared", [4, 4]), ("full", [8]), ("off", [4])])
+def test_a_rollout_whose_loss_has_no_kl_asks_the_base_for_nothing_but_e_u(guidance, rows):
+    world = World(guidance=guidance)
+    steps = world.rollout(reference=False).steps
+    assert world.rows == rows * N
+    assert {step.reference for step in steps} == {None}
 
 
 def test_a_deterministic_step_costs_no_reference():

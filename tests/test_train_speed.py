@@ -10,14 +10,17 @@ import torch
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.adapter_set import create_set
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.train.algorithms import DDPO, Sampling
 from stepfuse.train.collect import learnable_steps, learned_steps
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings
+from tests.fixtures_tiny import refused
 from tests.fixtures_training import (
     COMMON,
     forget_accelerator,
@@ -121,6 +124,33 @@ def test_the_kl_of_a_fraction_estimates_that_of_all_steps(main, pipeline):
         kl[fraction] = read_adapter(f"out-{fraction}").record["kl"]
     assert kl[0.5] == pytest.approx(kl[1.0], rel=0.6)
     assert kl[1.0] > 0
+
+
+# No KL
+
+
+def test_ddpo_without_a_kl_is_ddpo_with_hardly_any_and_measures_none(main):
+    flags = dict(max_train_steps=3, num_inner_epochs=3, adam_epsilon=1e-3)
+    main("ddpo", beta=1e-12, output_dir="hardly", **flags)
+    main("ddpo", beta=0.0, **flags)
+    assert_near(weights(), weights("hardly"), atol=1e-5)
+    adapter = read_adapter("out")
+    assert (adapter.objective.beta, adapter.record["kl"]) == (0, None)
+    assert read_adapter("hardly").record["kl"] > 0
+
+
+def test_an_adapter_trained_without_a_kl_has_no_temperature_to_weigh_rewards_by(main):
+    main("ddpo", beta=0.0, max_train_steps=1, guidance="off")
+    create_set("set", ["out"])
+    sampler = FusedSampler.from_pretrained("set")
+    with refused("'slope' was trained with none; weigh exponents"):
+        sampler.sample(["a cat"], weights_on="rewards")
+    assert len(sampler.sample(["a cat"])) == 1
+
+
+@pytest.mark.parametrize("change", [{"max_kl": 1.0}, {"variance": "learned"}])
+def test_what_needs_the_base_is_refused_without_a_kl(main, change):
+    assert "beta is 0.0; expected a positive number beside max_kl" in refused_by(main, "ddpo", beta=0.0, **change)
 
 
 # The same numbers

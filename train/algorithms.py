@@ -77,8 +77,8 @@ class Algorithm(Protocol):
         """Beta of the optimum p ∝ p_ref exp(r / beta) that the loss has, for densities of so many dimensions."""
         ...
 
-    def loss(self, policy: Gaussian, reference: Gaussian, step: Any) -> Float[Tensor, " batch"]:
-        """One value a sample."""
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: Any) -> Float[Tensor, " batch"]:
+        """One value a sample; the reference is None where `measures_kl` is False and no step has one."""
         ...
 
 
@@ -152,8 +152,9 @@ class DPO:
         """With `mean` the loss has beta / D times the difference of log-densities."""
         return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
-    def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: Step) -> Tensor:
         assert isinstance(step, PairedStep)
+        assert reference is not None
         scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
         values = dpo_loss(
             policy.log_prob(step.chosen) * scale,
@@ -173,7 +174,10 @@ class DDPO:
 
     settings: DDPOSettings
     name: str = "ddpo"
-    measures_kl: bool = True
+
+    @property
+    def measures_kl(self) -> bool:
+        return self.settings.beta > 0
 
     @property
     def group_size(self) -> int:
@@ -203,6 +207,7 @@ class DDPO:
             sampling.shape,
             generators,
             learned=sampling.learned,
+            reference=self.measures_kl,
         )
 
     def credit(
@@ -224,7 +229,7 @@ class DDPO:
         """With `mean` the policy gradient is divided by D, and the KL is not."""
         return self.settings.beta * (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
-    def loss(self, policy: Gaussian, reference: Gaussian, step: Step) -> Tensor:
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: Step) -> Tensor:
         assert isinstance(step, SampledStep)
         assert step.advantage is not None
         scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0

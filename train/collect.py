@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -61,10 +62,12 @@ class Rollouts:
         drawn: list[tuple[slice, Trajectory]] = []
         rewards: list[Future[Tensor]] = []
         images: list[Tensor] = []
+        scorers: list[Scorer] = []
         for start in range(first, first + own, settings.train_batch_size):
             rows = slice(start, start + settings.train_batch_size)
             generators = [sample_generator(settings.seed, "rollout", step, i) for i in range(rows.start, rows.stop)]
             scorer = Scorer(self.reward, self.pipeline, prompts[rows], step)
+            scorers.append(scorer)
             conditioning = self.embed(prompts[rows])
             with accelerator.autocast(), torch.inference_mode(self.inference):
                 trajectory = self.algorithm.collect(sampling, conditioning, generators, scorer)
@@ -74,8 +77,7 @@ class Rollouts:
             drawn.append((rows, trajectory))
         everyone = accelerator.gather(torch.cat([future.result() for future in rewards]))
         finite = torch.isfinite(everyone).all(1)
-        if not bool(finite.all()):
-            bad = [prompt for prompt, good in zip(prompts, finite.tolist(), strict=True) if not good]
+        if self.health.skips and (bad := gather_object([prompt for scorer in scorers for prompt in scorer.faulty])):
             self.health.not_finite("a reward that is not finite", step + 1, bad)
         index = torch.tensor(groups, device=everyone.device)
         spread = diversity(accelerator.gather(torch.cat(images)), index if self.algorithm.group_size > 1 else index * 0)

@@ -238,7 +238,7 @@ class Run:
                     policy, reference = step_gaussians(
                         engine.wrapped, self.sampling.denoiser, self.schedule, stored, batch.trajectory.conditioning
                     )
-                kl = policy.kl(reference)
+                kl = torch.zeros(()) if reference is None else policy.kl(reference)
                 values = algorithm.loss(policy, reference, stored)
                 values = values + algorithm.beta * kl if algorithm.beta else values
                 finite = torch.isfinite(values)

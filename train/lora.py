@@ -79,8 +79,8 @@ def step_gaussians(
     schedule: VarianceSchedule,
     step: Step | NoisedPairs,
     conditioning: Conditioning,
-) -> tuple[Gaussian, Gaussian]:
-    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of one stored step.
+) -> tuple[Gaussian, Gaussian | None]:
+    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of one stored step, where it has the base's prediction.
 
     Of noised pairs the predictions with variance 1, and no guidance, as in pre-training.
 
@@ -105,13 +105,12 @@ def step_gaussians(
         case _:
             prediction = parts[0]
     current = replace(schedule, offsets=offsets) if isinstance(schedule, LearnedSchedule) else schedule
-    reference = reference_schedule(schedule)
-    ours = step_variance(current, path, step.t, step.s, step.x_t)
-    theirs = step_variance(reference, path, step.t, step.s, step.x_t)
-    return (
-        transition(path, step.x_t, prediction, step.t, step.s, ours),
-        transition(path, step.x_t, step.reference, step.t, step.s, theirs),
-    )
+    variance = step_variance(current, path, step.t, step.s, step.x_t)
+    ours = transition(path, step.x_t, prediction, step.t, step.s, variance)
+    if step.reference is None:
+        return ours, None
+    fixed = step_variance(reference_schedule(schedule), path, step.t, step.s, step.x_t)
+    return ours, transition(path, step.x_t, step.reference, step.t, step.s, fixed)
 
 
 def _noise_gaussians(

@@ -191,8 +191,9 @@ class DiffusionDPO:
         """Of the loss on noise predictions; the temperature of denoising steps is not known."""
         return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
-    def loss(self, policy: Gaussian, reference: Gaussian, step: NoisedPairs) -> Float[Tensor, " batch"]:
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: NoisedPairs) -> Float[Tensor, " batch"]:
         """One value a pair."""
+        assert reference is not None
         scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
         chosen, rejected = (policy.log_prob(step.target) * scale).chunk(2)
         reference_chosen, reference_rejected = (reference.log_prob(step.target) * scale).chunk(2)

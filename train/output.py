@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from stepfuse.fuse.adapter import OBJECTIVE
 from stepfuse.fuse.adapter_set import claim_output
@@ -88,10 +89,12 @@ def explained_disk(folder: Path) -> Iterator[None]:
     """A disk without room as one line that says what is safe."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, SafetensorError) as error:
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        words = [os.strerror(code) for code in codes]  # of safetensors, whose errors have no number
+        if getattr(error, "errno", None) not in codes and not any(word in str(error) for word in words):
             raise
         raise ValueError(
-            f"{folder} cannot be written: {error.strerror}; checkpoints are kept, so make room and go on with "
-            "--resume_from_checkpoint latest"
+            f"{folder} cannot be written: {' '.join(str(error).split())}; checkpoints are kept, so make room and go on "
+            "with --resume_from_checkpoint latest"
         ) from error

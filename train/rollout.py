@@ -29,14 +29,14 @@ class Step:
         x_t: where it starts, as stored; log-probs are only ever taken on these tensors.
         t, s: its positions on the path.
         negative: e_u of the base, None where guidance does not share it.
-        reference: the guided prediction of the base.
+        reference: the guided prediction of the base, None where no loss asks for it.
     """
 
     x_t: Latents
     t: int
     s: int
     negative: Latents | None
-    reference: Latents
+    reference: Latents | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,13 @@ def rollout(
     generators: list[torch.Generator],
     *,
     learned: Container[int] | None = None,
+    reference: bool = True,
 ) -> Trajectory:
     """Denoise with the policy and store every random step with its log-prob.
 
     Args:
         learned: places of the steps to store; by default all.
+        reference: predict with the base too, as a KL to it needs.
     """
     x_t = _start(denoiser, shape, generators)
     stored: list[Step] = []
@@ -125,11 +127,10 @@ def rollout(
         # the last step of some schedulers is deterministic
         random = bool((step_variance(schedule, denoiser.path, t, s, x_t) > 0).all())
         wanted = random and (learned is None or number in learned)
-        now = _predict(denoiser, adapter, x_t, t, conditioning, reference=wanted)
+        now = _predict(denoiser, adapter, x_t, t, conditioning, reference=wanted and reference)
         gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
         x_s = gaussian.sample(generators)
         if wanted:
-            assert now.reference is not None
             stored.append(
                 SampledStep(
                     x_t=x_t,

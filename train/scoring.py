@@ -100,10 +100,12 @@ class Scorer:
 
     Attributes:
         thumbnails: of the images `terms` was asked for.
+        faulty: prompts of images whose reward is not finite, where those are let through.
     """
 
     def __init__(self, reward: TrainingReward, pipeline: DiffusionPipeline, prompts: Sequence[str], step: int) -> None:
         self.reward, self.pipeline, self.prompts, self.step = reward, pipeline, prompts, step
+        self.faulty: list[str] = []
 
     def __call__(self, latents: Latents, copies: int) -> "Future[Tensor]":
         """(images,) of `copies` latents a prompt, which lie together."""
@@ -125,7 +127,10 @@ class Scorer:
 
         def call() -> Tensor:
             try:
-                return reduce(self.reward.terms(pixels, prompts))
+                terms = self.reward.terms(pixels, prompts)
+                bad = ~torch.isfinite(terms).all(1)
+                self.faulty += [prompt for prompt, wrong in zip(prompts, bad.tolist(), strict=True) if wrong]
+                return reduce(terms)
             except ValueError as error:
                 raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
 

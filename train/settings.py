@@ -99,7 +99,9 @@ class TrainSettings:
     )
 
     # The optimiser.
-    beta: float = _setting(0.01, "temperature of the KL to the base")
+    beta: float = _setting(
+        0.01, "temperature of the KL to the base; DDPO takes 0 for none, and then leaves the base out"
+    )
     log_prob_reduction: Literal["sum", "mean"] = _setting(
         "sum", "`sum` is the density; `mean` divides log-probs by their dimension, as DDPO's and SPO's code do"
     )
@@ -162,7 +164,7 @@ class TrainSettings:
         require(0 < fraction <= 1, "train_timestep_fraction", fraction, "a number in (0, 1]")
         both = bool(self.validation_prompts and self.validation_set)
         require(not both, "validation_set", self.validation_set, "none beside validation_prompts")
-        for name in ("learning_rate", "beta", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         for eta in self.sample_etas if self.variance == "table" else [self.sample_eta]:
             require(0 <= eta <= 1, "sample_eta", eta, "a number in (0, 1]")
@@ -218,6 +220,7 @@ class DPOSettings(TrainSettings):
         super().__post_init__()
         require(self.num_candidates >= 2, "num_candidates", self.num_candidates, "2 or more")
         require(self.margin >= 0, "margin", self.margin, "0 or more")
+        require(0 < self.beta < float("inf"), "beta", self.beta, "a positive number")
         require(len(self.image_columns) == 2, "image_columns", self.image_columns, "two names")
         require(self.pairs_shuffle_buffer >= 1, "pairs_shuffle_buffer", self.pairs_shuffle_buffer, "1 or more")
         if self.pairs:
@@ -245,6 +248,9 @@ class DDPOSettings(TrainSettings):
         super().__post_init__()
         require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
         require(self.num_inner_epochs >= 1, "num_inner_epochs", self.num_inner_epochs, "1 or more")
+        require(0 <= self.beta < float("inf"), "beta", self.beta, "0, for none, or a positive number")
+        none = self.beta > 0 or (self.max_kl is None and self.variance != "learned")
+        require(none, "beta", self.beta, "a positive number beside max_kl or a learned variance, which need the base")
         require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
         if self.per_prompt_stat_tracking:
             require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
