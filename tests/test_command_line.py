@@ -355,6 +355,7 @@ def test_there_are_the_commands_that_are_tested_here():
         "evaluate",
         "benchmark",
         "benchmark rewards",
+        "benchmark training",
         "reward list",
         "reward score",
         "reward serve",

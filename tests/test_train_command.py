@@ -59,9 +59,6 @@ def slope(images, prompts):
 PROMPTS = ["a red apple", "a cat", "a boat on a blue background", "two keys", "a green tree"]
 
 
-pytestmark = pytest.mark.xdist_group("train_command")  # its runs are shared
-
-
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
     """A folder with a tiny base, prompts and a reward; runs are started in it."""

@@ -50,7 +50,7 @@ def slope(images, prompts):
     return (images[:, 0, :, :8] - images[:, 2, :, 8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("interrupted")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,8 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
         if kind == "any":  # from the start of the process through some steps
             time.sleep(moments.uniform(0, 1.5))
         else:
-            for _ in range(moments.randint(2, 4)):  # the reward is called for fitting and validation first
+            # It is called to be fitted, to validate, then once a rollout: a checkpoint comes before the fifth call.
+            for _ in range(moments.randint(2, 4) if list_checkpoints(output) else 5):
                 wait_for(called.exists)
                 called.unlink()
             if kind == "checkpoint":

@@ -53,7 +53,7 @@ def slope(images, prompts):
     return (images[:, 0, :, :8] - images[:, 2, :, 8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("layouts")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -158,18 +158,14 @@ def test_zero_2_goes_on_from_a_checkpoint_to_the_same_bits(desk, zero2):
 
 
 def test_zero_3_saves_the_factors_that_zero_2_saves(desk, zero2):
-    # ... in two runs, the second going on from the first one's checkpoint
-    launcher, batch = ["--config_file", "zero3.yaml"], dict(train_batch_size=4)
-    launch(desk, "ddpo", launcher, "ddpo-zero3", max_train_steps=2, **batch)
-    found = launch(desk, "ddpo", launcher, "ddpo-zero3", max_train_steps=4, resume_from_checkpoint="latest", **batch)
-    for step in (2, 4):
-        assert_same(tensors(found, step), tensors(zero2, step), atol=1e-5)
-    last = tensors(found, 4)
+    found = launch(desk, "ddpo", ["--config_file", "zero3.yaml"], "ddpo-zero3", max_train_steps=2, train_batch_size=4)
+    last = tensors(found, 2)
+    assert_same(last, tensors(zero2, 2), atol=1e-5)
     for name, value in tensors(found).items():
         assert torch.equal(value, last[name.removeprefix("unet.")])
         assert value.numel() > 0
         assert float(value.abs().max()) > 0, name
-    assert read_adapter(found).record["steps"] == 4
+    assert read_adapter(found).record["steps"] == 2
 
 
 def test_two_machines_of_one_process_are_one_of_two(desk, one):

@@ -1,0 +1,99 @@
+"""The training loop of kvablack/ddpo-pytorch, restated: `scripts/train.py` with `config/base.py`."""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stepfuse.fuse.pipeline import Conditioning, decode_latents
+from stepfuse.scripts.benchmark.loops import Loop, PerSample, Task, ddim_step, mean_log_prob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A rollout: all its latents, by image and then step."""
+
+    x_t: Float[Tensor, "images steps channels height width"]
+    x_s: Float[Tensor, "images steps channels height width"]
+    log_prob: Float[Tensor, "images steps"]
+    times: Int[Tensor, "images steps"]
+    advantage: Float[Tensor, " images"]
+    conditioning: Conditioning
+
+
+class DDPOPyTorch(Loop):
+    """A LoRA, with classifier-free guidance in training as well.
+
+    Advantages are normalised over the whole rollout, as its tracker does until it has seen a prompt 16 times.
+
+    Args:
+        timestep_fraction: share of each image's steps that are trained on, its `train.timestep_fraction`.
+    """
+
+    def __init__(self, task: Task, *, timestep_fraction: float = 1.0) -> None:
+        super().__init__(task)
+        self.learned = max(1, round(task.steps * timestep_fraction))
+        self.scoring = self.threads = ThreadPoolExecutor(2)
+
+    def prepared(self) -> nn.Module:
+        return Wrapped(self.unet)  # its autocast is of training alone: rollouts call the UNet itself
+
+    def accumulate(self) -> None:
+        self.learn(self.rollout())
+
+    @torch.no_grad()
+    def rollout(self) -> Samples:
+        """Every step in one forward of two rows an image, the LoRA on all of them."""
+        self.unet.eval()
+        prompts, conditioning, x_t = self.begin()
+        latents, log_probs = [x_t], []
+        for t in self.scheduler.timesteps[:, None]:
+            prediction = self.predict(self.unet, x_t, t, conditioning)
+            _, mean, deviation = ddim_step(self.scheduler, prediction, t, x_t)
+            x_s = mean + deviation * torch.randn_like(prediction)
+            log_probs.append(mean_log_prob(x_s, mean, deviation))
+            x_t = x_s.to(x_t.dtype)
+            latents.append(x_t)
+        scores = self.scoring.submit(self.task.reward, decode_latents(self.pipeline, x_t), prompts)
+        rewards = scores.result().to(self.device)
+        return Samples(
+            x_t=torch.stack(latents[:-1], dim=1),
+            x_s=torch.stack(latents[1:], dim=1),
+            log_prob=torch.stack(log_probs, dim=1),
+            times=self.scheduler.timesteps.repeat(len(x_t), 1),
+            advantage=(rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8),
+            conditioning=conditioning,
+        )
+
+    def learn(self, samples: Samples) -> None:
+        """The gradient: a forward and a backward of two rows an image, in an order of steps of each image's own."""
+        self.unet.train()
+        images, steps = samples.times.shape
+        rows = torch.randperm(images, device=self.device)
+        places = torch.stack([torch.randperm(steps, device=self.device) for _ in range(images)])
+        shuffled = {n: getattr(samples, n)[rows[:, None], places] for n in ("x_t", "times", "x_s", "log_prob")}
+        conditioning, advantage = samples.conditioning[rows], samples.advantage[rows]
+        for place in range(self.learned):
+            x_t, t, x_s, old = (part[:, place] for part in shuffled.values())
+            loss = ddpo_pytorch_loss(self.log_prob(self.trained, x_t, t, x_s, conditioning), old, advantage)
+            self.task.accelerator.backward(loss / self.learned)
+
+
+class Wrapped(nn.Module):
+    """A UNet in a module of its own."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self.unet(*arguments, **options)
+
+
+def ddpo_pytorch_loss(log_prob: PerSample, old: PerSample, advantage: PerSample, clip_range: float = 1e-4) -> Tensor:
+    """The mean of max(-A ρ, -A clamp(ρ, 1 ± clip_range)), with ρ = exp(log_prob - old) and A within ± 5."""
+    advantage, ratio = advantage.clamp(-5, 5), (log_prob - old).exp()
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()

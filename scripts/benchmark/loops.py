@@ -1,0 +1,154 @@
+"""What the training loops of ddpo-pytorch and SPO, restated here to be measured against, have in common.
+
+What goes through which network, with and without gradient, what is decoded when, and what is kept are theirs. Both get
+what ours has where they are older: SDPA in place of explicit attention scores, LoRAs by peft, the scheduler's table on
+the device. Both are spared logging, progress bars and pictures.
+"""
+
+import copy
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, DiffusionPipeline
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stepfuse.fuse.denoiser import Latents
+from stepfuse.fuse.pipeline import Conditioning, encode_prompts, latent_shape
+from stepfuse.rewards.protocol import Reward
+from stepfuse.scripts.benchmark.models import ATTENTION
+from stepfuse.train.lora import add_lora
+
+PerSample = Float[Tensor, " batch"]
+Times = Int[Tensor, " times"]  # one for all samples, or one a sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a loop trains, and on what.
+
+    Attributes:
+        pipeline: frozen and without a LoRA; its UNet is trained.
+        images: of a rollout, all in one micro-batch.
+        steps: denoising steps.
+        resolution: pixels; by default the base's own.
+    """
+
+    pipeline: DiffusionPipeline
+    accelerator: Accelerator
+    reward: Reward
+    prompts: Sequence[str]
+    images: int
+    steps: int
+    resolution: int | None = None
+    guidance_scale: float = 5.0
+    rank: int = 4
+    learning_rate: float = 1e-4
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+
+
+class Loop(ABC):
+    """AdamW on a LoRA of the attention, DDIM with eta 1, and guidance by the trained network in rows of its own."""
+
+    threads: ThreadPoolExecutor | None = None
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.pipeline, self.device = task, task.pipeline, task.accelerator.device
+        self.unet: Any = self.pipeline.unet
+        self.scheduler = copy.deepcopy(self.pipeline.scheduler)
+        self.scheduler.set_timesteps(task.steps, device=self.device)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        side = task.resolution
+        self.shape = latent_shape(self.pipeline, side, side)
+        self.blank = encode_prompts(self.pipeline, [""], [""], height=side, width=side, device=self.device)
+        self.chance = random.Random(0)
+        add_lora(self.unet, "rival", rank=task.rank, alpha=task.rank, targets=list(ATTENTION), seed=0)
+        if task.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(self.trainable, lr=task.learning_rate, weight_decay=1e-4)
+        self.trained, self.optimizer = task.accelerator.prepare(self.prepared(), optimizer)
+
+    @property
+    def networks(self) -> tuple[nn.Module, ...]:
+        """The UNets that it runs."""
+        return (self.unet,)
+
+    def prepared(self) -> nn.Module:
+        """What accelerate makes ready for training."""
+        return self.unet
+
+    @abstractmethod
+    def accumulate(self) -> None:
+        """A rollout, and the gradient of the mean loss on it."""
+
+    def step(self) -> None:
+        """All the work of one optimiser step."""
+        self.accumulate()
+        self.task.accelerator.clip_grad_norm_(self.trainable, self.task.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def close(self) -> None:
+        """End its threads."""
+        if self.threads is not None:
+            self.threads.shutdown()
+
+    def begin(self) -> tuple[list[str], Conditioning, Latents]:
+        """Prompts, their embeddings, made anew each time beside the one of "", and x_T."""
+        count = self.task.images
+        prompts = self.chance.choices(self.task.prompts, k=count)
+        positive, _, *pooled = self.pipeline.encode_prompt(
+            prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        blank = self.blank[torch.zeros(count, dtype=torch.long)]
+        added = dict(blank.added)
+        if pooled:
+            added["text_embeds"] = (pooled[0], added["text_embeds"][1])
+        conditioning = Conditioning(positive=positive, negative=blank.negative, added=added)
+        return prompts, conditioning, torch.randn(count, *self.shape, device=self.device, dtype=positive.dtype)
+
+    def predict(self, network: nn.Module, x_t: Latents, t: Times, conditioning: Conditioning) -> Latents:
+        """e_u + g (e_c - e_u), both by the network itself, in one forward of two rows an image."""
+        times = t.expand(len(x_t)).repeat(2)
+        output = network(torch.cat([x_t, x_t]), times, return_dict=False, **conditioning.inputs("-+"))[0]
+        negative, positive = output.chunk(2)
+        return negative + self.task.guidance_scale * (positive - negative)
+
+    def log_prob(
+        self, network: nn.Module, x_t: Latents, t: Times, x_s: Latents, conditioning: Conditioning
+    ) -> PerSample:
+        """Of the step from x_t to x_s."""
+        _, mean, deviation = ddim_step(self.scheduler, self.predict(network, x_t, t, conditioning), t, x_t)
+        return mean_log_prob(x_s, mean, deviation)
+
+
+def ddim_step(scheduler: DDIMScheduler, prediction: Latents, t: Times, x_t: Latents) -> tuple[Latents, Latents, Tensor]:
+    """x_0, and mean and standard deviation of x_s, with eta 1 (DDIM, arXiv:2010.02502, eq. 12 and 16).
+
+    x_0 = (x_t - sqrt(1 - ā_t) e) / sqrt(ā_t),     s = max(t - 1000 / steps, 0)
+    v = (1 - ā_s) / (1 - ā_t) (1 - ā_t / ā_s),     mean = sqrt(ā_s) x_0 + sqrt(1 - ā_s - v) e
+    """
+    s = (t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps).clamp(min=0)
+    a_t, a_s = (scheduler.alphas_cumprod[time].reshape(-1, 1, 1, 1) for time in (t, s))
+    if scheduler.config.prediction_type == "v_prediction":
+        x_0 = a_t.sqrt() * x_t - (1 - a_t).sqrt() * prediction
+        e = a_t.sqrt() * prediction + (1 - a_t).sqrt() * x_t
+    else:
+        x_0, e = (x_t - (1 - a_t).sqrt() * prediction) / a_t.sqrt(), prediction
+    variance = (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+    return x_0, a_s.sqrt() * x_0 + (1 - a_s - variance).sqrt() * e, variance.sqrt()
+
+
+def mean_log_prob(x: Latents, mean: Latents, deviation: Tensor) -> PerSample:
+    """log N(x; mean, deviation²): its mean over dimensions, not the sum."""
+    terms = -((x - mean) ** 2) / (2 * deviation**2) - deviation.log() - 0.5 * math.log(2 * math.pi)
+    return terms.mean(dim=(1, 2, 3))
