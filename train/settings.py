@@ -249,8 +249,13 @@ class DDPOSettings(TrainSettings):
         require(self.num_generations >= 1, "num_generations", self.num_generations, "1 or more")
         require(self.num_inner_epochs >= 1, "num_inner_epochs", self.num_inner_epochs, "1 or more")
         require(0 <= self.beta < float("inf"), "beta", self.beta, "0, for none, or a positive number")
-        none = self.beta > 0 or (self.max_kl is None and self.variance != "learned")
-        require(none, "beta", self.beta, "a positive number beside max_kl or a learned variance, which need the base")
+        without = self.max_kl is None and self.variance != "learned"
+        require(
+            self.beta > 0 or without,
+            "beta",
+            self.beta,
+            "a positive number beside max_kl or a learned variance, which need the base",
+        )
         require(self.train_clip_range > 0, "train_clip_range", self.train_clip_range, "a positive number")
         if self.per_prompt_stat_tracking:
             require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
