@@ -13,7 +13,6 @@ from typing import Any, cast
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
@@ -27,12 +26,12 @@ from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, RolloutAlgorithm, Sampling
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
-from stepfuse.train.collect import Batch, Rollouts, learnable_steps
+from stepfuse.train.collect import Rollouts, learnable_steps
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
-from stepfuse.train.health import STOPPED, Health, listed
+from stepfuse.train.health import STOPPED, Health
 from stepfuse.train.launch import make_accelerator
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.memory import explained_memory
 from stepfuse.train.offline import PairSource, PreferencePairs
 from stepfuse.train.output import CONFIG, clear, explained_disk, find_start, locked
@@ -41,6 +40,7 @@ from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DPOSettings, TrainSettings
+from stepfuse.train.update import Update
 from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
@@ -169,6 +169,7 @@ class Run:
         """Train from where `progress` stands to `max_train_steps`, then write the adapter."""
         settings, progress = self.settings, self.progress
         source = self.rollouts() if self.pairs is None else self.preferences(self.pairs)
+        update = self.update()
         bar = tqdm(
             total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not self.main
         )
@@ -177,7 +178,7 @@ class Run:
             before = progress.step
             batches, of_rollout = source.collect(before, self.current_schedule())
             for _ in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
-                measured = self.update(batches) | of_rollout
+                measured = update(batches, progress.step + 1) | of_rollout
                 progress.step += 1
                 progress.kl = measured.get("kl")
                 bar.update()
@@ -194,6 +195,18 @@ class Run:
                 save_checkpoint(self.output, self.engine, progress, settings.checkpoints_total_limit, self.best)
         bar.close()
         self.finish(stopped)
+
+    def update(self) -> Update:
+        """What takes an optimiser step."""
+        return Update(
+            accelerator=self.accelerator,
+            engine=self.engine,
+            algorithm=self.algorithm,
+            denoiser=self.sampling.denoiser,
+            schedule=self.schedule,
+            learnable=self.learnable,
+            health=self.health,
+        )
 
     def preferences(self, pairs: PreferencePairs) -> PairSource:
         """Steps learn from pairs of a data set."""
@@ -223,66 +236,6 @@ class Run:
             health=self.health,
             inference=not self.engine.partitioned,
         )
-
-    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One optimiser step on the mean loss over samples and denoising steps."""
-        engine, algorithm, step = self.engine, self.algorithm, self.progress.step + 1
-        items = [(batch, stored) for batch in batches for stored in batch.trajectory.steps]
-        totals = torch.zeros(4, device=self.accelerator.device)
-        faults: list[str] = []
-        faulty = False
-        for number, (batch, stored) in enumerate(items):
-            last = number + 1 == len(items)
-            with engine.synchronised(last):
-                with self.accelerator.autocast():
-                    policy, reference = step_gaussians(
-                        engine.wrapped, self.sampling.denoiser, self.schedule, stored, batch.trajectory.conditioning
-                    )
-                kl = torch.zeros(()) if reference is None else policy.kl(reference)
-                values = algorithm.loss(policy, reference, stored)
-                values = values + algorithm.beta * kl if algorithm.beta else values
-                finite = torch.isfinite(values)
-                if not bool(finite.all()):
-                    faults += [prompt for prompt, good in zip(batch.prompts, finite.tolist(), strict=True) if not good]
-                if last:  # before the last backward, which with DeepSpeed cannot be taken back
-                    faulty = self.not_finite("a loss that is not finite", step, faults)
-                engine.backward(values.mean() / len(items), last=last)
-            kept = getattr(stored, "kept", None)
-            share = torch.ones(()) if kept is None else kept.float().mean()
-            totals += torch.stack(
-                [part.detach().to(totals) for part in (values.mean(), kl.mean(), share, totals.new_ones(()))]
-            )
-        norm = engine.clip()
-        if norm is not None and not math.isfinite(norm) and not faulty and not engine.scaled:
-            everyone = [prompt for batch in batches for prompt in batch.prompts]
-            faulty = self.not_finite("a gradient that is not finite", step, everyone)
-        if faulty:
-            engine.drop()
-        else:
-            norm = engine.step(norm)
-            if not math.isfinite(norm) and not engine.scaled:
-                raise ValueError(f"step {step}: the gradient is not finite; training stopped, checkpoints are kept")
-        loss_sum, kl_sum, kept_sum, count = self.accelerator.reduce(totals, "sum").tolist()
-        measured = {
-            "loss": loss_sum / max(kept_sum, 1e-12),
-            "kept_pairs": kept_sum / count,
-            "gradient_norm": norm if norm is not None else math.nan,
-            "learning_rate": engine.rate.get_last_lr()[0],
-        }
-        if algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
-            measured["kl"] = kl_sum / count * self.learnable
-        return measured
-
-    def not_finite(self, what: str, step: int, own: list[str]) -> bool:
-        """Whether any process has something that is not finite; told with the prompts of all."""
-        count = torch.tensor(float(len(own)), device=self.accelerator.device)
-        if not self.accelerator.reduce(count, "sum").item():
-            return False
-        everyone = gather_object(own)
-        if self.engine.deepspeed and self.health.skips:
-            raise ValueError(f"step {step}: {what}, for {listed(everyone)}; with DeepSpeed a step cannot be skipped")
-        self.health.not_finite(what, step, everyone)
-        return True
 
     def beyond_kl(self) -> bool:
         limit, kl = self.settings.max_kl, self.progress.kl

@@ -193,11 +193,11 @@ def ours(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> 
     reward = TrainingReward(load_reward(REWARD, accelerator.device), training, accelerator.device)
     run = Run(training, algorithm, accelerator, reward, load_prompts(PROMPTS), pipeline)
     run.health = Health(run.progress, skips=False, main=True)
-    rollouts = run.rollouts()
+    rollouts, update = run.rollouts(), run.update()
 
     def step() -> None:
         batches, _ = rollouts.collect(run.progress.step, run.current_schedule())
-        run.update(batches)
+        update(batches, run.progress.step + 1)
         run.progress.step += 1
 
     return Way(step=step, networks=(pipeline.unet,), close=reward.close)
