@@ -4,6 +4,8 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
@@ -83,3 +85,27 @@ def _no_network(config: pytest.Config) -> str | None:
     except OSError as error:
         return f"needs the hub, which cannot be reached: {error}"
     return None
+
+
+# Imported where they are used: conftest is read before the hub is switched off.
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion of random weights in which a training step takes a fraction of a second."""
+    from tests.fixtures_training import save_tiny_pipeline
+
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    save_tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture
+def run_training(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
+) -> Iterator[Callable]:
+    """main() of train/, in a folder with prompts and the rewards that the module's REWARDS defines."""
+    from tests.fixtures_training import run_main, training_desk
+
+    with training_desk(monkeypatch, tmp_path, request.module.REWARDS):
+        yield partial(run_main, monkeypatch, pretrained_model_name_or_path=tiny_base)

@@ -3,7 +3,6 @@
 import json
 import logging
 import resource
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from stepfuse.fuse.adapter import read_adapter
 from stepfuse.train.checkpoints import list_checkpoints
 from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails
-from tests.fixtures_training import refused_by, run_main, save_tiny_pipeline, training_desk
+from tests.fixtures_training import refused_by
 
 REWARDS = """
 import resource
@@ -60,19 +59,6 @@ def no_room_at_step_3(images, prompts):
 """
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pipeline"
-    save_tiny_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def main(tmp_path, monkeypatch, pipeline):
-    with training_desk(monkeypatch, tmp_path, REWARDS):
-        yield partial(run_main, monkeypatch, pretrained_model_name_or_path=pipeline)
-
-
 def record(folder="out"):
     return read_adapter(folder).record
 
@@ -84,8 +70,10 @@ def weights(folder="out"):
 # Not finite
 
 
-def test_a_reward_that_is_not_finite_is_left_out_where_that_is_asked_for(main, caplog):
-    main("ddpo", reward="rewards.py:infinite_at_step_2", nonfinite="skip", max_train_steps=3, train_batch_size=8)
+def test_a_reward_that_is_not_finite_is_left_out_where_that_is_asked_for(run_training, caplog):
+    run_training(
+        "ddpo", reward="rewards.py:infinite_at_step_2", nonfinite="skip", max_train_steps=3, train_batch_size=8
+    )
     (entry,) = record()["health"]
     assert (entry["what"], entry["step"]) == ("skipped: a reward that is not finite", 2)
     assert 1 <= len(entry["prompts"]) <= 2
@@ -97,13 +85,13 @@ def test_a_reward_that_is_not_finite_is_left_out_where_that_is_asked_for(main, c
     assert entry["prompts"][0] in line
 
 
-def test_a_reward_that_is_not_finite_stops_and_names_step_and_prompts_unless_told_otherwise(main):
-    line = refused_by(main, "ddpo", reward="rewards.py:infinite_at_step_2", max_train_steps=3)
+def test_a_reward_that_is_not_finite_stops_and_names_step_and_prompts_unless_told_otherwise(run_training):
+    line = refused_by(run_training, "ddpo", reward="rewards.py:infinite_at_step_2", max_train_steps=3)
     assert "step 2" in line
     assert "nan" in line
 
 
-def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised_without_it(main, monkeypatch):
+def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised_without_it(run_training, monkeypatch):
     from stepfuse.train.algorithms import DDPO
     from stepfuse.train.settings import DDPOSettings
 
@@ -117,10 +105,10 @@ def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised
     assert seen["advantages"].tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
 
 
-def test_a_step_with_a_candidate_that_is_not_finite_makes_no_pair(main):
+def test_a_step_with_a_candidate_that_is_not_finite_makes_no_pair(run_training):
     values = torch.tensor([[0.0, 1.0], [float("-inf"), 1.0], [float("nan"), 1.0], [0.0, float("inf")]])
     assert best_and_worst(values, 0.0)[2].tolist() == [True, False, False, False]
-    main("dpo", reward="rewards.py:infinite_candidate", nonfinite="skip", num_candidates=2, max_train_steps=2)
+    run_training("dpo", reward="rewards.py:infinite_candidate", nonfinite="skip", num_candidates=2, max_train_steps=2)
     (entry,) = record()["health"]
     assert entry["what"] == "skipped: a reward that is not finite"
     assert len(entry["prompts"]) == 1
@@ -141,9 +129,9 @@ def gradient_without_bounds(monkeypatch, at, factor=float("inf")):
 
 
 @pytest.mark.parametrize(("factor", "what"), [(float("inf"), "loss"), (1e30, "gradient")])
-def test_what_is_not_finite_stops_before_the_policy_is_touched(main, monkeypatch, factor, what):
+def test_what_is_not_finite_stops_before_the_policy_is_touched(run_training, monkeypatch, factor, what):
     gradient_without_bounds(monkeypatch, at=1, factor=factor)
-    line = refused_by(main, "ddpo", max_train_steps=3, checkpointing_steps=1)
+    line = refused_by(run_training, "ddpo", max_train_steps=3, checkpointing_steps=1)
     assert f"step 2: a {what} that is not finite" in line
     assert "'a " in line or "'two keys'" in line
     assert "--nonfinite skip" in line
@@ -151,9 +139,9 @@ def test_what_is_not_finite_stops_before_the_policy_is_touched(main, monkeypatch
 
 
 @pytest.mark.parametrize(("factor", "what"), [(float("inf"), "loss"), (1e30, "gradient")])
-def test_a_skipped_update_leaves_the_policy_as_it_was(main, monkeypatch, factor, what):
+def test_a_skipped_update_leaves_the_policy_as_it_was(run_training, monkeypatch, factor, what):
     gradient_without_bounds(monkeypatch, at=1, factor=factor)
-    main("ddpo", max_train_steps=2, checkpointing_steps=1, nonfinite="skip", checkpoints_total_limit=5)
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=1, nonfinite="skip", checkpoints_total_limit=5)
     first, second = (load_file(f"out/checkpoint-{step}/policy.safetensors") for step in (1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     (entry,) = record()["health"]
@@ -164,11 +152,11 @@ def test_a_skipped_update_leaves_the_policy_as_it_was(main, monkeypatch, factor,
 # KL
 
 
-def test_training_stops_where_the_kl_runs_away_and_the_best_checkpoint_is_the_adapter(main):
+def test_training_stops_where_the_kl_runs_away_and_the_best_checkpoint_is_the_adapter(run_training):
     flags = dict(checkpointing_steps=1, checkpoints_total_limit=1, learning_rate=0.03, num_validation_images=8)
-    main("ddpo", max_train_steps=12, output_dir="free", **flags)
+    run_training("ddpo", max_train_steps=12, output_dir="free", **flags)
     free = record("free")["kl"]
-    main("ddpo", max_train_steps=12, max_kl=free / 4, validation_set="prompts.txt", **flags)
+    run_training("ddpo", max_train_steps=12, max_kl=free / 4, validation_set="prompts.txt", **flags)
     own = record()
     (entry,) = [entry for entry in own["health"] if entry["what"].startswith("stopped")]
     assert entry["kl"] > free / 4 == entry["max_kl"]
@@ -180,22 +168,22 @@ def test_training_stops_where_the_kl_runs_away_and_the_best_checkpoint_is_the_ad
     found = weights()
     assert all(torch.equal(found[f"unet.{name}"], value) for name, value in best.items())
     # the same run as the free one up to there
-    main("ddpo", max_train_steps=own["steps"], output_dir="short", **flags)
+    run_training("ddpo", max_train_steps=own["steps"], output_dir="short", **flags)
     assert all(torch.equal(value, found[name]) for name, value in weights("short").items())
 
 
-def test_a_kl_beyond_the_limit_before_any_checkpoint_says_what_to_change(main):
-    line = refused_by(main, "ddpo", max_train_steps=9, max_kl=1e-9, learning_rate=0.03)
+def test_a_kl_beyond_the_limit_before_any_checkpoint_says_what_to_change(run_training):
+    line = refused_by(run_training, "ddpo", max_train_steps=9, max_kl=1e-9, learning_rate=0.03)
     assert "max_kl 1e-09" in line
     assert "checkpointing_steps (500)" in line
     assert not Path("out/objective.json").exists()
 
 
-def test_the_best_checkpoint_is_the_one_whose_validation_images_have_the_highest_reward(main):
+def test_the_best_checkpoint_is_the_one_whose_validation_images_have_the_highest_reward(run_training):
     flags = dict(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=None, validation_steps=1)
     flags |= dict(num_validation_images=8, learning_rate=0.05, load_best_model_at_end="true")
     flags.pop("checkpoints_total_limit")
-    main("ddpo", **flags, checkpoints_total_limit=9, report_to="tensorboard")
+    run_training("ddpo", **flags, checkpoints_total_limit=9, report_to="tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log = EventAccumulator("out/logs/stepfuse")
@@ -228,45 +216,45 @@ def test_a_thumbnail_is_the_mean_of_each_block_of_pixels():
     assert thumbnails(pixels)[0, 0, :, 0].tolist() == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
 
 
-def test_collapsed_diversity_is_told_once_and_kept(main, caplog):
+def test_collapsed_diversity_is_told_once_and_kept(run_training, caplog):
     # No rollout of so short a run has lost two thirds of what the base has; a floor just below 1 is crossed by chance.
-    main("ddpo", max_train_steps=8, min_diversity=0.999, learning_rate=0.03)
+    run_training("ddpo", max_train_steps=8, min_diversity=0.999, learning_rate=0.03)
     (entry,) = [entry for entry in record()["health"] if entry["what"] == "diversity has collapsed"]
     assert 0 < entry["diversity"] < 0.999 * entry["base"]
     (line,) = [entry.getMessage() for entry in caplog.records if "collapsed" in entry.getMessage()]
     assert line.startswith(f"step {entry['step']}: diversity has collapsed")
     assert caplog.records[-1].levelno >= logging.WARNING
-    main("ddpo", max_train_steps=2, min_diversity=0.01, output_dir="fine")
+    run_training("ddpo", max_train_steps=2, min_diversity=0.01, output_dir="fine")
     assert record("fine")["health"] == []
 
 
 # No room
 
 
-def test_a_disk_without_room_loses_no_earlier_checkpoint_and_the_run_goes_on(main, monkeypatch):
+def test_a_disk_without_room_loses_no_earlier_checkpoint_and_the_run_goes_on(run_training, monkeypatch):
     flags = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=9)
-    main("ddpo", output_dir="straight", objective_name="mine", **flags)
+    run_training("ddpo", output_dir="straight", objective_name="mine", **flags)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        line = refused_by(main, "ddpo", reward="rewards.py:no_room_at_step_3", objective_name="mine", **flags)
+        line = refused_by(run_training, "ddpo", reward="rewards.py:no_room_at_step_3", objective_name="mine", **flags)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "the checkpoint of step 3 could not be written to out" in line
     assert "(checkpoint-1, checkpoint-2)" in line
     assert "--resume_from_checkpoint latest" in line
     assert sorted(p.name for p in Path("out").iterdir()) == ["checkpoint-1", "checkpoint-2", "config.yaml", "samples"]
-    main("ddpo", objective_name="mine", resume_from_checkpoint="latest", **flags)
+    run_training("ddpo", objective_name="mine", resume_from_checkpoint="latest", **flags)
     expected, found = weights("straight"), weights()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_memory_that_does_not_suffice_names_the_knobs_with_their_values(main):
+def test_memory_that_does_not_suffice_names_the_knobs_with_their_values(run_training):
     status = Path("/proc/self/statm").read_text().split()
     taken = int(status[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, hard))
     try:
-        line = refused_by(main, "dpo", resolution=16384, train_batch_size=5, num_candidates=3)
+        line = refused_by(run_training, "dpo", resolution=16384, train_batch_size=5, num_candidates=3)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert line.startswith("error: out of memory")

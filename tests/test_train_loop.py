@@ -1,6 +1,5 @@
 """The training loop in this process: faulty rewards, folders that hold something, resuming, precision."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,6 @@ from tests.fixtures_training import (
     MAIN,
     forget_accelerator,
     refused_by,
-    run_main,
-    save_tiny_pipeline,
-    training_desk,
 )
 
 REWARDS = """
@@ -46,24 +42,6 @@ def a_list(images, prompts):
 """
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pipeline"
-    save_tiny_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def desk(tmp_path, monkeypatch):
-    with training_desk(monkeypatch, tmp_path, REWARDS) as folder:
-        yield folder
-
-
-@pytest.fixture
-def main(desk, monkeypatch, pipeline):
-    return partial(run_main, monkeypatch, pretrained_model_name_or_path=pipeline)
-
-
 def contents(folder):
     return {str(file): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
@@ -71,11 +49,11 @@ def contents(folder):
 # Faulty rewards
 
 
-def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(main):
+def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(run_training):
     # prompts are drawn by shuffled passes, so the third of step 2 may be any of them: ask for one alone
     Path("prompts.txt").write_text("a red apple\n")
     flags = dict(max_train_steps=3, checkpointing_steps=1)
-    line = refused_by(main, "ddpo", reward="rewards.py:nan_at_step_2", **flags)
+    line = refused_by(run_training, "ddpo", reward="rewards.py:nan_at_step_2", **flags)
     assert "step 2" in line
     assert "rewards.py:nan_at_step_2" in line
     assert "'a red apple'" in line
@@ -83,20 +61,22 @@ def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(ma
     assert [p.name for p in Path("out").glob("checkpoint*")] == ["checkpoint-1"]
     assert not Path("out/objective.json").exists()
     # nothing is lost: with the reward mended the run goes on from there
-    main("ddpo", reward="rewards.py:slope", objective_name="nan_at_step_2", **flags, resume_from_checkpoint="latest")
+    run_training(
+        "ddpo", reward="rewards.py:slope", objective_name="nan_at_step_2", **flags, resume_from_checkpoint="latest"
+    )
     assert [read_adapter("out").record[key] for key in ("steps", "algorithm")] == [3, "ddpo"]
 
 
 @pytest.mark.parametrize(("reward", "culprit"), [("one_for_all", "returned () for"), ("a_list", "returned list for")])
 @pytest.mark.parametrize("algorithm", MAIN)
-def test_reward_of_the_wrong_shape_is_named(main, algorithm, reward, culprit):
-    line = refused_by(main, algorithm, reward=f"rewards.py:{reward}")
+def test_reward_of_the_wrong_shape_is_named(run_training, algorithm, reward, culprit):
+    line = refused_by(run_training, algorithm, reward=f"rewards.py:{reward}")
     assert f"'rewards.py:{reward}'" in line
     assert culprit in line
 
 
-def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(main):
-    refused_by(main, "dpo", reward="rewards.py:one_for_all")
+def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(run_training):
+    refused_by(run_training, "dpo", reward="rewards.py:one_for_all")
     assert contents("out") == {}
 
 
@@ -114,8 +94,8 @@ def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(main):
         ({"objective_name": "v1.5"}, "objective name 'v1.5'"),
     ],
 )
-def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(main, flags, culprit):
-    line = refused_by(main, "dpo", **flags, max_train_steps=1)
+def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(run_training, flags, culprit):
+    line = refused_by(run_training, "dpo", **flags, max_train_steps=1)
     assert culprit in line
     assert not Path("out").exists()
 
@@ -124,17 +104,17 @@ def test_setting_that_does_not_fit_the_base_is_found_before_anything_is_written(
 
 
 @pytest.mark.parametrize("flags", [{"reward": "rewards.py:one_for_all"}, {"lora_target_modules": "to_w"}])
-def test_overwriting_loses_nothing_where_the_run_cannot_start(main, flags):
+def test_overwriting_loses_nothing_where_the_run_cannot_start(run_training, flags):
     Path("out").mkdir()
     Path("out/objective.json").write_text("precious")
-    refused_by(main, "dpo", **flags, overwrite="true")
+    refused_by(run_training, "dpo", **flags, overwrite="true")
     assert contents("out") == {"out/objective.json": b"precious"}
 
 
-def test_overwriting_leaves_nothing_of_what_was_there(main):
+def test_overwriting_leaves_nothing_of_what_was_there(run_training):
     Path("out/checkpoint-9").mkdir(parents=True)
     Path("out/checkpoint-9/progress.json").write_text("{}")
-    main("dpo", overwrite="true", max_train_steps=1)
+    run_training("dpo", overwrite="true", max_train_steps=1)
     assert read_adapter("out").record["steps"] == 1
     assert not list(Path("out").glob("checkpoint*"))
 
@@ -142,10 +122,10 @@ def test_overwriting_leaves_nothing_of_what_was_there(main):
 # Resuming
 
 
-def test_two_steps_and_two_more_are_four(main):
-    main("ddpo", max_train_steps=4, output_dir="straight", checkpointing_steps=2)
-    main("ddpo", max_train_steps=2, checkpointing_steps=2)
-    main("ddpo", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
+def test_two_steps_and_two_more_are_four(run_training):
+    run_training("ddpo", max_train_steps=4, output_dir="straight", checkpointing_steps=2)
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=2)
+    run_training("ddpo", max_train_steps=4, checkpointing_steps=2, resume_from_checkpoint="latest")
     for file in ("pytorch_lora_weights.safetensors", "checkpoint-4/policy.safetensors"):
         straight, resumed = load_file(f"straight/{file}"), load_file(f"out/{file}")
         assert straight.keys() == resumed.keys()
@@ -155,13 +135,13 @@ def test_two_steps_and_two_more_are_four(main):
     assert records[0]["kl"] == records[1]["kl"] > 0
 
 
-def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_end(main):
+def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_end(run_training):
     flags = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=4, num_inner_epochs=2)
-    main("ddpo", **flags, output_dir="straight")
+    run_training("ddpo", **flags, output_dir="straight")
     first = min(Path("straight").glob("checkpoint-*"))
     Path("out").mkdir()
     first.rename(Path("out") / first.name)
-    main("ddpo", **flags, resume_from_checkpoint="latest")
+    run_training("ddpo", **flags, resume_from_checkpoint="latest")
     straight, resumed = (load_file(f"{name}/pytorch_lora_weights.safetensors") for name in ("straight", "out"))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
 
@@ -186,10 +166,12 @@ class Watched:
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])
-def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(desk, pipeline, precision, guidance):
+def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(
+    run_training, tiny_base, precision, guidance
+):
     settings = DDPOSettings(
         **COMMON,
-        pretrained_model_name_or_path=str(pipeline),
+        pretrained_model_name_or_path=str(tiny_base),
         num_generations=2,
         num_inner_epochs=2,
         max_train_steps=4,
@@ -209,9 +191,9 @@ def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(
     assert read_adapter("out").record["kl"] == pytest.approx(sum(watched.kl[9:]), rel=1e-5)
 
 
-def test_bf16_adapter_is_saved_in_float32(desk, pipeline):
+def test_bf16_adapter_is_saved_in_float32(run_training, tiny_base):
     settings = DPOSettings(
-        **COMMON, pretrained_model_name_or_path=str(pipeline), mixed_precision="bf16", max_train_steps=2
+        **COMMON, pretrained_model_name_or_path=str(tiny_base), mixed_precision="bf16", max_train_steps=2
     )
     forget_accelerator()
     train(settings, DPO(settings))

@@ -21,7 +21,7 @@ from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.offline import DiffusionDPO, PreferencePairs, noise_pairs
 from stepfuse.train.settings import DPOSettings
-from tests.fixtures_training import refused_by, run_main, save_tiny_pipeline, training_desk
+from tests.fixtures_training import refused_by
 
 REWARDS = """
 def slope(images, prompts):
@@ -36,17 +36,9 @@ def no_pause(monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pipeline"
-    save_tiny_pipeline(folder)
-    return folder
-
-
 @pytest.fixture
-def main(tmp_path, monkeypatch, pipeline):
-    with training_desk(monkeypatch, tmp_path, REWARDS):
-        yield partial(run_main, monkeypatch, "dpo", pretrained_model_name_or_path=pipeline)
+def run_dpo(run_training):
+    return partial(run_training, "dpo")
 
 
 def picture(colour, size=(20, 16)):
@@ -91,10 +83,10 @@ def folder_of_images():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_the_loss_is_that_of_the_research_script_of_diffusers(pipeline, prediction):
+def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, prediction):
     # What examples/research_projects/diffusion_dpo does with a batch, restated on diffusers' own scheduler and peft's
     # own switch: winners and losers stacked, one noise and time a pair, mean squared errors of policy and base.
-    loaded = load_pipeline(str(pipeline))
+    loaded = load_pipeline(str(tiny_base))
     loaded.scheduler.register_to_config(prediction_type=prediction)
     unet = loaded.unet
     add_lora(unet, "mine", rank=4, alpha=None, targets=["to_q", "to_v", "conv1"], seed=0)
@@ -199,24 +191,24 @@ def losses(folder):
     return [event.value for event in log.Scalars("loss")]
 
 
-def test_a_run_on_pairs_learns_to_prefer_the_winners_and_goes_on_to_the_same_bits(main):
+def test_a_run_on_pairs_learns_to_prefer_the_winners_and_goes_on_to_the_same_bits(run_dpo):
     flags = dict(pairs=parquet(rows()), beta=500, log_prob_reduction="mean", learning_rate=0.01, guidance="full")
     flags |= dict(report_to="tensorboard", checkpointing_steps=10, pairs_shuffle_buffer=4)
-    main(max_train_steps=40, output_dir="straight", **flags)
+    run_dpo(max_train_steps=40, output_dir="straight", **flags)
     assert losses("straight")[0] == pytest.approx(0.693147, abs=1e-5)  # the policy is its reference
     assert sum(losses("straight")[-10:]) / 10 < 0.55
     record = read_adapter("straight").record
     assert (record["algorithm"], record["kl"], record["steps"]) == ("diffusion-dpo", None, 40)
-    main(max_train_steps=10, **flags)
-    main(max_train_steps=40, resume_from_checkpoint="latest", **flags)
+    run_dpo(max_train_steps=10, **flags)
+    run_dpo(max_train_steps=40, resume_from_checkpoint="latest", **flags)
     straight, resumed = (load_file(f"{name}/pytorch_lora_weights.safetensors") for name in ("straight", "out"))
     assert all(torch.equal(resumed[name], value) for name, value in straight.items())
 
 
-def test_micro_batches_of_pairs_are_one_batch(main):
+def test_micro_batches_of_pairs_are_one_batch(run_dpo):
     flags = dict(pairs=parquet(rows()), beta=500, log_prob_reduction="mean", adam_epsilon=1e-3, max_train_steps=3)
-    main(train_batch_size=4, output_dir="whole", **flags)
-    main(train_batch_size=1, gradient_accumulation_steps=4, output_dir="split", **flags)
+    run_dpo(train_batch_size=4, output_dir="whole", **flags)
+    run_dpo(train_batch_size=1, gradient_accumulation_steps=4, output_dir="split", **flags)
     whole, split = (load_file(f"{name}/pytorch_lora_weights.safetensors") for name in ("whole", "split"))
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value, rtol=0, atol=1e-4)
@@ -234,9 +226,9 @@ def test_micro_batches_of_pairs_are_one_batch(main):
         ({"pairs": "broken.parquet"}, "an image for the prompt 'prompt 0' cannot be read"),
     ],
 )
-def test_pairs_that_cannot_be_learned_from_are_named(main, change, culprit):
+def test_pairs_that_cannot_be_learned_from_are_named(run_dpo, change, culprit):
     parquet(rows(4))
     parquet(rows(4, ties=range(4)), "ties.parquet")
     parquet([row | {"jpg_1": b"no picture"} for row in rows(1)], "broken.parquet")
-    line = refused_by(main, **{"max_train_steps": 1, "train_batch_size": 1} | change)
+    line = refused_by(run_dpo, **{"max_train_steps": 1, "train_batch_size": 1} | change)
     assert culprit in line

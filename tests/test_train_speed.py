@@ -2,7 +2,6 @@
 
 import builtins
 import os
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,28 +24,12 @@ from tests.fixtures_training import (
     COMMON,
     forget_accelerator,
     refused_by,
-    run_main,
-    save_tiny_pipeline,
-    training_desk,
 )
 
 REWARDS = """
 def slope(images, prompts):
     return images[:, 0, :, :8].mean((1, 2)) - images[:, 2, :, 8:].mean((1, 2))
 """
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pipeline"
-    save_tiny_pipeline(folder)
-    return folder
-
-
-@pytest.fixture
-def main(tmp_path, monkeypatch, pipeline):
-    with training_desk(monkeypatch, tmp_path, REWARDS):
-        yield partial(run_main, monkeypatch, pretrained_model_name_or_path=pipeline)
 
 
 def weights(folder="out"):
@@ -62,14 +45,14 @@ def assert_near(found, expected, atol):
 # Some of the denoising steps
 
 
-def ten_steps(pipeline):
-    denoiser = Denoiser.from_pipeline(load_pipeline(str(pipeline)), guidance="off", guidance_scale=1.0)
+def ten_steps(tiny_base):
+    denoiser = Denoiser.from_pipeline(load_pipeline(str(tiny_base)), guidance="off", guidance_scale=1.0)
     steps = denoiser.path.steps(10)
     return Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=steps, shape=(4, 8, 8))
 
 
-def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywhere(pipeline):
-    sampling = ten_steps(pipeline)
+def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywhere(tiny_base):
+    sampling = ten_steps(tiny_base)
     settings = DDPOSettings(train_timestep_fraction=0.3, sample_num_steps=10, skip_first_steps=2)
     assert learnable_steps(settings, sampling) == list(range(2, 10))
     drawn = [learned_steps(settings, sampling, step) for step in range(60)]
@@ -98,9 +81,9 @@ class Counted:
         return credited
 
 
-def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(main, pipeline):
+def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(run_training, tiny_base):
     own = COMMON | {"sample_num_steps": 6, "max_train_steps": 3, "train_timestep_fraction": 0.5}
-    settings = DDPOSettings(**own, pretrained_model_name_or_path=str(pipeline), num_generations=4)
+    settings = DDPOSettings(**own, pretrained_model_name_or_path=str(tiny_base), num_generations=4)
     counted = Counted(settings)
     forget_accelerator()
     train(settings, counted)
@@ -111,14 +94,14 @@ def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(main, 
     assert len({step.t for steps in counted.steps for step in steps}) > 3  # others in other rollouts
 
 
-def test_the_kl_of_a_fraction_estimates_that_of_all_steps(main, pipeline):
+def test_the_kl_of_a_fraction_estimates_that_of_all_steps(run_training, tiny_base):
     # The policy moves by so little that both runs measure nearly the same one: 3 of 6 steps, twice their sum.
     own = COMMON | {"sample_num_steps": 6, "learning_rate": 1e-3, "report_to": "none", "max_train_steps": 12}
     own |= {"train_batch_size": 8}
     kl = {}
     for fraction in (1.0, 0.5):
         values = own | {"train_timestep_fraction": fraction, "output_dir": f"out-{fraction}"}
-        settings = DDPOSettings(**values, pretrained_model_name_or_path=str(pipeline), num_generations=4)
+        settings = DDPOSettings(**values, pretrained_model_name_or_path=str(tiny_base), num_generations=4)
         forget_accelerator()
         train(settings, DDPO(settings))
         kl[fraction] = read_adapter(f"out-{fraction}").record["kl"]
@@ -129,18 +112,18 @@ def test_the_kl_of_a_fraction_estimates_that_of_all_steps(main, pipeline):
 # No KL
 
 
-def test_ddpo_without_a_kl_is_ddpo_with_hardly_any_and_measures_none(main):
+def test_ddpo_without_a_kl_is_ddpo_with_hardly_any_and_measures_none(run_training):
     flags = dict(max_train_steps=3, num_inner_epochs=3, adam_epsilon=1e-3)
-    main("ddpo", beta=1e-12, output_dir="hardly", **flags)
-    main("ddpo", beta=0.0, **flags)
+    run_training("ddpo", beta=1e-12, output_dir="hardly", **flags)
+    run_training("ddpo", beta=0.0, **flags)
     assert_near(weights(), weights("hardly"), atol=1e-5)
     adapter = read_adapter("out")
     assert (adapter.objective.beta, adapter.record["kl"]) == (0, None)
     assert read_adapter("hardly").record["kl"] > 0
 
 
-def test_an_adapter_trained_without_a_kl_has_no_temperature_to_weigh_rewards_by(main):
-    main("ddpo", beta=0.0, max_train_steps=1, guidance="off")
+def test_an_adapter_trained_without_a_kl_has_no_temperature_to_weigh_rewards_by(run_training):
+    run_training("ddpo", beta=0.0, max_train_steps=1, guidance="off")
     create_set("set", ["out"])
     sampler = FusedSampler.from_pretrained("set")
     with refused("'slope' was trained with none; weigh exponents"):
@@ -149,36 +132,38 @@ def test_an_adapter_trained_without_a_kl_has_no_temperature_to_weigh_rewards_by(
 
 
 @pytest.mark.parametrize("change", [{"max_kl": 1.0}, {"variance": "learned"}])
-def test_what_needs_the_base_is_refused_without_a_kl(main, change):
-    assert "beta is 0.0; expected a positive number beside max_kl" in refused_by(main, "ddpo", beta=0.0, **change)
+def test_what_needs_the_base_is_refused_without_a_kl(run_training, change):
+    assert "beta is 0.0; expected a positive number beside max_kl" in refused_by(
+        run_training, "ddpo", beta=0.0, **change
+    )
 
 
 # The same numbers
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "ddpo"])
-def test_gradient_checkpointing_and_text_encoders_elsewhere_change_no_number(main, algorithm):
+def test_gradient_checkpointing_and_text_encoders_elsewhere_change_no_number(run_training, algorithm):
     flags = dict(max_train_steps=2, adam_epsilon=1e-3)
-    main(algorithm, output_dir="plain", **flags)
-    main(algorithm, gradient_checkpointing="true", offload_text_encoders="true", **flags)
+    run_training(algorithm, output_dir="plain", **flags)
+    run_training(algorithm, gradient_checkpointing="true", offload_text_encoders="true", **flags)
     assert_near(weights(), weights("plain"), atol=1e-5)
 
 
 @pytest.mark.skipif("STEPFUSE_COMPILE" not in os.environ, reason="two minutes of compiling; STEPFUSE_COMPILE=1")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what torch compiles with deprecates itself
-def test_a_compiled_unet_trains_to_the_same_adapter(main):
+def test_a_compiled_unet_trains_to_the_same_adapter(run_training):
     flags = dict(max_train_steps=2, adam_epsilon=1e-3, sample_num_steps=2, guidance="off", num_validation_images=4)
-    main("ddpo", output_dir="plain", **flags)
-    main("ddpo", compile="regional", **flags)
+    run_training("ddpo", output_dir="plain", **flags)
+    run_training("ddpo", compile="regional", **flags)
     assert_near(weights(), weights("plain"), atol=1e-3)
     moved = weights()
     assert max(value.abs().max() for name, value in moved.items() if "lora_B" in name) > 1e-3
 
 
 @pytest.mark.gpu
-def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(pipeline):
-    loaded = load_pipeline(str(pipeline))
+def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(tiny_base):
+    loaded = load_pipeline(str(tiny_base))
     embed = Embeddings(loaded, None, torch.device("cuda"), offload=True)
     assert next(loaded.text_encoder.parameters()).device.type == "cpu"
     assert next(loaded.unet.parameters()).device.type == "cuda"
@@ -188,7 +173,7 @@ def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(pipeline):
 # 8 bits
 
 
-def test_8_bits_without_bitsandbytes_name_the_extra(main, monkeypatch):
+def test_8_bits_without_bitsandbytes_name_the_extra(run_training, monkeypatch):
     real = builtins.__import__
 
     def without(name, *arguments, **options):
@@ -197,19 +182,19 @@ def test_8_bits_without_bitsandbytes_name_the_extra(main, monkeypatch):
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    line = refused_by(main, "ddpo", use_8bit_adam="true", max_train_steps=1)
+    line = refused_by(run_training, "ddpo", use_8bit_adam="true", max_train_steps=1)
     assert "pip install 'stepfuse[8bit]'" in line
 
 
-def test_adam_in_8_bits_takes_nearly_the_steps_of_adam_and_goes_on_to_the_same_bits(main):
+def test_adam_in_8_bits_takes_nearly_the_steps_of_adam_and_goes_on_to_the_same_bits(run_training):
     pytest.importorskip("bitsandbytes", reason="pip install 'stepfuse[8bit]'")
     flags = dict(
         max_train_steps=4, checkpointing_steps=2, adam_epsilon=1e-3, rank=64
     )  # smaller tensors stay in 32 bits
-    main("ddpo", output_dir="plain", **flags)
-    main("ddpo", output_dir="eight", use_8bit_adam="true", **flags)
-    main("ddpo", **flags | {"max_train_steps": 2}, use_8bit_adam="true")
-    main("ddpo", **flags, use_8bit_adam="true", resume_from_checkpoint="latest")
+    run_training("ddpo", output_dir="plain", **flags)
+    run_training("ddpo", output_dir="eight", use_8bit_adam="true", **flags)
+    run_training("ddpo", **flags | {"max_train_steps": 2}, use_8bit_adam="true")
+    run_training("ddpo", **flags, use_8bit_adam="true", resume_from_checkpoint="latest")
     eight, plain, resumed = weights("eight"), weights("plain"), weights()
     assert all(torch.equal(resumed[name], value) for name, value in eight.items())
     assert not all(torch.equal(plain[name], value) for name, value in eight.items())
@@ -229,5 +214,5 @@ def test_adam_in_8_bits_takes_nearly_the_steps_of_adam_and_goes_on_to_the_same_b
         ("checkpoints_total_limit", "0"),
     ],
 )
-def test_a_share_or_limit_out_of_range_is_named(main, flag, value):
-    assert f"{flag} is {value}; expected" in refused_by(main, "ddpo", **{flag: value})
+def test_a_share_or_limit_out_of_range_is_named(run_training, flag, value):
+    assert f"{flag} is {value}; expected" in refused_by(run_training, "ddpo", **{flag: value})
