@@ -1,7 +1,7 @@
 """The small models that training is tested on: seconds a run, and every kind of layer."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
 from stepfuse.rewards.scoring_queue import ScoringQueue
+from stepfuse.scripts.build_set import ALONE
 from stepfuse.train import ddpo, dpo
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
@@ -46,13 +47,21 @@ def training_desk(monkeypatch, folder: Path, rewards: str) -> Iterator[Path]:
     forget_accelerator()
 
 
+def launch_command(program: Path, *arguments: str, launcher: Sequence[str] = ALONE) -> list[str]:
+    """`accelerate launch` of a program; what conftest put into the environment, its processes have too."""
+    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(program), *arguments]
+
+
+def as_flags(values: dict) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
 def run_main(monkeypatch, algorithm: str, **flags) -> None:
     """main() of one algorithm, with these flags beside the common ones."""
     flags = COMMON | flags
     if algorithm == "ddpo":
         flags.setdefault("num_generations", 2)
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *words])
+    monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *as_flags(flags)])
     forget_accelerator()
     MAIN[algorithm]()
 

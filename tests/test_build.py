@@ -82,14 +82,11 @@ def at_the_desk(desk, monkeypatch):
     monkeypatch.chdir(desk)
 
 
-def command():
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    return [sys.executable, "-m", "stepfuse.scripts.main", "build", "build.yaml"], environment
+COMMAND = [sys.executable, "-m", "stepfuse.scripts.main", "build", "build.yaml"]
 
 
 def build():
-    words, environment = command()
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(COMMAND, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
     return done.stdout.splitlines()
 
@@ -100,11 +97,8 @@ def adapters():
 
 @pytest.mark.slow
 def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(desk):
-    words, environment = command()
     # Killed with its trainings while the second objective is trained.
-    first = subprocess.Popen(
-        words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    first = subprocess.Popen(COMMAND, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     end = time.monotonic() + 200
     while not list(Path("out/adapters").glob("colour-*/config.yaml")):
         assert first.poll() is None

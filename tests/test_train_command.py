@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.variance import LearnedSchedule
-from tests.fixtures_training import save_tiny_pipeline
+from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
 RANK, ALPHA = 4, 7
@@ -73,12 +71,9 @@ def launch(desk, script, settings, output, **flags):
     """Settings as a config file, the rest as flags."""
     config = desk / f"{output}.yaml"
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(REPOSITORY / "train" / script)]
-    command += ["--config", str(config), "--output_dir", output]
-    command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, timeout=300)
+    own = as_flags({"config": config, "output_dir": output} | flags)
+    command = launch_command(REPOSITORY / "train" / script, *own)
+    done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return desk / output
 

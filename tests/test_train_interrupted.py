@@ -14,7 +14,7 @@ import yaml
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.train.checkpoints import ASIDE, MANIFEST, damage, list_checkpoints
-from tests.fixtures_training import save_tiny_pipeline
+from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 KILLS = 20
 STEPS = 90
@@ -66,11 +66,9 @@ def desk(tmp_path_factory):
 @pytest.fixture(scope="module")
 def launched(desk):
     """`accelerate launch` of a program that forks a child for every run; forking again costs no new start."""
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    words += ["--mixed_precision", "no", "--dynamo_backend", "no", str(Path(__file__).parent / "forked_training.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    words = launch_command(Path(__file__).parent / "forked_training.py")
     with subprocess.Popen(
-        words, cwd=desk, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        words, cwd=desk, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     ) as parent:
         yield parent
         parent.stdin.close()
@@ -81,8 +79,7 @@ class Training:
 
     def __init__(self, launched, output, **flags):
         self.launched = launched
-        words = ["--config", "ddpo.yaml", "--output_dir", output]
-        words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words = as_flags({"config": "ddpo.yaml", "output_dir": output} | flags)
         launched.stdin.write(json.dumps(["ddpo", words]) + "\n")
         self.pid = int(launched.stdout.readline())
 
@@ -190,9 +187,8 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_does_not_block(des
     wait_for((output / "config.yaml").exists)
     words = [sys.executable, str(Path(__file__).parents[1] / "train" / "ddpo.py"), "--config", "ddpo.yaml"]
     words += ["--output_dir", output.name, "--max_train_steps", "4"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     os.kill(first.pid, signal.SIGSTOP)  # so that it is still there
-    second = subprocess.run(words, cwd=desk, env=environment, capture_output=True, text=True, timeout=120)
+    second = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=120)
     assert second.returncode == 1
     line = second.stderr.splitlines()[-1]
     assert line.startswith("error: shared is in use by process ")

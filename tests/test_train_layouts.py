@@ -7,7 +7,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.fuse.adapter import read_adapter
-from tests.fixtures_training import save_tiny_pipeline
+from stepfuse.scripts.build_set import ALONE
+from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
@@ -45,7 +45,6 @@ OWN = {
     "ddpo": {"num_generations": 4, "num_inner_epochs": 2, "lr_scheduler": "constant_with_warmup"},
     "dpo": {"num_candidates": 2, "train_timestep_fraction": 0.7, "lr_scheduler": "cosine"},
 }
-ONE = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
 SLOPE = """
@@ -75,24 +74,13 @@ def desk(tmp_path_factory):
 
 
 def command(algorithm, launcher, output, **flags):
-    words = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *launcher,
-        str(REPOSITORY / "train" / f"{algorithm}.py"),
-    ]
-    words += ["--config", f"{algorithm}.yaml", "--output_dir", output]
-    return words + [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own = as_flags({"config": f"{algorithm}.yaml", "output_dir": output} | flags)
+    return launch_command(REPOSITORY / "train" / f"{algorithm}.py", *own, launcher=launcher)
 
 
 def launch(desk, algorithm, launcher, output, **flags):
     words = command(algorithm, launcher, output, **flags)
-    done = subprocess.run(words, cwd=desk, env=environment(), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return desk / output
 
@@ -132,7 +120,7 @@ def assert_same_run(found, expected):
 
 @pytest.fixture(scope="module")
 def one(desk):
-    return {name: launch(desk, name, ONE, f"{name}-one", train_batch_size=8) for name in OWN}
+    return {name: launch(desk, name, ALONE, f"{name}-one", train_batch_size=8) for name in OWN}
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +168,6 @@ def test_two_machines_of_one_process_are_one_of_two(desk, one):
         subprocess.Popen(
             command("ddpo", launcher, "ddpo-machines", **own),
             cwd=desk,
-            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -197,7 +184,7 @@ def test_two_machines_of_one_process_are_one_of_two(desk, one):
 
 def refusal(desk, launcher, **variables):
     words = command("ddpo", launcher, "refused", train_batch_size=4)
-    done = subprocess.run(words, cwd=desk, env=environment() | variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, cwd=desk, env=os.environ | variables, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     return next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: "))
 
