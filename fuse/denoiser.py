@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepfuse.fuse.adapter import GUIDANCE
-from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.lora_layers import active_adapter, averaged_factors, merged_adapters
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import Conditioning, input_rows, stack_inputs
@@ -20,6 +19,21 @@ from stepfuse.fuse.plan import Merge
 Latents = Float[Tensor, "batch channels height width"]
 Network = str | Merge | None  # an adapter, several merged, or the base
 Rows = Int[Tensor, " rows"]
+
+
+class Router(Protocol):
+    """What runs several networks of a UNet in one forward, each on rows of its own."""
+
+    @property
+    def unet(self) -> nn.Module: ...
+
+    def route_of(self, adapters: Sequence[Any], device: torch.device) -> Any:
+        """The route of rows with these adapters, those of the base first."""
+        ...
+
+    def routed(self, route: Any) -> AbstractContextManager[None]:
+        """The UNet on a batch of such rows."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,7 @@ class Denoiser:
         guidance: where e_u comes from. `shared`: the base; `full`: the adapter itself; `off`: the
             prediction is e_c.
         guidance_scale: g.
-        batched: the adapters, to be run in one forward; by default each in a forward of its own.
+        batched: what runs the adapters in one forward; by default each has a forward of its own.
         rows_at_once: the most rows in one forward: less memory, more forwards. By default no limit.
 
     Raises:
@@ -62,7 +76,7 @@ class Denoiser:
     path: NoisePath
     guidance: str = "shared"
     guidance_scale: float = 5.0
-    batched: BatchedAdapters | None = None
+    batched: Router | None = None
     rows_at_once: int | None = None
 
     def __post_init__(self) -> None:

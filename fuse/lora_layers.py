@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,6 +17,32 @@ def active_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
         raise ValueError(f"the UNet has no adapter {name!r}")
     with _active(layers, [name] if name else []):
         yield
+
+
+@contextmanager
+def adapter_on_last_rows(unet: nn.Module, name: str, first: int) -> Iterator[None]:
+    """Run the UNet with an adapter, as it stands now, on the rows from `first` on, and with none on those before.
+
+    Without gradients: the rows of an output are changed in place.
+
+    Raises:
+        ValueError: for an adapter that is not there, or a DoRA, which is no sum of two outputs.
+    """
+    layers = lora_layers(unet)
+    check_mergeable(layers, [name])
+
+    def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        own = up(down(inputs[0][first:].to(down.weight.dtype)))
+        output[first:] += (own * layer.scaling[name]).to(output.dtype)
+
+    hooks = [layer.register_forward_hook(add) for layer in layers if name in layer.scaling]
+    try:
+        with _active(layers, []):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

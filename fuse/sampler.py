@@ -179,7 +179,7 @@ class FusedSampler:
         """
         if how not in ("regional", "full"):
             raise ValueError(f"compile {how!r}; expected regional or full")
-        if self.denoiser.batched is None:
+        if not isinstance(self.denoiser.batched, BatchedAdapters):
             raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
         self.denoiser.batched.fix(rows, execution_device(self.pipeline))
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -357,7 +357,7 @@ class FusedSampler:
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
-        if self.denoiser.batched is not None:
+        if isinstance(self.denoiser.batched, BatchedAdapters):
             self.denoiser.batched.release()
 
     def _refuse_rewards(self) -> None:

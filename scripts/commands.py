@@ -303,7 +303,17 @@ def training_benchmark(arguments: argparse.Namespace) -> None:
 
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
-    own = ("model", "algorithms", "images", "steps", "candidates", "resolution", "repeats", "timestep_fraction")
+    own = (
+        "model",
+        "algorithms",
+        "images",
+        "steps",
+        "candidates",
+        "resolution",
+        "repeats",
+        "timestep_fraction",
+        "timesteps_per_forward",
+    )
     names = (*own, "compile", "gradient_checkpointing", "threads", "dtype")
     settings = TrainingBenchmark(
         device=check_device(arguments.device),

@@ -380,6 +380,9 @@ def _add_training_benchmark(actions: argparse._SubParsersAction) -> None:
         "--timestep_fraction", type=float, default=1.0, help="another row that learns from this share of the steps"
     )
     benchmark.add_argument(
+        "--timesteps_per_forward", type=int, default=1, help="further rows with so many steps in a forward of the loss"
+    )
+    benchmark.add_argument(
         "--compile", choices=("no", "regional", "full"), default="no", help="another row of ours, compiled"
     )
     benchmark.add_argument("--gradient_checkpointing", action="store_true", help="in all ways")

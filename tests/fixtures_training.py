@@ -14,9 +14,15 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.pipeline import Conditioning
+from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.scripts.build_set import ALONE
 from stepfuse.train import ddpo, dpo
+from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.rollout import branching_rollout, sample_generator
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
 COMMON = {
@@ -31,6 +37,11 @@ COMMON = {
     "learning_rate": 0.01,
     "beta": 0.1,
 }
+BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
+SHAPE = (4, 8, 8)
+ETA = EtaSchedule(eta=0.8)
+BENT = LearnedSchedule(offsets=torch.tensor([0.4, -0.7, 0.2]), eta=0.8)
+PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
 
 
 @contextmanager
@@ -94,6 +105,41 @@ def tiny_unet() -> UNet2DConditionModel:
     return unet.requires_grad_(False).eval()
 
 
+class PolicyWorld:
+    """A policy, its denoiser, two prompts and the sampler's steps."""
+
+    def __init__(self, *, guidance="shared", schedule=ETA, dtype=torch.float32, trained=False):
+        self.unet = tiny_unet().to(dtype)
+        add_lora(self.unet, "mine", rank=4, alpha=8, targets=PROJECTIONS, seed=1)
+        self.unet.train()
+        self.schedule = schedule
+        self.policy = Policy(self.unet, "mine", schedule)
+        if trained:
+            generator = torch.Generator().manual_seed(2)
+            for factor in self.factors("lora_B"):
+                factor.data.normal_(std=0.1, generator=generator)
+        scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+        self.denoiser = Denoiser(
+            unet=self.unet, path=NoisePath.from_scheduler(scheduler), guidance=guidance, guidance_scale=3.0
+        )
+        words = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+        self.conditioning = Conditioning(positive=words[0], negative=words[1])
+        generators = [sample_generator(0, "rollout", i) for i in range(2)]
+        steps = self.denoiser.path.steps(3)
+        self.place = (self.denoiser, "mine", schedule, steps, self.conditioning, SHAPE, generators)
+
+    def factors(self, kind):
+        return [p for name, p in self.unet.named_parameters() if kind in name]
+
+    def pairs(self):
+        options = dict(candidates=3, margin=0.0)
+        return branching_rollout(*self.place, score_latents=at_once(lambda x: x.flatten(1).sum(1)), **options).steps
+
+    def gaussians(self, step):
+        (both,) = step_gaussians(self.policy, self.denoiser, self.schedule, [step], self.conditioning)
+        return both
+
+
 def forget_accelerator():
     """accelerate keeps one state a process: the next run has its own settings."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -130,9 +176,7 @@ def save_tiny_pipeline(folder: Path) -> None:
             )
         )
     scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
+        **BETAS,
         clip_sample=False,
         steps_offset=1,
         set_alpha_to_one=False,

@@ -93,7 +93,8 @@ def gaussians(loop, step, conditioning):
     policy = Policy(loop.unet, "rival", EtaSchedule(eta=1.0))
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, [None])
     step = replace(step, reference=base.detach())
-    return step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), step, conditioning)
+    (both,) = step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), [step], conditioning)
+    return both
 
 
 # The restated loops.
@@ -341,17 +342,20 @@ def test_another_error_is_no_matter_of_memory(base, settings, monkeypatch):
 
 
 def test_rows_are_the_rival_and_ours_and_what_else_is_asked_for(settings):
-    rows = rows_of(replace(settings, timestep_fraction=0.5, compile="regional"))
+    rows = rows_of(replace(settings, timestep_fraction=0.5, timesteps_per_forward=2, compile="regional"))
     assert [str(row) for row in rows] == [
         "ddpo, ddpo-pytorch",
         "ddpo, stepfuse",
         "ddpo, stepfuse, no KL",
+        "ddpo, stepfuse, 2 steps a forward",
+        "ddpo, stepfuse, no KL, 2 steps a forward",
         "ddpo, ddpo-pytorch, 0.5 of the steps",
-        "ddpo, stepfuse, 0.5 of the steps",
+        "ddpo, stepfuse, 0.5 of the steps, 2 steps a forward",
         "ddpo, stepfuse, regional compile",
         "dpo, SPO",
         "dpo, stepfuse",
-        "dpo, stepfuse, 0.5 of the steps",
+        "dpo, stepfuse, 2 steps a forward",
+        "dpo, stepfuse, 0.5 of the steps, 2 steps a forward",
         "dpo, stepfuse, regional compile",
     ]
 
@@ -412,6 +416,7 @@ def test_the_command_writes_the_results_and_prints_the_table(tmp_path, capsys):
         ("--candidates 1", "candidates 1"),
         ("--threads 0", "threads 0"),
         ("--timestep_fraction 0", "timestep_fraction 0"),
+        ("--timesteps_per_forward 0", "timesteps_per_forward 0"),
         ("--dtype float16", "float16"),
         ("--resolution 100", "100"),
         ("--steps 2000", "2000"),

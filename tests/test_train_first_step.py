@@ -5,59 +5,13 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule
+from stepfuse.fuse.variance import LearnedSchedule
 from stepfuse.train.algorithms import DPO
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.losses import ddpo_loss
-from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
+from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DPOSettings
-from tests.fixtures_training import at_once, tiny_unet
-
-BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
-SHAPE = (4, 8, 8)
-ETA = EtaSchedule(eta=0.8)
-BENT = LearnedSchedule(offsets=torch.tensor([0.4, -0.7, 0.2]), eta=0.8)
-PROJECTIONS = ["to_q", "to_k", "to_v", "to_out.0", "conv1"]
-
-
-class World:
-    """A policy, its denoiser, two prompts and the sampler's steps."""
-
-    def __init__(self, *, guidance="shared", schedule=ETA, dtype=torch.float32, trained=False):
-        self.unet = tiny_unet().to(dtype)
-        add_lora(self.unet, "mine", rank=4, alpha=8, targets=PROJECTIONS, seed=1)
-        self.unet.train()
-        self.schedule = schedule
-        self.policy = Policy(self.unet, "mine", schedule)
-        if trained:
-            generator = torch.Generator().manual_seed(2)
-            for factor in self.factors("lora_B"):
-                factor.data.normal_(std=0.1, generator=generator)
-        scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
-        self.denoiser = Denoiser(
-            unet=self.unet, path=NoisePath.from_scheduler(scheduler), guidance=guidance, guidance_scale=3.0
-        )
-        words = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
-        self.conditioning = Conditioning(positive=words[0], negative=words[1])
-        generators = [sample_generator(0, "rollout", i) for i in range(2)]
-        steps = self.denoiser.path.steps(3)
-        self.place = (self.denoiser, "mine", schedule, steps, self.conditioning, SHAPE, generators)
-
-    def factors(self, kind):
-        return [p for name, p in self.unet.named_parameters() if kind in name]
-
-    def pairs(self):
-        options = dict(candidates=3, margin=0.0)
-        return branching_rollout(*self.place, score_latents=at_once(lambda x: x.flatten(1).sum(1)), **options).steps
-
-    def gaussians(self, step):
-        return step_gaussians(self.policy, self.denoiser, self.schedule, step, self.conditioning)
-
+from tests.fixtures_training import BENT, ETA, PolicyWorld
 
 # The policy starts as its reference
 
@@ -65,7 +19,7 @@ class World:
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])
 @pytest.mark.parametrize("schedule", [ETA, LearnedSchedule(offsets=torch.zeros(5), eta=0.8)], ids=["eta", "learned"])
 def test_dpo_loss_of_a_fresh_lora_is_exactly_log_2(guidance, schedule):
-    world = World(guidance=guidance, schedule=schedule)
+    world = PolicyWorld(guidance=guidance, schedule=schedule)
     for step in world.pairs():
         policy, reference = world.gaussians(step)
         assert torch.equal(policy.mean, reference.mean)
@@ -75,21 +29,21 @@ def test_dpo_loss_of_a_fresh_lora_is_exactly_log_2(guidance, schedule):
 
 
 def test_kl_of_a_fresh_lora_is_exactly_zero():
-    world = World()
+    world = PolicyWorld()
     for step in world.pairs():
         policy, reference = world.gaussians(step)
         assert policy.kl(reference).tolist() == [0, 0]
 
 
 def test_a_trained_lora_is_not_its_reference():
-    world = World(trained=True)
+    world = PolicyWorld(trained=True)
     for step in world.pairs():
         policy, reference = world.gaussians(step)
         assert (policy.kl(reference) > 1e-4).all()
 
 
 def test_swapping_winner_and_loser_turns_the_gradient_round():
-    world = World()
+    world = PolicyWorld()
     (step, *_) = world.pairs()
     gradients = []
     for pair in (step, dataclasses.replace(step, chosen=step.rejected, rejected=step.chosen)):
@@ -102,7 +56,7 @@ def test_swapping_winner_and_loser_turns_the_gradient_round():
 
 
 def test_offsets_come_from_the_policy_and_the_reference_keeps_the_variance_it_had():
-    world = World(schedule=LearnedSchedule(offsets=torch.zeros(3), eta=0.8))
+    world = PolicyWorld(schedule=LearnedSchedule(offsets=torch.zeros(3), eta=0.8))
     (step, *_) = world.pairs()
     world.policy.offsets.data.fill_(math.log(2))
     policy, reference = world.gaussians(step)
@@ -126,7 +80,9 @@ def test_offsets_come_from_the_policy_and_the_reference_keeps_the_variance_it_ha
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_first_ddpo_ratio_is_exactly_1(guidance, schedule, precision):
     half = precision == "bf16"
-    world = World(guidance=guidance, schedule=schedule, dtype=torch.bfloat16 if half else torch.float32, trained=True)
+    world = PolicyWorld(
+        guidance=guidance, schedule=schedule, dtype=torch.bfloat16 if half else torch.float32, trained=True
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         steps = rollout(*world.place).steps
     assert len(steps) == 3
@@ -142,7 +98,7 @@ def test_first_ddpo_ratio_is_exactly_1(guidance, schedule, precision):
 
 
 def test_bf16_keeps_latents_and_the_lora_in_float32():
-    world = World(dtype=torch.bfloat16, trained=True)
+    world = PolicyWorld(dtype=torch.bfloat16, trained=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         (step, *_) = rollout(*world.place).steps
         policy, _ = world.gaussians(step)
@@ -157,7 +113,7 @@ def test_bf16_keeps_latents_and_the_lora_in_float32():
 def test_gradient_checkpointing_leaves_gradients_alone():
     gradients = []
     for checkpointing in (False, True):
-        world = World(trained=True)
+        world = PolicyWorld(trained=True)
         if checkpointing:
             world.unet.enable_gradient_checkpointing()
         (step, *_) = world.pairs()

@@ -254,12 +254,14 @@ def test_memory_that_does_not_suffice_names_the_knobs_with_their_values(run_trai
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (taken + 2**30, hard))
     try:
-        line = refused_by(run_training, "dpo", resolution=16384, train_batch_size=5, num_candidates=3)
+        sizes = dict(resolution=16384, train_batch_size=5, num_candidates=3, timesteps_per_forward=2)
+        line = refused_by(run_training, "dpo", **sizes)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert line.startswith("error: out of memory")
     for knob in ("--train_batch_size (now 5;", "--num_candidates (now 3", "--gradient_checkpointing (now off)"):
         assert knob in line
+    assert "--timesteps_per_forward 1 (now 2)" in line
     for knob in ("--offload_text_encoders (now off)", "zero2-offload.yaml", "--resolution (now 16384)"):
         assert knob in line
     assert not Path("out").exists()

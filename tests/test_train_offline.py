@@ -103,7 +103,8 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
     denoiser = Denoiser.from_pipeline(loaded, guidance="full", guidance_scale=5.0)
     policy = Policy(unet, "mine", EtaSchedule())
     noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
-    ours = DiffusionDPO(settings).loss(*step_gaussians(policy, denoiser, EtaSchedule(), noised, conditioning), noised)
+    (both,) = step_gaussians(policy, denoiser, EtaSchedule(), [noised], conditioning)
+    ours = DiffusionDPO(settings).loss(*both, noised)
     ours.mean().backward()
     found = {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
     assert len(found) > 0

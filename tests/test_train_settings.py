@@ -124,6 +124,7 @@ def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas, culprit):
         ("dpo", "margin", "-1.0"),
         ("dpo", "label_smoothing", "0.5"),
         ("dpo", "skip_first_steps", "20"),
+        ("dpo", "timesteps_per_forward", "0"),
         ("ddpo", "num_generations", "1"),
         ("ddpo", "train_clip_range", "0.0"),
         ("ddpo", "num_inner_epochs", "0"),

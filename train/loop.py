@@ -31,7 +31,7 @@ from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
 from stepfuse.train.health import STOPPED, Health
 from stepfuse.train.launch import make_accelerator
-from stepfuse.train.lora import Policy, add_lora
+from stepfuse.train.lora import LastRows, Policy, add_lora
 from stepfuse.train.memory import explained_memory
 from stepfuse.train.offline import PairSource, PreferencePairs
 from stepfuse.train.output import CONFIG, clear, explained_disk, find_start, locked
@@ -122,8 +122,12 @@ class Run:
         self.schedule = settings.initial_schedule()
         self.policy = Policy(unet, settings.name, self.schedule).to(accelerator.device)
         self.engine = Engine(accelerator, self.policy, settings)
+        shared = settings.timesteps_per_forward > 1 and settings.compile == "no"  # its hooks would be compiled anew
         denoiser = Denoiser.from_pipeline(
-            self.pipeline, guidance=settings.guidance, guidance_scale=settings.sample_guidance_scale
+            self.pipeline,
+            guidance=settings.guidance,
+            guidance_scale=settings.sample_guidance_scale,
+            batched=LastRows(unet, settings.name) if shared else None,
         )
         self.sampling = Sampling(
             denoiser=denoiser,
@@ -177,8 +181,8 @@ class Run:
         while progress.step < settings.max_train_steps and not stopped:
             before = progress.step
             batches, of_rollout = source.collect(before, self.current_schedule())
-            for _ in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
-                measured = update(batches, progress.step + 1) | of_rollout
+            for place in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
+                measured = update(batches, progress.step + 1, first=place == 0) | of_rollout
                 progress.step += 1
                 progress.kl = measured.get("kl")
                 bar.update()
@@ -206,6 +210,7 @@ class Run:
             schedule=self.schedule,
             learnable=self.learnable,
             health=self.health,
+            together=self.settings.timesteps_per_forward,
         )
 
     def preferences(self, pairs: PreferencePairs) -> PairSource:

@@ -1,6 +1,8 @@
 """The policy: a base UNet with one trainable LoRA, and variance offsets where the schedule is learned."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.lora_layers import active_adapter
+from stepfuse.fuse.lora_layers import active_adapter, adapter_on_last_rows
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
@@ -68,6 +70,27 @@ def add_lora(unet: nn.Module, name: str, *, rank: int, alpha: int | None, target
     cast_training_params(unet, dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class LastRows:
+    """Base and policy in one forward, without gradients; the LoRA is what it is at that moment (fuse's `Router`)."""
+
+    unet: nn.Module
+    adapter: str
+
+    def route_of(self, adapters: Sequence[str | None], device: torch.device) -> int:
+        """How many rows at the front are the base's.
+
+        Raises:
+            ValueError: for another adapter.
+        """
+        if strange := set(adapters) - {None, self.adapter}:
+            raise ValueError(f"adapters {sorted(map(str, strange))}; expected {self.adapter!r} and the base only")
+        return list(adapters).index(self.adapter) if self.adapter in adapters else len(adapters)
+
+    def routed(self, route: int) -> AbstractContextManager[None]:
+        return adapter_on_last_rows(self.unet, self.adapter, route)
+
+
 def reference_schedule(schedule: VarianceSchedule) -> VarianceSchedule:
     """The schedule of the reference: the policy's, as it was before training."""
     return EtaSchedule(eta=schedule.eta) if isinstance(schedule, LearnedSchedule) else schedule
@@ -77,35 +100,51 @@ def step_gaussians(
     policy: nn.Module,
     denoiser: Denoiser,
     schedule: VarianceSchedule,
-    step: Step | NoisedPairs,
+    steps: Sequence[Step | NoisedPairs],
     conditioning: Conditioning,
-) -> tuple[Gaussian, Gaussian | None]:
-    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of one stored step, where it has the base's prediction.
+) -> list[tuple[Gaussian, Gaussian | None]]:
+    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of stored steps, where they have the base's prediction.
 
-    Of noised pairs the predictions with variance 1, and no guidance, as in pre-training.
+    All of them from one forward. Of noised pairs the predictions with variance 1, and no guidance, as in pre-training.
 
     Args:
         policy: the `Policy`, wrapped or not.
         schedule: the initial schedule; learned offsets come from the policy.
+        steps: of one batch, at least one; noised pairs by themselves.
+        conditioning: of the batch.
     """
-    if isinstance(step, NoisedPairs):
-        return _noise_gaussians(policy, denoiser, step, conditioning)
-    path = denoiser.path
+    if isinstance(steps[0], NoisedPairs):
+        (pairs,) = steps
+        return [_noise_gaussians(policy, denoiser, cast(NoisedPairs, pairs), conditioning)]
+    taken = cast(Sequence[Step], steps)
     kinds = "-+" if denoiser.guidance == "full" else "+"
-    times = path.network_time(step.t).to(step.x_t.device).expand(len(step.x_t) * len(kinds))
-    dtype = conditioning.positive.dtype
-    output, offsets = policy(torch.cat([step.x_t] * len(kinds)).to(dtype), times, **conditioning.inputs(kinds))
-    parts: tuple[Latents, ...] = output.to(torch.float32).chunk(len(kinds))
+    x_t = torch.cat([step.x_t for step in taken])
+    times = torch.cat([denoiser.path.network_time(step.t).expand(len(step.x_t)) for step in taken])
+    everyone = conditioning[torch.arange(len(taken[0].x_t)).repeat(len(taken))] if len(taken) > 1 else conditioning
+    output, offsets = policy(
+        torch.cat([x_t] * len(kinds)).to(conditioning.positive.dtype),
+        times.to(x_t.device).repeat(len(kinds)),
+        **everyone.inputs(kinds),
+    )
+    parts = [part.chunk(len(taken)) for part in output.to(torch.float32).chunk(len(kinds))]
+    current = replace(schedule, offsets=offsets) if isinstance(schedule, LearnedSchedule) else schedule
+    return [_gaussians(denoiser, current, step, own) for step, own in zip(taken, zip(*parts, strict=True), strict=True)]
+
+
+def _gaussians(
+    denoiser: Denoiser, schedule: VarianceSchedule, step: Step, outputs: Sequence[Latents]
+) -> tuple[Gaussian, Gaussian | None]:
+    """Policy and reference of one step, from what the policy's network put out for each kind of prompt."""
+    path = denoiser.path
     match denoiser.guidance:
         case "shared":
             assert step.negative is not None
-            prediction = denoiser.guide(step.negative, parts[0])
+            prediction = denoiser.guide(step.negative, outputs[0])
         case "full":
-            prediction = denoiser.guide(*parts)
+            prediction = denoiser.guide(*outputs)
         case _:
-            prediction = parts[0]
-    current = replace(schedule, offsets=offsets) if isinstance(schedule, LearnedSchedule) else schedule
-    variance = step_variance(current, path, step.t, step.s, step.x_t)
+            prediction = outputs[0]
+    variance = step_variance(schedule, path, step.t, step.s, step.x_t)
     ours = transition(path, step.x_t, prediction, step.t, step.s, variance)
     if step.reference is None:
         return ours, None

@@ -30,6 +30,8 @@ def _advice(settings: TrainSettings, error: BaseException) -> str:
     ]
     if hasattr(settings, "num_candidates"):
         knobs.append(f"--num_candidates (now {settings.num_candidates}, of every image together)")
+    if settings.timesteps_per_forward > 1:
+        knobs.append(f"--timesteps_per_forward 1 (now {settings.timesteps_per_forward})")
     for name, better in (
         ("gradient_checkpointing", True),
         ("offload_text_encoders", True),

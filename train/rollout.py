@@ -11,7 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.denoiser import Branch, Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.transition import transition
@@ -246,12 +246,15 @@ def _start(denoiser: Denoiser, shape: tuple[int, int, int], generators: list[tor
 def _predict(
     denoiser: Denoiser, adapter: str, x_t: Latents, t: int, conditioning: Conditioning, *, reference: bool = False
 ) -> _Predictions:
-    """The guided prediction of the policy; with `reference` the base's too, in one forward with its e_u."""
+    """The guided prediction of the policy; with `reference` the base's too, in one forward with its e_u.
+
+    Where the denoiser is batched, all in one.
+    """
     if denoiser.guidance != "shared":
         policy, *base = denoiser.predictions(x_t, t, conditioning, [adapter, None] if reference else [adapter])
         return _Predictions(negative=None, policy=policy, reference=base[0] if base else None)
-    negative, *base = denoiser.forward(x_t, t, conditioning, "-+" if reference else "-", None)
-    (positive,) = denoiser.forward(x_t, t, conditioning, "+", adapter)
+    wanted = [Branch(None, kind) for kind in ("-+" if reference else "-")]
+    negative, *base, positive = denoiser.run(x_t, t, conditioning, [*wanted, Branch(adapter, "+")])
     return _Predictions(
         negative=negative,
         policy=denoiser.guide(negative, positive),

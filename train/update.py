@@ -3,18 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
 from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.train.algorithms import Algorithm
 from stepfuse.train.collect import Batch
 from stepfuse.train.engine import Engine
 from stepfuse.train.health import Health, listed
 from stepfuse.train.lora import step_gaussians
+from stepfuse.train.rollout import SampledStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +28,8 @@ class Update:
     Attributes:
         schedule: the initial one; learned offsets come from the policy.
         learnable: denoising steps of an image that can be learned from.
+        together: how many of a batch's denoising steps go through one forward. If several, the rollout's forwards had
+            other rows, so its log-probs are not met again to the last bit: the first update takes its own for them.
     """
 
     accelerator: Accelerator
@@ -33,35 +39,43 @@ class Update:
     schedule: VarianceSchedule
     learnable: int
     health: Health
+    together: int = 1
 
-    def __call__(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
-        """One optimiser step on the mean loss over samples and denoising steps."""
-        engine, algorithm = self.engine, self.algorithm
-        items = [(batch, stored) for batch in batches for stored in batch.trajectory.steps]
+    def __call__(self, batches: Sequence[Batch], step: int, *, first: bool = True) -> dict[str, float]:
+        """One optimiser step on the mean loss over samples and denoising steps.
+
+        Args:
+            first: of those on this rollout.
+        """
+        engine = self.engine
+        chunks = [
+            (batch, batch.trajectory.steps[place : place + self.together])
+            for batch in batches
+            for place in range(0, len(batch.trajectory.steps), self.together)
+        ]
+        items = sum(len(steps) for _, steps in chunks)
         totals = torch.zeros(4, device=self.accelerator.device)
         faults: list[str] = []
         faulty = False
-        for number, (batch, stored) in enumerate(items):
-            last = number + 1 == len(items)
+        for number, (batch, steps) in enumerate(chunks):
+            last = number + 1 == len(chunks)
             with engine.synchronised(last):
                 with self.accelerator.autocast():
-                    policy, reference = step_gaussians(
-                        engine.wrapped, self.denoiser, self.schedule, stored, batch.trajectory.conditioning
+                    gaussians = step_gaussians(
+                        engine.wrapped, self.denoiser, self.schedule, steps, batch.trajectory.conditioning
                     )
-                kl = torch.zeros(()) if reference is None else policy.kl(reference)
-                values = algorithm.loss(policy, reference, stored)
-                values = values + algorithm.beta * kl if algorithm.beta else values
-                finite = torch.isfinite(values)
-                if not bool(finite.all()):
-                    faults += [prompt for prompt, good in zip(batch.prompts, finite.tolist(), strict=True) if not good]
+                losses = []
+                for (policy, reference), stored in zip(gaussians, steps, strict=True):
+                    if first and self.together > 1 and isinstance(stored, SampledStep):
+                        stored.log_prob.copy_(policy.log_prob(stored.x_s).detach())
+                    values, measured_here = self._loss(policy, reference, stored)
+                    good = torch.isfinite(values).tolist()
+                    faults += [prompt for prompt, fine in zip(batch.prompts, good, strict=True) if not fine]
+                    totals += measured_here.to(totals)
+                    losses.append(values.mean())
                 if last:  # before the last backward, which with DeepSpeed cannot be taken back
                     faulty = self._not_finite("a loss that is not finite", step, faults)
-                engine.backward(values.mean() / len(items), last=last)
-            kept = getattr(stored, "kept", None)
-            share = torch.ones(()) if kept is None else kept.float().mean()
-            totals += torch.stack(
-                [part.detach().to(totals) for part in (values.mean(), kl.mean(), share, totals.new_ones(()))]
-            )
+                engine.backward(torch.stack(losses).sum() / items, last=last)
         norm = engine.clip()
         if norm is not None and not math.isfinite(norm) and not faulty and not engine.scaled:
             everyone = [prompt for batch in batches for prompt in batch.prompts]
@@ -79,9 +93,19 @@ class Update:
             "gradient_norm": norm if norm is not None else math.nan,
             "learning_rate": engine.rate.get_last_lr()[0],
         }
-        if algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
+        if self.algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
             measured["kl"] = kl_sum / count * self.learnable
         return measured
+
+    def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: Any) -> tuple[Tensor, Tensor]:
+        """The loss of each sample of one denoising step; and its mean, that of the KL, the share kept, and 1."""
+        kl = torch.zeros(()) if reference is None else policy.kl(reference)
+        values = self.algorithm.loss(policy, reference, stored)
+        values = values + self.algorithm.beta * kl if self.algorithm.beta else values
+        kept = getattr(stored, "kept", None)
+        share = torch.ones(()) if kept is None else kept.float().mean()
+        parts = (values.mean(), kl.mean(), share, torch.ones(()))
+        return values, torch.stack([part.detach().to(values) for part in parts])
 
     def _not_finite(self, what: str, step: int, own: list[str]) -> bool:
         """Whether any process has something that is not finite; told with the prompts of all."""

@@ -1,7 +1,7 @@
 """The ways to take one optimiser step that the benchmark of training has, each ready to run on one model."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class TrainingBenchmark:
         candidates: of dpo.
         repeats: rounds, of which the median counts, after one that warms up.
         resolution: pixels; by default the model's own.
+        timesteps_per_forward: above 1 further rows of ours, with so many denoising steps in one forward of the loss.
         timestep_fraction: below 1 a further row of ours, and of ddpo-pytorch, that learns from this share of the steps.
         compile: `regional` or `full` for a further row of ours; all others are eager.
         gradient_checkpointing: of all ways.
@@ -62,6 +63,7 @@ class TrainingBenchmark:
     repeats: int = 3
     resolution: int | None = None
     timestep_fraction: float = 1.0
+    timesteps_per_forward: int = 1
     compile: str = "no"
     gradient_checkpointing: bool = False
     device: str = "cpu"
@@ -77,7 +79,8 @@ class TrainingBenchmark:
         if not self.algorithms or (strange := [name for name in self.algorithms if name not in RIVALS]):
             found = repr(strange[0]) if self.algorithms else "none"
             raise ValueError(f"algorithms: {found}; expected some of {', '.join(RIVALS)}")
-        for name, least in (("images", 1), ("steps", 1), ("candidates", 2), ("repeats", 1), ("threads", 1)):
+        bounds = (("images", 1), ("steps", 1), ("candidates", 2), ("repeats", 1), ("threads", 1))
+        for name, least in (*bounds, ("timesteps_per_forward", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} {value}; expected {least} or more")
@@ -100,6 +103,7 @@ class Row:
         fraction: share of the denoising steps that are learned from.
         compile: `no`, `regional` or `full`.
         kl: of ours, whether the loss of DDPO has a KL to the base; ddpo-pytorch's has none.
+        together: of ours, denoising steps in one forward of the loss.
     """
 
     algorithm: str
@@ -107,12 +111,14 @@ class Row:
     fraction: float = 1.0
     compile: str = "no"
     kl: bool = True
+    together: int = 1
 
     @property
     def name(self) -> str:
         """The way with what is special about it."""
         more = [] if self.kl else ["no KL"]
         more += [f"{self.fraction:g} of the steps"] if self.fraction < 1 else []
+        more += [f"{self.together} steps a forward"] if self.together > 1 else []
         more += [f"{self.compile} compile"] if self.compile != "no" else []
         return ", ".join([self.way, *more])
 
@@ -127,9 +133,14 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
         rows += [Row(algorithm, RIVALS[algorithm]), Row(algorithm, OURS)]
         if algorithm == "ddpo":
             rows.append(Row(algorithm, OURS, kl=False))
+        if (together := settings.timesteps_per_forward) > 1:
+            rows += [replace(row, together=together) for row in rows if row.algorithm == algorithm and row.way == OURS]
         if settings.timestep_fraction < 1:
             ways = (RIVALS["ddpo"], OURS) if algorithm == "ddpo" else (OURS,)  # SPO has no such setting
-            rows += [Row(algorithm, way, fraction=settings.timestep_fraction) for way in ways]
+            rows += [
+                Row(algorithm, way, fraction=settings.timestep_fraction, together=together if way == OURS else 1)
+                for way in ways
+            ]
         if settings.compile != "no":
             rows.append(Row(algorithm, OURS, compile=settings.compile))
     return rows
@@ -174,6 +185,7 @@ def ours(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> 
         sample_num_steps=settings.steps,
         resolution=settings.resolution,
         train_timestep_fraction=row.fraction,
+        timesteps_per_forward=row.together,
         compile=row.compile,
         gradient_checkpointing=settings.gradient_checkpointing,
         lora_target_modules=list(ATTENTION),
