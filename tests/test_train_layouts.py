@@ -43,7 +43,12 @@ SETTINGS = {
 }
 OWN = {
     "ddpo": {"num_generations": 4, "num_inner_epochs": 2, "lr_scheduler": "constant_with_warmup"},
-    "dpo": {"num_candidates": 2, "train_timestep_fraction": 0.7, "lr_scheduler": "cosine"},
+    "dpo": {
+        "num_candidates": 2,
+        "train_timestep_fraction": 0.7,
+        "timesteps_per_forward": 2,
+        "lr_scheduler": "cosine",
+    },
 }
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]

@@ -122,7 +122,8 @@ class Run:
         self.schedule = settings.initial_schedule()
         self.policy = Policy(unet, settings.name, self.schedule).to(accelerator.device)
         self.engine = Engine(accelerator, self.policy, settings)
-        shared = settings.timesteps_per_forward > 1 and settings.compile == "no"  # its hooks would be compiled anew
+        # its hooks would be compiled anew each time, and take partitioned weights out of the order they are gathered in
+        shared = settings.timesteps_per_forward > 1 and settings.compile == "no" and not self.engine.partitioned
         denoiser = Denoiser.from_pipeline(
             self.pipeline,
             guidance=settings.guidance,

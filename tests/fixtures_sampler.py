@@ -1,0 +1,72 @@
+"""Three adapters of one tiny base, with etas, ranks and betas of their own, for tests of the sampler."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.variance import EtaSchedule
+from tests.fixtures_tiny import BETAS, LATENT, generators, save_adapter
+
+PROMPTS = ["a red apple on a blue background", "a fox on a green background"]
+SCALE = 3.0  # of the guidance
+ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}
+BETA = {"a": 0.1, "b": 0.2, "c": 0.4}
+RANKS = {"a": 1, "b": 2, "c": 4}
+REFERENCE = 0.6
+WEIGHTS = {"a": 0.5, "b": 0.3, "c": 0.2}
+# ᾱ of Stable Diffusion's scheduler.
+ALPHA_BAR = np.cumprod(1 - np.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2)
+
+
+def save_three_adapters(root: Path, base: Path) -> dict[str, Path]:
+    """A folder an adapter."""
+    for seed, name in enumerate(ETAS):
+        save_adapter(
+            root / name,
+            base,
+            name,
+            rank=RANKS[name],
+            alpha=3,
+            seed=seed,
+            variance=EtaSchedule(eta=ETAS[name]),
+            beta=BETA[name],
+            guidance_scale=SCALE,
+        )
+    return {name: root / name for name in ETAS}
+
+
+def save_set(output: Path, folders: dict[str, Path]) -> Path:
+    create_set(output, list(folders.values()), reference=EtaSchedule(eta=REFERENCE))
+    return output
+
+
+def changed(sampler, *, reference=None, guidance=None, path=None, **schedules):
+    """A sampler of the same models with other schedules, guidance or path."""
+    return replace(
+        sampler,
+        objectives=tuple(replace(o, variance=schedules.get(o.name, o.variance)) for o in sampler.objectives),
+        reference=reference or sampler.reference,
+        denoiser=replace(
+            sampler.denoiser, guidance=guidance or sampler.denoiser.guidance, path=path or sampler.denoiser.path
+        ),
+    )
+
+
+def latents(sampler, prompts, weights=None, *, seeds=None, **options):
+    seeds = range(len(prompts)) if seeds is None else seeds
+    return sampler.sample(
+        prompts, weights, generator=generators(*seeds), output_type="latent", progress=False, **options
+    )
+
+
+def noise(seed, batch=2):
+    return torch.randn((batch, *LATENT), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_near(got, expected, tolerance=1e-5):
+    """Within `tolerance` of the largest value: latents of a random UNet are not of unit size."""
+    expected = torch.as_tensor(expected, dtype=got.dtype)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance * max(1, float(expected.abs().max())))
