@@ -170,7 +170,7 @@ def test_a_run_trains_the_same_adapter(run_training, tiny_base, algorithm, guida
     kind, make = (DPO, DPOSettings) if algorithm == "dpo" else (DDPO, DDPOSettings)
     own = dict(num_generations=2, num_inner_epochs=2) if algorithm == "ddpo" else {}
     adapters = []
-    for number in (1, 2, 3):
+    for number in (1, 2):
         common = COMMON | {"output_dir": f"out-{number}", "sample_num_steps": 5, "learning_rate": 1e-3}
         adapters.append(
             trained(
@@ -186,11 +186,10 @@ def test_a_run_trains_the_same_adapter(run_training, tiny_base, algorithm, guida
                 ),
             )
         )
-    apart, *others = adapters
+    apart, joined = adapters
     assert max(float(value.abs().max()) for name, value in apart.items() if "lora_B" in name or ".up." in name) > 1e-4
-    for other in others:
-        for name, value in apart.items():
-            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6, msg=name)
+    for name, value in apart.items():
+        torch.testing.assert_close(joined[name], value, rtol=0, atol=1e-6, msg=name)
 
 
 def test_there_are_as_few_forwards_as_that(run_training, tiny_base):

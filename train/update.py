@@ -18,7 +18,7 @@ from stepfuse.train.collect import Batch
 from stepfuse.train.engine import Engine
 from stepfuse.train.health import Health, listed
 from stepfuse.train.lora import step_gaussians
-from stepfuse.train.rollout import SampledStep
+from stepfuse.train.rollout import NoisedPairs, SampledStep, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +60,14 @@ class Update:
         for number, (batch, steps) in enumerate(chunks):
             last = number + 1 == len(chunks)
             with engine.synchronised(last):
-                with self.accelerator.autocast():
-                    gaussians = step_gaussians(
-                        engine.wrapped, self.denoiser, self.schedule, steps, batch.trajectory.conditioning
-                    )
                 losses = []
-                for (policy, reference), stored in zip(gaussians, steps, strict=True):
+                for (policy, reference), stored in zip(self._gaussians(batch, steps), steps, strict=True):
                     if first and self.together > 1 and isinstance(stored, SampledStep):
                         stored.log_prob.copy_(policy.log_prob(stored.x_s).detach())
-                    values, measured_here = self._loss(policy, reference, stored)
+                    values, parts = self._loss(policy, reference, stored)
                     good = torch.isfinite(values).tolist()
                     faults += [prompt for prompt, fine in zip(batch.prompts, good, strict=True) if not fine]
-                    totals += measured_here.to(totals)
+                    totals += parts.to(totals)
                     losses.append(values.mean())
                 if last:  # before the last backward, which with DeepSpeed cannot be taken back
                     faulty = self._not_finite("a loss that is not finite", step, faults)
@@ -96,6 +92,14 @@ class Update:
         if self.algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
             measured["kl"] = kl_sum / count * self.learnable
         return measured
+
+    def _gaussians(
+        self, batch: Batch, steps: Sequence[Step | NoisedPairs]
+    ) -> Sequence[tuple[Gaussian, Gaussian | None]]:
+        with self.accelerator.autocast():
+            return step_gaussians(
+                self.engine.wrapped, self.denoiser, self.schedule, steps, batch.trajectory.conditioning
+            )
 
     def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: Any) -> tuple[Tensor, Tensor]:
         """The loss of each sample of one denoising step; and its mean, that of the KL, the share kept, and 1."""
