@@ -31,7 +31,7 @@ def test_what_is_said_of_dpo_and_the_goal_is_what_was_measured() -> None:
 def test_what_is_said_of_ddpo_and_the_goal_is_what_was_measured() -> None:
     assert "So has a step of DDPO without a KL" in TOLD
     assert "on the embedded base, with memory within 2 % of its; it just misses it on the larger one" in TOLD
-    assert "With a KL it has it on neither" in TOLD
+    assert "With a KL DDPO has it on neither" in TOLD
     assert "With one step a forward it has it nowhere" in TOLD
     emoji, larger = rows("emoji.json"), [rows("sd15.json"), rows("sd15-ddpo.json")]
     best, rival = emoji["ddpo", "stepfuse, no KL, 2 steps a forward"], emoji["ddpo", "ddpo-pytorch"]
@@ -42,3 +42,14 @@ def test_what_is_said_of_ddpo_and_the_goal_is_what_was_measured() -> None:
     for measured in (emoji, *larger):
         for name in ("stepfuse, 2 steps a forward", "stepfuse, no KL", "stepfuse"):
             assert measured["ddpo", name]["ratio"] < 1.5
+
+
+def test_what_is_said_of_memory_is_what_was_measured() -> None:
+    assert (
+        "two steps a forward take 3,409 MB to ddpo-pytorch's 3,568, and 3,467 to SPO's 5,982 (`sd15-memory.json`"
+        in TOLD
+    )
+    memory = {key: round(row["peak_memory_mb"]) for key, row in rows("sd15-memory.json").items()}
+    assert memory["ddpo", "stepfuse, no KL, 2 steps a forward"] == 3409
+    assert memory["ddpo", "ddpo-pytorch"] == 3568
+    assert (memory["dpo", "stepfuse, 2 steps a forward"], memory["dpo", "SPO"]) == (3467, 5982)
