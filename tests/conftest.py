@@ -101,6 +101,20 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """An accelerator and chance of its own for what needs one outside a run of main()."""
+    import torch
+
+    from tests.fixtures_training import forget_accelerator
+
+    forget_accelerator()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+    forget_accelerator()
+
+
+@pytest.fixture
 def run_training(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
 ) -> Iterator[Callable]:

@@ -1,5 +1,7 @@
 """Three adapters of one tiny base, with etas, ranks and betas of their own, for tests of the sampler."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +9,7 @@ import numpy as np
 import torch
 
 from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from tests.fixtures_tiny import BETAS, LATENT, generators, save_adapter
 
@@ -41,6 +44,15 @@ def save_three_adapters(root: Path, base: Path) -> dict[str, Path]:
 def save_set(output: Path, folders: dict[str, Path]) -> Path:
     create_set(output, list(folders.values()), reference=EtaSchedule(eta=REFERENCE))
     return output
+
+
+@contextmanager
+def counted_forwards(sampler: FusedSampler) -> Iterator[Callable[[], int]]:
+    """Call what it yields for the number of forwards so far."""
+    calls: list[int] = []
+    hook = sampler.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    yield lambda: len(calls)
+    hook.remove()
 
 
 def changed(sampler, *, reference=None, guidance=None, path=None, **schedules):

@@ -23,6 +23,7 @@ from stepfuse.scripts.build_set import ALONE
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import branching_rollout, sample_generator
+from stepfuse.train.settings import DDPOSettings
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
 COMMON = {
@@ -138,6 +139,27 @@ class PolicyWorld:
     def gaussians(self, step):
         (both,) = step_gaussians(self.policy, self.denoiser, self.schedule, [step], self.conditioning)
         return both
+
+
+class Watched:
+    """An algorithm that keeps the log-ratio to the rollout, and to the reference, of each loss."""
+
+    def __init__(self, algorithm):
+        self.algorithm, self.ratios, self.kl = algorithm, [], []
+
+    def __getattr__(self, name):
+        return getattr(self.algorithm, name)
+
+    def loss(self, policy, reference, step):
+        self.ratios.append((policy.log_prob(step.x_s) - step.log_prob).tolist())
+        self.kl.append(policy.kl(reference).mean().item())
+        return self.algorithm.loss(policy, reference, step)
+
+
+def two_epochs(base: Path, **own) -> DDPOSettings:
+    """Two rollouts of three denoising steps, two updates on each."""
+    common = COMMON | {"pretrained_model_name_or_path": str(base), "num_generations": 2}
+    return DDPOSettings(**common, num_inner_epochs=2, max_train_steps=4, **own)
 
 
 def forget_accelerator():

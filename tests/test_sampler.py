@@ -24,6 +24,7 @@ from tests.fixtures_sampler import (
     WEIGHTS,
     assert_near,
     changed,
+    counted_forwards,
     latents,
     noise,
     save_set,
@@ -77,11 +78,8 @@ def separate(base, folders):
 
 @pytest.fixture
 def count_forwards(sampler):
-    """Call it for the number of forwards so far."""
-    calls = []
-    hook = sampler.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
-    yield lambda: len(calls)
-    hook.remove()
+    with counted_forwards(sampler) as count:
+        yield count
 
 
 def direct_prediction(pipelines, name, x_t, t, prompts, guidance):

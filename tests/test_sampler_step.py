@@ -16,6 +16,7 @@ from tests.fixtures_sampler import (
     WEIGHTS,
     assert_near,
     changed,
+    counted_forwards,
     latents,
     noise,
     save_set,
@@ -42,11 +43,8 @@ def sampler(set_folder):
 
 @pytest.fixture
 def count_forwards(sampler):
-    """Call it for the number of forwards so far."""
-    calls = []
-    hook = sampler.pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
-    yield lambda: len(calls)
-    hook.remove()
+    with counted_forwards(sampler) as count:
+        yield count
 
 
 # The fused step.

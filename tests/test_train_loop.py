@@ -9,12 +9,14 @@ from safetensors.torch import load_file
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
-from stepfuse.train.settings import DDPOSettings, DPOSettings
+from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import (
     COMMON,
     MAIN,
+    Watched,
     forget_accelerator,
     refused_by,
+    two_epochs,
 )
 
 REWARDS = """
@@ -149,36 +151,12 @@ def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_
 # Precision
 
 
-class Watched:
-    """An algorithm that keeps the log-ratio to the rollout, and to the reference, of each loss."""
-
-    def __init__(self, algorithm):
-        self.algorithm, self.ratios, self.kl = algorithm, [], []
-
-    def __getattr__(self, name):
-        return getattr(self.algorithm, name)
-
-    def loss(self, policy, reference, step):
-        self.ratios.append((policy.log_prob(step.x_s) - step.log_prob).tolist())
-        self.kl.append(policy.kl(reference).mean().item())
-        return self.algorithm.loss(policy, reference, step)
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])
 def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(
     run_training, tiny_base, precision, guidance
 ):
-    settings = DDPOSettings(
-        **COMMON,
-        pretrained_model_name_or_path=str(tiny_base),
-        num_generations=2,
-        num_inner_epochs=2,
-        max_train_steps=4,
-        mixed_precision=precision,
-        guidance=guidance,
-        variance="learned",
-    )
+    settings = two_epochs(tiny_base, mixed_precision=precision, guidance=guidance, variance="learned")
     watched = Watched(DDPO(settings))
     forget_accelerator()
     train(settings, watched)
