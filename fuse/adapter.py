@@ -16,17 +16,17 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepfuse.fuse.lora_file import LoRAFile, check_finite, check_fits, open_lora
+from stepfuse.fuse.manifest import FORMAT_VERSION, read_json, write_json
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
 from stepfuse.rewards.shaping import Shaping
 
-FORMAT_VERSION = 1
 WEIGHTS = "pytorch_lora_weights.safetensors"
 OBJECTIVE = "objective.json"
 GUIDANCE = ("shared", "full", "off")
@@ -82,6 +82,10 @@ class Adapter:
         num_inference_steps: denoising steps of its training.
         sha256: hash of the weights file.
         record: algorithm, reward before and after, KL spent, configuration, versions.
+        gain: of the mean reward over the base, `mean` and the bounds of its 95 % interval `low` and `high`.
+        reward_version: of the reward it was trained on.
+        license: of its weights, as the hub abbreviates it.
+        source: where it came from, if it was not trained here.
     """
 
     folder: Path
@@ -92,6 +96,10 @@ class Adapter:
     num_inference_steps: int
     sha256: str
     record: dict[str, Any] = field(default_factory=dict)
+    gain: dict[str, Any] | None = None
+    reward_version: str | None = None
+    license: str | None = None
+    source: str | None = None
 
     @property
     def name(self) -> str:
@@ -110,11 +118,14 @@ def write_adapter(
     num_inference_steps: int,
     record: dict[str, Any],
     pipeline_class: type[DiffusionPipeline],
+    license: str | None = None,
+    source: str | None = None,
 ) -> Adapter:
     """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last.
 
     Args:
         state: its tensors in peft's names, whole; by default as they are on the UNet.
+        license, source: see `Adapter`.
 
     Raises:
         ValueError: for tensors that are empty or not finite: nothing is written then.
@@ -145,6 +156,8 @@ def write_adapter(
         "base": base,
         "sha256": file_hash(folder / WEIGHTS),
         "record": record,
+        "license": license,
+        "source": source,
     }
     write_json(folder / OBJECTIVE, values)
     return read_adapter(folder)
@@ -163,18 +176,16 @@ def _sort_metadata(file: Path) -> None:
     aside.replace(file)
 
 
-def copy_adapter(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
-    """Copy an adapter's files; with `half` its weights in float16, metadata kept and the hash written anew."""
+def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
+    """Copy an adapter's weights; with `half` in float16, metadata kept."""
     if not half:
-        for name in (WEIGHTS, OBJECTIVE):
-            shutil.copyfile(adapter.folder / name, folder / name)
+        shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
         return
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
         weights = {key: tensors.get_tensor(key).half() for key in tensors.keys()}  # noqa: SIM118
         save_file(weights, folder / WEIGHTS, metadata=tensors.metadata())
-    check_weights(folder / WEIGHTS)  # what float16 cannot hold became infinite
-    values = read_json(adapter.folder / OBJECTIVE, "an adapter folder, as training leaves it")
-    write_json(folder / OBJECTIVE, values | {"sha256": file_hash(folder / WEIGHTS)})
+    _sort_metadata(folder / WEIGHTS)
+    check_finite(folder / WEIGHTS)  # what float16 cannot hold became infinite
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -202,17 +213,28 @@ def read_adapter(folder: str | Path) -> Adapter:
             num_inference_steps=check_steps(values["num_inference_steps"]),
             sha256=values["sha256"],
             record=_check_record(values.get("record", {})),
+            license=values.get("license"),
+            source=values.get("source"),
         )
     except KeyError as error:
         raise ValueError(f"{file} has no {error.args[0]!r}; train or create the adapter again") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from error
-    check_weights(folder / WEIGHTS)
-    if file_hash(folder / WEIGHTS) != adapter.sha256:
-        raise ValueError(
-            f"{folder / WEIGHTS} is not the file that {OBJECTIVE} records (sha256 differs); fetch it again"
-        )
+    check_adapter(adapter)
     return adapter
+
+
+def check_adapter(adapter: Adapter) -> None:
+    """See that an adapter's file is a whole LoRA of a UNet, of finite numbers, and the one that was recorded.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    file = adapter.folder / WEIGHTS
+    check_parts(open_lora(file))
+    if file_hash(file) != adapter.sha256:
+        raise ValueError(f"{file} is not the file that was recorded (sha256 differs); fetch it again")
+    check_finite(file)
 
 
 def check_base(base: Any) -> dict[str, Any]:
@@ -240,83 +262,69 @@ def _check_record(record: Any) -> dict[str, Any]:
     return record
 
 
-def check_weights(file: Path) -> None:
-    """Open a safetensors file and see that every tensor is whole and finite.
-
-    Raises:
-        ValueError: naming the file, and the tensor where one is at fault.
-    """
-    if not file.is_file():
-        raise ValueError(f"no LoRA weights at {file}")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = list(tensors.keys())
-            for name in names:
-                if not bool(torch.isfinite(tensors.get_tensor(name)).all()):
-                    raise ValueError(f"{file}: tensor {name} has values that are not finite; train the adapter again")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
-    if not names:
-        raise ValueError(f"{file} holds no tensors; train the adapter again")
-
-
 def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
     """Put an adapter on the pipeline's UNet under its objective's name, and verify that every tensor arrived.
 
+    The header is checked against the UNet before a tensor is read, and the tensors are those of the recorded hash.
+
     Raises:
-        ValueError: for an adapter of another base, or weights that did not all load.
+        ValueError: for an adapter of another base, or with a part that is not of the UNet, and for weights that are not
+            those recorded or did not all load.
     """
     if not same_base(adapter.base, fingerprint):
         raise ValueError(
             f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
             f"{adapter.base.get('name_or_path')!r}; load that one"
         )
+    lora = open_lora(adapter.folder / WEIGHTS)
+    check_parts(lora)
+    check_fits(lora, "unet", pipeline.unet)
+    put_on(pipeline, adapter.name, lora, lora.read(adapter.sha256))
+
+
+def put_on(pipeline: DiffusionPipeline, name: str, lora: LoRAFile, state: dict[str, Tensor]) -> None:
+    """Put a file's tensors on the UNet, with peft's configuration made of its checked header alone.
+
+    Raises:
+        ValueError: naming a tensor that did not arrive.
+    """
+    config = {f"unet.{key}": value for key, value in lora.config("unet").items()}
     with warnings.catch_warnings():
         # peft warns of a second adapter on one model: that is what a set is.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        pipeline.load_lora_weights(adapter.folder, weight_name=WEIGHTS, adapter_name=adapter.name)
-    loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=adapter.name)
-    file = adapter.folder / WEIGHTS
-    with safe_open(file, framework="pt") as tensors:
-        stored = {key.removeprefix("unet."): tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
-    given = convert_unet_state_dict_to_peft(stored)  # files from elsewhere may hold the older names
+        pipeline.load_lora_into_unet(
+            state,
+            network_alphas=None,
+            unet=pipeline.unet,
+            adapter_name=name,
+            metadata=config,
+            _pipeline=pipeline,
+            low_cpu_mem_usage=True,  # or peft draws random weights first
+        )
+    loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=name)
+    given = {key.removeprefix("unet."): value for key, value in state.items()}
     for key in given.keys() | loaded.keys():
         if (
             key not in given
             or key not in loaded
             or not torch.equal(loaded[key].cpu(), given[key].to(loaded[key].dtype))
         ):
-            raise ValueError(f"{file}: LoRA tensor {key} did not load into the base {adapter.base['name_or_path']!r}")
+            raise ValueError(f"{lora.file}: LoRA tensor {key} did not load")
+
+
+def check_parts(lora: LoRAFile) -> None:
+    """See that a file is of the UNet alone.
+
+    Raises:
+        ValueError: for parts of text encoders.
+    """
+    if others := [part for part in lora.layers if part != "unet"]:
+        raise ValueError(
+            f"{lora.file} is of the {others[0]} too; fused adapters share one embedding of the prompt, so they can "
+            "be of the UNet only: `stepfuse set import --unet_only` leaves the rest out, which changes what it does"
+        )
 
 
 def file_hash(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_json(file: Path, values: dict[str, Any]) -> None:
-    """Write aside and rename: a reader never sees half a file."""
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    aside.replace(file)
-
-
-def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object of the current format version.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    if not file.is_file():
-        raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {values.get('format_version')!r}; this stepfuse reads {FORMAT_VERSION}"
-        )
-    return values

@@ -1,39 +1,44 @@
 """An adapter set: one base, N adapters, and what is needed to fuse them rightly, as a folder.
 
 SET/
-  adapter_set.json     base, reference schedule, guidance, steps, default weights, the adapters' hashes
-  NAME/                one adapter folder an objective
+  adapter_set.json                        all that is known of it; docs/adapter-set.md
+  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it
 """
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from stepfuse.data import emoji
 from stepfuse.fuse.adapter import (
-    FORMAT_VERSION,
-    WEIGHTS,
+    OBJECTIVE,
     Adapter,
     Objective,
-    check_base,
-    check_guidance,
-    check_steps,
-    copy_adapter,
-    file_hash,
+    check_adapter,
+    copy_weights,
     read_adapter,
+)
+from stepfuse.fuse.entries import adapter_from_entry, adapter_to_entry, check_entry
+from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict
+from stepfuse.fuse.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    check_files,
+    check_schema,
+    inside,
     read_json,
     write_json,
 )
-from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule, schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.weights import weight_table
 from stepfuse.rewards.weighted import Term, parse_terms
 
-MANIFEST = "adapter_set.json"
+PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 
 
@@ -64,8 +69,11 @@ class AdapterSet:
         guidance_scale: g.
         num_inference_steps: default number of denoising steps.
         default_weights: by objective name.
+        default_rule: how it is meant to be fused.
         oracles: adapters trained on mixtures of the rewards, to compare fusion with.
         profiles: how far a soup is from the product at each step, as `stepfuse set profile` measured it.
+        evaluation: gains over the base that an evaluation measured.
+        versions: of the packages it was made with.
     """
 
     base: dict[str, Any]
@@ -75,8 +83,11 @@ class AdapterSet:
     guidance_scale: float
     num_inference_steps: int
     default_weights: dict[str, float]
+    default_rule: str = "product"
     oracles: tuple[OracleAdapter, ...] = ()
     profiles: tuple[GapProfile, ...] = ()
+    evaluation: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def reward_scales(self) -> dict[str, float]:
@@ -95,6 +106,11 @@ class AdapterSet:
     def names(self) -> list[str]:
         return [adapter.name for adapter in self.adapters]
 
+    @property
+    def everyone(self) -> tuple[Adapter, ...]:
+        """The adapters, and then the oracles."""
+        return (*self.adapters, *(oracle.adapter for oracle in self.oracles))
+
 
 def create_set(
     output: str | Path,
@@ -103,6 +119,8 @@ def create_set(
     oracles: Sequence[str | Path] = (),
     reference: VarianceSchedule | None = None,
     half: bool = False,
+    base_license: str | None = None,
+    license: str | None = None,
     overwrite: bool = False,
 ) -> AdapterSet:
     """Copy trained adapters into a new set; the output is written whole or not at all.
@@ -110,17 +128,21 @@ def create_set(
     Guidance and steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
     sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
 
+    Args:
+        folders, oracles: folders that training left, or those of adapters in other sets.
+        base_license, license: of the base, and of adapters that do not state theirs, as the hub abbreviates them.
+
     Raises:
         ValueError: for no adapters, two of one name, adapters of different bases or guidance, an oracle
             of other rewards, or an output folder that is not empty.
     """
     output = Path(output)
     claim_output(output, overwrite=overwrite)
-    adapters = [read_adapter(folder) for folder in folders]
+    adapters = [_licensed(find_adapter(folder), license) for folder in folders]
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
-    extra = [read_adapter(folder) for folder in oracles]
+    extra = [_licensed(find_adapter(folder), license) for folder in oracles]
     weights = [{name: term.weight for name, term in _oracle_terms(oracle, adapters).items()} for oracle in extra]
     everyone = [*adapters, *extra]
     for adapter in everyone[1:]:
@@ -141,21 +163,22 @@ def create_set(
     try:
         for adapter in everyone:
             (aside / adapter.name).mkdir(parents=True)
-            copy_adapter(adapter, aside / adapter.name, half=half)
-        write_json(
-            aside / MANIFEST,
-            {
-                "format_version": FORMAT_VERSION,
-                "base": first.base,
-                "reference": schedule_to_dict(reference or EtaSchedule(eta=1.0)),
-                "guidance": first.guidance,
-                "guidance_scale": first.guidance_scale,
-                "num_inference_steps": max(adapter.num_inference_steps for adapter in adapters),
-                "default_weights": {adapter.name: 1 / len(adapters) for adapter in adapters},
-                "adapters": [_entry(aside, a) for a in adapters],
-                "oracles": [_entry(aside, a) | {"weights": w} for a, w in zip(extra, weights, strict=True)],
-            },
+            copy_weights(adapter, aside / adapter.name, half=half)
+        created = AdapterSet(
+            base=first.base | ({"license": base_license} if base_license else {}),
+            adapters=tuple(adapters),
+            reference=reference or EtaSchedule(eta=1.0),
+            guidance=first.guidance,
+            guidance_scale=first.guidance_scale,
+            num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
+            default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
+            oracles=tuple(
+                OracleAdapter(adapter=oracle, weights=own, scales={})
+                for oracle, own in zip(extra, weights, strict=True)
+            ),
+            versions={name: version(name) for name in PACKAGES},
         )
+        save_manifest(aside, created)
         load_set(aside)
         if output.exists():
             shutil.rmtree(output)
@@ -164,6 +187,45 @@ def create_set(
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return load_set(output)
+
+
+def find_adapter(folder: str | Path) -> Adapter:
+    """An adapter in a folder of its own, as training leaves it, or in that of a set.
+
+    Raises:
+        ValueError: naming the file at fault.
+    """
+    folder = Path(folder)
+    if not (folder / OBJECTIVE).exists() and (folder.parent / MANIFEST).is_file():
+        for adapter in load_set(folder.parent).everyone:
+            if adapter.folder.name == folder.name:
+                return adapter
+    return read_adapter(folder)
+
+
+def save_manifest(folder: Path, loaded: AdapterSet) -> None:
+    """Write the manifest of a set whose weights lie in the folder; what `load_set` reads again."""
+    write_json(
+        folder / MANIFEST,
+        {
+            "format_version": FORMAT_VERSION,
+            "base": loaded.base,
+            "reference": schedule_to_dict(loaded.reference),
+            "guidance": loaded.guidance,
+            "guidance_scale": loaded.guidance_scale,
+            "num_inference_steps": loaded.num_inference_steps,
+            "default_weights": loaded.default_weights,
+            "default_rule": loaded.default_rule,
+            "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
+            "oracles": [
+                {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter, folder)}
+                for oracle in loaded.oracles
+            ],
+            "profiles": [profile_to_dict(profile) for profile in loaded.profiles],
+            "evaluation": loaded.evaluation,
+            "versions": loaded.versions,
+        },
+    )
 
 
 def load_set(folder: str | Path) -> AdapterSet:
@@ -176,49 +238,58 @@ def load_set(folder: str | Path) -> AdapterSet:
         ValueError: naming the file at fault.
     """
     folder = set_folder(folder)
-    file = folder / MANIFEST
+    loaded, entries = read_manifest(folder)
+    check_files(folder)
+    for adapter, entry in zip(loaded.everyone, entries, strict=True):
+        check_entry(adapter, entry)
+        check_adapter(adapter)
+    return loaded
+
+
+def read_manifest(folder: Path) -> tuple[AdapterSet, list[dict[str, Any]]]:
+    """What the manifest of a set says, and its adapters' entries; no weights are looked at.
+
+    Raises:
+        ValueError: naming the manifest and the value at fault.
+    """
+    file = inside(folder, MANIFEST)
     values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
+    check_schema(file, values)
+    mixed = values.get("oracles", [])
+    entries = [*values["adapters"], *(entry["adapter"] for entry in mixed)]
     try:
-        mixed = values.get("oracles", [])
-        entries = [(entry["name"], entry["folder"], entry["sha256"]) for entry in [*values["adapters"], *mixed]]
-        weights = [dict(entry["weights"]) for entry in mixed]
-    except KeyError as error:
-        raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
-    except TypeError as error:
-        raise ValueError(f"{file} is malformed: {error}") from error
-    everyone = tuple(read_adapter(_inside(folder, place)) for _, place, _ in entries)
-    adapters, oracles = everyone[: len(everyone) - len(weights)], everyone[len(everyone) - len(weights) :]
-    try:
+        everyone = [adapter_from_entry(folder, entry, values["base"]) for entry in entries]
+        adapters, oracles = everyone[: len(values["adapters"])], everyone[len(values["adapters"]) :]
         loaded = AdapterSet(
-            base=check_base(values["base"]),
-            adapters=adapters,
+            base=values["base"],
+            adapters=tuple(adapters),
             reference=schedule_from_dict(values["reference"]),
-            guidance=check_guidance(values["guidance"]),
+            guidance=values["guidance"],
             guidance_scale=float(values["guidance_scale"]),
-            num_inference_steps=check_steps(values["num_inference_steps"]),
-            default_weights=dict(values["default_weights"]),
+            num_inference_steps=values["num_inference_steps"],
+            default_weights=values["default_weights"],
+            default_rule=values.get("default_rule", "product"),
             oracles=tuple(
                 OracleAdapter(
                     adapter=oracle,
-                    weights=given,
+                    weights=given["weights"],
                     scales={name: term.scale for name, term in _oracle_terms(oracle, adapters).items()},
                 )
-                for oracle, given in zip(oracles, weights, strict=True)
+                for oracle, given in zip(oracles, mixed, strict=True)
             ),
             profiles=tuple(profile_from_dict(profile) for profile in values.get("profiles", [])),
+            evaluation=values.get("evaluation"),
+            versions=values.get("versions", {}),
         )
+        for key in ("name", "folder"):
+            if len({entry[key] for entry in entries}) < len(entries):
+                raise ValueError(f"two adapters have one {key}")
         measured = [mixture for profile in loaded.profiles for mixture in profile.mixtures]
-        weight_table([loaded.default_weights, *weights, *measured], loaded.names)
-    except KeyError as error:
-        raise ValueError(f"{file} has no {error.args[0]!r}; create the set again") from error
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is malformed: {error}") from error
-    for adapter, (name, place, sha256) in zip(everyone, entries, strict=True):
-        if adapter.name != name or adapter.sha256 != sha256:
-            raise ValueError(f"{file}: adapter {name!r} in {place} is not the one the set was made of; create it again")
-        if not same_base(adapter.base, loaded.base):
-            raise ValueError(f"{file}: adapter {name!r} belongs to another base, {adapter.base.get('name_or_path')!r}")
-    return loaded
+        weight_table([loaded.default_weights, *(own.weights for own in loaded.oracles), *measured], loaded.names)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(str(folder)) else f"{file} is malformed: {told}") from error
+    return loaded, entries
 
 
 def add_profile(folder: str | Path, profile: GapProfile) -> None:
@@ -230,8 +301,39 @@ def add_profile(folder: str | Path, profile: GapProfile) -> None:
     loaded, file = load_set(folder), check_writable(folder)
     same = ("num_inference_steps", "guidance", "guidance_scale")
     others = [p for p in loaded.profiles if any(getattr(p, key) != getattr(profile, key) for key in same)]
-    values = read_json(file, "an adapter set")
-    write_json(file, values | {"profiles": [profile_to_dict(p) for p in (*others, profile)]})
+    save_manifest(file.parent, replace(loaded, profiles=(*others, profile)))
+
+
+def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
+    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its own reward.
+
+    Raises:
+        ValueError: for what is no set, or cannot be written.
+    """
+    loaded, file = load_set(folder), check_writable(folder)
+    evaluation = shorten(summary)
+    alone = {
+        name: cell["gains"].get(name)
+        for name in loaded.names
+        for cell in evaluation["cells"]
+        if cell["rule"] == "product" and cell["strength"] == 1 and cell["weights"] == f"{name}=1"
+    }
+    adapters = tuple(replace(a, gain=alone.get(a.name) or a.gain) for a in loaded.adapters)
+    save_manifest(file.parent, replace(loaded, adapters=adapters, evaluation=evaluation))
+    return load_set(file.parent)
+
+
+def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an evaluation's summary what a manifest keeps: the gain of each cell in each objective's reward."""
+    rewards = summary["objectives"]
+    cells = []
+    for cell in summary["cells"]:
+        gains = {name: cell["rewards"].get(reward, {}).get("gain") for name, reward in rewards.items()}
+        known = {name: {key: gain[key] for key in ("mean", "low", "high")} for name, gain in gains.items() if gain}
+        if known:
+            kept = {key: cell[key] for key in ("rule", "weights", "strength")}
+            cells.append(kept | {"gains": known})
+    return {"prompts": summary["prompts"], "seeds": summary["seeds"], "objectives": dict(rewards), "cells": cells}
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -254,9 +356,8 @@ def set_folder(folder: str | Path) -> Path:
     return Path(folder) if (Path(folder) / MANIFEST).exists() else named
 
 
-def _entry(folder: Path, adapter: Adapter) -> dict[str, Any]:
-    sha256 = file_hash(folder / adapter.name / WEIGHTS)
-    return {"name": adapter.name, "folder": adapter.name, "sha256": sha256}
+def _licensed(adapter: Adapter, license: str | None) -> Adapter:
+    return replace(adapter, license=adapter.license or license)
 
 
 def _oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term]:
@@ -288,10 +389,3 @@ def claim_output(folder: Path, *, overwrite: bool, besides: Sequence[str] = ()) 
         raise ValueError(f"output {folder} is a file; choose another")
     if folder.exists() and not overwrite and any(place.name not in besides for place in folder.iterdir()):
         raise ValueError(f"output {folder} exists and is not empty; choose another or pass --overwrite")
-
-
-def _inside(folder: Path, place: str) -> Path:
-    """A subfolder by its name alone: a manifest may not point outside its set."""
-    if not isinstance(place, str) or Path(place).name != place or place in ("", ".", ".."):
-        raise ValueError(f"{folder / MANIFEST}: adapter folder {place!r}; expected the name of a subfolder")
-    return folder / place

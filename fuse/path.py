@@ -4,10 +4,11 @@ Nothing outside this file knows of which family a model is.
 """
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
@@ -89,6 +90,18 @@ class NoisePath:
             raise ValueError(f"prediction_type {kind!r}; expected one of {', '.join(get_args(PredictionType))}")
         squares = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double()
         return cls(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides alpha_t and sigma_t, and what is predicted, as plain JSON values."""
+        config = self.scheduler.config
+        names = ("num_train_timesteps",)
+        if self.prediction_type != "flow":
+            names += ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one")
+        values = {name: config.get(name) for name in names}
+        table = torch.cat([self.alpha, self.sigma]).to(torch.float32).numpy().tobytes()
+        own = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if config.get("trained_betas") else {}
+        family = "flow" if self.prediction_type == "flow" else "variance_preserving"
+        return {"family": family, "prediction_type": self.prediction_type} | values | own
 
     @property
     def length(self) -> int:

@@ -3,19 +3,25 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.data import emoji
+from stepfuse.fuse.path import NoisePath
 
 EMBEDDED = {"emoji": emoji.PIPELINE}
 
 
-def load_pipeline(name_or_path: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> DiffusionPipeline:
+def load_pipeline(
+    name_or_path: str, *, dtype: torch.dtype = torch.float32, safe: bool = False, **options: Any
+) -> DiffusionPipeline:
     """A Stable Diffusion (1.x, 2.x or XL) pipeline from the hub, a folder, or `emoji`, the embedded base.
 
     No safety checker is loaded; rewards and samplers here want every image.
@@ -23,6 +29,7 @@ def load_pipeline(name_or_path: str, *, dtype: torch.dtype = torch.float32, **op
     Args:
         name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
         dtype: of every component.
+        safe: take weights in safetensors only, as bases that somebody else's set names should be.
         options: passed on, `revision` and `variant` for instance.
 
     Raises:
@@ -38,9 +45,16 @@ def load_pipeline(name_or_path: str, *, dtype: torch.dtype = torch.float32, **op
             f"or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
         ) from error
     options = {k: v for k, v in options.items() if v is not None}
+    if safe:
+        options |= {"use_safetensors": True}
     if "safety_checker" in index:
         options |= {"safety_checker": None, "requires_safety_checker": False}
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **options)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **options)
+    except OSError as error:
+        if not safe:
+            raise
+        raise ValueError(f"{name_or_path!r} cannot be loaded from safetensors: {str(error).splitlines()[0]}") from error
     if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
         raise ValueError(
             f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
@@ -218,6 +232,53 @@ def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
     chosen = [names[i * (len(names) - 1) // 63] for i in range(64)]
     probe = [state[name].flatten()[state[name].numel() // 2].item() for name in chosen]
     return {"architecture": hashlib.sha256(shapes.encode()).hexdigest(), "probe": probe}
+
+
+def describe_base(pipeline: DiffusionPipeline, name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+    """What an adapter says of the base it belongs to.
+
+    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the UNet as it was loaded: its
+    tensors' names and bytes, in the order of names; in another precision it is another.
+    """
+    path = NoisePath.from_scheduler(pipeline.scheduler)
+    return {
+        "name_or_path": name_or_path,
+        "revision": cached_commit(name_or_path, revision) or revision,
+        "weights_sha256": weights_hash(pipeline.unet),
+        "noise_path": path.describe(),
+    } | base_fingerprint(pipeline.unet)
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit that a hub id was loaded at, if it is one and is in the hub's cache."""
+    try:
+        index = try_to_load_from_cache(repository, "model_index.json", revision=revision)
+    except HFValidationError:  # a folder, or a name of ours
+        return None
+    return Path(index).parent.name if isinstance(index, str) else None
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a model without LoRAs."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_path(base: Mapping[str, Any], pipeline: DiffusionPipeline) -> None:
+    """See that a pipeline's noise path is the one an adapter was trained on, where that is recorded.
+
+    Raises:
+        ValueError: naming what is otherwise.
+    """
+    own = NoisePath.from_scheduler(pipeline.scheduler).describe()
+    for key, value in (base.get("noise_path") or {}).items():
+        if own.get(key) != value:
+            raise ValueError(
+                f"the scheduler has {key} {own.get(key)!r} and the set's base {value!r}; load the base's own scheduler"
+            )
 
 
 def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:

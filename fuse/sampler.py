@@ -24,6 +24,7 @@ from stepfuse.fuse.lora_layers import check_factors, check_mergeable, lora_layer
 from stepfuse.fuse.pipeline import (
     Conditioning,
     base_fingerprint,
+    check_path,
     decode_latents,
     encode_prompts,
     execution_device,
@@ -82,7 +83,7 @@ class FusedSampler:
         adapter_set: str | Path | AdapterSet,
         *,
         pipeline: DiffusionPipeline | None = None,
-        rule: str | FusionRule = "product",
+        rule: str | FusionRule | None = None,
         guidance: str | None = None,
         guidance_scale: float | None = None,
         forwards: str = "batched",
@@ -97,7 +98,7 @@ class FusedSampler:
         Args:
             adapter_set: a folder, or a set already read.
             pipeline: the base if it is loaded already; by default the one the set names.
-            rule: a name in `stepfuse.fuse.rules.RULES`, or a rule.
+            rule: a name in `stepfuse.fuse.rules.RULES`, or a rule; by default the set's.
             guidance, guidance_scale: by default those of the set.
             forwards: `batched`, all adapters in one forward, or `separate`, each in one of its own: slower, for kinds
                 of LoRA that have no batched form.
@@ -109,20 +110,24 @@ class FusedSampler:
         Raises:
             ValueError: for a faulty set, a pipeline that is not the set's base, or a rule whose rewards are not there.
         """
-        chosen_rule = get_rule(rule) if isinstance(rule, str) else rule
+        if isinstance(rule, str):
+            rule = get_rule(rule)  # before anything is loaded
         if forwards not in ("batched", "separate"):
             raise ValueError(f"forwards {forwards!r}; expected batched or separate")
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set)
+        chosen_rule = rule or get_rule(adapter_set.default_rule)
         if pipeline is None:
-            pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype)
+            base = adapter_set.base
+            pipeline = load_pipeline(base["name_or_path"], dtype=dtype, revision=base.get("revision"), safe=True)
         if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
             raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
         pipeline.to(device)
         fingerprint = base_fingerprint(pipeline.unet)
         if not same_base(adapter_set.base, fingerprint):
             raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-        adapters = [*adapter_set.adapters, *(oracle.adapter for oracle in adapter_set.oracles)]
+        check_path(adapter_set.base, pipeline)
+        adapters = adapter_set.everyone
         for adapter in adapters:
             load_adapter(pipeline, adapter, fingerprint)
         sampler = cls(

@@ -200,7 +200,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def benchmark(arguments: argparse.Namespace) -> None:
     import torch
 
-    from stepfuse.fuse.adapter import write_json
+    from stepfuse.fuse.manifest import write_json
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table
     from stepfuse.scripts.benchmark.ways import Settings
 
@@ -268,7 +268,7 @@ def reward_serve(arguments: argparse.Namespace) -> None:
 def reward_benchmark(arguments: argparse.Namespace) -> None:
     import torch
 
-    from stepfuse.fuse.adapter import write_json
+    from stepfuse.fuse.manifest import write_json
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.scripts.benchmark.rewards import RewardBenchmark, benchmark_rewards, reward_table
 
@@ -297,7 +297,7 @@ def build(arguments: argparse.Namespace) -> None:
 
 
 def training_benchmark(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.adapter import write_json
+    from stepfuse.fuse.manifest import write_json
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.benchmark.training_ways import TrainingBenchmark
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash, load_adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, create_set, load_set
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
+from stepfuse.fuse.pipeline import base_fingerprint, describe_base, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
@@ -59,6 +59,13 @@ def edit(file, **changes):
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
 
 
+def edit_entry(adapter_set, place, **changes):
+    """Change keys of one adapter's entry in a manifest."""
+    entries = json.loads((adapter_set / MANIFEST).read_text())["adapters"]
+    entries[place] |= changes
+    edit(adapter_set / MANIFEST, adapters=entries)
+
+
 def replace_weights(folder, tensors):
     """Other tensors, and their hash in the record, so that nothing but the tensors is wrong."""
     save_file(tensors, folder / WEIGHTS)
@@ -99,8 +106,7 @@ def test_an_adapter_reads_as_it_was_written(bases, tmp_path, variance, values):
 
 def test_a_set_holds_copies_of_its_adapters_with_their_guidance_and_the_most_steps(adapters, adapter_set, bases):
     for name in ("a", "b"):
-        for file in (WEIGHTS, OBJECTIVE):
-            assert (adapter_set / name / file).read_bytes() == (adapters / name / file).read_bytes()
+        assert (adapter_set / name / WEIGHTS).read_bytes() == (adapters / name / WEIGHTS).read_bytes()
     shutil.rmtree(adapters)
     read = load_set(adapter_set)
     assert read.names == ["a", "b"]
@@ -153,9 +159,9 @@ def test_a_file_that_is_no_json_object_is_named(adapters, adapter_set, text):
         (dict(name="../x"), "'../x'"),
         (dict(name=""), "''"),
         (dict(name=5), OBJECTIVE),
-        (dict(beta=math.inf), "inf"),
+        (dict(beta=math.inf), "Infinity"),
         (dict(beta=-0.1), "-0.1"),
-        (dict(beta=math.nan), "nan"),
+        (dict(beta=math.nan), "NaN"),
         (dict(beta=None), OBJECTIVE),
         (dict(guidance="both"), "'both'"),
         (dict(guidance_scale="strong"), "strong"),
@@ -195,7 +201,7 @@ def test_truncated_weights_are_named(adapter_set):
     whole = file.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        edit(adapter_set / "b" / OBJECTIVE, sha256=file_hash(file))
+        edit_entry(adapter_set, 1, weights={"sha256": file_hash(file), "bytes": max(8, length), "rank": 2})
         with refused(str(file), "truncated"):
             load_set(adapter_set)
 
@@ -264,31 +270,48 @@ def test_a_missing_key_of_a_set_is_named(adapter_set, key):
 @pytest.mark.parametrize("place", ["../a", "..", ".", "", "sub/a", "/a", "a/", 5, None])
 def test_a_manifest_can_not_point_outside_its_set(adapters, adapter_set, place):
     shutil.copytree(adapters / "a", adapter_set.parent / "a")  # what ../a would find
-    (entry, other) = json.loads((adapter_set / MANIFEST).read_text())["adapters"]
-    edit(adapter_set / MANIFEST, adapters=[entry | {"folder": place}, other])
+    edit_entry(adapter_set, 0, folder=place)
     with refused(str(adapter_set / MANIFEST), repr(place)):
         load_set(adapter_set)
 
 
 def test_an_absolute_folder_in_a_manifest_is_refused(adapters, adapter_set):
-    (entry, other) = json.loads((adapter_set / MANIFEST).read_text())["adapters"]
-    edit(adapter_set / MANIFEST, adapters=[entry | {"folder": str(adapters / "a")}, other])
+    edit_entry(adapter_set, 0, folder=str(adapters / "a"))
     with refused(str(adapter_set / MANIFEST), str(adapters / "a")):
         load_set(adapter_set)
 
 
 def test_an_adapter_exchanged_after_the_set_was_made_is_named(adapters, adapter_set):
-    """Whole in itself, with the right hash of its own."""
-    shutil.rmtree(adapter_set / "b")
-    shutil.copytree(adapters / "scale", adapter_set / "b")
-    with refused(str(adapter_set / MANIFEST), "'b'"):
+    """Of the same size and whole in itself."""
+    shutil.copyfile(adapters / "scale" / WEIGHTS, adapter_set / "b" / WEIGHTS)
+    with refused(str(adapter_set / "b" / WEIGHTS), "sha256"):
         load_set(adapter_set)
 
 
-def test_an_adapter_of_another_base_in_a_set_is_named(adapters, adapter_set):
-    edit(adapter_set / MANIFEST, base=read_adapter(adapters / "of-second").base)
-    with refused(str(adapter_set / MANIFEST), "'a'", "another base"):
-        load_set(adapter_set)
+def test_an_adapter_exchanged_after_the_set_was_read_is_named(adapters, adapter_set, bases):
+    """What is loaded is what was checked, whatever happens to the file in between."""
+    loaded = load_set(adapter_set)
+    shutil.copyfile(adapters / "scale" / WEIGHTS, adapter_set / "b" / WEIGHTS)
+    with refused(str(adapter_set / "b" / WEIGHTS), "sha256"):
+        FusedSampler.from_pretrained(loaded)
+
+
+def test_a_set_that_names_another_base_is_refused(adapters, adapter_set):
+    edit(adapter_set / MANIFEST, base=read_adapter(adapters / "of-second").base | {"name_or_path": "emoji"})
+    with refused("'emoji'", "base"):
+        FusedSampler.from_pretrained(adapter_set)
+
+
+def test_a_set_whose_base_has_another_noise_path_is_refused(adapter_set, bases):
+    base = json.loads((adapter_set / MANIFEST).read_text())["base"]
+    pipeline = load_pipeline(str(bases["first"]))
+    path = describe_base(pipeline, "first")["noise_path"]
+    assert (path["beta_schedule"], path["prediction_type"]) == ("scaled_linear", "epsilon")
+    edit(adapter_set / MANIFEST, base=base | {"noise_path": path})
+    assert FusedSampler.from_pretrained(adapter_set).names == ["a", "b"]
+    edit(adapter_set / MANIFEST, base=base | {"noise_path": path | {"beta_schedule": "linear"}})
+    with refused("beta_schedule", "'scaled_linear'", "'linear'"):
+        FusedSampler.from_pretrained(adapter_set)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -357,7 +380,7 @@ def test_a_folder_that_is_not_empty_is_kept_unless_overwritten(adapters, tmp_pat
         create_set(output, [adapters / "a"])
     assert contents(output) == {"mine.txt": b"precious"}
     create_set(output, [adapters / "a"], overwrite=True)
-    assert sorted(contents(output)) == sorted([MANIFEST, f"a/{WEIGHTS}", f"a/{OBJECTIVE}"])
+    assert sorted(contents(output)) == sorted([MANIFEST, f"a/{WEIGHTS}"])
 
 
 def test_an_empty_folder_is_taken(adapters, tmp_path):
@@ -389,7 +412,7 @@ def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tm
     copied = []
 
     def copy(source, target, **options):
-        if len(copied) == 2:
+        if copied:
             raise error
         copied.append(target)
         return original(source, target, **options)
@@ -398,7 +421,7 @@ def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tm
     monkeypatch.setattr(shutil, "copyfile", copy)
     with pytest.raises(type(error)):
         create_set(output, [adapters / "a", adapters / "b"], overwrite=True)
-    assert len(copied) == 2
+    assert len(copied) == 1
     assert contents(tmp_path) == before
     assert sorted(tmp_path.iterdir()) == sorted([adapters] + [output] * existing)
 
@@ -415,8 +438,10 @@ def test_a_set_in_half_precision_holds_the_weights_rounded_and_its_own_hashes(ad
         full, rounded = map(load_file, files)
         assert full.keys() == rounded.keys()
         assert all(torch.equal(rounded[key], full[key].half()) for key in full)
-        record = json.loads((tmp_path / "half" / name / OBJECTIVE).read_text())
-        assert record["sha256"] == file_hash(files[1]) != file_hash(files[0])
+        entries = json.loads((tmp_path / "half" / MANIFEST).read_text())["adapters"]
+        (entry,) = (entry for entry in entries if entry["name"] == name)
+        assert entry["weights"]["sha256"] == file_hash(files[1]) != file_hash(files[0])
+        assert entry["weights"]["bytes"] == files[1].stat().st_size
         with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
             assert one.metadata() == other.metadata()
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.pipeline import base_fingerprint, decode_latents, latent_shape, load_pipeline
+from stepfuse.fuse.pipeline import decode_latents, describe_base, latent_shape, load_pipeline
 from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
@@ -105,7 +105,7 @@ class Run:
             self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
         )
         unet = self.pipeline.unet
-        self.base = {"name_or_path": settings.pretrained_model_name_or_path} | base_fingerprint(unet)
+        self.base = describe_base(self.pipeline, settings.pretrained_model_name_or_path, settings.revision)
         add_lora(
             unet,
             settings.name,

@@ -1,0 +1,344 @@
+"""LoRA files as anybody may have written them: nothing of one is believed before it was looked at.
+
+    W x  →  W x + (alpha / r) B A x          (LoRA, arXiv:2106.09685; with rsLoRA alpha / √r, arXiv:2312.03732)
+
+Keys are diffusers' and peft's, `PART.MODULE.lora_A.weight`, PART one of `PARTS`; for files in other layouts see
+`stepfuse.fuse.interchange`.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
+MOST_BYTES = 2**33
+MOST_HEADER = 2**24
+MOST_ELEMENTS = 2**27  # of one tensor: rank 512 on the widest layer of SDXL has 2**23
+KEY = re.compile(
+    rf"(?P<part>{'|'.join(PARTS)})\.(?P<module>[A-Za-z0-9_.]+)\."
+    r"(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
+)
+DTYPES = ("F64", "F32", "F16", "BF16")
+# Of peft's configuration: what has no part in a forward of the trained adapter.
+IDLE = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+)
+KNOWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "peft_type")
+# They change the base before training, so that the adapter is of another one.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRALayer:
+    """The LoRA of one layer, without its values.
+
+    Attributes:
+        rank: r.
+        inputs: of A without its first dimension: (in,) of a linear layer, (in, k, k) of a convolution.
+        outputs: of B.
+        alpha: its numerator; `scaling` has rsLoRA's root in it.
+        scaling: what B A is multiplied by.
+        dora: it has a magnitude (DoRA, arXiv:2402.09353).
+        bias: B has one.
+    """
+
+    rank: int
+    inputs: tuple[int, ...]
+    outputs: int
+    alpha: float
+    scaling: float
+    dora: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFile:
+    """A file whose header was checked; its tensors stay where they are.
+
+    Attributes:
+        file: where it lies.
+        layers: by part, then by the module's path.
+        rslora: by part, whether alpha is divided by √r.
+    """
+
+    file: Path
+    layers: Mapping[str, Mapping[str, LoRALayer]]
+    rslora: Mapping[str, bool]
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max(layer.rank for part in self.layers.values() for layer in part.values())
+
+    def read(self, sha256: str | None = None) -> dict[str, Tensor]:
+        """Its tensors; with a hash, those of exactly that file.
+
+        Raises:
+            ValueError: for another hash, or a file that changed since its header was read.
+        """
+        content = self.file.read_bytes()
+        if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
+            raise ValueError(f"{self.file} is not the file that was recorded (sha256 differs); fetch it again")
+        try:
+            return safetensors.torch.load(content)
+        except SafetensorError as error:
+            raise ValueError(f"{self.file} is truncated or no safetensors file ({error}); fetch it again") from error
+
+    def config(self, part: str) -> dict[str, Any]:
+        """peft's configuration of one part, made of what was checked and of nothing else in the file."""
+        layers = self.layers[part]
+        (rank, _), (alpha, _) = (
+            Counter(values).most_common(1)[0]
+            for values in ([layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()])
+        )
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != rank},
+            "alpha_pattern": {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
+            "target_modules": sorted(layers),
+            "use_rslora": self.rslora[part],
+            "use_dora": any(layer.dora for layer in layers.values()),
+            "lora_bias": any(layer.bias for layer in layers.values()),
+        }
+
+
+def open_lora(file: Path) -> LoRAFile:
+    """Read and check the header of a LoRA file; no tensor is read.
+
+    Raises:
+        ValueError: for a file that is truncated, no safetensors file or no LoRA, tensors that do not go together or
+            are absurdly large, and configurations that compute something else than a LoRA.
+    """
+    if not file.is_file():
+        raise ValueError(f"no LoRA weights at {file}")
+    shapes, metadata = read_header(file)
+    found: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
+    for key, shape in shapes.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise ValueError(
+                f"{file}: tensor {key[:100]!r} is not of a LoRA in diffusers' layout; "
+                "`stepfuse set import` takes other layouts"
+            )
+        found.setdefault(match["part"], {}).setdefault(match["module"], {})[match["kind"]] = shape
+    configs = _configs(file, metadata)
+    for part in configs.keys() - found.keys():
+        raise ValueError(f"{file}: its metadata is of {part}, and it has no tensors of that; fetch it again")
+    layers = {
+        part: {name: _layer(file, f"{part}.{name}", own, configs.get(part)) for name, own in modules.items()}
+        for part, modules in found.items()
+    }
+    for part, own in layers.items():
+        for what in ("dora", "bias"):
+            if len({getattr(layer, what) for layer in own.values()}) > 1:
+                raise ValueError(
+                    f"{file}: some layers of {part} have a {what} and others none; expected one or the other"
+                )
+    rslora = {part: bool(configs.get(part, {}).get("use_rslora", False)) for part in layers}
+    return LoRAFile(file=file, layers=layers, rslora=rslora)
+
+
+def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Shapes by key, and the metadata, of a safetensors file of floating-point numbers.
+
+    Raises:
+        ValueError: for what is none, is too large to be a LoRA, or is shorter or longer than its header says.
+    """
+    size = file.stat().st_size
+    if size > MOST_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes; a LoRA has {MOST_BYTES:,} at most")
+    with open(file, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+    if size >= 8 and length > min(MOST_HEADER, size - 8):
+        raise ValueError(f"{file} is truncated or no safetensors file (a header of {length:,} bytes); fetch it again")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
+            shapes = {key: tuple(own.get_shape()) for key, own in slices.items()}
+            dtypes = {key: own.get_dtype() for key, own in slices.items()}
+            metadata = dict(tensors.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+    if not shapes:
+        raise ValueError(f"{file} holds no tensors; train the adapter again")
+    for key, shape in shapes.items():
+        if math.prod(shape) > MOST_ELEMENTS:
+            raise ValueError(f"{file}: tensor {key[:100]!r} of shape {list(shape)} is too large for a LoRA")
+        if dtypes[key] not in DTYPES:
+            raise ValueError(f"{file}: tensor {key[:100]!r} is {dtypes[key]}; expected one of {', '.join(DTYPES)}")
+    return shapes, metadata
+
+
+def check_finite(file: Path) -> None:
+    """See that every number of a file is one, a tensor at a time.
+
+    Raises:
+        ValueError: naming the file and the tensor at fault.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118
+            if not bool(torch.isfinite(tensors.get_tensor(key)).all()):
+                raise ValueError(f"{file}: tensor {key} has values that are not finite; train the adapter again")
+
+
+def check_fits(lora: LoRAFile, part: str, model: nn.Module) -> None:
+    """See that a file's layers of one part are layers of a model, and of their shapes, before its tensors are read.
+
+    Raises:
+        ValueError: naming the layer at fault.
+    """
+    modules = dict(_plain_modules(model))
+    for name, layer in lora.layers[part].items():
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(modules.get(name), nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
+            raise ValueError(f"{lora.file}: {part}.{name[:100]} is no linear or convolution layer of this base")
+        if (layer.outputs, *layer.inputs) != tuple(weight.shape):
+            raise ValueError(
+                f"{lora.file}: the LoRA of {part}.{name} is of a layer of shape {[layer.outputs, *layer.inputs]}, "
+                f"and this base's has {list(weight.shape)}"
+            )
+
+
+def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules under their names without LoRAs."""
+    for name, module in model.named_modules():
+        if ".base_layer" not in name:
+            yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _layer(file: Path, name: str, own: Mapping[str, tuple[int, ...]], config: Mapping[str, Any] | None) -> LoRALayer:
+    """One layer, of the shapes of its tensors."""
+    down, up = own.get("lora_A.weight"), own.get("lora_B.weight")
+    if down is None or up is None:
+        raise ValueError(f"{file}: {name} has lora_{'B' if down is None else 'A'} alone; fetch the file again")
+    fits = len(down) == len(up) and len(down) in (2, 4) and up[1] == down[0] and all(n == 1 for n in up[2:])
+    if not fits or 0 in (*down, *up):
+        raise ValueError(f"{file}: {name} has A of shape {list(down)} and B of {list(up)}, which do not go together")
+    outputs, rank = up[0], down[0]
+    magnitude, bias = own.get("lora_magnitude_vector"), own.get("lora_B.bias")
+    for what, shape in (("magnitude", magnitude), ("bias", bias)):
+        if shape is not None and math.prod(shape) != outputs:
+            raise ValueError(f"{file}: {name} has a {what} of shape {list(shape)} and {outputs} outputs")
+    alpha, rslora = float(rank), False
+    if config is not None:
+        module = name.partition(".")[2]
+        stated = _of_pattern(config.get("rank_pattern") or {}, module, config.get("r", rank))
+        if stated != rank:
+            raise ValueError(f"{file}: {name} has rank {rank}, and the metadata says {stated}")
+        alpha = float(_of_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank)))
+        rslora = bool(config.get("use_rslora", False))
+        for what, there in (("use_dora", magnitude), ("lora_bias", bias)):
+            if bool(config.get(what, False)) != (there is not None):
+                raise ValueError(f"{file}: the metadata says {what} {config.get(what)}, and {name} is otherwise")
+    return LoRALayer(
+        rank=rank,
+        inputs=down[1:],
+        outputs=outputs,
+        alpha=alpha,
+        scaling=alpha / (math.sqrt(rank) if rslora else rank),
+        dora=magnitude is not None,
+        bias=bias is not None,
+    )
+
+
+def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """A module's value in one of peft's patterns, the first whose name ends the module's path.
+
+    peft takes the names for regular expressions; here they are names, which cannot take for ever.
+    """
+    parts = module.split(".")
+    names = {"^" + module} | {".".join(parts[i:]) for i in range(len(parts))}
+    return next((value for key, value in pattern.items() if key in names), default)
+
+
+def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """peft's configuration by part, where the header has one."""
+    if METADATA not in metadata:
+        return {}
+    try:
+        packed = json.loads(metadata[METADATA])
+        if not isinstance(packed, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its metadata is malformed: {error}") from error
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in packed.items():
+        part, _, name = key.partition(".")
+        if part not in PARTS or not name:
+            raise ValueError(
+                f"{file}: its metadata has {key[:100]!r}; expected keys that begin with {', '.join(PARTS)}"
+            )
+        configs.setdefault(part, {})[name] = value
+    for config in configs.values():
+        check_config(file, config)
+    return configs
+
+
+def check_config(file: Path, config: Mapping[str, Any]) -> None:
+    """See that a configuration of peft's is of a plain LoRA, rsLoRA or DoRA, and of the types it should have.
+
+    Raises:
+        ValueError: naming the setting at fault.
+    """
+
+    def positive(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
+
+    for name in ("r", "lora_alpha"):
+        if name in config and not positive(config[name]):
+            raise ValueError(f"{file}: its metadata has {name} {_short(config[name])}; expected a positive number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
+            raise ValueError(f"{file}: its metadata has {name} {_short(pattern)}; expected numbers by module")
+        for key in pattern:
+            if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", key):
+                raise ValueError(f"{file}: its metadata has {name} of {_short(key)}; expected a module's name")
+    if config.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{file} is a {_short(config['peft_type'])} of peft; expected a LoRA")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{file} has trained biases of the base (bias {_short(config['bias'])}), which are no LoRA")
+    begun = config.get("init_lora_weights")
+    if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
+        raise ValueError(f"{file} was begun as {_short(begun)}, which changes the base; convert it to a plain LoRA")
+    for name, value in config.items():
+        if name not in (*IDLE, *KNOWN) and value:
+            raise ValueError(f"{file}: its metadata has {_short(name)} {_short(value)}, which is not known here")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

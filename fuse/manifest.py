@@ -1,0 +1,165 @@
+"""Files of a set as anybody may have made them: strict JSON, the schema of a manifest, and what may lie in a folder."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+FORMAT_VERSION = 1
+MANIFEST = "adapter_set.json"
+SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
+MOST_BYTES = 2**24  # of a JSON file
+# What torch, numpy and others unpickle, which runs whatever its author wanted.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".p", ".npy", ".npz", ".joblib", ".dill", ".h5")
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write aside and rename: a reader never sees half a file."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    aside.replace(file)
+
+
+def read_json(file: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object of the current format version, strictly: no NaN, no key twice, no number beyond float64.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if not file.is_file():
+        raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
+    if file.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected {what}, of {MOST_BYTES:,} at most")
+    try:
+        values = json.loads(
+            file.read_bytes().decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{file} is not JSON: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    check_version(file, values.get("format_version"))
+    return values
+
+
+def check_version(file: Path, version: Any) -> None:
+    """See that this version of stepfuse reads that version of the format.
+
+    Raises:
+        ValueError: for another, with what to do about it.
+    """
+    if version == FORMAT_VERSION and isinstance(version, int) and not isinstance(version, bool):
+        return
+    newer = isinstance(version, int) and version > FORMAT_VERSION
+    remedy = "upgrade: pip install --upgrade stepfuse" if newer else "create it again"
+    raise ValueError(f"{file} has format_version {_short(version)}; this stepfuse reads {FORMAT_VERSION}; {remedy}")
+
+
+def check_schema(file: Path, values: Mapping[str, Any]) -> None:
+    """See that a manifest is what the schema says.
+
+    Raises:
+        ValueError: naming the file, the place and the value.
+    """
+    error = best_match(_validator().iter_errors(values))
+    if error is not None:
+        place = ".".join(map(str, error.absolute_path))
+        raise ValueError(f"{file} is malformed: {place + ': ' if place else ''}{_one_line(error.message)}")
+
+
+@cache
+def _validator() -> Draft202012Validator:
+    return Draft202012Validator(json.loads(SCHEMA.read_text()))
+
+
+def inside(folder: Path, *names: str) -> Path:
+    """A place in a set's folder that is there in truth too: a manifest may not point outside, nor may a link.
+
+    The hub's cache keeps files as links to its own `blobs`; those are of the set.
+
+    Raises:
+        ValueError: naming what points where it should not.
+    """
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", ".."):
+            raise ValueError(f"{folder / MANIFEST}: adapter folder {_short(name)}; expected the name of a subfolder")
+    place = folder.joinpath(*names)
+    _check_link(folder, place)
+    return place
+
+
+def check_files(folder: Path) -> None:
+    """See that a set's folder holds data alone: no pickle, and no link to elsewhere.
+
+    Raises:
+        ValueError: naming the file at fault.
+    """
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            place = Path(parent, name)
+            if place.suffix.lower() in PICKLES:
+                raise ValueError(
+                    f"{place} is a pickle or may be one, which can run code when it is read; a set holds safetensors "
+                    "only: delete it, or convert it to safetensors"
+                )
+            if place.is_symlink():
+                _check_link(folder, place)
+
+
+def _check_link(folder: Path, place: Path) -> None:
+    """See that a place is in the folder, or in the cache that the folder is of, once its links are followed."""
+    homes = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":
+        homes.append(folder.absolute().parents[1].resolve() / "blobs")
+    try:
+        resolved = place.resolve()
+    except (OSError, RuntimeError) as error:  # links in a ring
+        raise ValueError(f"{place} is a link that leads nowhere; fetch the set again") from error
+    if not any(resolved.is_relative_to(home) for home in homes):
+        raise ValueError(f"{place} is a link to {resolved}, outside the set; put the file itself there")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen = [key for key, _ in pairs]
+        raise ValueError(f"the key {_short(next(key for key in seen if seen.count(key) > 1))} comes twice")
+    return values
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON's")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"{text[:20]}… is too large a number")
+    return int(text)
+
+
+def _one_line(error: object) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-90:]}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
