@@ -108,10 +108,11 @@ class Adapter:
 
 def write_adapter(
     folder: Path,
-    unet: nn.Module,
+    unet: nn.Module | None,
     objective: Objective,
     *,
     state: dict[str, Tensor] | None = None,
+    config: dict[str, Any] | None = None,
     base: dict[str, Any],
     guidance: str,
     guidance_scale: float,
@@ -124,7 +125,7 @@ def write_adapter(
     """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last.
 
     Args:
-        state: its tensors in peft's names, whole; by default as they are on the UNet.
+        state, config: its tensors in peft's names, whole, and peft's configuration; by default those on the UNet.
         license, source: see `Adapter`.
 
     Raises:
@@ -140,9 +141,9 @@ def write_adapter(
     pipeline_class.save_lora_weights(
         folder,
         unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in state.items()},
-        unet_lora_adapter_metadata=cast(Any, unet).peft_config[objective.name].to_dict(),
+        unet_lora_adapter_metadata=config or cast(Any, unet).peft_config[objective.name].to_dict(),
     )
-    _sort_metadata(folder / WEIGHTS)
+    sort_metadata(folder / WEIGHTS)
     values = {
         "format_version": FORMAT_VERSION,
         "name": objective.name,
@@ -163,7 +164,7 @@ def write_adapter(
     return read_adapter(folder)
 
 
-def _sort_metadata(file: Path) -> None:
+def sort_metadata(file: Path) -> None:
     """Put a safetensors file's metadata in order, which the library leaves to chance: one adapter, one hash."""
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
@@ -184,7 +185,7 @@ def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
         weights = {key: tensors.get_tensor(key).half() for key in tensors.keys()}  # noqa: SIM118
         save_file(weights, folder / WEIGHTS, metadata=tensors.metadata())
-    _sort_metadata(folder / WEIGHTS)
+    sort_metadata(folder / WEIGHTS)
     check_finite(folder / WEIGHTS)  # what float16 cannot hold became infinite
 
 

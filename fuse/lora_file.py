@@ -220,7 +220,7 @@ def check_fits(lora: LoRAFile, part: str, model: nn.Module) -> None:
     Raises:
         ValueError: naming the layer at fault.
     """
-    modules = dict(_plain_modules(model))
+    modules = dict(plain_modules(model))
     for name, layer in lora.layers[part].items():
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(modules.get(name), nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
@@ -232,7 +232,7 @@ def check_fits(lora: LoRAFile, part: str, model: nn.Module) -> None:
             )
 
 
-def _plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A model's modules under their names without LoRAs."""
     for name, module in model.named_modules():
         if ".base_layer" not in name:

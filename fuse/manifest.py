@@ -28,7 +28,18 @@ def write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object of the current format version, strictly: no NaN, no key twice, no number beyond float64.
+    """Read a JSON object of the current format version.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    values = read_object(file, what)
+    check_version(file, values.get("format_version"))
+    return values
+
+
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """Read a JSON object, strictly: no NaN, no key twice, no number beyond float64.
 
     Raises:
         ValueError: naming the file.
@@ -49,7 +60,6 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
-    check_version(file, values.get("format_version"))
     return values
 
 

@@ -1,0 +1,93 @@
+"""LoRAs in other tools' formats."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stepfuse.fuse.adapter import WEIGHTS, Adapter, sort_metadata
+from stepfuse.fuse.factors import Factors, peft_config, peft_state, read_factors
+from stepfuse.fuse.kohya import file_metadata, kohya_name
+from stepfuse.fuse.lora_file import open_lora
+
+FORMATS = ("diffusers", "peft", "kohya")
+PEFT_PREFIX = "base_model.model."
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def export_adapter(adapter: Adapter, output: Path, *, form: str, config: Mapping[str, Any], prediction: str) -> None:
+    """Write one adapter in another tool's format.
+
+    Args:
+        output: a file; for `peft` a folder, which `PeftModel.from_pretrained` reads.
+        form: `diffusers`, `peft` or `kohya`.
+        config: of the base's UNet; kohya's names depend on it.
+        prediction: what the base predicts.
+
+    Raises:
+        ValueError: for another format, and an adapter that the format does not hold.
+    """
+    lora = open_lora(adapter.folder / WEIGHTS)
+    factors = read_factors(lora, adapter.sha256)
+    if form == "diffusers":
+        save_diffusers(output, factors)
+    elif form == "kohya":
+        save_kohya(output, factors, config, title=adapter.name, prediction=prediction)
+    elif form == "peft":
+        save_peft(output, factors, adapter.base["name_or_path"])
+    else:
+        raise ValueError(f"format {form!r}; expected one of {', '.join(FORMATS)}")
+
+
+def save_diffusers(output: Path, factors: Mapping[str, Factors]) -> None:
+    """As `pipe.load_lora_weights` reads it, peft's configuration in the header."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    StableDiffusionPipeline.save_lora_weights(
+        output.parent,
+        unet_lora_layers=peft_state(factors),
+        unet_lora_adapter_metadata=peft_config(factors),
+        weight_name=output.name,
+    )
+    sort_metadata(output)
+
+
+def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
+    """A folder as peft saves one."""
+    output.mkdir(parents=True, exist_ok=True)
+    state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
+    save_file(state, output / PEFT_WEIGHTS, metadata={"format": "pt"})
+    config = peft_config(factors) | {"base_model_name_or_path": base, "inference_mode": True}
+    (output / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+
+
+def save_kohya(
+    output: Path, factors: Mapping[str, Factors], config: Mapping[str, Any], *, title: str, prediction: str
+) -> None:
+    """One file as sd-scripts saves it: each layer's A, B and alpha.
+
+    Raises:
+        ValueError: for a DoRA, of which ComfyUI and AUTOMATIC1111 compute something else than peft, and for a bias.
+    """
+    state: dict[str, Tensor] = {}
+    for module, layer in factors.items():
+        if layer.magnitude is not None:
+            raise ValueError(
+                f"{title!r} is a DoRA, which tools that read kohya's files compute otherwise than it was trained; "
+                "export it as diffusers or peft"
+            )
+        if layer.bias is not None:
+            raise ValueError(f"{title!r} has a bias, which kohya's files do not hold; export it as diffusers or peft")
+        name = kohya_name(module, config)
+        state[f"{name}.lora_down.weight"] = layer.down.contiguous()
+        state[f"{name}.lora_up.weight"] = layer.up.contiguous()
+        state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+    first = next(iter(factors.values()))
+    metadata = file_metadata(config, title=title, rank=first.rank, alpha=first.alpha, prediction=prediction)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, output, metadata=metadata)
+    sort_metadata(output)
