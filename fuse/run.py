@@ -13,6 +13,7 @@ from stepfuse.fuse.plan import FusionStep, Latents, Networks, Plan, Rows, Score
 from stepfuse.fuse.rules import CoDe, FusionRule
 
 Observer = Callable[[FusionStep, Gaussian], None]
+After = Callable[[int, int, Latents], tuple[Latents, bool]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Run:
         rewards: a reward of x_0 latents an objective, for rules that need them.
         scales: σ_i of those rewards.
         observe: called with every step and its Gaussian before it is sampled, in whatever order images have there.
+        after: called with every step's number, its t and its sample; gives the sample to go on with, and whether to.
+            Not with candidates, which are no images yet.
     """
 
     rule: FusionRule
@@ -34,6 +37,7 @@ class Run:
     rewards: Sequence[Score] = ()
     scales: Sequence[float] = ()
     observe: Observer | None = None
+    after: After | None = None
 
     def denoise(self, x: Latents, generators: list[torch.Generator]) -> Latents:
         """From x_T to x_0; an image depends on its own generator alone."""
@@ -47,6 +51,10 @@ class Run:
             if self.observe:
                 self.observe(step, gaussian)
             x = gaussian.sample(generators)
+            if self.after:
+                x, more = self.after(number, step.t, x)
+                if not more:
+                    break
         return x
 
     def _step(self, number: int, x: Latents, uniforms: Tensor, rows: Rows | None) -> FusionStep:

@@ -35,7 +35,7 @@ from stepfuse.fuse.pipeline import (
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows, make_plan
 from stepfuse.fuse.reward_checks import check_gradients, check_scales, reward_of
 from stepfuse.fuse.rules import CoDe, FusionRule, get_rule
-from stepfuse.fuse.run import Run, image_generators, uniform_numbers
+from stepfuse.fuse.run import After, Run, image_generators, uniform_numbers
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.fuse.weights import Weights
 from stepfuse.rewards.protocol import Reward, score
@@ -282,6 +282,7 @@ class FusedSampler:
         output_type: str = "pil",
         progress: bool = True,
         observe: Observer | None = None,
+        after: After | None = None,
     ) -> list[Image.Image] | Tensor:
         """Draw one image a prompt.
 
@@ -298,6 +299,7 @@ class FusedSampler:
             progress: show a bar over the steps.
             observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
                 batch, and which of the prompts the batch holds.
+            after: called after each step with its number, t and sample; gives the sample to go on with, and whether to.
 
         Raises:
             ValueError: for weights, sizes or counts that make no sense, and for what the rule refuses, before
@@ -315,6 +317,8 @@ class FusedSampler:
             raise ValueError(f"output_type {output_type!r}; expected pil, pt or latent")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
+        if after and isinstance(self.rule, CoDe):
+            raise ValueError("rule code denoises candidates, which are no images yet; call back under another rule")
         plan = self.plan(
             weights,
             len(prompts),
@@ -343,7 +347,7 @@ class FusedSampler:
                     if observe:
                         observe(step, gaussian, c, which)
 
-                x_0 = replace(run, observe=watch).denoise(x_T, own)
+                x_0 = replace(run, observe=watch, after=after).denoise(x_T, own)
                 outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output

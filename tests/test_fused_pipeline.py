@@ -1,0 +1,185 @@
+"""A set as a diffusers pipeline: the sampler's images, and a pipeline's habits."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload_with_hook
+
+from stepfuse.fuse.fused_pipeline import FusedPipeline
+from stepfuse.fuse.sampler import FusedSampler
+from tests.fixtures_sampler import PROMPTS, WEIGHTS, assert_near, save_set, save_three_adapters
+from tests.fixtures_tiny import LATENT, generators, refused, save_stable_diffusion, save_stable_diffusion_xl
+
+SEEDS = (0, 1)
+
+
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def set_folder(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("fused")
+    save = save_stable_diffusion if request.param == "sd" else save_stable_diffusion_xl
+    return save_set(root / "set", save_three_adapters(root, save(root / "base")))
+
+
+@pytest.fixture(scope="module")
+def pipe(set_folder):
+    loaded = FusedPipeline.from_pretrained(set_folder)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def expected(set_folder):
+    """What the sampler draws, pixels of (b, 3, h, w)."""
+    sampler = FusedSampler.from_pretrained(set_folder)
+    return sampler.sample(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt", progress=False)
+
+
+def test_its_images_are_the_samplers_in_every_form(pipe, expected):
+    def draw(**options):
+        return pipe(PROMPTS, weights=WEIGHTS, generator=generators(*SEEDS), **options)
+
+    assert torch.equal(draw(output_type="pt").images, expected)
+    array = draw(output_type="np").images
+    assert array.shape == (2, 16, 16, 3)
+    assert np.array_equal(array, expected.permute(0, 2, 3, 1).numpy())
+    (images,) = draw(return_dict=False)
+    for image, pixels in zip(images, expected, strict=True):
+        assert np.array_equal(np.asarray(image), (pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    assert draw(output_type="latent").images.shape == (2, *LATENT)
+
+
+def test_a_batch_of_one_is_drawn_in_turn_to_the_same_images(pipe, expected):
+    images = pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt", batch_size=1).images
+    assert_near(images, expected)
+
+
+def test_images_of_one_prompt_follow_each_other(pipe):
+    a, b = pipe(
+        PROMPTS, WEIGHTS, num_images_per_prompt=2, generator=generators(0, 1, 2, 3), output_type="pt"
+    ).images.split(2)
+    assert_near(a, pipe([PROMPTS[0]] * 2, WEIGHTS, generator=generators(0, 1), output_type="pt").images)
+    assert_near(b, pipe([PROMPTS[1]] * 2, WEIGHTS, generator=generators(2, 3), output_type="pt").images)
+
+
+def test_weights_may_be_of_a_prompt_or_of_an_image(pipe):
+    given = [{"a": 1.0}, {"b": 1.0}]
+    options = dict(num_images_per_prompt=2, output_type="pt")
+    by_prompt = pipe(PROMPTS, given, generator=generators(0, 1, 2, 3), **options).images
+    by_image = pipe(
+        PROMPTS, [given[0], given[0], given[1], given[1]], generator=generators(0, 1, 2, 3), **options
+    ).images
+    assert torch.equal(by_prompt, by_image)
+    alone = [
+        pipe([prompt] * 2, own, generator=generators(*seeds), output_type="pt").images
+        for prompt, own, seeds in zip(PROMPTS, given, ((0, 1), (2, 3)), strict=True)
+    ]
+    assert_near(by_prompt, torch.cat(alone))
+
+
+def test_a_callback_sees_every_step_and_may_change_the_latents(pipe):
+    seen = []
+
+    def watch(given, step, t, inputs):
+        assert given is pipe
+        seen.append((step, t, inputs["latents"].clone()))
+        return {"latents": inputs["latents"] * 0} if step == 2 else None
+
+    images = pipe(
+        PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent", callback_on_step_end=watch
+    ).images
+    assert [step for step, _, _ in seen] == [0, 1, 2]
+    assert [t for _, t, _ in seen] == sorted((t for _, t, _ in seen), reverse=True)
+    assert not images.any()
+    plain = pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent").images
+    assert torch.equal(seen[-1][2], plain)
+
+
+def test_a_callback_can_stop_the_run(pipe):
+    def stop(given, step, t, inputs):
+        kept.append(inputs["latents"])
+        given._interrupt = step == 1
+
+    kept: list[torch.Tensor] = []
+    images = pipe(
+        PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent", callback_on_step_end=stop
+    ).images
+    assert len(kept) == 2
+    assert torch.equal(images, kept[-1])
+    assert len(pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent").images) == 2  # whole again
+
+
+def test_guidance_steps_and_rule_may_be_of_one_call(pipe, set_folder):
+    options = dict(guidance="full", guidance_scale=2.0, rule="average_noise")
+    sampler = FusedSampler.from_pretrained(set_folder, **options)
+    drawn = sampler.sample(
+        PROMPTS, WEIGHTS, generator=generators(*SEEDS), num_inference_steps=2, output_type="pt", progress=False
+    )
+    given = dict(generator=generators(*SEEDS), num_inference_steps=2, output_type="pt")
+    assert torch.equal(pipe(PROMPTS, WEIGHTS, **given, **options).images, drawn)
+
+
+def test_it_can_be_loaded_in_half_precision_or_cast(set_folder, expected):
+    loaded = FusedPipeline.from_pretrained(set_folder, torch_dtype=torch.bfloat16)
+    cast = FusedPipeline.from_pretrained(set_folder).to(torch.bfloat16)
+    for pipe in (loaded, cast):
+        assert pipe.dtype == torch.bfloat16
+        rounded = pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt").images
+        assert 0 < (rounded - expected).abs().mean() < 0.05
+    assert cast.to(torch.float32).dtype == torch.float32
+
+
+def test_models_may_lie_elsewhere_until_they_compute(set_folder, expected):
+    """What `enable_model_cpu_offload` puts in place, which itself asks for an accelerator."""
+    pipe = FusedPipeline.from_pretrained(set_folder)
+    with pytest.raises(RuntimeError, match="accelerator"):
+        pipe.enable_model_cpu_offload()
+    hooks = [
+        cpu_offload_with_hook(model, torch.device("cpu"))[1]
+        for model in pipe.components.values()
+        if isinstance(model, torch.nn.Module)
+    ]
+    assert torch.equal(pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt").images, expected)
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloaded_it_draws_the_same(set_folder, offload):
+    def draw(pipe):
+        return pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt").images
+
+    whole, parts = FusedPipeline.from_pretrained(set_folder).to("cuda"), FusedPipeline.from_pretrained(set_folder)
+    getattr(parts, offload)()
+    assert_near(draw(parts), draw(whole))
+
+
+def test_a_base_already_loaded_is_taken(set_folder, expected):
+    """And its own pipeline draws with it as before, adapters off."""
+    base = FusedSampler.from_pretrained(set_folder).pipeline
+    fresh = type(base).from_pretrained(set_folder.parent / "base")
+    pipe = FusedPipeline.from_pretrained(set_folder, pipeline=fresh)
+    assert pipe.components["unet"] is fresh.unet
+    assert torch.equal(pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="pt").images, expected)
+    assert pipe.names == ["a", "b", "c"]
+    assert (pipe.device.type, pipe.dtype) == ("cpu", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        (dict(output_type="jpg"), "'jpg'"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt 0"),
+        (dict(callback_on_step_end_tensor_inputs=["prompt_embeds"]), "'prompt_embeds'"),
+        (dict(guidance="both"), "'both'"),
+        (dict(rule="sum"), "'sum'"),
+        (dict(weights={"d": 1.0}), "'d'"),
+        (dict(weights=[{"a": 1.0}] * 3), "3"),
+        (dict(negative_prompt=["x"] * 3), "3 negative prompts"),
+        (dict(height=17), "height is 17"),
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_are_named(pipe, options, culprit):
+    with refused(culprit):
+        pipe(PROMPTS, **options)
