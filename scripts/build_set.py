@@ -15,8 +15,9 @@ import yaml
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.fuse.adapter import Adapter, read_adapter
-from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, add_profile, create_set, load_set
+from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
 from stepfuse.fuse.card import write_card
+from stepfuse.fuse.make_set import add_profile, create_set
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.scripts.evaluate import evaluate

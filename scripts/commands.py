@@ -12,7 +12,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def set_create(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.adapter_set import create_set
+    from stepfuse.fuse.make_set import create_set
     from stepfuse.fuse.variance import EtaSchedule
 
     reference = EtaSchedule(eta=arguments.reference_eta)
@@ -77,7 +77,8 @@ def set_profile(arguments: argparse.Namespace) -> None:
     import torch
 
     from stepfuse.data.prompts import load_prompts
-    from stepfuse.fuse.adapter_set import add_profile, check_writable, load_set
+    from stepfuse.fuse.adapter_set import load_set
+    from stepfuse.fuse.make_set import add_profile, check_writable
     from stepfuse.fuse.pipeline import EMBEDDED, quiet_libraries
     from stepfuse.fuse.sampler import FusedSampler
     from stepfuse.scripts.gaps import describe_gaps, measure_gaps
@@ -169,7 +170,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.world:
         if arguments.set or arguments.config:
             raise ValueError("--world needs no set and no --config; give one or the other")
-        from stepfuse.fuse.adapter_set import claim_output
+        from stepfuse.fuse.make_set import claim_output
         from stepfuse.scripts.world_report import measure_world
 
         claim_output(arguments.output_dir, overwrite=arguments.overwrite)

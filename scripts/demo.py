@@ -9,7 +9,7 @@ import torch
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
 from stepfuse.data.emoji import to_image
-from stepfuse.fuse.adapter_set import claim_output, create_set
+from stepfuse.fuse.make_set import claim_output, create_set
 from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.rewards.protocol import score

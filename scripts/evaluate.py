@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
 from stepfuse.data.prompts import load_prompts
-from stepfuse.fuse.adapter_set import AdapterSet, claim_output, load_set
+from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.gate import profile_to_dict
 from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.make_set import claim_output
 from stepfuse.fuse.manifest import read_json, write_json
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep

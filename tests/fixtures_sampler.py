@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from tests.fixtures_tiny import BETAS, LATENT, generators, save_adapter

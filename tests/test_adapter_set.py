@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash, load_adapter, read_adapter
-from stepfuse.fuse.adapter_set import MANIFEST, create_set, load_set
+from stepfuse.fuse.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import base_fingerprint, describe_base, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule

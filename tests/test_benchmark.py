@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, set_model
 from stepfuse.scripts.benchmark.rivals import RIVALS
 from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table, memory_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.fuse.weights import WeightSchedule

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.rewards.colourfulness import colourfulness

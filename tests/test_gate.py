@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.adapter_set import add_profile, create_set, load_set
+from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict, soup_weights
 from stepfuse.fuse.lora_layers import lora_layers
+from stepfuse.fuse.make_set import add_profile, create_set
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.plan import FusionStep, Merge, Plan
 from stepfuse.fuse.rules import Product, gated

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from stepfuse.fuse.adapter_set import create_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule

@@ -13,8 +13,8 @@ from diffusers import (
 )
 
 from stepfuse.data import emoji
-from stepfuse.fuse.adapter_set import create_set
 from stepfuse.fuse.lora_layers import active_adapter
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, image_size, load_pipeline, same_base
 from stepfuse.fuse.sampler import FusedSampler

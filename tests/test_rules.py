@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
-from stepfuse.fuse.adapter_set import create_set, load_set
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance
 from stepfuse.fuse.sampler import FusedSampler

@@ -9,9 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from stepfuse.fuse.adapter import Objective, write_adapter
-from stepfuse.fuse.adapter_set import create_set
 from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule

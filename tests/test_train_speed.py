@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.adapter_set import create_set
 from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from stepfuse.fuse.adapter import OBJECTIVE
-from stepfuse.fuse.adapter_set import claim_output
+from stepfuse.fuse.make_set import claim_output
 from stepfuse.train.checkpoints import list_checkpoints, newest_whole, whole_checkpoint
 
 LOCK = ".lock"

@@ -1,0 +1,121 @@
+"""Sets on the hub: found by `owner/name` or `owner/name@revision`, looked at before they are fetched."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stepfuse.fuse.manifest import MANIFEST, PICKLES
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
+PICTURES = ("README.md", "fronts.png", "strip.png")
+
+
+def parse_id(name: str) -> tuple[str, str | None] | None:
+    """`owner/name@revision` → repository and revision; None for what is no hub id."""
+    match = ID.fullmatch(name)
+    return (match["repository"], match["revision"]) if match else None
+
+
+def fetch_set(name: str) -> Path:
+    """The folder of a set in the hub's cache, fetched if it is not there; interrupted, it goes on where it was.
+
+    What the repository holds is looked at first: a pickle in it, or a manifest that is none, ends it before any weights
+    are fetched. Without a connection a set fetched before is found again.
+
+    Raises:
+        ValueError: for a repository, revision or manifest that is not there or not ours to see, or a pickle.
+    """
+    parsed = parse_id(name)
+    if parsed is None:
+        raise ValueError(f"{name!r} is no hub id; expected owner/name or owner/name@revision")
+    repository, revision = parsed
+    with explained_hub(name):
+        try:
+            info = HfApi().model_info(repository, revision=revision)
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError):  # it answered
+                raise
+            cached = try_to_load_from_cache(repository, MANIFEST, revision=revision)
+            if not isinstance(cached, str):
+                raise ValueError(
+                    f"{name!r} is no folder here, and the hub cannot be asked for it ({_first_line(error)})"
+                ) from error
+            return Path(cached).parent
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        for file in names:
+            if PurePosixPath(file).suffix.lower() in PICKLES:
+                raise ValueError(
+                    f"{name!r} holds {file}, a pickle or what may be one, which can run code when it is read; a set "
+                    "holds safetensors only"
+                )
+        if MANIFEST not in names:
+            raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
+        hf_hub_download(repository, MANIFEST, revision=info.sha)
+        wanted = [file for file in names if PurePosixPath(file).name == WEIGHTS and file.count("/") == 1]
+        wanted += [file for file in names if file in PICTURES]
+        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[MANIFEST, *wanted]))
+
+
+def fetch_lora(name: str, weight_name: str | None) -> Path:
+    """The one safetensors file of a repository, or the one that is named.
+
+    Raises:
+        ValueError: for several without a name, for none, and for a repository that is not there.
+    """
+    repository, revision = parse_id(name) or (name, None)
+    with explained_hub(name):
+        info = HfApi().model_info(repository, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        found = [file for file in names if file.endswith(".safetensors")]
+        if weight_name is None and len(found) == 1:
+            weight_name = found[0]
+        if weight_name not in found:
+            listed = ", ".join(found[:10]) or "none"
+            raise ValueError(f"{name!r} has these safetensors files: {listed}; choose one with --weight_name")
+        if "adapter_config.json" in names and weight_name == "adapter_model.safetensors":
+            hf_hub_download(repository, "adapter_config.json", revision=info.sha)
+            return Path(hf_hub_download(repository, weight_name, revision=info.sha)).parent
+        return Path(hf_hub_download(repository, weight_name, revision=info.sha))
+
+
+@contextmanager
+def explained_hub(name: str) -> Iterator[None]:
+    """What goes wrong with the hub, in one line."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name!r}: the repository has no such revision; give a branch, tag or commit") from error
+    except GatedRepoError as error:
+        raise ValueError(f"{name!r} is gated: accept its terms on its page, and log in: `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name!r} is no folder here and no repository on the hub that can be seen; check the name, or, if it is "
+            "private, log in: `hf auth login`"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{name!r}: {_first_line(error)}") from error
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no hub id: {_first_line(error)}") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{name!r}: the hub answers: {_first_line(error)}") from error
+    except (OfflineModeIsEnabled, HTTPError) as error:
+        raise ValueError(f"{name!r}: the hub cannot be reached ({_first_line(error)}); try again") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
