@@ -86,6 +86,7 @@ class Adapter:
         reward_version: of the reward it was trained on.
         license: of its weights, as the hub abbreviates it.
         source: where it came from, if it was not trained here.
+        rank: the largest of its layers, where a manifest says so.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class Adapter:
     reward_version: str | None = None
     license: str | None = None
     source: str | None = None
+    rank: int | None = None
 
     @property
     def name(self) -> str:

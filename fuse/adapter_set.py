@@ -107,28 +107,31 @@ class AdapterSet:
 
 
 def save_manifest(folder: Path, loaded: AdapterSet) -> None:
-    """Write the manifest of a set whose weights lie in the folder; what `load_set` reads again."""
-    write_json(
-        folder / MANIFEST,
-        {
-            "format_version": FORMAT_VERSION,
-            "base": loaded.base,
-            "reference": schedule_to_dict(loaded.reference),
-            "guidance": loaded.guidance,
-            "guidance_scale": loaded.guidance_scale,
-            "num_inference_steps": loaded.num_inference_steps,
-            "default_weights": loaded.default_weights,
-            "default_rule": loaded.default_rule,
-            "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
-            "oracles": [
-                {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter, folder)}
-                for oracle in loaded.oracles
-            ],
-            "profiles": [profile_to_dict(profile) for profile in loaded.profiles],
-            "evaluation": loaded.evaluation,
-            "versions": loaded.versions,
-        },
-    )
+    """Write the manifest of a set whose weights lie in the folder; what `load_set` reads again.
+
+    Raises:
+        ValueError: for values that no manifest holds; nothing is written then.
+    """
+    values = {
+        "format_version": FORMAT_VERSION,
+        "base": loaded.base,
+        "reference": schedule_to_dict(loaded.reference),
+        "guidance": loaded.guidance,
+        "guidance_scale": loaded.guidance_scale,
+        "num_inference_steps": loaded.num_inference_steps,
+        "default_weights": loaded.default_weights,
+        "default_rule": loaded.default_rule,
+        "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
+        "oracles": [
+            {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter, folder)}
+            for oracle in loaded.oracles
+        ],
+        "profiles": [profile_to_dict(profile) for profile in loaded.profiles],
+        "evaluation": loaded.evaluation,
+        "versions": loaded.versions,
+    }
+    check_schema(folder / MANIFEST, values)
+    write_json(folder / MANIFEST, values)
 
 
 def load_set(folder: str | Path) -> AdapterSet:

@@ -72,6 +72,7 @@ def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, A
         reward_version=reward.get("version"),
         license=entry.get("license"),
         source=entry.get("source"),
+        rank=entry["weights"]["rank"],
     )
 
 

@@ -26,6 +26,7 @@ def create_set(
     oracles: Sequence[str | Path] = (),
     reference: VarianceSchedule | None = None,
     half: bool = False,
+    base: str | None = None,
     base_license: str | None = None,
     license: str | None = None,
     overwrite: bool = False,
@@ -37,6 +38,7 @@ def create_set(
 
     Args:
         folders, oracles: folders that training left, or those of adapters in other sets.
+        base: how others call the base, where the adapters were trained from a folder.
         base_license, license: of the base, and of adapters that do not state theirs, as the hub abbreviates them.
 
     Raises:
@@ -63,7 +65,9 @@ def create_set(
             (aside / adapter.name).mkdir(parents=True)
             copy_weights(adapter, aside / adapter.name, half=half)
         created = AdapterSet(
-            base=_richest(everyone) | ({"license": base_license} if base_license else {}),
+            base=_richest(everyone)
+            | ({"name_or_path": base, "revision": None} if base else {})
+            | ({"license": base_license} if base_license else {}),
             adapters=tuple(adapters),
             reference=reference or EtaSchedule(eta=1.0),
             guidance=first.guidance,
@@ -99,6 +103,23 @@ def find_adapter(folder: str | Path) -> Adapter:
             if adapter.folder.name == folder.name:
                 return adapter
     return read_adapter(folder)
+
+
+def set_licences(folder: str | Path, *, license: str | None, base_license: str | None) -> AdapterSet:
+    """State the licence of the adapters that have none stated, and of the base.
+
+    Raises:
+        ValueError: for what is no set, or cannot be written.
+    """
+    loaded, file = load_set(folder), check_writable(folder)
+    changed = replace(
+        loaded,
+        base=loaded.base | ({"license": base_license} if base_license else {}),
+        adapters=tuple(_licensed(adapter, license) for adapter in loaded.adapters),
+        oracles=tuple(replace(own, adapter=_licensed(own.adapter, license)) for own in loaded.oracles),
+    )
+    save_manifest(file.parent, changed)
+    return load_set(file.parent)
 
 
 def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:

@@ -16,13 +16,14 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.fuse.adapter import Adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
-from stepfuse.fuse.card import write_card
-from stepfuse.fuse.make_set import add_profile, create_set
+from stepfuse.fuse.card import STRIP, write_card
+from stepfuse.fuse.make_set import add_evaluation, add_profile, create_set
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.scripts.evaluate import evaluate
 from stepfuse.scripts.evaluation import EvaluationConfig, read_config
 from stepfuse.scripts.gaps import describe_gaps, measure_gaps
+from stepfuse.scripts.strip import ROWS, draw_strip
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
@@ -143,7 +144,7 @@ def build(file: Path, *, device: str) -> Path:
             add_profile(folder, profile)
             print(describe_gaps(profile))
             loaded = load_set(folder)
-        summary, pictures = None, None
+        pictures = None
         if evaluation is not None:
             pictures = output / f"evaluation-{_identity(loaded, evaluation)}"
             print(f"evaluation: {pictures}", flush=True)
@@ -156,7 +157,11 @@ def build(file: Path, *, device: str) -> Path:
                 dtype=torch.float32,
                 command=f"stepfuse build {file}",
             )
-        write_card(folder, loaded, summary, pictures)
+            loaded = add_evaluation(folder, summary)
+        if not (folder / STRIP).exists():
+            sampler = FusedSampler.from_pretrained(loaded, device=device)
+            draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS]).save(folder / STRIP)
+        write_card(folder, loaded, pictures)
     return folder
 
 

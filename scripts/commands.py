@@ -1,7 +1,6 @@
 """What the commands of `stepfuse` do; heavy imports wait until one is run."""
 
 import argparse
-import json
 from pathlib import Path
 
 
@@ -9,98 +8,6 @@ def demo(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.demo import demo
 
     demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)
-
-
-def set_create(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.make_set import create_set
-    from stepfuse.fuse.variance import EtaSchedule
-
-    reference = EtaSchedule(eta=arguments.reference_eta)
-    created = create_set(
-        arguments.output,
-        arguments.adapter,
-        oracles=arguments.oracle,
-        reference=reference,
-        half=arguments.half,
-        overwrite=arguments.overwrite,
-    )
-    print(f"{arguments.output}: {', '.join([*created.names, *(o.adapter.name for o in created.oracles)])}")
-
-
-def set_validate(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.adapter_set import load_set
-
-    loaded = load_set(arguments.set)
-    if arguments.load:
-        from stepfuse.fuse.pipeline import quiet_libraries
-        from stepfuse.fuse.sampler import FusedSampler
-
-        quiet_libraries()
-        FusedSampler.from_pretrained(loaded)
-    print(f"{arguments.set}: valid; {len(loaded.adapters)} adapters of base {loaded.base['name_or_path']!r}")
-
-
-def set_show(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.adapter_set import load_set
-    from stepfuse.fuse.variance import schedule_to_dict
-    from stepfuse.fuse.weights import label_weights
-    from stepfuse.rewards.shaping import Shaping
-    from stepfuse.scripts.gaps import describe_gaps
-
-    loaded = load_set(arguments.set)
-    print(f"base        {loaded.base['name_or_path']}")
-    print(f"guidance    {loaded.guidance}, scale {loaded.guidance_scale:g}")
-    print(f"steps       {loaded.num_inference_steps}")
-    print(f"reference   {json.dumps(schedule_to_dict(loaded.reference))}")
-    for adapter in loaded.adapters:
-        objective, record = adapter.objective, adapter.record
-        print(f"\n{objective.name}  (default weight {loaded.default_weights.get(objective.name, 0):g})")
-        print(f"  reward    {objective.reward}")
-        print(f"  variance  {json.dumps(schedule_to_dict(objective.variance))}")
-        print(f"  beta      {objective.beta:g}")
-        if objective.shaping != Shaping():
-            shaping = objective.shaping
-            clip = f", clipped to {list(shaping.clip)}" if shaping.clip else ""
-            print(f"  learnt    (reward - {shaping.shift:g}) / {shaping.scale:g}{clip}")
-        if "algorithm" in record:
-            kl = "" if record.get("kl") is None else f", KL {record['kl']:.3g} nats"
-            print(f"  trained   {record['algorithm']}, {record.get('steps')} steps{kl}")
-        for moment, measured in record.get("validation", {}).items():
-            print(f"  reward {moment:7} {measured['reward']:.3f} over {measured['images']} images")
-    for profile in loaded.profiles:
-        print(f"\n{describe_gaps(profile)}")
-    for oracle in loaded.oracles:
-        print(f"\noracle {oracle.adapter.name}  ({label_weights(oracle.weights)})")
-
-
-def set_profile(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from stepfuse.data.prompts import load_prompts
-    from stepfuse.fuse.adapter_set import load_set
-    from stepfuse.fuse.make_set import add_profile, check_writable
-    from stepfuse.fuse.pipeline import EMBEDDED, quiet_libraries
-    from stepfuse.fuse.sampler import FusedSampler
-    from stepfuse.scripts.gaps import describe_gaps, measure_gaps
-
-    device = check_device(arguments.device)
-    loaded = load_set(arguments.set)
-    check_writable(arguments.set)  # before minutes go into measuring
-    embedded = loaded.base["name_or_path"] in EMBEDDED
-    prompts = load_prompts(arguments.prompts or ("emoji-heldout:16" if embedded else "colours-heldout:16"))
-    quiet_libraries()
-    sampler = FusedSampler.from_pretrained(
-        loaded,
-        guidance=arguments.guidance,
-        guidance_scale=arguments.guidance_scale,
-        dtype=getattr(torch, arguments.dtype),
-        device=device,
-    )
-    profile = measure_gaps(
-        sampler, prompts, num_inference_steps=arguments.steps, seed=arguments.seed, batch_size=arguments.batch_size
-    )
-    add_profile(arguments.set, profile)
-    print(describe_gaps(profile))
 
 
 def sample(arguments: argparse.Namespace) -> None:
@@ -120,10 +27,13 @@ def sample(arguments: argparse.Namespace) -> None:
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
     options = {name: getattr(arguments, name) for name in ("candidates", "block_size", "gate")}
-    rule = get_rule(arguments.rule, **{name: value for name, value in options.items() if value is not None})
+    options = {name: value for name, value in options.items() if value is not None}
+    rule = get_rule(arguments.rule, **options) if arguments.rule else None
     interval = parse_interval(arguments.guidance_interval)
     quiet_libraries()
     loaded = load_set(arguments.set)
+    if rule is None:
+        rule = get_rule(loaded.default_rule, **options)
     columns: list[Weights] = [parse_weights(text) for text in arguments.weights or []]
     if not columns:
         columns = [loaded.default_weights]

@@ -9,6 +9,7 @@ from pathlib import Path
 from stepfuse.scripts import commands
 from stepfuse.scripts.arguments import add_command, add_device, add_guidance, add_output, add_size
 from stepfuse.scripts.benchmark.arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
+from stepfuse.scripts.set_arguments import SET, add_hub, add_set
 
 # Without importing torch for --help; a test holds it to RULES.
 RULE_NAMES = (
@@ -54,10 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(required=True, metavar="command")
     _add_demo(actions)
-    _add_set(actions)
+    add_set(actions)
     _add_sample(actions)
     _add_evaluate(actions)
     _add_build(actions)
+    add_hub(actions)
     _add_reward(actions)
     add_benchmark(actions)
     add_reward_benchmark(actions)
@@ -79,65 +81,6 @@ def _add_demo(actions: argparse._SubParsersAction) -> None:
     demo.set_defaults(run=commands.demo)
 
 
-def _add_set(actions: argparse._SubParsersAction) -> None:
-    parent = add_command(actions, "set", "create, validate and show adapter sets", "stepfuse set show outputs/set")
-    own = parent.add_subparsers(required=True, metavar="action")
-    create = add_command(
-        own,
-        "create",
-        "gather trained adapters of one base into a set",
-        "stepfuse set create outputs/set --adapter outputs/alignment --adapter outputs/compressibility",
-    )
-    create.add_argument("output", type=Path, help="the set's folder")
-    create.add_argument(
-        "--adapter", type=Path, action="append", required=True, metavar="DIR", help="an adapter folder; repeat"
-    )
-    create.add_argument(
-        "--oracle",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="an adapter trained on a weighted: sum of the rewards, to compare fusion with; repeat",
-    )
-    create.add_argument(
-        "--reference_eta", type=float, default=1.0, help="eta of the base, which counts where the strength is not 1"
-    )
-    create.add_argument("--half", action="store_true", help="store the weights in float16, half the size")
-    create.add_argument("--overwrite", action="store_true", help="replace what is there")
-    create.set_defaults(run=commands.set_create)
-    validate = add_command(
-        own,
-        "validate",
-        "check every file of a set, and with --load that it fits its base",
-        "stepfuse set validate outputs/set",
-    )
-    validate.add_argument("set", type=Path, help="the set's folder")
-    validate.add_argument("--load", action="store_true", help="load the base and every adapter too")
-    validate.set_defaults(run=commands.set_validate)
-    show = add_command(own, "show", "print what a set holds", "stepfuse set show outputs/set")
-    show.add_argument("set", type=Path, help="the set's folder")
-    show.set_defaults(run=commands.set_show)
-    profile = add_command(
-        own,
-        "profile",
-        "measure at each step how far one soup is from the product, for sample --gate; kept in the set",
-        "stepfuse set profile outputs/set --prompts prompts.txt",
-    )
-    profile.add_argument("set", type=Path, help="the set's folder")
-    profile.add_argument(
-        "--prompts",
-        help="a text file with a prompt a line, or a prompt set such as partiprompts:32; by default "
-        "colours-heldout:16, or emoji-heldout:16 for the embedded base",
-    )
-    profile.add_argument("--steps", type=int, help="denoising steps; by default the set's")
-    add_guidance(profile)
-    profile.add_argument("--seed", type=int, default=0)
-    profile.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
-    add_device(profile)
-    profile.set_defaults(run=commands.set_profile)
-
-
 def _add_sample(actions: argparse._SubParsersAction) -> None:
     sample = add_command(
         actions,
@@ -145,7 +88,7 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
         "draw images from a set, for any weights; several weights or prompts make a labelled grid",
         'stepfuse sample outputs/set --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
     )
-    sample.add_argument("set", type=Path, help="the set's folder")
+    sample.add_argument("set", type=Path, help=SET)
     sample.add_argument(
         "--weights",
         action="append",
@@ -166,7 +109,7 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
     )
     sample.add_argument("--steps", type=int, help="denoising steps; by default the set's")
     sample.add_argument("--seed", type=int, default=0, help="one row, one seed: columns differ by their weights alone")
-    sample.add_argument("--rule", default="product", help=f"one of {', '.join(RULE_NAMES)} (default product)")
+    sample.add_argument("--rule", help=f"one of {', '.join(RULE_NAMES)}; by default the set's, which is product")
     sample.add_argument("--candidates", type=int, help="of the rule code: candidates a block (default 20)")
     sample.add_argument("--block_size", type=int, help="of the rule code: steps a block (default 5)")
     sample.add_argument(
@@ -204,7 +147,7 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
         "measure fusion rules and baselines on one set, on the same prompts and seeds: tables, fronts, a page",
         "stepfuse evaluate emoji --config configs/eval/emoji.yaml --output_dir outputs/evaluation",
     )
-    evaluate.add_argument("set", type=Path, nargs="?", help="the set's folder, or emoji: the one that is embedded")
+    evaluate.add_argument("set", type=Path, nargs="?", help=SET)
     evaluate.add_argument("--config", type=Path, help="what to draw and measure")
     evaluate.add_argument("--world", choices=("gmm",), help="instead of a set: a world whose optima are known exactly")
     evaluate.add_argument("--seed", type=int, default=0, help="of the world; a config has its own")

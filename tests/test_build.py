@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.adapter_set import load_set
@@ -135,6 +137,9 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
     for reward in ("compressibility", "colourfulness"):
         assert f"{cell['rewards'][reward]['gain']['mean']:+.3g} [" in text
     assert "| both | oracle of small=0.5,colour=0.5 |" in text
+    assert "](strip.png)" in text
+    with Image.open("out/set/strip.png") as strip:
+        assert strip.width > 4 * 64  # the base, two adapters and their mixture
     assert Path("out/set/fronts.png").read_bytes() == (evaluation / "fronts.png").read_bytes()
 
     # Nothing is done twice.
@@ -232,7 +237,8 @@ def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
 
 def test_a_card_says_what_is_not_known(tmp_path):
     loaded = load_set("emoji")
-    text = card(loaded, None, folder="emoji", plot=False)
+    assert "No evaluation was made" not in card(loaded, place="emoji", shown=[])
+    text = card(replace(loaded, evaluation=None), place="emoji", shown=[])
     front = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in front  # the embedded base has no hub id
     assert "No evaluation was made of this set." in text
@@ -242,4 +248,4 @@ def test_a_card_says_what_is_not_known(tmp_path):
     names: dict = {}
     exec(code, names)
     assert names["image"].size == (64, 64)
-    assert isinstance(names["sampler"].pipeline.unet, torch.nn.Module)
+    assert isinstance(names["pipe"].components["unet"], torch.nn.Module)

@@ -1,0 +1,203 @@
+"""LoRAs from elsewhere into sets, and those of sets into files of other tools."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DConditionModel
+
+from stepfuse.fuse.adapter import WEIGHTS, Objective, check_guidance, write_adapter
+from stepfuse.fuse.adapter_set import AdapterSet, load_set
+from stepfuse.fuse.factors import peft_config, peft_state, read_factors
+from stepfuse.fuse.hub import fetch_lora, parse_id
+from stepfuse.fuse.lora_export import export_adapter, save_diffusers, save_kohya
+from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora_import import check_factors_fit, read_foreign
+from stepfuse.fuse.lora_merge import merge_factors
+from stepfuse.fuse.make_set import add_adapter, check_writable, create_set
+from stepfuse.fuse.manifest import MANIFEST
+from stepfuse.fuse.pipeline import EMBEDDED, describe_base, load_pipeline, same_base
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.weights import Weights, WeightSchedule, weight_table
+
+UNKNOWN = "unknown"  # the reward of a LoRA that was not trained on one
+
+
+def import_lora(
+    source: str,
+    folder: Path,
+    *,
+    objective: str,
+    eta: float,
+    base: str | None = None,
+    guidance: str | None = None,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    license: str | None = None,
+    unet_only: bool = False,
+    weight_name: str | None = None,
+) -> AdapterSet:
+    """Put a LoRA from elsewhere into a set, made if it is not there.
+
+    Args:
+        source: a safetensors file, a folder as peft saves one, or a hub id.
+        folder: of the set.
+        objective: its name there.
+        eta: of its transitions, which nobody measured: declared.
+        base: of a set that is to be made.
+        guidance: `full` by default, for published LoRAs expect an unconditional prediction of their own; in a set it is
+            the set's.
+        guidance_scale, steps: by default the set's, or 7.5 and 50.
+        license: of its weights.
+        unet_only: leave out what is of text encoders.
+        weight_name: which file of a repository.
+
+    Raises:
+        ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
+    """
+    exists = (folder / MANIFEST).is_file()
+    loaded = load_set(folder) if exists else None
+    schedule = EtaSchedule(eta=eta)
+    if loaded is not None:
+        check_writable(folder)
+        if base is not None and base != loaded.base["name_or_path"]:
+            raise ValueError(f"set {folder} is of base {loaded.base['name_or_path']!r}; leave out --base")
+        wanted = (guidance or "full", loaded.guidance_scale if guidance_scale is None else guidance_scale)
+        if wanted != (loaded.guidance, loaded.guidance_scale):
+            raise ValueError(
+                f"set {folder} has guidance {loaded.guidance} {loaded.guidance_scale:g} and a LoRA from elsewhere "
+                f"{wanted[0]} {wanted[1]:g}; a set has one: pass --guidance {loaded.guidance} --guidance_scale "
+                f"{loaded.guidance_scale:g} to have it guided so"
+            )
+        base = loaded.base["name_or_path"]
+    elif base is None:
+        raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
+    chosen = check_guidance(guidance or "full")
+    known = loaded.base.get("revision") if loaded else None
+    place = Path(source)
+    if not place.exists():
+        if parse_id(source) is None:
+            raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of peft's, or a hub id")
+        place = fetch_lora(source, weight_name)
+    elif weight_name is not None:
+        place /= weight_name
+    pipeline = load_pipeline(base, revision=known, safe=True)
+    described = describe_base(pipeline, base, known)
+    if loaded is not None and not same_base(loaded.base, described):
+        raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
+    factors = read_foreign(place, pipeline.unet, unet_only=unet_only)
+    check_factors_fit(place, factors, pipeline.unet)
+    scale = guidance_scale if guidance_scale is not None else loaded.guidance_scale if loaded else 7.5
+    with tempfile.TemporaryDirectory() as aside:
+        write_adapter(
+            Path(aside, objective),
+            None,
+            Objective(name=objective, reward=UNKNOWN, variance=schedule, beta=0.0),
+            state=peft_state(factors),
+            config=peft_config(factors),
+            base=described,
+            guidance=chosen,
+            guidance_scale=scale,
+            num_inference_steps=steps or (loaded.num_inference_steps if loaded else 50),
+            record={},
+            pipeline_class=type(pipeline),
+            license=license,
+            source=source if parse_id(source) else Path(source).name,
+        )
+        if loaded is None:
+            return create_set(folder, [Path(aside, objective)])
+        return add_adapter(folder, Path(aside, objective))
+
+
+def export(
+    adapter_set: str | Path, objective: str | None, *, form: str, output: Path | None, overwrite: bool = False
+) -> Path:
+    """Write one adapter of a set, or each of them, in another tool's format; where it lies.
+
+    Raises:
+        ValueError: for an objective that the set has not, an output that is there, and what the format cannot hold.
+    """
+    loaded = load_set(adapter_set)
+    chosen = [a for a in loaded.everyone if objective in (None, a.name)]
+    if not chosen:
+        raise ValueError(f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(loaded.names)}")
+    ending = "" if form == "peft" else ".safetensors"
+    if objective is None:
+        chosen = [a for a in chosen if a.name in loaded.names]
+    folder = output or Path(f"{form}-loras")
+    places = {a.name: folder / f"{a.name}{ending}" for a in chosen}
+    if objective is not None and output is not None:
+        places = {objective: output}
+    for place in places.values():
+        claim_file(place, overwrite=overwrite)
+    config = unet_config(loaded.base)
+    prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
+    for adapter in chosen:
+        export_adapter(adapter, places[adapter.name], form=form, config=config, prediction=prediction)
+    return places[chosen[0].name] if len(chosen) == 1 else folder
+
+
+def merge(
+    adapter_set: str | Path,
+    weights: Weights | None,
+    output: Path,
+    *,
+    strength: float = 1.0,
+    rank: int | None = None,
+    form: str = "diffusers",
+    overwrite: bool = False,
+) -> tuple[int, float]:
+    """Write the soup of a set for these weights as one LoRA; its rank, and the share of the exact one left out.
+
+    Raises:
+        ValueError: for weights that make no mixture or change over the steps, a DoRA, and an output that is there.
+    """
+    if form not in ("diffusers", "kohya"):
+        raise ValueError(f"format {form!r}; expected diffusers or kohya")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output {output}; expected a name that ends in .safetensors")
+    claim_file(output, overwrite=overwrite)
+    loaded = load_set(adapter_set)
+    given = loaded.default_weights if weights is None else weights
+    if any(isinstance(weight, WeightSchedule) for weight in given.values()):
+        raise ValueError("weights that change over the steps make no one LoRA; give numbers")
+    table = (strength * weight_table([given], loaded.names)[0, :, 0]).tolist()
+    everyone = [
+        (a.name, weight, read_factors(open_lora(a.folder / WEIGHTS), a.sha256))
+        for a, weight in zip(loaded.adapters, table, strict=True)
+        if weight
+    ]
+    if not everyone:
+        raise ValueError(f"strength {strength:g} leaves nothing to merge")
+    merged, error = merge_factors(everyone, rank)
+    title = "_".join(f"{name}-{weight:g}" for name, weight, _ in everyone)
+    if form == "diffusers":
+        save_diffusers(output, merged)
+    else:
+        prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
+        save_kohya(output, merged, unet_config(loaded.base), title=title, prediction=prediction)
+    return max(layer.rank for layer in merged.values()), error
+
+
+def unet_config(base: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a base's UNet, without its weights.
+
+    Raises:
+        ValueError: where it cannot be had.
+    """
+    name = base["name_or_path"]
+    path = str(EMBEDDED.get(name, name))
+    try:
+        return UNet2DConditionModel.load_config(path, subfolder="unet", revision=base.get("revision"))
+    except OSError as error:
+        raise ValueError(f"the configuration of base {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+
+
+def claim_file(place: Path, *, overwrite: bool) -> None:
+    """See that a file may be written.
+
+    Raises:
+        ValueError: where one is there.
+    """
+    if place.exists() and not overwrite:
+        raise ValueError(f"{place} exists; choose another --output or pass --overwrite")
