@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from stepfuse.fuse.adapter import WEIGHTS, Adapter
 from stepfuse.fuse.adapter_set import AdapterSet
 from stepfuse.fuse.hub import parse_id
+from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.variance import schedule_to_dict
 from stepfuse.fuse.weights import label_weights
 
@@ -52,6 +53,7 @@ def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
         shown: pictures that lie beside it.
     """
     objectives = ", ".join(loaded.names)
+    weights = json.dumps({name: float(f"{weight:g}") for name, weight in loaded.default_weights.items()})
     parts = [
         f"---\n{front_matter(loaded, place)}---",
         f"# {plain(place.rpartition('/')[2])}",
@@ -60,7 +62,7 @@ def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
         f"where images are drawn. Guidance is {loaded.guidance}, scale {loaded.guidance_scale:g}; "
         f"{loaded.num_inference_steps} steps; rule {code(loaded.default_rule)}.",
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
-        CODE.format(place=place, prompt="a lighthouse at dusk", weights=json.dumps(loaded.default_weights)),
+        CODE.format(place=place, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
         ALONE.format(place=place, name=loaded.adapters[0].folder.name, file=WEIGHTS),
         f"For ComfyUI and AUTOMATIC1111: `stepfuse set export {place} {loaded.names[0]} --format kohya`; a mixture as "
@@ -182,10 +184,14 @@ def _measured(loaded: AdapterSet) -> str:
         f"| rule | weights | {' | '.join(names)} |",
         f"|---|---|{'--:|' * len(names)}",
     ]
-    for cell in evaluation["cells"]:
+    own, mixture = loaded.default_rule, label_weights(loaded.default_weights)
+    shown = [cell for cell in evaluation["cells"] if cell["rule"] == own or cell["weights"] == mixture]
+    for cell in shown:
         strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
-        shown = " | ".join(_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names)
-        lines.append(f"| {code(cell['rule'])}{strength} | {plain(cell['weights'])} | {shown} |")
+        gains = " | ".join(_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names)
+        lines.append(f"| {code(cell['rule'])}{strength} | {plain(cell['weights'])} | {gains} |")
+    if left := len(evaluation["cells"]) - len(shown):
+        lines += ["", f"{_count(left, 'row')} more, other rules at other weights, in `{MANIFEST}`."]
     return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ def fetch_set(name: str) -> Path:
                 )
         if MANIFEST not in names:
             raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
-        hf_hub_download(repository, MANIFEST, revision=info.sha)
+        hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
         wanted = [file for file in names if PurePosixPath(file).name == WEIGHTS and file.count("/") == 1]
         wanted += [file for file in names if file in PICTURES]
         return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[MANIFEST, *wanted]))
@@ -112,7 +112,11 @@ def explained_hub(name: str) -> Iterator[None]:
         raise ValueError(f"{name!r} is no hub id: {_first_line(error)}") from error
     except HfHubHTTPError as error:
         raise ValueError(f"{name!r}: the hub answers: {_first_line(error)}") from error
-    except (OfflineModeIsEnabled, HTTPError) as error:
+    except RuntimeError as error:  # of huggingface_hub, for uploads that fail again and again
+        if "uploading" not in str(error):
+            raise
+        raise ValueError(f"{name!r}: {_first_line(error)} Try again: what arrived whole is not sent again") from error
+    except (ConnectionError, HTTPError) as error:  # hf_xet raises the former, and OfflineModeIsEnabled is one
         raise ValueError(f"{name!r}: the hub cannot be reached ({_first_line(error)}); try again") from error
 
 

@@ -129,9 +129,10 @@ def check_files(folder: Path) -> None:
 
 def _check_link(folder: Path, place: Path) -> None:
     """See that a place is in the folder, or in the cache that the folder is of, once its links are followed."""
-    homes = [folder.resolve()]
-    if folder.absolute().parent.name == "snapshots":
-        homes.append(folder.absolute().parents[1].resolve() / "blobs")
+    homes, place_of = [folder.resolve()], folder.absolute()
+    if place_of.parent.name == "snapshots" and place_of.parents[1].name.startswith("models--"):
+        # Of the repository, and since huggingface_hub 2 of the whole cache, by their hashes.
+        homes += [home.resolve() / "blobs" for home in place_of.parents[1:3]]
     try:
         resolved = place.resolve()
     except (OSError, RuntimeError) as error:  # links in a ring

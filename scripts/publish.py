@@ -109,7 +109,10 @@ def check_publishable(loaded: AdapterSet) -> None:
 
 
 def publish(publication: Publication) -> str:
-    """Send it, in one commit; its address. Repeated after an interruption it sends only what did not arrive.
+    """Send it, in one commit; its address.
+
+    The weights go first, a file at a time, and then the commit. Repeated after an interruption, it does not send again
+    what had arrived whole.
 
     Raises:
         ValueError: where the hub cannot be reached or does not take it.
@@ -122,6 +125,9 @@ def publish(publication: Publication) -> str:
         if branch != DEFAULT:
             api.create_branch(repository, branch=branch, exist_ok=True)
         added = [CommitOperationAdd(name, content) for name, content in publication.files.items()]
+        for operation in added:
+            if PurePosixPath(operation.path_in_repo).name == WEIGHTS:
+                api.preupload_lfs_files(repository, [operation], revision=branch)
         deleted = [CommitOperationDelete(name) for name in publication.stale]
         names = ", ".join(sorted({PurePosixPath(name).parts[0] for name in publication.files if "/" in name}))
         done = api.create_commit(
