@@ -15,7 +15,7 @@ from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.variance import schedule_to_dict
 from stepfuse.fuse.weights import label_weights
 
-CODE_MARKS = str.maketrans({"`": "'", "|": "¦", "<": "‹", ">": "›"})
+CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
 CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"
 CODE = """```python
 import torch

@@ -8,18 +8,32 @@ from stepfuse.fuse.adapter import Objective
 from stepfuse.fuse.plan import Plan
 from stepfuse.fuse.rules import FusionRule
 from stepfuse.rewards.protocol import Reward, score
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import is_catalogued, load_reward
 from stepfuse.rewards.weighted import Weighted
 
 GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there for all prompts or for none
 
 
-def reward_of(objective: Objective, rule: FusionRule, device: torch.device) -> Reward:
+def check_trusted(objective: Objective, *, trusted: bool) -> None:
+    """See that the reward a set names runs no code of a stranger's, and sends no picture to a stranger's server.
+
+    Raises:
+        ValueError: for a reward that is not of the catalogue, unless its set is trusted.
+    """
+    if not trusted and not is_catalogued(objective.reward):
+        raise ValueError(
+            f"the set names {objective.reward[:200]!r} as the reward of {objective.name!r}, which is code or a server; "
+            "if you trust it, say so: --trust_rewards, or trust_rewards=True"
+        )
+
+
+def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, trusted: bool = False) -> Reward:
     """The reward an objective names.
 
     Raises:
-        ValueError: where it cannot be loaded.
+        ValueError: where it cannot be loaded, or may not.
     """
+    check_trusted(objective, trusted=trusted)
     try:
         return load_reward(objective.reward, device)
     except ValueError as error:

@@ -62,6 +62,7 @@ class FusedSampler:
         rewards: of the objectives, by name; only rules that need rewards read them.
         reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
         profiles: measured gaps between soup and product, for rules with a gate.
+        trust_rewards: load rewards that are files of code or servers, if objectives name such.
     """
 
     pipeline: DiffusionPipeline
@@ -76,6 +77,7 @@ class FusedSampler:
     rewards: Mapping[str, Reward] = field(default_factory=dict)
     reward_scales: Mapping[str, float] = field(default_factory=dict)
     profiles: tuple[GapProfile, ...] = ()
+    trust_rewards: bool = False
 
     @classmethod
     def from_pretrained(
@@ -90,13 +92,14 @@ class FusedSampler:
         rows_at_once: int | None = None,
         rewards: Mapping[str, Reward] | None = None,
         reward_scales: Mapping[str, float] | None = None,
+        trust_rewards: bool = False,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "FusedSampler":
         """Load a set: the base once, and every adapter on it.
 
         Args:
-            adapter_set: a folder, or a set already read.
+            adapter_set: a folder, a hub id, or a set already read.
             pipeline: the base if it is loaded already; by default the one the set names.
             rule: a name in `stepfuse.fuse.rules.RULES`, or a rule; by default the set's.
             guidance, guidance_scale: by default those of the set.
@@ -105,6 +108,7 @@ class FusedSampler:
             rows_at_once: the most rows in one forward; smaller is slower and takes less memory.
             rewards: by objective, for rules that need them; by default those the objectives name.
             reward_scales: by objective; by default the deviation each adapter's training measured on the base.
+            trust_rewards: let the set name rewards that are code or servers, for rules that need them.
             dtype, device: where and how the base is kept.
 
         Raises:
@@ -149,6 +153,7 @@ class FusedSampler:
             rewards=rewards or {},
             reward_scales=adapter_set.reward_scales | dict(reward_scales or {}),
             profiles=adapter_set.profiles,
+            trust_rewards=trust_rewards,
         )
         return sampler.with_rule(chosen_rule)
 
@@ -163,7 +168,10 @@ class FusedSampler:
         if not getattr(rule, "needs", ""):
             return replace(self, rule=rule)
         device = execution_device(self.pipeline)
-        rewards = {o.name: self.rewards.get(o.name) or reward_of(o, rule, device) for o in self.objectives}
+        trusted = self.trust_rewards
+        rewards = {
+            o.name: self.rewards.get(o.name) or reward_of(o, rule, device, trusted=trusted) for o in self.objectives
+        }
         return replace(self, rule=rule, rewards=rewards)
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:

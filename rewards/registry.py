@@ -163,6 +163,20 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     )
 
 
+def is_catalogued(name: str) -> bool:
+    """Whether a reward is one of `REWARDS`, a sum's terms included: no file of anybody's code, and no server.
+
+    A set that came from elsewhere may name any reward; this tells those that are only data from the others.
+    """
+    kind, _, argument = name.partition(":")
+    if kind == "weighted":
+        try:
+            return all(is_catalogued(term.name) for term in parse_terms(argument))
+        except ValueError:
+            return True  # it cannot be loaded anyhow
+    return kind in REWARDS
+
+
 def _from_file(file: str, function: str) -> Reward:
     path = Path(file)
     if not path.is_file():

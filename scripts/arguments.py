@@ -27,6 +27,13 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance_scale", type=float, help="by default the set's")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Of a set."""
+    parser.add_argument(
+        "--trust_rewards", action="store_true", help="load rewards of the set that are files of code or servers"
+    )
+
+
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Of images."""
     parser.add_argument("--height", type=int, help="pixels; by default the base's")

@@ -156,6 +156,7 @@ def build(file: Path, *, device: str) -> Path:
                 device=device,
                 dtype=torch.float32,
                 command=f"stepfuse build {file}",
+                trust_rewards=True,  # the build's own configurations name them
             )
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():

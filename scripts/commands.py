@@ -44,6 +44,7 @@ def sample(arguments: argparse.Namespace) -> None:
         guidance_scale=arguments.guidance_scale,
         forwards=arguments.forwards,
         rows_at_once=arguments.rows_at_once,
+        trust_rewards=arguments.trust_rewards,
         dtype=getattr(torch, arguments.dtype),
         device=device,
     )
@@ -102,6 +103,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         device=device,
         dtype=getattr(torch, arguments.dtype),
         command=f"stepfuse evaluate {arguments.set} --config {arguments.config}",
+        trust_rewards=arguments.trust_rewards,
     )
     if summary:  # the main process
         print("\n".join(f"- {line}" for line in findings(summary)))

@@ -36,6 +36,7 @@ from stepfuse.fuse.make_set import claim_output
 from stepfuse.fuse.manifest import read_json, write_json
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep
+from stepfuse.fuse.reward_checks import check_trusted
 from stepfuse.fuse.rules import CoDe, Oracle
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import schedule_to_dict
@@ -61,8 +62,11 @@ def evaluate(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     command: str = "",
+    trust_rewards: bool = False,
 ) -> dict[str, Any]:
     """Draw, score, measure and report; an interrupted run goes on where it stopped, with the same numbers.
+
+    Rewards that the set names and that are code or servers are loaded with `trust_rewards` only.
 
     Under `accelerate launch` the batches are shared out between the processes.
 
@@ -78,6 +82,8 @@ def evaluate(
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
     loaded = load_set(adapter_set)
+    for objective in loaded.objectives:
+        check_trusted(objective, trusted=trust_rewards)
     evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
     identity = evaluation.identity(loaded, dtype)
     if state.is_main_process:

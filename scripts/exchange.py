@@ -29,6 +29,7 @@ def import_lora(
     *,
     objective: str,
     eta: float,
+    reward: str = UNKNOWN,
     base: str | None = None,
     guidance: str | None = None,
     guidance_scale: float | None = None,
@@ -44,6 +45,7 @@ def import_lora(
         folder: of the set.
         objective: its name there.
         eta: of its transitions, which nobody measured: declared.
+        reward: what it is meant to raise.
         base: of a set that is to be made.
         guidance: `full` by default, for published LoRAs expect an unconditional prediction of their own; in a set it is
             the set's.
@@ -92,7 +94,7 @@ def import_lora(
         write_adapter(
             Path(aside, objective),
             None,
-            Objective(name=objective, reward=UNKNOWN, variance=schedule, beta=0.0),
+            Objective(name=objective, reward=reward, variance=schedule, beta=0.0),
             state=peft_state(factors),
             config=peft_config(factors),
             base=described,

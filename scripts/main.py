@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepfuse.scripts import commands
-from stepfuse.scripts.arguments import add_command, add_device, add_guidance, add_output, add_size
+from stepfuse.scripts.arguments import add_command, add_device, add_guidance, add_output, add_size, add_trust
 from stepfuse.scripts.benchmark.arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
 from stepfuse.scripts.set_arguments import SET, add_hub, add_set
 
@@ -135,6 +135,7 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
     sample.add_argument("--compile", choices=("regional", "full"), help="compile transformer blocks, or the UNet")
     add_size(sample)
     sample.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
+    add_trust(sample)
     add_device(sample)
     add_output(sample, "out.png")
     sample.set_defaults(run=commands.sample)
@@ -155,6 +156,7 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
         "--output_dir", type=Path, default=Path("outputs/evaluation"), help="where everything goes; run again to go on"
     )
     evaluate.add_argument("--overwrite", action="store_true", help="begin anew")
+    add_trust(evaluate)
     add_device(evaluate)
     evaluate.set_defaults(run=commands.evaluate)
 

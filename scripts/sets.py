@@ -123,6 +123,7 @@ def import_lora(arguments: argparse.Namespace) -> None:
         arguments.set,
         objective=arguments.objective,
         eta=arguments.eta,
+        reward=arguments.reward,
         base=arguments.base,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,

@@ -156,7 +156,7 @@ def test_set_show_prints_what_a_set_holds(adapters, set_folder, capsys):
         assert re.match(rf"{name} +\(default weight 0.5\)", text)
         assert re.search(rf"reward +reward_of_{name}\n", text)
         assert re.search(rf'variance +{{"kind": "eta", "eta": {eta}}}\n', text)
-        assert re.search(rf"beta +{beta}\Z", text)
+        assert re.search(rf"beta +{beta}\n +rank +2\n +licence +not stated\Z", text)
 
 
 # Samples.

@@ -1,0 +1,319 @@
+"""`stepfuse set import`, `export`, `merge` and `card`, and what a set may not make anybody run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from stepfuse.fuse.adapter import WEIGHTS
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.card import card, code, plain
+from stepfuse.fuse.make_set import copy_set, create_set
+from stepfuse.fuse.manifest import MANIFEST
+from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.scripts.evaluate import evaluate
+from stepfuse.scripts.evaluation import EvaluationConfig
+from stepfuse.scripts.main import main
+from tests.fixtures_sampler import PROMPTS, assert_near, latents, noise, save_set, save_three_adapters
+from tests.fixtures_tiny import add_random_lora, generators, refused, save_adapter, save_stable_diffusion
+
+WEIGHTS_OF = "a=0.5,b=0.3,c=0.2"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("exchange")
+    folders = save_three_adapters(root, save_stable_diffusion(root / "base"))
+    save_set(root / "set", folders)
+    return root
+
+
+@pytest.fixture
+def mine(root, tmp_path):
+    """The set, to be changed."""
+    return shutil.copytree(root / "set", tmp_path / "mine")
+
+
+@pytest.fixture
+def stranger(root, tmp_path):
+    """A LoRA as diffusers saves it, without a word of ours."""
+    pipeline = load_pipeline(str(root / "base"))
+    add_random_lora(pipeline, "style", rank=3, alpha=6, seed=7)
+    from peft.utils import get_peft_model_state_dict
+
+    type(pipeline).save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name="style"),
+        unet_lora_adapter_metadata=pipeline.unet.peft_config["style"].to_dict(),
+        weight_name="style.safetensors",
+    )
+    return tmp_path / "style.safetensors"
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def complaint(*arguments):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    return str(error.value.code)
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def predict(pipeline, x, t=500):
+    """The UNet's own prediction for two prompts."""
+    tokens = pipeline.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+    with torch.no_grad():
+        return pipeline.unet(x, t, tokens, return_dict=False)[0]
+
+
+# In.
+
+
+def test_a_lora_from_elsewhere_makes_a_set_and_joins_one(root, stranger, tmp_path, capsys):
+    run(
+        "set",
+        "import",
+        stranger,
+        "--objective",
+        "style",
+        "--eta",
+        0.8,
+        "--set",
+        tmp_path / "set",
+        "--base",
+        root / "base",
+    )
+    loaded = load_set(tmp_path / "set")
+    (adapter,) = loaded.adapters
+    assert (loaded.guidance, loaded.guidance_scale, loaded.num_inference_steps) == ("full", 7.5, 50)
+    assert (adapter.name, adapter.objective.reward, adapter.source) == ("style", "unknown", "style.safetensors")
+    assert adapter.objective.variance == EtaSchedule(eta=0.8)
+    assert adapter.rank == 3
+
+    again = ["--objective", "second", "--eta", 0.5, "--license", "mit", "--reward", "colourfulness"]
+    run("set", "import", stranger, *again, "--set", tmp_path / "set")
+    loaded = load_set(tmp_path / "set")
+    assert loaded.names == ["style", "second"]
+    assert loaded.default_weights == {"style": 0.5, "second": 0.5}
+    assert (loaded.adapters[1].license, loaded.adapters[1].objective.reward) == ("mit", "colourfulness")
+
+    # One stranger alone in a set is what diffusers makes of its file.
+    pipeline = load_pipeline(str(root / "base"))
+    pipeline.load_lora_weights(stranger.parent, weight_name=stranger.name)
+    sampler = FusedSampler.from_pretrained(tmp_path / "set")
+    x = noise(0)
+    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", "style")
+    assert_near(ours, predict(pipeline, x))
+
+
+def sampler_conditioning(sampler):
+    from stepfuse.fuse.pipeline import encode_prompts
+
+    return encode_prompts(sampler.pipeline, PROMPTS, ["", ""])
+
+
+def test_an_import_that_fails_leaves_the_set_as_it_was(root, mine, stranger, tmp_path):
+    before = contents(mine)
+    taken = ("set", "import", stranger, "--eta", 1, "--set", mine, "--guidance", "shared", "--guidance_scale", 3)
+    assert "'a' already" in complaint(*taken, "--objective", "a")
+    assert "a set has one: pass --guidance shared" in complaint(
+        "set", "import", stranger, "--objective", "style", "--eta", 1, "--set", mine
+    )
+    assert "eta is 2.0" in complaint(*taken[:4], 2, *taken[5:], "--objective", "style")
+    assert "'../x'" in complaint(*taken, "--objective", "../x")
+    assert "leave out --base" in complaint(*taken, "--objective", "style", "--base", "emoji")
+    assert "does not match" in complaint(*taken, "--objective", "style", "--license", "no licence")
+    assert contents(mine) == before
+    assert "--base" in complaint("set", "import", stranger, "--objective", "x", "--eta", 1, "--set", tmp_path / "new")
+    assert "no LoRA at" in complaint(
+        "set",
+        "import",
+        tmp_path / "no.safetensors",
+        "--objective",
+        "x",
+        "--eta",
+        1,
+        "--set",
+        mine,
+        "--guidance",
+        "shared",
+        "--guidance_scale",
+        3,
+    )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_lora_of_another_base_is_refused(root, stranger, tmp_path):
+    wider = save_stable_diffusion(tmp_path / "wider", channels=(16, 48))
+    told = complaint(
+        "set", "import", stranger, "--objective", "x", "--eta", 1, "--set", tmp_path / "new", "--base", wider
+    )
+    assert "of another base" in told
+
+
+def test_an_adapter_of_one_set_may_be_put_into_another(root, tmp_path):
+    create_set(tmp_path / "other", [root / "set" / "b", root / "set" / "c"])
+    assert load_set(tmp_path / "other").names == ["b", "c"]
+    assert load_set(tmp_path / "other").adapters[0].sha256 == load_set(root / "set").adapters[1].sha256
+
+
+# Out.
+
+
+def test_every_adapter_is_exported_or_one(root, tmp_path, capsys):
+    run("set", "export", root / "set", "--output", tmp_path / "all")
+    assert sorted(contents(tmp_path / "all")) == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    run("set", "export", root / "set", "b", "--output", tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == (tmp_path / "all" / "b.safetensors").read_bytes()
+    run("set", "export", root / "set", "b", "--format", "peft", "--output", tmp_path / "peft")
+    assert sorted(contents(tmp_path / "peft")) == ["adapter_config.json", "adapter_model.safetensors"]
+    with safe_open(tmp_path / "b.safetensors", "pt") as tensors:
+        assert tensors.metadata()["ss_output_name"] == "b"
+    assert "exists" in complaint("set", "export", root / "set", "b", "--output", tmp_path / "b.safetensors")
+    assert "'d'" in complaint("set", "export", root / "set", "d", "--output", tmp_path / "d.safetensors")
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_a_mixture_as_one_file_draws_what_the_soup_draws(root, tmp_path, form, capsys):
+    """In a pipeline that knows nothing of sets; rank is the sum of ranks."""
+    file = tmp_path / "soup.safetensors"
+    run("set", "merge", root / "set", "--weights", WEIGHTS_OF, "--output", file, "--format", form, "--strength", 1.5)
+    assert "rank 7, the exact soup" in capsys.readouterr().out  # 1 + 2 + 4
+    pipeline = load_pipeline(str(root / "base"))
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
+    sampler = FusedSampler.from_pretrained(root / "set", rule="soup", guidance="off")
+    plan = sampler.plan({"a": 0.5, "b": 0.3, "c": 0.2}, 2, strength=1.5)
+    x = noise(0)
+    merge = plan.merge([1.5 * w for w in (0.5, 0.3, 0.2)])
+    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", merge)
+    assert_near(predict(pipeline, x), ours, 1e-4)
+
+
+def test_a_mixture_of_a_rank_says_what_it_leaves_out(root, tmp_path, capsys):
+    run("set", "merge", root / "set", "--rank", 2, "--output", tmp_path / "two.safetensors")
+    said = capsys.readouterr().out
+    assert "rank 2, " in said
+    assert "% of the exact soup left out" in said
+    for told, culprit in (
+        (("--weights", "d=1"), "'d'"),
+        (("--weights", "a=0.9@0-0.5,b=1"), "no one LoRA"),
+        (("--strength", 0), "nothing to merge"),
+        (("--rank", 0), "rank 0"),
+        (("--output", tmp_path / "x.bin"), ".safetensors"),
+    ):
+        output = () if "--output" in told else ("--output", tmp_path / "x.safetensors")
+        assert culprit in complaint("set", "merge", root / "set", *told, *output)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+# The card.
+
+
+def test_a_card_has_its_picture_and_says_what_is_licensed_how(mine, capsys):
+    run("set", "card", mine, "--license", "mit", "--base_license", "apache-2.0", "--prompt", "a fox", "--device", "cpu")
+    with Image.open(mine / "strip.png") as strip:
+        assert strip.width > 5 * 96  # the base, three adapters and their mixture
+    text = (mine / "README.md").read_text()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "mit"
+    assert "| a | mit |" in text
+    assert "apache-2.0 |" in text
+    assert "](strip.png)" in text
+    assert load_set(mine).adapters[0].license == "mit"
+    assert "no summary.json" in complaint("set", "card", mine, "--evaluation", mine)
+
+
+EVIL = "<script>alert(1)</script>|`x`[y](javascript:z)\n# head"
+
+
+def test_what_a_stranger_wrote_is_text_on_a_card(mine):
+    values = json.loads((mine / MANIFEST).read_text())
+    values["base"]["name_or_path"] = EVIL
+    values["adapters"][0]["reward"]["name"] = EVIL
+    values["adapters"][0]["source"] = EVIL
+    values["adapters"][1]["training"] = {"algorithm": EVIL[:64], "health": [{"step": EVIL, "what": EVIL}]}
+    values["default_rule"] = EVIL[:60]
+    gain = {"mean": 1.0, "low": 0.5, "high": 1.5}
+    cell = {"rule": EVIL[:60], "weights": EVIL, "strength": 1.0, "gains": {"a": gain}}
+    values["evaluation"] = {"prompts": 1, "seeds": 1, "objectives": {"a": EVIL}, "cells": [cell]}
+    (mine / MANIFEST).write_text(json.dumps(values))
+    text = card(load_set(mine), place="owner/name", shown=[])
+    front, body = text.split("---\n", 2)[1:]
+    assert yaml.safe_load(front)["model-index"][0]["results"]
+    assert "<script" not in body
+    assert "](javascript" not in body
+    assert "\n# head" not in body
+    for row in (line for line in body.splitlines() if line.startswith("| a |")):
+        assert row.count("|") in (10, 3)  # of the adapters' table and of the licences'
+    assert plain("<b>") == "&lt;b&gt;"
+    assert code("`<b>|") == "`'‹b›¦`"
+
+
+# What a set may not make anybody run.
+
+
+@pytest.fixture
+def booby_trap(root, tmp_path):
+    """A set whose objective names code that would leave a mark."""
+    mark = tmp_path / "mark"
+    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef reward(images, prompts): ...\n")
+    save_adapter(tmp_path / "a", root / "base", "a", reward=f"{tmp_path / 'evil.py'}:reward", beta=0.1)
+    create_set(tmp_path / "trap", [tmp_path / "a"])
+    return tmp_path / "trap", mark
+
+
+def test_a_reward_that_is_code_is_not_loaded_unasked(booby_trap, tmp_path):
+    folder, mark = booby_trap
+    FusedSampler.from_pretrained(folder).sample(PROMPTS, generator=generators(0, 1), progress=False)
+    with refused("evil.py", "--trust_rewards"):
+        FusedSampler.from_pretrained(folder, rule="code")
+    with refused("evil.py", "--trust_rewards"):
+        evaluate(folder, EvaluationConfig(), tmp_path / "evaluation")
+    told = complaint(
+        "sample", folder, "--prompt", "x", "--rule", "rgg", "--output", tmp_path / "x.png", "--device", "cpu"
+    )
+    assert "--trust_rewards" in told
+    assert not mark.exists()
+    with refused("evil.py"):  # trusted, it is run, and found to give no scores
+        FusedSampler.from_pretrained(folder, rule="rgg", trust_rewards=True).sample(PROMPTS, progress=False)
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("name", ["http://127.0.0.1:9", "mine.yaml", "weighted:1*colourfulness/1 + 1*mine.py:f/1"])
+def test_a_reward_that_is_a_server_or_a_recipe_is_not_loaded_unasked(root, tmp_path, name):
+    save_adapter(tmp_path / "a", root / "base", "a", reward=name)
+    create_set(tmp_path / "set", [tmp_path / "a"])
+    with refused("'a'", "trust_rewards=True"):
+        FusedSampler.from_pretrained(tmp_path / "set", rule="code")
+
+
+def test_a_sets_own_rule_and_weights_are_its_default(mine):
+    values = json.loads((mine / MANIFEST).read_text())
+    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "average_noise"}))
+    given = FusedSampler.from_pretrained(mine)
+    told = FusedSampler.from_pretrained(mine, rule="average_noise")
+    assert torch.equal(latents(given, PROMPTS), latents(told, PROMPTS))
+    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "os.system"}))
+    with refused("'os.system'"):
+        FusedSampler.from_pretrained(mine)
+
+
+def test_a_copy_of_a_set_is_the_set(root, tmp_path):
+    copy_set(root / "set", tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(root / "set")
+    with refused("not empty"):
+        copy_set(root / "set", tmp_path / "copy")
+    assert (tmp_path / "copy" / "a" / WEIGHTS).stat().st_size
+    assert not os.path.exists(tmp_path / "copy.tmp")
