@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 
@@ -16,7 +17,7 @@ from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.card import card, code, plain
 from stepfuse.fuse.make_set import copy_set, create_set
 from stepfuse.fuse.manifest import MANIFEST
-from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.pipeline import encode_prompts, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.scripts.evaluate import evaluate
@@ -47,8 +48,6 @@ def stranger(root, tmp_path):
     """A LoRA as diffusers saves it, without a word of ours."""
     pipeline = load_pipeline(str(root / "base"))
     add_random_lora(pipeline, "style", rank=3, alpha=6, seed=7)
-    from peft.utils import get_peft_model_state_dict
-
     type(pipeline).save_lora_weights(
         tmp_path,
         unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name="style"),
@@ -120,8 +119,6 @@ def test_a_lora_from_elsewhere_makes_a_set_and_joins_one(root, stranger, tmp_pat
 
 
 def sampler_conditioning(sampler):
-    from stepfuse.fuse.pipeline import encode_prompts
-
     return encode_prompts(sampler.pipeline, PROMPTS, ["", ""])
 
 
@@ -268,7 +265,9 @@ def test_what_a_stranger_wrote_is_text_on_a_card(mine):
 def booby_trap(root, tmp_path):
     """A set whose objective names code that would leave a mark."""
     mark = tmp_path / "mark"
-    (tmp_path / "evil.py").write_text(f"open({str(mark)!r}, 'w')\ndef reward(images, prompts): ...\n")
+    (tmp_path / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(mark)!r}).touch()\ndef reward(images, prompts): ...\n"
+    )
     save_adapter(tmp_path / "a", root / "base", "a", reward=f"{tmp_path / 'evil.py'}:reward", beta=0.1)
     create_set(tmp_path / "trap", [tmp_path / "a"])
     return tmp_path / "trap", mark
