@@ -60,14 +60,17 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
     # What comes after `commands` is launched by test_train_layouts.py and test_build.py.
-    _, trial, commands, _, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
+    _, trial, commands, _, exchange, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
+    # Those of other sets and the hub: test_set_exchange.py and test_publish.py. No evaluation was made here.
+    ours = [line for line in exchange.splitlines() if " outputs/set " in line]
+    exchange = "\n".join(ours).replace("--evaluation outputs/evaluation", "")
     (snippet,) = blocks("README.md", "python")
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    written = (trial + commands + rewards + benchmarks + cheaper).replace("\\\n", " ").splitlines()
+    written = (trial + commands + exchange + "\n" + rewards + benchmarks + cheaper).replace("\\\n", " ").splitlines()
     # Random weights of Stable Diffusion 1.5 want a GPU; tests/test_benchmark.py holds them to the published number.
     lines = [line for line in written if line.strip() and "--architecture sd15" not in line]
-    assert len(lines) == 1 + 6 + 2 + 1 + 2
+    assert len(lines) == 1 + 6 + 4 + 2 + 1 + 2
     (checkout / "outputs" / "images").mkdir(parents=True)
     for number, colour in enumerate(("red", "gray")):
         Image.new("RGB", (64, 48), colour).save(checkout / "outputs" / "images" / f"{number}.png")
@@ -82,6 +85,8 @@ def test_the_readme_commands_run_as_they_stand(checkout: Path) -> None:
         assert picture.size == (64, 64)
     assert (checkout / "scores.csv").read_text().splitlines()[2].startswith("1.png,a gray square,")
     assert (checkout / "best.png").is_file()
+    for name in ("alignment.safetensors", "lora.safetensors", "outputs/set/README.md"):
+        assert (checkout / name).is_file()
     done = subprocess.run(
         [sys.executable, "-c", f"{snippet}\nprint(len(images), images[0].size)"],
         cwd=checkout,

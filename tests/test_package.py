@@ -127,7 +127,12 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     ours = {name for name in names if name.startswith("stepfuse/")}
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
     embedded = [path for name in ("emoji-base", "emoji-set") for path in (ROOT / "data" / name).rglob("*")]
-    single = ("scripts/report.html.j2", "scripts/benchmark/originals/hpsv2.txt", "rewards/bert-base-uncased-vocab.txt")
+    single = (
+        "scripts/report.html.j2",
+        "fuse/adapter_set.schema.json",
+        "scripts/benchmark/originals/hpsv2.txt",
+        "rewards/bert-base-uncased-vocab.txt",
+    )
     data = [*embedded, *(ROOT / "configs").rglob("*.*"), *(ROOT / name for name in single)]
     typed = [ROOT / layer / "py.typed" for layer in LAYERS]
     wanted = {path for path in [*SOURCES, *typed, *data] if path.is_file() and "__pycache__" not in path.parts}
