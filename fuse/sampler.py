@@ -17,6 +17,7 @@ from stepfuse.data.emoji import to_image
 from stepfuse.fuse.adapter import Objective, load_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.batched import BatchedAdapters
+from stepfuse.fuse.compiled import compile_unet
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gate import GapProfile, find_profile
 from stepfuse.fuse.gaussian import Gaussian, Generators
@@ -175,31 +176,12 @@ class FusedSampler:
         return replace(self, rule=rule, rewards=rewards)
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
-        """Compile the UNet, in place. Weights, strengths, schedules and adapters in use are values to it: other ones
-        compile nothing anew. A soup is another network than adapters one a row; and a second number of rows in a batch
-        compiles once more, as a single row does, but no third.
-
-        Raises torch's limit of graphs for one piece of code to 64, for blocks of all widths share theirs.
-
-        Args:
-            how: `regional`, the transformer blocks, once each width: in seconds; or `full`, the whole UNet: in minutes,
-                and faster on a GPU with mode="reduce-overhead" (CUDA graphs).
-            rows: the most rows of a batch foreseen; more compile once more.
-            options: for `torch.compile`.
+        """Compile the UNet, in place: `stepfuse.fuse.compiled.compile_unet`.
 
         Raises:
-            ValueError: for another word, or without batched forwards.
+            ValueError: for another word than regional or full, or without batched forwards.
         """
-        if how not in ("regional", "full"):
-            raise ValueError(f"compile {how!r}; expected regional or full")
-        if not isinstance(self.denoiser.batched, BatchedAdapters):
-            raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
-        self.denoiser.batched.fix(rows, execution_device(self.pipeline))
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        if how == "regional":
-            self.pipeline.unet.compile_repeated_blocks(fullgraph=True, **options)
-        else:
-            self.pipeline.unet.compile(fullgraph=True, **options)
+        compile_unet(self.pipeline.unet, self.denoiser.batched, how, rows, execution_device(self.pipeline), **options)
 
     @property
     def names(self) -> list[str]:
