@@ -85,9 +85,9 @@ def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
 def front_matter(loaded: AdapterSet, place: str) -> str:
     """The hub's metadata, with what was measured as its model-index."""
     licences = sorted({adapter.license for adapter in loaded.everyone if adapter.license})
-    named = {"license": licences[0]} if len(licences) == 1 else {"license": "other"} if licences else {}
+    named: dict[str, Any] = {"license": licences[0]} if len(licences) == 1 else {"license": "other"} if licences else {}
     base = loaded.base["name_or_path"]
-    relation = {"base_model": base, "base_model_relation": "adapter"} if parse_id(base) else {}
+    relation: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if parse_id(base) else {}
     data = ModelCardData(
         **named,
         **relation,

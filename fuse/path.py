@@ -94,9 +94,9 @@ class NoisePath:
     def describe(self) -> dict[str, Any]:
         """What decides alpha_t and sigma_t, and what is predicted, as plain JSON values."""
         config = self.scheduler.config
-        names = ("num_train_timesteps",)
+        names = ["num_train_timesteps"]
         if self.prediction_type != "flow":
-            names += ("beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one")
+            names += ["beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one"]
         values = {name: config.get(name) for name in names}
         table = torch.cat([self.alpha, self.sigma]).to(torch.float32).numpy().tobytes()
         own = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if config.get("trained_betas") else {}

@@ -234,17 +234,20 @@ def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
     return {"architecture": hashlib.sha256(shapes.encode()).hexdigest(), "probe": probe}
 
 
-def describe_base(pipeline: DiffusionPipeline, name_or_path: str, revision: str | None = None) -> dict[str, Any]:
+def describe_base(
+    pipeline: DiffusionPipeline, name_or_path: str, revision: str | None = None, *, hashed: bool = True
+) -> dict[str, Any]:
     """What an adapter says of the base it belongs to.
 
     Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the UNet as it was loaded: its
-    tensors' names and bytes, in the order of names; in another precision it is another.
+    tensors' names and bytes, in the order of names; in another precision it is another. It is left out unless `hashed`,
+    for it takes seconds of large ones.
     """
     path = NoisePath.from_scheduler(pipeline.scheduler)
     return {
         "name_or_path": name_or_path,
         "revision": cached_commit(name_or_path, revision) or revision,
-        "weights_sha256": weights_hash(pipeline.unet),
+        "weights_sha256": weights_hash(pipeline.unet) if hashed else None,
         "noise_path": path.describe(),
     } | base_fingerprint(pipeline.unet)
 

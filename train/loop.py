@@ -97,7 +97,7 @@ class Run:
         self.reward, self.prompts = reward, prompts
         self.output, self.main = Path(settings.output_dir), accelerator.is_main_process
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        options = {"revision": settings.revision, "variant": settings.variant}
+        options: dict[str, Any] = {"revision": settings.revision, "variant": settings.variant}
         self.pipeline: DiffusionPipeline = pipeline or load_pipeline(
             settings.pretrained_model_name_or_path, dtype=dtype, **options
         )
@@ -105,7 +105,9 @@ class Run:
             self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
         )
         unet = self.pipeline.unet
-        self.base = describe_base(self.pipeline, settings.pretrained_model_name_or_path, settings.revision)
+        self.base = describe_base(
+            self.pipeline, settings.pretrained_model_name_or_path, settings.revision, hashed=self.main
+        )
         add_lora(
             unet,
             settings.name,
