@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stepfuse.fuse.lora_file import LoRAFile, check_finite, check_fits, open_lora
+from stepfuse.fuse.lora_layers import adapter_state
 from stepfuse.fuse.manifest import FORMAT_VERSION, read_json, write_json
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
@@ -65,6 +66,8 @@ class Objective:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
+        if hasattr(nn.ModuleDict(), self.name):  # where peft keeps adapters by name
+            raise ValueError(f"objective name {self.name!r} is torch's own for something else; choose another")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"objective {self.name!r} has beta {self.beta}; expected 0 or more")
 
@@ -304,7 +307,7 @@ def put_on(pipeline: DiffusionPipeline, name: str, lora: LoRAFile, state: dict[s
             _pipeline=pipeline,
             low_cpu_mem_usage=True,  # or peft draws random weights first
         )
-    loaded = get_peft_model_state_dict(pipeline.unet, adapter_name=name)
+    loaded = adapter_state(pipeline.unet, name)
     given = {key.removeprefix("unet."): value for key, value in state.items()}
     for key in given.keys() | loaded.keys():
         if (

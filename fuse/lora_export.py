@@ -85,7 +85,7 @@ def save_kohya(
         name = kohya_name(module, config)
         state[f"{name}.lora_down.weight"] = layer.down.contiguous()
         state[f"{name}.lora_up.weight"] = layer.up.contiguous()
-        state[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        state[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
     first = next(iter(factors.values()))
     metadata = file_metadata(config, title=title, rank=first.rank, alpha=first.alpha, prediction=prediction)
     output.parent.mkdir(parents=True, exist_ok=True)

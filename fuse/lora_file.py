@@ -32,6 +32,7 @@ KEY = re.compile(
     r"(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
 )
 DTYPES = ("F64", "F32", "F16", "BF16")
+WHOLE = ("I64", "I32", "I16", "I8", "U8")  # some write alphas so
 # Of peft's configuration: what has no part in a forward of the trained adapter.
 IDLE = (
     "auto_mapping",
@@ -154,7 +155,7 @@ def open_lora(file: Path) -> LoRAFile:
                 "`stepfuse set import` takes other layouts"
             )
         found.setdefault(match["part"], {}).setdefault(match["module"], {})[match["kind"]] = shape
-    configs = _configs(file, metadata)
+    configs = read_configs(file, metadata)
     for part in configs.keys() - found.keys():
         raise ValueError(f"{file}: its metadata is of {part}, and it has no tensors of that; fetch it again")
     layers = {
@@ -197,7 +198,7 @@ def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     for key, shape in shapes.items():
         if math.prod(shape) > MOST_ELEMENTS:
             raise ValueError(f"{file}: tensor {key[:100]!r} of shape {list(shape)} is too large for a LoRA")
-        if dtypes[key] not in DTYPES:
+        if dtypes[key] not in DTYPES and not (key.endswith(".alpha") and dtypes[key] in WHOLE):
             raise ValueError(f"{file}: tensor {key[:100]!r} is {dtypes[key]}; expected one of {', '.join(DTYPES)}")
     return shapes, metadata
 
@@ -284,7 +285,7 @@ def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if key in names), default)
 
 
-def _configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """peft's configuration by part, where the header has one."""
     if METADATA not in metadata:
         return {}
@@ -332,7 +333,7 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
     if config.get("bias", "none") != "none":
         raise ValueError(f"{file} has trained biases of the base (bias {_short(config['bias'])}), which are no LoRA")
     begun = config.get("init_lora_weights")
-    if isinstance(begun, str) and begun.startswith(CHANGES_BASE):
+    if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
         raise ValueError(f"{file} was begun as {_short(begun)}, which changes the base; convert it to a plain LoRA")
     for name, value in config.items():
         if name not in (*IDLE, *KNOWN) and value:

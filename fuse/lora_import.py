@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors.torch import load_file, save_file
@@ -15,8 +16,10 @@ from stepfuse.fuse.adapter import WEIGHTS, check_parts
 from stepfuse.fuse.factors import Factors, read_factors
 from stepfuse.fuse.kohya import PREFIX, TEXT_ENCODERS, module_table
 from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
-from stepfuse.fuse.lora_file import METADATA, check_config, open_lora, plain_modules, read_header
+from stepfuse.fuse.lora_file import METADATA, check_config, open_lora, plain_modules, read_configs, read_header
 from stepfuse.fuse.manifest import PICKLES, read_object
+
+OLDER = (".lora.down.weight", "_lora.down.weight")
 
 
 def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> dict[str, Factors]:
@@ -35,18 +38,18 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
         raise ValueError(f"{file} is a pickle or may be one, which can run code when it is read; expected safetensors")
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")
-    shapes, _ = read_header(file)
+    shapes, metadata = read_header(file)
     if any(key.startswith((PREFIX, *TEXT_ENCODERS)) for key in shapes):
         factors = _from_kohya(file, shapes, unet, unet_only=unet_only)
     elif all(key.startswith(PEFT_PREFIX) for key in shapes):
         factors = _from_peft(file)
-    elif any(".lora_A." in key for key in shapes):
+    elif any(".lora_A." in key for key in shapes) and not any(key.endswith(OLDER) for key in shapes):
         lora = open_lora(file)
         if not unet_only:
             check_parts(lora)
         factors = read_factors(lora)
     else:
-        factors = _from_older(file, unet_only=unet_only)
+        factors = _from_older(file, metadata, unet_only=unet_only)
     if not factors:
         raise ValueError(f"{file} has no layers of a UNet; nothing of it can be fused")
     return factors
@@ -73,7 +76,8 @@ def check_factors_fit(file: Path, factors: Mapping[str, Factors], unet: nn.Modul
 def _from_kohya(
     file: Path, shapes: Mapping[str, Any], unet: UNet2DConditionModel, *, unet_only: bool
 ) -> dict[str, Factors]:
-    table = module_table((name for name, _ in plain_modules(unet)), unet.config)
+    modules = (name for name, module in plain_modules(unet) if isinstance(module, nn.Linear | nn.Conv2d))
+    table = module_table(modules, unet.config)
     ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
     for key in shapes:
         if key.startswith(TEXT_ENCODERS) and not unet_only:
@@ -95,9 +99,16 @@ def _from_kohya(
     for name in sorted({key.partition(".")[0] for key in state if key.startswith(PREFIX)}):
         down, up = (state.get(f"{name}.lora_{what}.weight") for what in ("down", "up"))
         if down is None or up is None:
-            raise ValueError(f"{file}: {name} has lora_{'up' if down is None else 'down'} alone; fetch the file again")
-        alpha = state.get(f"{name}.alpha")
-        factors[table[name]] = Factors(down=down, up=up, alpha=len(down) if alpha is None else float(alpha))
+            there = "alpha" if down is up else "lora_up" if down is None else "lora_down"
+            raise ValueError(f"{file}: {name} has {there} alone; fetch the file again")
+        if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != len(down) or not down.numel():
+            raise ValueError(
+                f"{file}: {name} has A of shape {list(down.shape)} and B of {list(up.shape)}, which do not go together"
+            )
+        alpha = state.get(f"{name}.alpha", torch.tensor(float(len(down))))
+        if alpha.numel() != 1 or not 0 < float(alpha) < 2**31:
+            raise ValueError(f"{file}: {name} has alpha {alpha.tolist()}; expected a positive number")
+        factors[table[name]] = Factors(down=down, up=up, alpha=float(alpha))
     return _shaped_like(factors, unet)
 
 
@@ -107,11 +118,10 @@ def _shaped_like(factors: Mapping[str, Factors], unet: nn.Module) -> dict[str, F
     shaped = {}
     for name, layer in factors.items():
         dims = modules[name].weight.ndim
-        down, up = layer.down, layer.up
-        if dims == 4 and down.ndim == 2:
-            down, up = down[..., None, None], up.flatten(1)[..., None, None]
-        elif dims == 2 and down.ndim == 4:
-            down, up = down.flatten(1), up.flatten(1)
+        down, up = (
+            factor[..., None, None] if dims > factor.ndim else factor.flatten(1) if dims < factor.ndim else factor
+            for factor in (layer.down, layer.up)
+        )
         shaped[name] = Factors(down=down, up=up, alpha=layer.alpha)
     return shaped
 
@@ -121,24 +131,32 @@ def _from_peft(file: Path) -> dict[str, Factors]:
     config = {k: v for k, v in read_object(place, "the configuration peft saves beside the weights").items() if v}
     check_config(place, config)
     state = {"unet." + key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
-    return _through_file(state, {f"unet.{key}": value for key, value in config.items()})
+    return _through_file(file, state, config)
 
 
-def _from_older(file: Path, *, unet_only: bool) -> dict[str, Factors]:
-    """diffusers' names before peft: `unet.….attn1.processor.to_q_lora.down.weight`; alpha is the rank."""
+def _from_older(file: Path, metadata: Mapping[str, str], *, unet_only: bool) -> dict[str, Factors]:
+    """diffusers' names before peft, `unet.….attn1.processor.to_q_lora.down.weight`, and those of its training scripts,
+    `unet.….attn1.to_q.lora.down.weight`; without peft's configuration in the header alpha is the rank."""
     state = load_file(file)
     others = [key for key in state if not key.startswith("unet.")]
-    if others and not (unet_only and all(key.startswith("text_encoder") for key in others)):
+    texts = all(key.startswith("text_encoder") for key in others)
+    if others and texts and not unet_only:
+        raise ValueError(f"{file} is of a text encoder too, which cannot be fused: --unet_only leaves it out")
+    if others and not texts:
         raise ValueError(f"{file}: tensor {others[0][:100]!r} is of no layout known here; expected a UNet's LoRA")
     own = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
     converted = {f"unet.{key}": value for key, value in convert_unet_state_dict_to_peft(own).items()}
-    return _through_file(converted, None)
+    return _through_file(file, converted, read_configs(file, metadata).get("unet"))
 
 
-def _through_file(state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Factors]:
-    """Tensors in today's layout as the one reader of that layout sees them."""
+def _through_file(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Factors]:
+    """Tensors of a file in today's layout as the one reader of that layout sees them."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / WEIGHTS
-        metadata = {} if config is None else {METADATA: json.dumps(config)}
+        packed = {f"unet.{key}": value for key, value in (config or {}).items()}
+        metadata = {METADATA: json.dumps(packed)} if packed else {}
         save_file({key: value.contiguous() for key, value in state.items()}, place, metadata=metadata)
-        return read_factors(open_lora(place))
+        try:
+            return read_factors(open_lora(place))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(place), str(file))) from None

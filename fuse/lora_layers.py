@@ -91,6 +91,20 @@ def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[
             weight.data = data
 
 
+def adapter_state(unet: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under peft's keys, by layer: by key peft takes parts of the network for adapters."""
+    state = {}
+    for path, layer in unet.named_modules():
+        if isinstance(layer, BaseTunerLayer) and name in layer.lora_A:
+            state[f"{path}.lora_A.weight"] = layer.lora_A[name].weight
+            state[f"{path}.lora_B.weight"] = layer.lora_B[name].weight
+            if layer.lora_B[name].bias is not None:
+                state[f"{path}.lora_B.bias"] = layer.lora_B[name].bias
+            if name in layer.lora_magnitude_vector:
+                state[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector[name].weight
+    return state
+
+
 def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -107,6 +121,9 @@ def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> N
 def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
     """See that adapters have factors of one shape and scale."""
     check_mergeable(layers, names)
+    for name in names:
+        if any(layer.lora_bias.get(name, False) for layer in layers):
+            raise ValueError(f"adapter {name!r} has a bias, which is of neither factor; use the rule soup")
     for layer in layers:
         made = {name: (layer.r[name], layer.scaling[name]) if name in layer.scaling else None for name in names}
         if len(set(made.values())) > 1:

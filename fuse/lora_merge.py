@@ -42,7 +42,7 @@ def merge_factors(
             down, up, values = _truncate(down, up, rank)
             missed += values[rank:].square().sum().item()
             whole += values.square().sum().item()
-        merged[module] = Factors(down=down.float(), up=up.float(), alpha=len(down))
+        merged[module] = Factors(down=down.float(), up=up.float(), alpha=float(len(down)))
     return merged, (missed / whole) ** 0.5 if whole else 0.0
 
 
