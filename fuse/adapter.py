@@ -68,6 +68,8 @@ class Objective:
             raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
         if hasattr(nn.ModuleDict(), self.name):  # where peft keeps adapters by name
             raise ValueError(f"objective name {self.name!r} is torch's own for something else; choose another")
+        if not isinstance(self.reward, str):
+            raise ValueError(f"objective {self.name!r} has reward {self.reward!r}; expected its name")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"objective {self.name!r} has beta {self.beta}; expected 0 or more")
 
@@ -245,9 +247,13 @@ def check_adapter(adapter: Adapter) -> None:
 
 def check_base(base: Any) -> dict[str, Any]:
     keys = ("name_or_path", "architecture", "probe")
-    if not isinstance(base, dict) or any(key not in base for key in keys) or not isinstance(base["probe"], list):
+    if not isinstance(base, dict) or any(key not in base for key in keys) or not _numbers(base["probe"]):
         raise ValueError(f"base {base!r}; expected {', '.join(keys)}")
     return base
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def check_guidance(guidance: Any) -> str:
@@ -263,7 +269,7 @@ def check_steps(count: Any) -> int:
 
 
 def _check_record(record: Any) -> dict[str, Any]:
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not isinstance(record.get("validation") or {}, dict):
         raise ValueError(f"record {record!r}; expected an object")
     return record
 
@@ -316,6 +322,8 @@ def put_on(pipeline: DiffusionPipeline, name: str, lora: LoRAFile, state: dict[s
             or not torch.equal(loaded[key].cpu(), given[key].to(loaded[key].dtype))
         ):
             raise ValueError(f"{lora.file}: LoRA tensor {key} did not load")
+        if not bool(torch.isfinite(loaded[key]).all()):
+            raise ValueError(f"{lora.file}: LoRA tensor {key} has values beyond {loaded[key].dtype}")
 
 
 def check_parts(lora: LoRAFile) -> None:

@@ -173,7 +173,7 @@ def read_manifest(folder: Path) -> tuple[AdapterSet, list[dict[str, Any]]]:
             reference=schedule_from_dict(values["reference"]),
             guidance=values["guidance"],
             guidance_scale=float(values["guidance_scale"]),
-            num_inference_steps=values["num_inference_steps"],
+            num_inference_steps=int(values["num_inference_steps"]),
             default_weights=values["default_weights"],
             default_rule=values.get("default_rule", "product"),
             oracles=tuple(
@@ -225,7 +225,7 @@ def oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term
         if term.name not in names:
             raise ValueError(
                 f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "
-                f"the set's rewards are {', '.join(names)}"
+                f"the set's rewards are {', '.join(map(repr, names))}"
             )
         terms[names[term.name]] = term
     return terms

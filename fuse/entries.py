@@ -65,7 +65,7 @@ def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, A
         base=base,
         guidance=entry["guidance"],
         guidance_scale=float(entry["guidance_scale"]),
-        num_inference_steps=entry["num_inference_steps"],
+        num_inference_steps=int(entry["num_inference_steps"]),
         sha256=entry["weights"]["sha256"],
         record=dict(entry.get("training", {})),
         gain=entry.get("gain"),

@@ -22,10 +22,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from stepfuse.fuse.manifest import one_line
+
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
 MOST_BYTES = 2**33
 MOST_HEADER = 2**24
+MOST_LETTERS = 500  # of a tensor's name
 MOST_ELEMENTS = 2**27  # of one tensor: rank 512 on the widest layer of SDXL has 2**23
 KEY = re.compile(
     rf"(?P<part>{'|'.join(PARTS)})\.(?P<module>[A-Za-z0-9_.]+)\."
@@ -148,7 +151,7 @@ def open_lora(file: Path) -> LoRAFile:
     shapes, metadata = read_header(file)
     found: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
     for key, shape in shapes.items():
-        match = KEY.fullmatch(key)
+        match = KEY.fullmatch(key) if len(key) <= MOST_LETTERS else None
         if match is None:
             raise ValueError(
                 f"{file}: tensor {key[:100]!r} is not of a LoRA in diffusers' layout; "
@@ -158,8 +161,9 @@ def open_lora(file: Path) -> LoRAFile:
     configs = read_configs(file, metadata)
     for part in configs.keys() - found.keys():
         raise ValueError(f"{file}: its metadata is of {part}, and it has no tensors of that; fetch it again")
+    placed = {part: config | _placed(config) for part, config in configs.items()}
     layers = {
-        part: {name: _layer(file, f"{part}.{name}", own, configs.get(part)) for name, own in modules.items()}
+        part: {name: _layer(file, f"{part}.{name}", own, placed.get(part)) for name, own in modules.items()}
         for part, modules in found.items()
     }
     for part, own in layers.items():
@@ -192,7 +196,7 @@ def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
             dtypes = {key: own.get_dtype() for key, own in slices.items()}
             metadata = dict(tensors.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or no safetensors file ({error}); fetch it again") from error
+        raise ValueError(f"{file} is truncated or no safetensors file ({one_line(error)}); fetch it again") from error
     if not shapes:
         raise ValueError(f"{file} holds no tensors; train the adapter again")
     for key, shape in shapes.items():
@@ -236,7 +240,7 @@ def check_fits(lora: LoRAFile, part: str, model: nn.Module) -> None:
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """A model's modules under their names without LoRAs."""
     for name, module in model.named_modules():
-        if ".base_layer" not in name:
+        if ".base_layer" not in name and ".lora_" not in name:
             yield name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -251,19 +255,23 @@ def _layer(file: Path, name: str, own: Mapping[str, tuple[int, ...]], config: Ma
     outputs, rank = up[0], down[0]
     magnitude, bias = own.get("lora_magnitude_vector"), own.get("lora_B.bias")
     for what, shape in (("magnitude", magnitude), ("bias", bias)):
-        if shape is not None and math.prod(shape) != outputs:
+        # peft's magnitude of a convolution has its weight's four dimensions.
+        wide = what == "magnitude" and len(down) == 4
+        if shape is not None and shape != ((1, outputs, 1, 1) if wide else (outputs,)):
             raise ValueError(f"{file}: {name} has a {what} of shape {list(shape)} and {outputs} outputs")
     alpha, rslora = float(rank), False
     if config is not None:
         module = name.partition(".")[2]
-        stated = _of_pattern(config.get("rank_pattern") or {}, module, config.get("r", rank))
+        stated = _of_pattern(config["rank_pattern"], module, config.get("r", rank))
         if stated != rank:
             raise ValueError(f"{file}: {name} has rank {rank}, and the metadata says {stated}")
-        alpha = float(_of_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", rank)))
+        alpha = float(_of_pattern(config["alpha_pattern"], module, config.get("lora_alpha", rank)))
         rslora = bool(config.get("use_rslora", False))
         for what, there in (("use_dora", magnitude), ("lora_bias", bias)):
             if bool(config.get(what, False)) != (there is not None):
-                raise ValueError(f"{file}: the metadata says {what} {config.get(what)}, and {name} is otherwise")
+                raise ValueError(
+                    f"{file}: the metadata says {what} {_short(config.get(what))}, and {name} is otherwise"
+                )
     return LoRALayer(
         rank=rank,
         inputs=down[1:],
@@ -275,14 +283,23 @@ def _layer(file: Path, name: str, own: Mapping[str, tuple[int, ...]], config: Ma
     )
 
 
-def _of_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+def _placed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """peft's patterns with the place of each name in them: then a module's is found without a look at all."""
+    patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    return {
+        name: {key: (place, value) for place, (key, value) in enumerate(pattern.items())}
+        for name, pattern in patterns.items()
+    }
+
+
+def _of_pattern(pattern: Mapping[str, tuple[int, Any]], module: str, default: Any) -> Any:
     """A module's value in one of peft's patterns, the first whose name ends the module's path.
 
     peft takes the names for regular expressions; here they are names, which cannot take for ever.
     """
     parts = module.split(".")
     names = {"^" + module} | {".".join(parts[i:]) for i in range(len(parts))}
-    return next((value for key, value in pattern.items() if key in names), default)
+    return min((pattern[name] for name in names if name in pattern), default=(0, default))[1]
 
 
 def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:

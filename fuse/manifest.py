@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 MOST_BYTES = 2**24  # of a JSON file
+MOST_VALUES = 2**16  # in it: the schema is not asked of more
+MOST_LEVELS = 32
 # What torch, numpy and others unpickle, which runs whatever its author wanted.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".p", ".npy", ".npz", ".joblib", ".dill", ".h5")
 
@@ -57,9 +60,10 @@ def read_object(file: Path, what: str) -> dict[str, Any]:
             parse_int=_integer,
         )
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        raise ValueError(f"{file} is not JSON: {_one_line(error)}") from error
+        raise ValueError(f"{file} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
+    _check_size(file, values)
     return values
 
 
@@ -85,7 +89,7 @@ def check_schema(file: Path, values: Mapping[str, Any]) -> None:
     error = best_match(_validator().iter_errors(values))
     if error is not None:
         place = ".".join(map(str, error.absolute_path))
-        raise ValueError(f"{file} is malformed: {place + ': ' if place else ''}{_one_line(error.message)}")
+        raise ValueError(f"{file} is malformed: {one_line(place) + ': ' if place else ''}{one_line(error.message)}")
 
 
 @cache
@@ -120,8 +124,8 @@ def check_files(folder: Path) -> None:
             place = Path(parent, name)
             if place.suffix.lower() in PICKLES:
                 raise ValueError(
-                    f"{place} is a pickle or may be one, which can run code when it is read; a set holds safetensors "
-                    "only: delete it, or convert it to safetensors"
+                    f"{_printable(place)} is a pickle or may be one, which can run code when it is read; a set holds "
+                    "safetensors only: delete it, or convert it to safetensors"
                 )
             if place.is_symlink():
                 _check_link(folder, place)
@@ -136,16 +140,18 @@ def _check_link(folder: Path, place: Path) -> None:
     try:
         resolved = place.resolve()
     except (OSError, RuntimeError) as error:  # links in a ring
-        raise ValueError(f"{place} is a link that leads nowhere; fetch the set again") from error
+        raise ValueError(f"{_printable(place)} is a link that leads nowhere; fetch the set again") from error
     if not any(resolved.is_relative_to(home) for home in homes):
-        raise ValueError(f"{place} is a link to {resolved}, outside the set; put the file itself there")
+        raise ValueError(
+            f"{_printable(place)} is a link to {_printable(resolved)}, outside the set; put the file itself there"
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen = [key for key, _ in pairs]
-        raise ValueError(f"the key {_short(next(key for key in seen if seen.count(key) > 1))} comes twice")
+        often = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {_short(next(key for key in often if often[key] > 1))} comes twice")
     return values
 
 
@@ -166,8 +172,29 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _one_line(error: object) -> str:
-    text = " ".join(str(error).split())
+def _check_size(file: Path, values: dict[str, Any]) -> None:
+    """See that values are few and not nested deeply: what looks at them further takes its time, or recurses."""
+    level: list[Any] = [values]
+    count = depth = 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MOST_VALUES or depth > MOST_LEVELS:
+            raise ValueError(f"{file} has more than {MOST_VALUES:,} values, or more than {MOST_LEVELS} levels of them")
+        inner = [
+            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
+        ]
+        level = [value for values in inner for value in values]
+
+
+def _printable(text: object) -> str:
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def one_line(error: object) -> str:
+    """A text in one line, printable and not too long."""
+    text = str(error)
+    text = text if len(text) <= 1000 else f"{text[:700]} … {text[-290:]}"
+    text = " ".join(_printable(text).split())
     return text if len(text) <= 300 else f"{text[:200]} … {text[-90:]}"
 
 

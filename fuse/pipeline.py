@@ -288,5 +288,5 @@ def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two fingerprints are of one base, up to the rounding of half precision."""
     if a["architecture"] != b["architecture"]:
         return False
-    first, second = torch.tensor(a["probe"]), torch.tensor(b["probe"])
-    return bool(torch.allclose(first, second, rtol=2**-6, atol=1e-6))
+    first, second = (torch.tensor(own["probe"], dtype=torch.float64) for own in (a, b))
+    return first.shape == second.shape and bool(torch.allclose(first, second, rtol=2**-6, atol=1e-6))

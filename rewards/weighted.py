@@ -11,7 +11,7 @@ from torch import Tensor
 from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 
 TERM = re.compile(
-    r"\s*(?P<weight>[0-9.eE+-]+)\s*\*\s*(?P<name>.+?)(?:\s*/\s*(?P<scale>[0-9.]+(?:[eE][+-]?[0-9]+)?))?\s*"
+    r"\s*(?P<weight>[0-9.eE+-]+)\s*\*\s*(?P<name>\S.*?)(?:\s*/\s*(?P<scale>[0-9.]+(?:[eE][+-]?[0-9]+)?))?\s*"
 )
 
 
