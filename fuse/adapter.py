@@ -23,12 +23,11 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.lora_file import LoRAFile, check_finite, check_fits, open_lora
 from stepfuse.fuse.lora_layers import adapter_state
-from stepfuse.fuse.manifest import FORMAT_VERSION, read_json, write_json
+from stepfuse.fuse.manifest import FORMAT_VERSION, WEIGHTS, read_json, write_json
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
 from stepfuse.rewards.shaping import Shaping
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 OBJECTIVE = "objective.json"
 GUIDANCE = ("shared", "full", "off")
 

@@ -1,7 +1,7 @@
 """Sets on the hub: found by `owner/name` or `owner/name@revision`, looked at before they are fetched."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -17,9 +17,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from stepfuse.fuse.manifest import MANIFEST, PICKLES
+from stepfuse.fuse.manifest import MANIFEST, PICKLES, WEIGHTS, check_schema, read_json
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 PICTURES = ("README.md", "fronts.png", "strip.png")
 
@@ -45,7 +44,7 @@ def fetch_set(name: str) -> Path:
     repository, revision = parsed
     with explained_hub(name):
         try:
-            info = HfApi().model_info(repository, revision=revision)
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         except (OfflineModeIsEnabled, HTTPError) as error:
             if isinstance(error, HfHubHTTPError):  # it answered
                 raise
@@ -55,19 +54,37 @@ def fetch_set(name: str) -> Path:
                     f"{name!r} is no folder here, and the hub cannot be asked for it ({_first_line(error)})"
                 ) from error
             return Path(cached).parent
-        names = [sibling.rfilename for sibling in info.siblings or []]
-        for file in names:
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+        for file in sizes:
             if PurePosixPath(file).suffix.lower() in PICKLES:
                 raise ValueError(
                     f"{name!r} holds {file}, a pickle or what may be one, which can run code when it is read; a set "
                     "holds safetensors only"
                 )
-        if MANIFEST not in names:
+        if MANIFEST not in sizes:
             raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
         hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
-        wanted = [file for file in names if PurePosixPath(file).name == WEIGHTS and file.count("/") == 1]
-        wanted += [file for file in names if file in PICTURES]
+        manifest = Path(hf_hub_download(repository, MANIFEST, revision=info.sha))
+        wanted = _weights_of(name, manifest, sizes)
+        wanted += [file for file in sizes if file in PICTURES]
         return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[MANIFEST, *wanted]))
+
+
+def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> list[str]:
+    """The weights that a manifest names, seen to be there and as large as it says.
+
+    Raises:
+        ValueError: for a manifest that is none, and a file that is not what it says.
+    """
+    values = read_json(manifest, "an adapter set")
+    check_schema(manifest, values)
+    entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
+    said = {f"{entry['folder']}/{WEIGHTS}": entry["weights"]["bytes"] for entry in entries}
+    for file, size in said.items():
+        if sizes.get(file) != size:
+            there = f"{sizes[file]:,} bytes" if sizes.get(file) else "nothing"
+            raise ValueError(f"{name!r} has {there} at {file}, and its manifest says {size:,} bytes: it is damaged")
+    return list(said)
 
 
 def fetch_lora(name: str, weight_name: str | None) -> Path:

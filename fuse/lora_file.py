@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from stepfuse.fuse.manifest import one_line
+from stepfuse.fuse.manifest import one_line, short
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
@@ -269,9 +269,7 @@ def _layer(file: Path, name: str, own: Mapping[str, tuple[int, ...]], config: Ma
         rslora = bool(config.get("use_rslora", False))
         for what, there in (("use_dora", magnitude), ("lora_bias", bias)):
             if bool(config.get(what, False)) != (there is not None):
-                raise ValueError(
-                    f"{file}: the metadata says {what} {_short(config.get(what))}, and {name} is otherwise"
-                )
+                raise ValueError(f"{file}: the metadata says {what} {short(config.get(what))}, and {name} is otherwise")
     return LoRALayer(
         rank=rank,
         inputs=down[1:],
@@ -337,26 +335,21 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
 
     for name in ("r", "lora_alpha"):
         if name in config and not positive(config[name]):
-            raise ValueError(f"{file}: its metadata has {name} {_short(config[name])}; expected a positive number")
+            raise ValueError(f"{file}: its metadata has {name} {short(config[name])}; expected a positive number")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
-            raise ValueError(f"{file}: its metadata has {name} {_short(pattern)}; expected numbers by module")
+            raise ValueError(f"{file}: its metadata has {name} {short(pattern)}; expected numbers by module")
         for key in pattern:
             if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", key):
-                raise ValueError(f"{file}: its metadata has {name} of {_short(key)}; expected a module's name")
+                raise ValueError(f"{file}: its metadata has {name} of {short(key)}; expected a module's name")
     if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{file} is a {_short(config['peft_type'])} of peft; expected a LoRA")
+        raise ValueError(f"{file} is a {short(config['peft_type'])} of peft; expected a LoRA")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{file} has trained biases of the base (bias {_short(config['bias'])}), which are no LoRA")
+        raise ValueError(f"{file} has trained biases of the base (bias {short(config['bias'])}), which are no LoRA")
     begun = config.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
-        raise ValueError(f"{file} was begun as {_short(begun)}, which changes the base; convert it to a plain LoRA")
+        raise ValueError(f"{file} was begun as {short(begun)}, which changes the base; convert it to a plain LoRA")
     for name, value in config.items():
         if name not in (*IDLE, *KNOWN) and value:
-            raise ValueError(f"{file}: its metadata has {_short(name)} {_short(value)}, which is not known here")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+            raise ValueError(f"{file}: its metadata has {short(name)} {short(value)}, which is not known here")

@@ -15,6 +15,7 @@ from jsonschema.exceptions import best_match
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
+WEIGHTS = "pytorch_lora_weights.safetensors"
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 MOST_BYTES = 2**24  # of a JSON file
 MOST_VALUES = 2**16  # in it: the schema is not asked of more
@@ -77,7 +78,7 @@ def check_version(file: Path, version: Any) -> None:
         return
     newer = isinstance(version, int) and version > FORMAT_VERSION
     remedy = "upgrade: pip install --upgrade stepfuse" if newer else "create it again"
-    raise ValueError(f"{file} has format_version {_short(version)}; this stepfuse reads {FORMAT_VERSION}; {remedy}")
+    raise ValueError(f"{file} has format_version {short(version)}; this stepfuse reads {FORMAT_VERSION}; {remedy}")
 
 
 def check_schema(file: Path, values: Mapping[str, Any]) -> None:
@@ -107,7 +108,7 @@ def inside(folder: Path, *names: str) -> Path:
     """
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", ".."):
-            raise ValueError(f"{folder / MANIFEST}: adapter folder {_short(name)}; expected the name of a subfolder")
+            raise ValueError(f"{folder / MANIFEST}: adapter folder {short(name)}; expected the name of a subfolder")
     place = folder.joinpath(*names)
     _check_link(folder, place)
     return place
@@ -151,7 +152,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         often = Counter(key for key, _ in pairs)
-        raise ValueError(f"the key {_short(next(key for key in often if often[key] > 1))} comes twice")
+        raise ValueError(f"the key {short(next(key for key in often if often[key] > 1))} comes twice")
     return values
 
 
@@ -198,6 +199,7 @@ def one_line(error: object) -> str:
     return text if len(text) <= 300 else f"{text[:200]} … {text[-90:]}"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as code, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
