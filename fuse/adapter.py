@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -137,7 +136,9 @@ def write_adapter(
     Raises:
         ValueError: for tensors that are empty or not finite: nothing is written then.
     """
-    state = get_peft_model_state_dict(unet, adapter_name=objective.name) if state is None else state
+    if state is None:
+        assert unet is not None
+        state = adapter_state(unet, objective.name)
     for name, value in state.items():
         if value.numel() == 0 or not bool(torch.isfinite(value).all()):
             raise ValueError(f"adapter {objective.name!r}: {name} is empty or not finite; it is not saved")
