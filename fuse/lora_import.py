@@ -117,7 +117,9 @@ def _shaped_like(factors: Mapping[str, Factors], unet: nn.Module) -> dict[str, F
     modules = dict(plain_modules(unet))
     shaped = {}
     for name, layer in factors.items():
-        dims = modules[name].weight.ndim
+        weight = modules[name].weight
+        assert isinstance(weight, Tensor)
+        dims = weight.ndim
         down, up = (
             factor[..., None, None] if dims > factor.ndim else factor.flatten(1) if dims < factor.ndim else factor
             for factor in (layer.down, layer.up)
