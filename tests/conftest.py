@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Files with slow tests first: with two workers one of them last would leave the other idle.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])  # within a file as they were
     reasons = {"gpu": _no_gpu, "network": lambda: _no_network(config), "originals": _no_originals}
     for mark, reason in reasons.items():
         marked = [item for item in items if item.get_closest_marker(mark)]

@@ -290,7 +290,7 @@ def test_a_set_tells_its_oracles_weights(set_folder):
 
 
 def test_an_oracle_of_a_reward_that_no_adapter_has_is_refused(folders, tmp_path):
-    with refused("'mix'", "'compressibility'", "colourfulness, incompressibility"):
+    with refused("'mix'", "'compressibility'", "'colourfulness', 'incompressibility'"):
         create_set(tmp_path / "set", [folders / "a", folders / "wide"], oracles=[folders / "mix"])
     with refused("'wide'", "weighted:"):
         create_set(tmp_path / "set", [folders / "a", folders / "b"], oracles=[folders / "wide"])
