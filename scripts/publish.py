@@ -1,5 +1,6 @@
 """`stepfuse publish`: a set, checked, with its card, in one commit of a repository of the hub."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -74,6 +75,7 @@ def prepare(
     folder = set_folder(adapter_set)
     loaded = load_set(folder)
     check_publishable(loaded)
+    check_secrets(folder / MANIFEST)
     shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
     files: dict[str, bytes | Path] = {
         CARD: card(loaded, place=repository, shown=shown).encode(),
@@ -106,6 +108,19 @@ def check_publishable(loaded: AdapterSet) -> None:
             raise ValueError(
                 f"the licence of adapter {adapter.name!r} is not stated; say it: stepfuse set card SET --license ID"
             )
+
+
+def check_secrets(manifest: Path) -> None:
+    """See that no address with a password in it goes along with what training recorded.
+
+    Raises:
+        ValueError: naming the host.
+    """
+    if found := re.search(r"[a-z]+://[^/\s\"@]+@(?P<host>[^/\s\"]+)", manifest.read_text()):
+        raise ValueError(
+            f"{manifest} has an address at {found['host']} with a name or password in it, which everybody could read; "
+            "take it out, or train with the reward at a plain address"
+        )
 
 
 def publish(publication: Publication) -> str:

@@ -9,7 +9,6 @@ import base64
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import socket
@@ -17,8 +16,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -26,19 +24,20 @@ from urllib.parse import parse_qs, unquote
 
 import yaml
 
-LARGE = (".bin", ".ckpt", ".gz", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".zip")
-GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE).encode()
-LARGEST_REGULAR = 10 * 1024**2  # bytes; what is larger is a large file, whatever its name
+from tests.hub_repository import (
+    GITATTRIBUTES,
+    LARGE,
+    LARGEST_REGULAR,
+    File,
+    Refused,
+    Repo,
+    front_matter,
+    git_hash,
+    now,
+    write,
+)
+
 REPO, REVISION, HASH = r"(\w[\w.-]*/\w[\w.-]*)", "([^/]+)", "([0-9a-f]{64})"
-
-
-class Refused(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, status: int, message: str, code: str = "", **body: Any) -> None:
-        super().__init__(message)
-        self.status, self.body = status, json.dumps({"error": message, **body}).encode()
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
 
 
 class Cut(Exception):
@@ -70,110 +69,6 @@ class Request:
     received: int  # bytes of its body
     status: int | None  # none if it was cut
     headers: Mapping[str, str]  # by names in lower case; of a token, only that there was one
-
-
-@dataclass(frozen=True)
-class File:
-    """Of a commit. A large one is known by the sha256 of its content, and its git hash is that of its pointer."""
-
-    oid: str
-    size: int
-    sha256: str = ""
-
-    @property
-    def pointer(self) -> bytes:
-        return f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
-
-
-def git_hash(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def write(path: Path, content: bytes) -> None:
-    """All of it at once, for whoever reads meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
-def front_matter(card: str) -> dict[str, Any] | None:
-    """The YAML at the top of a README.md, if there is any; an error of yaml's if it is not names with values."""
-    match = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:\r\n|\n|\Z)", card, re.DOTALL)
-    data = yaml.safe_load(match[1]) if match else None
-    if match and not isinstance(data, dict):
-        raise yaml.YAMLError("The YAML metadata of your README.md is invalid.")
-    return data
-
-
-class Repo:
-    """A model: who may read it, its branches and tags, its commits, and content by hash."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def exists(self) -> bool:
-        return (self.folder / "repo.json").is_file()
-
-    @property
-    def state(self) -> dict[str, Any]:
-        return json.loads((self.folder / "repo.json").read_text())
-
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        write(self.folder / "repo.json", json.dumps(state).encode())
-
-    def find(self, revision: str) -> tuple[str, dict[str, File], dict[str, Any]]:
-        """A branch, tag or hash → the commit's hash, its files, and who made it, when, of which parent."""
-        state = self.state
-        sha = state["branches"].get(revision) or state["tags"].get(revision) or revision
-        path = self.folder / "commits" / sha
-        if not re.fullmatch("[0-9a-f]{40}", sha) or not path.is_file():
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        commit = json.loads(path.read_text())
-        return sha, {name: File(**file) for name, file in commit.pop("files").items()}, commit
-
-    def commit(self, branch: str, files: Mapping[str, File], **about: str) -> str:
-        state = self.state
-        history = dict(date=now(), parent=state["branches"].get(branch))
-        content = json.dumps(about | history | dict(files={name: asdict(files[name]) for name in sorted(files)}))
-        sha = hashlib.sha1(content.encode()).hexdigest()
-        write(self.folder / "commits" / sha, content.encode())
-        state["branches"][branch] = sha
-        self.state = state  # from here on the commit is there, the whole of it
-        return sha
-
-    def add(self, content: bytes) -> File:
-        file = File(git_hash(content), len(content))
-        write(self.folder / "blobs" / file.oid, content)
-        return file
-
-    def content(self, file: File) -> bytes:
-        return (self.folder / "blobs" / file.oid).read_bytes()
-
-    def large(self, sha256: str) -> Path:
-        return self.folder / "large" / sha256
-
-    def add_large(self, content: bytes, sha256: str, size: int) -> None:
-        if (len(content), hashlib.sha256(content).hexdigest()) != (size, sha256):
-            raise Refused(400, f"{len(content)} bytes that are not the {size} of sha256 {sha256}")
-        write(self.large(sha256), content)
-
-    def xet_hash(self, sha256: str) -> str | None:
-        path = self.folder / "xet" / sha256
-        return path.read_text() if path.is_file() else None
-
-    def entry(self, path: str, file: File) -> dict[str, Any]:
-        """As trees show a file."""
-        shown: dict[str, Any] = dict(type="file", path=path, oid=file.oid, size=file.size)
-        if file.sha256:
-            shown["lfs"] = dict(oid=file.sha256, size=file.size, pointerSize=len(file.pointer))
-            shown["xetHash"] = self.xet_hash(file.sha256)
-        return shown
 
 
 class Hub(ThreadingHTTPServer):

@@ -1,5 +1,6 @@
 """`stepfuse publish` and `pull`, by the real client, to and from a hub on this machine."""
 
+import json
 import os
 import pty
 import subprocess
@@ -237,6 +238,15 @@ def test_a_set_without_licences_is_refused(hub, tmp_path):
     create_set(tmp_path / "set", [tmp_path / "a"], base="owner/base")
     with refused("'a'", "licence", "--license"):
         prepare(tmp_path / "set", REPOSITORY)
+
+
+def test_a_password_in_what_training_recorded_is_not_sent(mine):
+    values = json.loads((mine / MANIFEST).read_text())
+    values["adapters"][0]["training"]["config"]["reward"] = "http://ada:secret@rewards.example:8765/score"
+    (mine / MANIFEST).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="rewards.example:8765") as error:
+        prepare(mine, REPOSITORY, ask_hub=False)
+    assert "secret" not in str(error.value)
 
 
 def test_what_the_hub_does_not_allow_is_told(hub, mine, monkeypatch):
