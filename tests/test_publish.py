@@ -244,7 +244,7 @@ def test_a_password_in_what_training_recorded_is_not_sent(mine):
     values = json.loads((mine / MANIFEST).read_text())
     values["adapters"][0]["training"]["config"]["reward"] = "http://ada:secret@rewards.example:8765/score"
     (mine / MANIFEST).write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="rewards.example:8765") as error:
+    with pytest.raises(ValueError, match="with a name or password in it") as error:
         prepare(mine, REPOSITORY, ask_hub=False)
     assert "secret" not in str(error.value)
 
