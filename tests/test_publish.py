@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,13 +40,18 @@ def hub(request, tmp_path, monkeypatch):
         yield hub
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A set of the embedded one's adapters, without its oracles."""
+    root = tmp_path_factory.mktemp("made")
+    copy_set("emoji", root / "whole")
+    create_set(root / "set", [root / "whole" / name for name in load_set("emoji").names])
+    return root / "set"
+
+
 @pytest.fixture
-def mine(tmp_path):
-    """A copy of the embedded set without its oracles."""
-    copy_set("emoji", tmp_path / "whole")
-    folders = [tmp_path / "whole" / name for name in load_set("emoji").names]
-    create_set(tmp_path / "mine", folders)
-    return tmp_path / "mine"
+def mine(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "mine")
 
 
 def contents(folder):
