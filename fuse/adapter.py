@@ -89,7 +89,7 @@ class Adapter:
         reward_version: of the reward it was trained on.
         license: of its weights, as the hub abbreviates it.
         source: where it came from, if it was not trained here.
-        rank: the largest of its layers, where a manifest says so.
+        size, rank: of the weights file in bytes, and the largest of its layers', where a manifest says so.
     """
 
     folder: Path
@@ -104,6 +104,7 @@ class Adapter:
     reward_version: str | None = None
     license: str | None = None
     source: str | None = None
+    size: int | None = None
     rank: int | None = None
 
     @property
@@ -239,7 +240,15 @@ def check_adapter(adapter: Adapter) -> None:
         ValueError: naming the file.
     """
     file = adapter.folder / WEIGHTS
-    check_parts(open_lora(file))
+    if adapter.size is not None and file.is_file() and file.stat().st_size != adapter.size:
+        raise ValueError(
+            f"{file} is truncated or another file: it has {file.stat().st_size:,} bytes and the manifest says "
+            f"{adapter.size:,}; fetch it again"
+        )
+    lora = open_lora(file)
+    if adapter.rank is not None and lora.rank != adapter.rank:
+        raise ValueError(f"{file} is of rank {lora.rank}, and the manifest says {adapter.rank}; fetch it again")
+    check_parts(lora)
     if file_hash(file) != adapter.sha256:
         raise ValueError(f"{file} is not the file that was recorded (sha256 differs); fetch it again")
     check_finite(file)
@@ -290,7 +299,7 @@ def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dic
         )
     lora = open_lora(adapter.folder / WEIGHTS)
     check_parts(lora)
-    check_fits(lora, "unet", pipeline.unet)
+    check_fits(lora.file, lora.layers["unet"], pipeline.unet)
     put_on(pipeline, adapter.name, lora, lora.read(adapter.sha256))
 
 

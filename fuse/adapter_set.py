@@ -16,7 +16,7 @@ from stepfuse.fuse.adapter import (
     Objective,
     check_adapter,
 )
-from stepfuse.fuse.entries import adapter_from_entry, adapter_to_entry, check_entry
+from stepfuse.fuse.entries import adapter_from_entry, adapter_to_entry
 from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.hub import fetch_set, parse_id
 from stepfuse.fuse.manifest import (
@@ -145,16 +145,15 @@ def load_set(folder: str | Path) -> AdapterSet:
         ValueError: naming the file at fault.
     """
     folder = set_folder(folder)
-    loaded, entries = read_manifest(folder)
+    loaded = read_manifest(folder)
     check_files(folder)
-    for adapter, entry in zip(loaded.everyone, entries, strict=True):
-        check_entry(adapter, entry)
+    for adapter in loaded.everyone:
         check_adapter(adapter)
     return loaded
 
 
-def read_manifest(folder: Path) -> tuple[AdapterSet, list[dict[str, Any]]]:
-    """What the manifest of a set says, and its adapters' entries; no weights are looked at.
+def read_manifest(folder: Path) -> AdapterSet:
+    """What the manifest of a set says; no weights are looked at.
 
     Raises:
         ValueError: naming the manifest and the value at fault.
@@ -196,7 +195,7 @@ def read_manifest(folder: Path) -> tuple[AdapterSet, list[dict[str, Any]]]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         told = str(error)
         raise ValueError(told if told.startswith(str(folder)) else f"{file} is malformed: {told}") from error
-    return loaded, entries
+    return loaded
 
 
 def set_folder(folder: str | Path) -> Path:

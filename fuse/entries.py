@@ -72,27 +72,9 @@ def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, A
         reward_version=reward.get("version"),
         license=entry.get("license"),
         source=entry.get("source"),
+        size=entry["weights"]["bytes"],
         rank=entry["weights"]["rank"],
     )
-
-
-def check_entry(adapter: Adapter, entry: Mapping[str, Any]) -> None:
-    """See that the weights are as large as the entry says, and of its rank, before they are read.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    file = adapter.folder / WEIGHTS
-    if not file.is_file():
-        raise ValueError(f"no LoRA weights at {file}")
-    said = entry["weights"]
-    if file.stat().st_size != said["bytes"]:
-        raise ValueError(
-            f"{file} is truncated or another file: it has {file.stat().st_size:,} bytes and the manifest says "
-            f"{said['bytes']:,}; fetch it again"
-        )
-    if (rank := open_lora(file).rank) != said["rank"]:
-        raise ValueError(f"{file} is of rank {rank}, and the manifest says {said['rank']}; fetch it again")
 
 
 def reward_version(adapter: Adapter) -> str | None:

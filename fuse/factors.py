@@ -33,6 +33,11 @@ class Factors:
         return len(self.down)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer it is of."""
+        return (len(self.up), *self.down.shape[1:])
+
+    @property
     def scaling(self) -> float:
         return self.alpha / self.rank
 

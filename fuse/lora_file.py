@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import safetensors.torch
 import torch
@@ -85,6 +85,11 @@ class LoRALayer:
     scaling: float
     dora: bool = False
     bias: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the layer it is of."""
+        return (self.outputs, *self.inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,21 +224,36 @@ def check_finite(file: Path) -> None:
                 raise ValueError(f"{file}: tensor {key} has values that are not finite; train the adapter again")
 
 
-def check_fits(lora: LoRAFile, part: str, model: nn.Module) -> None:
-    """See that a file's layers of one part are layers of a model, and of their shapes, before its tensors are read.
+class OfLayer(Protocol):
+    """A LoRA of one layer, its values with it or not."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight it is added to."""
+        ...
+
+
+def check_fits(file: Path, layers: Mapping[str, OfLayer], model: nn.Module) -> None:
+    """See that layers are linear ones or convolutions of a model, and of their shapes, before tensors are put on it.
+
+    Args:
+        layers: by the module's path.
 
     Raises:
         ValueError: naming the layer at fault.
     """
     modules = dict(plain_modules(model))
-    for name, layer in lora.layers[part].items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(modules.get(name), nn.Linear | nn.Conv2d) or not isinstance(weight, Tensor):
-            raise ValueError(f"{lora.file}: {part}.{name[:100]} is no linear or convolution layer of this base")
-        if (layer.outputs, *layer.inputs) != tuple(weight.shape):
+    for name, layer in layers.items():
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | nn.Conv2d):
             raise ValueError(
-                f"{lora.file}: the LoRA of {part}.{name} is of a layer of shape {[layer.outputs, *layer.inputs]}, "
-                f"and this base's has {list(weight.shape)}"
+                f"{file}: the base has no layer {name[:100]!r} that is linear or a convolution; the LoRA is of another "
+                "base"
+            )
+        if layer.shape != tuple(module.weight.shape):
+            raise ValueError(
+                f"{file}: the LoRA of {name} is of a layer of shape {list(layer.shape)}, and the base's has "
+                f"{list(module.weight.shape)}; the LoRA is of another base"
             )
 
 

@@ -55,24 +55,6 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     return factors
 
 
-def check_factors_fit(file: Path, factors: Mapping[str, Factors], unet: nn.Module) -> None:
-    """See that layers from elsewhere are layers of a UNet and of their shapes.
-
-    Raises:
-        ValueError: naming the layer at fault.
-    """
-    modules = dict(plain_modules(unet))
-    for name, layer in factors.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"{file}: the base has no layer {name[:100]!r}; the LoRA is of another one")
-        if (len(layer.up), *layer.down.shape[1:]) != tuple(weight.shape):
-            raise ValueError(
-                f"{file}: the LoRA of {name} is of a layer of shape {[len(layer.up), *layer.down.shape[1:]]}, and the "
-                f"base's has {list(weight.shape)}; the LoRA is of another base"
-            )
-
-
 def _from_kohya(
     file: Path, shapes: Mapping[str, Any], unet: UNet2DConditionModel, *, unet_only: bool
 ) -> dict[str, Factors]:

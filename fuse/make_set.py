@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -58,16 +59,15 @@ def create_set(
         if adapter.name in [a.name for a in everyone if a is not adapter]:
             raise ValueError(f"two adapters are named {adapter.name!r}; train one under another --objective_name")
         check_same(adapter, first)
-    aside = output.with_name(output.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    known = _richest(everyone) | _stated(license=base_license)
+    if base:
+        known |= {"name_or_path": base, "revision": None}
+    with written_whole(output) as aside:
         for adapter in everyone:
-            (aside / adapter.name).mkdir(parents=True)
+            (aside / adapter.name).mkdir()
             copy_weights(adapter, aside / adapter.name, half=half)
         created = AdapterSet(
-            base=_richest(everyone)
-            | ({"name_or_path": base, "revision": None} if base else {})
-            | ({"license": base_license} if base_license else {}),
+            base=known,
             adapters=tuple(adapters),
             reference=reference or EtaSchedule(eta=1.0),
             guidance=first.guidance,
@@ -81,6 +81,17 @@ def create_set(
             versions={name: version(name) for name in PACKAGES},
         )
         save_manifest(aside, created)
+    return load_set(output)
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """A folder aside to make a set in; found sound it takes the place of the output, and failing nothing is changed."""
+    aside = output.with_name(output.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
         load_set(aside)
         if output.exists():
             shutil.rmtree(output)
@@ -88,7 +99,6 @@ def create_set(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    return load_set(output)
 
 
 def find_adapter(folder: str | Path) -> Adapter:
@@ -114,7 +124,7 @@ def set_licences(folder: str | Path, *, license: str | None, base_license: str |
     loaded, file = load_set(folder), check_writable(folder)
     changed = replace(
         loaded,
-        base=loaded.base | ({"license": base_license} if base_license else {}),
+        base=loaded.base | _stated(license=base_license),
         adapters=tuple(_licensed(adapter, license) for adapter in loaded.adapters),
         oracles=tuple(replace(own, adapter=_licensed(own.adapter, license)) for own in loaded.oracles),
     )
@@ -155,10 +165,7 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     claim_output(output, overwrite=overwrite)
     source = set_folder(name)
     loaded = load_set(source)
-    aside = output.with_name(output.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
+    with written_whole(output) as aside:
         shutil.copyfile(source / MANIFEST, aside / MANIFEST)
         for adapter in loaded.everyone:
             (aside / adapter.folder.name).mkdir()
@@ -166,13 +173,6 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
         for picture in PICTURES:
             if (source / picture).is_file():
                 shutil.copyfile(source / picture, aside / picture)
-        load_set(aside)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return load_set(output)
 
 
@@ -266,6 +266,11 @@ def _richest(adapters: Sequence[Adapter]) -> dict[str, Any]:
     for adapter in reversed(adapters):
         base |= {key: value for key, value in adapter.base.items() if value is not None}
     return base
+
+
+def _stated(**values: str | None) -> dict[str, str]:
+    """What is not None."""
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _licensed(adapter: Adapter, license: str | None) -> Adapter:

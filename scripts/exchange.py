@@ -11,8 +11,8 @@ from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.factors import peft_config, peft_state, read_factors
 from stepfuse.fuse.hub import fetch_lora, parse_id
 from stepfuse.fuse.lora_export import export_adapter, save_diffusers, save_kohya
-from stepfuse.fuse.lora_file import open_lora
-from stepfuse.fuse.lora_import import check_factors_fit, read_foreign
+from stepfuse.fuse.lora_file import check_fits, open_lora
+from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
 from stepfuse.fuse.make_set import add_adapter, check_writable, create_set
 from stepfuse.fuse.manifest import MANIFEST
@@ -88,7 +88,7 @@ def import_lora(
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
     factors = read_foreign(place, pipeline.unet, unet_only=unet_only)
-    check_factors_fit(place, factors, pipeline.unet)
+    check_fits(place, factors, pipeline.unet)
     scale = guidance_scale if guidance_scale is not None else loaded.guidance_scale if loaded else 7.5
     with tempfile.TemporaryDirectory() as aside:
         write_adapter(
@@ -120,23 +120,17 @@ def export(
         ValueError: for an objective that the set has not, an output that is there, and what the format cannot hold.
     """
     loaded = load_set(adapter_set)
-    chosen = [a for a in loaded.everyone if objective in (None, a.name)]
+    chosen = loaded.adapters if objective is None else [a for a in loaded.everyone if a.name == objective]
     if not chosen:
         raise ValueError(f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(loaded.names)}")
-    ending = "" if form == "peft" else ".safetensors"
-    if objective is None:
-        chosen = [a for a in chosen if a.name in loaded.names]
-    folder = output or Path(f"{form}-loras")
-    places = {a.name: folder / f"{a.name}{ending}" for a in chosen}
-    if objective is not None and output is not None:
-        places = {objective: output}
-    for place in places.values():
+    folder, ending = output or Path(f"{form}-loras"), "" if form == "peft" else ".safetensors"
+    places = [output if objective and output else folder / f"{adapter.name}{ending}" for adapter in chosen]
+    for place in places:
         claim_file(place, overwrite=overwrite)
-    config = unet_config(loaded.base)
-    prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
-    for adapter in chosen:
-        export_adapter(adapter, places[adapter.name], form=form, config=config, prediction=prediction)
-    return places[chosen[0].name] if len(chosen) == 1 else folder
+    config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
+    for adapter, place in zip(chosen, places, strict=True):
+        export_adapter(adapter, place, form=form, config=config, prediction=prediction)
+    return places[0] if len(places) == 1 else folder
 
 
 def merge(
@@ -176,8 +170,8 @@ def merge(
     if form == "diffusers":
         save_diffusers(output, merged)
     else:
-        prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
-        save_kohya(output, merged, unet_config(loaded.base), title=title, prediction=prediction)
+        config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
+        save_kohya(output, merged, config, title=title, prediction=prediction)
     return max(layer.rank for layer in merged.values()), error
 
 
@@ -193,6 +187,11 @@ def unet_config(base: dict[str, Any]) -> dict[str, Any]:
         return UNet2DConditionModel.load_config(path, subfolder="unet", revision=base.get("revision"))
     except OSError as error:
         raise ValueError(f"the configuration of base {name!r} cannot be had: {str(error).splitlines()[0]}") from error
+
+
+def prediction_type(base: dict[str, Any]) -> str:
+    """What a base predicts; where it is not recorded the noise, as most do."""
+    return (base.get("noise_path") or {}).get("prediction_type", "epsilon")
 
 
 def claim_file(place: Path, *, overwrite: bool) -> None:

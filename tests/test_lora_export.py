@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from stepfuse.fuse.adapter import WEIGHTS
 from stepfuse.fuse.kohya import kohya_name, sgm_path
 from stepfuse.fuse.lora_export import save_kohya
-from stepfuse.fuse.lora_file import METADATA
-from stepfuse.fuse.lora_import import check_factors_fit, read_foreign
+from stepfuse.fuse.lora_file import METADATA, check_fits
+from stepfuse.fuse.lora_import import read_foreign
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, factors_of, layers, load_bases, make_adapters
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
@@ -80,7 +80,7 @@ def test_what_was_written_is_read_back_bit_for_bit(bases, adapters, factors, bas
     """rsLoRA's root goes into alpha: alpha / r = lora_alpha / √r."""
     place = export(adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
     read = read_foreign(place, bases[base].unet, unet_only=False)
-    check_factors_fit(place, read, bases[base].unet)
+    check_fits(place, read, bases[base].unet)
     assert_same(read, factors[base, kind])
     trained = adapters[base, kind][1]
     assert {name: layer.scaling for name, layer in read.items()} == pytest.approx(

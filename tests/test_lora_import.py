@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.adapter import WEIGHTS
 from stepfuse.fuse.lora_export import save_diffusers, save_kohya
-from stepfuse.fuse.lora_file import METADATA
-from stepfuse.fuse.lora_import import check_factors_fit, read_foreign
+from stepfuse.fuse.lora_file import METADATA, check_fits
+from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
 from tests.fixtures_formats import assert_same, export, factors_of, load_bases, make_adapters
 from tests.fixtures_tiny import refused
@@ -160,7 +160,7 @@ def test_a_kohya_file_that_makes_no_lora_of_the_base_is_refused(bases, factors, 
     state = {k: v for k, v in (kohya_state(factors["sd", "plain"]) | changes).items() if v is not None}
     file = save(state, tmp_path / "x.safetensors")
     with refused(str(file), *culprits):
-        check_factors_fit(file, read_foreign(file, bases["sd"].unet, unet_only=False), bases["sd"].unet)
+        check_fits(file, read_foreign(file, bases["sd"].unet, unet_only=False), bases["sd"].unet)
 
 
 MALFORMED = {
@@ -200,7 +200,7 @@ def test_a_lora_of_another_base_is_refused(bases, adapters, factors, tmp_path):
     for some, culprit in (("add_embedding", "no layer 'add_embedding.linear_1'"), ("attentions", "another base")):
         own = {name: layer for name, layer in factors["xl", "plain"].items() if some in name}
         with refused(str(folder), culprit):
-            check_factors_fit(folder, own, bases["sd"].unet)
+            check_fits(folder, own, bases["sd"].unet)
 
 
 def test_pickles_and_what_is_not_there_are_named(bases, tmp_path):

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, Objective, file_hash, read_adapter, write_adapter
 from stepfuse.fuse.factors import peft_config, peft_state
-from stepfuse.fuse.lora_file import IDLE, KNOWN, METADATA, open_lora
-from stepfuse.fuse.lora_import import check_factors_fit, read_foreign
+from stepfuse.fuse.lora_file import IDLE, KNOWN, METADATA, check_fits, open_lora
+from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
@@ -64,7 +64,7 @@ def adapters(base, places, tmp_path_factory):
     fingerprint = base_fingerprint(base.unet)
     for name in FUSING:
         factors = read_foreign(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
-        check_factors_fit(places[name], factors, base.unet)
+        check_fits(places[name], factors, base.unet)
         eta = ETAS[name == PARTNER]
         write_adapter(
             root / "imported" / name,

@@ -97,17 +97,15 @@ class Run:
         self.reward, self.prompts = reward, prompts
         self.output, self.main = Path(settings.output_dir), accelerator.is_main_process
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        options: dict[str, Any] = {"revision": settings.revision, "variant": settings.variant}
+        name, revision = settings.pretrained_model_name_or_path, settings.revision
         self.pipeline: DiffusionPipeline = pipeline or load_pipeline(
-            settings.pretrained_model_name_or_path, dtype=dtype, **options
+            name, dtype=dtype, revision=revision, variant=settings.variant
         )
         self.embed = Embeddings(
             self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
         )
         unet = self.pipeline.unet
-        self.base = describe_base(
-            self.pipeline, settings.pretrained_model_name_or_path, settings.revision, hashed=self.main
-        )
+        self.base = describe_base(self.pipeline, name, revision, hashed=self.main)
         add_lora(
             unet,
             settings.name,
