@@ -1,6 +1,7 @@
 """One thread, no hub, and the types and named shapes of signatures checked as the code runs."""
 
 import os
+import shutil
 import socket
 import sys
 from collections import Counter
@@ -102,6 +103,81 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "pipeline"
     save_tiny_pipeline(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lora_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Stable Diffusion and Stable Diffusion XL, for LoRAs of every kind."""
+    from tests.fixtures_formats import load_bases
+
+    return load_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def lora_adapters(lora_bases: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
+    """An adapter and the UNet it comes from, by base and kind."""
+    from tests.fixtures_formats import make_adapters
+
+    return make_adapters(lora_bases, tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture(scope="session")
+def lora_factors(lora_adapters: dict[tuple[str, str], Any]) -> dict[tuple[str, str], Any]:
+    """Their factors by layer."""
+    from tests.fixtures_formats import factors_of
+
+    return factors_of(lora_adapters)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    from tests.fixtures_sets import save_bases
+
+    return save_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def originals(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.fixtures_sets import save_adapters
+
+    return save_adapters(tmp_path_factory.mktemp("adapters"), bases)
+
+
+@pytest.fixture
+def adapters(originals: Path, tmp_path: Path) -> Path:
+    """A copy of the adapter folders, to be broken."""
+    return shutil.copytree(originals, tmp_path / "adapters")
+
+
+@pytest.fixture
+def adapter_set(adapters: Path, tmp_path: Path) -> Path:
+    """A set of `a` and `b`, to be broken."""
+    from stepfuse.fuse.make_set import create_set
+    from stepfuse.fuse.variance import EtaSchedule
+
+    create_set(tmp_path / "set", [adapters / "a", adapters / "b"], reference=EtaSchedule(eta=0.6))
+    return tmp_path / "set"
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.fixtures_tiny import save_stable_diffusion
+
+    return save_stable_diffusion(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def small_set(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two adapters, of one layer each."""
+    from tests.fixtures_strangers import small_set
+
+    return small_set(small_base, tmp_path_factory.mktemp("original"))
+
+
+@pytest.fixture
+def stranger(small_set: Path, tmp_path: Path) -> Path:
+    """A copy of the small set, to be made evil."""
+    return shutil.copytree(small_set, tmp_path / "set")
 
 
 @pytest.fixture

@@ -16,27 +16,12 @@ from stepfuse.fuse.kohya import kohya_name, sgm_path
 from stepfuse.fuse.lora_export import save_kohya
 from stepfuse.fuse.lora_file import METADATA, check_fits
 from stepfuse.fuse.lora_import import read_foreign
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, factors_of, layers, load_bases, make_adapters
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
 # peft 0.21 takes the bias of a factor B for a factor that lost a dimension.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape.*lora_B.bias")
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return load_bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="module")
-def adapters(bases, tmp_path_factory):
-    return make_adapters(bases, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def factors(adapters):
-    return factors_of(adapters)
 
 
 @pytest.mark.parametrize(
@@ -45,28 +30,28 @@ def factors(adapters):
     # Of unequal alphas diffusers 0.42 takes some for others.
     + [(base, "kohya", kind) for base in ("sd", "xl") for kind in ("plain", "rank_stabilised")],
 )
-def test_an_exported_adapter_predicts_what_it_did(bases, adapters, base, form, kind, tmp_path):
-    place = export(adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
-    pipeline = copy.deepcopy(bases[base])
+def test_an_exported_adapter_predicts_what_it_did(lora_bases, lora_adapters, base, form, kind, tmp_path):
+    place = export(lora_adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
+    pipeline = copy.deepcopy(lora_bases[base])
     if form == "peft":
         unet = PeftModel.from_pretrained(pipeline.unet, str(place))
     else:
         pipeline.load_lora_weights(place)
         unet = pipeline.unet
-    assert_alike(predict(unet), predict(adapters[base, kind][1]))
+    assert_alike(predict(unet), predict(lora_adapters[base, kind][1]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_sets_own_file_loads_in_diffusers_and_in_peft_alone(bases, adapters, kind):
-    adapter, trained = adapters["sd", kind]
-    pipeline = copy.deepcopy(bases["sd"])
+def test_a_sets_own_file_loads_in_diffusers_and_in_peft_alone(lora_bases, lora_adapters, kind):
+    adapter, trained = lora_adapters["sd", kind]
+    pipeline = copy.deepcopy(lora_bases["sd"])
     pipeline.load_lora_weights(adapter.folder)
     assert_alike(predict(pipeline.unet), predict(trained))
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         header = json.loads(file.metadata()[METADATA])
         state = {key.removeprefix("unet."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     config = LoraConfig(**{key.removeprefix("unet."): value for key, value in header.items()})
-    unet = inject_adapter_in_model(config, copy.deepcopy(bases["sd"].unet))
+    unet = inject_adapter_in_model(config, copy.deepcopy(lora_bases["sd"].unet))
     assert not set_peft_model_state_dict(unet, state).unexpected_keys
     assert_alike(predict(unet), predict(trained))
 
@@ -76,24 +61,24 @@ def test_a_sets_own_file_loads_in_diffusers_and_in_peft_alone(bases, adapters, k
     [("sd", form, kind) for form in ("diffusers", "peft") for kind in KINDS]
     + [(base, "kohya", kind) for base in ("sd", "xl") for kind in FACTORS_ALONE],
 )
-def test_what_was_written_is_read_back_bit_for_bit(bases, adapters, factors, base, form, kind, tmp_path):
+def test_what_was_written_is_read_back_bit_for_bit(lora_bases, lora_adapters, lora_factors, base, form, kind, tmp_path):
     """rsLoRA's root goes into alpha: alpha / r = lora_alpha / √r."""
-    place = export(adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
-    read = read_foreign(place, bases[base].unet, unet_only=False)
-    check_fits(place, read, bases[base].unet)
-    assert_same(read, factors[base, kind])
-    trained = adapters[base, kind][1]
+    place = export(lora_adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
+    read = read_foreign(place, lora_bases[base].unet, unet_only=False)
+    check_fits(place, read, lora_bases[base].unet)
+    assert_same(read, lora_factors[base, kind])
+    trained = lora_adapters[base, kind][1]
     assert {name: layer.scaling for name, layer in read.items()} == pytest.approx(
         {name: trained.get_submodule(name).scaling[kind] for name in read}, rel=1e-6
     )
 
 
 @pytest.mark.parametrize(("kind", "what"), [("dora", "DoRA"), ("with_bias", "bias")])
-def test_what_kohyas_files_do_not_hold_is_refused(adapters, kind, what, tmp_path):
+def test_what_kohyas_files_do_not_hold_is_refused(lora_adapters, kind, what, tmp_path):
     with refused(repr(kind), what, "diffusers or peft"):
-        export(adapters, "sd", kind, "kohya", tmp_path / "x.safetensors")
+        export(lora_adapters, "sd", kind, "kohya", tmp_path / "x.safetensors")
     with refused("'onnx'", "kohya"):
-        export(adapters, "sd", kind, "onnx", tmp_path / "x")
+        export(lora_adapters, "sd", kind, "onnx", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 
@@ -107,9 +92,9 @@ def test_what_kohyas_files_do_not_hold_is_refused(adapters, kind, what, tmp_path
         (dict(addition_embed_type="text_time"), "epsilon", "sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base"),
     ],
 )
-def test_a_kohya_file_says_what_it_is_of(factors, config, prediction, version, second, architecture, tmp_path):
+def test_a_kohya_file_says_what_it_is_of(lora_factors, config, prediction, version, second, architecture, tmp_path):
     """As sd-scripts does (library/train_util.py, sai_model_spec.py); diffusers refuses alphas beside peft's header."""
-    own = {name: layer for name, layer in factors["sd", "plain"].items() if "attentions" in name}
+    own = {name: layer for name, layer in lora_factors["sd", "plain"].items() if "attentions" in name}
     save_kohya(tmp_path / "x.safetensors", own, {"layers_per_block": 1} | config, title="x", prediction=prediction)
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -135,28 +120,28 @@ def lycoris():
     return module, Network
 
 
-def test_names_shapes_and_alphas_are_those_of_lycoris(bases, adapters, lycoris, tmp_path):
+def test_names_shapes_and_alphas_are_those_of_lycoris(lora_bases, lora_adapters, lycoris, tmp_path):
     _, network = lycoris
-    unet = copy.deepcopy(bases["sd"].unet)
+    unet = copy.deepcopy(lora_bases["sd"].unet)
     options = dict(lora_dim=4, alpha=3.0, conv_lora_dim=4, conv_alpha=3.0, network_module="lora")
     made = network(None, unet, warn_on_unmatched=False, **options)
     made.apply_to(None, None, False, True)
     expected = {key: tuple(value.shape) for key, value in made.state_dict().items()}
-    state = load_file(export(adapters, "sd", "plain", "kohya", tmp_path / "x.safetensors"))
+    state = load_file(export(lora_adapters, "sd", "plain", "kohya", tmp_path / "x.safetensors"))
     assert {key: tuple(value.shape) for key, value in state.items()} == expected
-    assert len(expected) == 3 * len(layers(bases["sd"].unet))
+    assert len(expected) == 3 * len(layers(lora_bases["sd"].unet))
 
 
 @pytest.mark.parametrize("kind", ["plain", "patterns", "rank_stabilised_patterns"])
-def test_lycoris_predicts_from_a_kohya_file_what_peft_does(bases, adapters, lycoris, kind, tmp_path):
+def test_lycoris_predicts_from_a_kohya_file_what_peft_does(lora_bases, lora_adapters, lycoris, kind, tmp_path):
     """Ranks and alphas of each layer's own too."""
     module, _ = lycoris
-    file = export(adapters, "sd", kind, "kohya", tmp_path / "x.safetensors")
-    unet = copy.deepcopy(bases["sd"].unet)
+    file = export(lora_adapters, "sd", kind, "kohya", tmp_path / "x.safetensors")
+    unet = copy.deepcopy(lora_bases["sd"].unet)
     network, _ = module.create_network_from_weights(1.0, str(file), None, None, unet)
     network.apply_to(None, unet, False, True)
     network.eval()
-    assert_alike(predict(unet), predict(adapters["sd", kind][1]))
+    assert_alike(predict(unet), predict(lora_adapters["sd", kind][1]))
 
 
 SD15 = dict(attention_head_dim=8, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768)
@@ -188,9 +173,9 @@ def full_size(config):
 
 
 @pytest.mark.parametrize("config", [SDXL, REFINER, "xl"], ids=["sdxl", "refiner", "tiny"])
-def test_diffusers_leads_each_name_of_stabilitys_unet_back_to_its_layer(bases, config):
+def test_diffusers_leads_each_name_of_stabilitys_unet_back_to_its_layer(lora_bases, config):
     """The checkpoint of that UNet, made of names alone, as diffusers reads one; of the norms only the last must be."""
-    unet = bases[config].unet if isinstance(config, str) else full_size(config)
+    unet = lora_bases[config].unet if isinstance(config, str) else full_size(config)
     names = {f"{sgm_path(name, unet.config)}.weight": f"{name}.weight" for name in layers(unet)}
     names |= {key.replace(".weight", ".bias"): name.replace(".weight", ".bias") for key, name in names.items()}
     names |= {f"out.0.{leaf}": f"conv_norm_out.{leaf}" for leaf in ("weight", "bias")}
@@ -200,7 +185,7 @@ def test_diffusers_leads_each_name_of_stabilitys_unet_back_to_its_layer(bases, c
     assert back.keys() == set(names.values())
 
 
-def test_names_of_published_files(bases):
+def test_names_of_published_files(lora_bases):
     """As LoRAs for SDXL 1.0 have them; and no two layers share one."""
     published = {
         "down_blocks.1.attentions.0.proj_in": "input_blocks_4_1_proj_in",
@@ -213,6 +198,6 @@ def test_names_of_published_files(bases):
     assert published.keys() < set(layers(unet))
     for name, expected in published.items():
         assert kohya_name(name, unet.config) == f"lora_unet_{expected}"
-    for unet in (full_size(SD15), full_size(SDXL), full_size(REFINER), bases["sd"].unet, bases["xl"].unet):
+    for unet in (full_size(SD15), full_size(SDXL), full_size(REFINER), lora_bases["sd"].unet, lora_bases["xl"].unet):
         names = [kohya_name(name, unet.config) for name in layers(unet)]
         assert len(set(names)) == len(names)

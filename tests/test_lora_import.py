@@ -16,7 +16,7 @@ from stepfuse.fuse.lora_export import save_diffusers, save_kohya
 from stepfuse.fuse.lora_file import METADATA, check_fits
 from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
-from tests.fixtures_formats import assert_same, export, factors_of, load_bases, make_adapters
+from tests.fixtures_formats import assert_same, export
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, assert_alike, predict
 
@@ -24,25 +24,10 @@ from tests.fixtures_zoo import FIRST, assert_alike, predict
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape.*lora_B.bias")
 
 
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    return load_bases(tmp_path_factory.mktemp("bases"))
-
-
-@pytest.fixture(scope="module")
-def adapters(bases, tmp_path_factory):
-    return make_adapters(bases, tmp_path_factory.mktemp("adapters"))
-
-
-@pytest.fixture(scope="module")
-def factors(adapters):
-    return factors_of(adapters)
-
-
-def kohya_state(factors):
+def kohya_state(lora_factors):
     """Made by hand, in diffusers' spelling."""
     state = {}
-    for module, layer in factors.items():
+    for module, layer in lora_factors.items():
         name = "lora_unet_" + module.replace(".", "_")
         state |= {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
         state[f"{name}.alpha"] = torch.tensor(layer.alpha)
@@ -54,88 +39,90 @@ def save(state, file, **metadata):
     return file
 
 
-def test_sdxl_in_diffusers_spelling_is_read_too(bases, factors, tmp_path):
-    own = factors["xl", "patterns"]
+def test_sdxl_in_diffusers_spelling_is_read_too(lora_bases, lora_factors, tmp_path):
+    own = lora_factors["xl", "patterns"]
     file = save(kohya_state(own), tmp_path / "x.safetensors")
-    assert_same(read_foreign(file, bases["xl"].unet, unet_only=False), own)
+    assert_same(read_foreign(file, lora_bases["xl"].unet, unet_only=False), own)
 
 
 @pytest.mark.parametrize("base", ["sd", "xl"])
-def test_matrices_of_a_convolution_of_one_pixel_are_read_and_the_other_way_round(bases, factors, base, tmp_path):
+def test_matrices_of_a_convolution_of_one_pixel_are_read_and_its_inverse(lora_bases, lora_factors, base, tmp_path):
     """proj_in is a convolution in the one base and linear in the other."""
-    own = {n: layer for n, layer in factors[base, "plain"].items() if n.endswith(("proj_in", "conv_shortcut"))}
+    own = {n: layer for n, layer in lora_factors[base, "plain"].items() if n.endswith(("proj_in", "conv_shortcut"))}
     assert {layer.down.ndim for layer in own.values()} == ({4} if base == "sd" else {2, 4})
     other = {
         k: v.flatten(1) if v.ndim == 4 else v if v.ndim < 2 else v[..., None, None] for k, v in kohya_state(own).items()
     }
-    assert_same(read_foreign(save(other, tmp_path / "x.safetensors"), bases[base].unet, unet_only=False), own)
+    assert_same(read_foreign(save(other, tmp_path / "x.safetensors"), lora_bases[base].unet, unet_only=False), own)
 
 
-def test_without_an_alpha_it_is_the_rank(bases, factors, tmp_path):
-    state = {k: v for k, v in kohya_state(factors["sd", "patterns"]).items() if not k.endswith(".alpha")}
-    read = read_foreign(save(state, tmp_path / "x.safetensors"), bases["sd"].unet, unet_only=False)
+def test_without_an_alpha_it_is_the_rank(lora_bases, lora_factors, tmp_path):
+    state = {k: v for k, v in kohya_state(lora_factors["sd", "patterns"]).items() if not k.endswith(".alpha")}
+    read = read_foreign(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
     assert {name: (layer.alpha, layer.scaling) for name, layer in read.items()} == {
-        name: (layer.rank, 1) for name, layer in factors["sd", "patterns"].items()
+        name: (layer.rank, 1) for name, layer in lora_factors["sd", "patterns"].items()
     }
 
 
-def test_alphas_that_are_whole_numbers_are_read(bases, adapters, factors, tmp_path):
+def test_alphas_that_are_whole_numbers_are_read(lora_bases, lora_adapters, lora_factors, tmp_path):
     """Those of diffusers' own conversion, which are the ranks; and what was merged or came without, once exported."""
-    state = load_file(adapters["sd", "patterns"][0].folder / WEIGHTS)
+    state = load_file(lora_adapters["sd", "patterns"][0].folder / WEIGHTS)
     file = save(convert_state_dict_to_kohya(state), tmp_path / "x.safetensors")
-    ranks = {name: replace(layer, alpha=layer.rank) for name, layer in factors["sd", "patterns"].items()}
-    read = read_foreign(file, bases["sd"].unet, unet_only=False)
+    ranks = {name: replace(layer, alpha=layer.rank) for name, layer in lora_factors["sd", "patterns"].items()}
+    read = read_foreign(file, lora_bases["sd"].unet, unet_only=False)
     assert_same(read, ranks)
-    for own in (ranks, merge_factors([("plain", 0.5, factors["sd", "plain"])])[0]):
-        save_kohya(file, own, bases["sd"].unet.config, title="x", prediction="epsilon")
-        assert_same(read_foreign(file, bases["sd"].unet, unet_only=False), own)
+    for own in (ranks, merge_factors([("plain", 0.5, lora_factors["sd", "plain"])])[0]):
+        save_kohya(file, own, lora_bases["sd"].unet.config, title="x", prediction="epsilon")
+        assert_same(read_foreign(file, lora_bases["sd"].unet, unet_only=False), own)
 
 
 @pytest.mark.parametrize("kind", ["rank_stabilised_patterns", "dora", "patterns"])
-def test_files_of_diffusers_training_scripts_are_read_with_their_header(bases, adapters, factors, kind, tmp_path):
+def test_files_of_diffusers_scripts_are_read_with_their_header(lora_bases, lora_adapters, lora_factors, kind, tmp_path):
     """Attention under older names, peft's configuration beside them."""
-    adapter, trained = adapters["sd", kind]
+    adapter, trained = lora_adapters["sd", kind]
     with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
         header = {METADATA: file.metadata()[METADATA]}
     state = convert_state_dict_to_diffusers(load_file(adapter.folder / WEIGHTS))
     assert f"unet.{FIRST}.lora.down.weight" in state
     place = save(state, tmp_path / "x.safetensors", **header)
     if kind == "rank_stabilised_patterns":  # of others than attention diffusers 0.42 drops some
-        pipeline = copy.deepcopy(bases["sd"])
+        pipeline = copy.deepcopy(lora_bases["sd"])
         pipeline.load_lora_weights(place)
         assert_alike(predict(pipeline.unet), predict(trained))
-    assert_same(read_foreign(place, bases["sd"].unet, unet_only=False), factors["sd", kind])
+    assert_same(read_foreign(place, lora_bases["sd"].unet, unet_only=False), lora_factors["sd", kind])
 
 
 @pytest.mark.parametrize("base", ["sd", "xl"])
-def test_layouts_before_peft_are_read_as_diffusers_reads_them(bases, factors, base, tmp_path):
+def test_layouts_before_peft_are_read_as_diffusers_reads_them(lora_bases, lora_factors, base, tmp_path):
     """Attention under its processor, which diffusers itself makes of kohya's names; its scale is 1."""
     own = {
-        name: replace(layer, alpha=layer.rank) for name, layer in factors[base, "plain"].items() if "add" not in name
+        name: replace(layer, alpha=layer.rank)
+        for name, layer in lora_factors[base, "plain"].items()
+        if "add" not in name
     }
     state, _ = _convert_non_diffusers_lora_to_diffusers(kohya_state(own))
     assert f"unet.{FIRST.replace('.to_q', '.processor.to_q_lora')}.down.weight" in state
     file = save(state, tmp_path / "x.safetensors")
-    read = read_foreign(file, bases[base].unet, unet_only=False)
+    read = read_foreign(file, lora_bases[base].unet, unet_only=False)
     assert_same(read, own)
-    pipeline = copy.deepcopy(bases[base])
+    pipeline = copy.deepcopy(lora_bases[base])
     pipeline.load_lora_weights(file)
-    again = copy.deepcopy(bases[base])
+    again = copy.deepcopy(lora_bases[base])
     save_diffusers(tmp_path / "again.safetensors", read)
     again.load_lora_weights(tmp_path / "again.safetensors")
     assert_alike(predict(again.unet), predict(pipeline.unet))
 
 
-def test_a_text_encoder_is_left_out_where_that_is_wanted(bases, factors, tmp_path):
-    own = factors["sd", "plain"]
+def test_a_text_encoder_is_left_out_where_that_is_wanted(lora_bases, lora_factors, tmp_path):
+    own = lora_factors["sd", "plain"]
     text = {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8) for i in ("", 1, 2)}
     for key, value in text.items():
         file = save(kohya_state(own) | {key: value}, tmp_path / "x.safetensors")
         with refused(str(file), "text encoder", "--unet_only"):
-            read_foreign(file, bases["sd"].unet, unet_only=False)
-        assert_same(read_foreign(file, bases["sd"].unet, unet_only=True), own)
+            read_foreign(file, lora_bases["sd"].unet, unet_only=False)
+        assert_same(read_foreign(file, lora_bases["sd"].unet, unet_only=True), own)
     with refused(str(file), "no layers of a UNet"):
-        read_foreign(save(text, file), bases["sd"].unet, unet_only=True)
+        read_foreign(save(text, file), lora_bases["sd"].unet, unet_only=True)
 
 
 NAME = "lora_unet_" + FIRST.replace(".", "_")
@@ -156,11 +143,11 @@ NAME = "lora_unet_" + FIRST.replace(".", "_")
     ],
     ids=lambda value: next(iter(value)).rpartition(NAME)[2] if isinstance(value, dict) else "",
 )
-def test_a_kohya_file_that_makes_no_lora_of_the_base_is_refused(bases, factors, changes, culprits, tmp_path):
-    state = {k: v for k, v in (kohya_state(factors["sd", "plain"]) | changes).items() if v is not None}
+def test_a_kohya_file_that_makes_no_lora_of_the_base_is_refused(lora_bases, lora_factors, changes, culprits, tmp_path):
+    state = {k: v for k, v in (kohya_state(lora_factors["sd", "plain"]) | changes).items() if v is not None}
     file = save(state, tmp_path / "x.safetensors")
     with refused(str(file), *culprits):
-        check_fits(file, read_foreign(file, bases["sd"].unet, unet_only=False), bases["sd"].unet)
+        check_fits(file, read_foreign(file, lora_bases["sd"].unet, unet_only=False), lora_bases["sd"].unet)
 
 
 MALFORMED = {
@@ -174,47 +161,47 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-def test_a_kohya_file_of_malformed_layers_is_refused(bases, factors, what, tmp_path):
-    file = save(kohya_state(factors["sd", "plain"]) | MALFORMED[what], tmp_path / "x.safetensors")
+def test_a_kohya_file_of_malformed_layers_is_refused(lora_bases, lora_factors, what, tmp_path):
+    file = save(kohya_state(lora_factors["sd", "plain"]) | MALFORMED[what], tmp_path / "x.safetensors")
     with refused(str(file), next(iter(MALFORMED[what])).partition(".")[0]):
-        read_foreign(file, bases["sd"].unet, unet_only=False)
+        read_foreign(file, lora_bases["sd"].unet, unet_only=False)
 
 
 @pytest.mark.parametrize("form", ["diffusers before peft", "peft"])
-def test_what_is_wrong_names_the_file_it_is_wrong_in(bases, adapters, form, tmp_path):
-    state = load_file(adapters["sd", "plain"][0].folder / WEIGHTS)
+def test_what_is_wrong_names_the_file_it_is_wrong_in(lora_bases, lora_adapters, form, tmp_path):
+    state = load_file(lora_adapters["sd", "plain"][0].folder / WEIGHTS)
     if form == "peft":
-        file = export(adapters, "sd", "plain", "peft", tmp_path / "x") / "adapter_model.safetensors"
+        file = export(lora_adapters, "sd", "plain", "peft", tmp_path / "x") / "adapter_model.safetensors"
         save({k.replace("unet.", "base_model.model."): v for k, v in state.items() if "lora_B" not in k}, file)
     else:
         file = save(
             {k.replace("lora_A", "hada_w1_a"): v for k, v in state.items() if "lora_A" in k}, tmp_path / "x.safetensors"
         )
     with refused(str(file)):
-        read_foreign(file, bases["sd"].unet, unet_only=False)
+        read_foreign(file, lora_bases["sd"].unet, unet_only=False)
 
 
-def test_a_lora_of_another_base_is_refused(bases, adapters, factors, tmp_path):
+def test_a_lora_of_another_base_is_refused(lora_bases, lora_adapters, lora_factors, tmp_path):
     """SDXL's has layers that SD has not, and such as have other shapes there."""
-    folder = adapters["xl", "plain"][0].folder
+    folder = lora_adapters["xl", "plain"][0].folder
     for some, culprit in (("add_embedding", "no layer 'add_embedding.linear_1'"), ("attentions", "another base")):
-        own = {name: layer for name, layer in factors["xl", "plain"].items() if some in name}
+        own = {name: layer for name, layer in lora_factors["xl", "plain"].items() if some in name}
         with refused(str(folder), culprit):
-            check_fits(folder, own, bases["sd"].unet)
+            check_fits(folder, own, lora_bases["sd"].unet)
 
 
-def test_pickles_and_what_is_not_there_are_named(bases, tmp_path):
+def test_pickles_and_what_is_not_there_are_named(lora_bases, tmp_path):
     for name in ("pytorch_lora_weights.bin", "x.pt", "x.CKPT"):
         (tmp_path / name).write_bytes(b"")
         with refused(str(tmp_path / name), "pickle", "safetensors"):
-            read_foreign(tmp_path / name, bases["sd"].unet, unet_only=False)
+            read_foreign(tmp_path / name, lora_bases["sd"].unet, unet_only=False)
     for place in (tmp_path, tmp_path / "x.safetensors"):
         with refused(str(place), "no LoRA weights"):
-            read_foreign(place, bases["sd"].unet, unet_only=False)
+            read_foreign(place, lora_bases["sd"].unet, unet_only=False)
 
 
-def test_a_file_of_peft_without_its_configuration_is_refused(bases, adapters, tmp_path):
-    folder = export(adapters, "sd", "plain", "peft", tmp_path / "x")
+def test_a_file_of_peft_without_its_configuration_is_refused(lora_bases, lora_adapters, tmp_path):
+    folder = export(lora_adapters, "sd", "plain", "peft", tmp_path / "x")
     (folder / "adapter_config.json").unlink()
     with refused("no adapter_config.json", str(folder)):
-        read_foreign(folder / "adapter_model.safetensors", bases["sd"].unet, unet_only=False)
+        read_foreign(folder / "adapter_model.safetensors", lora_bases["sd"].unet, unet_only=False)

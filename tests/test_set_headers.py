@@ -22,65 +22,47 @@ from tests.fixtures_strangers import (
     frugal,
     packed,
     put_weights,
-    small_set,
     tensors,
 )
-from tests.fixtures_tiny import refused, save_stable_diffusion
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_stable_diffusion(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def original(base, tmp_path_factory):
-    return small_set(base, tmp_path_factory.mktemp("original"))
-
-
-@pytest.fixture
-def folder(original, tmp_path):
-    """A copy of the set, to be made evil."""
-    return shutil.copytree(original, tmp_path / "set")
-
+from tests.fixtures_tiny import refused
 
 # What a file of weights says of itself.
 
 
-def test_a_header_of_a_billion_elements_a_thousand_times_is_refused_unread(folder):
+def test_a_header_of_a_billion_elements_a_thousand_times_is_refused_unread(stranger):
     header, size = tensors({A: (1, 10**12), B: (32, 1)})
-    file = folder / "a" / WEIGHTS
+    file = stranger / "a" / WEIGHTS
     with frugal():
-        put_weights(folder, packed(header), rank=1)
+        put_weights(stranger, packed(header), rank=1)
         with refused(str(file), "truncated"):
-            load_set(folder)
+            load_set(stranger)
         try:
             enlarged(file, header, size)
         except OSError:
             pytest.skip("no file of 4 TB here, even of nothing")
         with refused(str(file), "bytes"):
-            load_set(folder)
-        edit(folder, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
-        with refused(str(folder / MANIFEST), "bytes"):
-            load_set(folder)
+            load_set(stranger)
+        edit(stranger, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
+        with refused(str(stranger / MANIFEST), "bytes"):
+            load_set(stranger)
         with refused(str(file), "bytes"):
             open_lora(file)
 
 
-def test_a_tensor_too_large_for_a_lora_is_refused_unread(folder):
+def test_a_tensor_too_large_for_a_lora_is_refused_unread(stranger):
     header, size = tensors({A: (1, 2**30), B: (32, 1)})
-    file = enlarged(folder / "a" / WEIGHTS, header, size)
-    edit(folder, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
+    file = enlarged(stranger / "a" / WEIGHTS, header, size)
+    edit(stranger, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
     with frugal(), refused(str(file), "too large"):
-        load_set(folder)
+        load_set(stranger)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 2**24 + 1, 0])
-def test_a_length_that_no_header_has_is_refused(folder, length):
+def test_a_length_that_no_header_has_is_refused(stranger, length):
     header, size = tensors({A: (2, 32), B: (32, 2)})
-    file = put_weights(folder, packed(header, bytes(size), length))
+    file = put_weights(stranger, packed(header, bytes(size), length))
     with frugal(), refused(str(file), "truncated or no safetensors"):
-        load_set(folder)
+        load_set(stranger)
 
 
 @pytest.mark.parametrize(
@@ -88,29 +70,29 @@ def test_a_length_that_no_header_has_is_refused(folder, length):
     [([0, 256], [128, 384]), ([0, 256], [264, 520]), ([0, 256], [512, 256]), ([0, 256], [256, 2**62])],
     ids=str,
 )
-def test_tensors_that_overlap_or_leave_holes_are_refused(folder, offsets):
+def test_tensors_that_overlap_or_leave_holes_are_refused(stranger, offsets):
     shapes = {A: [2, 32], B: [32, 2]}
     header = {
         key: {"dtype": "F32", "shape": shape, "data_offsets": place}
         for (key, shape), place in zip(shapes.items(), offsets, strict=True)
     }
-    file = put_weights(folder, packed(header, bytes(520)))
+    file = put_weights(stranger, packed(header, bytes(520)))
     with refused(str(file), "truncated or no safetensors"):
-        load_set(folder)
+        load_set(stranger)
 
 
 @pytest.mark.parametrize("dtype", ["F\n32", "\0", "I64", "F8_E4M3", "BOOL"])
-def test_another_kind_of_numbers_is_refused(folder, dtype):
+def test_another_kind_of_numbers_is_refused(stranger, dtype):
     header, size = tensors({A: (2, 32), B: (32, 2)})
     header = {key: own | {"dtype": dtype} for key, own in header.items()}
-    file = put_weights(folder, packed(header, bytes(size)))
+    file = put_weights(stranger, packed(header, bytes(size)))
     with refused(str(file)):
-        load_set(folder)
+        load_set(stranger)
 
 
-def test_long_names_and_many_patterns_take_no_time(folder):
+def test_long_names_and_many_patterns_take_no_time(stranger):
     """A name of 10,000 parts; and 2,000 layers beside 50,000 patterns."""
-    file = folder / "a" / WEIGHTS
+    file = stranger / "a" / WEIGHTS
     long = {f"unet.{'a.' * 10**4}a.lora_{factor}.weight": (1, 1) for factor in "AB"}
     many = {f"unet.m{i}.lora_{factor}.weight": (1, 1) for i in range(2000) for factor in "AB"}
     patterns = {"unet.r": 1, "unet.rank_pattern": {f"x{i}": 1 for i in range(50000)}}
@@ -124,14 +106,14 @@ def test_long_names_and_many_patterns_take_no_time(folder):
 # peft's configuration in a file of weights.
 
 
-def put_config(folder, metadata):
+def put_config(stranger, metadata):
     """The weights of `a` again, with this metadata: text, or settings."""
     if not isinstance(metadata, str):
         metadata = json.dumps({f"unet.{name}": value for name, value in metadata.items()})
-    return put_weights(folder, save(load_file(folder / "a" / WEIGHTS), metadata={METADATA: metadata}))
+    return put_weights(stranger, save(load_file(stranger / "a" / WEIGHTS), metadata={METADATA: metadata}))
 
 
-def test_settings_that_no_forward_needs_are_not_handed_on(folder):
+def test_settings_that_no_forward_needs_are_not_handed_on(stranger):
     idle = dict(
         megatron_core="os",
         target_modules="(.*.*)*(.*.*)*x",
@@ -143,9 +125,9 @@ def test_settings_that_no_forward_needs_are_not_handed_on(folder):
         lora_dropout=0.5,
         task_type="x",
     )
-    put_config(folder, idle | {"r": 2})
+    put_config(stranger, idle | {"r": 2})
     with frugal(seconds=20.0, most=2**29):
-        config = FusedSampler.from_pretrained(folder).pipeline.unet.peft_config["a"]
+        config = FusedSampler.from_pretrained(stranger).pipeline.unet.peft_config["a"]
     assert not [name for name, value in idle.items() if getattr(config, name) == value]
     assert config.target_modules == {LAYER}
 
@@ -183,10 +165,10 @@ def test_settings_that_no_forward_needs_are_not_handed_on(folder):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_settings_of_something_else_than_a_lora_are_refused(folder, metadata, culprit):
-    file = put_config(folder, metadata)
+def test_settings_of_something_else_than_a_lora_are_refused(stranger, metadata, culprit):
+    file = put_config(stranger, metadata)
     with frugal(seconds=1.0), refused(str(file), culprit):
-        load_set(folder)
+        load_set(stranger)
 
 
 # What a set is put on.
@@ -195,10 +177,10 @@ def test_settings_of_something_else_than_a_lora_are_refused(folder, metadata, cu
 @pytest.mark.parametrize(
     "shapes", [{A: (1, 2**27), B: (32, 1)}, {A: (2, 32), B: (2**26, 2)}], ids=["inputs", "outputs"]
 )
-def test_tensors_of_another_layer_are_refused_by_the_base_unread(folder, base, shapes):
+def test_tensors_of_another_layer_are_refused_by_the_base_unread(stranger, small_base, shapes):
     """Exchanged after the set was read: a quarter of a GB."""
-    loaded, pipeline = load_set(folder), load_pipeline(str(base))
-    file = enlarged(folder / "a" / WEIGHTS, *tensors(shapes, dtype="F16"))
+    loaded, pipeline = load_set(stranger), load_pipeline(str(small_base))
+    file = enlarged(stranger / "a" / WEIGHTS, *tensors(shapes, dtype="F16"))
     with frugal():
         with refused(str(file), LAYER, "shape"):
             load_adapter(pipeline, loaded.adapters[0], base_fingerprint(pipeline.unet))
@@ -208,77 +190,77 @@ def test_tensors_of_another_layer_are_refused_by_the_base_unread(folder, base, s
 
 
 @pytest.mark.parametrize("more", [{"lora_magnitude_vector": (1, 32)}, {"lora_B.bias": (1, 32)}], ids=str)
-def test_magnitudes_and_biases_of_another_shape_are_refused(folder, more):
+def test_magnitudes_and_biases_of_another_shape_are_refused(stranger, more):
     header, size = tensors({A: (2, 32), B: (32, 2)} | {f"unet.{LAYER}.{key}": shape for key, shape in more.items()})
-    file = put_weights(folder, packed(header, bytes(size)))
+    file = put_weights(stranger, packed(header, bytes(size)))
     with refused(str(file), LAYER, "[1, 32]"):
-        FusedSampler.from_pretrained(folder)
+        FusedSampler.from_pretrained(stranger)
 
 
-def test_a_lora_on_another_adapters_lora_is_refused(folder):
+def test_a_lora_on_another_adapters_lora_is_refused(stranger):
     """Of `a` on `b`, which is there when `a` comes."""
     shapes = {"A": (2, 32), "B": (2, 2)}
     state = {f"unet.{LAYER}.lora_A.b.lora_{factor}.weight": torch.ones(shape) for factor, shape in shapes.items()}
-    file = put_weights(folder, save(state))
-    edit(folder, adapters=json.loads((folder / MANIFEST).read_text())["adapters"][::-1])
+    file = put_weights(stranger, save(state))
+    edit(stranger, adapters=json.loads((stranger / MANIFEST).read_text())["adapters"][::-1])
     with refused(str(file), "lora_A.b"):
-        FusedSampler.from_pretrained(folder)
+        FusedSampler.from_pretrained(stranger)
 
 
-def test_numbers_that_the_base_cannot_hold_are_refused(folder):
-    state = {key: value.double() * 1e300 for key, value in load_file(folder / "a" / WEIGHTS).items()}
-    file = put_weights(folder, save(state))
+def test_numbers_that_the_base_cannot_hold_are_refused(stranger):
+    state = {key: value.double() * 1e300 for key, value in load_file(stranger / "a" / WEIGHTS).items()}
+    file = put_weights(stranger, save(state))
     with refused(str(file), "lora_"):
-        FusedSampler.from_pretrained(folder)
+        FusedSampler.from_pretrained(stranger)
 
 
 NAMES = ["half", "keys", "training", "_modules", "__class__", "default", "base_layer", "lora_A"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_name_is_put_on_the_base_or_refused(folder, name):
-    edit(folder, "adapters", 0, name=name)
-    edit(folder, default_weights={name: 1})
-    told = f"{folder}"
+def test_any_name_is_put_on_the_base_or_refused(stranger, name):
+    edit(stranger, "adapters", 0, name=name)
+    edit(stranger, default_weights={name: 1})
+    told = str(stranger)
     try:
-        assert FusedSampler.from_pretrained(folder).names == [name, "b"]
+        assert FusedSampler.from_pretrained(stranger).names == [name, "b"]
     except ValueError as error:
         told = str(error)
-    assert str(folder) in told
+    assert str(stranger) in told
     assert told.isprintable()
 
 
 @pytest.mark.parametrize("probe", [[0] * 64, [10**19] * 64, [1e30] * 64], ids=["whole", "large whole", "large"])
-def test_any_probe_of_a_base_is_compared(folder, probe):
-    edit(folder, "base", probe=probe)
+def test_any_probe_of_a_base_is_compared(stranger, probe):
+    edit(stranger, "base", probe=probe)
     with refused("not the set's base"):
-        FusedSampler.from_pretrained(folder)
+        FusedSampler.from_pretrained(stranger)
 
 
 @pytest.mark.parametrize("rule", ["product", "code", "rgg"])
-def test_a_set_runs_nothing_that_it_names_as_a_reward(folder, tmp_path, rule):
+def test_a_set_runs_nothing_that_it_names_as_a_reward(stranger, tmp_path, rule):
     """The rule is the set's own choice too."""
     marker, file = tmp_path / "made", tmp_path / "evil.py"
     file.write_text(
         f"open({str(marker)!r}, 'w').close()\n\n\ndef f(images, prompts):\n    return images.mean((1, 2, 3))\n"
     )
-    edit(folder, default_rule=rule)
+    edit(stranger, default_rule=rule)
     for place in (0, 1):
-        edit(folder, "adapters", place, "reward", name=f"{file}:f")
-    load_set(folder)
+        edit(stranger, "adapters", place, "reward", name=f"{file}:f")
+    load_set(stranger)
     with nullcontext() if rule == "product" else refused(str(file)):
-        FusedSampler.from_pretrained(folder)
+        FusedSampler.from_pretrained(stranger)
     assert not marker.exists()
 
 
-def test_a_set_whose_base_brings_code_does_not_run_it(folder, base, tmp_path):
-    marker, own = tmp_path / "made", shutil.copytree(base, folder / "own")
+def test_a_set_whose_base_brings_code_does_not_run_it(stranger, small_base, tmp_path):
+    marker, own = tmp_path / "made", shutil.copytree(small_base, stranger / "own")
     index = json.loads((own / "model_index.json").read_text())
     for name, changes in {"pipeline": {"_class_name": ["evil", "Evil"]}, "unet": {"unet": ["evil", "Evil"]}}.items():
         (own / "model_index.json").write_text(json.dumps(index | changes))
         for place in (own / "evil.py", own / "unet" / "evil.py"):
             place.write_text(f"open({str(marker)!r}, 'w').close()\n\n\nclass Evil: ...\n")
-        edit(folder, "base", name_or_path=str(own))
+        edit(stranger, "base", name_or_path=str(own))
         with pytest.raises(Exception):  # noqa: B017, PT011
-            FusedSampler.from_pretrained(folder)
+            FusedSampler.from_pretrained(stranger)
         assert not marker.exists(), name

@@ -1,0 +1,133 @@
+"""Sets made of adapters: whole or not at all, and half the size where that is wanted."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash
+from stepfuse.fuse.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.make_set import create_set
+from stepfuse.fuse.sampler import FusedSampler
+from tests.fixtures_tiny import refused
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("folders", "culprits"),
+    [
+        ([], ["at least one adapter"]),
+        (["a", "a"], ["two adapters", "'a'"]),
+        (["a", "b", "a"], ["two adapters", "'a'"]),
+        (["a", "of-second"], ["'c'", "base"]),
+        (["a", "of-wider"], ["'c'", "base"]),
+        (["a", "full"], ["'c'", "full 3", "'a'", "shared 3"]),
+        (["a", "scale"], ["'c'", "shared 7", "'a'", "shared 3"]),
+        (["a", "none"], ["none", OBJECTIVE]),
+    ],
+    ids=str,
+)
+def test_adapters_that_make_no_set_are_named_and_nothing_is_written(adapters, tmp_path, folders, culprits):
+    with refused(*culprits):
+        create_set(tmp_path / "set", [adapters / folder for folder in folders])
+    assert list(tmp_path.iterdir()) == [adapters]
+
+
+def test_a_broken_adapter_leaves_an_old_set_as_it_was(adapters, adapter_set):
+    before = contents(adapter_set)
+    (adapters / "b" / WEIGHTS).write_bytes(b"")
+    with refused(str(adapters / "b" / WEIGHTS)):
+        create_set(adapter_set, [adapters / "a", adapters / "b"], overwrite=True)
+    assert contents(adapter_set) == before
+
+
+def test_a_folder_that_is_not_empty_is_kept_unless_overwritten(adapters, tmp_path):
+    output = tmp_path / "set"
+    output.mkdir()
+    (output / "mine.txt").write_text("precious")
+    with refused(str(output), "--overwrite"):
+        create_set(output, [adapters / "a"])
+    assert contents(output) == {"mine.txt": b"precious"}
+    create_set(output, [adapters / "a"], overwrite=True)
+    assert sorted(contents(output)) == sorted([MANIFEST, f"a/{WEIGHTS}"])
+
+
+def test_an_empty_folder_is_taken(adapters, tmp_path):
+    (tmp_path / "set").mkdir()
+    assert create_set(tmp_path / "set", [adapters / "b"]).names == ["b"]
+
+
+def test_a_set_may_be_made_anew_of_its_own_adapters(adapters, adapter_set):
+    create_set(adapter_set, [adapter_set / "b", adapters / "a"], overwrite=True)
+    assert load_set(adapter_set).names == ["b", "a"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_way_is_kept(adapters, tmp_path, overwrite):
+    (tmp_path / "set").write_text("precious")
+    with refused(str(tmp_path / "set")):
+        create_set(tmp_path / "set", [adapters / "a"], overwrite=overwrite)
+    assert (tmp_path / "set").read_text() == "precious"
+    assert sorted(tmp_path.iterdir()) == [adapters, tmp_path / "set"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()], ids=type)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tmp_path, monkeypatch, error, existing):
+    output = tmp_path / "set"
+    if existing:
+        create_set(output, [adapters / "b"])
+    before = contents(tmp_path)
+    copied = []
+
+    def copy(source, target, **options):
+        if copied:
+            raise error
+        copied.append(target)
+        return original(source, target, **options)
+
+    original = shutil.copyfile
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    with pytest.raises(type(error)):
+        create_set(output, [adapters / "a", adapters / "b"], overwrite=True)
+    assert len(copied) == 1
+    assert contents(tmp_path) == before
+    assert sorted(tmp_path.iterdir()) == sorted([adapters] + [output] * existing)
+
+
+# Half the size.
+
+
+def test_a_set_in_half_precision_holds_the_weights_rounded_and_its_own_hashes(adapters, tmp_path):
+    whole = create_set(tmp_path / "whole", [adapters / "a", adapters / "b"])
+    half = create_set(tmp_path / "half", [adapters / "a", adapters / "b"], half=True)
+    assert half.objectives == whole.objectives
+    for name in ("a", "b"):
+        files = [folder / name / WEIGHTS for folder in (tmp_path / "whole", tmp_path / "half")]
+        full, rounded = map(load_file, files)
+        assert full.keys() == rounded.keys()
+        assert all(torch.equal(rounded[key], full[key].half()) for key in full)
+        entries = json.loads((tmp_path / "half" / MANIFEST).read_text())["adapters"]
+        (entry,) = (entry for entry in entries if entry["name"] == name)
+        assert entry["weights"]["sha256"] == file_hash(files[1]) != file_hash(files[0])
+        assert entry["weights"]["bytes"] == files[1].stat().st_size
+        with safe_open(files[0], "pt") as one, safe_open(files[1], "pt") as other:
+            assert one.metadata() == other.metadata()
+
+
+def test_a_set_in_half_precision_is_drawn_with_in_full(adapters, tmp_path):
+    pictures = []
+    for half in (False, True):
+        create_set(tmp_path / f"half-{half}", [adapters / "a"], half=half)
+        sampler = FusedSampler.from_pretrained(tmp_path / f"half-{half}")
+        generator = torch.Generator().manual_seed(0)
+        pictures.append(sampler.sample("a fox", {"a": 1.0}, generator=generator, output_type="pt"))
+    assert pictures[1].dtype == torch.float32
+    difference = (pictures[0] - pictures[1]).abs().max().item()
+    assert 0 < difference < 0.01  # weights of about 0.1 are rounded by 3e-5 at most
