@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from stepfuse.fuse.manifest import MANIFEST, PICKLES, WEIGHTS, check_schema, read_json
+from stepfuse.fuse.manifest import MANIFEST, WEIGHTS, check_no_pickle, check_schema, read_json
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 PICTURES = ("README.md", "fronts.png", "strip.png")
@@ -56,11 +56,7 @@ def fetch_set(name: str) -> Path:
             return Path(cached).parent
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
         for file in sizes:
-            if PurePosixPath(file).suffix.lower() in PICKLES:
-                raise ValueError(
-                    f"{name!r} holds {file}, a pickle or what may be one, which can run code when it is read; a set "
-                    "holds safetensors only"
-                )
+            check_no_pickle(PurePosixPath(name, file))
         if MANIFEST not in sizes:
             raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
         hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is

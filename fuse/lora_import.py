@@ -17,7 +17,7 @@ from stepfuse.fuse.factors import Factors, read_factors
 from stepfuse.fuse.kohya import PREFIX, TEXT_ENCODERS, module_table
 from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from stepfuse.fuse.lora_file import METADATA, check_config, open_lora, plain_modules, read_configs, read_header
-from stepfuse.fuse.manifest import PICKLES, read_object
+from stepfuse.fuse.manifest import check_no_pickle, read_object
 
 OLDER = (".lora.down.weight", "_lora.down.weight")
 
@@ -34,8 +34,7 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     """
     if file.is_dir():
         file = file / (PEFT_WEIGHTS if (file / PEFT_CONFIG).is_file() else WEIGHTS)
-    if file.suffix.lower() in PICKLES:
-        raise ValueError(f"{file} is a pickle or may be one, which can run code when it is read; expected safetensors")
+    check_no_pickle(file)
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")
     shapes, metadata = read_header(file)

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from jsonschema import Draft202012Validator
@@ -123,13 +123,22 @@ def check_files(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             place = Path(parent, name)
-            if place.suffix.lower() in PICKLES:
-                raise ValueError(
-                    f"{_printable(place)} is a pickle or may be one, which can run code when it is read; a set holds "
-                    "safetensors only: delete it, or convert it to safetensors"
-                )
+            check_no_pickle(place)
             if place.is_symlink():
                 _check_link(folder, place)
+
+
+def check_no_pickle(place: PurePath) -> None:
+    """See that a file is no pickle, by its name.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if place.suffix.lower() in PICKLES:
+        raise ValueError(
+            f"{_printable(place)} is a pickle or may be one, which can run code when it is read; expected safetensors "
+            "only: delete it, or convert it"
+        )
 
 
 def _check_link(folder: Path, place: Path) -> None:
