@@ -23,6 +23,7 @@ class NamedReward:
         source: the paper, or where it comes from.
         licence: of the weights, or of the code where there are none.
         differentiable: in the pixels, so that `rgg` can use it.
+        unit: of its values, as axes and tables name it.
         weights: bytes of its networks in memory, in float32.
         files: what is downloaded at first use.
         requirements: of the environment that is made at first use.
@@ -33,6 +34,7 @@ class NamedReward:
     source: str
     licence: str
     differentiable: bool
+    unit: str = ""
     weights: int = 0
     files: tuple[Published, ...] = ()
     requirements: Path | None = None

@@ -57,22 +57,32 @@ REWARDS: dict[str, NamedReward] = {
         source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
         licence="Apache-2.0; of a hub id, its own",
         differentiable=True,
+        unit="100 × cosine",
         weights=14_000_000,
     ),
     "colourfulness": NamedReward(
-        build=_plain(colourfulness), source="Hasler and Süsstrunk 2003", licence="Apache-2.0", differentiable=True
+        build=_plain(colourfulness),
+        source="Hasler and Süsstrunk 2003",
+        licence="Apache-2.0",
+        differentiable=True,
+        unit="8-bit levels",
     ),
     "compressibility": NamedReward(
-        build=_plain(compressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False
+        build=_plain(compressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False, unit="kB"
     ),
     "emoji_background": NamedReward(
-        build=_plain(emoji_background), source="stepfuse", licence="Apache-2.0", differentiable=True
+        build=_plain(emoji_background),
+        source="stepfuse",
+        licence="Apache-2.0",
+        differentiable=True,
+        unit="8-bit levels",
     ),
     "hpsv2": NamedReward(
         build=hpsv2.hpsv2,
         source="arXiv:2306.09341, xswu/HPSv2",
         licence="Apache-2.0",
         differentiable=True,
+        unit="cosine",
         weights=3_944_000_000,
         files=(hpsv2.VERSIONS["2"], TOKENIZER),
     ),
@@ -81,6 +91,7 @@ REWARDS: dict[str, NamedReward] = {
         source="arXiv:2306.09341, xswu/HPSv2",
         licence="Apache-2.0",
         differentiable=True,
+        unit="cosine",
         weights=3_944_000_000,
         files=(hpsv2.VERSIONS["2.1"], TOKENIZER),
     ),
@@ -89,6 +100,7 @@ REWARDS: dict[str, NamedReward] = {
         source="arXiv:2304.05977, THUDM/ImageReward",
         licence="Apache-2.0",
         differentiable=True,
+        unit="standard deviations",
         weights=1_786_000_000,
         files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
     ),
@@ -97,17 +109,23 @@ REWARDS: dict[str, NamedReward] = {
         source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
         licence="Apache-2.0",
         differentiable=False,
+        unit="standard deviations",
         weights=1_786_000_000,
         requirements=CONFIGS / "image_reward_original.txt",
     ),
     "incompressibility": NamedReward(
-        build=_plain(incompressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False
+        build=_plain(incompressibility),
+        source="arXiv:2305.13301",
+        licence="Apache-2.0",
+        differentiable=False,
+        unit="kB",
     ),
     "laion_aesthetic": NamedReward(
         build=laion_aesthetic.LAIONAesthetic,
         source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
         licence="Apache-2.0 (head), MIT (CLIP)",
         differentiable=True,
+        unit="1 to 10",
         weights=1_216_000_000,
         files=(laion_aesthetic.CONFIG, laion_aesthetic.WEIGHTS, laion_aesthetic.HEAD),
     ),
@@ -116,6 +134,7 @@ REWARDS: dict[str, NamedReward] = {
         source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
         licence="not stated for the weights; MIT for its code",
         differentiable=True,
+        unit="scaled cosine",
         weights=3_944_000_000,
         files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
     ),
@@ -124,6 +143,7 @@ REWARDS: dict[str, NamedReward] = {
         source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
         licence="Apache-2.0 by the hub's default",
         differentiable=False,
+        unit="0 to 1",
         requirements=CONFIGS / "vila.txt",
     ),
     "weighted": NamedReward(
@@ -131,6 +151,7 @@ REWARDS: dict[str, NamedReward] = {
         source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
         licence="those of its terms",
         differentiable=True,
+        unit="weighted sum",
         needs="its terms",
     ),
 }
@@ -161,6 +182,12 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     raise ValueError(
         f"no reward {kind!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or path/to/file.yaml"
     )
+
+
+def reward_unit(name: str) -> str:
+    """The unit of a reward's values, such as "kB"; empty where the catalogue does not state one."""
+    info = REWARDS.get(name.partition(":")[0])
+    return info.unit if info else ""
 
 
 def is_catalogued(name: str) -> bool:

@@ -1,6 +1,7 @@
 """What the commands of `stepfuse` do; heavy imports wait until one is run."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -13,12 +14,13 @@ def demo(arguments: argparse.Namespace) -> None:
 def sample(arguments: argparse.Namespace) -> None:
     import torch
 
+    from stepfuse.data.lettering import enlargement
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.fuse.rules import get_rule
     from stepfuse.fuse.sampler import FusedSampler
-    from stepfuse.fuse.weights import Weights, label_weights, parse_weights
-    from stepfuse.scripts.pictures import labelled_grid
+    from stepfuse.fuse.weights import Weights, parse_weights
+    from stepfuse.scripts.pictures import sampled_picture
 
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
@@ -26,6 +28,8 @@ def sample(arguments: argparse.Namespace) -> None:
     device = check_device(arguments.device)
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
+    if arguments.enlarge is not None and not 1 <= arguments.enlarge <= 64:
+        raise ValueError(f"enlarge {arguments.enlarge}; expected a whole number from 1 to 64")
     options = {name: getattr(arguments, name) for name in ("candidates", "block_size", "gate")}
     options = {name: value for name, value in options.items() if value is not None}
     rule = get_rule(arguments.rule, **options) if arguments.rule else None
@@ -68,11 +72,13 @@ def sample(arguments: argparse.Namespace) -> None:
     assert isinstance(images, list)
     width = len(columns)
     rows = [images[i : i + width] for i in range(0, len(images), width)]
-    heads = [label_weights(column).replace("=", " ").replace(",", ", ") for column in columns]
-    picture = rows[0][0] if len(images) == 1 else labelled_grid(rows, arguments.prompt, heads)
+    picture = sampled_picture(rows, arguments.prompt, columns, factor=arguments.enlarge)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.output)
     print(arguments.output)
+    if len(images) == 1 and arguments.enlarge is None and picture.width < 256:
+        factor = enlargement(picture, 256)
+        print(f"{picture.width} × {picture.height} pixels; --enlarge {factor} writes it larger", file=sys.stderr)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

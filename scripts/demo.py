@@ -16,7 +16,8 @@ from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
 from stepfuse.scripts.build_set import ALONE, launch
-from stepfuse.scripts.pictures import labelled_grid, save_front
+from stepfuse.scripts.pictures import labelled_grid, save_front, weights_heading
+from stepfuse.scripts.plots import axis_label
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.rollout import sample_generator
 
@@ -88,34 +89,52 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     base_images, base = draw(0.5, strength=0.0)
     drawn = {weight: draw(weight) for weight in SLIDER}
     columns = [base_images, *[images for images, _ in drawn.values()]]
-    heads = ["base", *[f"{first} {1 - w:g} {second} {w:g}" for w in SLIDER]]
+    heads = ["base", *[weights_heading({first: 1 - w, second: w}) for w in SLIDER]]
     rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
     labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(output / "slider.png")
     scores = {weight: values for weight, (_, values) in drawn.items()}
     means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
-    save_front(
-        output / "front.png",
-        [(point[first], point[second]) for point in means[1:]],
-        [f"{second} {weight:g}" for weight in SLIDER],
-        (means[0][first], means[0][second]),
-        x_label=f"{first} ({sampler.objectives[0].reward})",
-        y_label=f"{second} ({sampler.objectives[1].reward})",
-    )
 
     def gain(weight: float, name: str) -> dict[str, float]:
         return vars(paired_interval(scores[weight][name], base[name], chosen))
 
-    return {
+    results = {
         "objectives": [first, second],
+        "rewards": [o.reward for o in sampler.objectives],
         "prompts": prompts,
         "seeds_per_prompt": SEEDS,
         "means": dict(zip(["base", *map(str, SLIDER)], means, strict=True)),
         "gain_over_base": {
-            f"{first} alone": {first: gain(0.0, first), second: gain(0.0, second)},
-            f"{second} alone": {first: gain(1.0, first), second: gain(1.0, second)},
-            "middle": {first: gain(0.5, first), second: gain(0.5, second)},
+            _mixture(weight, first, second): {name: gain(weight, name) for name in (first, second)} for weight in SLIDER
         },
     }
+    draw_front(output / "front.png", results)
+    return results
+
+
+def draw_front(file: Path, results: dict) -> None:
+    """Plot the mean rewards of the mixtures in `results.json`, with the intervals of their gains over the base."""
+    first, second = results["objectives"]
+    rewards = results.get("rewards", results["objectives"])
+    means, gains = results["means"], results["gain_over_base"]
+    weights = [name for name in means if name != "base"]
+    measured = [gains.get(_mixture(float(weight), first, second)) for weight in weights]
+    save_front(
+        file,
+        [(means[weight][first], means[weight][second]) for weight in weights],
+        [f"{float(weight):g}" for weight in weights],
+        (means["base"][first], means["base"][second]),
+        intervals=[values and (values[first], values[second]) for values in measured],
+        legend=f"fused, with the weight of {second}; the rest is {first}",
+        x_label=axis_label(first, rewards[0]),
+        y_label=axis_label(second, rewards[1]),
+    )
+
+
+def _mixture(weight: float, first: str, second: str) -> str:
+    """What the results call the mixture with this weight of the second objective."""
+    named = {0.0: f"{first} alone", 0.5: "middle", 1.0: f"{second} alone"}
+    return named.get(weight, f"{first} {1 - weight:g}, {second} {weight:g}")
 
 
 def report(output: Path, results: dict) -> bool:
@@ -126,9 +145,10 @@ def report(output: Path, results: dict) -> bool:
         f"\nGain over the base, {results['prompts']} held-out prompts × {results['seeds_per_prompt']} seeds, "
         "mean [95 % interval, paired bootstrap over prompts]"
     )
-    print(f"{'':24}{first:>30}{second:>30}")
+    wide = max(map(len, gains)) + 2
+    print(f"{'':{wide}}{first:>30}{second:>30}")
     for name, values in gains.items():
-        print(f"{name:24}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
+        print(f"{name:{wide}}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
     claims = {
         f"the {first} adapter raises {first}": gains[f"{first} alone"][first]["low"] > 0,
         f"the {second} adapter raises {second}": gains[f"{second} alone"][second]["low"] > 0,

@@ -134,6 +134,12 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
     sample.add_argument("--rows_at_once", type=int, help="most rows in one forward: slower, and less memory")
     sample.add_argument("--compile", choices=("regional", "full"), help="compile transformer blocks, or the UNet")
     add_size(sample)
+    sample.add_argument(
+        "--enlarge",
+        type=int,
+        help="write every pixel as a square of this many pixels a side, with crisp edges; by default 1 for a single "
+        "image, and what makes images at least 128 pixels wide in a grid",
+    )
     sample.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
     add_trust(sample)
     add_device(sample)

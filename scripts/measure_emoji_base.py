@@ -12,7 +12,6 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.scripts.build_emoji_base import draw_batch, read_package
 from stepfuse.train.rollout import sample_generator
+from stepfuse.train.samples import save_samples
 
 GUIDANCE_SCALE = 4.0
 STEPS = 20
@@ -55,7 +55,7 @@ def main() -> None:
     }
     print(json.dumps(figures))
     if arguments.picture:
-        labelled_grid(sampled[:48], prompts[:48]).save(arguments.picture)
+        save_samples(arguments.picture, sampled[:48], prompts[:48], columns=8)
     if arguments.training:
         write_cards(json.loads(arguments.training.read_text()), figures, arguments.note)
 
@@ -92,21 +92,6 @@ def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: 
         others = [i for i in torch.randperm(len(captions), generator=generator).tolist() if i != own]
         hits += bool((row[own] > row[others[: CHOICES - 1]]).all())
     return hits / len(prompts)
-
-
-def labelled_grid(images: Tensor, prompts: list[str], columns: int = 8) -> Image.Image:
-    """Images with their captions below."""
-    width, height = 132, 108
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(9)
-    for i, (pixels, prompt) in enumerate(zip(images, prompts, strict=True)):
-        left, top = (i % columns) * width, (i // columns) * height
-        sheet.paste(emoji.to_image(pixels).resize((80, 80), Image.Resampling.BICUBIC), (left + 26, top + 2))
-        first, _, second = prompt.partition(" on ")
-        draw.text((left + width / 2, top + 89), first, fill="black", font=font, anchor="mm")
-        draw.text((left + width / 2, top + 99), f"on {second}", fill="black", font=font, anchor="mm")
-    return sheet
 
 
 def write_cards(training: dict, figures: dict, note: str) -> None:

@@ -1,46 +1,88 @@
 """Pictures for people: a labelled grid of images, and the front between two rewards."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from stepfuse.data.lettering import GLUE, Lettering, enlarge, enlargement
+from stepfuse.fuse.weights import Weights, WeightSchedule
 
 Rows = Sequence[Sequence[Image.Image]]
+Bars = dict[str, float]  # {"mean", "low", "high"}
+
+CELL = 128  # pixels: smaller images are enlarged to at least this
 
 
 def labelled_grid(
-    rows: Rows, row_labels: Sequence[str], column_labels: Sequence[str], *, cell: int | None = None
+    rows: Rows, row_labels: Sequence[str], column_labels: Sequence[str], *, factor: int | None = None
 ) -> Image.Image:
     """Rows of images with a label beside each row and above each column.
 
+    Labels are complete: they are wrapped, and rows and columns grow where a label needs more room than an image. An
+    image is shown with each of its pixels as a square of `factor` × `factor` pixels.
+
     Args:
         rows: images of one size.
-        cell: side of a cell in pixels; by default the image's own, at least 96.
+        row_labels: one for each row, such as its prompt.
+        column_labels: one for each column; a line break starts a new line, and a line does not end at a no-break space.
+        factor: by default the smallest at which an image has at least 128 pixels.
     """
     first = rows[0][0]
-    width = cell or max(first.width, 96)
-    height = round(width * first.height / first.width)
-    size = max(11, width // 9)
-    font = ImageFont.load_default(size)
-    line = size + 4
-    margin = max(width, 150)
-    lines = [_wrapped(label, font, margin - 12) for label in row_labels]
-    heads = [_wrapped(label, font, width) for label in column_labels]
-    top = line * max(len(head) for head in heads) + 8
-    sheet = Image.new("RGB", (margin + len(rows[0]) * (width + 6), top + len(rows) * (height + 6)), "white")
+    factor = factor or enlargement(first, CELL)
+    width, height = first.width * factor, first.height * factor
+    text = Lettering(max(13, width // 20))
+    gap = text.size
+    heads = [
+        [line for part in label.split("\n") for line in text.wrap(part, max(width, 14 * text.size))]
+        for label in column_labels
+    ]
+    labels = _beside(row_labels, text, height)
+    margin = gap + max(_width(lines, text) for lines in labels) + gap
+    column = max(width, *(_width(lines, text) for lines in heads))
+    top = gap // 2 + text.line_height * max(map(len, heads)) + gap // 2
+    heights = [max(height, text.line_height * len(lines)) for lines in labels]
+    size = margin + len(heads) * (column + gap), top + sum(heights) + len(heights) * (gap // 2)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for j, head in enumerate(heads):
-        for k, text in enumerate(head):
-            x = margin + j * (width + 6) + width / 2
-            draw.text((x, 4 + line * (k + 0.5)), text, fill="black", font=font, anchor="mm")
-    for i, row in enumerate(rows):
-        y = top + i * (height + 6)
-        for k, text in enumerate(lines[i]):
-            middle = y + height / 2 + (k - (len(lines[i]) - 1) / 2) * line
-            draw.text((8, middle), text, fill="black", font=font, anchor="lm")
+    for j, lines in enumerate(heads):
+        for k, line in enumerate(reversed(lines)):
+            left = margin + j * (column + gap) + (column - text.width(line)) / 2
+            text.draw(draw, left, top - gap // 2 - (k + 0.5) * text.line_height, line)
+    for row, lines, tall in zip(rows, labels, heights, strict=True):
+        middle = top + tall / 2
+        for k, line in enumerate(lines):
+            text.draw(draw, gap, middle + (k - (len(lines) - 1) / 2) * text.line_height, line)
         for j, image in enumerate(row):
-            sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (margin + j * (width + 6), y))
+            left = margin + j * (column + gap) + (column - width) // 2
+            sheet.paste(enlarge(image.convert("RGB"), factor), (left, round(middle - height / 2)))
+        top += tall + gap // 2
     return sheet
+
+
+def sampled_picture(
+    rows: Rows, prompts: Sequence[str], columns: Sequence[Weights], *, factor: int | None = None
+) -> Image.Image:
+    """What `stepfuse sample` saves: one image as it was sampled, or a labelled grid of several.
+
+    Args:
+        rows: a row for each prompt, a column for each mixture.
+        prompts: of the rows.
+        columns: weights of the columns.
+        factor: of enlargement; by default a single image keeps its pixels, so that it can be compared and scored.
+    """
+    if len(prompts) == len(columns) == 1:
+        return enlarge(rows[0][0], factor or 1)
+    return labelled_grid(rows, prompts, [weights_heading(column) for column in columns], factor=factor)
+
+
+def weights_heading(weights: Weights) -> str:
+    """Weights as the heading of a column: a line for each objective, with its name and weight kept together."""
+    return "\n".join(
+        f"{name}{GLUE}{str(weight).replace(',', ', ') if isinstance(weight, WeightSchedule) else f'{weight:.3g}'}"
+        for name, weight in weights.items()
+    )
 
 
 def save_front(
@@ -49,35 +91,64 @@ def save_front(
     labels: Sequence[str],
     base: tuple[float, float],
     *,
+    intervals: Sequence[tuple[Bars, Bars] | None],
+    legend: str,
     x_label: str,
     y_label: str,
 ) -> None:
-    """Plot mean reward against mean reward, one point a set of weights, and the base."""
+    """Plot mean reward against mean reward: one point for each mixture with its intervals, and the base.
+
+    Args:
+        points: mean rewards of the mixtures, in the order in which a line joins them.
+        labels: written beside the points.
+        base: mean rewards of the base.
+        intervals: for each point the 95 % intervals of its gains over the base, drawn around the mean; None where
+            none was computed.
+        legend: what the points are.
+        x_label: of the axis, with its unit.
+        y_label: likewise.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
-    axes.plot(*zip(*points, strict=True), "-o", color="tab:blue", label="fused")
+    figure, axes = pyplot.subplots(figsize=(6.5, 5), layout="constrained")
+    axes.plot(*zip(*points, strict=True), "-o", color="tab:blue", label=legend, zorder=3)
+    measured = [(point, bars) for point, bars in zip(points, intervals, strict=True) if bars]
+    if measured:
+        axes.errorbar(
+            *zip(*(point for point, _ in measured), strict=True),
+            xerr=list(zip(*(interval_lengths(x) for _, (x, _) in measured), strict=True)),
+            yerr=list(zip(*(interval_lengths(y) for _, (_, y) in measured), strict=True)),
+            fmt="none", ecolor="tab:blue", elinewidth=1, capsize=2.5, alpha=0.7,
+            label="95 % interval of the gain over the base",
+        )  # fmt: skip
     for point, label in zip(points, labels, strict=True):
-        axes.annotate(label, point, textcoords="offset points", xytext=(6, 6), fontsize=8)
-    axes.plot(*base, "s", color="tab:gray", label="base")
-    axes.margins(x=0.38, y=0.15)  # room for labels at the right
-    axes.set(xlabel=x_label, ylabel=y_label, title="Front between two rewards, held-out prompts")
-    axes.legend(frameon=False)
+        axes.annotate(label, point, textcoords="offset points", xytext=(7, 7), fontsize=9)
+    axes.plot(*base, "s", color="dimgray", label="base", zorder=3)
+    axes.margins(0.12)
+    axes.set(xlabel=x_label, ylabel=y_label, title="Mean rewards on held-out prompts")
+    figure.legend(loc="outside lower center", frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=130)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
-    """Words in lines no wider than `width`."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
+def interval_lengths(interval: Bars) -> tuple[float, float]:
+    """How far an interval reaches below and above its mean."""
+    return interval["mean"] - interval["low"], interval["high"] - interval["mean"]
+
+
+def _beside(labels: Sequence[str], text: Lettering, height: int) -> list[list[str]]:
+    """Lines of the rows' labels: as narrow as they can be without being taller than an image, up to a limit."""
+    for letters in (11, 16, 22, 30, 40):
+        lines = [text.wrap(label, letters * text.size) for label in labels]
+        if max(map(len, lines)) * text.line_height <= height:
+            break
     return lines
+
+
+def _width(lines: Sequence[str], text: Lettering) -> int:
+    return math.ceil(max(text.width(line) for line in lines))

@@ -2,17 +2,42 @@
 
 import io
 import re
-from collections.abc import Sequence
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stepfuse.data.lettering import GLUE, printable
+from stepfuse.rewards.registry import reward_unit
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#6A3D9A", "#B2182B", "#4D9221", "#525252")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
 FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
+FAINT = 0.35  # opacity
+FAINT_LABEL = "faint: another strength, or weight on a further objective"
+BARS_LABEL = "bars: 95 % interval of the gain over the base"
+LONGEST = 52  # characters of a line of an axis label
+ACROSS = 3  # fronts beside each other in one picture
+
+
+def axis_label(objective: str, reward: str) -> str:
+    """An axis of mean rewards: the objective, its reward where it has another name, its unit, and what is better.
+
+    The arrow points along the axis, upwards where the label is turned to stand beside a vertical axis.
+    """
+    unit = reward_unit(reward)
+    name = (
+        objective if objective == reward else f"{objective}: {textwrap.shorten(reward, 4 * LONGEST, placeholder='…')}"
+    )
+    better = f"({unit}, higher is better →)" if unit else "(higher is better →)"
+    lines = textwrap.wrap(f"{name} {better.replace(' ', GLUE)}", LONGEST, break_on_hyphens=False)
+    return "\n".join(lines).replace(GLUE, " ")
 
 
 def styles(rules: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -60,45 +85,77 @@ def _front(summary: dict, first: str, second: str, salt: str) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}):
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), _glyphs_of_the_browser():
         figure, axes = pyplot.subplots(figsize=(5.2, 4.2), layout="constrained")
         _draw_front(axes, summary, first, second)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         pyplot.close(figure)
-    return _inline(file.getvalue(), salt, f"Front between {first} and {second}")
+    label = f"Front between {first} and {second}: mean rewards of every rule at every weight; the table Cells has them"
+    return _inline(file.getvalue(), salt, label)
 
 
 def save_fronts(file: Path, summary: dict) -> None:
-    """The fronts of every pair of objectives in one picture, with a legend: for documents, the page has its own."""
+    """Save the fronts of every pair of objectives in one picture with a legend, for documents and cards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    from matplotlib.lines import Line2D
 
     pairs = list(combinations(summary["objectives"], 2))
     if not pairs:
         return
-    marks = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=rule)
-        for rule, (colour, marker) in styles(list(summary["rules"])).items()
-    ]
+    across = min(ACROSS, len(pairs))
+    down = -(-len(pairs) // across)
     with matplotlib.rc_context(SETTINGS):
-        figure, grid = pyplot.subplots(1, len(pairs), figsize=(4.6 * len(pairs), 4.4), layout="constrained")
-        for axes, pair in zip(np.atleast_1d(grid), pairs, strict=True):
-            _draw_front(axes, summary, *pair)
-        figure.legend(handles=marks, loc="outside lower center", ncols=min(len(marks), 4 * len(pairs)), frameon=False)
+        size = (4.6 * across, 4.0 * down)
+        figure, grid = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+        for axes in grid.flat[len(pairs) :]:
+            axes.remove()
+        for axes, pair in zip(grid.flat, pairs, strict=False):
+            _draw_front(axes, summary, *pair, writable=printable)
+        _add_legend(figure, summary)
         figure.savefig(file, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
 
-def _draw_front(axes: Any, summary: dict, first: str, second: str) -> None:
+def has_faint(summary: dict) -> bool:
+    """Whether some front has a faint point."""
+    return any(
+        not _is_main(cell, edge(summary["cells"], *pair))
+        for pair in combinations(summary["objectives"], 2)
+        for cell in summary["cells"]
+    )
+
+
+def _add_legend(figure: Any, summary: dict) -> None:
+    """Below the fronts: every rule's marker, faint points and bars, in as many columns as the figure is wide."""
+    from matplotlib.lines import Line2D
+
+    marks: list[Any] = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=printable(rule))
+        for rule, (colour, marker) in styles(list(summary["rules"])).items()
+    ]
+    if has_faint(summary):
+        marks.append(Line2D([], [], color="black", marker="o", linestyle="", alpha=FAINT, label=FAINT_LABEL))
+    if any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values()):
+        marks.append(Line2D([], [], color="black", marker="+", ms=12, mew=0.8, linestyle="", label=BARS_LABEL))
+    width, height = figure.get_size_inches()
+    for columns in range(len(marks), 0, -1):
+        legend = figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
+        extent = legend.get_window_extent(figure.canvas.get_renderer())
+        if columns == 1 or extent.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_size_inches(width, height + extent.height / figure.dpi)
+
+
+def _draw_front(axes: Any, summary: dict, first: str, second: str, *, writable: Callable[[str], str] = str) -> None:
     for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
         _draw_rule(axes, summary, rule, (first, second), style, f"rule-{i}")
     rewards = summary["objectives"]
-    axes.set_xlabel(f"{first}: mean {rewards[first]}")
-    axes.set_ylabel(f"{second}: mean {rewards[second]}")
+    axes.set_xlabel(axis_label(writable(first), writable(rewards[first])))
+    axes.set_ylabel(axis_label(writable(second), writable(rewards[second])))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.06)
@@ -117,18 +174,31 @@ def _draw_rule(axes: Any, summary: dict, rule: str, pair: tuple[str, str], style
         lines.setdefault(cell[key], []).append(cell)
     for value, cells in lines.items():
         faint = key == "strength" and value != 1
-        (line,) = axes.plot(*_means(cells, rewards), "-", color=colour, lw=1.3, alpha=0.35 if faint else 0.9)
+        (line,) = axes.plot(*_means(cells, rewards), "-", color=colour, lw=1.3, alpha=FAINT if faint else 0.9)
         line.set_gid(f"{group}-line")
     for cell in own:
-        main = rule == "base" or (cell in on_edge and cell["strength"] == 1)
+        main = _is_main(cell, on_edge)
         (x,), (y,) = _means([cell], rewards)
         bars = [_bars(cell["rewards"][reward]) for reward in rewards]
         drawn = axes.errorbar(
             x, y, xerr=bars[0], yerr=bars[1], fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
-            ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=1.0 if main else 0.35, zorder=4 if main else 3,
+            ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=1.0 if main else FAINT, zorder=4 if main else 3,
         )  # fmt: skip
         for artist in drawn.get_children():
             artist.set_gid(f"{group}-point")
+
+
+def _is_main(cell: dict, on_edge: Sequence[dict]) -> bool:
+    """Whether a cell is drawn in full: the base, and the edge between the two objectives at strength 1."""
+    return cell["rule"] == "base" or (cell["strength"] == 1 and cell in on_edge)
+
+
+@contextmanager
+def _glyphs_of_the_browser() -> Iterator[None]:
+    """In an SVG the letters are the browser's: what matplotlib's font lacks is no matter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        yield
 
 
 def _means(cells: Sequence[dict], rewards: Sequence[str]) -> tuple[list[float], list[float]]:

@@ -10,10 +10,11 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from PIL import ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
+from stepfuse.data.lettering import enlarge
 from stepfuse.rewards.catalogue import table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.over_http import TOKEN, read_token
@@ -92,10 +93,18 @@ def score_folder(
 def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
     """The images in order of their scores, the best first, as one picture."""
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
-    pictures = [to_image(read_pixels(items[i].file)[0]) for i in order]
-    tiles = [np.asarray(ImageOps.pad(picture, (TILE, TILE), color="white")) for picture in pictures]
+    tiles = [np.asarray(_tile(to_image(read_pixels(items[i].file)[0]))) for i in order]
     pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
     save_samples(file, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
+
+
+def _tile(picture: Image.Image) -> Image.Image:
+    """A picture on a white square: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
+    picture = enlarge(picture, max(1, TILE // max(picture.size)))
+    picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+    return tile
 
 
 def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:

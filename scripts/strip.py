@@ -7,15 +7,15 @@ from PIL import Image
 
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.weights import Weights
-from stepfuse.scripts.pictures import labelled_grid
+from stepfuse.scripts.pictures import labelled_grid, weights_heading
 
 ROWS = 3
 
 
 def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, progress: bool = False) -> Image.Image:
     """A row a prompt; every column of a row begins with the same noise."""
-    mixed = {"mixture": sampler.default_weights} if len(sampler.names) > 1 else {}
-    columns: dict[str, Weights] = {name: {name: 1.0} for name in sampler.names} | mixed
+    columns: list[Weights] = [{name: 1.0} for name in sampler.names]
+    columns += [sampler.default_weights] if len(sampler.names) > 1 else []
 
     def draw(sampler: FusedSampler, weights: Weights) -> list[Image.Image]:
         own = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
@@ -24,6 +24,6 @@ def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, 
         return images
 
     drawn = [draw(sampler.with_rule("base"), sampler.default_weights)]
-    drawn += [draw(sampler, weights) for weights in columns.values()]
+    drawn += [draw(sampler, weights) for weights in columns]
     rows = [[images[row] for images in drawn] for row in range(len(prompts))]
-    return labelled_grid(rows, prompts, ["base", *columns])
+    return labelled_grid(rows, prompts, ["base", *map(weights_heading, columns)])
