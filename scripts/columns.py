@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.findings import decimals, text
 
 
@@ -87,11 +88,17 @@ def cell_columns(summary: dict) -> list[Column]:
         _number("strength", "λ: 0 is the base, 1 the trained strength", lambda c: c["strength"]),
     ]
     for reward in summary["rewards"]:
+        measured_in = reward_unit(reward)
+        unit_of = f", {measured_in}" if measured_in else ""
         note = " (held out: nothing was trained on it)" if reward in summary["held_out"] else ""
         columns += [
-            _interval(reward, f"Mean {reward} of the images{note}", lambda c, r=reward: c["rewards"][r]["mean"]),
             _interval(
-                f"{reward} gain", f"Mean of {reward} minus the base's at the same prompt and seed{note}",
+                reward, f"Mean {reward} of the images{unit_of}; higher is better{note}",
+                lambda c, r=reward: c["rewards"][r]["mean"],
+            ),
+            _interval(
+                f"{reward} gain",
+                f"Mean of {reward} minus the base's at the same prompt and seed{unit_of}{note}",
                 lambda c, r=reward: c["rewards"][r]["gain"],
                 signed=True,
             ),

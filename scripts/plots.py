@@ -22,7 +22,7 @@ FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
 FAINT = 0.35  # opacity
 FAINT_LABEL = "faint: another strength, or weight on a further objective"
 BARS_LABEL = "bars: 95 % interval of the gain over the base"
-LONGEST = 52  # characters of a line of an axis label
+LONGEST = 44  # characters of a line of an axis label
 ACROSS = 3  # fronts beside each other in one picture
 
 
@@ -78,6 +78,14 @@ def swatches(rules: Sequence[str]) -> dict[str, str]:
     return svgs
 
 
+def keys(summary: dict) -> list[tuple[str, str]]:
+    """What else a legend of the fronts explains: a small SVG and its text each, faint points only where there are."""
+    svg = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
+    faint = svg.format(f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>')
+    bars = svg.format('<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>')
+    return [(faint, FAINT_LABEL)] * has_faint(summary) + [(bars, BARS_LABEL)] * _has_bars(summary)
+
+
 def _front(summary: dict, first: str, second: str, salt: str) -> str:
     """Mean rewards in natural units; bars are the intervals of the paired gain over the base, around the mean."""
     import matplotlib
@@ -86,7 +94,7 @@ def _front(summary: dict, first: str, second: str, salt: str) -> str:
     from matplotlib import pyplot
 
     with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), _glyphs_of_the_browser():
-        figure, axes = pyplot.subplots(figsize=(5.2, 4.2), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(4.6, 3.9), layout="constrained")
         _draw_front(axes, summary, first, second)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -128,6 +136,10 @@ def has_faint(summary: dict) -> bool:
     )
 
 
+def _has_bars(summary: dict) -> bool:
+    return any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values())
+
+
 def _add_legend(figure: Any, summary: dict) -> None:
     """Below the fronts: every rule's marker, faint points and bars, in as many columns as the figure is wide."""
     from matplotlib.lines import Line2D
@@ -138,7 +150,7 @@ def _add_legend(figure: Any, summary: dict) -> None:
     ]
     if has_faint(summary):
         marks.append(Line2D([], [], color="black", marker="o", linestyle="", alpha=FAINT, label=FAINT_LABEL))
-    if any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values()):
+    if _has_bars(summary):
         marks.append(Line2D([], [], color="black", marker="+", ms=12, mew=0.8, linestyle="", label=BARS_LABEL))
     width, height = figure.get_size_inches()
     for columns in range(len(marks), 0, -1):

@@ -14,14 +14,14 @@ from PIL import Image
 from stepfuse.scripts.cells import Setup, number
 from stepfuse.scripts.columns import cell_columns, rule_columns, table
 from stepfuse.scripts.findings import findings
-from stepfuse.scripts.plots import edge, fronts, swatches
+from stepfuse.scripts.plots import edge, fronts, keys, swatches
 
-SMALL = 64  # pixels
+SHOWN = 128  # pixels of the page: the longer side of an image is no larger
 LARGEST = 256  # pixels; what is larger is shrunk: a page of hundreds of photographs does not open
 
 
 def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup) -> None:
-    """Write the page: what was measured, findings, fronts, tables, and strips of images from weight to weight."""
+    """Write the page: images from weight to weight, fronts, tables, and then findings and what was measured."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -37,6 +37,7 @@ def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup)
         summary=summary,
         findings=findings(summary),
         fronts=[{**front, "svg": Markup(front["svg"])} for front in fronts(summary)],
+        keys=[{"mark": Markup(mark), "label": label} for mark, label in keys(summary)],
         legend=[{"rule": rule, "mark": Markup(marks[rule])} for rule in rules],
         tables=tables,
         strips=strips(results, summary),
@@ -119,13 +120,16 @@ def _images(results: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
 
 
 def _picture(png: bytes) -> dict[str, Any]:
-    """A data URI, and whether the picture is so small that its pixels are to be seen."""
+    """A data URI and the size an image is shown at; `small` where that is a multiple of its own, shown crisply."""
     kind = "png"
     with Image.open(io.BytesIO(png)) as image:
         side = max(image.size)
+        scale = max(1, SHOWN // side) if side <= SHOWN else SHOWN / side
+        width, height = (max(1, round(length * scale)) for length in image.size)
         if side > LARGEST:
             image.thumbnail((LARGEST, LARGEST))
             file = io.BytesIO()
             image.convert("RGB").save(file, "JPEG", quality=88)
             png, kind = file.getvalue(), "jpeg"
-    return {"src": f"data:image/{kind};base64,{base64.b64encode(png).decode()}", "small": side <= SMALL}
+    source = f"data:image/{kind};base64,{base64.b64encode(png).decode()}"
+    return {"src": source, "width": width, "height": height, "small": side <= SHOWN // 2}

@@ -124,7 +124,7 @@ def test_names_and_prompts_are_text_even_where_they_look_like_html(page):
     words = "".join(reader.words)
     for name in (HOSTILE, *NAMES, *REWARDS, *RULES, SETUP.title, SETUP.command):
         assert name in words
-    assert f"{NAMES[1]}: mean {REWARDS[1]}" in words  # an axis, not a formula
+    assert f"{NAMES[1]}: {REWARDS[1]}" in words  # an axis, not a formula
     assert not reader.all("i")
     assert not any("up</b>" in str(a) for a in reader.all("b"))
 
@@ -205,10 +205,11 @@ def test_every_heading_of_a_table_has_its_definition(page):
 
 
 def test_the_fronts_are_one_picture_too(summary, tmp_path):
-    """Three pairs beside each other, each 4.6 × 4.4 inches at 110 dots; one objective alone has no front."""
+    """Three pairs beside each other, each 4.6 × 4 inches at 110 dots, above the legend; one objective has no front."""
     save_fronts(tmp_path / "fronts.png", summary)
     with Image.open(tmp_path / "fronts.png") as picture:
-        assert picture.size == (3 * 506, 484)
+        assert picture.width == 3 * 506
+        assert 440 < picture.height < 560
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
     for colour, _ in styles(list(summary["rules"])).values():
         assert tuple(bytes.fromhex(colour[1:])) in colours  # in the legend at full ink
@@ -238,14 +239,24 @@ addEventListener("load", () => {
   const box = document.querySelectorAll(".legend input")[1]; box.click();
   const marks = [...document.querySelectorAll(".fronts .rule-1")];
   const seen = () => [...document.querySelectorAll(".block")].filter(b => b.getBoundingClientRect().height > 0).length;
-  const some = seen(), prompt = document.getElementById("prompt");
-  prompt.value = ""; prompt.dispatchEvent(new Event("change"));
+  const choose = id => {
+    const list = document.getElementById(id);
+    list.value = ""; list.dispatchEvent(new Event("change"));
+  };
+  const first = seen();
+  choose("pair"); const some = seen();
+  choose("prompt");
   const root = document.documentElement, found = {
     inner: innerWidth, juts: root.scrollWidth - root.clientWidth, errors, before, up, down, last,
     hidden: marks.length > 0 && marks.every(m => getComputedStyle(m).display === "none"),
     images: [...document.images].map(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 0),
+    order: [".block", ".fronts", "table.data", ".findings", ".facts"].map(
+      part => document.querySelector(part).getBoundingClientRect().top),
+    crisp: [...document.images].every(i => getComputedStyle(i).imageRendering === "pixelated"),
+    inside: [...document.querySelectorAll("table")].every(t => t.parentNode.classList.contains("scroll")),
     svgs: [...document.querySelectorAll(".fronts svg")].map(s => [s.clientWidth, s.clientHeight]),
     sticky: getComputedStyle(table.rows[0].cells[0]).position, some, all: seen(),
+    first,
     wide: [...document.querySelectorAll(".scroll")].filter(s => s.getBoundingClientRect().right > innerWidth).length,
   };
   parent.postMessage(JSON.stringify(found), "*");
@@ -265,6 +276,7 @@ def test_in_a_browser_the_page_works_at_any_width(browser, page, tmp_path, width
     frame = tmp_path / "frame.html"  # a window is at least 500 pixels wide, a frame as narrow as a telephone
     frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom", frame.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True)
     found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
@@ -281,4 +293,7 @@ def test_in_a_browser_the_page_works_at_any_width(browser, page, tmp_path, width
     assert found["last"] == "base"
     assert found["hidden"]
     assert found["sticky"] == "sticky"
-    assert (found["some"], found["all"]) == (4, 8)
+    assert (found["first"], found["some"], found["all"]) == (1, 4, 8)
+    assert found["order"] == sorted(found["order"])
+    assert found["crisp"]
+    assert found["inside"]
