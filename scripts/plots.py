@@ -33,7 +33,7 @@ def axis_label(objective: str, reward: str) -> str:
     """
     unit = reward_unit(reward)
     name = (
-        objective if objective == reward else f"{objective}: {textwrap.shorten(reward, 4 * LONGEST, placeholder='…')}"
+        objective if objective == reward else f"{objective}: {textwrap.shorten(reward, 2 * LONGEST, placeholder='…')}"
     )
     better = f"({unit}, higher is better →)" if unit else "(higher is better →)"
     lines = textwrap.wrap(f"{name} {better.replace(' ', GLUE)}", LONGEST, break_on_hyphens=False)
