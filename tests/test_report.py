@@ -189,6 +189,77 @@ def test_without_pictures_there_are_no_strips(results, summary):
     assert strips(results.assign(image=None), summary) == []
 
 
+def test_images_and_fronts_come_first_then_tables_then_text(page):
+    reader = Reader(page)
+    parts = [a.get("class") if tag != "h1" else "h1" for tag, a in reader.elements]
+    order = [parts.index(name) for name in ("h1", "block", "fronts", "data", "findings", "facts")]
+    assert order == sorted(order)
+
+
+def outline(file: Path) -> list[str]:
+    """Headings, and whatever is shown after them: images, drawings, table cells, paragraphs and list items."""
+    shown = ("h1", "h2", "h3", "img", "svg", "td", "li", "dd", "p")
+    return [tag for tag, _ in Reader(file).elements if tag in shown]
+
+
+def test_no_heading_stands_without_anything_below(results, page, tmp_path):
+    """Also of an evaluation without images, of one objective, or both."""
+    one = Setup(
+        objectives=SETUP.objectives[:1], rewards=REWARDS, scales=SETUP.scales, steps=20, guidance=4.0, title="One"
+    )
+    alone = results[(results["rule"] == "base") | (results[f"w_{NAMES[0]}"] == 1)].drop(columns="image")
+    write_report(tmp_path / "one.html", alone, summarise(alone, one, draws=50), one)
+    without = results.drop(columns="image")
+    write_report(tmp_path / "without.html", without, summarise(without, SETUP, draws=50), SETUP)
+    assert not Reader(tmp_path / "one.html").all("svg")
+    assert not Reader(tmp_path / "without.html").all("img")
+    for file in (page, tmp_path / "one.html", tmp_path / "without.html"):
+        tags = outline(file)
+        headings = [i for i, tag in enumerate(tags) if tag in ("h1", "h2", "h3")]
+        assert len(headings) > 3
+        assert all(tags[i + 1] not in ("h1", "h2", "h3") for i in headings if tags[i] != "h1")
+        assert headings[-1] < len(tags) - 1
+
+
+def test_every_figure_has_a_caption_and_words_for_those_who_do_not_see_it(page):
+    """Blocks of images and fronts are figures; an image has its alt, a front its label."""
+    reader = Reader(page)
+    drawings = [a for a in reader.all("svg") if a.get("role") == "img"]
+    assert len(drawings) == 3
+    assert all(a["aria-label"] for a in drawings)
+    assert len(reader.all("figure")) == len(reader.all("figcaption")) == 3 + 8
+    words = "".join(reader.words)
+    assert f"{NAMES[0]} against {NAMES[1]}" in words
+    assert f"{NAMES[0]} / {NAMES[1]}: {HOSTILE}, seed 0" in words
+
+
+@pytest.mark.parametrize(
+    ("size", "shown", "small"),
+    [
+        ((64, 64), (128, 128), True),
+        ((16, 8), (128, 64), True),
+        ((48, 48), (96, 96), True),
+        ((100, 50), (100, 50), False),
+    ],
+)
+def test_a_small_image_is_shown_at_a_whole_multiple_of_its_size(results, summary, size, shown, small):
+    file = io.BytesIO()
+    Image.new("RGB", size, (9, 9, 9)).save(file, "PNG")
+    cells = results.assign(image=[file.getvalue(), *[None] * 5, png((1, 0, 99)), *[None] * (len(results) - 7)])
+    base = strips(cells, summary)[0]["base"]
+    assert (base["width"], base["height"]) == shown
+    assert base["small"] == small
+
+
+def test_the_legend_of_the_page_names_rules_faint_points_and_bars(page):
+    text = page.read_text(encoding="utf-8")
+    legend = text[text.index('<div class="legend">') : text.index('<div class="fronts">')]
+    assert legend.count("<input") == len(RULES) + 1
+    assert legend.count('class="swatch"') == len(RULES) + 1 + 2
+    assert "faint" in legend
+    assert "95 %" in legend
+
+
 def test_a_rule_s_lacking_weights_are_told(page):
     """rgg has the first three of seven."""
     words = "".join(Reader(page).words)
@@ -267,6 +338,39 @@ addEventListener("message", event => { document.getElementById("probe").textCont
 </script><iframe src="copy.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
 
 
+def seen(browser: str, page: Path, folder: Path, *options: str) -> str:
+    """The page's elements after its scripts have run."""
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
+    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1400,1000",
+        *options,
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
+
+
+DARK = """<pre id="probe"></pre><script>
+const shown = getComputedStyle(document.body);
+document.getElementById("probe").textContent = JSON.stringify([
+  shown.backgroundColor, shown.color, getComputedStyle(document.querySelector(".fronts figure")).filter]);
+</script>"""
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
+def test_a_dark_page_is_dark_with_light_text_and_inverted_fronts(browser, page, tmp_path, scheme, dark):
+    text = page.read_text(encoding="utf-8")
+    (tmp_path / "copy.html").write_text(text.replace("</body>", f"{DARK}</body>"), encoding="utf-8")
+    shown = seen(browser, tmp_path / "copy.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
+    ground, ink, drawn = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', shown, re.DOTALL)[1]))
+    lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink)]
+    assert (lightness[0] < 100 < 600 < lightness[1]) == dark
+    assert (lightness[1] < 100 < 600 < lightness[0]) == (not dark)
+    assert drawn.startswith("invert") == dark
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_in_a_browser_the_page_works_at_any_width(browser, page, tmp_path, width):
     """Pictures and drawings show, tables sort with unknowns last, rules can be hidden, nothing juts out, no errors."""
@@ -275,11 +379,8 @@ def test_in_a_browser_the_page_works_at_any_width(browser, page, tmp_path, width
     (tmp_path / "copy.html").write_text(probed, encoding="utf-8")
     frame = tmp_path / "frame.html"  # a window is at least 500 pixels wide, a frame as narrow as a telephone
     frame.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
-    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
-    command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom", frame.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True)
-    found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.DOTALL)[1]))
+    shown = seen(browser, frame, tmp_path)
+    found = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', shown, re.DOTALL)[1]))
     assert found["errors"] == []
     assert found["inner"] == width
     assert found["juts"] == 0
