@@ -112,6 +112,7 @@ def save_front(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patheffects import withStroke
 
     figure, axes = pyplot.subplots(figsize=(6.5, 5), layout="constrained")
     axes.plot(*zip(*points, strict=True), "-o", color="tab:blue", label=legend, zorder=3)
@@ -125,7 +126,10 @@ def save_front(
             label="95 % interval of the gain over the base",
         )  # fmt: skip
     for point, label in zip(points, labels, strict=True):
-        axes.annotate(label, point, textcoords="offset points", xytext=(7, 7), fontsize=9)
+        axes.annotate(
+            label, point, textcoords="offset points", xytext=(7, 7), fontsize=9, zorder=5,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
     axes.plot(*base, "s", color="dimgray", label="base", zorder=3)
     axes.margins(0.12)
     axes.set(xlabel=x_label, ylabel=y_label, title="Mean rewards on held-out prompts")
