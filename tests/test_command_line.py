@@ -203,18 +203,18 @@ def test_a_grid_holds_a_row_a_prompt_and_a_column_a_set_of_weights(set_folder, s
         assert image.format == "PNG"
         sheet = array(image)
     found = []
-    for image in expected:  # in cells of 96 pixels, the least there are
-        (place,) = places(sheet, array(image.resize((96, 96), Image.Resampling.BICUBIC)))
+    for image in expected:  # each pixel a square: cells have 128 pixels a side, the least there are
+        times = 128 // image.width
+        (place,) = places(sheet, array(image).repeat(times, 0).repeat(times, 1))
         found.append(place)
     (left, top), (right, _), (_, bottom), _ = found
     assert found == [(left, top), (right, top), (left, bottom), (right, bottom)]
-    assert right >= left + 96
-    assert bottom >= top + 96
-    assert (sheet.shape[1], sheet.shape[0]) == (right + 96 + 6, bottom + 96 + 6)
+    assert right >= left + 128
+    assert bottom >= top + 128
     # Labels are dark: beside each row, above each column.
-    for label in (sheet[:top, left : left + 96], sheet[:top, right : right + 96]):
+    for label in (sheet[:top, left : left + 128], sheet[:top, right : right + 128]):
         assert label.min() < 64
-    for label in (sheet[top : top + 96, :left], sheet[bottom : bottom + 96, :left]):
+    for label in (sheet[top : top + 128, :left], sheet[bottom : bottom + 128, :left]):
         assert label.min() < 64
 
 
