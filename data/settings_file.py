@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
 from stepfuse.data.names import nearest
+from stepfuse.data.text_files import file_name
+from stepfuse.data.yaml_file import Word, read_yaml
 
 
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
@@ -17,18 +17,35 @@ def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) ->
         ValueError: for a missing or malformed file, or an unknown name, with the nearest known one.
     """
     if not file.is_file():
-        raise ValueError(f"no config file {file}")
-    try:
-        values = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"no config file {file_name(file)}")
+    values = read_yaml(file)
     if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no settings; expected `name: value` lines")
+        raise ValueError(f"{file_name(file)} holds no settings; expected `name: value` lines")
     try:
         check_names(values, settings, besides=besides)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    return values
+    hints = get_type_hints(settings)
+    try:
+        return {str(name): _settle(value, hints.get(name, str)) for name, value in values.items()}
+    except RecursionError as error:
+        raise ValueError(f"{file_name(file)} holds a value that contains itself") from error
+
+
+def _settle(value: Any, hint: Any) -> Any:
+    """A value of a YAML file with yes, no, on and off as the setting wants them: booleans, or words where it has texts.
+
+    In mappings without types, such as the arguments of a worker, they are booleans.
+    """
+    if isinstance(value, Word):
+        kinds = {type(choice) if get_origin(hint) is Literal else choice for choice in (hint, *get_args(hint))}
+        return str(value) if str in kinds or not kinds & {bool, Any, dict, list} else value.boolean
+    if isinstance(value, list):
+        return [_settle(item, (get_args(hint) or (Any,))[0]) for item in value]
+    if isinstance(value, dict):
+        inner = str if hint is str else Any  # `env` is of texts
+        return {str(key) if isinstance(key, Word) else key: _settle(item, inner) for key, item in value.items()}
+    return value
 
 
 def check_names(values: Mapping[str, Any], settings: type, *, besides: Sequence[str] = ()) -> None:

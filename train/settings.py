@@ -1,6 +1,7 @@
 """Settings of a training run: YAML by `--config`, any field as a flag."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -285,9 +286,12 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     from trl import TrlParser
 
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    values: dict[str, Any] = {}
     if "--config" in arguments:
-        place = arguments[arguments.index("--config") + 1 :][:1]
-        read_settings(Path(place[0] if place else "(none given)"), settings, besides=("env",))  # trl's own
+        index = arguments.index("--config")
+        place = arguments[index + 1 :][:1]
+        values = read_settings(Path(place[0] if place else "(none given)"), settings, besides=("env",))
+        arguments = arguments[:index] + arguments[index + 2 :]
     known = {f"--{f.name}" for f in dataclasses.fields(settings)} | {"--config", "--help"}
     known |= {f"--no_{f.name}" for f in dataclasses.fields(settings)}
     for argument in arguments:
@@ -295,5 +299,10 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
         if flag.startswith("--") and flag.replace("-", "_").replace("__", "--", 1) not in known:
             raise ValueError(f"unknown flag {flag}{nearest(flag, sorted(known))}")
     parser = TrlParser(settings, description=description, allow_abbrev=False)
+    # As parse_args_and_config does, which reads the file in the locale's encoding and 1e-5 as a text.
+    variables = values.pop("env", None) or {}
+    require(isinstance(variables, dict), "env", variables, "a mapping of variables of the environment")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    parser.set_defaults_with_config(**values)
     (parsed,) = parser.parse_args_and_config(arguments)
     return parsed

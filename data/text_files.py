@@ -1,0 +1,126 @@
+"""Text files and file names: UTF-8 whatever the locale, without a byte order mark, lines that end at \\n or \\r\\n."""
+
+import codecs
+import os
+import sys
+from pathlib import Path
+
+_BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; line endings are left as they are.
+
+    Raises:
+        ValueError: for a file that is missing, a folder, unreadable, or not UTF-8 text, naming the line at fault.
+    """
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"no file {file_name(file)}") from None
+    except OSError as error:
+        raise ValueError(f"{file_name(file)} cannot be read: {error.strerror}") from error
+    return decode_text(data, file_name(file))
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """Decode UTF-8 text, without its byte order mark.
+
+    Args:
+        name: what the text is called in an error message.
+
+    Raises:
+        ValueError: for bytes that are not UTF-8 text, naming the line at fault.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{name} is {encoding} text; save it as UTF-8")
+    start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    try:
+        text = data[start:].decode()
+    except UnicodeDecodeError as error:
+        bad = start + error.start
+        line = data.count(b"\n", 0, bad) + 1
+        raise ValueError(
+            f"{name} is not UTF-8 text: byte {data[bad]:#04x} at position {bad}, line {line}; save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{name} holds a NUL character in line {line}; expected UTF-8 text")
+    return text
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a UTF-8 file without their endings.
+
+    A line ends at \\n or \\r\\n only: `str.splitlines` also splits at U+2028, U+0085, form feeds and others, which may
+    stand within a prompt.
+
+    Raises:
+        ValueError: as `read_text`, and for a file whose lines end at \\r alone.
+    """
+    return split_lines(read_text(file), file_name(file))
+
+
+def split_lines(text: str, name: str) -> list[str]:
+    """The lines of a text without their endings, which are \\n or \\r\\n; see `read_lines`.
+
+    Raises:
+        ValueError: for a text whose lines end at \\r alone, as old Macintosh programs write them.
+    """
+    if "\n" not in text and "\r" in text.rstrip("\r"):
+        raise ValueError(f"the lines of {name} end with a carriage return alone; save it with line feeds")
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()  # after the last line feed
+    return [line.removesuffix("\r") for line in lines]
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file as UTF-8 with the line endings that the text has, on every platform."""
+    file.write_bytes(printable(text).encode())
+
+
+def file_name(path: str | Path) -> str:
+    """A path as text that can be printed and written: bytes that are not UTF-8 become \\xe9 and the like."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def find_file(folder: Path, name: str) -> Path:
+    """The path of a file that a UTF-8 text names, also where the locale encodes file names in another manner."""
+    try:
+        if (folder / name).exists():
+            return folder / name
+        return folder / os.fsdecode(name.encode())
+    except ValueError:  # a surrogate, or a NUL
+        return folder / name
+
+
+def printable(text: object) -> str:
+    """Text that UTF-8 can encode.
+
+    Python reads bytes of file names and arguments that it cannot decode as lone surrogates (PEP 383): where they are
+    UTF-8, they become the characters they stand for, and \\xe9 and the like otherwise.
+    """
+    try:
+        return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a surrogate that stands for no byte
+        return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def print_any_text() -> None:
+    """Have standard output and standard error print characters that their encoding lacks as \\u591c and the like."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def note(text: str) -> None:
+    """Print a line about the input on standard error, in the first of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(text), file=sys.stderr, flush=True)

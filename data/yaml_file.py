@@ -1,0 +1,86 @@
+"""YAML as its version 1.2 has it: `1e-5` is a number, `012` is twelve, and no key comes twice."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stepfuse.data.text_files import file_name, read_text
+
+_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_BOOLEANS = {"yes": True, "no": False, "on": True, "off": False}  # of YAML 1.1, where 1.2 has words
+
+
+class Word(str):
+    """One of yes, no, on and off: a text in YAML 1.2 and a boolean in YAML 1.1."""
+
+    __slots__ = ()
+
+    @property
+    def boolean(self) -> bool:
+        return _BOOLEANS[self.lower()]
+
+
+def read_yaml(file: Path) -> Any:
+    """The value that a YAML file holds.
+
+    The words yes, no, on and off come as `Word`, for the caller to take as a text or as a boolean.
+
+    Raises:
+        ValueError: for a file that is missing or is not YAML, and for a key that comes twice, naming the line.
+    """
+    try:
+        return yaml.load(read_text(file), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
+        raise ValueError(f"{file_name(file)}{line} is not YAML: {reason}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{file_name(file)} is not YAML: {' '.join(str(error).split())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2; underscores in numbers are kept from 1.1."""
+
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's)
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} comes twice", key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+    def construct_word(self, node: Any) -> Word:
+        return Word(self.construct_scalar(node))
+
+    def construct_integer(self, node: Any) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        if len(text) > 100:
+            raise yaml.constructor.ConstructorError(None, None, f"{text[:20]}… is too long a number", node.start_mark)
+        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+
+    def construct_float(self, node: Any) -> float:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _resolve(tag: str, pattern: str | re.Pattern, first: str, construct: Any = None) -> None:
+    pattern = re.compile(pattern) if isinstance(pattern, str) else pattern
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern.pattern})$"), list(first))
+    if construct:
+        _Loader.add_constructor(f"tag:yaml.org,2002:{tag}", construct)
+
+
+_resolve("merge", "<<", "<")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
+_resolve("word", "yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", "yYnNoO", _Loader.construct_word)
+_resolve("int", _INTEGER, "-+0123456789", _Loader.construct_integer)
+_resolve("float", _FLOAT, "-+0123456789.", _Loader.construct_float)
