@@ -1,6 +1,5 @@
 """Rewards by name."""
 
-import importlib.util
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
+from stepfuse.rewards.user_code import load_function
 from stepfuse.rewards.weighted import Weighted, parse_terms
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
@@ -176,9 +176,11 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     if kind in ("http", "https"):
         return HTTPReward(HTTPSettings(url=name))
     if ".py:" in name:
-        return _from_file(*name.rsplit(":", 1))
+        return load_function(*name.rsplit(":", 1))
     if name.endswith((".yaml", ".yml")):
         return read_reward_file(Path(name), load_reward, device)
+    if name.endswith(".py"):
+        raise ValueError(f"reward {name!r} names no function; expected {name}:function")
     raise ValueError(
         f"no reward {kind!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or path/to/file.yaml"
     )
@@ -202,20 +204,3 @@ def is_catalogued(name: str) -> bool:
         except ValueError:
             return True  # it cannot be loaded anyhow
     return kind in REWARDS
-
-
-def _from_file(file: str, function: str) -> Reward:
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"no reward file {file!r}")
-    spec = importlib.util.spec_from_file_location(f"stepfuse_reward_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # it is anybody's code
-        raise ValueError(f"{file} cannot be run: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not callable(getattr(module, function, None)):
-        raise ValueError(f"{file} has no function {function!r}")
-    return getattr(module, function)

@@ -168,7 +168,8 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")},
+                env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+                | {"PYTHONIOENCODING": "utf-8:backslashreplace"},  # its log is read as UTF-8, whatever the locale
             )
 
     def status(self, seconds: float = 5.0) -> str:

@@ -5,7 +5,9 @@ It runs in the environment of the reward, where there is no stepfuse: the standa
 """
 
 import contextlib
+import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -17,12 +19,16 @@ import traceback
 from types import ModuleType
 from typing import Any
 
+_LOADERS = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>")
+
 
 def main() -> None:
     """Answer batches until the socket closes."""
     descriptor, function, arguments = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     _watch(descriptor)
-    messages = _load_file(os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py"))
+    messages = _load_file(
+        "stepfuse_worker_messages", os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py")
+    )
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     try:
@@ -75,24 +81,50 @@ def _watch(descriptor: int) -> None:
 
 def _find(function: str) -> Any:
     place, _, name = function.rpartition(":")
-    module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
-    return getattr(module, name)
+    module = _load_reward(os.path.realpath(place)) if place.endswith(".py") else importlib.import_module(place)
+    found = getattr(module, name, None)
+    if not callable(found):
+        close = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], n=1)
+        raise ValueError(f"{place} has no function {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return found
 
 
-def _load_file(file: str) -> ModuleType:
-    name = "stepfuse_worker_" + os.path.splitext(os.path.basename(file))[0]
-    sys.path.append(os.path.dirname(os.path.abspath(file)))  # last: what lies beside it, unless it is installed
+def _load_reward(file: str) -> ModuleType:
+    """Run a file of the user as `python file.py` would, with the modules beside it before those that are installed.
+
+    An installed module that has the file's own name is excepted: `hpsv2.py` may be a reward made with `hpsv2`.
+    """
+    folder, stem = os.path.dirname(file), os.path.splitext(os.path.basename(file))[0]
+    installed = stem in sys.modules or "." in stem or importlib.util.find_spec(stem) is not None
+
+    class Neighbours:
+        @staticmethod
+        def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+            if path is not None or name == stem or name in sys.builtin_module_names:
+                return None
+            spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+            return spec if spec is not None and spec.origin is not None else None  # no folder without __init__.py
+
+    sys.meta_path.insert(0, Neighbours)  # type: ignore[arg-type]
+    sys.path.append(folder)  # for processes that the reward starts, too
+    return _load_file("stepfuse_worker_" + stem.replace(".", "_") if installed else stem, file)
+
+
+def _load_file(name: str, file: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module  # before it runs: dataclasses and pickles look there
     spec.loader.exec_module(module)
     return module
 
 
 def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    own = os.path.abspath(__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (own, *_LOADERS)]
+    return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text
 
 
 if __name__ == "__main__":
