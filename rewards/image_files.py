@@ -1,19 +1,24 @@
 """Images and prompts from a folder, as rewards want them."""
 
 import csv
+import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from stepfuse.data.pictures import open_picture
+from stepfuse.data.text_files import file_name, find_file, note, read_text, split_lines
 from stepfuse.rewards.protocol import Pixels
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # what file managers leave in folders, beside hidden files
 MOST_PIXELS = 2**25  # of a batch: 400 MB as float32
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
@@ -30,58 +35,72 @@ class PromptedImage:
 def read_pixels(file: Path) -> Pixels:
     """One image as (1, 3, height, width) in [0, 1].
 
-    As reward packages do, by PIL's `convert("RGB")`: palettes are looked up, transparency is dropped. 16-bit grays are
-    scaled to 8, where PIL alone would cut them off.
+    Turned as its EXIF orientation says, and converted as `open_picture` does.
 
     Raises:
-        ValueError: for a file that is no image, or one of floats, whose range nobody knows.
+        ValueError: for a file that holds no picture that can be read.
     """
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            image: Image.Image = opened
-            if image.mode == "F":
-                raise ValueError(f"{file} holds floats; save it with 8 or 16 bits a channel")
-            if image.mode.startswith("I"):
-                whole = (np.asarray(image).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8)
-                image = Image.fromarray(whole)
-            array = np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{file} is no image that can be read ({error})") from error
-    return torch.from_numpy(array.copy()).permute(2, 0, 1)[None].float() / 255
+    array = np.array(open_picture(file))
+    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
 
 
 def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
     """The images of a folder with their prompts.
 
     Args:
-        folder: its images; names are sorted as people count, 2 before 10.
-        prompts: a text file with a prompt a line, in that order, or one line for all; or a table, .csv or .jsonl, with
-            `file_name` and `prompt` (or `text`, or `caption`), as data sets of images have it.
+        folder: its images; names are sorted as people count, 2 before 10. Hidden files and folders, whose names begin
+            with a dot, are passed over. Folders, and files of other endings than `ENDINGS` (in capitals or not), are
+            left out, and a line on standard error counts them.
+        prompts: a UTF-8 text file with a prompt a line, in that order, or one line for all; or a table, .csv or
+            .jsonl, with `file_name` and `prompt` (or `text`, or `caption`), as data sets of images have it.
 
     Raises:
         ValueError: for a folder without images, and prompts that do not fit them.
     """
     if not folder.is_dir():
-        raise ValueError(f"no folder {folder}")
+        raise ValueError(f"no folder {file_name(folder)}")
     if not prompts.is_file():
-        raise ValueError(f"no prompts file {prompts}")
-    try:
-        text = prompts.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{prompts} is not UTF-8 text: {error}") from error
-    if prompts.suffix in (".csv", ".jsonl"):
+        raise ValueError(f"no prompts file {file_name(prompts)}")
+    text = read_text(prompts)
+    if prompts.suffix.lower() in (".csv", ".jsonl"):
         return _from_table(folder, prompts, text)
-    images = (p for p in folder.iterdir() if p.suffix.lower() in ENDINGS and p.is_file())
-    files = sorted(images, key=lambda p: _counted(p.name))
-    if not files:
-        raise ValueError(f"no images in {folder}; expected files ending in {', '.join(ENDINGS)}")
-    lines = text.splitlines()  # an empty line is an empty prompt
+    files = list_images(folder)
+    lines = split_lines(text, file_name(prompts))  # an empty line is an empty prompt
     if len(lines) not in (1, len(files)):
-        raise ValueError(f"{prompts} has {len(lines)} lines for the {len(files)} images of {folder}; expected as many")
+        raise ValueError(
+            f"{file_name(prompts)} has {len(lines)} lines for the {len(files)} images of {file_name(folder)}; "
+            "expected as many, or one for all"
+        )
     if len(lines) == 1:
         lines = lines * len(files)
-    return [PromptedImage(file=f, name=f.name, prompt=line) for f, line in zip(files, lines, strict=True)]
+    return [PromptedImage(file=f, name=file_name(f.name), prompt=line) for f, line in zip(files, lines, strict=True)]
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The images of a folder, their names sorted as people count; see `pair_prompts` for what is left out.
+
+    Raises:
+        ValueError: for a folder without images.
+    """
+    files, others = [], Counter[str]()
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.name.lower() in BY_SYSTEMS:
+            continue
+        if path.is_dir():
+            others["folder"] += 1
+        elif path.suffix.lower() in ENDINGS:
+            files.append(path)
+        else:
+            others[file_name(path.suffix) or "file without an ending"] += 1
+    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+    if not files:
+        raise ValueError(
+            f"no images in {file_name(folder)}; expected files ending in {', '.join(ENDINGS)}"
+            + (f"; it holds {left_out}" if left_out else "")
+        )
+    if left_out:
+        note(f"{file_name(folder)}: {len(files)} images; left out: {left_out}")
+    return sorted(files, key=lambda path: _counted(path.name))
 
 
 def in_batches(items: Sequence[PromptedImage], batch_size: int) -> Iterator[tuple[list[PromptedImage], Pixels]]:
@@ -101,25 +120,33 @@ def in_batches(items: Sequence[PromptedImage], batch_size: int) -> Iterator[tupl
 
 
 def _from_table(folder: Path, table: Path, text: str) -> list[PromptedImage]:
+    name = file_name(table)
+    rows: list[Any] = []
     try:
-        if table.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines(keepends=True)))
+        if table.suffix.lower() == ".csv":
+            rows.extend(csv.DictReader(io.StringIO(text, newline="")))
         else:
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (csv.Error, json.JSONDecodeError) as error:
-        raise ValueError(f"{table} cannot be read: {error}") from error
-    items = []
-    for number, row in enumerate(rows, 1):
-        found = [row[c] for c in PROMPT_COLUMNS if isinstance(row, dict) and isinstance(row.get(c), str)]
-        name = row.get("file_name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not found:
-            raise ValueError(f"{table}, row {number}: expected file_name and one of {', '.join(PROMPT_COLUMNS)}")
-        if not (folder / name).is_file():
-            raise ValueError(f"{table}, row {number}: no image {folder / name}")
-        items.append(PromptedImage(file=folder / name, name=name, prompt=found[0]))
-    if not items:
-        raise ValueError(f"{table} has no rows")
-    return items
+            rows.extend(json.loads(line) for line in split_lines(text, name) if line.strip())
+    except (csv.Error, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{name}, row {len(rows) + 1} cannot be read: {error}") from error
+    if not rows:
+        raise ValueError(f"{name} has no rows")
+    return [_item(folder, row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _item(folder: Path, row: Any, where: str) -> PromptedImage:
+    """The image and the prompt of one row of a table."""
+    column = next((c for c in PROMPT_COLUMNS if isinstance(row, dict) and c in row), None)
+    if column is None or "file_name" not in row:
+        raise ValueError(f"{where}: expected file_name and one of {', '.join(PROMPT_COLUMNS)}")
+    for needed in ("file_name", column):
+        if not isinstance(row[needed], str):
+            held = "is empty" if row[needed] is None else f"holds {row[needed]!r}"
+            raise ValueError(f"{where}: column {needed} {held}; expected a text")
+    file = find_file(folder, row["file_name"])
+    if not file.is_file():
+        raise ValueError(f"{where}: no image {file_name(file)}")
+    return PromptedImage(file=file, name=row["file_name"], prompt=row[column])
 
 
 def _counted(name: str) -> list[tuple[int, int, str]]:

@@ -132,6 +132,7 @@ class Evaluation:
             dataset_name=config.dataset_name,
             split=config.dataset_split,
             column=config.caption_column,
+            seed=config.seed,
         )
         prompts = list(dict.fromkeys(prompts))
         if len(prompts) < 2:

@@ -50,8 +50,9 @@ def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path):
 
 @pytest.mark.parametrize("name", ["helper", "data", "rewards", "stepfuse", "datasets", "statistics"])
 def test_modules_beside_the_file_are_imported_whatever_is_installed_or_loaded(name, tmp_path):
-    import datasets
     import statistics
+
+    import datasets
 
     write(tmp_path, reward=f"import {name}\ndef f(): return {name}.mine()", **{name: "def mine(): return 'mine'"})
     assert load(tmp_path)() == "mine"

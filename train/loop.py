@@ -65,6 +65,7 @@ def train(settings: TrainSettings, algorithm: Algorithm) -> Path:
             dataset_name=settings.dataset_name,
             split=settings.dataset_split,
             column=settings.caption_column,
+            seed=settings.seed,
         )
         accelerator = make_accelerator(settings)
         _check_groups(settings, algorithm, accelerator.num_processes)

@@ -1,6 +1,6 @@
 """Preference pairs of a data set instead of rollouts: Diffusion-DPO (arXiv:2311.12908)."""
 
-import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,10 +11,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, DiffusionPipeline
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from stepfuse.data.data_set import has_picture, open_data_set, read_caption, read_label, read_picture, reason
 from stepfuse.data.emoji import to_pixels
+from stepfuse.data.text_files import file_name, note
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import Conditioning, image_size
@@ -32,18 +34,36 @@ class Pair:
 
     Attributes:
         winner, loser: the preferred one and the other; what a column holds.
+        winner_column, loser_column: those columns.
+        folder: what paths of images are relative to.
     """
 
     prompt: str
     winner: Any
     loser: Any
+    winner_column: str
+    loser_column: str
+    folder: Path
+
+    def picture(self, side: str) -> Image.Image:
+        """The winner or the loser, upright and in RGB.
+
+        Raises:
+            ValueError: for an image that is missing or cannot be read, naming its column and the prompt.
+        """
+        column = getattr(self, f"{side}_column")
+        return read_picture(
+            getattr(self, side), self.folder, f"the image for the prompt {self.prompt!r} in column {column!r}"
+        )
 
 
 class PreferencePairs:
     """The pairs of a Pick-a-Pic-shaped data set, streamed, shuffled within a buffer, over and over.
 
     `label_0` is 1 where the first image is preferred and 0 where the second is. Other values are ties, which are
-    dropped. Images are decoded by whoever wants them.
+    dropped. A row that lacks its caption, label or one of its images is passed over, and a line says so: the first
+    time, and how many there are at the end of the first pass. Of a list of captions one is drawn. Images are decoded by
+    `Pair.picture`.
 
     Args:
         source: a hub data set, a parquet file, or a folder of either parquet files or images with a metadata file.
@@ -54,22 +74,20 @@ class PreferencePairs:
 
     def __init__(self, source: str, settings: DPOSettings) -> None:
         from datasets import Image as ImageFeature
-        from datasets import load_dataset
 
         self.source, self.settings = source, settings
+        self.folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        self.name = f"preference pairs {file_name(source)!r}"
         self.columns = (*settings.image_columns, settings.label_column, settings.caption_column)
+        rows = open_data_set(source, settings.dataset_split, streaming=True)
         try:
-            if Path(source).suffix == ".parquet":
-                rows = load_dataset("parquet", data_files=source, split="train", streaming=True)
-            else:
-                rows = load_dataset(source, split=settings.dataset_split, streaming=True)
             known = rows.column_names or list(next(iter(rows)))
-        except (OSError, ValueError, StopIteration) as error:
-            first = (str(error).splitlines() or ["it is empty"])[0]
-            raise ValueError(f"cannot load preference pairs {source!r}: {first}") from error
+        except Exception as error:
+            why = "it is empty" if isinstance(error, StopIteration) else reason(error)
+            raise ValueError(f"cannot load {self.name}: {why}") from error
         for column in self.columns:
             if column not in known:
-                raise ValueError(f"preference pairs {source!r} have no column {column!r}; they have {', '.join(known)}")
+                raise ValueError(f"{self.name} have no column {column!r}; they have {', '.join(known)}")
         rows = rows.select_columns(list(self.columns))
         for name in settings.image_columns:
             if rows.features and isinstance(rows.features[name], ImageFeature):
@@ -78,21 +96,62 @@ class PreferencePairs:
 
     def __call__(self, start: int) -> Iterator[Pair]:
         """From a place on; pairs before it are read and passed over."""
-        first, second, label, caption = self.columns
         epoch, place = 0, 0
         while True:
             self.rows.set_epoch(epoch)
-            before = place
-            for row in self.rows:
-                if row[label] not in (0, 1):
-                    continue
-                if place >= start:
-                    one, other = (first, second) if row[label] == 1 else (second, first)
-                    yield Pair(prompt=str(row[caption]), winner=row[one], loser=row[other])
-                place += 1
+            before, lacking = place, Counter[str]()
+            for row in self._read():
+                pair = self._pair(row, place)
+                if isinstance(pair, Pair):
+                    if place >= start:
+                        yield pair
+                    place += 1
+                elif pair is not None:
+                    if epoch == 0 and not lacking:
+                        note(f"{self.name}: a row without a value in column {pair!r} is passed over, as others are")
+                    lacking[pair] += 1
+            counted = ", ".join(f"{count} rows without a value in column {name!r}" for name, count in lacking.items())
             if place == before:
-                raise ValueError(f"preference pairs {self.source!r} hold no pair whose {label} is 0 or 1")
+                raise ValueError(
+                    f"{self.name} hold no pair whose {self.settings.label_column} is 0 or 1"
+                    + (f" besides {counted}" if counted else "")
+                )
+            if epoch == 0 and counted:
+                note(f"{self.name}: {counted} passed over")
             epoch += 1
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.rows
+        except Exception as error:  # of damaged files, the readers of data sets raise errors of many kinds
+            raise ValueError(f"{self.name} cannot be read: {reason(error)}") from error
+
+    def _pair(self, row: dict[str, Any], place: int) -> Pair | str | None:
+        """The pair of a row, None for a tie, or the column that the row lacks a value of."""
+        first, second, label, caption = self.columns
+        column = label
+        try:
+            preferred = read_label(row[label])
+            column = caption
+            prompt = read_caption(row[caption], draw=f"{self.settings.seed} {place}")
+        except ValueError as error:
+            raise ValueError(f"{self.name}: a row {error} in column {column!r}") from error
+        if preferred is None or prompt is None:
+            return label if preferred is None else caption
+        for name in (first, second):
+            if not has_picture(row[name]):
+                return name
+        if preferred not in (0, 1):
+            return None
+        one, other = (first, second) if preferred == 1 else (second, first)
+        return Pair(
+            prompt=prompt,
+            winner=row[one],
+            loser=row[other],
+            winner_column=one,
+            loser_column=other,
+            folder=self.folder,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +192,7 @@ class PairSource:
     def _latents(self, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
         """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
         height, width = image_size(self.pipeline, self.settings.resolution, self.settings.resolution)
-        opened = [_open(getattr(pair, side), pair.prompt) for pair in pairs]
+        opened = [pair.picture(side) for pair in pairs]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
         vae = self.pipeline.vae
         pixels = torch.stack([to_pixels(image) for image in fitted]).to(self.accelerator.device, vae.dtype)
@@ -206,14 +265,3 @@ class DiffusionDPO:
             label_smoothing=self.settings.label_smoothing,
             loss_type=self.settings.loss_type,
         )
-
-
-def _open(cell: Any, prompt: str) -> Image.Image:
-    """A picture from what a data set holds: encoded bytes, bytes or a path in a mapping, or a picture."""
-    if isinstance(cell, dict):
-        cell = cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes()
-    try:
-        image = cell if isinstance(cell, Image.Image) else Image.open(io.BytesIO(cell))
-        return image.convert("RGB")
-    except (OSError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"an image for the prompt {prompt!r} cannot be read: {error}") from error

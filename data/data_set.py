@@ -1,0 +1,113 @@
+"""Data sets of the hub and of local files, and what their cells hold: captions and pictures."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from stepfuse.data.pictures import open_picture
+from stepfuse.data.text_files import file_name, find_file
+
+FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
+
+
+def open_data_set(source: str, split: str, *, streaming: bool) -> Any:
+    """The rows of a data set, as `datasets.load_dataset` returns them.
+
+    Args:
+        source: a hub data set, a parquet, CSV, JSON or JSON Lines file, or a folder of such files or of images.
+        split: of a hub data set or a folder.
+
+    Raises:
+        ValueError: for a data set that is not there or cannot be read.
+    """
+    from datasets import load_dataset
+
+    kind = FORMATS.get(Path(source).suffix.lower())
+    try:
+        if kind and not Path(source).is_dir():
+            return load_dataset(kind, data_files=source, split="train", streaming=streaming)
+        return load_dataset(source, split=split, streaming=streaming)
+    except Exception as error:  # of files that are no data set, its readers raise errors of many kinds
+        raise ValueError(f"cannot load data set {file_name(source)!r}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error of `datasets`, or of the error that it wraps."""
+    if type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        return reason(error.__cause__)
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def read_caption(cell: object, *, draw: str) -> str | None:
+    """The text of a cell; None where the cell holds none, which is None, NaN, or an empty text or list.
+
+    Args:
+        cell: a text, or a list of texts, of which one is drawn as diffusers' training scripts do.
+        draw: seed of that draw: the same text for the same list and seed.
+
+    Raises:
+        ValueError: for a cell that holds anything else.
+    """
+    texts = cell if isinstance(cell, list | tuple) else [cell]
+    given = [text for text in texts if not is_missing(text)]
+    for text in given:
+        if not isinstance(text, str):
+            raise ValueError(f"holds {_shown(cell)}, where a text or a list of texts is expected,")
+    filled = [text for text in given if text.strip()]
+    return random.Random(draw).choice(filled) if filled else None
+
+
+def read_label(cell: object) -> float | None:
+    """The number of a cell; None where it holds none.
+
+    Raises:
+        ValueError: for a cell that holds anything but a number or a boolean.
+    """
+    if is_missing(cell):
+        return None
+    if not isinstance(cell, int | float):
+        raise ValueError(f"holds {_shown(cell)}, where a number is expected,")
+    return float(cell)
+
+
+def is_missing(cell: object) -> bool:
+    """Whether a cell is None or NaN."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def has_picture(cell: object) -> bool:
+    """Whether a cell holds a picture, or says where one lies."""
+    if isinstance(cell, dict):
+        return cell.get("bytes") is not None or bool(cell.get("path"))
+    return not is_missing(cell) and cell not in ("", b"")
+
+
+def read_picture(cell: object, folder: Path, name: str) -> Image.Image:
+    """The picture of a cell, upright and in RGB.
+
+    Args:
+        cell: encoded bytes, a path, a mapping of `bytes` and `path` as `datasets` has it, or a picture.
+        folder: what a relative path is relative to.
+        name: what the cell is called in an error message.
+
+    Raises:
+        ValueError: for a file that is not there, and for anything that is not a picture that can be read.
+    """
+    if isinstance(cell, dict) and {"bytes", "path"} & set(cell):
+        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    if isinstance(cell, str):
+        if "://" in cell:
+            raise ValueError(f"{name} is the address {cell}; expected a picture: download it first")
+        file = find_file(folder, cell)
+        return open_picture(file, f"{name} ({file_name(file)})")
+    if isinstance(cell, bytes | Image.Image):
+        return open_picture(cell, name)
+    raise ValueError(f"{name} holds {_shown(cell)}; expected a picture, encoded bytes or a path")
+
+
+def _shown(cell: object) -> str:
+    text = " ".join(repr(cell).split())
+    return f"{text[:60]}…" if len(text) > 60 else text
