@@ -59,7 +59,7 @@ def _article(noun: str) -> str:
 @cache
 def concepts() -> dict[str, str]:
     """Concept phrase → short name in the emoji package, in the order of `concepts.csv`."""
-    with open(FOLDER / "concepts.csv", newline="") as file:
+    with open(FOLDER / "concepts.csv", newline="", encoding="utf-8") as file:
         return {row["phrase"]: row["short_name"] for row in csv.DictReader(file)}
 
 

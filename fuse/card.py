@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.adapter import WEIGHTS, Adapter
 from stepfuse.fuse.adapter_set import AdapterSet
 from stepfuse.fuse.hub import parse_id
@@ -41,7 +42,7 @@ def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, p
         shutil.copyfile(pictures / FRONTS, folder / FRONTS)
     file = folder / CARD
     shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
-    file.write_text(card(loaded, place=place or str(folder), shown=shown))
+    write_text(file, card(loaded, place=place or file_name(folder), shown=shown))
     return file
 
 

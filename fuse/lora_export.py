@@ -10,6 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import WEIGHTS, Adapter, sort_metadata
 from stepfuse.fuse.factors import Factors, peft_config, peft_state, read_factors
 from stepfuse.fuse.kohya import file_metadata, kohya_name
@@ -62,7 +63,7 @@ def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
     state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
     save_file(state, output / PEFT_WEIGHTS, metadata={"format": "pt"})
     config = peft_config(factors) | {"base_model_name_or_path": base, "inference_mode": True}
-    (output / PEFT_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+    write_text(output / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
 
 
 def save_kohya(

@@ -13,6 +13,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from stepfuse.data.text_files import read_text, write_text
+
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -27,7 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".p", ".npy", ".np
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write aside and rename: a reader never sees half a file."""
     aside = file.with_name(file.name + ".tmp")
-    aside.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_text(aside, json.dumps(values, indent=2, allow_nan=False) + "\n")
     aside.replace(file)
 
 
@@ -52,15 +54,16 @@ def read_object(file: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected {what}, of {MOST_BYTES:,} at most")
+    text = read_text(file)
     try:
         values = json.loads(
-            file.read_bytes().decode(),
+            text,
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
             parse_int=_integer,
         )
-    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         raise ValueError(f"{file} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
@@ -95,7 +98,7 @@ def check_schema(file: Path, values: Mapping[str, Any]) -> None:
 
 @cache
 def _validator() -> Draft202012Validator:
-    return Draft202012Validator(json.loads(SCHEMA.read_text()))
+    return Draft202012Validator(json.loads(read_text(SCHEMA)))
 
 
 def inside(folder: Path, *names: str) -> Path:

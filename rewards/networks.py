@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepfuse.data.text_files import read_text
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a published JSON file.
@@ -15,8 +17,8 @@ def read_json(file: Path) -> dict[str, Any]:
         ValueError: for a file that holds none.
     """
     try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(read_text(file))
+    except ValueError as error:  # JSONDecodeError is one
         raise ValueError(f"{file} is not JSON ({error}); delete it and download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object; delete it and download it again")

@@ -47,7 +47,7 @@ def read_token(file: Path | None) -> str | None:
     where = f"the variable {TOKEN}" if file is None else f"token file {file}"
     if file is not None and not file.is_file():
         raise ValueError(f"no {where}")
-    token = os.environ.get(TOKEN) if file is None else file.read_text(errors="replace")
+    token = os.environ.get(TOKEN) if file is None else file.read_text(encoding="utf-8-sig", errors="replace")
     if token is None:
         return None
     token = token.strip()

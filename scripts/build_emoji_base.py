@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.path import STABLE_DIFFUSION
 
 MAX_TOKENS = 16
@@ -414,7 +415,7 @@ def export(folder: Path, package: str, seed: int) -> None:
         parameters = sum(v.numel() for module in saved["average"].values() for v in module.values())
         stages[name] = asdict(stage) | {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
     facts = {"package": package, "seed": seed, "torch": torch.__version__, "stages": stages}
-    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import yaml
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
+from stepfuse.data.text_files import read_text, write_text
 from stepfuse.fuse.adapter import Adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
 from stepfuse.fuse.card import STRIP, write_card
@@ -176,7 +177,7 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     file = training.folder.with_name(training.folder.name + ".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
-    file.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
+    write_text(file, yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
     launch(program, ["--config", str(file)], launcher, training.settings.name)
     if not training.finished:
         raise ValueError(f"training {training.settings.name!r} left no whole adapter in {training.folder}")
@@ -203,7 +204,7 @@ def assemble(
     reference = EtaSchedule(eta=config.reference_eta)
     made = folder.with_name("set-of.json")  # the hashes of what a set was made of: in float16 its own are others
     identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
-    if (folder / MANIFEST).exists() and made.exists() and json.loads(made.read_text()) == identity:
+    if (folder / MANIFEST).exists() and made.exists() and json.loads(read_text(made)) == identity:
         return load_set(folder)
     print(f"set: {folder}", flush=True)
     created = create_set(
@@ -214,7 +215,7 @@ def assemble(
         half=config.half,
         overwrite=True,
     )
-    made.write_text(json.dumps(identity))
+    write_text(made, json.dumps(identity))
     return created
 
 

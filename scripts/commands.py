@@ -92,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
         claim_output(arguments.output_dir, overwrite=arguments.overwrite)
         measure_world(arguments.output_dir, seed=arguments.seed)
-        print((arguments.output_dir / "world.md").read_text())
+        print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))
         return
     if arguments.set is None or arguments.config is None:
         raise ValueError("evaluate needs a set and --config FILE, or --world gmm")

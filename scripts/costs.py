@@ -21,7 +21,7 @@ def machine(device: torch.device) -> str:
 def _processor() -> str:
     """The processor's own name (Linux only; its architecture elsewhere)."""
     file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
+    lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else f"{platform.machine()} CPU"
 
@@ -50,7 +50,7 @@ def peak_memory(device: torch.device) -> Iterator[Any]:
         yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark begins anew
     except OSError:
         yield lambda: float("nan")
         return
@@ -58,7 +58,7 @@ def peak_memory(device: torch.device) -> Iterator[Any]:
 
 
 def _high_water_mark() -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").split("\n")
     (line,) = [line for line in lines if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -68,7 +68,7 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
     except OSError:
         return float("inf")
     return next(1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))

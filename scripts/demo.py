@@ -9,6 +9,7 @@ import torch
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
 from stepfuse.data.emoji import to_image
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.make_set import claim_output, create_set
 from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.fuse.sampler import FusedSampler
@@ -46,7 +47,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     create_set(output / "set", [output / name for name in TRAINING], overwrite=overwrite)
     results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
     results["minutes"] = (time.monotonic() - began) / 60
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return report(output, results)
 
 

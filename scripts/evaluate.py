@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.gate import profile_to_dict
 from stepfuse.fuse.gaussian import Gaussian
@@ -100,7 +101,7 @@ def evaluate(
     aside.replace(output / "results.parquet")
     setup = evaluation.setup(str(adapter_set), str(loaded.base["name_or_path"]), command)
     summary = summarise(results, setup)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    write_text(output / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
     write_report(output / "report.html", results, summary, setup)
     save_fronts(output / "fronts.png", summary)
     return summary

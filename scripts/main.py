@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stepfuse.data.text_files import print_any_text, printable
 from stepfuse.scripts import commands
 from stepfuse.scripts.arguments import add_command, add_device, add_guidance, add_output, add_size, add_trust
 from stepfuse.scripts.benchmark.arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
@@ -31,11 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a wrong input ends in one line and exit status 1."""
     # Before transformers is imported: on import it warns of torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print_any_text()
     parsed = parse(sys.argv[1:] if arguments is None else arguments)
+    for name in ("prompt", "negative_prompt"):  # texts, unlike paths, need no bytes that the locale cannot decode
+        given = getattr(parsed, name, None)
+        if given:
+            setattr(parsed, name, printable(given) if isinstance(given, str) else [printable(text) for text in given])
     try:
         parsed.run(parsed)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data import emoji
+from stepfuse.data.text_files import read_text, write_text
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import decode_latents, encode_prompts, latent_shape, load_pipeline
 from stepfuse.rewards.clip import CLIPReward
@@ -57,7 +58,7 @@ def main() -> None:
     if arguments.picture:
         save_samples(arguments.picture, sampled[:48], prompts[:48], columns=8)
     if arguments.training:
-        write_cards(json.loads(arguments.training.read_text()), figures, arguments.note)
+        write_cards(json.loads(read_text(arguments.training)), figures, arguments.note)
 
 
 @torch.no_grad()
@@ -123,11 +124,12 @@ Limits: 64 pixels, {len(emoji.concepts())} concepts, twelve grounds. It is made 
 demos and benchmarks; it draws nothing else.
 """
     head = "---\nlicense: apache-2.0\nlibrary_name: {}\npipeline_tag: {}\n---\n\n# {}\n"
-    (emoji.PIPELINE / "README.md").write_text(
-        head.format("diffusers", "text-to-image", "The stepfuse emoji base") + body
+    write_text(
+        emoji.PIPELINE / "README.md", head.format("diffusers", "text-to-image", "The stepfuse emoji base") + body
     )
-    (emoji.CLIP / "README.md").write_text(
-        head.format("transformers", "zero-shot-image-classification", "The stepfuse emoji CLIP") + body
+    write_text(
+        emoji.CLIP / "README.md",
+        head.format("transformers", "zero-shot-image-classification", "The stepfuse emoji CLIP") + body,
     )
 
 

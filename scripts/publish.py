@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from stepfuse.data.text_files import read_text
 from stepfuse.fuse.adapter import WEIGHTS
 from stepfuse.fuse.adapter_set import AdapterSet, load_set, set_folder
 from stepfuse.fuse.card import CARD, FRONTS, STRIP, card
@@ -116,7 +117,7 @@ def check_secrets(manifest: Path) -> None:
     Raises:
         ValueError: naming the host.
     """
-    if found := re.search(r"[a-z]+://[^/\s\"@]+@(?P<host>[^/\s\"]+)", manifest.read_text()):
+    if found := re.search(r"[a-z]+://[^/\s\"@]+@(?P<host>[^/\s\"]+)", read_text(manifest)):
         raise ValueError(
             f"{manifest} has an address at {found['host']} with a name or password in it, which everybody could read; "
             "take it out, or train with the reward at a plain address"

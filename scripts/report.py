@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from stepfuse.data.text_files import write_text
 from stepfuse.scripts.cells import Setup, number
 from stepfuse.scripts.columns import cell_columns, rule_columns, table
 from stepfuse.scripts.findings import findings
@@ -42,7 +43,7 @@ def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup)
         tables=tables,
         strips=strips(results, summary),
     )
-    file.write_text(page, encoding="utf-8")
+    write_text(file, page)
 
 
 def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:

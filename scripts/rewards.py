@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
 from stepfuse.data.lettering import enlarge
+from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.catalogue import table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.over_http import TOKEN, read_token
@@ -59,7 +60,7 @@ def score_folder(
     """
     for file in (output, picture):
         if file is not None and file.exists() and (file.is_dir() or not overwrite):
-            raise ValueError(f"{file} exists; give another file or --overwrite")
+            raise ValueError(f"{file_name(file)} exists; give another file or --overwrite")
     items = pair_prompts(folder, prompts)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +68,13 @@ def score_folder(
         done = _whole_rows(aside)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
-        aside.write_text("".join(map(_line, done)))
+        write_text(aside, "".join(map(_line, done)))
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}") from error
     reward = load_reward(name, device)
     scores = [row[2] for row in done]
     try:
-        with open(aside, "a") as handle:
+        with open(aside, "a", encoding="utf-8", newline="\n") as handle:
             scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
     finally:
         close(reward)
@@ -84,10 +85,10 @@ def score_folder(
     aside.replace(output)
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
-    print(f"{output}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
+    print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
     if picture is not None:
         show_ranked(items, scores, picture)
-        print(f"{picture}: the best {min(SHOWN, len(items))} first")
+        print(f"{file_name(picture)}: the best {min(SHOWN, len(items))} first")
 
 
 def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
@@ -153,9 +154,10 @@ def _score_rest(
 def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
     """The unfinished table of this reward, as it reads now, on these images: another's is never gone on with."""
     file = Path(name.rsplit(":", 1)[0] if ".py:" in name else name)
-    code = file.read_text(errors="replace") if file.suffix in (".py", ".yaml", ".yml") and file.is_file() else ""
+    is_code = file.suffix in (".py", ".yaml", ".yml") and file.is_file()
+    code = file.read_text(encoding="utf-8", errors="replace") if is_code else ""
     images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
-    digest = hashlib.sha256("\0".join([name, code, *images]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([name, code, *images]).encode(errors="surrogateescape")).hexdigest()
     return output.with_name(f".{output.name}.{digest[:12]}.partial")
 
 

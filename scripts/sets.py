@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.text_files import read_text
+
 
 def create(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.make_set import create_set
@@ -109,7 +111,7 @@ def write_card(arguments: argparse.Namespace) -> None:
     if arguments.license or arguments.base_license:
         loaded = set_licences(folder, license=arguments.license, base_license=arguments.base_license)
     if evaluation is not None:
-        loaded = add_evaluation(folder, json.loads((evaluation / "summary.json").read_text()))
+        loaded = add_evaluation(folder, json.loads(read_text(evaluation / "summary.json")))
     print(write_card(folder, loaded, evaluation))
 
 

@@ -28,6 +28,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm import tqdm
 
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.plan import Plan
 from stepfuse.fuse.rules import FusionRule, get_rule
 from stepfuse.fuse.run import Run
@@ -262,5 +263,5 @@ def _bootstrap(a: np.ndarray, b: np.ndarray, random: np.random.Generator, resamp
 def _write(file: Path, text: str) -> None:
     """All of it or nothing."""
     aside = file.with_name(f".{file.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
+    write_text(aside, text)
     aside.replace(file)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import file_hash
 from stepfuse.train.engine import Engine
 
@@ -79,7 +80,7 @@ def whole_checkpoint(output: Path, wanted: str) -> Path:
 def damage(folder: Path) -> str:
     """What a checkpoint lacks, in words; empty for a whole one."""
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         wrong = [name for name, sha256 in files.items() if file_hash(folder / name) != sha256]
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -112,7 +113,7 @@ def save_checkpoint(
             save_file(state, aside / POLICY)
             if best is not None:
                 save_file(best, aside / BEST)
-            (aside / PROGRESS).write_text(json.dumps(asdict(progress)))
+            write_text(aside / PROGRESS, json.dumps(asdict(progress)))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         failure = " ".join(str(error).split())
     failures = [line for line in gather_object([failure]) if line]
@@ -139,7 +140,7 @@ def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, T
     """Restore policy, optimiser, learning rate and progress; the best policy so far is returned."""
     engine.load(folder, load_file(folder / POLICY))
     best = load_file(folder / BEST) if (folder / BEST).exists() else None
-    return Progress(**json.loads((folder / PROGRESS).read_text())), best
+    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8"))), best
 
 
 def _name(aside: Path, final: Path) -> None:
@@ -147,7 +148,7 @@ def _name(aside: Path, final: Path) -> None:
     names = sorted(str(p.relative_to(aside)) for p in aside.rglob("*") if p.is_file())
     for name in names:
         _sync(aside / name)
-    (aside / MANIFEST).write_text(json.dumps({"files": {name: file_hash(aside / name) for name in names}}))
+    write_text(aside / MANIFEST, json.dumps({"files": {name: file_hash(aside / name) for name in names}}))
     _sync(aside / MANIFEST)
     if final.exists():  # one that was not whole, or not gone on from
         _drop(final)

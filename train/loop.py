@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.pipeline import decode_latents, describe_base, latent_shape, load_pipeline
@@ -160,7 +161,7 @@ class Run:
         if self.main:
             if settings.overwrite and start is None:
                 clear(self.output)
-            (self.output / CONFIG).write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+            write_text(self.output / CONFIG, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.accelerator.trackers == [] and settings.report_to != "none":
             self.accelerator.init_trackers("stepfuse", config=_trackable(settings))

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import OBJECTIVE
 from stepfuse.fuse.make_set import claim_output
 from stepfuse.train.checkpoints import list_checkpoints, newest_whole, whole_checkpoint
@@ -33,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         with suppress(OSError):
-            holder = (folder / LOCK).read_text().strip()
+            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
         raise ValueError(
             f"{folder} is in use by {holder or 'another run'}; wait for its end or choose another --output_dir"
         ) from None
@@ -42,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ValueError(f"output {folder} cannot be written to: {error.strerror}; choose another") from error
     try:
-        (folder / LOCK).write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        write_text(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.text_files import printable
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.train.settings import TrainSettings
 
@@ -32,7 +33,7 @@ class Validation:
 
 def validation_prompts(settings: TrainSettings, training: list[str]) -> list[str]:
     """As many prompts as there are to be images: given ones, those of a set, or some of the training ones."""
-    wanted = settings.validation_prompts or training
+    wanted = [printable(text) for text in settings.validation_prompts] or training  # they may be arguments
     if settings.validation_set:
         wanted = load_prompts(settings.validation_set)
     count = settings.num_validation_images

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from stepfuse.data.text_files import read_text
+
 COMPLETE = "stepfuse-complete"
 
 
@@ -30,7 +32,7 @@ def environment_folder(requirements: Path, python: str | None = None) -> Path:
     if not requirements.is_file():
         raise ValueError(f"no requirements file {requirements}")
     version = python or ".".join(map(str, sys.version_info[:3]))
-    what = "\0".join([requirements.read_text(), version, platform.machine()])
+    what = "\0".join([read_text(requirements), version, platform.machine()])
     key = hashlib.sha256(what.encode()).hexdigest()[:12]
     return cache_folder() / "environments" / f"{requirements.stem}-{key}"
 
@@ -108,6 +110,6 @@ def last_lines(log: IO[bytes], count: int = 4) -> str:
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Alone among processes; a lock ends with the process that holds it."""
-    with open(file, "w") as handle:
+    with open(file, "wb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -61,7 +61,7 @@ class Original:
                 VisionTransformer(img_size=224, patch_size=16, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2),
                 128,
             )
-        (target / "med_config.json").write_text(json.dumps(med_config))
+        (target / "med_config.json").write_text(json.dumps(med_config), encoding="utf-8")
         tokenizers = blip_pretrain.init_tokenizer.__globals__["BertTokenizer"]
         published = tokenizers.from_pretrained
         tokenizers.from_pretrained = lambda name: published(folder)
