@@ -13,7 +13,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
-from stepfuse.data.text_files import read_text, write_text
+from stepfuse.data.text_files import decode_text, read_text, write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
@@ -54,10 +54,9 @@ def read_object(file: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
     if file.stat().st_size > MOST_BYTES:
         raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected {what}, of {MOST_BYTES:,} at most")
-    text = read_text(file)
     try:
         values = json.loads(
-            text,
+            decode_text(file.read_bytes(), "it"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
             parse_float=_finite,
