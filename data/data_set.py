@@ -52,11 +52,12 @@ def read_caption(cell: object, *, draw: str) -> str | None:
         ValueError: for a cell that holds anything else.
     """
     texts = cell if isinstance(cell, list | tuple) else [cell]
-    given = [text for text in texts if not is_missing(text)]
-    for text in given:
-        if not isinstance(text, str):
+    filled: list[str] = []
+    for text in texts:
+        if isinstance(text, str):
+            filled += [text] if text.strip() else []
+        elif not is_missing(text):
             raise ValueError(f"holds {_shown(cell)}, where a text or a list of texts is expected,")
-    filled = [text for text in given if text.strip()]
     return random.Random(draw).choice(filled) if filled else None
 
 

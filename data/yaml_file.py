@@ -8,8 +8,8 @@ import yaml
 
 from stepfuse.data.text_files import file_name, read_text
 
-_INTEGER = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_INTEGER = r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"
+_FLOAT = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 _BOOLEANS = {"yes": True, "no": False, "on": True, "off": False}  # of YAML 1.1, where 1.2 has words
 
 
@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's)
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -71,16 +71,15 @@ class _Loader(yaml.SafeLoader):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _resolve(tag: str, pattern: str | re.Pattern, first: str, construct: Any = None) -> None:
-    pattern = re.compile(pattern) if isinstance(pattern, str) else pattern
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern.pattern})$"), list(first))
-    if construct:
-        _Loader.add_constructor(f"tag:yaml.org,2002:{tag}", construct)
-
-
-_resolve("merge", "<<", "<")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_resolve("bool", "true|True|TRUE|false|False|FALSE", "tTfF")
-_resolve("word", "yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", "yYnNoO", _Loader.construct_word)
-_resolve("int", _INTEGER, "-+0123456789", _Loader.construct_integer)
-_resolve("float", _FLOAT, "-+0123456789.", _Loader.construct_float)
+# The kind of a plain scalar: a pattern, the characters it may begin with, and what makes a value of it.
+for _kind, _pattern, _first, _construct in (
+    ("merge", "<<", ["<"], None),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""], None),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF"), None),
+    ("word", "yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", list("yYnNoO"), _Loader.construct_word),
+    ("int", _INTEGER, list("-+0123456789"), _Loader.construct_integer),
+    ("float", _FLOAT, list("-+0123456789."), _Loader.construct_float),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), _first)
+    if _construct is not None:
+        _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)

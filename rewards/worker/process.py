@@ -105,7 +105,7 @@ def _load_reward(file: str) -> ModuleType:
             spec = importlib.machinery.PathFinder.find_spec(name, [folder])
             return spec if spec is not None and spec.origin is not None else None  # no folder without __init__.py
 
-    sys.meta_path.insert(0, Neighbours)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Neighbours)
     sys.path.append(folder)  # for processes that the reward starts, too
     return _load_file("stepfuse_worker_" + stem.replace(".", "_") if installed else stem, file)
 
