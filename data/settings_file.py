@@ -1,13 +1,48 @@
 """Settings from YAML: into frozen dataclasses, where an unknown or ill-typed value is an error that names it."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
 from stepfuse.data.yaml_file import Word, read_yaml
+
+
+def find_config(name: str, folder: str) -> Path:
+    """Find a configuration file by its path, or a packaged configuration by its name.
+
+    An existing file is returned as it is. Any other name is looked up among the packaged configurations, with or
+    without the folder's name and the suffix: `emoji-alignment`, `dpo/emoji-alignment`, and
+    `configs/dpo/emoji-alignment.yaml` are the same file for the folder `dpo`. It is found without a checkout.
+
+    Args:
+        name: Path of a file, or the name of a packaged configuration.
+        folder: Folder of the packaged configurations: `dpo`, `ddpo`, `eval`, `sets` or `accelerate`.
+
+    Raises:
+        ValueError: If there is neither such a file nor such a configuration, with the nearest names.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    short = name.removeprefix("./").removeprefix("configs/").removesuffix(".yaml").removesuffix(".yml")
+    packaged = {file.stem: file for file in sorted((FOLDER / folder).glob("*.yaml"))}
+    found = packaged.get(short.removeprefix(f"{folder}/"))
+    if found is not None:
+        return found
+    if Path(name).exists():
+        raise ValueError(f"config {name!r} is a folder; expected a file")
+    names = [f"{folder}/{stem}" for stem in packaged]
+    if (FOLDER / f"{short}.yaml").is_file():
+        raise ValueError(f"config {name!r} is one of another command; expected a file or one of {', '.join(names)}")
+    close = difflib.get_close_matches(short if "/" in short else f"{folder}/{short}", names, n=3, cutoff=0.5)
+    expected = (
+        f"did you mean {' or '.join(map(repr, close))}?" if close else f"the packaged ones are {', '.join(names)}"
+    )
+    raise ValueError(f"no config file {name!r}, and no packaged configuration of that name; {expected}")
 
 
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,0 +1,59 @@
+"""Configuration files by path, and packaged ones by name."""
+
+from pathlib import Path
+
+import pytest
+
+from stepfuse.configs import FOLDER
+from stepfuse.data.settings_file import find_config
+
+
+@pytest.mark.parametrize("name", ["emoji-alignment", "dpo/emoji-alignment", "configs/dpo/emoji-alignment"])
+@pytest.mark.parametrize("suffix", ["", ".yaml"])
+def test_packaged_config_is_found_by_name_from_any_folder(tmp_path, monkeypatch, name, suffix):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name + suffix, "dpo") == FOLDER / "dpo" / "emoji-alignment.yaml"
+
+
+@pytest.mark.parametrize("folder", ["dpo", "ddpo", "eval", "sets", "accelerate"])
+def test_every_packaged_config_is_found_by_its_name(tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    files = sorted((FOLDER / folder).glob("*.yaml"))
+    assert files
+    assert [find_config(f"{folder}/{file.stem}", folder) for file in files] == files
+
+
+def test_file_of_the_user_wins_over_a_packaged_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji-alignment", "configs/dpo/emoji-alignment.yaml"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("rank: 2\n")
+        assert find_config(name, "dpo") == Path(name)
+
+
+def test_folder_of_the_same_name_does_not_hide_a_packaged_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("dpo/emoji-alignment").mkdir(parents=True)
+    assert find_config("dpo/emoji-alignment", "dpo") == FOLDER / "dpo" / "emoji-alignment.yaml"
+    with pytest.raises(ValueError, match="'dpo' is a folder"):
+        find_config("dpo", "dpo")
+
+
+@pytest.mark.parametrize("name", ["dpo/emoji-alignmnt", "emoji-alignmnt", "configs/dpo/emoji_alignment.yaml"])
+def test_wrong_name_lists_the_nearest_packaged_configs(name):
+    with pytest.raises(ValueError, match="'dpo/emoji-alignment'") as error:
+        find_config(name, "dpo")
+    assert repr(name) in str(error.value)
+
+
+def test_name_that_is_near_to_none_lists_them_all():
+    with pytest.raises(ValueError, match="no config file 'zzz'") as error:
+        find_config("zzz", "eval")
+    assert all(f"eval/{file.stem}" in str(error.value) for file in (FOLDER / "eval").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["ddpo/emoji-compressibility", "../ddpo/emoji-compressibility.yaml"])
+def test_config_of_another_command_is_not_taken(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="dpo/emoji-alignment|no config file"):
+        find_config(name, "dpo")
