@@ -38,7 +38,7 @@ def find_config(name: str, folder: str) -> Path:
     names = [f"{folder}/{stem}" for stem in packaged]
     if (FOLDER / f"{short}.yaml").is_file():
         raise ValueError(f"config {name!r} is one of another command; expected a file or one of {', '.join(names)}")
-    close = difflib.get_close_matches(short if "/" in short else f"{folder}/{short}", names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(short if "/" in short else f"{folder}/{short}", names, n=3, cutoff=0.6)
     expected = (
         f"did you mean {' or '.join(map(repr, close))}?" if close else f"the packaged ones are {', '.join(names)}"
     )
@@ -96,8 +96,18 @@ def check_types(settings: Any) -> None:
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not _fits(value, hint):
+            if choices := _choices(hint):
+                expected = f"one of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}"
+                raise ValueError(f"{name} is {value!r}; expected {expected}")
             expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
             raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values of a Literal, or of one that may also be None."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for inner in get_args(hint) if get_origin(inner) is Literal for choice in get_args(inner))
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -10,7 +10,8 @@ import yaml
 from stepfuse.data.prompts import PROMPT_SETS
 from stepfuse.fuse.adapter import Objective
 from stepfuse.rewards.registry import REWARDS
-from stepfuse.train.settings import DDPOSettings, DPOSettings, parse_settings
+from stepfuse.train.arguments import parse_settings
+from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {"dpo": DPOSettings, "ddpo": DDPOSettings}

@@ -52,8 +52,10 @@ def test_name_that_is_near_to_none_lists_them_all():
     assert all(f"eval/{file.stem}" in str(error.value) for file in (FOLDER / "eval").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("name", ["ddpo/emoji-compressibility", "../ddpo/emoji-compressibility.yaml"])
+@pytest.mark.parametrize("name", ["ddpo/emoji-compressibility", "configs/ddpo/emoji-compressibility.yaml"])
 def test_config_of_another_command_is_not_taken(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="dpo/emoji-alignment|no config file"):
+    with pytest.raises(ValueError, match="another command") as error:
         find_config(name, "dpo")
+    assert repr(name) in str(error.value)
+    assert "dpo/emoji-alignment" in str(error.value)

@@ -1,6 +1,8 @@
 """A setting that cannot work ends a run with one line that names it, before anything is written."""
 
+import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import transformers
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 
 from stepfuse.train import ddpo, dpo
-from stepfuse.train.settings import DDPOSettings, DPOSettings, parse_settings
+from stepfuse.train.arguments import parse_settings
+from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 REPOSITORY = Path(__file__).parents[1]
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
@@ -77,10 +81,26 @@ def test_unknown_flag_is_answered_with_the_nearest(desk, monkeypatch, flag):
     assert refusal(monkeypatch, "dpo", flag, "1") == f"error: unknown flag {flag}; did you mean '--learning_rate'?"
 
 
-@pytest.mark.parametrize("arguments", [["--config", "none.yaml"], ["--config=none.yaml"], ["--rank", "2", "--config"]])
+@pytest.mark.parametrize("arguments", [["--config", "none.yaml"], ["--config=none.yaml"]])
 def test_missing_config_is_named(desk, monkeypatch, arguments):
-    line = refusal(monkeypatch, "dpo", *arguments)
-    assert line == f"error: no config file {'none.yaml' if 'none' in arguments[-1] else '(none given)'}"
+    assert refusal(monkeypatch, "dpo", *arguments).startswith("error: no config file 'none.yaml'")
+
+
+def test_config_without_a_file_is_refused(desk, monkeypatch):
+    assert "--config" in refusal(monkeypatch, "dpo", "--rank", "2", "--config")
+
+
+@pytest.mark.parametrize("name", ["dpo/emoji-alignment", "configs/dpo/emoji-alignment.yaml", "emoji-alignment"])
+def test_packaged_config_is_taken_by_its_name(desk, name):
+    settings = parse_settings(DPOSettings, ["--config", name, "--rank", "3"])
+    written = yaml.safe_load((REPOSITORY / "configs/dpo/emoji-alignment.yaml").read_text())
+    assert written.items() <= (vars(settings) | {"rank": written["rank"]}).items()
+    assert settings.rank == 3
+
+
+def test_misspelt_packaged_config_is_answered_with_the_nearest(desk, monkeypatch):
+    line = refusal(monkeypatch, "ddpo", "--config", "ddpo/emoji-compresibility")
+    assert "'ddpo/emoji-compressibility'" in line
 
 
 @pytest.mark.parametrize(
@@ -142,7 +162,23 @@ def test_choice_that_a_config_misspells_is_refused(desk, monkeypatch, setting, v
     Path("my.yaml").write_text(f"{setting}: {value}\n")
     line = refusal(monkeypatch, "dpo", "--config", "my.yaml")
     assert setting in line
+    assert repr(value) in line
+    assert ("did you mean" in line) == (value != "hinge")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("variance", "lerned"), ("guidance", "shard"), ("report_to", "tensorbord")]
+)
+def test_choice_that_a_flag_misspells_is_answered_with_the_nearest(desk, monkeypatch, flag, value):
+    line = refusal(monkeypatch, "dpo", f"--{flag}", value)
+    assert flag in line
     assert value in line
+    assert f"did you mean {dict(lerned='learned', shard='shared', tensorbord='tensorboard')[value]!r}?" in line
+
+
+@pytest.mark.parametrize("report_to", ["tensorboard,wandbb", "none,tensorboard", "tensorboard,,None"])
+def test_every_tracker_of_a_list_is_checked(desk, monkeypatch, report_to):
+    assert "report_to is" in refusal(monkeypatch, "dpo", "--report_to", report_to)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +201,103 @@ def test_flags_win_over_the_config_and_the_config_over_defaults(desk):
     Path("my.yaml").write_text("rank: 2\nlearning_rate: 1e-3\n")
     settings = parse_settings(DDPOSettings, ["--config", "my.yaml", "--rank", "3"], description="")
     assert (settings.rank, settings.learning_rate, settings.num_generations) == (3, 1e-3, 8)
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        *[(words, True) for words in ("--overwrite", "--overwrite true", "--overwrite=yes")],
+        *[(words, False) for words in ("", "--no_overwrite", "--no-overwrite", "--overwrite false")],
+        *[("--overwrite --no_overwrite", False), ("--no_overwrite --overwrite", True)],
+    ],
+)
+def test_boolean_flag_and_its_negation(words, value):
+    assert parse_settings(DPOSettings, words.split()).overwrite is value
+
+
+def test_boolean_of_the_config_is_negated_by_its_flag(desk):
+    Path("my.yaml").write_text("async_scoring: true\noverwrite: true\n")
+    settings = parse_settings(DPOSettings, ["--config", "my.yaml", "--no_async_scoring", "--no_overwrite"])
+    assert (settings.async_scoring, settings.overwrite) == (False, False)
+
+
+def test_boolean_that_is_no_truth_value_is_refused(desk, monkeypatch):
+    line = refusal(monkeypatch, "dpo", "--overwrite", "maybe")
+    assert "--overwrite" in line
+    assert "'maybe'" in line
+
+
+def test_flags_may_have_dashes_and_their_values_keep_theirs(desk):
+    words = [
+        "--train-batch-size=2",
+        "--output-dir",
+        "my-run",
+        "--prompts=emoji-heldout",
+        "--lora-target-modules",
+        "a-b",
+    ]
+    settings = parse_settings(DPOSettings, words)
+    assert (settings.train_batch_size, settings.output_dir) == (2, "my-run")
+    assert (settings.prompts, settings.lora_target_modules) == ("emoji-heldout", ["a-b"])
+
+
+def test_none_unsets_what_may_be_unset(desk):
+    Path("my.yaml").write_text("checkpoints_total_limit: 3\nlora_alpha: 8\n")
+    words = ["--config", "my.yaml", "--checkpoints_total_limit", "none", "--lora_alpha=none"]
+    settings = parse_settings(DPOSettings, words)
+    assert (settings.checkpoints_total_limit, settings.lora_alpha) == (None, None)
+
+
+def test_environment_of_a_config_is_set(desk, monkeypatch):
+    monkeypatch.setenv("STEPFUSE_TRIED", "no")
+    parsed("env:\n  STEPFUSE_TRIED: 1\n")
+    assert os.environ["STEPFUSE_TRIED"] == "1"
+
+
+# Help
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [("dpo", DPOSettings), ("ddpo", DDPOSettings)])
+def test_help_explains_every_setting_once_under_a_heading_with_its_default(capsys, algorithm, settings):
+    with pytest.raises(SystemExit) as end:
+        parse_settings(settings, ["--help"])
+    assert not end.value.code
+    text = capsys.readouterr().out
+    listed = text.partition("\n\n")[2]
+    flags = re.findall(r"^  (--\S+)", listed, flags=re.MULTILINE)
+    names = [field.name for field in dataclasses.fields(settings)]
+    assert [flag.rstrip(",").removeprefix("--") for flag in flags] == ["config", *names]
+    assert not re.search(r"--\w+-", listed)  # one spelling
+    entries = re.split(r"^  --", listed, flags=re.MULTILINE)[2:]
+    for name, entry in zip(names, entries, strict=True):
+        told = " ".join(entry.split())
+        assert "(default: " in told, name
+        assert len(told.partition(" ")[2].split()) > 4, name
+    headings = re.findall(r"^(\S.*):$", listed, flags=re.MULTILINE)
+    assert len(headings) == len(set(headings)) > 8
+    assert ("DDPO" in headings) == (algorithm == "ddpo")
+
+
+def test_help_and_wrong_arguments_need_neither_torch_nor_a_warning(tmp_path):
+    Path(tmp_path, "wrong.yaml").write_text("rank: 0\n")
+    program = """
+import sys
+from stepfuse.train import ddpo, dpo
+for main in (dpo.main, ddpo.main):
+    for words in (["--help"], ["--rank", "x"], ["--config", "wrong.yaml"], ["--config", "none"], ["--beta", "-1"]):
+        sys.argv = ["train", *words]
+        try:
+            main()
+        except SystemExit as end:
+            print("ended:", end.code)
+assert not {"torch", "transformers", "diffusers", "accelerate"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    endings = [line for line in done.stdout.splitlines() if line.startswith("ended:")]
+    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True] * 2
 
 
 # Places

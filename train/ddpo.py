@@ -1,26 +1,27 @@
 """Train one adapter by step-level DDPO.
 
-accelerate launch train/ddpo.py --config configs/ddpo/emoji-compressibility.yaml --output_dir outputs/compressibility
+accelerate launch --quiet train/ddpo.py --config ddpo/emoji-compressibility --output_dir outputs/compressibility
 """
 
-import sys
+from typing import TYPE_CHECKING
 
-from stepfuse.data.text_files import print_any_text, printable
-from stepfuse.fuse.pipeline import quiet_libraries
-from stepfuse.train.algorithms import DDPO
-from stepfuse.train.loop import train
-from stepfuse.train.settings import DDPOSettings, parse_settings
+from stepfuse.train.command import run_training
+from stepfuse.train.settings import DDPOSettings
+
+if TYPE_CHECKING:
+    from stepfuse.train.algorithms import Algorithm
 
 
 def main() -> None:
-    """Parse, train, and turn a wrong setting into one line."""
-    print_any_text()
-    quiet_libraries()
-    try:
-        settings = parse_settings(DDPOSettings, sys.argv[1:], description=__doc__ or "")
-        train(settings, DDPO(settings))
-    except ValueError as error:
-        sys.exit(f"error: {printable(error)}")
+    """Parse the command line and train."""
+    run_training(DDPOSettings, make_algorithm, description="Train one LoRA by DDPO, to increase one reward.")
+
+
+def make_algorithm(settings: DDPOSettings) -> "Algorithm":
+    """DDPO with these settings."""
+    from stepfuse.train.algorithms import DDPO
+
+    return DDPO(settings)
 
 
 if __name__ == "__main__":

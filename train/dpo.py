@@ -1,27 +1,28 @@
 """Train one adapter by step-level DPO.
 
-accelerate launch train/dpo.py --config configs/dpo/emoji-alignment.yaml --output_dir outputs/alignment
+accelerate launch --quiet train/dpo.py --config dpo/emoji-alignment --output_dir outputs/alignment
 """
 
-import sys
+from typing import TYPE_CHECKING
 
-from stepfuse.data.text_files import print_any_text, printable
-from stepfuse.fuse.pipeline import quiet_libraries
-from stepfuse.train.algorithms import DPO
-from stepfuse.train.loop import train
-from stepfuse.train.offline import DiffusionDPO
-from stepfuse.train.settings import DPOSettings, parse_settings
+from stepfuse.train.command import run_training
+from stepfuse.train.settings import DPOSettings
+
+if TYPE_CHECKING:
+    from stepfuse.train.algorithms import Algorithm
 
 
 def main() -> None:
-    """Parse, train, and turn a wrong setting into one line."""
-    print_any_text()
-    quiet_libraries()
-    try:
-        settings = parse_settings(DPOSettings, sys.argv[1:], description=__doc__ or "")
-        train(settings, DiffusionDPO(settings) if settings.pairs else DPO(settings))
-    except ValueError as error:
-        sys.exit(f"error: {printable(error)}")
+    """Parse the command line and train."""
+    run_training(DPOSettings, make_algorithm, description="Train one LoRA by step-level DPO, to increase one reward.")
+
+
+def make_algorithm(settings: DPOSettings) -> "Algorithm":
+    """Step-level DPO on rollouts, or Diffusion-DPO if there are preference pairs."""
+    from stepfuse.train.algorithms import DPO
+    from stepfuse.train.offline import DiffusionDPO
+
+    return DiffusionDPO(settings) if settings.pairs else DPO(settings)
 
 
 if __name__ == "__main__":

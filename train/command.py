@@ -1,0 +1,72 @@
+"""What the training programs do beside training: settings, one line for what goes wrong, and exit status.
+
+Importing this module does not import torch: wrong arguments are refused, and `--help` is shown, without it.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from stepfuse.data.text_files import print_any_text, printable, write_text
+from stepfuse.train.arguments import S, parse_settings
+
+if TYPE_CHECKING:
+    from stepfuse.train.algorithms import Algorithm
+
+
+def run_training(
+    settings_type: type[S],
+    make_algorithm: "Callable[[S], Algorithm]",
+    *,
+    description: str,
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line and train; end with one line and a non-zero exit status if that fails.
+
+    Args:
+        settings_type: Settings of the algorithm.
+        make_algorithm: The algorithm by its settings. It is called after parsing, and may import torch.
+        description: Text at the beginning of `--help`.
+        arguments: Command line; by default that of the process.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # on import it warns of torchvision, which is not needed
+    print_any_text()
+    output: str | None = None
+    try:
+        settings = parse_settings(settings_type, sys.argv[1:] if arguments is None else arguments, description)
+        output = settings.output_dir
+        from stepfuse.fuse.pipeline import quiet_libraries
+        from stepfuse.train.loop import train
+
+        quiet_libraries()
+        train(settings, make_algorithm(settings))
+    except ValueError as error:
+        _fail(f"error: {printable(error)}")
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{_interrupted(output)}", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def _fail(line: str) -> NoReturn:
+    """Exit with a line on stderr, and give it to torchrun for the summary that it prints last, if it launched us."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows this for the traceback
+        write_text(Path(file), json.dumps({"message": {"message": line, "extraInfo": details}}))
+    sys.exit(line)
+
+
+def _interrupted(output: str | None) -> str:
+    """How to go on after Ctrl-C."""
+    if output is None or "stepfuse.train.checkpoints" not in sys.modules:
+        return "interrupted before training began; nothing was written"
+    from stepfuse.train.checkpoints import list_checkpoints
+
+    checkpoints = list_checkpoints(Path(output))
+    if not checkpoints:
+        return f"interrupted before the first checkpoint in {output}; start again with --overwrite"
+    return f"interrupted; resume from {checkpoints[-1]} with the same command and --resume_from_checkpoint latest"
