@@ -1,15 +1,18 @@
 """From rewards to advantages and pairs, against numpy and by hand."""
 
+from collections import defaultdict, deque
+
 import numpy as np
 import pytest
 import torch
 
 from stepfuse.train.algorithms import DDPO
-from stepfuse.train.credit import best_and_worst, decoupled_advantages, group_advantages
+from stepfuse.train.credit import best_and_worst, decoupled_advantages, group_advantages, tracked_advantages
 from stepfuse.train.rollout import SampledStep, Trajectory
 from stepfuse.train.settings import DDPOSettings
 
 REWARDS = torch.randn(24, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3 + 7
+PROMPTS = ["a cat", "a red apple", "two keys"] * 8
 GROUPS = torch.tensor([4, 1, 9] * 8)  # names need not be 0 to n - 1, nor lie together
 
 
@@ -73,7 +76,8 @@ def test_ddpo_credits_each_micro_batch_with_the_statistics_of_the_whole_step(per
     trajectory = Trajectory(steps=(step, step), latents=x, conditioning=None)
     rewards, groups = REWARDS[:8], torch.arange(8) // 4
     halves = torch.stack([0.25 * rewards, 0.75 * rewards], 1)  # terms of a weighted reward: advantages are of their sum
-    credited = DDPO(settings).credit(trajectory, halves, torch.ones(2), groups, slice(2, 4))
+    advantages = DDPO(settings).advantages(halves, torch.ones(2), groups, PROMPTS[:8], {})
+    credited = DDPO(settings).credit(trajectory, advantages[2:4])
     expected = z_scores(rewards, groups if per_prompt else torch.zeros(8))[2:4]
     for step in credited.steps:
         np.testing.assert_allclose(step.advantage.numpy(), expected, rtol=1e-6)
@@ -114,9 +118,103 @@ def test_ddpo_takes_decoupled_advantages_of_a_weighted_reward_where_asked():
     step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
     trajectory = Trajectory(steps=(step,), latents=x, conditioning=None)
     terms, groups = torch.stack([REWARDS[:8], torch.cos(REWARDS[:8])], 1), torch.arange(8) // 4
-    credited = DDPO(settings).credit(trajectory, terms, torch.tensor([0.25, 0.75]), groups, slice(2, 4))
+    advantages = DDPO(settings).advantages(terms, torch.tensor([0.25, 0.75]), groups, PROMPTS[:8], {})
+    credited = DDPO(settings).credit(trajectory, advantages[2:4])
     expected = gdpo_by_hand(terms, [0.25, 0.75], groups)[2:4]
     np.testing.assert_allclose(credited.steps[0].advantage.numpy(), expected, rtol=1e-5)
+
+
+# Statistics over the steps, as ddpo-pytorch and trl 0.23.1 track them
+
+TRACKED = dict(scale=True, clip=5.0)
+
+
+def test_tracked_advantages_worked_by_hand():
+    """Steps of four images, buffer 3, min_count 3.
+
+    Step 1: two rewards per prompt are too few: mean 3 and deviation sqrt(3.5) of 1, 3, 2, 6 for all.
+    Step 2: the buffer of `a` is 1, 3, 5 (mean 3, deviation sqrt(8/3)); that of `b` 6, 1, 2 of 2, 6, 1, 2 (mean 3,
+    deviation sqrt(14/3)); `c` is new: mean 3 and deviation sqrt(2.5) of 5, 1, 2, 4.
+    """
+    history = {}
+    options = dict(buffer_size=3, min_count=3) | TRACKED
+    first = tracked_advantages(torch.tensor([1.0, 3.0, 2.0, 6.0]), ["a", "a", "b", "b"], history, **options)
+    assert first.tolist() == pytest.approx([(r - 3) / (3.5**0.5 + 1e-6) for r in (1, 3, 2, 6)], rel=1e-6)
+    assert history == {"a": [1, 3], "b": [2, 6]}
+    second = tracked_advantages(torch.tensor([5.0, 1.0, 2.0, 4.0]), ["a", "b", "b", "c"], history, **options)
+    deviation_a, deviation_b = (8 / 3) ** 0.5 + 1e-6, (14 / 3) ** 0.5 + 1e-6
+    expected = [2 / deviation_a, -2 / deviation_b, -1 / deviation_b, (4 - 3) / (2.5**0.5 + 1e-6)]
+    assert second.tolist() == pytest.approx(expected, rel=1e-6)
+    assert history == {"a": [1, 3, 5], "b": [6, 1, 2], "c": [4]}
+
+
+@pytest.mark.parametrize(("buffer_size", "min_count"), [(16, 16), (5, 0), (3, 2), (1, 1)])
+def test_tracked_advantages_are_those_of_a_tracker_in_numpy(buffer_size, min_count):
+    # What PerPromptStatTracker does: a deque of bounded length for every prompt, and numpy's mean and deviation.
+    generator = np.random.default_rng(3)
+    buffers = defaultdict(lambda: deque(maxlen=buffer_size))
+    history = {}
+    for _ in range(12):
+        prompts = generator.choice(["a", "b", "c", "d"], size=10)
+        rewards = generator.normal(5, 2, size=10)
+        expected = np.empty(10)
+        for prompt in np.unique(prompts):
+            buffers[prompt].extend(rewards[prompts == prompt])
+            known = rewards if len(buffers[prompt]) < min_count else buffers[prompt]
+            expected[prompts == prompt] = (rewards[prompts == prompt] - np.mean(known)) / (np.std(known) + 1e-6)
+        found = tracked_advantages(
+            torch.tensor(rewards), prompts.tolist(), history, buffer_size=buffer_size, min_count=min_count, **TRACKED
+        )
+        np.testing.assert_allclose(found.numpy(), expected.clip(-5, 5), rtol=1e-9, atol=1e-9)
+    assert {prompt: list(values) for prompt, values in buffers.items()} == history
+
+
+def test_tracked_advantages_without_scale_are_differences_and_clipped():
+    history = {"a": [0.0, 2.0]}
+    found = tracked_advantages(
+        torch.tensor([4.0, 30.0]), ["a", "b"], history, buffer_size=9, min_count=2, scale=False, clip=5.0
+    )
+    assert found.tolist() == [2.0, 5.0]  # 4 - mean(0, 2, 4), and 30 - mean(4, 30) = 13
+
+
+def test_ddpo_remembers_rewards_where_asked_and_only_finite_ones():
+    settings = DDPOSettings(
+        num_generations=2, per_prompt_stat_tracking_buffer_size=4, per_prompt_stat_tracking_min_count=3
+    )
+    history = {}
+    rewards, groups = torch.tensor([[1.0], [2.0], [float("nan")], [5.0]]), torch.tensor([0, 0, 1, 1])
+    advantages = DDPO(settings).advantages(rewards, torch.ones(1), groups, ["a", "a", "b", "b"], history)
+    assert history == {"a": [1, 2], "b": [5]}
+    deviation = ((25 + 4 + 49) / 27) ** 0.5  # of 1, 2, 5 about 8/3
+    expected = [(value - 8 / 3) / deviation if value else 0 for value in (1, 2, 0, 5)]
+    assert advantages.tolist() == pytest.approx(expected, rel=1e-5)
+    DDPO(DDPOSettings(num_generations=2)).advantages(rewards, torch.ones(1), groups, ["a", "a", "b", "b"], history)
+    assert history == {"a": [1, 2], "b": [5]}  # not tracked
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(per_prompt_stat_tracking_min_count=2),
+        dict(per_prompt_stat_tracking_buffer_size=-1),
+        dict(per_prompt_stat_tracking_buffer_size=4, per_prompt_stat_tracking_min_count=5),
+        dict(per_prompt_stat_tracking_buffer_size=4, per_prompt_stat_tracking=False),
+        dict(
+            per_prompt_stat_tracking_buffer_size=4,
+            multi_objective_aggregation="normalize_then_sum",
+            reward="weighted:1*a + 1*b",
+        ),
+    ],
+)
+def test_tracking_that_does_not_fit_together_is_refused(wrong):
+    with pytest.raises(ValueError, match="per_prompt_stat_tracking_"):
+        DDPOSettings(**wrong)
+
+
+def test_one_image_per_prompt_is_enough_where_earlier_ones_are_remembered():
+    with pytest.raises(ValueError, match="num_generations is 1"):
+        DDPOSettings(num_generations=1)
+    assert DDPOSettings(num_generations=1, per_prompt_stat_tracking_buffer_size=16).num_generations == 1
 
 
 def test_best_and_worst_drop_ties_and_honour_the_margin():

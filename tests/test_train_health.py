@@ -91,18 +91,16 @@ def test_a_reward_that_is_not_finite_stops_and_names_step_and_prompts_unless_tol
     assert "nan" in line
 
 
-def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised_without_it(run_training, monkeypatch):
+def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised_without_it():
     from stepfuse.train.algorithms import DDPO
     from stepfuse.train.settings import DDPOSettings
 
     settings = DDPOSettings(num_generations=4)
-    trajectory = type("T", (), {})()
-    seen = {}
-    monkeypatch.setattr("stepfuse.train.algorithms.with_advantages", lambda t, a: seen.setdefault("advantages", a))
     rewards = torch.tensor([[1.0], [float("nan")], [3.0], [2.0]])
-    DDPO(settings).credit(trajectory, rewards, torch.ones(1), torch.zeros(4, dtype=torch.long), slice(0, 4))
+    groups = torch.zeros(4, dtype=torch.long)
+    advantages = DDPO(settings).advantages(rewards, torch.ones(1), groups, ["a cat"] * 4, {})
     # of 1, 3, 2: mean 2, deviation sqrt(2/3)
-    assert seen["advantages"].tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
+    assert advantages.tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
 
 
 def test_a_step_with_a_candidate_that_is_not_finite_makes_no_pair(run_training):

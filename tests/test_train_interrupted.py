@@ -27,6 +27,8 @@ SETTINGS = {
     "train_batch_size": 4,
     "num_generations": 4,
     "num_inner_epochs": 2,
+    "per_prompt_stat_tracking_buffer_size": 10,
+    "per_prompt_stat_tracking_min_count": 8,
     "learning_rate": 0.003,
     "lr_scheduler": "cosine",
     "reward": "slope.py:slope",

@@ -42,7 +42,13 @@ SETTINGS = {
     "pretrained_model_name_or_path": "pipeline",
 }
 OWN = {
-    "ddpo": {"num_generations": 4, "num_inner_epochs": 2, "lr_scheduler": "constant_with_warmup"},
+    "ddpo": {
+        "num_generations": 4,
+        "num_inner_epochs": 2,
+        "lr_scheduler": "constant_with_warmup",
+        "per_prompt_stat_tracking_buffer_size": 10,
+        "per_prompt_stat_tracking_min_count": 8,
+    },
     "dpo": {
         "num_candidates": 2,
         "train_timestep_fraction": 0.7,

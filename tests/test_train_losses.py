@@ -94,6 +94,65 @@ def test_dpo_loss_of_a_wrong_pair_grows_linearly_without_overflow():
     assert loss.item() == 1e6
 
 
+# SPO's clamp
+
+CLAMPED = [  # log-ratios of winner and loser, and those that are left of them with ε = 0.1
+    (0.05, -0.02, 0.05, -0.02),
+    (0.5, -0.02, math.log(1.1), -0.02),
+    (0.05, -0.5, 0.05, math.log(0.9)),
+    (-0.5, 0.5, math.log(0.9), math.log(1.1)),
+]
+
+
+@pytest.mark.parametrize(("winner", "loser", "winner_left", "loser_left"), CLAMPED)
+def test_each_ratio_is_clamped_by_itself_and_then_has_no_gradient(winner, loser, winner_left, loser_left):
+    beta = 10.0
+    logs = [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in (winner - 3, loser + 2)]
+    reference = [torch.tensor([value], dtype=torch.float64) for value in (-3.0, 2.0)]
+    loss = dpo_loss(*logs, *reference, beta=beta, clip_range=0.1)
+    loss.sum().backward()
+    h = winner_left - loser_left
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-beta * h)), rel=1e-9)
+    slope = beta / (1 + math.exp(beta * h))
+    assert logs[0].grad.item() == pytest.approx(-slope if winner == winner_left else 0.0, rel=1e-9)
+    assert logs[1].grad.item() == pytest.approx(slope if loser == loser_left else 0.0, rel=1e-9)
+
+
+def test_clamped_loss_is_that_of_spo_without_overflow():
+    # The arithmetic of train_spo.py: clamp(exp(log p - log p_ref), 1 - eps, 1 + eps), and then its logarithm.
+    logs = [torch.randn(200, generator=torch.Generator().manual_seed(i), dtype=torch.float64) / 5 for i in range(4)]
+    ratios = [torch.clamp(torch.exp(logs[i] - logs[i + 2]), 1 - 0.1, 1 + 0.1) for i in range(2)]
+    expected = -torch.log(torch.sigmoid(10.0 * torch.log(ratios[0]) - 10.0 * torch.log(ratios[1])))
+    torch.testing.assert_close(dpo_loss(*logs, beta=10.0, clip_range=0.1), expected)
+    far = [torch.tensor([value]) for value in (1e4, -1e4, 0.0, 0.0)]
+    assert dpo_loss(*far, beta=10.0, clip_range=0.1).item() == pytest.approx(
+        math.log(1 + math.exp(-10 * (math.log(1.1) - math.log(0.9)))), rel=1e-6
+    )
+
+
+def test_clamp_of_the_settings_reaches_the_loss_and_is_off_by_default():
+    step, policy, reference = paired(), gaussian(POLICY), gaussian(REFERENCE)
+    plain = DPO(DPOSettings(beta=10.0, log_prob_reduction="mean")).loss(policy, reference, step)
+    clamped = DPO(DPOSettings(beta=10.0, log_prob_reduction="mean", train_clip_range=0.1)).loss(policy, reference, step)
+    ratios = [
+        (log_density(POLICY, V, x) - log_density(REFERENCE, V, x)).div(D).exp().clamp(0.9, 1.1).log()
+        for x in (CHOSEN, REJECTED)
+    ]
+    torch.testing.assert_close(
+        clamped.double(), -functional.logsigmoid(10 * (ratios[0] - ratios[1])), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(plain.double(), -functional.logsigmoid(10 * H / D), rtol=1e-4, atol=1e-5)
+    assert (clamped != plain).any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(train_clip_range=1.0), dict(train_clip_range=-0.1), dict(train_clip_range=0.1, pairs="x")]
+)
+def test_clamp_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="train_clip_range"):
+        DPOSettings(**wrong)
+
+
 # DDPO on log-probabilities
 
 

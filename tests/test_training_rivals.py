@@ -134,6 +134,17 @@ def test_spo_clips_each_ratio_by_itself():
     assert spo_loss(half, zero, -half, zero).item() == pytest.approx(wanted)
 
 
+def test_the_loss_and_gradient_of_spo_are_those_of_our_clamped_loss():
+    logs = [torch.linspace(-0.3, 0.3, 25).roll(shift) for shift in (0, 7, 3, 11)]  # of winner, loser and references
+    own, theirs = ([value.clone().requires_grad_() for value in logs[:2]] for _ in range(2))
+    ours = dpo_loss(*own, *logs[2:], beta=10.0, clip_range=0.1).mean()
+    spo = spo_loss(theirs[0], logs[2], theirs[1], logs[3])
+    assert_close(ours, spo)
+    for value, their in zip(torch.autograd.grad(ours, own), torch.autograd.grad(spo, theirs), strict=True):
+        assert_close(value, their)
+        assert 0 < (value == 0).sum() < len(value)  # some are clamped
+
+
 def test_ddpo_pytorch_takes_the_worse_of_both_ratios():
     """A = 2, 9 (5 within ±5) and -1 with ratios e^0.1: -2.0002, -5.0005 and 1 e^0.1."""
     log_prob, advantage = torch.full((3,), 0.1), torch.tensor([2.0, 9.0, -1.0])

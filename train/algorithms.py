@@ -1,6 +1,6 @@
 """What sets DPO and DDPO apart: how a batch is rolled out, given credit, and scored by its loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.variance import VarianceSchedule
-from stepfuse.train.credit import decoupled_advantages, group_advantages
+from stepfuse.train.credit import decoupled_advantages, group_advantages, tracked_advantages
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import (
     PairedStep,
@@ -95,18 +95,28 @@ class RolloutAlgorithm(Algorithm, Protocol):
         """Roll out one micro-batch; `score(latents, copies)` will have the rewards of `copies` latents a prompt."""
         ...
 
-    def credit(
+    def advantages(
         self,
-        trajectory: Trajectory,
         rewards: Float[Tensor, "all terms"],
         weights: Float[Tensor, " terms"],
         groups: Int[Tensor, " all"],
-        own: slice,
-    ) -> Trajectory:
-        """Give credit, knowing the final rewards and prompts of all samples of the step; `own` are these.
+        prompts: Sequence[str],
+        history: MutableMapping[str, list[float]],
+    ) -> Float[Tensor, " all"] | None:
+        """Advantages of all samples of a step; None where the algorithm does not use them.
 
-        A weighted reward has a column for each of its terms, which sum to it; any other has one.
+        Args:
+            rewards: Final rewards of all processes' samples. A weighted reward has a column for each of its terms,
+                which sum to it; any other has one.
+            weights: Weight of each term.
+            groups: Group of each sample: the samples of one prompt of this step.
+            prompts: Prompt of each sample.
+            history: Rewards of earlier steps by prompt, which is updated.
         """
+        ...
+
+    def credit(self, trajectory: Trajectory, advantages: Float[Tensor, " batch"] | None) -> Trajectory:
+        """Give the samples of a trajectory their advantages."""
         ...
 
 
@@ -143,10 +153,18 @@ class DPO:
             learned=sampling.learned,
         )
 
-    def credit(
-        self, trajectory: Trajectory, rewards: Tensor, weights: Tensor, groups: Tensor, own: slice
-    ) -> Trajectory:
-        return trajectory  # pairs were made while rolling out
+    def advantages(
+        self,
+        rewards: Tensor,
+        weights: Tensor,
+        groups: Tensor,
+        prompts: Sequence[str],
+        history: MutableMapping[str, list[float]],
+    ) -> None:
+        return None
+
+    def credit(self, trajectory: Trajectory, advantages: Tensor | None) -> Trajectory:
+        return trajectory  # pairs were made during the rollout
 
     def temperature(self, dimensions: int) -> float:
         """With `mean` the loss has beta / D times the difference of log-densities."""
@@ -164,6 +182,7 @@ class DPO:
             beta=self.settings.beta,
             label_smoothing=self.settings.label_smoothing,
             loss_type=self.settings.loss_type,
+            clip_range=self.settings.train_clip_range,
         )
         return torch.where(step.kept, values, 0.0)
 
@@ -210,20 +229,40 @@ class DDPO:
             reference=self.measures_kl,
         )
 
-    def credit(
-        self, trajectory: Trajectory, rewards: Tensor, weights: Tensor, groups: Tensor, own: slice
-    ) -> Trajectory:
-        groups = groups if self.settings.per_prompt_stat_tracking else torch.zeros_like(groups)
-        scale, clip = self.settings.scale_rewards, self.settings.train_adv_clip_max
-        finite = torch.isfinite(rewards).all(1)  # an image without a reward teaches nothing
+    def advantages(
+        self,
+        rewards: Tensor,
+        weights: Tensor,
+        groups: Tensor,
+        prompts: Sequence[str],
+        history: MutableMapping[str, list[float]],
+    ) -> Tensor:
+        settings = self.settings
+        groups = groups if settings.per_prompt_stat_tracking else torch.zeros_like(groups)
+        scale, clip = settings.scale_rewards, settings.train_adv_clip_max
+        finite = torch.isfinite(rewards).all(1)  # an image without a reward is not trained on
         rewards, groups = rewards[finite], groups[finite]
-        if self.settings.multi_objective_aggregation == "normalize_then_sum":
+        if settings.multi_objective_aggregation == "normalize_then_sum":
             known = decoupled_advantages(rewards, weights, groups, scale=scale, clip=clip)
+        elif settings.per_prompt_stat_tracking_buffer_size:
+            known = tracked_advantages(
+                rewards.sum(1),
+                [prompt for prompt, has_reward in zip(prompts, finite.tolist(), strict=True) if has_reward],
+                history,
+                buffer_size=settings.per_prompt_stat_tracking_buffer_size,
+                min_count=settings.per_prompt_stat_tracking_min_count,
+                scale=scale,
+                clip=clip,
+            )
         else:
             known = group_advantages(rewards.sum(1), groups, scale=scale, clip=clip)
         advantages = rewards.new_zeros(len(finite))
         advantages[finite] = known
-        return with_advantages(trajectory, advantages[own])
+        return advantages
+
+    def credit(self, trajectory: Trajectory, advantages: Tensor | None) -> Trajectory:
+        assert advantages is not None
+        return with_advantages(trajectory, advantages)
 
     def temperature(self, dimensions: int) -> float:
         """With `mean` the policy gradient is divided by D, and the KL is not."""

@@ -37,6 +37,7 @@ class Progress:
         best: `step`, `kl` and `validation` of the best checkpoint so far, where they are compared.
         health: what was skipped, collapsed, or stopped the run.
         base_diversity: of the first rollout, which is the base's.
+        prompt_rewards: rewards of earlier steps by prompt (`per_prompt_stat_tracking_buffer_size`).
     """
 
     step: int = 0
@@ -46,6 +47,7 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
     base_diversity: float | None = None
+    prompt_rewards: dict[str, list[float]] = field(default_factory=dict)
 
 
 def list_checkpoints(output: Path) -> list[Path]:

@@ -46,6 +46,7 @@ class Rollouts:
     reward: TrainingReward
     health: Health
     inference: bool
+    history: dict[str, list[float]]  # rewards of earlier steps by prompt, as advantages may need them
 
     def collect(self, step: int, schedule: VarianceSchedule) -> tuple[list[Batch], dict[str, float]]:
         """This process's micro-batches of one step, and what was measured of all processes'."""
@@ -83,10 +84,11 @@ class Rollouts:
         spread = diversity(accelerator.gather(torch.cat(images)), index if self.algorithm.group_size > 1 else index * 0)
         self.health.measure_diversity(spread, step + 1, settings.min_diversity)
         weights = self.reward.term_weights()
+        advantages = self.algorithm.advantages(everyone, weights, index, prompts, self.history)
         batches = [
             Batch(
                 prompts=prompts[rows],
-                trajectory=self.algorithm.credit(trajectory, everyone, weights, index, rows),
+                trajectory=self.algorithm.credit(trajectory, None if advantages is None else advantages[rows]),
             )
             for rows, trajectory in drawn
         ]

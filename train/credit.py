@@ -1,5 +1,7 @@
 """From rewards to what a loss learns from: preference pairs, or advantages."""
 
+from collections.abc import MutableMapping, Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -40,6 +42,46 @@ def group_advantages(
         deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
         centred = centred / (deviation[index] + 1e-8)
     return centred.clamp(-clip, clip)
+
+
+def tracked_advantages(
+    rewards: Float[Tensor, " batch"],
+    prompts: Sequence[str],
+    history: MutableMapping[str, list[float]],
+    *,
+    buffer_size: int,
+    min_count: int,
+    scale: bool,
+    clip: float,
+) -> Float[Tensor, " batch"]:
+    """Advantages by the rewards that a prompt had in this and earlier steps.
+
+        A = (r - mean) / (standard deviation + 1e-6)
+
+    Mean and standard deviation are those of the last `buffer_size` rewards of the prompt, those of this step among
+    them; as long as there are fewer than `min_count`, they are those of the whole step. This is `PerPromptStatTracker`
+    of ddpo-pytorch and trl 0.23.1.
+
+    Args:
+        rewards: Rewards of the whole step, of all processes.
+        prompts: Prompt of each reward.
+        history: Rewards that are remembered, by prompt, the oldest first. It is updated.
+        buffer_size: Number of rewards to remember per prompt.
+        min_count: Number of rewards from which on statistics are the prompt's.
+        scale: Divide by the standard deviation.
+        clip: Advantages are clipped to ± this.
+    """
+    values = rewards.double().cpu()
+    advantages = torch.zeros_like(values)
+    for prompt in dict.fromkeys(prompts):
+        rows = torch.tensor([name == prompt for name in prompts])
+        history[prompt] = [*history.get(prompt, []), *values[rows].tolist()][-buffer_size:]
+        remembered = values.new_tensor(history[prompt])
+        source = values if len(remembered) < min_count else remembered
+        advantages[rows] = values[rows] - source.mean()
+        if scale:
+            advantages[rows] /= source.std(correction=0) + 1e-6
+    return advantages.clamp(-clip, clip).to(rewards)
 
 
 def decoupled_advantages(

@@ -243,6 +243,7 @@ class Run:
             reward=self.reward,
             health=self.health,
             inference=not self.engine.partitioned,
+            history=self.progress.prompt_rewards,
         )
 
     def beyond_kl(self) -> bool:

@@ -1,5 +1,6 @@
 """Losses on log-probabilities. No loss sees a model; each returns one value a sample."""
 
+import math
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ def dpo_loss(
     beta: float,
     label_smoothing: float = 0.0,
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid",
+    clip_range: float = 0.0,
 ) -> PerSample:
     """Direct preference optimisation on one denoising step (DPO, arXiv:2305.18290; MSDDA, arXiv:2604.14379).
 
@@ -26,17 +28,29 @@ def dpo_loss(
         sigmoid:  L = -(1 - ε) log σ(β h) - ε log σ(-β h)
         ipo:      L = (h - 1/(2β))²                              (arXiv:2310.12036)
 
+    With a clip range c > 0 each of the two ratios in h is clamped by itself, as in SPO (arXiv:2406.04314; `train.eps` of
+    its code, 0.1 there):
+
+        r_w = p_θ(x_w|x_t) / p_ref(x_w|x_t),  r_l likewise,  h = log clamp(r_w, 1 - c, 1 + c) - log clamp(r_l, 1 - c, 1 + c)
+
+    so that a pair has no gradient through a ratio beyond these bounds.
+
     Args:
         chosen, rejected: log p_θ of winner and loser, in nats.
         reference_chosen, reference_rejected: log p_ref of the same stored tensors.
         beta: temperature of the implied KL.
         label_smoothing: ε, the assumed share of flipped labels.
         loss_type: as in trl.
+        clip_range: c; 0 does not clamp.
 
     Returns:
         One loss a pair.
     """
-    margin = (chosen - reference_chosen) - (rejected - reference_rejected)
+    winner, loser = chosen - reference_chosen, rejected - reference_rejected
+    if clip_range:
+        low, high = math.log1p(-clip_range), math.log1p(clip_range)
+        winner, loser = winner.clamp(low, high), loser.clamp(low, high)
+    margin = winner - loser
     if loss_type == "ipo":
         return (margin - 1 / (2 * beta)) ** 2
     agree, disagree = functional.logsigmoid(beta * margin), functional.logsigmoid(-beta * margin)
