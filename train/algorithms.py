@@ -40,7 +40,7 @@ class Sampling:
     """
 
     denoiser: Denoiser
-    adapter: str
+    adapter: str | None
     schedule: VarianceSchedule
     steps: list[tuple[int, int]]
     shape: tuple[int, int, int]

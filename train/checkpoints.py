@@ -37,6 +37,9 @@ class Progress:
         best: `step`, `kl` and `validation` of the best checkpoint so far, where they are compared.
         health: what was skipped, collapsed, or stopped the run.
         base_diversity: of the first rollout, which is the base's.
+        validation_prompts: prompts of the validation images.
+        validation_rewards: rewards of the validation images, in the order of their prompts: `before`, `best` and
+            `after`.
         prompt_rewards: rewards of earlier steps by prompt (`per_prompt_stat_tracking_buffer_size`).
     """
 
@@ -47,6 +50,8 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     health: list[dict[str, Any]] = field(default_factory=list)
     base_diversity: float | None = None
+    validation_prompts: list[str] = field(default_factory=list)
+    validation_rewards: dict[str, list[float]] = field(default_factory=dict)
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from stepfuse.train.settings import TrainSettings
+from stepfuse.train.trackers import check_trackers
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -15,9 +16,10 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
 
     Raises:
         ValueError: where what was launched is not what runs: DeepSpeed asked for and switched off or not installed,
-            processes that do not know of each other, an unknown tracker.
+            processes that do not know of each other, a tracker that is not installed.
     """
     output = Path(settings.output_dir)
+    check_trackers(settings.trackers)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
@@ -29,7 +31,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
             cpu=on_cpu and not deepspeed,
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
             mixed_precision=settings.mixed_precision,
-            log_with=None if settings.report_to == "none" else settings.report_to,
+            log_with=settings.trackers or None,
             project_config=ProjectConfiguration(
                 project_dir=str(output), logging_dir=str(output / settings.logging_dir)
             ),

@@ -15,7 +15,6 @@ import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torch import Tensor
-from tqdm import tqdm
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
@@ -29,6 +28,7 @@ from stepfuse.train.algorithms import Algorithm, RolloutAlgorithm, Sampling
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from stepfuse.train.collect import Rollouts, learnable_steps
 from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.display import ProgressDisplay, describe_end, describe_start
 from stepfuse.train.engine import Engine
 from stepfuse.train.health import STOPPED, Health
 from stepfuse.train.launch import make_accelerator
@@ -41,6 +41,7 @@ from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DPOSettings, TrainSettings
+from stepfuse.train.trackers import SHOWN, log_validation
 from stepfuse.train.update import Update
 from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
 
@@ -148,6 +149,7 @@ class Run:
         self.progress = Progress()
         self.best: dict[str, Tensor] | None = None
         self.validated: tuple[int, Validation] | None = None
+        self.base_validation: Validation | None = None  # for trackers
         self.inputs, self.identity = input_files(settings), config_hash(settings)  # as they are before it begins
 
     def go(self, start: Path | None) -> None:
@@ -155,6 +157,8 @@ class Run:
         settings = self.settings
         if start is not None:
             self.progress, self.best = load_checkpoint(start, self.engine)
+        if self.main and (told := describe_start(settings, start, self.progress.step)):
+            print(told, flush=True)
         self.health = Health(self.progress, skips=settings.nonfinite == "skip", main=self.main)
         self.fit_reward()
         first = self.validate() if start is None else None  # a faulty reward is found here
@@ -163,10 +167,13 @@ class Run:
                 clear(self.output)
             write_text(self.output / CONFIG, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         self.accelerator.wait_for_everyone()
-        if self.accelerator.trackers == [] and settings.report_to != "none":
+        if self.accelerator.trackers == [] and settings.trackers:
             self.accelerator.init_trackers("stepfuse", config=_trackable(settings))
         if first is not None:
             self.progress.validation["before"] = self.save_validation(first)
+            self.remember_rewards("before", first)
+        if settings.trackers:  # on every process: with ZeRO-3 a forward is a matter of all
+            self.base_validation = (first or self.draw_validation(SHOWN, base=True)).first(SHOWN)
         self.fit()
         self.accelerator.end_training()
 
@@ -177,30 +184,29 @@ class Run:
         settings, progress = self.settings, self.progress
         source = self.rollouts() if self.pairs is None else self.preferences(self.pairs)
         update = self.update()
-        bar = tqdm(
-            total=settings.max_train_steps, initial=progress.step, desc=f"train {settings.name}", disable=not self.main
-        )
+        display = ProgressDisplay(settings, progress.step, images=self.images_per_step(), shown=self.main)
         stopped = False
         while progress.step < settings.max_train_steps and not stopped:
             before = progress.step
+            display.resume_clock()
             batches, of_rollout = source.collect(before, self.current_schedule())
             for place in range(min(self.algorithm.updates_per_rollout, settings.max_train_steps - progress.step)):
                 measured = update(batches, progress.step + 1, first=place == 0) | of_rollout
                 progress.step += 1
                 progress.kl = measured.get("kl")
-                bar.update()
-                bar.set_postfix({k: f"{measured[k]:.4g}" for k in ("reward", "loss", "kl") if k in measured})
+                display.advance(measured, new_images=place == 0)
                 self.accelerator.log(measured, step=progress.step)
                 if stopped := self.beyond_kl():
                     break
                 if settings.validation_steps and progress.step % settings.validation_steps == 0:
                     self.save_validation(self.validate())
+                    display.resume_clock()
             # Between rollouts only: one that was half used could not be resumed exactly.
             crossed = progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps
             if crossed and not stopped:
                 self.consider(self.validate() if settings.keeps_best else None)
                 save_checkpoint(self.output, self.engine, progress, settings.checkpoints_total_limit, self.best)
-        bar.close()
+        display.close()
         self.finish(stopped)
 
     def update(self) -> Update:
@@ -216,18 +222,22 @@ class Run:
             together=self.settings.timesteps_per_forward,
         )
 
+    def images_per_step(self) -> int:
+        """Images, or pairs of them, of all processes in an optimiser step."""
+        settings = self.settings
+        return settings.train_batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
+
     def preferences(self, pairs: PreferencePairs) -> PairSource:
         """Steps learn from pairs of a data set."""
         settings = self.settings
         assert isinstance(settings, DPOSettings)
-        images = settings.train_batch_size * settings.gradient_accumulation_steps * self.accelerator.num_processes
         return PairSource(
             settings=settings,
             accelerator=self.accelerator,
             pipeline=self.pipeline,
             denoiser=self.sampling.denoiser,
             embed=self.embed,
-            pairs=pairs(self.progress.step * images),
+            pairs=pairs(self.progress.step * self.images_per_step()),
         )
 
     def rollouts(self) -> Rollouts:
@@ -262,13 +272,16 @@ class Run:
         summary, progress = validation.summary(), self.progress
         if not progress.best or summary["reward"] > progress.best["validation"]["reward"]:
             progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
+            self.remember_rewards("best", validation)
             self.best = self.engine.trainable_state()
 
     def finish(self, stopped: bool) -> None:
         """Write the adapter: the policy as it stands, or the best checkpoint."""
         settings, progress = self.settings, self.progress
         if not stopped:
-            progress.validation["after"] = self.save_validation(self.validate())
+            last = self.validate()
+            progress.validation["after"] = self.save_validation(last)
+            self.remember_rewards("after", last)
             self.consider(self.validate() if settings.keeps_best else None)
         state, step, kl = self.engine.trainable_state(), progress.step, progress.kl
         if stopped or settings.load_best_model_at_end:
@@ -280,8 +293,10 @@ class Run:
                 )
             state, step, kl = self.best, progress.best["step"], progress.best["kl"]
             progress.validation["after"] = progress.best["validation"]
+            progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
         if self.main:
             self.write(state, step, kl)
+            print(describe_end(settings, progress, step, kl, self.reward.name), flush=True)
         self.accelerator.wait_for_everyone()
 
     def write(self, state: dict[str, Tensor], step: int, kl: float | None) -> None:
@@ -346,27 +361,47 @@ class Run:
     def validate(self) -> Validation:
         """The validation images of the policy as it stands, drawn once a step."""
         if self.validated is None or self.validated[0] != self.progress.step:
-            drawn = validate(
-                self.accelerator,
-                validation_prompts(self.settings, self.prompts),
-                self.settings.train_batch_size,
-                self.drawer("validation"),
-                self.reward.raw,
-            )
-            self.validated = (self.progress.step, drawn)
+            self.validated = (self.progress.step, self.draw_validation())
         return self.validated[1]
 
+    def draw_validation(self, count: int | None = None, *, base: bool = False) -> Validation:
+        """Draw the first `count` validation images of the policy or the base model, and compute their rewards."""
+        return validate(
+            self.accelerator,
+            validation_prompts(self.settings, self.prompts)[:count],
+            self.settings.train_batch_size,
+            self.drawer("validation", base=base),
+            self.reward.raw,
+        )
+
+    def remember_rewards(self, moment: str, validation: Validation) -> None:
+        """Keep the rewards of the validation images `before` training, of the `best` checkpoint, or `after` training.
+
+        Of other prompts than those before, which a resumed run may have, none are kept.
+        """
+        progress = self.progress
+        if moment == "before":
+            progress.validation_prompts = validation.prompts
+        if validation.prompts == progress.validation_prompts:
+            progress.validation_rewards[moment] = validation.rewards.tolist()
+        else:
+            progress.validation_rewards.pop(moment, None)
+
     def save_validation(self, validation: Validation) -> dict[str, float]:
-        """Save the validation images as a picture and log their reward."""
+        """Save the validation images as a picture, and log them and their reward."""
         step, summary = self.progress.step, validation.summary()
         if self.main:
-            save_samples(self.output / "samples" / f"step-{step:06d}.png", validation.pixels, validation.prompts)
+            labels = [f"{p}\nreward {r:.4g}" for p, r in zip(validation.prompts, validation.rewards, strict=True)]
+            save_samples(self.output / "samples" / f"step-{step:06d}.png", validation.pixels, labels)
+            log_validation(self.accelerator, step, validation, self.base_validation)
         self.accelerator.log({"validation_reward": summary["reward"]}, step=step)
         return summary
 
-    def drawer(self, place: str) -> Draw:
-        """Images of the policy as it stands, by prompts and their places among all that are drawn."""
+    def drawer(self, place: str, *, base: bool = False) -> Draw:
+        """Images of the policy as it stands, or of the base, by prompts and their places among all that are drawn."""
         sampling = dataclasses.replace(self.sampling, schedule=self.current_schedule())
+        if base:
+            sampling = dataclasses.replace(self.sampling, adapter=None)
 
         @torch.no_grad()
         def draw(prompts: Sequence[str], places: Sequence[int]) -> Pixels:

@@ -28,10 +28,10 @@ def dpo_loss(
         sigmoid:  L = -(1 - ε) log σ(β h) - ε log σ(-β h)
         ipo:      L = (h - 1/(2β))²                              (arXiv:2310.12036)
 
-    With a clip range c > 0 each of the two ratios in h is clamped by itself, as in SPO (arXiv:2406.04314; `train.eps` of
-    its code, 0.1 there):
+    With a clip range c > 0 the ratios r_w = p_θ(x_w|x_t) / p_ref(x_w|x_t) and r_l in h are clamped, each by itself, as
+    SPO does (arXiv:2406.04314; `train.eps` of its code, 0.1 there):
 
-        r_w = p_θ(x_w|x_t) / p_ref(x_w|x_t),  r_l likewise,  h = log clamp(r_w, 1 - c, 1 + c) - log clamp(r_l, 1 - c, 1 + c)
+        h = log clamp(r_w, 1 - c, 1 + c) - log clamp(r_l, 1 - c, 1 + c)
 
     so that a pair has no gradient through a ratio beyond these bounds.
 

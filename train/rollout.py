@@ -105,7 +105,7 @@ def sample_generator(seed: int, *place: int | str) -> torch.Generator:
 @torch.no_grad()
 def rollout(
     denoiser: Denoiser,
-    adapter: str,
+    adapter: str | None,
     schedule: VarianceSchedule,
     steps: Steps,
     conditioning: Conditioning,
@@ -118,6 +118,7 @@ def rollout(
     """Denoise with the policy and store every random step with its log-prob.
 
     Args:
+        adapter: name of the policy's LoRA; None denoises with the base model.
         learned: places of the steps to store; by default all.
         reference: predict with the base too, as a KL to it needs.
     """
@@ -244,7 +245,13 @@ def _start(denoiser: Denoiser, shape: tuple[int, int, int], generators: list[tor
 
 
 def _predict(
-    denoiser: Denoiser, adapter: str, x_t: Latents, t: int, conditioning: Conditioning, *, reference: bool = False
+    denoiser: Denoiser,
+    adapter: str | None,
+    x_t: Latents,
+    t: int,
+    conditioning: Conditioning,
+    *,
+    reference: bool = False,
 ) -> _Predictions:
     """The guided prediction of the policy; with `reference` the base's too, in one forward with its e_u.
 

@@ -18,7 +18,7 @@ from stepfuse.train.collect import Batch
 from stepfuse.train.engine import Engine
 from stepfuse.train.health import Health, listed
 from stepfuse.train.lora import step_gaussians
-from stepfuse.train.rollout import NoisedPairs, SampledStep, Step
+from stepfuse.train.rollout import NoisedPairs, PairedStep, SampledStep, Step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,11 @@ class Update:
         loss_sum, kl_sum, kept_sum, count = self.accelerator.reduce(totals, "sum").tolist()
         measured = {
             "loss": loss_sum / max(kept_sum, 1e-12),
-            "kept_pairs": kept_sum / count,
             "gradient_norm": norm if norm is not None else math.nan,
             "learning_rate": engine.rate.get_last_lr()[0],
         }
+        if any(isinstance(stored, PairedStep) for _, steps in chunks for stored in steps):
+            measured["kept_pairs"] = kept_sum / count
         if self.algorithm.measures_kl:  # nats an image: the sum over all denoising steps that can be learned from
             measured["kl"] = kl_sum / count * self.learnable
         return measured

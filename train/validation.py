@@ -23,6 +23,11 @@ class Validation:
     pixels: Pixels
     rewards: Scores
 
+    def first(self, count: int) -> "Validation":
+        """The first images only, in memory of their own."""
+        pixels, rewards = self.pixels[:count].clone(), self.rewards[:count].clone()
+        return Validation(prompts=self.prompts[:count], pixels=pixels, rewards=rewards)
+
     def summary(self) -> dict[str, float]:
         return {
             "reward": self.rewards.mean().item(),

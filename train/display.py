@@ -1,0 +1,137 @@
+"""What a run tells the user: where it starts, how it goes, and what came out of it. On the main process only."""
+
+import math
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from stepfuse.rewards.statistics import paired_interval
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.settings import TrainSettings
+
+WINDOW = 20  # steps that running means are taken over
+REPORTS = 20  # lines of a run in a log file
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal; in a log file, a line after every twentieth of the steps.
+
+    The reward and the images per second are means over the last 20 steps, since every step has other prompts.
+
+    Args:
+        settings: Settings of the run.
+        step: Step that the run starts from.
+        images: Number of images, of all processes, that a step is trained on.
+        shown: Whether this process shows anything.
+    """
+
+    def __init__(self, settings: TrainSettings, step: int, *, images: int, shown: bool) -> None:
+        self.total, self.step, self.images = settings.max_train_steps, step, images
+        terminal = sys.stderr.isatty()
+        self.name = f"train {settings.name}"
+        self.bar = tqdm(total=self.total, initial=step, desc=self.name, disable=not (shown and terminal))
+        self.lines = shown and not terminal
+        self.rewards: deque[float] = deque(maxlen=WINDOW)
+        self.speeds: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self.since = time.monotonic()
+
+    def resume_clock(self) -> None:
+        """Start to measure time, at the start of a rollout and after validation."""
+        self.since = time.monotonic()
+
+    def advance(self, measured: Mapping[str, float], *, new_images: bool) -> None:
+        """Show one more step.
+
+        Args:
+            measured: Values of the step by name.
+            new_images: Whether the step is the first one on its rollout.
+        """
+        now = time.monotonic()
+        self.step += 1
+        self.speeds.append((self.images if new_images else 0, now - self.since))
+        self.since = now
+        if new_images and math.isfinite(reward := measured.get("reward", math.nan)):
+            self.rewards.append(reward)
+        text = self._describe(measured)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.lines and self.step * REPORTS // self.total > (self.step - 1) * REPORTS // self.total:
+            print(f"{self.name}: step {self.step}/{self.total}, {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+    def _describe(self, measured: Mapping[str, float]) -> str:
+        parts = []
+        if self.rewards:
+            parts.append(f"mean reward {sum(self.rewards) / len(self.rewards):.4g}")
+        parts += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
+        seconds = sum(duration for _, duration in self.speeds)
+        parts.append(f"{sum(count for count, _ in self.speeds) / max(seconds, 1e-9):.3g} images/s")
+        return ", ".join(parts)
+
+
+def describe_start(settings: TrainSettings, start: Path | None, step: int) -> str:
+    """Say which checkpoint a run resumes from; empty for a run that does not resume."""
+    if start is not None:
+        return f"resuming from {start}: step {step} of {settings.max_train_steps}"
+    if settings.resume_from_checkpoint is not None:
+        return f"no checkpoint in {settings.output_dir} yet: starting from step 0"
+    return ""
+
+
+def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: float | None, reward: str) -> str:
+    """Say where the adapter is, what the validation images show, and which command comes next.
+
+    Args:
+        settings: Settings of the run.
+        progress: Its progress, with the rewards of the validation images.
+        step: Step that the adapter is from.
+        kl: KL divergence of the adapter to the base model, in nats per image, if it is known.
+        reward: Name of the reward.
+    """
+    output = Path(settings.output_dir)
+    lines = [f"adapter {settings.name}, step {step}: {output}"]
+    before, after = (progress.validation.get(moment) for moment in ("before", "after"))
+    if before and after:
+        images = f"{after['images']} validation images"
+        lines.append(f"reward {reward} on {images}: {before['reward']:.4g} → {after['reward']:.4g}")
+        lines[-1] += describe_gain(progress)
+    if kl is not None:
+        lines.append(f"KL divergence to the base model: {kl:.4g} nats per image")
+    folder = _unused(output.with_name(f"{output.name}-set"))
+    prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
+    create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
+    sample = ["stepfuse", "sample", str(folder), "--prompt", prompt]
+    lines.append("next, make a set of this and other adapters (--adapter is repeated), and draw images:")
+    lines += [f"  {shlex.join(command)}" for command in (create, sample)]
+    return "\n".join(lines)
+
+
+def describe_gain(progress: Progress) -> str:
+    """The mean gain of the validation reward and its 95 % interval, or why there is none."""
+    rewards = progress.validation_rewards
+    prompts: Sequence[str] = progress.validation_prompts
+    if not rewards.get("before") or not rewards.get("after"):
+        return ""  # a checkpoint of an earlier version has none, and a resumed run may have other validation prompts
+    if len(set(prompts)) < 2:
+        return " (no interval: there is one validation prompt only)"
+    gain = paired_interval(rewards["after"], rewards["before"], prompts)
+    return (
+        f", gain {gain.mean:+.4g} (95 % interval {gain.low:+.4g} to {gain.high:+.4g}, "
+        f"paired bootstrap over {len(set(prompts))} prompts)"
+    )
+
+
+def _unused(folder: Path) -> Path:
+    """This folder, or with a number behind it the first that does not exist."""
+    number, found = 1, folder
+    while found.exists():
+        number += 1
+        found = folder.with_name(f"{folder.name}-{number}")
+    return found
