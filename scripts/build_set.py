@@ -189,7 +189,7 @@ def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name
     Raises:
         ValueError: where it ends with another status than 0.
     """
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
     command += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), program, *arguments]
     status = subprocess.run(command, check=False).returncode
     if status:

@@ -80,8 +80,8 @@ def test_header_has_a_command_for_one_card_and_one_for_eight_with_the_same_image
     single, multi = commands(config)
     launchers, steps = [], []
     for words in (single, multi):
-        assert words[:3] == ["accelerate", "launch", "--config_file"]
-        launcher, program, *arguments = words[3:]
+        assert words[:4] == ["accelerate", "launch", "--quiet", "--config_file"]
+        launcher, program, *arguments = words[4:]
         assert Path(launcher).is_file()
         assert program == f"train/{config.parent.name}.py"
         assert Path(program).is_file()

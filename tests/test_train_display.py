@@ -247,6 +247,16 @@ def test_other_trackers_get_the_images_by_their_log_images(run_training, monkeyp
     assert picture.shape[1] == 4 * (2 * 128 + 8)
 
 
+def test_a_tracker_that_cannot_start_is_an_error_of_one_line(run_training, monkeypatch):
+    def start(self):
+        raise RuntimeError("no API key configured")
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "start", start)
+    line = refused_by(run_training, "dpo", report_to="tensorboard", max_train_steps=1)
+    assert "tensorboard" in line
+    assert "no API key configured" in line
+
+
 # Pictures
 
 

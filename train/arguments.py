@@ -108,12 +108,13 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _make_parser(settings: type[TrainSettings], converters: dict[str, Callable], description: str) -> _Parser:
-    program = f"accelerate launch train/{settings.algorithm}.py"
+    program = f"accelerate launch --quiet train/{settings.algorithm}.py"
     parser = _Parser(
         usage=f"{program} [--config FILE] [--SETTING VALUE ...]",
         description=description,
-        epilog="Every setting is also a line `setting: value` of the YAML file. Without a checkout, the program is "
-        f"`accelerate launch -m stepfuse.train.{settings.algorithm}`.",
+        epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. Without "
+        f"a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.algorithm}`; --quiet leaves "
+        "out the launcher's traceback if the run fails.",
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

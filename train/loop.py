@@ -41,7 +41,7 @@ from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.samples import save_samples
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DPOSettings, TrainSettings
-from stepfuse.train.trackers import SHOWN, log_validation
+from stepfuse.train.trackers import SHOWN, log_validation, start_trackers
 from stepfuse.train.update import Update
 from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
 
@@ -168,7 +168,7 @@ class Run:
             write_text(self.output / CONFIG, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.accelerator.trackers == [] and settings.trackers:
-            self.accelerator.init_trackers("stepfuse", config=_trackable(settings))
+            start_trackers(self.accelerator, _trackable(settings))
         if first is not None:
             self.progress.validation["before"] = self.save_validation(first)
             self.remember_rewards("before", first)

@@ -39,6 +39,26 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
+def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
+    """Start the accelerator's trackers, on the main process.
+
+    Args:
+        config: Settings of the run, as numbers and strings.
+
+    Raises:
+        ValueError: If a tracker cannot start, for example without a login.
+    """
+    try:
+        accelerator.init_trackers("stepfuse", config=config)
+    except Exception as error:  # each tracker has its own exceptions
+        names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"report_to: one of the trackers {names} cannot start ({type(error).__name__}: {reason}); choose others, or "
+            "--report_to none"
+        ) from error
+
+
 def log_validation(accelerator: Accelerator, step: int, validation: Validation, base: Validation | None) -> None:
     """Send the first validation images to every tracker that takes images.
 
