@@ -112,9 +112,9 @@ def _make_parser(settings: type[TrainSettings], converters: dict[str, Callable],
     parser = _Parser(
         usage=f"{program} [--config FILE] [--SETTING VALUE ...]",
         description=description,
-        epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. Without "
-        f"a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.algorithm}`; --quiet leaves "
-        "out the launcher's traceback if the run fails.",
+        epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. "
+        f"Without a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.algorithm}`. With "
+        "--quiet the launcher prints no traceback of its own if the run fails.",
         formatter_class=_Formatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

@@ -168,7 +168,7 @@ class Run:
             write_text(self.output / CONFIG, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
         self.accelerator.wait_for_everyone()
         if self.accelerator.trackers == [] and settings.trackers:
-            start_trackers(self.accelerator, _trackable(settings))
+            start_trackers(self.accelerator, settings.trackers, _trackable(settings))
         if first is not None:
             self.progress.validation["before"] = self.save_validation(first)
             self.remember_rewards("before", first)

@@ -39,10 +39,11 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
-def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, names: list[str], config: dict[str, Any]) -> None:
     """Start the accelerator's trackers, on the main process.
 
     Args:
+        names: Trackers that were asked for.
         config: Settings of the run, as numbers and strings.
 
     Raises:
@@ -51,11 +52,9 @@ def start_trackers(accelerator: Accelerator, config: dict[str, Any]) -> None:
     try:
         accelerator.init_trackers("stepfuse", config=config)
     except Exception as error:  # each tracker has its own exceptions
-        names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
-        reason = " ".join(str(error).split())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"report_to: one of the trackers {names} cannot start ({type(error).__name__}: {reason}); choose others, or "
-            "--report_to none"
+            f"report_to {', '.join(names)}: a tracker cannot start ({reason}); choose others or none"
         ) from error
 
 
