@@ -6,6 +6,7 @@ import pytest
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.settings_file import find_config
+from stepfuse.train import config_path
 
 
 @pytest.mark.parametrize("name", ["emoji-alignment", "dpo/emoji-alignment", "configs/dpo/emoji-alignment"])
@@ -59,3 +60,16 @@ def test_config_of_another_command_is_not_taken(name, tmp_path, monkeypatch):
         find_config(name, "dpo")
     assert repr(name) in str(error.value)
     assert "dpo/emoji-alignment" in str(error.value)
+
+
+def test_path_of_a_packaged_config_is_printed_for_other_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config_path.main(["accelerate/multi-gpu"])
+    assert Path(capsys.readouterr().out.strip()) == FOLDER / "accelerate" / "multi-gpu.yaml"
+    config_path.main([])
+    names = capsys.readouterr().out.split()
+    assert {"accelerate/zero2", "dpo/emoji-alignment", "sets/emoji"} <= set(names)
+    for wrong in ("accelerate/multi-gpus", "multi-gpu"):
+        with pytest.raises(SystemExit) as end:
+            config_path.main([wrong])
+        assert "'accelerate/multi-gpu'" in end.value.code

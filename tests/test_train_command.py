@@ -122,7 +122,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(desk, algorithm, requ
     learned = expected["checkpoint-2/policy.safetensors"]
     assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 1e-3
     # Adam and clipping hide the scale of a gradient; what was logged of it does not
-    for tag in ("loss", "kl", "reward", "gradient_norm", "kept_pairs"):
+    for tag in ("loss", "kl", "reward", "gradient_norm", *(["kept_pairs"] if algorithm == "dpo" else [])):
         logged, of_split = ([e.value for e in events(folder).Scalars(tag)] for folder in (whole, split))
         assert of_split == pytest.approx(logged, rel=1e-3, abs=1e-5), tag
 

@@ -36,6 +36,13 @@ def nan_at_step_2(images, prompts):
         values[2] = float("nan")
     return values
 
+def interrupted_at_step_2(images, prompts):
+    global calls
+    calls += 1
+    if calls == 3:
+        raise KeyboardInterrupt
+    return slope(images, prompts)
+
 def one_for_all(images, prompts):
     return slope(images, prompts).mean()
 
@@ -146,6 +153,19 @@ def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_
     run_training("ddpo", **flags, resume_from_checkpoint="latest")
     straight, resumed = (load_file(f"{name}/pytorch_lora_weights.safetensors") for name in ("straight", "out"))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
+
+
+def test_an_interrupted_run_says_how_to_resume(run_training, capsys):
+    flags = dict(reward="rewards.py:interrupted_at_step_2", max_train_steps=3)
+    with pytest.raises(SystemExit) as end:
+        run_training("ddpo", **flags, checkpointing_steps=1)
+    assert end.value.code == 130  # 128 + SIGINT, as shells have it
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted")]
+    assert "out/checkpoint-1" in line
+    assert "--resume_from_checkpoint latest" in line
+    with pytest.raises(SystemExit) as end:
+        run_training("ddpo", **flags, output_dir="early")
+    assert "--overwrite" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Precision

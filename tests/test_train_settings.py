@@ -12,7 +12,9 @@ import pytest
 import transformers
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from stepfuse.scripts.build_set import ALONE
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
@@ -382,3 +384,22 @@ def test_program_prints_one_line_and_exits_with_1(tmp_path):
     assert done.stderr.splitlines()[-1] == "error: sample_eta is 1.5; expected a number in (0, 1]"
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_launched_quietly_the_line_is_the_last(tmp_path):
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *ALONE, "-m", "stepfuse.train.dpo"]
+    done = subprocess.run([*words, "--rank", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: rank is 0; expected 1 or more"
+    assert "Traceback" not in done.stderr
+
+
+def test_torchrun_gets_the_line_for_its_summary(desk, monkeypatch):
+    file = Path("error.json").absolute()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(sys, "argv", ["train/dpo.py", "--rank", "0"])
+    with pytest.raises(SystemExit):
+        dpo.main()
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    summary = ChildFailedError("train/dpo.py", {0: failure}).format_msg()
+    assert "error: rank is 0; expected 1 or more" in summary

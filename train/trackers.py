@@ -72,7 +72,7 @@ def log_validation(accelerator: Accelerator, step: int, validation: Validation, 
         image, caption = to_image(validation.pixels[i]), f"{prompt}\nreward {validation.rewards[i]:.4g}"
         if base is not None:
             image = beside(to_image(base.pixels[i]), image)
-            caption = f"{prompt}\nreward {base.rewards[i]:.4g} (base, left) → {validation.rewards[i]:.4g}"
+            caption = f"{prompt}\nbase, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
         images.append(image)
         captions.append(caption)
     for tracker in accelerator.trackers:
