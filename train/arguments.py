@@ -131,10 +131,10 @@ def _make_parser(settings: type[TrainSettings], converters: dict[str, Callable],
     first.add_argument("-h", "--help", action="help", help="Show this help and exit.")
     titles = dict.fromkeys(field.metadata["group"] for field in dataclasses.fields(settings))
     groups = {title: parser.add_argument_group(title) for title in titles}
-    hints = get_type_hints(settings)
+    hints, defaults = get_type_hints(settings), settings()
     for field in dataclasses.fields(settings):
         group = groups[field.metadata["group"]]
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = getattr(defaults, field.name)
         text = f"{field.metadata['help']} (default: {_shown(default)})".replace("%", "%%")
         hint = hints[field.name]
         options: dict[str, Any] = {"type": converters[field.name], "help": text}

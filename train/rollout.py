@@ -150,7 +150,7 @@ def rollout(
 @torch.no_grad()
 def branching_rollout(
     denoiser: Denoiser,
-    adapter: str,
+    adapter: str | None,
     schedule: VarianceSchedule,
     steps: Steps,
     conditioning: Conditioning,

@@ -9,8 +9,9 @@ from accelerate.tracking import get_available_trackers
 from PIL import Image
 
 from stepfuse.data.emoji import to_image
+from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.names import nearest
-from stepfuse.train.samples import beside, draw_samples
+from stepfuse.train.samples import CELL, beside, draw_samples
 from stepfuse.train.settings import TRACKERS
 from stepfuse.train.validation import Validation
 
@@ -68,10 +69,12 @@ def log_validation(accelerator: Accelerator, step: int, validation: Validation, 
         base: Images of the base model; None before training, when the policy is the base model.
     """
     images, captions = [], []
+    factor = enlargement(to_image(validation.pixels[0]), CELL)
     for i, prompt in enumerate(validation.prompts[:SHOWN]):
-        image, caption = to_image(validation.pixels[i]), f"{prompt}\nreward {validation.rewards[i]:.4g}"
+        image = enlarge(to_image(validation.pixels[i]), factor)
+        caption = f"{prompt}\nreward {validation.rewards[i]:.4g}"
         if base is not None:
-            image = beside(to_image(base.pixels[i]), image)
+            image = beside(enlarge(to_image(base.pixels[i]), factor), image)
             caption = f"{prompt}\nbase, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
         images.append(image)
         captions.append(caption)
