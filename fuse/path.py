@@ -5,6 +5,7 @@ Nothing outside this file knows of which family a model is.
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.fuse.configuration import Expected, check_configuration
 from stepfuse.fuse.gaussian import at_least_float32
 
 FINAL = -1  # the position after the last step
@@ -30,6 +32,69 @@ STABLE_DIFFUSION = dict(
     set_alpha_to_one=False,
     steps_offset=1,
 )
+
+
+# Keys that decide the path or the spacing of steps, and are taken over, and keys of how other samplers integrate: which
+# sampler a base comes with does not change its network.
+SCHEDULER_HANDLED = frozenset(
+    {
+        "algorithm_type",
+        "base_image_seq_len",
+        "base_shift",
+        "beta_end",
+        "beta_schedule",
+        "beta_start",
+        "clip_sample_range",
+        "corrector_order",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "final_sigmas_type",
+        "flow_shift",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "max_image_seq_len",
+        "max_shift",
+        "num_train_timesteps",
+        "original_inference_steps",
+        "predict_x0",
+        "prediction_type",  # checked below
+        "predictor_order",
+        "rescale_betas_zero_snr",  # checked below
+        "sample_max_value",
+        "set_alpha_to_one",
+        "shift",
+        "shift_terminal",
+        "sigma_max",
+        "sigma_min",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "steps_offset",
+        "stochastic_sampling",
+        "tau_func",
+        "time_shift_type",
+        "timestep_scaling",
+        "timestep_spacing",
+        "trained_betas",
+        "use_beta_sigmas",
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "variance_type",
+    }
+)
+CLIPS = "its steps would not be Gaussian in the prediction; set it to False in the scheduler's configuration"
+SCHEDULER_EXPECTED = {
+    "clip_sample": Expected((False,), CLIPS),
+    "thresholding": Expected((False,), CLIPS),
+    "invert_sigmas": Expected((False,), "noise must come first"),
+    "timestep_type": Expected(("discrete",), "the network must be told positions of the training table"),
+    "use_flow_sigmas": Expected((False,), "take FlowMatchEulerDiscreteScheduler for flow matching"),
+    "use_dynamic_shifting": Expected((False,), "the shift must not depend on the size of images; set shift instead"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +122,16 @@ class NoisePath:
 
         DDPM-type schedulers give alpha_t² = `alphas_cumprod` (DDIM, arXiv:2010.02502), flow
         matching alpha_t = 1 - sigma_t. A DDPM-type scheduler that is not DDIM is replaced by the
-        DDIM scheduler of its configuration.
+        DDIM scheduler on the same path; how it would have integrated (`use_karras_sigmas`, `solver_order`, …) is
+        ignored, and its spacing of steps is kept.
 
         Raises:
-            ValueError: for a scheduler of another family, or one that clips predictions.
+            ValueError: for a scheduler of another family, one that clips predictions, a network that predicts noise
+                where the path holds nothing else (`rescale_betas_zero_snr`), and options that are not known.
         """
         scheduler = copy.deepcopy(scheduler)  # `steps` sets its time steps
+        check_configuration("the scheduler", scheduler, handled=SCHEDULER_HANDLED, expected=SCHEDULER_EXPECTED)
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            if scheduler.config.get("invert_sigmas"):
-                raise ValueError("the scheduler inverts its sigmas (invert_sigmas), noise last; set it to False")
             # Position i is sigma = (i + 1) / 1000; `steps` rounds the scheduler's sigmas onto it.
             sigma = torch.linspace(0, 1, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)[1:]
             sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
@@ -75,20 +141,25 @@ class NoisePath:
                 f"{type(scheduler).__name__} has no noise path known here; expected a DDPM-type scheduler "
                 "(with alphas_cumprod) or FlowMatchEulerDiscreteScheduler"
             )
-        if not isinstance(scheduler, DDIMScheduler):
-            clip = scheduler.config.get("clip_sample", False)
-            # Bare from_config would fill in DDIM's own defaults for whatever was left at its class's default.
-            config = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-            scheduler = DDIMScheduler.from_config(config | {"clip_sample": clip})
-        if scheduler.config.clip_sample or scheduler.config.thresholding:
-            raise ValueError(
-                "the scheduler clips predicted samples (clip_sample or thresholding), so its steps are not Gaussian "
-                "in the prediction; set clip_sample=False and thresholding=False"
-            )
-        kind = scheduler.config.prediction_type
+        kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in get_args(PredictionType):
             raise ValueError(f"prediction_type {kind!r}; expected one of {', '.join(get_args(PredictionType))}")
+        if not isinstance(scheduler, DDIMScheduler):
+            scheduler = _ddim(scheduler)
+        count = scheduler.config.num_train_timesteps
+        if len(scheduler.alphas_cumprod) != count:
+            raise ValueError(
+                f"the scheduler has num_train_timesteps {count} and {len(scheduler.alphas_cumprod)} trained_betas; "
+                "expected as many"
+            )
         squares = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double()
+        if kind == "epsilon" and bool((squares <= 0).any()):
+            raise ValueError(
+                f"the scheduler has prediction_type 'epsilon' and rescale_betas_zero_snr "
+                f"{scheduler.config.rescale_betas_zero_snr}: at its last time alpha is 0, where a prediction of the "
+                "noise says nothing of the image; expected prediction_type 'v_prediction', or rescale_betas_zero_snr "
+                "False, whichever the network was trained with"
+            )
         return cls(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
 
     def describe(self) -> dict[str, Any]:
@@ -211,3 +282,31 @@ class NoisePath:
                 return prediction, (x_t - alpha * prediction) / sigma
             case "flow":
                 return x_t - sigma * prediction, x_t + alpha * prediction
+
+
+def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """The DDIM scheduler on the noise path of another DDPM-type scheduler.
+
+    Raises:
+        ValueError: for a scheduler whose path DDIM does not have.
+    """
+    # Bare from_config would fill in DDIM's defaults for whatever was left at its class's default.
+    taken = inspect.signature(DDIMScheduler.__init__).parameters
+    config = {"clip_sample": False} | {k: v for k, v in scheduler.config.items() if k in taken}
+    betas = getattr(scheduler, "betas", None)
+    choices = [config]
+    if betas is not None:  # a schedule that DDIM has no name for
+        known = {"beta_schedule": "linear", "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+        choices.append(config | known)
+    for choice in choices:
+        try:
+            found = DDIMScheduler.from_config(choice)
+        except NotImplementedError:
+            continue
+        got, wanted = found.alphas_cumprod.double(), scheduler.alphas_cumprod.double()
+        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-6):
+            return found
+    raise ValueError(
+        f"{type(scheduler).__name__} has a noise path that DDIM does not have; expected the scheduler's betas to give "
+        "its alphas_cumprod"
+    )

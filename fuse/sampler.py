@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from PIL import Image
@@ -16,9 +17,11 @@ from tqdm import tqdm
 from stepfuse.data.emoji import to_image
 from stepfuse.fuse.adapter import Objective, load_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
+from stepfuse.fuse.base_checks import check_base
 from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.compiled import compile_unet
 from stepfuse.fuse.denoiser import Denoiser, Latents
+from stepfuse.fuse.finite import FiniteSteps, check_latents, check_pixels
 from stepfuse.fuse.gate import GapProfile, find_profile
 from stepfuse.fuse.gaussian import Gaussian, Generators
 from stepfuse.fuse.lora_layers import check_factors, check_mergeable, lora_layers
@@ -27,13 +30,15 @@ from stepfuse.fuse.pipeline import (
     base_fingerprint,
     check_path,
     decode_latents,
+    decode_unclamped,
     encode_prompts,
     execution_device,
     latent_shape,
-    load_pipeline,
+    load_base,
     same_base,
 )
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows, make_plan
+from stepfuse.fuse.prompt_length import warn_of_cuts
 from stepfuse.fuse.reward_checks import check_gradients, check_scales, reward_of
 from stepfuse.fuse.rules import CoDe, FusionRule, get_rule
 from stepfuse.fuse.run import After, Run, image_generators, uniform_numbers
@@ -123,8 +128,9 @@ class FusedSampler:
             adapter_set = load_set(adapter_set)
         chosen_rule = rule or get_rule(adapter_set.default_rule)
         if pipeline is None:
-            base = adapter_set.base
-            pipeline = load_pipeline(base["name_or_path"], dtype=dtype, revision=base.get("revision"), safe=True)
+            pipeline = load_base(adapter_set.base, dtype=dtype)
+        else:
+            check_base(pipeline)
         if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
             raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
         pipeline.to(device)
@@ -257,7 +263,7 @@ class FusedSampler:
     @torch.no_grad()
     def sample(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None,
         weights: Weights | Sequence[Weights] | None = None,
         *,
         strength: float = 1.0,
@@ -265,7 +271,9 @@ class FusedSampler:
         num_inference_steps: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         generator: Generators = None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str | None] | None = None,
+        conditioning: Conditioning | None = None,
+        latents: Latents | None = None,
         height: int | None = None,
         width: int | None = None,
         batch_size: int = 16,
@@ -273,16 +281,20 @@ class FusedSampler:
         progress: bool = True,
         observe: Observer | None = None,
         after: After | None = None,
+        report_cuts: bool = True,
     ) -> list[Image.Image] | Tensor:
         """Draw one image a prompt.
 
         Args:
-            prompts: one or several.
+            prompts: one or several; None where `conditioning` is given.
             weights: by objective name: one mapping for all images, or one an image.
             strength, weights_on, num_inference_steps, guidance_interval: see `plan`.
             generator: one for all images, or one an image. An image depends on its own generator
                 alone, never on the batch it is drawn in.
-            negative_prompt: one for all images, or one an image.
+            negative_prompt: one for all images, or one an image. None is no negative prompt, which in SDXL is not the
+                same as "": see `encode_prompts`.
+            conditioning: embeddings, a row an image, in place of prompts; not for rules that need rewards.
+            latents: x_T, a row an image, in place of noise drawn with the generators.
             height, width: pixels; by default the model's own size.
             batch_size: how many images are denoised together; candidates of `code` count as images.
             output_type: `pil`; `pt`, pixels in [0, 1] of shape (b, 3, h, w); or `latent`.
@@ -290,13 +302,20 @@ class FusedSampler:
             observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
                 batch, and which of the prompts the batch holds.
             after: called after each step with its number, t and sample; gives the sample to go on with, and whether to.
+            report_cuts: log what is cut of prompts that are longer than the text encoder takes.
 
         Raises:
             ValueError: for weights, sizes or counts that make no sense, and for what the rule refuses, before
-                anything is computed.
+                anything is computed; and for images that are not finite.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        if (prompts is None) == (conditioning is None):
+            raise ValueError("expected prompts or conditioning, one of the two")
+        if conditioning is not None:
+            self._refuse_rewards()
+            prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        alike = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives = [negative_prompt] * len(prompts) if alike else list(negative_prompt)
         if not prompts:
             raise ValueError("no prompts; give at least one")
         if len(negatives) != len(prompts):
@@ -319,26 +338,48 @@ class FusedSampler:
         )
         generators = image_generators(generator, len(prompts))
         shape = latent_shape(self.pipeline, height, width)
+        if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
+            raise ValueError(f"latents of shape {tuple(latents.shape)}; expected {(len(prompts), *shape)}")
+        if report_cuts and conditioning is None:
+            warn_of_cuts(self.pipeline, [*prompts, *negatives])
         device = execution_device(self.pipeline)
         outputs = []
         together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
         with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
             for rows in batches:
-                conditioning = encode_prompts(self.pipeline, prompts[rows], negatives[rows], height=height, width=width)
-                run = self._run(plan[rows], conditioning, prompts[rows])
+                if conditioning is None:
+                    given = encode_prompts(self.pipeline, prompts[rows], negatives[rows], height=height, width=width)
+                else:
+                    given = conditioning[rows].to(device)
+                run = self._run(plan[rows], given, prompts[rows])
                 own = generators[rows]
-                x_T = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
+                if latents is None:
+                    x_T = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
+                else:
+                    x_T = latents[rows].to(device, torch.float32)
+                finite = FiniteSteps()
 
                 def watch(
-                    step: FusionStep, gaussian: Gaussian, c: Conditioning = conditioning, which: slice = rows
+                    step: FusionStep,
+                    gaussian: Gaussian,
+                    c: Conditioning = given,
+                    which: slice = rows,
+                    finite: FiniteSteps = finite,
                 ) -> None:
                     bar.update()
+                    finite.note(step.t, gaussian)
                     if observe:
                         observe(step, gaussian, c, which)
 
                 x_0 = replace(run, observe=watch, after=after).denoise(x_T, own)
-                outputs.append(x_0 if output_type == "latent" else decode_latents(self.pipeline, x_0).cpu())
+                check_latents(x_0, prompts[rows], finite)
+                if output_type == "latent":
+                    outputs.append(x_0)
+                    continue
+                pixels = decode_unclamped(self.pipeline, x_0)
+                check_pixels(pixels, prompts[rows])
+                outputs.append(VaeImageProcessor.denormalize(pixels).cpu())
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
 

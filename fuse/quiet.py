@@ -1,0 +1,56 @@
+"""Importing and loading diffusers' pipelines without the libraries' messages about what is supported here."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+LIBRARIES = (diffusers_logging, transformers_logging)
+TRUNCATION = ("your input was truncated because CLIP", "Token indices sequence length is longer")
+
+
+@contextmanager
+def without_messages(*parts: str) -> Iterator[None]:
+    """Drop the log records of diffusers and transformers that contain one of these texts; the others are shown."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not any(part in message for part in parts)
+
+    handlers = [handler for library in LIBRARIES for handler in library.get_logger().handlers]
+    for handler in handlers:
+        handler.addFilter(wanted)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(wanted)
+
+
+@contextmanager
+def quiet_loading(*, progress: bool) -> Iterator[None]:
+    """Load a pipeline without messages about what is supported here.
+
+    Args:
+        progress: show the libraries' progress bars.
+    """
+    shown = [library for library in LIBRARIES if library.is_progress_bar_enabled()]
+    # an AutoencoderTiny in place of an AutoencoderKL, which writes a key that it does not read
+    with without_messages("Expected types for vae", "were passed to AutoencoderTiny, but are not expected"):
+        if progress:
+            yield
+            return
+        for library in shown:
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library in shown:
+                library.enable_progress_bar()
+
+
+with without_messages("requires torchvision (not installed)"):  # which nothing here uses
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents  # noqa: F401
