@@ -8,13 +8,13 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextModelWithProjection
 
 from stepfuse.fuse.configuration import Expected, check_configuration
 from stepfuse.fuse.path import NoisePath
+from stepfuse.fuse.quiet import StableDiffusionXLPipeline
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
 

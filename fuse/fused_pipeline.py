@@ -1,20 +1,23 @@
-"""The multi-objective sampler with the habits of a diffusers pipeline."""
+"""The multi-objective sampler with the interface of a diffusers pipeline."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from stepfuse.data.emoji import to_image
-from stepfuse.fuse.adapter_set import AdapterSet, load_set
+from stepfuse.fuse.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.gaussian import Generators
-from stepfuse.fuse.rules import FusionRule
+from stepfuse.fuse.make_set import copy_set
+from stepfuse.fuse.pipeline import encode_prompts, execution_device
+from stepfuse.fuse.quiet import StableDiffusionXLPipeline
+from stepfuse.fuse.rules import RULES, FusionRule, get_rule
 from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.weights import Weights
+from stepfuse.fuse.weights import Weights, label_weights, weight_rows
 
 CallbackOnStepEnd = Callable[["FusedPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
 OUTPUTS = ("pil", "np", "pt", "latent")
@@ -28,8 +31,8 @@ class FusedPipeline:
     is no other scheduler to choose.
     """
 
-    def __init__(self, sampler: FusedSampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: FusedSampler, adapter_set: AdapterSet | None = None) -> None:
+        self.sampler, self.adapter_set = sampler, adapter_set
         self._interrupt = False
         self._progress: dict[str, Any] = {}
 
@@ -60,12 +63,58 @@ class FusedPipeline:
         device = "cpu" if pipeline is None else pipeline.device
         chosen = dtype or torch_dtype or torch.float32
         options = {"device": device} | options
-        return cls(FusedSampler.from_pretrained(adapter_set, pipeline=pipeline, dtype=chosen, **options))
+        sampler = FusedSampler.from_pretrained(adapter_set, pipeline=pipeline, dtype=chosen, **options)
+        return cls(sampler, adapter_set)
+
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the adapter set to a folder, of which `from_pretrained` makes a pipeline that draws the same images.
+
+        The base is not copied: the set names it, as before. Rule, guidance and guidance scale become those of this
+        pipeline.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            overwrite: replace its content.
+
+        Raises:
+            ValueError: for a folder that is not empty, a pipeline that was not made of a set, and a rule whose options
+                no set holds.
+        """
+        if self.adapter_set is None:
+            raise ValueError("this pipeline was not made of an adapter set; use FusedPipeline.from_pretrained")
+        denoiser = self.sampler.denoiser
+        values = {
+            "default_rule": _rule_name(self.sampler.rule),
+            "guidance": denoiser.guidance,
+            "guidance_scale": denoiser.guidance_scale,
+        }
+        folder = Path(save_directory)
+        saved = copy_set(self.adapter_set.adapters[0].folder.parent, folder, overwrite=overwrite)
+        if any(getattr(saved, key) != value for key, value in values.items()):
+            save_manifest(folder, replace(saved, **values))
+
+    def __repr__(self) -> str:
+        sampler = self.sampler
+        denoiser, base = sampler.denoiser, type(sampler.pipeline).__name__
+        if self.adapter_set is not None:
+            base = f"{self.adapter_set.base['name_or_path']!r} ({base})"
+        guidance = denoiser.guidance if denoiser.guidance == "off" else f"{denoiser.guidance} {denoiser.guidance_scale:g}"
+        parts = {
+            "base": base,
+            "objectives": label_weights(sampler.default_weights),
+            "rule": repr(sampler.rule),
+            "guidance": guidance,
+            "num_inference_steps": str(sampler.num_inference_steps),
+            "device": str(self.device),
+            "dtype": str(self.dtype),
+        }
+        lines = "\n".join(f"  {key}: {value}" for key, value in parts.items())
+        return f"{type(self).__name__}(\n{lines}\n)"
 
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
         weights: Weights | Sequence[Weights] | None = None,
         *,
         strength: float = 1.0,
@@ -77,9 +126,14 @@ class FusedPipeline:
         guidance: str | None = None,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         num_images_per_prompt: int = 1,
         generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: CallbackOnStepEnd | None = None,
@@ -89,7 +143,7 @@ class FusedPipeline:
         """Draw images.
 
         Args:
-            prompt: one or several.
+            prompt: one or several; None where `prompt_embeds` is given.
             weights: by objective: one mapping for all images, one a prompt, or one an image; by default the set's.
             strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
             weights_on: `exponents`, or `rewards`: see `FusedSampler.plan`.
@@ -98,9 +152,13 @@ class FusedPipeline:
             num_inference_steps: by default the set's.
             guidance, guidance_scale: by default those the pipeline was made with.
             guidance_interval: (begin, end) as shares of the steps.
-            negative_prompt: one for all images, or one a prompt.
+            negative_prompt: one for all images, or one a prompt. Without one, Stable Diffusion takes the embedding of
+                "" and SDXL, where its `force_zeros_for_empty_prompt` is set, zeros; as diffusers' pipelines do.
             num_images_per_prompt: images of one prompt follow each other.
             generator: one for all images, or one an image; an image depends on its own generator alone.
+            latents: noise to begin with, (images, channels, h, w), in place of noise drawn with the generators.
+            prompt_embeds, negative_prompt_embeds: embeddings, a row a prompt, in place of prompts.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL needs beside them.
             output_type: `pil`; `np`, (b, h, w, 3) in [0, 1]; `pt`, (b, 3, h, w) in [0, 1]; or `latent`.
             return_dict: an object with `.images`, or a tuple of it.
             callback_on_step_end: called as `callback(pipeline, step, t, {"latents": x_s})` after each step; it may
@@ -109,9 +167,17 @@ class FusedPipeline:
             batch_size: how many images are denoised together; by default all.
 
         Raises:
-            ValueError: for values that make no sense, before anything is computed.
+            ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        self._check_embeds(prompts, negative_prompt, embeds)
+        count = len(prompts) if prompts is not None else len(cast(Tensor, prompt_embeds))
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt {num_images_per_prompt}; expected 1 or more")
         if output_type not in OUTPUTS:
@@ -119,22 +185,34 @@ class FusedPipeline:
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(f"callback_on_step_end_tensor_inputs {unknown[0]!r}; latents is all there is")
         each = num_images_per_prompt
-        own = weights if weights is None or isinstance(weights, Mapping) else list(weights)
-        if isinstance(own, list) and len(own) == len(prompts):
+        own = weights if weights is None or isinstance(weights, Mapping) else weight_rows(weights, self.names)
+        if isinstance(own, list) and len(own) == count:
             own = _repeat(own, each)
-        negative = negative_prompt or ""
+        negative = negative_prompt
+        conditioning = None
+        if any(value is not None for value in embeds.values()):
+            negatives = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
+            if len(negatives) != count:
+                raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
+            pipeline = self.sampler.pipeline
+            device = execution_device(pipeline)
+            given = {key: None if value is None else value.to(device) for key, value in embeds.items()}
+            conditioning = encode_prompts(pipeline, prompts, negatives, height=height, width=width, **given)
+            conditioning, prompts, negative = conditioning.repeat(each), None, None
         images = self._sampler(rule, guidance, guidance_scale).sample(
-            _repeat(prompts, each),
+            None if prompts is None else _repeat(prompts, each),
             own,
             strength=strength,
             weights_on=weights_on,
             num_inference_steps=num_inference_steps,
             guidance_interval=guidance_interval,
             generator=generator,
-            negative_prompt=negative if isinstance(negative, str) else _repeat(list(negative), each),
+            negative_prompt=negative if negative is None or isinstance(negative, str) else _repeat(list(negative), each),
+            conditioning=conditioning,
+            latents=latents,
             height=height,
             width=width,
-            batch_size=batch_size or max(1, len(prompts) * each),
+            batch_size=batch_size or max(1, count * each),
             output_type="latent" if output_type == "latent" else "pt",
             progress=not self._progress.get("disable", False),
             after=self._after(callback_on_step_end) if callback_on_step_end else None,
@@ -147,6 +225,39 @@ class FusedPipeline:
         elif output_type == "np":
             result = images.permute(0, 2, 3, 1).numpy()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _check_embeds(
+        self,
+        prompts: list[str] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+        embeds: Mapping[str, Tensor | None],
+    ) -> None:
+        """Check what is given of prompts and embeddings, as diffusers' pipelines do.
+
+        Raises:
+            ValueError: naming what is missing or given twice.
+        """
+        given = [name for name, value in embeds.items() if value is not None]
+        xl = isinstance(self.sampler.pipeline, StableDiffusionXLPipeline)
+        if prompts is None and "prompt_embeds" not in given:
+            raise ValueError("no prompt; give prompt or prompt_embeds")
+        if prompts is not None and "prompt_embeds" in given:
+            raise ValueError("both prompt and prompt_embeds are given; give one of the two")
+        if negative_prompt is not None and "negative_prompt_embeds" in given:
+            raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of the two")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            pooled = name.replace("prompt", "pooled_prompt")
+            if xl and (name in given) != (pooled in given):
+                missing, other = (pooled, name) if name in given else (name, pooled)
+                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
+            if not xl and pooled in given:
+                raise ValueError(f"{pooled} is given, which Stable Diffusion XL alone takes")
+        first, second = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+        if first is not None and second is not None and first.shape != second.shape:
+            raise ValueError(
+                f"prompt_embeds has shape {tuple(first.shape)} and negative_prompt_embeds {tuple(second.shape)}; "
+                "expected one shape"
+            )
 
     def _sampler(self, rule: str | FusionRule | None, guidance: str | None, scale: float | None) -> FusedSampler:
         """The sampler as one call wants it."""
@@ -227,3 +338,15 @@ class FusedPipeline:
 def _repeat(values: Sequence[Any], count: int) -> list[Any]:
     """a a b b."""
     return [value for value in values for _ in range(count)]
+
+
+def _rule_name(rule: FusionRule) -> str:
+    """The name of a rule with its default options.
+
+    Raises:
+        ValueError: for a rule that has other options, or none of `RULES`.
+    """
+    for name, kind in RULES.items():
+        if type(rule) is kind and repr(get_rule(name)) == repr(rule):
+            return name
+    raise ValueError(f"rule {rule!r} cannot be saved: a set holds the names of {', '.join(RULES)}, without options")

@@ -14,7 +14,7 @@ from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import VarianceSchedule
-from stepfuse.fuse.weights import Weights, weight_table
+from stepfuse.fuse.weights import Weights, weight_rows, weight_table
 
 Latents = Float[Tensor, "batch *shape"]
 Rows = Int[Tensor, " rows"]
@@ -137,10 +137,11 @@ def make_plan(
     Raises:
         ValueError: for weights, a strength or an interval that make no plan.
     """
-    rows = [weights] if isinstance(weights, Mapping) else list(weights)
+    names = [objective.name for objective in objectives]
+    rows = weight_rows(weights, names)
     if len(rows) not in (1, count):
         raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
-    steps, names = path.steps(num_inference_steps), [objective.name for objective in objectives]
+    steps = path.steps(num_inference_steps)
     table = weight_table(rows, names, len(steps)).expand(-1, -1, count)
     if weights_on == "rewards":
         for objective in objectives:

@@ -45,9 +45,9 @@ def cut_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> list[Cut
         tokenizer = getattr(pipeline, name, None)
         if tokenizer is None or not texts:
             continue
-        converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
         limit = tokenizer.model_max_length
         with without_messages(*TRUNCATION):
+            converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]  # textual inversions
             rows = tokenizer(converted).input_ids
         found += [
             CutPrompt(

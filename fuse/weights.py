@@ -85,6 +85,22 @@ def _malformed(text: str) -> ValueError:
     )
 
 
+def weight_rows(weights: Weights | Sequence[Weights], names: Sequence[str]) -> list[Weights]:
+    """One mapping, or one an image, as a list.
+
+    Raises:
+        ValueError: for numbers without names, and anything else.
+    """
+    rows = [weights] if isinstance(weights, Mapping) else list(weights) if isinstance(weights, Sequence) else None
+    if rows is None or not all(isinstance(row, Mapping) for row in rows):
+        example = ", ".join(f"{name!r}: {1 / len(names):.2g}" for name in names)
+        raise ValueError(
+            f"weights {weights!r}; expected a mapping from objectives to weights, {{{example}}} for instance, or a list "
+            "of such mappings, one an image"
+        )
+    return rows
+
+
 def label_weights(weights: Weights) -> str:
     """The inverse of `parse_weights`."""
     return ",".join(f"{k}={v}" if isinstance(v, WeightSchedule) else f"{k}={v:g}" for k, v in weights.items())
