@@ -151,7 +151,7 @@ def check_has_texts(pipeline: DiffusionPipeline, name: str = "the pipeline") -> 
     suffix = "_2" if isinstance(pipeline, StableDiffusionXLPipeline) else ""
     for part in (f"tokenizer{suffix}", f"text_encoder{suffix}"):
         if getattr(pipeline, part) is None:
-            raise ValueError(f"{name} has no {part}; load it with one, or give prompt_embeds and negative_prompt_embeds")
+            raise ValueError(f"{name} has no {part}; load it, or give prompt_embeds and negative_prompt_embeds")
 
 
 def _check_unet(pipeline: DiffusionPipeline) -> None:

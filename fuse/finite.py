@@ -40,14 +40,16 @@ class FiniteSteps:
         return f" from step {number + 1} of {len(finite)} on, at time {int(self.flags[number][0])}"
 
 
-def check_latents(latents: Float[Tensor, "batch *shape"], prompts: Sequence[str], steps: FiniteSteps) -> None:
+def check_latents(
+    latents: Float[Tensor, "batch *shape"], prompts: Sequence[str], steps: FiniteSteps | None = None
+) -> None:
     """Check that final latents are finite.
 
     Raises:
         ValueError: naming the images, the step and what to try.
     """
     if bad := _not_finite(latents):
-        raise ValueError(f"{_named(bad, prompts)} not finite{steps.first()}; {HELP}")
+        raise ValueError(f"{_named(bad, prompts)} not finite{steps.first() if steps else ''}; {HELP}")
 
 
 def check_pixels(pixels: Float[Tensor, "batch *shape"], prompts: Sequence[str]) -> None:
@@ -58,8 +60,8 @@ def check_pixels(pixels: Float[Tensor, "batch *shape"], prompts: Sequence[str]) 
     """
     if bad := _not_finite(pixels):
         raise ValueError(
-            f"{_named(bad, prompts)} not finite, decoded by an autoencoder in {str(pixels.dtype).removeprefix('torch.')}"
-            f"; the latents are finite: {HELP_DECODING}"
+            f"{_named(bad, prompts)} not finite although the latents are: the autoencoder's decoder overflows; "
+            f"{HELP_DECODING}"
         )
 
 

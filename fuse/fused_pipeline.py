@@ -98,12 +98,12 @@ class FusedPipeline:
         denoiser, base = sampler.denoiser, type(sampler.pipeline).__name__
         if self.adapter_set is not None:
             base = f"{self.adapter_set.base['name_or_path']!r} ({base})"
-        guidance = denoiser.guidance if denoiser.guidance == "off" else f"{denoiser.guidance} {denoiser.guidance_scale:g}"
+        scale = "" if denoiser.guidance == "off" else f" {denoiser.guidance_scale:g}"
         parts = {
             "base": base,
             "objectives": label_weights(sampler.default_weights),
             "rule": repr(sampler.rule),
-            "guidance": guidance,
+            "guidance": denoiser.guidance + scale,
             "num_inference_steps": str(sampler.num_inference_steps),
             "device": str(self.device),
             "dtype": str(self.dtype),
@@ -199,6 +199,8 @@ class FusedPipeline:
             given = {key: None if value is None else value.to(device) for key, value in embeds.items()}
             conditioning = encode_prompts(pipeline, prompts, negatives, height=height, width=width, **given)
             conditioning, prompts, negative = conditioning.repeat(each), None, None
+        if negative is not None and not isinstance(negative, str):
+            negative = _repeat(list(negative), each)
         images = self._sampler(rule, guidance, guidance_scale).sample(
             None if prompts is None else _repeat(prompts, each),
             own,
@@ -207,7 +209,7 @@ class FusedPipeline:
             num_inference_steps=num_inference_steps,
             guidance_interval=guidance_interval,
             generator=generator,
-            negative_prompt=negative if negative is None or isinstance(negative, str) else _repeat(list(negative), each),
+            negative_prompt=negative,
             conditioning=conditioning,
             latents=latents,
             height=height,

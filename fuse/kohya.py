@@ -53,14 +53,16 @@ def module_table(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str,
 
 
 def sgm_path(module: str, config: Mapping[str, Any]) -> str:
-    """diffusers' path of an SDXL layer → the one in Stability's UNet, n = layers_per_block + 1 blocks a level.
+    """diffusers' path of an SDXL layer → the one in Stability's UNet, layers_per_block + 1 blocks a level.
 
     Raises:
         ValueError: for a layer that UNet has not.
     """
     if module in OUTSIDE:
         return OUTSIDE[module]
-    per = config["layers_per_block"] + 1
+    levels, layers = len(config["up_block_types"]), config["layers_per_block"]
+    down = [1 + count for count in (layers if isinstance(layers, list | tuple) else [layers] * levels)]
+    up = down[::-1]
     block, *rest = module.split(".")
     try:
         level = int(rest.pop(0)) if block != "mid_block" else 0
@@ -74,14 +76,14 @@ def sgm_path(module: str, config: Mapping[str, Any]) -> str:
         if (block, kind) == ("mid_block", "attentions"):
             return f"middle_block.1.{inner}"
         if block == "down_blocks" and kind in ("resnets", "attentions"):
-            return f"input_blocks.{1 + per * level + place}.{int(kind == 'attentions')}.{inner}"
+            return f"input_blocks.{1 + sum(down[:level]) + place}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("down_blocks", "downsamplers", "conv"):
-            return f"input_blocks.{per * (level + 1)}.0.op"
+            return f"input_blocks.{sum(down[: level + 1])}.0.op"
         if block == "up_blocks" and kind in ("resnets", "attentions"):
-            return f"output_blocks.{per * level + place}.{int(kind == 'attentions')}.{inner}"
+            return f"output_blocks.{sum(up[:level]) + place}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("up_blocks", "upsamplers", "conv"):
             attends = "CrossAttn" in config["up_block_types"][level]
-            return f"output_blocks.{per * level + per - 1}.{2 if attends else 1}.conv"
+            return f"output_blocks.{sum(up[: level + 1]) - 1}.{2 if attends else 1}.conv"
     except (ValueError, KeyError, IndexError):
         pass
     raise ValueError(f"layer {module!r} has no name in kohya's files of SDXL; export diffusers' format")

@@ -95,8 +95,8 @@ def weight_rows(weights: Weights | Sequence[Weights], names: Sequence[str]) -> l
     if rows is None or not all(isinstance(row, Mapping) for row in rows):
         example = ", ".join(f"{name!r}: {1 / len(names):.2g}" for name in names)
         raise ValueError(
-            f"weights {weights!r}; expected a mapping from objectives to weights, {{{example}}} for instance, or a list "
-            "of such mappings, one an image"
+            f"weights {weights!r}; expected a mapping from objectives to weights, {{{example}}} for instance, or a "
+            "list of such mappings, one an image"
         )
     return rows
 

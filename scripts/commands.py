@@ -6,8 +6,10 @@ from pathlib import Path
 
 
 def demo(arguments: argparse.Namespace) -> None:
+    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.demo import demo
 
+    check_seed(arguments.seed)
     demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)
 
 
@@ -19,12 +21,14 @@ def sample(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.fuse.rules import get_rule
     from stepfuse.fuse.sampler import FusedSampler
+    from stepfuse.fuse.seeds import check_seed, numbered_generator
     from stepfuse.fuse.weights import Weights, parse_weights
     from stepfuse.scripts.pictures import sampled_picture
 
     if arguments.output.exists() and not arguments.overwrite:
         raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
     check_picture(arguments.output)
+    check_seed(arguments.seed)
     device = check_device(arguments.device)
     if any(not prompt.strip() for prompt in arguments.prompt):
         raise ValueError("an empty --prompt; give some words")
@@ -55,7 +59,7 @@ def sample(arguments: argparse.Namespace) -> None:
     if arguments.compile:
         sampler.compile(arguments.compile)
     prompts = [prompt for prompt in arguments.prompt for _ in columns]
-    seeds = [arguments.seed + row for row in range(len(arguments.prompt)) for _ in columns]
+    rows = [row for row in range(len(arguments.prompt)) for _ in columns]
     images = sampler.sample(
         prompts,
         columns * len(arguments.prompt),
@@ -63,7 +67,7 @@ def sample(arguments: argparse.Namespace) -> None:
         weights_on=arguments.weights_on,
         num_inference_steps=arguments.steps,
         guidance_interval=interval,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        generator=[numbered_generator(arguments.seed, row) for row in rows],
         negative_prompt=arguments.negative_prompt,
         height=arguments.height,
         width=arguments.width,
@@ -71,8 +75,8 @@ def sample(arguments: argparse.Namespace) -> None:
     )
     assert isinstance(images, list)
     width = len(columns)
-    rows = [images[i : i + width] for i in range(0, len(images), width)]
-    picture = sampled_picture(rows, arguments.prompt, columns, factor=arguments.enlarge)
+    grid = [images[i : i + width] for i in range(0, len(images), width)]
+    picture = sampled_picture(grid, arguments.prompt, columns, factor=arguments.enlarge)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(arguments.output)
     print(arguments.output)
@@ -88,8 +92,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.set or arguments.config:
             raise ValueError("--world needs no set and no --config; give one or the other")
         from stepfuse.fuse.make_set import claim_output
+        from stepfuse.fuse.seeds import check_seed
         from stepfuse.scripts.world_report import measure_world
 
+        check_seed(arguments.seed)
         claim_output(arguments.output_dir, overwrite=arguments.overwrite)
         measure_world(arguments.output_dir, seed=arguments.seed)
         print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))

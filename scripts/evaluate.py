@@ -37,6 +37,7 @@ from stepfuse.fuse.make_set import claim_output
 from stepfuse.fuse.manifest import read_json, write_json
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep
+from stepfuse.fuse.prompt_length import warn_of_cuts
 from stepfuse.fuse.reward_checks import check_trusted
 from stepfuse.fuse.rules import CoDe, Oracle
 from stepfuse.fuse.sampler import FusedSampler
@@ -168,6 +169,7 @@ class Evaluation:
                 )
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
+        warn_of_cuts(sampler.pipeline, prompts, counted=True)
         embedding = config.embedding
         embedded = adapter_set.base["name_or_path"] in EMBEDDED
         embedder = clip_score(embedding, device) if embedding else clip_score(device=device) if embedded else None
@@ -314,6 +316,7 @@ class Evaluation:
             batch_size=self.config.batch_size,
             output_type=options.pop("output_type", "pt"),
             progress=False,
+            report_cuts=False,
             **options,
         )
         assert isinstance(output, Tensor)

@@ -20,6 +20,7 @@ from stepfuse.fuse.rules import (
     Systematic,
     get_rule,
 )
+from stepfuse.fuse.seeds import LIMIT
 from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights, weight_table
 
 # With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
@@ -76,6 +77,7 @@ class EvaluationConfig:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("kl_seeds", "strip_prompts"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.seed < LIMIT, "seed", self.seed, "an integer from 0 to 2^64 - 1")
         require(bool(self.rules), "rules", self.rules, "at least one rule")
         for name, scale in self.scales.items():
             good = isinstance(scale, int | float) and 0 < scale < float("inf")

@@ -37,6 +37,7 @@ def import_lora(
     license: str | None = None,
     unet_only: bool = False,
     weight_name: str | None = None,
+    variant: str | None = None,
 ) -> AdapterSet:
     """Put a LoRA from elsewhere into a set, made if it is not there.
 
@@ -53,6 +54,7 @@ def import_lora(
         license: of its weights.
         unet_only: leave out what is of text encoders.
         weight_name: which file of a repository.
+        variant: of the weight files of the base of a set that is to be made, `fp16` for instance.
 
     Raises:
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
@@ -64,6 +66,10 @@ def import_lora(
         check_writable(folder)
         if base is not None and base != loaded.base["name_or_path"]:
             raise ValueError(f"set {folder} is of base {loaded.base['name_or_path']!r}; leave out --base")
+        if variant is not None and variant != loaded.base.get("variant"):
+            raise ValueError(
+                f"set {folder} is of the base's variant {loaded.base.get('variant') or 'none'}; leave out --variant"
+            )
         wanted = (guidance or "full", loaded.guidance_scale if guidance_scale is None else guidance_scale)
         if wanted != (loaded.guidance, loaded.guidance_scale):
             raise ValueError(
@@ -76,6 +82,7 @@ def import_lora(
         raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
     chosen = check_guidance(guidance or "full")
     known = loaded.base.get("revision") if loaded else None
+    variant = loaded.base.get("variant") if loaded else variant
     place = Path(source)
     if not place.exists():
         if parse_id(source) is None:
@@ -83,8 +90,8 @@ def import_lora(
         place = fetch_lora(source, weight_name)
     elif weight_name is not None:
         place /= weight_name
-    pipeline = load_pipeline(base, revision=known, safe=True)
-    described = describe_base(pipeline, base, known)
+    pipeline = load_pipeline(base, revision=known, variant=variant, safe=True)
+    described = describe_base(pipeline, base, known, variant=variant)
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
     factors = read_foreign(place, pipeline.unet, unet_only=unet_only)

@@ -13,8 +13,10 @@ from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.lora_layers import check_mergeable, lora_layers
 from stepfuse.fuse.pipeline import Conditioning
 from stepfuse.fuse.plan import FusionStep
+from stepfuse.fuse.prompt_length import warn_of_cuts
 from stepfuse.fuse.rules import gated
 from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.seeds import numbered_generator
 
 
 def mixtures_of(names: Sequence[str], default: Mapping[str, float]) -> list[dict[str, float]]:
@@ -46,6 +48,7 @@ def measure_gaps(
         raise ValueError(f"the set has one objective in use, {', '.join(sampler.names)}: a gap needs two")
     check_mergeable(lora_layers(sampler.pipeline.unet), sampler.names)
     sampler = sampler.with_rule("product")
+    warn_of_cuts(sampler.pipeline, prompts, counted=True)
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
     rows = []
     batches = -(-len(prompts) // batch_size)
@@ -67,11 +70,12 @@ def measure_gaps(
                 prompts,
                 mixture,
                 num_inference_steps=num_inference_steps,
-                generator=[torch.Generator().manual_seed(seed + i) for i in range(len(prompts))],
+                generator=[numbered_generator(seed, i) for i in range(len(prompts))],
                 batch_size=batch_size,
                 output_type="latent",
                 progress=False,
                 observe=observe,
+                report_cuts=False,
             )
             rows.append(tuple(None if gap != gap else max(gap, 0.0) for gap in gaps.mean(1).tolist()))
     if all(gap is None for row in rows for gap in row):

@@ -103,7 +103,10 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
         "column each; by default the set's own",
     )
     sample.add_argument("--prompt", action="append", required=True, help="repeat for a row each")
-    sample.add_argument("--negative_prompt", default="", help="what guidance steers away from")
+    sample.add_argument(
+        "--negative_prompt",
+        help='what guidance steers away from; without it, as in diffusers, zeros for most of SDXL and "" for others',
+    )
     sample.add_argument(
         "--strength", type=float, default=1.0, help="0: the base, 1: as trained, beyond 1: extrapolated (default 1)"
     )

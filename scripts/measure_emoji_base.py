@@ -71,7 +71,7 @@ def sample_base(prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
         batch = prompts[start : start + 64]
         generators = [sample_generator(seed, "measure", start + i) for i in range(len(batch))]
         x_t = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        conditioning = encode_prompts(pipeline, batch, [""] * len(batch))
+        conditioning = encode_prompts(pipeline, batch)
         scheduler = pipeline.scheduler
         scheduler.set_timesteps(STEPS)
         for t in scheduler.timesteps:

@@ -152,6 +152,7 @@ def _add_import(own: argparse._SubParsersAction) -> None:
     add.add_argument("--eta", type=float, required=True, help="of its transitions, 0 to 1: declared, not measured")
     add.add_argument("--reward", default="unknown", metavar="NAME", help="that it is meant to raise, for evaluate")
     add.add_argument("--base", help="of a set that is made: a hub id or a folder")
+    add.add_argument("--variant", help="of the weight files of --base, such as fp16; by default none, or the only one")
     add.add_argument("--guidance", choices=("full", "shared", "off"), help="full by default; a set has one")
     add.add_argument("--guidance_scale", type=float, help="by default the set's, or 7.5")
     add.add_argument("--steps", type=int, help="by default the set's, or 50")

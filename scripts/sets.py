@@ -81,10 +81,12 @@ def show(arguments: argparse.Namespace) -> None:
 def profile(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.make_set import add_profile, check_writable
+    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.gaps import describe_gaps, measure_gaps
 
     loaded = load_set(arguments.set)
     check_writable(arguments.set)  # before minutes go into measuring
+    check_seed(arguments.seed)
     prompts = _prompts(arguments.prompts, loaded, 16)
     sampler = _sampler(arguments, loaded, guidance=arguments.guidance, guidance_scale=arguments.guidance_scale)
     measured = measure_gaps(
@@ -98,8 +100,10 @@ def write_card(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.card import STRIP, write_card
     from stepfuse.fuse.make_set import add_evaluation, check_writable, set_licences
+    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.strip import ROWS, draw_strip
 
+    check_seed(arguments.seed)
     folder = check_writable(arguments.set).parent
     loaded = load_set(folder)
     evaluation = arguments.evaluation
@@ -133,6 +137,7 @@ def import_lora(arguments: argparse.Namespace) -> None:
         license=arguments.license,
         unet_only=arguments.unet_only,
         weight_name=arguments.weight_name,
+        variant=arguments.variant,
     )
     print(f"{arguments.set}: {', '.join(loaded.names)}")
 

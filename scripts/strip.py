@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 
 from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.seeds import numbered_generator
 from stepfuse.fuse.weights import Weights
 from stepfuse.scripts.pictures import labelled_grid, weights_heading
 
@@ -18,7 +18,7 @@ def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, 
     columns += [sampler.default_weights] if len(sampler.names) > 1 else []
 
     def draw(sampler: FusedSampler, weights: Weights) -> list[Image.Image]:
-        own = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]
+        own = [numbered_generator(seed, row) for row in range(len(prompts))]
         images = sampler.sample(list(prompts), weights, generator=own, progress=progress)
         assert isinstance(images, list)
         return images

@@ -1,14 +1,17 @@
 """Which prompts a step trains on, and their embeddings."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.pipeline import Conditioning, encode_prompts
+from stepfuse.fuse.prompt_length import cut_prompts, warn_of_cuts
 from stepfuse.train.rollout import sample_generator
 
 KEPT = 4096  # prompts
+logger = logging.getLogger(__name__)
 
 
 class Embeddings:
@@ -19,12 +22,20 @@ class Embeddings:
         resolution: of its images in pixels, which some bases are told; None is their own.
         device: where embeddings are wanted.
         offload: leave the text encoders in the memory of the CPU, and have them compute there.
+        report_cuts: log that prompts are longer than the text encoders take.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, resolution: int | None, device: torch.device, *, offload: bool = False
+        self,
+        pipeline: DiffusionPipeline,
+        resolution: int | None,
+        device: torch.device,
+        *,
+        offload: bool = False,
+        report_cuts: bool = True,
     ) -> None:
         self.pipeline, self.resolution, self.device = pipeline, resolution, device
+        self.report_cuts, self._checked, self._cut = report_cuts, set[str](), set[str]()
         self.encoders_on = torch.device("cpu") if offload else device
         for name, part in pipeline.components.items():
             if isinstance(part, torch.nn.Module):
@@ -48,9 +59,28 @@ class Embeddings:
             },
         )
 
+    def report(self, prompts: Sequence[str]) -> None:
+        """Log, once, how many of the prompts that are known beforehand are cut, and the first of them."""
+        if self.report_cuts:
+            warn_of_cuts(self.pipeline, prompts, counted=True)
+            self._checked.update(prompts)
+
+    def report_streamed(self) -> None:
+        """Log how many other prompts were cut, of a data set that is streamed."""
+        if len(self._cut) > 1:
+            logger.warning("%d prompts of the data set were longer than the text encoder takes", len(self._cut))
+
+    def _report_first(self, prompt: str) -> None:
+        if not self.report_cuts or prompt in self._checked or not (cut := cut_prompts(self.pipeline, [prompt])):
+            return
+        if not self._cut:
+            logger.warning("%s; others are counted", cut[0])
+        self._cut.add(prompt)
+
     def _encode(self, prompt: str) -> Conditioning:
+        self._report_first(prompt)
         size = self.resolution
-        found = encode_prompts(self.pipeline, [prompt], [""], height=size, width=size, device=self.encoders_on)
+        found = encode_prompts(self.pipeline, [prompt], height=size, width=size, device=self.encoders_on)
         return found.to(self.device)
 
 

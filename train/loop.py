@@ -14,13 +14,15 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.pipeline import decode_latents, describe_base, latent_shape, load_pipeline
+from stepfuse.fuse.finite import check_latents, check_pixels
+from stepfuse.fuse.pipeline import decode_unclamped, describe_base, latent_shape, load_pipeline
 from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
@@ -105,10 +107,14 @@ class Run:
             name, dtype=dtype, revision=revision, variant=settings.variant
         )
         self.embed = Embeddings(
-            self.pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders
+            self.pipeline,
+            settings.resolution,
+            accelerator.device,
+            offload=settings.offload_text_encoders,
+            report_cuts=self.main,
         )
         unet = self.pipeline.unet
-        self.base = describe_base(self.pipeline, name, revision, hashed=self.main)
+        self.base = describe_base(self.pipeline, name, revision, variant=settings.variant, hashed=self.main)
         add_lora(
             unet,
             settings.name,
@@ -160,6 +166,7 @@ class Run:
         if self.main and (told := describe_start(settings, start, self.progress.step)):
             print(told, flush=True)
         self.health = Health(self.progress, skips=settings.nonfinite == "skip", main=self.main)
+        self.embed.report([*self.prompts, *validation_prompts(settings, self.prompts)])
         self.fit_reward()
         first = self.validate() if start is None else None  # a faulty reward is found here
         if self.main:
@@ -296,6 +303,7 @@ class Run:
             progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
         if self.main:
             self.write(state, step, kl)
+            self.embed.report_streamed()
             print(describe_end(settings, progress, step, kl, self.reward.name), flush=True)
         self.accelerator.wait_for_everyone()
 
@@ -417,7 +425,10 @@ class Run:
                     generators,
                     learned=(),
                 ).latents
-            return decode_latents(self.pipeline, latents)
+            check_latents(latents, prompts)
+            pixels = decode_unclamped(self.pipeline, latents)
+            check_pixels(pixels, prompts)
+            return VaeImageProcessor.denormalize(pixels)
 
         return draw
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -19,7 +19,7 @@ from stepfuse.data.emoji import to_pixels
 from stepfuse.data.text_files import file_name, note
 from stepfuse.fuse.denoiser import Denoiser, Latents
 from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.pipeline import Conditioning, image_size
+from stepfuse.fuse.pipeline import Conditioning, encode_pixels, image_size
 from stepfuse.fuse.variance import VarianceSchedule
 from stepfuse.train.collect import Batch
 from stepfuse.train.conditioning import Embeddings
@@ -194,11 +194,7 @@ class PairSource:
         height, width = image_size(self.pipeline, self.settings.resolution, self.settings.resolution)
         opened = [pair.picture(side) for pair in pairs]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
-        vae = self.pipeline.vae
-        pixels = torch.stack([to_pixels(image) for image in fitted]).to(self.accelerator.device, vae.dtype)
-        encoded = vae.encode(pixels * 2 - 1)
-        latents = encoded.latent_dist.sample(generators) if isinstance(vae, AutoencoderKL) else encoded.latents
-        return latents.float() * vae.config.scaling_factor
+        return encode_pixels(self.pipeline, torch.stack([to_pixels(image) for image in fitted]), generators)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_file import check_types, require
+from stepfuse.fuse.seeds import LIMIT
 
 if TYPE_CHECKING:
     from stepfuse.fuse.variance import VarianceSchedule
@@ -259,6 +260,7 @@ class TrainSettings:
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("checkpointing_steps", "num_validation_images", "timesteps_per_forward"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(0 <= self.seed < LIMIT, "seed", self.seed, "an integer from 0 to 2^64 - 1")
         self._check_reward()
         self._check_trackers()
         limit = self.checkpoints_total_limit

@@ -68,7 +68,7 @@ class Loop(ABC):
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         side = task.resolution
         self.shape = latent_shape(self.pipeline, side, side)
-        self.blank = encode_prompts(self.pipeline, [""], [""], height=side, width=side, device=self.device)
+        self.blank = encode_prompts(self.pipeline, [""], height=side, width=side, device=self.device)
         self.chance = random.Random(0)
         add_lora(self.unet, "rival", rank=task.rank, alpha=task.rank, targets=list(ATTENTION), seed=0)
         if task.gradient_checkpointing:

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from stepfuse.fuse.adapter import load_adapter
 from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.path import STABLE_DIFFUSION
-from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
+from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_base
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
@@ -80,7 +80,7 @@ def random_model(
 def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
     """A set's base, with LoRAs of random weights configured as its first adapter is: as many as are wanted."""
     adapter_set = load_set(folder)
-    pipeline = load_pipeline(adapter_set.base["name_or_path"], dtype=dtype).to(device)
+    pipeline = load_base(adapter_set.base, dtype=dtype).to(device)
     first = adapter_set.adapters[0]
     load_adapter(pipeline, first, base_fingerprint(pipeline.unet))
     config = pipeline.unet.peft_config[first.name]
