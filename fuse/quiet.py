@@ -38,7 +38,9 @@ def quiet_loading(*, progress: bool) -> Iterator[None]:
     """
     shown = [library for library in LIBRARIES if library.is_progress_bar_enabled()]
     # an AutoencoderTiny in place of an AutoencoderKL, which writes a key that it does not read
-    with without_messages("Expected types for vae", "were passed to AutoencoderTiny, but are not expected"):
+    # and what the error that follows says too
+    parts = ("Expected types for vae", "were passed to AutoencoderTiny, but are not expected", "Error no file named")
+    with without_messages(*parts):
         if progress:
             yield
             return

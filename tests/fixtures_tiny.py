@@ -1,12 +1,13 @@
 """Randomly initialised pipelines of a few thousand weights, and adapters for them, saved as real ones are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DDIMScheduler,
     DiffusionPipeline,
@@ -32,44 +33,69 @@ def ddim(**config: object) -> DDIMScheduler:
 
 
 def save_stable_diffusion(
-    folder: Path, *, scheduler: SchedulerMixin | None = None, seed: int = 0, channels: tuple[int, ...] = (16, 32)
+    folder: Path,
+    *,
+    scheduler: SchedulerMixin | None = None,
+    seed: int = 0,
+    channels: tuple[int, ...] = (16, 32),
+    unet: Mapping[str, object] | None = None,
+    vae: Mapping[str, object] | None = None,
+    variant: str | None = None,
 ) -> Path:
-    """A Stable Diffusion pipeline of random weights that draws 16×16 pixels."""
+    """A Stable Diffusion pipeline of random weights that draws 16×16 pixels.
+
+    Args:
+        unet: other values of the UNet's configuration.
+        vae: values of the configuration of an AutoencoderKL, in place of the tiny one.
+        variant: of its weight files.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
-            vae=_autoencoder(),
+            vae=_autoencoder(vae),
             text_encoder=CLIPTextModel(_text_config()),
             tokenizer=_tokenizer(),
-            unet=_unet(block_out_channels=channels, cross_attention_dim=32),
+            unet=_unet(**dict(block_out_channels=channels, cross_attention_dim=32) | dict(unet or {})),
             scheduler=scheduler or ddim(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    pipeline.save_pretrained(folder)
+    pipeline.save_pretrained(folder, variant=variant)
     return folder
 
 
-def save_stable_diffusion_xl(folder: Path, *, seed: int = 0) -> Path:
+def save_stable_diffusion_xl(
+    folder: Path,
+    *,
+    scheduler: SchedulerMixin | None = None,
+    seed: int = 0,
+    unet: Mapping[str, object] | None = None,
+    vae: Mapping[str, object] | None = None,
+    **index: object,
+) -> Path:
     """The same as Stable Diffusion XL: two text encoders, and their pooled text and the sizes beside the time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(
-            vae=_autoencoder(),
+            vae=_autoencoder(vae),
             text_encoder=CLIPTextModel(_text_config()),
             text_encoder_2=CLIPTextModelWithProjection(_text_config()),
             tokenizer=_tokenizer(),
             tokenizer_2=_tokenizer(),
             unet=_unet(
-                block_out_channels=(16, 32),
-                cross_attention_dim=2 * 32,
-                use_linear_projection=True,
-                addition_embed_type="text_time",
-                addition_time_embed_dim=8,
-                projection_class_embeddings_input_dim=6 * 8 + 24,  # six size ids of width 8, the pooled text of 24
+                **dict(
+                    block_out_channels=(16, 32),
+                    cross_attention_dim=2 * 32,
+                    use_linear_projection=True,
+                    addition_embed_type="text_time",
+                    addition_time_embed_dim=8,
+                    projection_class_embeddings_input_dim=6 * 8 + 24,  # six size ids of width 8, the pooled text of 24
+                )
+                | dict(unet or {})
             ),
-            scheduler=ddim(),
+            scheduler=scheduler or ddim(),
+            **index,
         )
     pipeline.save_pretrained(folder)
     return folder
@@ -131,18 +157,26 @@ def refused(*culprits: str) -> Iterator[None]:
 
 
 def _unet(**config: object) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+    common = dict(
         sample_size=LATENT[1],
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         norm_num_groups=8,
         attention_head_dim=2,
-        **config,
     )
+    return UNet2DConditionModel(**common | config)
 
 
-def _autoencoder() -> AutoencoderTiny:
+def _autoencoder(config: Mapping[str, object] | None) -> AutoencoderTiny | AutoencoderKL:
+    if config is not None:
+        common = dict(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        )
+        return AutoencoderKL(**common | dict(config))
     return AutoencoderTiny(
         encoder_block_out_channels=(8, 8),
         decoder_block_out_channels=(8, 8),

@@ -245,7 +245,7 @@ def test_a_random_last_step_is_refused_where_alpha_ends_on_one():
     [DDIMScheduler(), DDPMScheduler(), ddim(thresholding=True), DDPMScheduler(clip_sample=False, thresholding=True)],
 )
 def test_schedulers_that_clip_are_refused(scheduler):
-    with pytest.raises(ValueError, match="clip_sample=False and thresholding=False"):
+    with pytest.raises(ValueError, match=r"clip_sample True|thresholding True"):
         NoisePath.from_scheduler(scheduler)
 
 
