@@ -49,7 +49,7 @@ def draw_both(tmp_path, base, *, negative_prompt=None, height=None, width=None):
     got = pipe(PROMPTS, generator=generators(0, 1), **options).images
     plain = pipe.sampler.pipeline
     plain.set_progress_bar_config(disable=True)
-    plain.set_adapters("a")
+    plain.unet.set_adapter("a")
     options |= dict(num_inference_steps=3, eta=0.7, guidance_scale=3.0)
     return plain(PROMPTS, generator=generators(0, 1), **options).images, got
 
