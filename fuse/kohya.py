@@ -5,7 +5,7 @@ whose blocks are numbered through. Both are kohya-ss/sd-scripts' (networks/lora.
 goes by a table of all layers: from a name alone the path cannot be had.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 PREFIX = "lora_unet_"
@@ -60,9 +60,7 @@ def sgm_path(module: str, config: Mapping[str, Any]) -> str:
     """
     if module in OUTSIDE:
         return OUTSIDE[module]
-    levels, layers = len(config["up_block_types"]), config["layers_per_block"]
-    down = [1 + count for count in (layers if isinstance(layers, list | tuple) else [layers] * levels)]
-    up = down[::-1]
+    layers = config["layers_per_block"]
     block, *rest = module.split(".")
     try:
         level = int(rest.pop(0)) if block != "mid_block" else 0
@@ -76,17 +74,24 @@ def sgm_path(module: str, config: Mapping[str, Any]) -> str:
         if (block, kind) == ("mid_block", "attentions"):
             return f"middle_block.1.{inner}"
         if block == "down_blocks" and kind in ("resnets", "attentions"):
-            return f"input_blocks.{1 + sum(down[:level]) + place}.{int(kind == 'attentions')}.{inner}"
+            return f"input_blocks.{1 + _blocks_before(level, layers) + place}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("down_blocks", "downsamplers", "conv"):
-            return f"input_blocks.{sum(down[: level + 1])}.0.op"
+            return f"input_blocks.{_blocks_before(level + 1, layers)}.0.op"
         if block == "up_blocks" and kind in ("resnets", "attentions"):
-            return f"output_blocks.{sum(up[:level]) + place}.{int(kind == 'attentions')}.{inner}"
+            return f"output_blocks.{_blocks_before(level, layers, up=True) + place}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("up_blocks", "upsamplers", "conv"):
             attends = "CrossAttn" in config["up_block_types"][level]
-            return f"output_blocks.{sum(up[: level + 1]) - 1}.{2 if attends else 1}.conv"
+            return f"output_blocks.{_blocks_before(level + 1, layers, up=True) - 1}.{2 if attends else 1}.conv"
     except (ValueError, KeyError, IndexError):
         pass
     raise ValueError(f"layer {module!r} has no name in kohya's files of SDXL; export diffusers' format")
+
+
+def _blocks_before(level: int, layers: int | Sequence[int], *, up: bool = False) -> int:
+    """The blocks of all levels before one, with as many layers each, or as the UNet lists them on its way down."""
+    if isinstance(layers, int):
+        return (layers + 1) * level
+    return sum(list(layers)[:: -1 if up else 1][:level]) + level
 
 
 def is_sdxl(config: Mapping[str, Any]) -> bool:

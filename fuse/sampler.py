@@ -311,7 +311,10 @@ class FusedSampler:
         if (prompts is None) == (conditioning is None):
             raise ValueError("expected prompts or conditioning, one of the two")
         if conditioning is not None:
-            self._refuse_rewards()
+            if getattr(self.rule, "needs", ""):
+                raise ValueError(
+                    f"rule {type(self.rule).__name__} needs rewards of prompts; give prompts, no embeddings"
+                )
             prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
         alike = negative_prompt is None or isinstance(negative_prompt, str)

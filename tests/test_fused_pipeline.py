@@ -1,11 +1,15 @@
 """A set as a diffusers pipeline: the sampler's images, and a pipeline's habits."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 
 from stepfuse.fuse.fused_pipeline import FusedPipeline
+from stepfuse.fuse.rules import Product
 from stepfuse.fuse.sampler import FusedSampler
 from tests.fixtures_sampler import PROMPTS, WEIGHTS, assert_near, save_set, save_three_adapters
 from tests.fixtures_tiny import LATENT, generators, refused, save_stable_diffusion, save_stable_diffusion_xl
@@ -175,11 +179,126 @@ def test_a_base_already_loaded_is_taken(set_folder, expected):
         (dict(rule="sum"), "'sum'"),
         (dict(weights={"d": 1.0}), "'d'"),
         (dict(weights=[{"a": 1.0}] * 3), "3"),
+        (dict(weights=[0.5, 0.5]), "'a': 0.33"),
+        (dict(weights=0.5), "'a': 0.33"),
+        (dict(latents=torch.zeros(2, 4, 8, 9)), "(2, 4, 8, 8)"),
+        (dict(prompt_embeds=torch.zeros(2, 16, 32)), "both prompt and prompt_embeds"),
+        (dict(negative_prompt="x", negative_prompt_embeds=torch.zeros(2, 16, 32)), "both negative_prompt"),
         (dict(negative_prompt=["x"] * 3), "3 negative prompts"),
         (dict(height=17), "height is 17"),
     ],
     ids=str,
 )
-def test_values_that_make_no_sense_are_named(pipe, options, culprit):
+def test_values_that_make_no_sense_are_named(pipe, options, culprit, unchecked):
     with refused(culprit):
         pipe(PROMPTS, **options)
+
+
+# Latents and embeddings
+
+
+def own_pipeline(pipe, adapter):
+    """diffusers' pipeline on the same networks, with one adapter."""
+    plain = pipe.sampler.pipeline
+    plain.set_progress_bar_config(disable=True)
+    plain.unet.set_adapter(adapter)
+    return plain
+
+
+def test_latents_are_what_denoising_begins_with_as_in_diffusers(pipe):
+    """The generators then draw the noise of the steps alone. Adapter b has eta 0.7."""
+    latents = torch.randn(2, *LATENT, generator=generators(5)[0])
+    options = dict(latents=latents, generator=generators(*SEEDS), guidance_scale=3.0, output_type="latent")
+    got = pipe(PROMPTS, {"b": 1.0}, guidance="full", **options).images
+    plain = own_pipeline(pipe, "b")
+    expected = plain(PROMPTS, num_inference_steps=3, eta=0.7, **options | dict(generator=generators(*SEEDS))).images
+    assert_near(got, expected)
+
+
+def embeddings(pipe, prompts, negatives):
+    """By diffusers, under the names that its pipelines take them by."""
+    names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
+    given = pipe.sampler.pipeline.encode_prompt(
+        prompt=prompts,
+        device="cpu",
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=True,
+        negative_prompt=negatives,
+    )
+    return dict(zip(names, given, strict=False))
+
+
+@pytest.mark.parametrize("negatives", [None, ["a dog", "a cat"]])
+def test_embeddings_in_place_of_prompts_give_the_same_images(pipe, negatives):
+    options = dict(weights=WEIGHTS, output_type="pt", num_images_per_prompt=2)
+    by_prompt = pipe(PROMPTS, negative_prompt=negatives, generator=generators(0, 1, 2, 3), **options).images
+    given = embeddings(pipe, PROMPTS, negatives)
+    assert_near(pipe(**given, generator=generators(0, 1, 2, 3), **options).images, by_prompt)
+    alone = {name: value for name, value in given.items() if "negative" not in name}
+    rest = pipe(**alone, negative_prompt=negatives, generator=generators(0, 1, 2, 3), **options).images
+    assert_near(rest, by_prompt)
+    negative = {name: value for name, value in given.items() if "negative" in name}
+    other = pipe(PROMPTS, **negative, generator=generators(0, 1, 2, 3), **options).images
+    assert_near(other, by_prompt)
+
+
+def test_incomplete_embeddings_are_refused(pipe):
+    given = embeddings(pipe, PROMPTS, None)
+    with refused("prompt"):
+        pipe()
+    wrong = {"pooled_prompt_embeds": torch.zeros(2, 24)}
+    if len(given) == 4:
+        given.pop("pooled_prompt_embeds")
+        wrong = {}
+    with refused("pooled_prompt_embeds"):
+        pipe(**given | wrong)
+
+
+def test_without_text_encoders_embeddings_are_drawn(pipe, set_folder):
+    given = embeddings(pipe, PROMPTS, ["a dog", "a cat"])
+    parts = {name: None for name in pipe.components if name.startswith(("text_encoder", "tokenizer"))}
+    base = type(pipe.sampler.pipeline).from_pretrained(set_folder.parent / "base", **parts)
+    alone = FusedPipeline.from_pretrained(set_folder, pipeline=base)
+    alone.set_progress_bar_config(disable=True)
+    options = dict(weights=WEIGHTS, output_type="pt")
+    got = alone(**given, generator=generators(*SEEDS), **options).images
+    assert torch.equal(got, pipe(**given, generator=generators(*SEEDS), **options).images)
+    with refused("tokenizer", "prompt_embeds"):
+        alone(PROMPTS, **options)
+
+
+# Saving and showing
+
+
+def test_a_saved_pipeline_draws_the_same_images(set_folder, tmp_path):
+    pipe = FusedPipeline.from_pretrained(set_folder, rule="average_noise", guidance="full", guidance_scale=2.0)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FusedPipeline.from_pretrained(tmp_path / "saved")
+    drawn = [p(PROMPTS, generator=generators(*SEEDS), output_type="pt").images for p in (pipe, again)]
+    assert torch.equal(*drawn)
+    plain = FusedPipeline.from_pretrained(set_folder)(PROMPTS, generator=generators(*SEEDS), output_type="pt").images
+    assert not torch.equal(drawn[0], plain)
+    with refused("saved", "overwrite"):
+        pipe.save_pretrained(tmp_path / "saved")
+    pipe.save_pretrained(tmp_path / "saved", overwrite=True)
+
+
+def test_what_no_set_holds_is_not_saved(pipe, tmp_path):
+    with refused("gate=0.5"):
+        FusedPipeline(pipe.sampler.with_rule(Product(gate=0.5)), pipe.adapter_set).save_pretrained(tmp_path / "a")
+    with refused("from_pretrained"):
+        FusedPipeline(pipe.sampler).save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_it_shows_what_it_is_made_of(pipe, set_folder):
+    shown = repr(pipe)
+    for part in (str(set_folder.parent / "base"), "a=0.333", "Product", "shared 3", "cpu", "float32"):
+        assert part in shown
+
+
+def test_loading_the_embedded_base_prints_nothing():
+    """In a process of its own, since libraries warn once."""
+    code = "from stepfuse.fuse.fused_pipeline import FusedPipeline; FusedPipeline.from_pretrained('emoji')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")

@@ -201,3 +201,17 @@ def test_names_of_published_files(lora_bases):
     for unet in (full_size(SD15), full_size(SDXL), full_size(REFINER), lora_bases["sd"].unet, lora_bases["xl"].unet):
         names = [kohya_name(name, unet.config) for name in layers(unet)]
         assert len(set(names)) == len(names)
+
+
+def test_levels_of_different_depths_are_numbered_through():
+    """layers_per_block 1 and 2: blocks of input 1 to 2 and 3 to 4, of output 0 to 2 and 3 to 4."""
+    config = {"layers_per_block": [1, 2], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}
+    expected = {
+        "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2",
+        "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+        "down_blocks.1.resnets.1.conv1": "input_blocks.4.0.in_layers.2",
+        "up_blocks.0.attentions.2.proj_in": "output_blocks.2.1.proj_in",
+        "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+        "up_blocks.1.resnets.1.conv1": "output_blocks.4.0.in_layers.2",
+    }
+    assert {name: sgm_path(name, config) for name in expected} == expected

@@ -161,7 +161,7 @@ class Bench:
         """A whole UNet of its own with some of the adapters alone; the same one for the same names."""
         if tuple(names) not in self._copies:
             unet = copy.deepcopy(self.plain)
-            unet.set_adapters(list(names))  # first, for peft warns of an active adapter that goes
+            unet.set_adapter(list(names))  # first, for peft warns of an active adapter that goes
             unet.delete_adapters([name for name in self.model.adapters if name not in names])
             self._copies[tuple(names)] = unet
         return self._copies[tuple(names)]
