@@ -312,9 +312,7 @@ class FusedSampler:
             raise ValueError("expected prompts or conditioning, one of the two")
         if conditioning is not None:
             if getattr(self.rule, "needs", ""):
-                raise ValueError(
-                    f"rule {type(self.rule).__name__} needs rewards of prompts; give prompts, no embeddings"
-                )
+                raise ValueError(f"rule {type(self.rule).__name__} needs rewards, and those need prompts")
             prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
         alike = negative_prompt is None or isinstance(negative_prompt, str)

@@ -122,6 +122,23 @@ def sampler_conditioning(sampler):
     return encode_prompts(sampler.pipeline, PROMPTS, ["", ""])
 
 
+def test_a_set_remembers_the_variant_of_its_base(root, stranger, tmp_path):
+    """The weights under the variant are those of the base that has the LoRA's shapes."""
+    base = save_stable_diffusion(tmp_path / "base", variant="fp16")
+    for number, options in enumerate(([], ["--variant", "fp16"])):
+        folder = tmp_path / f"set{number}"
+        run("set", "import", stranger, "--objective", "a", "--eta", 1, "--set", folder, "--base", base, *options)
+        run("set", "import", stranger, "--objective", "b", "--eta", 1, "--set", folder, "--guidance_scale", 7.5)
+        assert load_set(folder).base["variant"] == "fp16"
+        run("set", "validate", folder, "--load")
+    into = ("set", "import", stranger, "--objective", "c", "--eta", 1)
+    assert "--variant" in complaint(*into, "--set", folder, "--variant", "ema")
+    told = complaint(*into, "--set", tmp_path / "other", "--base", base, "--variant", "ema")
+    assert "'ema'" in told
+    assert "fp16" in told
+    assert "variant" not in load_set(root / "set").base
+
+
 def test_an_import_that_fails_leaves_the_set_as_it_was(root, mine, stranger, tmp_path):
     before = contents(mine)
     taken = ("set", "import", stranger, "--eta", 1, "--set", mine, "--guidance", "shared", "--guidance_scale", 3)

@@ -55,7 +55,14 @@ def contents(folder):
     return {str(file): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
 
 
-# Faulty rewards
+# Faulty images and rewards
+
+
+def test_validation_images_that_are_not_finite_are_named(run_training):
+    Path("prompts.txt").write_text("a red apple\n")
+    line = refused_by(run_training, "ddpo", sample_guidance_scale=3e38)
+    assert "a red apple" in line
+    assert "not finite" in line
 
 
 def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(run_training):
