@@ -83,7 +83,7 @@ class FusedPipeline:
         if self.adapter_set is None:
             raise ValueError("this pipeline was not made of an adapter set; use FusedPipeline.from_pretrained")
         denoiser = self.sampler.denoiser
-        values = {
+        values: dict[str, Any] = {
             "default_rule": _rule_name(self.sampler.rule),
             "guidance": denoiser.guidance,
             "guidance_scale": denoiser.guidance_scale,
@@ -196,7 +196,7 @@ class FusedPipeline:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
             pipeline = self.sampler.pipeline
             device = execution_device(pipeline)
-            given = {key: None if value is None else value.to(device) for key, value in embeds.items()}
+            given: dict[str, Any] = {key: None if value is None else value.to(device) for key, value in embeds.items()}
             conditioning = encode_prompts(pipeline, prompts, negatives, height=height, width=width, **given)
             conditioning, prompts, negative = conditioning.repeat(each), None, None
         if negative is not None and not isinstance(negative, str):

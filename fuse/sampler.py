@@ -315,8 +315,11 @@ class FusedSampler:
                 raise ValueError(f"rule {type(self.rule).__name__} needs rewards, and those need prompts")
             prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        alike = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives = [negative_prompt] * len(prompts) if alike else list(negative_prompt)
+        negatives: list[str | None]
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives = [negative_prompt] * len(prompts)
+        else:
+            negatives = list(negative_prompt)
         if not prompts:
             raise ValueError("no prompts; give at least one")
         if len(negatives) != len(prompts):
