@@ -1,6 +1,9 @@
-"""Seeds: which are valid, and those of images that follow one."""
+"""Seeds: which are valid, and those of images that follow one. Importing this module does not import torch."""
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LIMIT = 2**64
 
@@ -16,6 +19,8 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def numbered_generator(seed: int, number: int) -> torch.Generator:
+def numbered_generator(seed: int, number: int) -> "torch.Generator":
     """A generator seeded with seed + number, modulo 2^64."""
+    import torch
+
     return torch.Generator().manual_seed((check_seed(seed) + number) % LIMIT)
