@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
@@ -406,6 +407,7 @@ def export(folder: Path, package: str, seed: int) -> None:
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(emoji.PIPELINE)
+    prefix_text_encoder(emoji.PIPELINE / "text_encoder" / "model.safetensors")
     clip = load_clip(folder).half()
     clip.save_pretrained(emoji.CLIP)
     tokenizer.save_pretrained(emoji.CLIP)
@@ -416,6 +418,16 @@ def export(folder: Path, package: str, seed: int) -> None:
         stages[name] = asdict(stage) | {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
     facts = {"package": package, "seed": seed, "torch": torch.__version__, "stages": stages}
     write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
+
+
+def prefix_text_encoder(file: Path) -> None:
+    """Name the tensors of a CLIPTextModel `text_model.…`, as transformers 4 does.
+
+    transformers 5 saves them without the prefix and reads both; transformers 4 reads these only, and gives a model of
+    random weights for others, with a warning.
+    """
+    state = {key if key.startswith("text_model.") else f"text_model.{key}": v for key, v in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def save_stable_diffusion(
         torch.manual_seed(seed)
         pipeline = StableDiffusionPipeline(
             vae=_autoencoder(vae),
-            text_encoder=CLIPTextModel(_text_config()),
+            text_encoder=CLIPTextModel(text_config()),
             tokenizer=_tokenizer(),
             unet=_unet(**dict(block_out_channels=channels, cross_attention_dim=32) | dict(unet or {})),
             scheduler=scheduler or ddim(),
@@ -79,8 +79,8 @@ def save_stable_diffusion_xl(
         torch.manual_seed(seed)
         pipeline = StableDiffusionXLPipeline(
             vae=_autoencoder(vae),
-            text_encoder=CLIPTextModel(_text_config()),
-            text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+            text_encoder=CLIPTextModel(text_config()),
+            text_encoder_2=CLIPTextModelWithProjection(text_config()),
             tokenizer=_tokenizer(),
             tokenizer_2=_tokenizer(),
             unet=_unet(
@@ -185,7 +185,7 @@ def _autoencoder(config: Mapping[str, object] | None) -> AutoencoderTiny | Autoe
     )
 
 
-def _text_config() -> CLIPTextConfig:
+def text_config() -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=1401,
         hidden_size=32,
