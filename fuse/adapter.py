@@ -6,7 +6,6 @@ FOLDER/
 """
 
 import hashlib
-import json
 import re
 import shutil
 import warnings
@@ -16,12 +15,12 @@ from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stepfuse.fuse.factors import read_factors, state_factors
 from stepfuse.fuse.lora_file import LoRAFile, check_finite, check_fits, open_lora
 from stepfuse.fuse.lora_layers import adapter_state
+from stepfuse.fuse.lora_write import save_lora, scale_to_one
 from stepfuse.fuse.manifest import FORMAT_VERSION, WEIGHTS, read_json, write_json
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
@@ -144,14 +143,9 @@ def write_adapter(
         if value.numel() == 0 or not bool(torch.isfinite(value).all()):
             raise ValueError(f"adapter {objective.name!r}: {name} is empty or not finite; it is not saved")
     folder.mkdir(parents=True, exist_ok=True)
-    # In peft's key names throughout: diffusers' older names exist for attention only, and of a file
-    # that mixes both, `load_lora_weights` drops one kind.
-    pipeline_class.save_lora_weights(
-        folder,
-        unet_lora_layers={k: v.detach().float().contiguous().cpu() for k, v in state.items()},
-        unet_lora_adapter_metadata=config or cast(Any, unet).peft_config[objective.name].to_dict(),
-    )
-    sort_metadata(folder / WEIGHTS)
+    given = config or cast(Any, unet).peft_config[objective.name].to_dict()
+    whole = {k: v.detach().float().contiguous().cpu() for k, v in state.items()}
+    save_lora(folder / WEIGHTS, state_factors(folder / WEIGHTS, whole, given), pipeline_class)
     values = {
         "format_version": FORMAT_VERSION,
         "name": objective.name,
@@ -172,28 +166,18 @@ def write_adapter(
     return read_adapter(folder)
 
 
-def sort_metadata(file: Path) -> None:
-    """Put a safetensors file's metadata in order, which the library leaves to chance: one adapter, one hash."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-    aside.replace(file)
-
-
 def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
-    """Copy an adapter's weights; with `half` in float16, metadata kept."""
-    if not half:
+    """Copy an adapter's weights, in the layout of today; with `half` in float16.
+
+    Raises:
+        ValueError: for values that float16 cannot hold.
+    """
+    lora = open_lora(adapter.folder / WEIGHTS)
+    if lora.as_written and not half:
         shutil.copyfile(adapter.folder / WEIGHTS, folder / WEIGHTS)
         return
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as tensors:
-        weights = {key: tensors.get_tensor(key).half() for key in tensors.keys()}  # noqa: SIM118
-        save_file(weights, folder / WEIGHTS, metadata=tensors.metadata())
-    sort_metadata(folder / WEIGHTS)
+    factors = {name: scale_to_one(layer) for name, layer in read_factors(lora, adapter.sha256).items()}
+    save_lora(folder / WEIGHTS, {name: layer.half() if half else layer for name, layer in factors.items()})
     check_finite(folder / WEIGHTS)  # what float16 cannot hold became infinite
 
 

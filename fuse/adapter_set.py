@@ -2,7 +2,7 @@
 
 SET/
   adapter_set.json                        all that is known of it; docs/adapter-set.md
-  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it
+  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it (`lora_write`)
 """
 
 from collections.abc import Sequence

@@ -66,7 +66,8 @@ def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
         CODE.format(place=place, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
         ALONE.format(place=place, name=loaded.adapters[0].folder.name, file=WEIGHTS),
-        f"For ComfyUI and AUTOMATIC1111: `stepfuse set export {place} {loaded.names[0]} --format kohya`; a mixture as "
+        "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
+        f"`stepfuse set export {place} {loaded.names[0]} --format kohya`; a mixture as "
         f'one file: `stepfuse set merge {place} --weights "{label_weights(loaded.default_weights)}"`.',
         "## Adapters",
         _adapters(loaded),

@@ -7,7 +7,7 @@ from typing import Any
 
 from stepfuse.fuse.adapter import WEIGHTS, Adapter, Objective, file_hash
 from stepfuse.fuse.lora_file import open_lora
-from stepfuse.fuse.manifest import inside
+from stepfuse.fuse.manifest import MANIFEST, inside, read_json, write_json
 from stepfuse.fuse.variance import schedule_from_dict, schedule_to_dict
 from stepfuse.rewards.shaping import Shaping
 
@@ -22,7 +22,7 @@ def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
     return {
         "name": adapter.name,
         "folder": place,
-        "weights": {"sha256": file_hash(file), "bytes": file.stat().st_size, "rank": open_lora(file).rank},
+        "weights": describe_weights(file),
         "reward": {
             "name": objective.reward,
             "version": adapter.reward_version or reward_version(adapter),
@@ -40,6 +40,23 @@ def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
         "license": adapter.license,
         "source": adapter.source,
     }
+
+
+def record_weights(folder: Path) -> None:
+    """Put hash, size and rank of a set's files into its manifest, where they differ; nothing else of it changes."""
+    file = folder / MANIFEST
+    values = read_json(file, "the manifest of an adapter set")
+    entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
+    before = [entry["weights"] for entry in entries]
+    for entry in entries:
+        entry["weights"] = describe_weights(inside(folder, entry["folder"], WEIGHTS))
+    if [entry["weights"] for entry in entries] != before:
+        write_json(file, values)
+
+
+def describe_weights(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file of weights."""
+    return {"sha256": file_hash(file), "bytes": file.stat().st_size, "rank": open_lora(file).rank}
 
 
 def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, Any]) -> Adapter:

@@ -1,15 +1,14 @@
 """Names of a UNet's layers in kohya's files, which ComfyUI and AUTOMATIC1111 read.
 
 SD 1.x and 2.x: `lora_unet_` and diffusers' path, its dots underscores. SDXL: the path in Stability's own UNet (sgm),
-whose blocks are numbered through. Both are kohya-ss/sd-scripts' (networks/lora.py, library/sdxl_model_util.py). Reading
-goes by a table of all layers: from a name alone the path cannot be had.
+whose blocks are numbered through. Both are kohya-ss/sd-scripts' (networks/lora.py, library/sdxl_model_util.py). For
+reading them see `stepfuse.fuse.lora_keys`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 PREFIX = "lora_unet_"
-TEXT_ENCODERS = ("lora_te_", "lora_te1_", "lora_te2_")
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -40,20 +39,8 @@ def kohya_name(module: str, config: Mapping[str, Any]) -> str:
     return PREFIX + path.replace(".", "_")
 
 
-def module_table(modules: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Names in kohya's files → paths, in both spellings, for some trainers write diffusers' for SDXL too."""
-    table = {}
-    for module in modules:
-        table[PREFIX + module.replace(".", "_")] = module
-        try:
-            table[kohya_name(module, config)] = module
-        except ValueError:  # a norm, for one
-            continue
-    return table
-
-
 def sgm_path(module: str, config: Mapping[str, Any]) -> str:
-    """diffusers' path of an SDXL layer → the one in Stability's UNet, layers_per_block + 1 blocks a level.
+    """diffusers' path of a layer → the one in Stability's UNet, n = layers_per_block + 1 blocks a level.
 
     Raises:
         ValueError: for a layer that UNet has not.
@@ -62,6 +49,7 @@ def sgm_path(module: str, config: Mapping[str, Any]) -> str:
         return OUTSIDE[module]
     layers = config["layers_per_block"]
     block, *rest = module.split(".")
+
     try:
         level = int(rest.pop(0)) if block != "mid_block" else 0
         kind, number, *rest = rest

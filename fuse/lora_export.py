@@ -1,20 +1,21 @@
 """LoRAs in other tools' formats."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.adapter import WEIGHTS, Adapter, sort_metadata
+from stepfuse.fuse.adapter import WEIGHTS, Adapter
 from stepfuse.fuse.factors import Factors, peft_config, peft_state, read_factors
 from stepfuse.fuse.kohya import file_metadata, kohya_name
 from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora_write import save_lora, sort_metadata
 
 FORMATS = ("diffusers", "peft", "kohya")
 PEFT_PREFIX = "base_model.model."
@@ -36,7 +37,8 @@ def export_adapter(adapter: Adapter, output: Path, *, form: str, config: Mapping
     lora = open_lora(adapter.folder / WEIGHTS)
     factors = read_factors(lora, adapter.sha256)
     if form == "diffusers":
-        save_diffusers(output, factors)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_lora(output, factors)
     elif form == "kohya":
         save_kohya(output, factors, config, title=adapter.name, prediction=prediction)
     elif form == "peft":
@@ -45,36 +47,25 @@ def export_adapter(adapter: Adapter, output: Path, *, form: str, config: Mapping
         raise ValueError(f"format {form!r}; expected one of {', '.join(FORMATS)}")
 
 
-def save_diffusers(output: Path, factors: Mapping[str, Factors]) -> None:
-    """As `pipe.load_lora_weights` reads it, peft's configuration in the header."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    StableDiffusionPipeline.save_lora_weights(
-        output.parent,
-        unet_lora_layers=peft_state(factors),
-        unet_lora_adapter_metadata=peft_config(factors),
-        weight_name=output.name,
-    )
-    sort_metadata(output)
-
-
 def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
     """A folder as peft saves one."""
     output.mkdir(parents=True, exist_ok=True)
     state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
     save_file(state, output / PEFT_WEIGHTS, metadata={"format": "pt"})
     config = peft_config(factors) | {"base_model_name_or_path": base, "inference_mode": True}
-    write_text(output / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True, default=sorted) + "\n")
+    write_text(output / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def save_kohya(
     output: Path, factors: Mapping[str, Factors], config: Mapping[str, Any], *, title: str, prediction: str
 ) -> None:
-    """One file as sd-scripts saves it: each layer's A, B and alpha.
+    """One file as sd-scripts saves it: each layer's A, B and alpha, which is the same in all layers.
 
     Raises:
         ValueError: for a DoRA, of which ComfyUI and AUTOMATIC1111 compute something else than peft, and for a bias.
     """
     state: dict[str, Tensor] = {}
+    alpha = Counter(float(layer.alpha) for layer in factors.values()).most_common(1)[0][0]
     for module, layer in factors.items():
         if layer.magnitude is not None:
             raise ValueError(
@@ -83,12 +74,14 @@ def save_kohya(
             )
         if layer.bias is not None:
             raise ValueError(f"{title!r} has a bias, which kohya's files do not hold; export it as diffusers or peft")
-        name = kohya_name(module, config)
+        name, up = kohya_name(module, config), layer.up
+        if layer.alpha != alpha:  # diffusers 0.42 gives attention layers the alpha that most layers have
+            up = (up.double() * (layer.alpha / alpha)).to(up.dtype)
         state[f"{name}.lora_down.weight"] = layer.down.contiguous()
-        state[f"{name}.lora_up.weight"] = layer.up.contiguous()
-        state[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
+        state[f"{name}.lora_up.weight"] = up.contiguous()
+        state[f"{name}.alpha"] = torch.tensor(alpha)
     first = next(iter(factors.values()))
-    metadata = file_metadata(config, title=title, rank=first.rank, alpha=first.alpha, prediction=prediction)
+    metadata = file_metadata(config, title=title, rank=first.rank, alpha=alpha, prediction=prediction)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, output, metadata=metadata)
     sort_metadata(output)

@@ -2,8 +2,8 @@
 
     W x  →  W x + (alpha / r) B A x          (LoRA, arXiv:2106.09685; with rsLoRA alpha / √r, arXiv:2312.03732)
 
-Keys are diffusers' and peft's, `PART.MODULE.lora_A.weight`, PART one of `PARTS`; for files in other layouts see
-`stepfuse.fuse.interchange`.
+Keys are those that stepfuse writes (`stepfuse.fuse.lora_keys.written_key`), or diffusers' and peft's plain ones,
+`PART.MODULE.lora_A.weight`, PART one of `PARTS`; for files in other layouts see `stepfuse.fuse.lora_import`.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,18 +22,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from stepfuse.fuse.lora_keys import BIAS, DOWN, MAGNITUDE, PARTS, UP, parse_key, set_key, written_key
 from stepfuse.fuse.manifest import one_line, short
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
 MOST_BYTES = 2**33
 MOST_HEADER = 2**24
-MOST_LETTERS = 500  # of a tensor's name
 MOST_ELEMENTS = 2**27  # of one tensor: rank 512 on the widest layer of SDXL has 2**23
-KEY = re.compile(
-    rf"(?P<part>{'|'.join(PARTS)})\.(?P<module>[A-Za-z0-9_.]+)\."
-    r"(?P<kind>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)"
-)
 DTYPES = ("F64", "F32", "F16", "BF16")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # some write alphas so
 # Of peft's configuration: what has no part in a forward of the trained adapter.
@@ -100,19 +95,34 @@ class LoRAFile:
         file: where it lies.
         layers: by part, then by the module's path.
         rslora: by part, whether alpha is divided by √r.
+        keys: of the tensors in the file, by their names in peft's layout, `PART.MODULE.lora_A.weight`.
     """
 
     file: Path
     layers: Mapping[str, Mapping[str, LoRALayer]]
     rslora: Mapping[str, bool]
+    keys: Mapping[str, str]
 
     @property
     def rank(self) -> int:
         """The largest."""
         return max(layer.rank for part in self.layers.values() for layer in part.values())
 
+    @property
+    def as_written(self) -> bool:
+        """The file is in the layout that stepfuse writes: its keys, and scaling 1 in every layer."""
+        unet = self.layers.get("unet", {})
+        guarded = any(layer.dora or layer.bias for layer in unet.values())
+        kinds = {DOWN, UP, BIAS, MAGNITUDE}
+        names = {f"unet.{m}.{kind}": written_key(m, kind, guarded=guarded) for m in unet for kind in kinds}
+        return (
+            all(name in names and key == f"unet.{names[name]}" for name, key in self.keys.items())
+            and all(layer.scaling == 1 for layer in unet.values())
+            and not any(self.rslora.values())
+        )
+
     def read(self, sha256: str | None = None) -> dict[str, Tensor]:
-        """Its tensors; with a hash, those of exactly that file.
+        """Its tensors under their names in peft's layout; with a hash, those of exactly that file.
 
         Raises:
             ValueError: for another hash, or a file that changed since its header was read.
@@ -121,9 +131,12 @@ class LoRAFile:
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError(f"{self.file} is not the file that was recorded (sha256 differs); fetch it again")
         try:
-            return safetensors.torch.load(content)
+            state = safetensors.torch.load(content)
         except SafetensorError as error:
             raise ValueError(f"{self.file} is truncated or no safetensors file ({error}); fetch it again") from error
+        if state.keys() != set(self.keys.values()):
+            raise ValueError(f"{self.file} changed while it was read; try again")
+        return {name: state[key] for name, key in self.keys.items()}
 
     def config(self, part: str) -> dict[str, Any]:
         """peft's configuration of one part, made of what was checked and of nothing else in the file."""
@@ -155,34 +168,58 @@ def open_lora(file: Path) -> LoRAFile:
         raise ValueError(f"no LoRA weights at {file}")
     shapes, metadata = read_header(file)
     found: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
+    keys: dict[str, str] = {}
     for key, shape in shapes.items():
-        match = KEY.fullmatch(key) if len(key) <= MOST_LETTERS else None
-        if match is None:
-            raise ValueError(
-                f"{file}: tensor {key[:100]!r} is not of a LoRA in diffusers' layout; "
-                "`stepfuse set import` takes other layouts"
-            )
-        found.setdefault(match["part"], {}).setdefault(match["module"], {})[match["kind"]] = shape
+        split = set_key(key)
+        if split is None:
+            what = parse_key(key).refusal or "a LoRA in another layout; `stepfuse set import` takes other layouts"
+            raise ValueError(f"{file}: tensor {key[:100]!r} is of {what}")
+        part, module, kind = split
+        name = ".".join(split)
+        if name in keys:
+            raise ValueError(f"{file}: tensors {keys[name][:100]!r} and {key[:100]!r} are of the same layer and factor")
+        keys[name] = key
+        found.setdefault(part, {}).setdefault(module, {})[kind] = shape
     configs = read_configs(file, metadata)
     for part in configs.keys() - found.keys():
         raise ValueError(f"{file}: its metadata is of {part}, and it has no tensors of that; fetch it again")
-    placed = {part: config | _placed(config) for part, config in configs.items()}
-    layers = {
-        part: {name: _layer(file, f"{part}.{name}", own, placed.get(part)) for name, own in modules.items()}
-        for part, modules in found.items()
-    }
-    for part, own in layers.items():
-        for what in ("dora", "bias"):
-            if len({getattr(layer, what) for layer in own.values()}) > 1:
-                raise ValueError(
-                    f"{file}: some layers of {part} have a {what} and others none; expected one or the other"
-                )
+    layers = {part: check_layers(file, part, modules, configs.get(part)) for part, modules in found.items()}
     rslora = {part: bool(configs.get(part, {}).get("use_rslora", False)) for part in layers}
-    return LoRAFile(file=file, layers=layers, rslora=rslora)
+    return LoRAFile(file=file, layers=layers, rslora=rslora, keys=keys)
 
 
-def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+def check_layers(
+    file: Path,
+    part: str,
+    modules: Mapping[str, Mapping[str, tuple[int, ...]]],
+    config: Mapping[str, Any] | None,
+) -> dict[str, LoRALayer]:
+    """Layers from the shapes of their tensors and peft's configuration.
+
+    Args:
+        file: named in errors.
+        part: of the pipeline, named in errors.
+        modules: shapes by kind of tensor, by the module's path.
+        config: peft's; without one alpha is the rank.
+
+    Raises:
+        ValueError: for tensors that do not go together or that the configuration contradicts.
+    """
+    placed = None if config is None else {**config, **_placed(config)}
+    layers = {name: _layer(file, f"{part}.{name}", own, placed) for name, own in modules.items()}
+    for what in ("dora", "bias"):
+        if len({getattr(layer, what) for layer in layers.values()}) > 1:
+            raise ValueError(f"{file}: some layers of {part} have a {what} and others none; expected one or the other")
+    return layers
+
+
+def read_header(
+    file: Path, relevant: Callable[[str], bool] = lambda key: True
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by key, and the metadata, of a safetensors file of floating-point numbers.
+
+    Args:
+        relevant: whether a tensor of that key will be read; sizes and types of others are not checked.
 
     Raises:
         ValueError: for what is none, is too large to be a LoRA, or is shorter or longer than its header says.
@@ -205,9 +242,11 @@ def read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]
     if not shapes:
         raise ValueError(f"{file} holds no tensors; train the adapter again")
     for key, shape in shapes.items():
+        if not relevant(key):
+            continue
         if math.prod(shape) > MOST_ELEMENTS:
             raise ValueError(f"{file}: tensor {key[:100]!r} of shape {list(shape)} is too large for a LoRA")
-        if dtypes[key] not in DTYPES and not (key.endswith(".alpha") and dtypes[key] in WHOLE):
+        if dtypes[key] not in DTYPES and not (key.endswith("alpha") and dtypes[key] in WHOLE):
             raise ValueError(f"{file}: tensor {key[:100]!r} is {dtypes[key]}; expected one of {', '.join(DTYPES)}")
     return shapes, metadata
 
@@ -320,8 +359,18 @@ def _of_pattern(pattern: Mapping[str, tuple[int, Any]], module: str, default: An
     return min((pattern[name] for name in names if name in pattern), default=(0, default))[1]
 
 
-def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """peft's configuration by part, where the header has one."""
+def read_configs(
+    file: Path, metadata: Mapping[str, str], parts: tuple[str, ...] = PARTS, *, bare: bool = False
+) -> dict[str, dict[str, Any]]:
+    """peft's configuration by part, where the header has one.
+
+    Args:
+        parts: those that are of interest; the configurations of others are not looked at.
+        bare: settings without a part are the UNet's, as `UNet2DConditionModel.save_lora_adapter` writes them.
+
+    Raises:
+        ValueError: for metadata that is malformed, or of something else than a LoRA.
+    """
     if METADATA not in metadata:
         return {}
     try:
@@ -333,11 +382,14 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str,
     configs: dict[str, dict[str, Any]] = {}
     for key, value in packed.items():
         part, _, name = key.partition(".")
+        if bare and not name:
+            part, name = "unet", part
         if part not in PARTS or not name:
             raise ValueError(
                 f"{file}: its metadata has {key[:100]!r}; expected keys that begin with {', '.join(PARTS)}"
             )
-        configs.setdefault(part, {})[name] = value
+        if part in parts:
+            configs.setdefault(part, {})[name] = value
     for config in configs.values():
         check_config(file, config)
     return configs

@@ -1,145 +1,197 @@
-"""LoRAs from elsewhere: in kohya's layout, peft's, and diffusers', of today and of before peft."""
+"""LoRAs from elsewhere: every layout that states layer, factor and scale without doubt.
 
-import json
-import tempfile
-from collections.abc import Mapping
+One pass names every tensor (`stepfuse.fuse.lora_keys`), then one reader checks shapes, scale and fit. The scale of a
+layer is `alpha / r`, alpha being
+
+- the tensor `….alpha` of the layer (kohya-ss/sd-scripts, LyCORIS, OneTrainer);
+- else what peft's configuration says, in the header (diffusers ≥ 0.34) or in `adapter_config.json` beside the file;
+- else the rank, which is what diffusers, kohya-ss/sd-scripts and ComfyUI take it for.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
-from diffusers.utils import convert_unet_state_dict_to_peft
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from stepfuse.fuse.adapter import WEIGHTS, check_parts
-from stepfuse.fuse.factors import Factors, read_factors
-from stepfuse.fuse.kohya import PREFIX, TEXT_ENCODERS, module_table
-from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
-from stepfuse.fuse.lora_file import METADATA, check_config, open_lora, plain_modules, read_configs, read_header
+from stepfuse.fuse.adapter import WEIGHTS
+from stepfuse.fuse.factors import Factors
+from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_WEIGHTS
+from stepfuse.fuse.lora_file import (
+    LoRALayer,
+    check_config,
+    check_fits,
+    check_layers,
+    plain_modules,
+    read_configs,
+    read_header,
+)
+from stepfuse.fuse.lora_keys import ALPHA, BIAS, DOWN, MAGNITUDE, TEXT, UP, LayerTable, LoRAKey, parse_key
 from stepfuse.fuse.manifest import check_no_pickle, read_object
 
-OLDER = (".lora.down.weight", "_lora.down.weight")
+Found = dict[str, dict[str, LoRAKey]]  # by the layer's path, then by kind
 
 
 def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> dict[str, Factors]:
-    """The layers of a LoRA in kohya's, peft's, or one of diffusers' layouts, for a UNet.
+    """The layers of a LoRA in any layout that names layers and factors, for a UNet.
 
     Args:
-        file: a safetensors file, or a folder as peft saves one.
+        file: a safetensors file, or a folder as peft or diffusers saves one.
+        unet: of the base, with or without LoRAs.
         unet_only: leave out what is of text encoders.
 
+    Returns:
+        Factors by the layer's path in the UNet.
+
     Raises:
-        ValueError: for a pickle, another kind of adapter, layers that the UNet has not, or parts of text encoders.
+        ValueError: for a pickle, another kind of adapter, layers that the UNet does not have, parts of text encoders,
+            and anything whose layer or scale is in doubt.
     """
     if file.is_dir():
         file = file / (PEFT_WEIGHTS if (file / PEFT_CONFIG).is_file() else WEIGHTS)
     check_no_pickle(file)
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")
-    shapes, metadata = read_header(file)
-    if any(key.startswith((PREFIX, *TEXT_ENCODERS)) for key in shapes):
-        factors = _from_kohya(file, shapes, unet, unet_only=unet_only)
-    elif all(key.startswith(PEFT_PREFIX) for key in shapes):
-        factors = _from_peft(file)
-    elif any(".lora_A." in key for key in shapes) and not any(key.endswith(OLDER) for key in shapes):
-        lora = open_lora(file)
-        if not unet_only:
-            check_parts(lora)
-        factors = read_factors(lora)
-    else:
-        factors = _from_older(file, metadata, unet_only=unet_only)
-    if not factors:
+    shapes, metadata = read_header(file, lambda key: parse_key(key).part != TEXT)
+    names = [parse_key(key) for key in shapes]
+    beside = _config_beside(file, names)
+    own = _of_unet(file, names, unet_only=unet_only)
+    if not own:
         raise ValueError(f"{file} has no layers of a UNet; nothing of it can be fused")
+    modules = dict(plain_modules(unet))
+    found = _by_layer(file, own, LayerTable(modules, unet.config))
+    config = read_configs(file, metadata, ("unet",), bare=True).get("unet")
+    if config is None:
+        config = beside
+        if config is None:
+            _check_wrapped(file, found)
+    stated = {
+        module: {kind: _shape_for(modules[module], shapes[name.key], kind) for kind, name in kinds.items()}
+        for module, kinds in found.items()
+    }
+    layers = check_layers(file, "unet", {m: _without_alpha(kinds) for m, kinds in stated.items()}, config)
+    check_fits(file, layers, unet)
+    return _read(file, found, layers, stated, config)
+
+
+def _of_unet(file: Path, names: Sequence[LoRAKey], *, unet_only: bool) -> list[LoRAKey]:
+    """The tensors of the UNet, all of one adapter."""
+    own = [name for name in names if name.part != TEXT]
+    strange = [name for name in own if name.refusal]
+    if strange:
+        # Weights and biases that are named so plainly may be part of another kind of adapter.
+        plain = (parse_key("x.weight").refusal, parse_key("x").refusal)
+        worst = next((name for name in strange if name.refusal not in plain), strange[0])
+        raise ValueError(f"{file}: tensor {worst.key[:100]!r} is of {worst.refusal}")
+    texts = [name.key for name in names if name.part == TEXT]
+    if texts and not unet_only:
+        raise ValueError(
+            f"{file} has tensors of a text_encoder or an embedding too ({texts[0][:100]!r}), and fused adapters share "
+            "one embedding of the prompt: --unet_only leaves them out, which changes what the LoRA does"
+        )
+    adapters = {name.adapter or "" for name in own if name.kind != ALPHA}
+    if len(adapters) > 1:
+        told = ", ".join(repr(name) for name in sorted(adapters))
+        raise ValueError(f"{file} holds several adapters, {told}; save each of them to a separate file")
+    return own
+
+
+def _by_layer(file: Path, names: Sequence[LoRAKey], table: LayerTable) -> Found:
+    """The tensors by the layers of the base."""
+    found: Found = {}
+    for name in names:
+        try:
+            module = table.find(name)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        kinds = found.setdefault(module, {})
+        if name.kind in kinds:
+            raise ValueError(
+                f"{file}: tensors {kinds[name.kind].key[:100]!r} and {name.key[:100]!r} are both the same factor of "
+                f"{module}; expected one layout in a file"
+            )
+        kinds[name.kind] = name
+    for kinds in found.values():
+        if not {DOWN, UP} <= kinds.keys():
+            (first, *_), factors = kinds.values(), {DOWN: "lora_down", UP: "lora_up"}
+            there = next((text for kind, text in factors.items() if kind in kinds), None) or next(iter(kinds))
+            stem = first.key.partition(".")[0] if first.flat else first.layer
+            raise ValueError(f"{file}: {stem} has {there} alone ({first.key[:100]!r}); fetch the file again")
+    return found
+
+
+def _config_beside(file: Path, names: Sequence[LoRAKey]) -> dict[str, Any] | None:
+    """peft's configuration in a file beside the weights, for keys that have peft's wrapper in them."""
+    place = file.parent / PEFT_CONFIG
+    if not place.is_file() or not any("base_model.model." in name.key for name in names):
+        return None
+    values = read_object(place, "the configuration peft saves beside the weights")
+    config = {key: value for key, value in values.items() if value}
+    check_config(place, config)
+    return config
+
+
+def _check_wrapped(file: Path, found: Found) -> None:
+    """See that weights as peft alone writes them, which come without its configuration, state their alpha."""
+    for kinds in found.values():
+        if kinds[DOWN].wrapped and ALPHA not in kinds:
+            raise ValueError(
+                f"no {PEFT_CONFIG} in {file.parent}; {kinds[DOWN].key[:100]!r} has peft's wrapper base_model.model., "
+                "and peft writes alpha to that file: put it beside the weights"
+            )
+
+
+def _shape_for(module: nn.Module, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
+    """Some trainers write the factors of a convolution of one pixel as matrices, or the other way round."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if kind not in (DOWN, UP) or len(shape) not in (2, 4) or len(shape) == weight.ndim:
+        return shape
+    return (*shape, 1, 1) if weight.ndim == 4 else (shape[0], math.prod(shape[1:]))
+
+
+def _without_alpha(kinds: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {kind: shape for kind, shape in kinds.items() if kind != ALPHA}
+
+
+def _read(
+    file: Path,
+    found: Found,
+    layers: Mapping[str, LoRALayer],
+    stated: Mapping[str, Mapping[str, tuple[int, ...]]],
+    config: Mapping[str, Any] | None,
+) -> dict[str, Factors]:
+    """Tensors and scales of layers that were checked."""
+    factors = {}
+    with safe_open(file, framework="pt") as tensors:
+        for module, kinds in found.items():
+            state = {kind: tensors.get_tensor(name.key) for kind, name in kinds.items()}
+            shaped = {kind: value.reshape(stated[module][kind]) for kind, value in state.items()}
+            layer = layers[module]
+            alpha = layer.scaling * layer.rank
+            if ALPHA in state:
+                alpha = _alpha(file, kinds[ALPHA].key, state[ALPHA], None if config is None else alpha)
+            factors[module] = Factors(
+                down=shaped[DOWN],
+                up=shaped[UP],
+                alpha=alpha,
+                magnitude=shaped.get(MAGNITUDE),
+                bias=shaped.get(BIAS),
+            )
     return factors
 
 
-def _from_kohya(
-    file: Path, shapes: Mapping[str, Any], unet: UNet2DConditionModel, *, unet_only: bool
-) -> dict[str, Factors]:
-    modules = (name for name, module in plain_modules(unet) if isinstance(module, nn.Linear | nn.Conv2d))
-    table = module_table(modules, unet.config)
-    ends = (".lora_down.weight", ".lora_up.weight", ".alpha")
-    for key in shapes:
-        if key.startswith(TEXT_ENCODERS) and not unet_only:
-            raise ValueError(
-                f"{file} is of a text encoder too ({key[:60]}); fused adapters share one embedding of the prompt: "
-                "--unet_only leaves it out, which changes what it does"
-            )
-        if key.startswith(PREFIX) and not key.endswith(ends):
-            what = (
-                "a DoRA in a layout that tools compute differently" if key.endswith("dora_scale") else "no plain LoRA"
-            )
-            raise ValueError(f"{file}: tensor {key[:100]!r} is of {what}; expected {', '.join(ends)}")
-        if not key.startswith((PREFIX, *TEXT_ENCODERS)):
-            raise ValueError(f"{file}: tensor {key[:100]!r} is not of kohya's layout, as the others are")
-        if key.startswith(PREFIX) and key.partition(".")[0] not in table:
-            raise ValueError(f"{file}: the base has no layer {key.partition('.')[0]!r}; the LoRA is of another one")
-    state = load_file(file)
-    factors = {}
-    for name in sorted({key.partition(".")[0] for key in state if key.startswith(PREFIX)}):
-        down, up = (state.get(f"{name}.lora_{what}.weight") for what in ("down", "up"))
-        if down is None or up is None:
-            there = "alpha" if down is up else "lora_up" if down is None else "lora_down"
-            raise ValueError(f"{file}: {name} has {there} alone; fetch the file again")
-        if down.ndim not in (2, 4) or up.ndim not in (2, 4) or up.shape[1] != len(down) or not down.numel():
-            raise ValueError(
-                f"{file}: {name} has A of shape {list(down.shape)} and B of {list(up.shape)}, which do not go together"
-            )
-        alpha = state.get(f"{name}.alpha", torch.tensor(float(len(down))))
-        if alpha.numel() != 1 or not 0 < float(alpha) < 2**31:
-            raise ValueError(f"{file}: {name} has alpha {alpha.tolist()}; expected a positive number")
-        factors[table[name]] = Factors(down=down, up=up, alpha=float(alpha))
-    return _shaped_like(factors, unet)
-
-
-def _shaped_like(factors: Mapping[str, Factors], unet: nn.Module) -> dict[str, Factors]:
-    """Some trainers write the factors of a convolution of one pixel as matrices, or the other way round."""
-    modules = dict(plain_modules(unet))
-    shaped = {}
-    for name, layer in factors.items():
-        weight = modules[name].weight
-        assert isinstance(weight, Tensor)
-        dims = weight.ndim
-        down, up = (
-            factor[..., None, None] if dims > factor.ndim else factor.flatten(1) if dims < factor.ndim else factor
-            for factor in (layer.down, layer.up)
+def _alpha(file: Path, key: str, value: Tensor, configured: float | None) -> float:
+    """The alpha that a tensor states; a configuration may not state another."""
+    alpha = float(value) if value.numel() == 1 else math.nan
+    if not 0 < alpha < 2**31:
+        raise ValueError(f"{file}: {key[:100]} has alpha {value.flatten()[:4].tolist()}; expected one positive number")
+    if configured is not None and not math.isclose(alpha, configured, rel_tol=1e-3):
+        raise ValueError(
+            f"{file}: {key[:100]} has alpha {alpha:g}, and the metadata of the file says {configured:g}; expected the "
+            "same"
         )
-        shaped[name] = Factors(down=down, up=up, alpha=layer.alpha)
-    return shaped
-
-
-def _from_peft(file: Path) -> dict[str, Factors]:
-    place = file.parent / PEFT_CONFIG
-    config = {k: v for k, v in read_object(place, "the configuration peft saves beside the weights").items() if v}
-    check_config(place, config)
-    state = {"unet." + key.removeprefix(PEFT_PREFIX): value for key, value in load_file(file).items()}
-    return _through_file(file, state, config)
-
-
-def _from_older(file: Path, metadata: Mapping[str, str], *, unet_only: bool) -> dict[str, Factors]:
-    """diffusers' names before peft, `unet.….attn1.processor.to_q_lora.down.weight`, and those of its training scripts,
-    `unet.….attn1.to_q.lora.down.weight`; without peft's configuration in the header alpha is the rank."""
-    state = load_file(file)
-    others = [key for key in state if not key.startswith("unet.")]
-    texts = all(key.startswith("text_encoder") for key in others)
-    if others and texts and not unet_only:
-        raise ValueError(f"{file} is of a text encoder too, which cannot be fused: --unet_only leaves it out")
-    if others and not texts:
-        raise ValueError(f"{file}: tensor {others[0][:100]!r} is of no layout known here; expected a UNet's LoRA")
-    own = {key.removeprefix("unet."): value for key, value in state.items() if key.startswith("unet.")}
-    converted = {f"unet.{key}": value for key, value in convert_unet_state_dict_to_peft(own).items()}
-    return _through_file(file, converted, read_configs(file, metadata).get("unet"))
-
-
-def _through_file(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> dict[str, Factors]:
-    """Tensors of a file in today's layout as the one reader of that layout sees them."""
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / WEIGHTS
-        packed = {f"unet.{key}": value for key, value in (config or {}).items()}
-        metadata = {METADATA: json.dumps(packed)} if packed else {}
-        save_file({key: value.contiguous() for key, value in state.items()}, place, metadata=metadata)
-        try:
-            return read_factors(open_lora(place))
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(place), str(file))) from None
+    return alpha

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, Adapter, copy_weights, read_adapter
+from stepfuse.fuse.adapter import OBJECTIVE, Adapter, copy_weights, read_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, OracleAdapter, load_set, oracle_terms, save_manifest, set_folder
+from stepfuse.fuse.entries import record_weights
 from stepfuse.fuse.gate import GapProfile
 from stepfuse.fuse.hub import PICTURES
 from stepfuse.fuse.manifest import MANIFEST
@@ -159,6 +160,8 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
 def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> AdapterSet:
     """Copy a set, fetched from the hub where it is there, to a folder of one's own; written whole or not at all.
 
+    Weights in a former layout are written in today's, and the manifest says their hashes.
+
     Raises:
         ValueError: for a faulty set, and an output folder that is not empty.
     """
@@ -169,7 +172,8 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
         shutil.copyfile(source / MANIFEST, aside / MANIFEST)
         for adapter in loaded.everyone:
             (aside / adapter.folder.name).mkdir()
-            shutil.copyfile(adapter.folder / WEIGHTS, aside / adapter.folder.name / WEIGHTS)
+            copy_weights(adapter, aside / adapter.folder.name)
+        record_weights(aside)
         for picture in PICTURES:
             if (source / picture).is_file():
                 shutil.copyfile(source / picture, aside / picture)

@@ -10,10 +10,11 @@ from stepfuse.fuse.adapter import WEIGHTS, Objective, check_guidance, write_adap
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.factors import peft_config, peft_state, read_factors
 from stepfuse.fuse.hub import fetch_lora, parse_id
-from stepfuse.fuse.lora_export import export_adapter, save_diffusers, save_kohya
+from stepfuse.fuse.lora_export import export_adapter, save_kohya
 from stepfuse.fuse.lora_file import check_fits, open_lora
 from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
+from stepfuse.fuse.lora_write import save_lora
 from stepfuse.fuse.make_set import add_adapter, check_writable, create_set
 from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.pipeline import EMBEDDED, describe_base, load_pipeline, same_base
@@ -175,7 +176,8 @@ def merge(
     merged, error = merge_factors(everyone, rank)
     title = "_".join(f"{name}-{weight:g}" for name, weight, _ in everyone)
     if form == "diffusers":
-        save_diffusers(output, merged)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        save_lora(output, merged)
     else:
         config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
         save_kohya(output, merged, config, title=title, prediction=prediction)

@@ -1,15 +1,16 @@
 """Adapters of every kind on Stable Diffusion and Stable Diffusion XL, as training leaves them, for tests of layouts."""
 
 import copy
+import json
 
-import pytest
 import torch
 from torch import nn
 
-from stepfuse.fuse.adapter import WEIGHTS, Objective, write_adapter
-from stepfuse.fuse.factors import read_factors
+from stepfuse.fuse.adapter import Objective, write_adapter
+from stepfuse.fuse.factors import state_factors
 from stepfuse.fuse.lora_export import export_adapter
-from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora_file import METADATA
+from stepfuse.fuse.lora_layers import adapter_state
 from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
 from stepfuse.fuse.variance import EtaSchedule
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl
@@ -47,17 +48,36 @@ def make_adapters(bases, root):
 
 
 def factors_of(adapters):
-    return {made: read_factors(open_lora(adapter.folder / WEIGHTS)) for made, (adapter, _) in adapters.items()}
+    """As peft holds them, before a file is written."""
+    made = {}
+    for (base, kind), (adapter, unet) in adapters.items():
+        state = {key: value.detach() for key, value in adapter_state(unet, kind).items()}
+        made[base, kind] = state_factors(adapter.folder, state, unet.peft_config[kind].to_dict())
+    return made
+
+
+def peft_states(adapters, base, kind):
+    """Tensors and configuration as peft has them, and as files in diffusers' plain layout have them."""
+    _, unet = adapters[base, kind]
+    config = unet.peft_config[kind].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    header = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    state = {f"unet.{key}": value.detach() for key, value in adapter_state(unet, kind).items()}
+    return state, {METADATA: header}
 
 
 def assert_same(got, expected):
-    """Layers bit for bit, and what they are multiplied by to the float32 that a file has."""
+    """A and magnitudes bit for bit; s B and s b, in which a file may have s or not, to the precision of float32."""
     assert got.keys() == expected.keys()
     for name, layer in expected.items():
-        for tensor in ("down", "up", "magnitude", "bias"):
-            one, other = getattr(got[name], tensor), getattr(layer, tensor)
-            assert (one is None and other is None) or torch.equal(one, other)
-        assert got[name].alpha == pytest.approx(layer.alpha, rel=1e-7)
+        own = got[name]
+        assert torch.equal(own.down, layer.down)
+        torch.testing.assert_close(own.up * own.scaling, layer.up * layer.scaling, rtol=1e-6, atol=0)
+        assert (own.magnitude is None) == (layer.magnitude is None)
+        assert layer.magnitude is None or torch.equal(own.magnitude, layer.magnitude)
+        assert (own.bias is None) == (layer.bias is None)
+        if layer.bias is not None:
+            torch.testing.assert_close(own.bias * own.scaling, layer.bias * layer.scaling, rtol=1e-6, atol=0)
 
 
 def layers(unet):

@@ -123,18 +123,14 @@ ZOO = {
     "ranks_by_expression": Specimen(
         config=lora(rank_pattern={r".*to_[qk]": 2}), outcome=("rank_pattern", "'.*to_[qk]'")
     ),
-    "loha": Specimen(
-        config=LoHaConfig(r=4, target_modules=ATTENTION), layout="bare", outcome=("hada_w1_a", "not of a LoRA")
-    ),
+    "loha": Specimen(config=LoHaConfig(r=4, target_modules=ATTENTION), layout="bare", outcome=("hada_w1_a", "LoHa")),
     "loha_folder": Specimen(config=LoHaConfig(r=4, target_modules=ATTENTION), layout="peft", outcome=("'LOHA'",)),
-    "lokr": Specimen(
-        config=LoKrConfig(r=4, target_modules=ATTENTION), layout="bare", outcome=("lokr_w1", "not of a LoRA")
-    ),
+    "lokr": Specimen(config=LoKrConfig(r=4, target_modules=ATTENTION), layout="bare", outcome=("lokr_w1", "LoKr")),
     "lokr_folder": Specimen(config=LoKrConfig(r=4, target_modules=ATTENTION), layout="peft", outcome=("'LOKR'",)),
     "ia3": Specimen(
         config=IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]),
         layout="bare",
-        outcome=("ia3_l", "not of a LoRA"),
+        outcome=("ia3_l", "IA3"),
     ),
     "ia3_folder": Specimen(
         config=IA3Config(target_modules=["to_k", "to_v"], feedforward_modules=[]), layout="peft", outcome=("'IA3'",)

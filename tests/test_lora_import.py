@@ -8,15 +8,14 @@ import pytest
 import torch
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.lora_export import save_diffusers, save_kohya
-from stepfuse.fuse.lora_file import METADATA, check_fits
+from stepfuse.fuse.lora_export import save_kohya
+from stepfuse.fuse.lora_file import check_fits
 from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
-from tests.fixtures_formats import assert_same, export
+from stepfuse.fuse.lora_write import save_lora
+from tests.fixtures_formats import assert_same, export, peft_states
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, assert_alike, predict
 
@@ -66,7 +65,7 @@ def test_without_an_alpha_it_is_the_rank(lora_bases, lora_factors, tmp_path):
 
 def test_alphas_that_are_whole_numbers_are_read(lora_bases, lora_adapters, lora_factors, tmp_path):
     """Those of diffusers' own conversion, which are the ranks; and what was merged or came without, once exported."""
-    state = load_file(lora_adapters["sd", "patterns"][0].folder / WEIGHTS)
+    state, _ = peft_states(lora_adapters, "sd", "patterns")
     file = save(convert_state_dict_to_kohya(state), tmp_path / "x.safetensors")
     ranks = {name: replace(layer, alpha=layer.rank) for name, layer in lora_factors["sd", "patterns"].items()}
     read = read_foreign(file, lora_bases["sd"].unet, unet_only=False)
@@ -79,10 +78,9 @@ def test_alphas_that_are_whole_numbers_are_read(lora_bases, lora_adapters, lora_
 @pytest.mark.parametrize("kind", ["rank_stabilised_patterns", "dora", "patterns"])
 def test_files_of_diffusers_scripts_are_read_with_their_header(lora_bases, lora_adapters, lora_factors, kind, tmp_path):
     """Attention under older names, peft's configuration beside them."""
-    adapter, trained = lora_adapters["sd", kind]
-    with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
-        header = {METADATA: file.metadata()[METADATA]}
-    state = convert_state_dict_to_diffusers(load_file(adapter.folder / WEIGHTS))
+    _, trained = lora_adapters["sd", kind]
+    state, header = peft_states(lora_adapters, "sd", kind)
+    state = convert_state_dict_to_diffusers(state)
     assert f"unet.{FIRST}.lora.down.weight" in state
     place = save(state, tmp_path / "x.safetensors", **header)
     if kind == "rank_stabilised_patterns":  # of others than attention diffusers 0.42 drops some
@@ -108,7 +106,7 @@ def test_layouts_before_peft_are_read_as_diffusers_reads_them(lora_bases, lora_f
     pipeline = copy.deepcopy(lora_bases[base])
     pipeline.load_lora_weights(file)
     again = copy.deepcopy(lora_bases[base])
-    save_diffusers(tmp_path / "again.safetensors", read)
+    save_lora(tmp_path / "again.safetensors", read)
     again.load_lora_weights(tmp_path / "again.safetensors")
     assert_alike(predict(again.unet), predict(pipeline.unet))
 
@@ -118,7 +116,7 @@ def test_a_text_encoder_is_left_out_where_that_is_wanted(lora_bases, lora_factor
     text = {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8) for i in ("", 1, 2)}
     for key, value in text.items():
         file = save(kohya_state(own) | {key: value}, tmp_path / "x.safetensors")
-        with refused(str(file), "text encoder", "--unet_only"):
+        with refused(str(file), key, "text_encoder", "--unet_only"):
             read_foreign(file, lora_bases["sd"].unet, unet_only=False)
         assert_same(read_foreign(file, lora_bases["sd"].unet, unet_only=True), own)
     with refused(str(file), "no layers of a UNet"):
@@ -135,9 +133,12 @@ NAME = "lora_unet_" + FIRST.replace(".", "_")
         ({f"{NAME}.lora_up.weight": None}, [NAME, "lora_down alone"]),
         ({f"{NAME}.lora_down.weight": None}, [NAME, "lora_up alone"]),
         ({f"{NAME}.dora_scale": torch.ones(32, 1)}, [f"{NAME}.dora_scale", "DoRA"]),
-        ({f"{NAME}.hada_w1_a": torch.ones(32, 4)}, [f"{NAME}.hada_w1_a", "no plain LoRA"]),
-        ({f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, [f"{NAME}.lora_mid", "no plain LoRA"]),
-        ({f"unet.{FIRST}.lora_A.weight": torch.ones(4, 32)}, [f"unet.{FIRST}.lora_A", "not of kohya's layout"]),
+        ({f"{NAME}.hada_w1_a": torch.ones(32, 4)}, [f"{NAME}.hada_w1_a", "LoHa"]),
+        ({f"{NAME}.lora_mid.weight": torch.ones(4, 4)}, [f"{NAME}.lora_mid", "Tucker"]),
+        (
+            {f"unet.{FIRST}.lora_A.weight": torch.ones(4, 32)},
+            [f"unet.{FIRST}.lora_A", NAME, "same factor"],
+        ),
         ({f"{NAME}.lora_down.weight": torch.ones(4, 31)}, [FIRST, "[32, 31]", "[32, 32]", "another base"]),
         ({f"{NAME}.lora_down.weight": torch.ones(4, 32).int()}, [f"{NAME}.lora_down", "I32"]),
     ],
@@ -163,13 +164,13 @@ MALFORMED = {
 @pytest.mark.parametrize("what", MALFORMED)
 def test_a_kohya_file_of_malformed_layers_is_refused(lora_bases, lora_factors, what, tmp_path):
     file = save(kohya_state(lora_factors["sd", "plain"]) | MALFORMED[what], tmp_path / "x.safetensors")
-    with refused(str(file), next(iter(MALFORMED[what])).partition(".")[0]):
+    with refused(str(file), FIRST if "alpha" not in what and what != "a block" else next(iter(MALFORMED[what]))):
         read_foreign(file, lora_bases["sd"].unet, unet_only=False)
 
 
 @pytest.mark.parametrize("form", ["diffusers before peft", "peft"])
 def test_what_is_wrong_names_the_file_it_is_wrong_in(lora_bases, lora_adapters, form, tmp_path):
-    state = load_file(lora_adapters["sd", "plain"][0].folder / WEIGHTS)
+    state, _ = peft_states(lora_adapters, "sd", "plain")
     if form == "peft":
         file = export(lora_adapters, "sd", "plain", "peft", tmp_path / "x") / "adapter_model.safetensors"
         save({k.replace("unet.", "base_model.model."): v for k, v in state.items() if "lora_B" not in k}, file)

@@ -7,12 +7,11 @@ import warnings
 import pytest
 import torch
 from peft import LoraModel, set_peft_model_state_dict
-from safetensors.torch import load_file
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.lora_export import save_diffusers
 from stepfuse.fuse.lora_layers import merged_adapters
 from stepfuse.fuse.lora_merge import merge_factors
+from stepfuse.fuse.lora_write import save_lora
+from tests.fixtures_formats import peft_states
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, KINDS, assert_alike, predict
 
@@ -52,7 +51,7 @@ def test_an_exact_merge_predicts_what_the_soup_does(lora_bases, lora_adapters, l
     assert error == 0
     assert merged[FIRST].rank == 4 + 6 + 4
     assert merged["time_embedding.linear_1"].rank == 4 + 4
-    save_diffusers(tmp_path / "x.safetensors", merged)
+    save_lora(tmp_path / "x.safetensors", merged)
     alone = copy.deepcopy(lora_bases["sd"])
     alone.load_lora_weights(tmp_path / "x.safetensors")
     with merged_adapters(pipeline.unet, WEIGHTED):
@@ -84,7 +83,7 @@ def peft_model(lora_bases, lora_adapters):
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         models = [LoraModel(unet, copy.deepcopy(KINDS[kind]), kind) for kind in WEIGHTED]
     for kind in WEIGHTED:
-        state = load_file(lora_adapters["sd", kind][0].folder / WEIGHTS)
+        state, _ = peft_states(lora_adapters, "sd", kind)
         set_peft_model_state_dict(unet, {k.removeprefix("unet."): v for k, v in state.items()}, kind)
     return models[-1]
 

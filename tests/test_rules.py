@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
 from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
 from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance
@@ -144,7 +144,7 @@ def test_weights_of_one_image_do_not_touch_the_others(sampler):
 def merged_by_hand(base, folders, delta, names):
     """A plain pipeline whose layers hold W + delta of their LoRA factors (alpha is the rank, so no scale)."""
     pipeline = load_pipeline(str(base))
-    files = {name: load_file(folders / name / WEIGHTS) for name in names}
+    files = {name: open_lora(folders / name / WEIGHTS).read() for name in names}
     layers = {key.removesuffix(".lora_A.weight") for key in files[names[0]] if key.endswith(".lora_A.weight")}
     for layer in layers:
         module = pipeline.unet.get_submodule(layer.removeprefix("unet."))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.train.checkpoints import list_checkpoints
 from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails
@@ -64,7 +65,7 @@ def record(folder="out"):
 
 
 def weights(folder="out"):
-    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
 
 
 # Not finite

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.scripts.build_set import ALONE
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
@@ -105,8 +106,9 @@ def curve(folder, tag="loss"):
 
 def tensors(folder, step=None):
     """The adapter, or the policy of a checkpoint."""
-    file = f"checkpoint-{step}/policy.safetensors" if step else "pytorch_lora_weights.safetensors"
-    return load_file(folder / file)
+    if step:
+        return load_file(folder / f"checkpoint-{step}/policy.safetensors")
+    return open_lora(folder / "pytorch_lora_weights.safetensors").read()
 
 
 def assert_same(found, expected, atol):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.rewards.compressibility import compressibility
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping
@@ -74,7 +74,7 @@ def run(tmp_path, monkeypatch, base):
 
 
 def weights(folder):
-    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
 
 
 # While it goes on sampling.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.denoiser import Denoiser
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.fuse.make_set import create_set
 from stepfuse.fuse.pipeline import load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
@@ -33,7 +33,7 @@ def slope(images, prompts):
 
 
 def weights(folder="out"):
-    return load_file(Path(folder) / "pytorch_lora_weights.safetensors")
+    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
 
 
 def assert_near(found, expected, atol):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from stepfuse.fuse.lora_file import open_lora
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.lora import LastRows, step_gaussians
@@ -150,7 +150,7 @@ def test_ratios_are_to_log_probs_of_the_first_update_which_are_the_rollouts(run_
 def trained(algorithm, settings):
     forget_accelerator()
     train(settings, algorithm(settings))
-    return load_file(Path(settings.output_dir) / "pytorch_lora_weights.safetensors")
+    return open_lora(Path(settings.output_dir) / "pytorch_lora_weights.safetensors").read()
 
 
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])
