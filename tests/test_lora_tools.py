@@ -6,6 +6,7 @@ extensions-builtin/Lora/networks.py, 1.10).
 """
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -14,17 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from stepfuse.data import emoji
 from stepfuse.fuse.adapter import WEIGHTS
+from stepfuse.fuse.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.factors import read_factors
 from stepfuse.fuse.kohya import sgm_path
-from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora_file import METADATA, open_lora
 from stepfuse.fuse.lora_layers import adapter_state, lora_layers
 from stepfuse.fuse.lora_merge import merge_factors
 from stepfuse.fuse.lora_write import save_lora
+from stepfuse.fuse.make_set import copy_set
 from stepfuse.fuse.pipeline import load_pipeline
-from tests.fixtures_formats import FACTORS_ALONE, export, layers, peft_states
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
+from tests.fixtures_strangers import LAYER, A, B, put_weights
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
 # peft 0.21 takes the bias of a factor B for a factor that lost a dimension.
@@ -213,3 +218,23 @@ def test_a_file_is_the_same_whatever_the_order_of_hashes(small_base, tmp_path):
     first, second = (process.communicate(timeout=120)[0].splitlines() for process in started)
     assert len(first) == 10  # two of the adapter, four of exports, two of each set
     assert first == second
+
+
+def test_a_set_in_the_former_layout_is_read_and_is_pulled_in_todays(stranger, tmp_path):
+    """diffusers' plain keys, alpha in the header: all else in the manifest stays as it is."""
+    state = {A: torch.randn(2, 32), B: torch.randn(32, 2)}
+    header = json.dumps({"unet.r": 2, "unet.lora_alpha": 3})
+    put_weights(stranger, save(state, metadata={METADATA: header}))
+    former = read_factors(open_lora(load_set(stranger).adapters[0].folder / WEIGHTS))
+    assert former[LAYER].scaling == 1.5
+    copy_set(str(stranger), tmp_path / "pulled")
+    lora = open_lora(tmp_path / "pulled" / "a" / WEIGHTS)
+    assert lora.as_written
+    assert_same(read_factors(lora), former)
+    before, after = (json.loads((folder / MANIFEST).read_text()) for folder in (stranger, tmp_path / "pulled"))
+    entries = zip(before["adapters"], after["adapters"], strict=True)
+    changed = [one.pop("weights") != other.pop("weights") for one, other in entries]
+    assert (changed, before) == ([True, False], after)
+    copy_set(str(tmp_path / "pulled"), tmp_path / "again")
+    for name in (MANIFEST, f"a/{WEIGHTS}", f"b/{WEIGHTS}"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "pulled" / name).read_bytes()
