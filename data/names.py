@@ -1,10 +1,32 @@
-"""Names that people mistype."""
+"""Suggestions for names that were mistyped."""
 
 import difflib
 from collections.abc import Iterable
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The end of a message that refuses `name`: the one that was probably meant, if any is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def nearest(name: object, names: Iterable[str]) -> str:
+    """Return the end of an error message that suggests a known name.
+
+    Case, and the difference between dashes and underscores, are ignored. Where several names are equally close, the one
+    that begins with the given text is taken.
+
+    Args:
+        name: The unknown name.
+        names: The known names.
+
+    Returns:
+        `; did you mean 'NAME'?`, or an empty string where no name is close.
+    """
+    known: dict[str, str] = {}
+    for candidate in names:
+        known.setdefault(_folded(candidate), candidate)
+    given = _folded(str(name))
+    close = [given] if given in known else []
+    if len(given.strip("_")) > 1:
+        close += [candidate for candidate in known if candidate.startswith(given)][:1]
+        close += difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
+
+
+def _folded(name: str) -> str:
+    return name.strip().casefold().replace("-", "_")

@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.factors import read_factors, state_factors
 from stepfuse.fuse.lora_file import LoRAFile, check_finite, check_fits, open_lora
 from stepfuse.fuse.lora_layers import adapter_state
@@ -251,7 +252,7 @@ def _numbers(values: Any) -> bool:
 
 def check_guidance(guidance: Any) -> str:
     if guidance not in GUIDANCE:
-        raise ValueError(f"guidance {guidance!r}; expected one of {', '.join(GUIDANCE)}")
+        raise ValueError(f"guidance {guidance!r}; expected one of {', '.join(GUIDANCE)}{nearest(guidance, GUIDANCE)}")
     return guidance
 
 

@@ -29,7 +29,7 @@ from stepfuse.fuse.manifest import (
     write_json,
 )
 from stepfuse.fuse.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
-from stepfuse.fuse.weights import weight_table
+from stepfuse.fuse.weight_table import weight_table
 from stepfuse.rewards.weighted import Term, parse_terms
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")

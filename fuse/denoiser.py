@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.adapter import GUIDANCE
 from stepfuse.fuse.lora_layers import active_adapter, averaged_factors, merged_adapters
 from stepfuse.fuse.path import NoisePath
@@ -81,7 +82,9 @@ class Denoiser:
 
     def __post_init__(self) -> None:
         if self.guidance not in GUIDANCE:
-            raise ValueError(f"guidance {self.guidance!r}; expected one of {', '.join(GUIDANCE)}")
+            raise ValueError(
+                f"guidance {self.guidance!r}; expected one of {', '.join(GUIDANCE)}{nearest(self.guidance, GUIDANCE)}"
+            )
         if not torch.isfinite(torch.tensor(float(self.guidance_scale))):
             raise ValueError(f"guidance_scale {self.guidance_scale}; expected a finite number")
         if self.rows_at_once is not None and not self.rows_at_once >= 1:

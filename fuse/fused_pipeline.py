@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from stepfuse.data.emoji import to_image
+from stepfuse.data.names import nearest
 from stepfuse.fuse.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.gaussian import Generators
 from stepfuse.fuse.make_set import copy_set
@@ -181,7 +182,9 @@ class FusedPipeline:
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt {num_images_per_prompt}; expected 1 or more")
         if output_type not in OUTPUTS:
-            raise ValueError(f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}")
+            raise ValueError(
+                f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}{nearest(output_type, OUTPUTS)}"
+            )
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(f"callback_on_step_end_tensor_inputs {unknown[0]!r}; latents is all there is")
         each = num_images_per_prompt

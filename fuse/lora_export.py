@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stepfuse.data.names import nearest
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import WEIGHTS, Adapter
 from stepfuse.fuse.factors import Factors, peft_config, peft_state, read_factors
@@ -44,7 +45,7 @@ def export_adapter(adapter: Adapter, output: Path, *, form: str, config: Mapping
     elif form == "peft":
         save_peft(output, factors, adapter.base["name_or_path"])
     else:
-        raise ValueError(f"format {form!r}; expected one of {', '.join(FORMATS)}")
+        raise ValueError(f"format {form!r}; expected one of {', '.join(FORMATS)}{nearest(form, FORMATS)}")
 
 
 def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:

@@ -14,7 +14,8 @@ from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.transition import transition
 from stepfuse.fuse.variance import VarianceSchedule
-from stepfuse.fuse.weights import Weights, weight_rows, weight_table
+from stepfuse.fuse.weight_table import weight_table
+from stepfuse.fuse.weights import Weights, weight_rows
 
 Latents = Float[Tensor, "batch *shape"]
 Rows = Int[Tensor, " rows"]

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.gate import soup_weights
 from stepfuse.fuse.gaussian import Gaussian, product
 from stepfuse.fuse.limits import (
@@ -359,12 +360,14 @@ def get_rule(name: str, **options: Any) -> FusionRule:
         ValueError: for a name that is not there, or an option the rule does not have.
     """
     if name not in RULES:
-        raise ValueError(f"no fusion rule {name!r}; expected one of {', '.join(RULES)}")
+        raise ValueError(f"no fusion rule {name!r}; expected one of {', '.join(RULES)}{nearest(name, RULES)}")
     rule: Any = RULES[name]
     fields = [f.name for f in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
     for option in options:
         if option not in fields:
-            raise ValueError(f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}")
+            raise ValueError(
+                f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}{nearest(option, fields)}"
+            )
     return rule(**options)
 
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.gaussian import at_least_float32
 from stepfuse.fuse.path import NoisePath
 
@@ -148,13 +149,19 @@ def schedule_from_dict(values: dict[str, Any]) -> VarianceSchedule:
         ValueError: for an unknown kind, or fields it does not have.
     """
     if not isinstance(values, dict) or values.get("kind") not in SCHEDULES:
-        raise ValueError(f"variance schedule {values!r}; expected a `kind` of {', '.join(SCHEDULES)}")
+        kind = values.get("kind") if isinstance(values, dict) else values
+        raise ValueError(
+            f"variance schedule {values!r}; expected a `kind` of {', '.join(SCHEDULES)}{nearest(kind, SCHEDULES)}"
+        )
     build = SCHEDULES[values["kind"]]
     given = {name: value for name, value in values.items() if name != "kind"}
     unknown = sorted(set(given) - set(_field_names(build)))
     if unknown:
-        known = ", ".join(_field_names(build))
-        raise ValueError(f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {known}")
+        known = _field_names(build)
+        raise ValueError(
+            f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {', '.join(known)}"
+            f"{nearest(unknown[0], known)}"
+        )
     try:
         return build(**{name: FROM_JSON.get(name, lambda v: v)(value) for name, value in given.items()})
     except (TypeError, RuntimeError) as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from stepfuse.data import emoji
+from stepfuse.data.names import nearest
 from stepfuse.rewards import hpsv2, image_reward, laion_aesthetic, pickscore
 from stepfuse.rewards.catalogue import Build, NamedReward
 from stepfuse.rewards.clip import TOKENIZER
@@ -183,6 +184,7 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         raise ValueError(f"reward {name!r} names no function; expected {name}:function")
     raise ValueError(
         f"no reward {kind!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or path/to/file.yaml"
+        f"{nearest(kind, REWARDS)}"
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.data.text_files import read_text, write_text
@@ -223,7 +224,8 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     """One entry of `objectives` or `oracles`."""
     expected = "a mapping with `algorithm` and `config`"
     require(isinstance(entry, dict) and {"algorithm", "config"} <= set(entry), "an objective", entry, expected)
-    require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], f"one of {', '.join(PROGRAMS)}")
+    known = f"one of {', '.join(PROGRAMS)}{nearest(entry['algorithm'], PROGRAMS)}"
+    require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], known)
     _, kind = PROGRAMS[entry["algorithm"]]
     own = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
     place = _found(entry["config"], file)

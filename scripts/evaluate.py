@@ -28,6 +28,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
+from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
@@ -141,7 +142,8 @@ class Evaluation:
             raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
         for name in config.scales:
             if name not in adapter_set.names:
-                raise ValueError(f"scales name {name!r}; the set has {', '.join(adapter_set.names)}")
+                known = adapter_set.names
+                raise ValueError(f"scales name {name!r}; the set has {', '.join(known)}{nearest(name, known)}")
         scales = adapter_set.reward_scales | config.scales
         for name in adapter_set.names:
             if name not in scales:

@@ -21,7 +21,8 @@ from stepfuse.fuse.rules import (
     get_rule,
 )
 from stepfuse.fuse.seeds import LIMIT
-from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights, weight_table
+from stepfuse.fuse.weight_table import weight_table
+from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights
 
 # With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
 FUSING = (Product, AverageNoise, KL, Switch, Systematic, Soup, SoupFactors, Oracle)

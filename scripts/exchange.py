@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.adapter import WEIGHTS, Objective, check_guidance, write_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.factors import peft_config, peft_state, read_factors
@@ -19,7 +20,8 @@ from stepfuse.fuse.make_set import add_adapter, check_writable, create_set
 from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.pipeline import EMBEDDED, describe_base, load_pipeline, same_base
 from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.fuse.weights import Weights, WeightSchedule, weight_table
+from stepfuse.fuse.weight_table import weight_table
+from stepfuse.fuse.weights import Weights, WeightSchedule
 
 UNKNOWN = "unknown"  # the reward of a LoRA that was not trained on one
 
@@ -130,7 +132,10 @@ def export(
     loaded = load_set(adapter_set)
     chosen = loaded.adapters if objective is None else [a for a in loaded.everyone if a.name == objective]
     if not chosen:
-        raise ValueError(f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(loaded.names)}")
+        known = [a.name for a in loaded.everyone]
+        raise ValueError(
+            f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(known)}{nearest(objective, known)}"
+        )
     folder, ending = output or Path(f"{form}-loras"), "" if form == "peft" else ".safetensors"
     places = [output if objective and output else folder / f"{adapter.name}{ending}" for adapter in chosen]
     for place in places:
@@ -157,7 +162,7 @@ def merge(
         ValueError: for weights that make no mixture or change over the steps, a DoRA, and an output that is there.
     """
     if form not in ("diffusers", "kohya"):
-        raise ValueError(f"format {form!r}; expected diffusers or kohya")
+        raise ValueError(f"format {form!r}; expected diffusers or kohya{nearest(form, ('diffusers', 'kohya'))}")
     if output.suffix != ".safetensors":
         raise ValueError(f"output {output}; expected a name that ends in .safetensors")
     claim_file(output, overwrite=overwrite)

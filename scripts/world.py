@@ -34,6 +34,7 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.gaussian import Gaussian
 from stepfuse.fuse.path import STABLE_DIFFUSION, NoisePath
 from stepfuse.fuse.plan import FusionStep, Merge, Plan, Rows, Score
@@ -320,7 +321,9 @@ def world_of(variances: str, weights: Sequence[float], steps: int) -> World:
         ValueError: for a number of objectives that is not 2 to 4, or variances of another name.
     """
     if variances not in OBJECTIVES:
-        raise ValueError(f"variances {variances!r}; expected one of {', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"variances {variances!r}; expected one of {', '.join(OBJECTIVES)}{nearest(variances, OBJECTIVES)}"
+        )
     if not 2 <= len(weights) <= len(OBJECTIVES[variances]):
         raise ValueError(f"{len(weights)} objectives; expected 2 to {len(OBJECTIVES[variances])}")
     return World(

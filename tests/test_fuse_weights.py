@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from stepfuse.fuse.weights import WeightSchedule, label_weights, parse_weights, weight_table
+from stepfuse.fuse.weight_table import weight_table
+from stepfuse.fuse.weights import WeightSchedule, label_weights, parse_weights
 from tests.fixtures_tiny import refused
 
 NAMES = ["aesthetic", "prompt", "compressed"]

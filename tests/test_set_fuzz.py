@@ -26,7 +26,7 @@ from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
-from stepfuse.fuse.weights import weight_table
+from stepfuse.fuse.weight_table import weight_table
 from tests.fixtures_tiny import save_stable_diffusion
 
 EXAMPLES = int(os.environ.get("STEPFUSE_FUZZ", "10000"))

@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.adapter import load_adapter
 from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.path import STABLE_DIFFUSION
@@ -60,7 +61,10 @@ def random_model(
         ValueError: for an architecture that is not known.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}"
+            f"{nearest(architecture, ARCHITECTURES)}"
+        )
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(**ARCHITECTURES[architecture]).to(dtype).requires_grad_(False).eval()

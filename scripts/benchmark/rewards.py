@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from stepfuse.data.names import nearest
 from stepfuse.rewards.hpsv2 import hpsv2
 from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import VOCABULARY, ImageReward
@@ -73,7 +74,7 @@ class RewardBenchmark:
     def __post_init__(self) -> None:
         for name in self.rewards:
             if name not in OURS:
-                raise ValueError(f"no original of {name!r}; expected some of {', '.join(OURS)}")
+                raise ValueError(f"no original of {name!r}; expected some of {', '.join(OURS)}{nearest(name, OURS)}")
         for name in ("count", "batch_size", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.pipeline import load_pipeline
 from stepfuse.rewards.registry import load_reward
@@ -75,10 +76,14 @@ class TrainingBenchmark:
         named = (("model", MODELS), ("compile", ("no", "regional", "full")), ("dtype", tuple(PRECISIONS)))
         for name, known in (*named, ("device", ("cpu", "cuda"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
+                given = getattr(self, name)
+                raise ValueError(f"{name} {given!r}; expected one of {', '.join(known)}{nearest(given, known)}")
         if not self.algorithms or (strange := [name for name in self.algorithms if name not in RIVALS]):
             found = repr(strange[0]) if self.algorithms else "none"
-            raise ValueError(f"algorithms: {found}; expected some of {', '.join(RIVALS)}")
+            raise ValueError(
+                f"algorithms: {found}; expected some of {', '.join(RIVALS)}"
+                f"{nearest(strange[0], RIVALS) if self.algorithms else ''}"
+            )
         bounds = (("images", 1), ("steps", 1), ("candidates", 2), ("repeats", 1), ("threads", 1))
         for name, least in (*bounds, ("timesteps_per_forward", 1)):
             value = getattr(self, name)

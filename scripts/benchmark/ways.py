@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.adapter import Objective
 from stepfuse.fuse.batched import BatchedAdapters
 from stepfuse.fuse.denoiser import Denoiser
@@ -73,14 +74,16 @@ class Settings:
         if self.guidance_scale == 1:
             raise ValueError("guidance_scale 1 is no guidance, and the reference is one adapter with it; give another")
         if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r}; expected one of {', '.join(MODES[1:])}")
+            raise ValueError(
+                f"mode {self.mode!r}; expected one of {', '.join(MODES[1:])}{nearest(self.mode, MODES[1:])}"
+            )
         if self.mode and not self.compile:
             raise ValueError(f"mode {self.mode!r} is of torch.compile; give --compile regional or full")
         for rule in self.rules:
             if getattr(get_rule(rule), "needs", "") or rule in ("kl", "oracle", "base"):
                 raise ValueError(f"rule {rule} is not measured here; expected one that fuses adapters without rewards")
         if strange := [rival for rival in self.rivals if rival not in WAYS]:
-            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(WAYS)}")
+            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(WAYS)}{nearest(strange[0], WAYS)}")
 
 
 @dataclass(frozen=True)
