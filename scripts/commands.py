@@ -2,18 +2,42 @@
 
 import argparse
 import sys
-from pathlib import Path
+
+from stepfuse.data.settings_file import find_config
+from stepfuse.scripts.checks import (
+    check_device_name,
+    check_file,
+    check_folder,
+    check_interval,
+    check_names,
+    check_picture,
+    check_reward,
+    check_rule,
+    check_set,
+    check_texts,
+    check_weights,
+)
+from stepfuse.scripts.choices import ALGORITHMS, BASELINES, BENCHMARK_RULES, COMPILE_MODES, MODELS, ORIGINAL_REWARDS
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.demo import demo
 
-    check_seed(arguments.seed)
     demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)
 
 
 def sample(arguments: argparse.Namespace) -> None:
+    check_picture(arguments.output, overwrite=arguments.overwrite)
+    check_texts(arguments.prompt)
+    check_device_name(arguments.device)
+    options = {name: getattr(arguments, name) for name in ("candidates", "block_size", "gate")}
+    options = {name: value for name, value in options.items() if value is not None}
+    check_rule(arguments.rule, options)
+    interval = check_interval(arguments.guidance_interval)
+    if arguments.compile and arguments.forwards == "separate":
+        raise ValueError("--compile needs --forwards batched: separate forwards would compile once for each adapter")
+    columns = check_weights(arguments.weights or [], check_set(arguments.set))
+
     import torch
 
     from stepfuse.data.lettering import enlargement
@@ -21,28 +45,15 @@ def sample(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.fuse.rules import get_rule
     from stepfuse.fuse.sampler import FusedSampler
-    from stepfuse.fuse.seeds import check_seed, numbered_generator
-    from stepfuse.fuse.weights import Weights, parse_weights
+    from stepfuse.fuse.seeds import numbered_generator
     from stepfuse.scripts.pictures import sampled_picture
 
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
-    check_picture(arguments.output)
-    check_seed(arguments.seed)
     device = check_device(arguments.device)
-    if any(not prompt.strip() for prompt in arguments.prompt):
-        raise ValueError("an empty --prompt; give some words")
-    if arguments.enlarge is not None and not 1 <= arguments.enlarge <= 64:
-        raise ValueError(f"enlarge {arguments.enlarge}; expected a whole number from 1 to 64")
-    options = {name: getattr(arguments, name) for name in ("candidates", "block_size", "gate")}
-    options = {name: value for name, value in options.items() if value is not None}
     rule = get_rule(arguments.rule, **options) if arguments.rule else None
-    interval = parse_interval(arguments.guidance_interval)
     quiet_libraries()
     loaded = load_set(arguments.set)
     if rule is None:
         rule = get_rule(loaded.default_rule, **options)
-    columns: list[Weights] = [parse_weights(text) for text in arguments.weights or []]
     if not columns:
         columns = [loaded.default_weights]
     sampler = FusedSampler.from_pretrained(
@@ -86,22 +97,26 @@ def sample(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    import torch
-
     if arguments.world:
         if arguments.set or arguments.config:
             raise ValueError("--world needs no set and no --config; give one or the other")
+        check_folder(arguments.output_dir, overwrite=arguments.overwrite, flag="--output_dir")
         from stepfuse.fuse.make_set import claim_output
-        from stepfuse.fuse.seeds import check_seed
         from stepfuse.scripts.world_report import measure_world
 
-        check_seed(arguments.seed)
         claim_output(arguments.output_dir, overwrite=arguments.overwrite)
         measure_world(arguments.output_dir, seed=arguments.seed)
         print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))
         return
     if arguments.set is None or arguments.config is None:
-        raise ValueError("evaluate needs a set and --config FILE, or --world gmm")
+        raise ValueError("evaluate needs a set and --config FILE_OR_NAME, such as emoji --config eval/emoji")
+    config = find_config(arguments.config, "eval")
+    check_device_name(arguments.device)
+    check_folder(arguments.output_dir, overwrite=arguments.overwrite, continued="evaluation.json", flag="--output_dir")
+    check_set(arguments.set)
+
+    import torch
+
     from stepfuse.scripts.evaluate import evaluate
     from stepfuse.scripts.evaluation import read_config
     from stepfuse.scripts.findings import findings
@@ -109,7 +124,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     device = check_device(arguments.device)
     summary = evaluate(
         arguments.set,
-        read_config(arguments.config),
+        read_config(config),
         arguments.output_dir,
         overwrite=arguments.overwrite,
         device=device,
@@ -123,16 +138,23 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
+    if (arguments.set is None) == (arguments.architecture is None):
+        raise ValueError("benchmark needs a set or --architecture, one of them")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    check_device_name(arguments.device)
+    check_names(arguments.rules, BENCHMARK_RULES, "--rules")
+    check_names(arguments.rivals, BASELINES, "--rivals")
+    if arguments.mode:
+        check_names([arguments.mode], COMPILE_MODES, "--mode")
+    if arguments.set is not None:
+        check_set(arguments.set)
+
     import torch
 
     from stepfuse.fuse.manifest import write_json
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table
     from stepfuse.scripts.benchmark.ways import Settings
 
-    if (arguments.set is None) == (arguments.architecture is None):
-        raise ValueError("benchmark needs a set or --architecture, one of them")
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     own = ("adapters", "rules", "rivals", "images", "height", "width", "steps", "repeats", "guidance_scale")
@@ -157,16 +179,22 @@ def reward_list(arguments: argparse.Namespace) -> None:
 
 
 def reward_score(arguments: argparse.Namespace) -> None:
+    check_reward(arguments.name)
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.picture is not None:
+        check_picture(arguments.picture, overwrite=arguments.overwrite, flag="--picture")
+    check_device_name(arguments.device)
+    if not arguments.images.is_dir():
+        raise ValueError(f"--images {arguments.images}; expected a folder of images")
+    if not arguments.prompts.is_file():
+        raise ValueError(f"--prompts {arguments.prompts}; expected a file, with one prompt per line for instance")
+
     import torch
 
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.scripts.rewards import score_folder
 
     quiet_libraries()
-    if arguments.picture is not None:
-        check_picture(arguments.picture)
-    if arguments.batch_size < 1:
-        raise ValueError(f"batch_size {arguments.batch_size}; expected 1 or more")
     score_folder(
         arguments.name,
         arguments.images,
@@ -180,6 +208,9 @@ def reward_score(arguments: argparse.Namespace) -> None:
 
 
 def reward_serve(arguments: argparse.Namespace) -> None:
+    check_reward(arguments.name)
+    check_device_name(arguments.device)
+
     import torch
 
     from stepfuse.fuse.pipeline import quiet_libraries
@@ -191,6 +222,11 @@ def reward_serve(arguments: argparse.Namespace) -> None:
 
 
 def reward_benchmark(arguments: argparse.Namespace) -> None:
+    check_names(arguments.rewards, ORIGINAL_REWARDS, "--rewards")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    if (arguments.images is None) != (arguments.prompts is None):
+        raise ValueError("--images and --prompts go together; give both or neither")
+
     import torch
 
     from stepfuse.fuse.manifest import write_json
@@ -198,8 +234,6 @@ def reward_benchmark(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.benchmark.rewards import RewardBenchmark, benchmark_rewards, reward_table
 
     quiet_libraries()
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
     settings = RewardBenchmark(
         **{name: getattr(arguments, name) for name in ("rewards", "count", "batch_size", "repeats", "size")},
         images=str(arguments.images or ""),
@@ -214,20 +248,26 @@ def reward_benchmark(arguments: argparse.Namespace) -> None:
 
 
 def build(arguments: argparse.Namespace) -> None:
+    config = find_config(arguments.config, "sets")
+    check_device_name(arguments.device)
+
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.scripts.build_set import build
 
     quiet_libraries()
-    print(build(arguments.config, device=check_device(arguments.device)))
+    print(build(config, device=check_device(arguments.device)))
 
 
 def training_benchmark(arguments: argparse.Namespace) -> None:
+    check_names([arguments.model], MODELS, "--model")
+    check_names(arguments.algorithms, ALGORITHMS, "--algorithms")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    check_device_name(arguments.device)
+
     from stepfuse.fuse.manifest import write_json
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.benchmark.training_ways import TrainingBenchmark
 
-    if arguments.output.exists() and not arguments.overwrite:
-        raise ValueError(f"{arguments.output} exists; choose another --output or pass --overwrite")
     own = (
         "model",
         "algorithms",
@@ -250,32 +290,6 @@ def training_benchmark(arguments: argparse.Namespace) -> None:
     print(results["machine"])
     print(training_table(results))
     print(arguments.output)
-
-
-def parse_interval(text: str) -> tuple[float, float]:
-    """`0.2-0.8` → (0.2, 0.8)."""
-    begin, dash, end = text.partition("-")
-    try:
-        if not dash:
-            raise ValueError
-        return float(begin), float(end)
-    except ValueError:
-        raise ValueError(f"guidance_interval {text!r}; expected shares of the steps, such as 0.2-0.8") from None
-
-
-def check_picture(file: Path) -> None:
-    """See that a picture can be saved there, before minutes go into drawing it."""
-    from PIL import Image
-
-    if file.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output {file}; expected a picture's name, such as out.png")
-    if file.is_dir():
-        raise ValueError(f"output {file} is a folder; expected a picture's name, such as out.png")
-    for parent in file.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise ValueError(f"output {file}: {parent} is a file")
-            break
 
 
 def check_device(name: str | None) -> str:

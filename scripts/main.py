@@ -1,31 +1,33 @@
-"""The command line `stepfuse`."""
+# PYTHON_ARGCOMPLETE_OK
+"""The command line `stepfuse`. Nothing here imports torch: `--help`, completion and refusals answer at once."""
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from stepfuse.data.text_files import print_any_text, printable
-from stepfuse.scripts import commands
-from stepfuse.scripts.arguments import add_command, add_device, add_guidance, add_output, add_size, add_trust
-from stepfuse.scripts.benchmark.arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
-from stepfuse.scripts.set_arguments import SET, add_hub, add_set
-
-# Without importing torch for --help; a test holds it to RULES.
-RULE_NAMES = (
-    "base",
-    "product",
-    "average_noise",
-    "kl",
-    "switch",
-    "systematic",
-    "soup",
-    "soup_factors",
-    "code",
-    "rgg",
-    "oracle",
+from stepfuse.scripts import commands, completion
+from stepfuse.scripts.arguments import (
+    Parser,
+    add_command,
+    add_device,
+    add_device_alone,
+    add_guidance,
+    add_output,
+    add_overwrite,
+    add_set,
+    add_size,
+    add_trust,
+    number,
+    whole,
 )
+from stepfuse.scripts.benchmark.arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
+from stepfuse.scripts.checks import check_numbers
+from stepfuse.scripts.choices import RULE_NAMES
+from stepfuse.scripts.set_arguments import add_hub, add_set_commands
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given:
             setattr(parsed, name, printable(given) if isinstance(given, str) else [printable(text) for text in given])
     try:
+        check_numbers(parsed)
         parsed.run(parsed)
     except ValueError as error:
         sys.exit(f"error: {printable(error)}")
@@ -47,21 +50,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """`benchmark rewards` and `benchmark training` are commands of their own: after `benchmark` a set may come too."""
-    if list(arguments[:2]) in (["benchmark", "rewards"], ["benchmark", "training"]):
-        arguments = [" ".join(arguments[:2]), *arguments[2:]]
-    return _parser().parse_args(arguments)
+    """The arguments of one command; its function is the attribute `run`."""
+    parser = _parser()
+    completion.autocomplete(parser)
+    return parser.parse_args(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="stepfuse",
-        description="Fuse diffusion adapters, one a reward, while denoising, for any weights. "
-        "Adapters are trained by `accelerate launch train/dpo.py` and `train/ddpo.py`.",
+        description="Fuse diffusion adapters, one per reward, while denoising, for any weights.\n"
+        "Adapters are trained by `accelerate launch -m stepfuse.train.dpo` and `stepfuse.train.ddpo`.",
+        epilog="first command:\n"
+        '  stepfuse sample emoji --prompt "a fox on a green background" --output fox.png\n'
+        'shell completion:\n  eval "$(register-python-argcomplete stepfuse)"',
     )
-    actions = parser.add_subparsers(required=True, metavar="command")
+    version = importlib.metadata.version("stepfuse")
+    parser.add_argument("--version", action="version", version=f"stepfuse {version}", help="Print the version.")
+    actions = parser.add_subparsers(required=True, metavar="command", title="commands", parser_class=Parser)
     _add_demo(actions)
-    add_set(actions)
+    add_set_commands(actions)
     _add_sample(actions)
     _add_evaluate(actions)
     _add_build(actions)
@@ -77,13 +85,32 @@ def _add_demo(actions: argparse._SubParsersAction) -> None:
     demo = add_command(
         actions,
         "demo",
-        "train two adapters on the embedded emoji base, fuse them, and show the slider and the front between them",
+        "train two adapters on the embedded emoji base, fuse them, and plot the trade-off between the rewards",
         "stepfuse demo --output_dir outputs/demo",
+        "It takes about 8 minutes on two CPU cores and needs no GPU and no download.",
     )
-    demo.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where everything goes")
-    demo.add_argument("--overwrite", action="store_true", help="delete what is there")
-    demo.add_argument("--seed", type=int, default=0, help="of training and of sampling")
-    demo.add_argument("--quick", action="store_true", help="a little of everything: shows the way, not the gain")
+    demo.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("outputs/demo"),
+        help="Output folder for the two adapters, the set of both, the pictures slider.png and front.png, and "
+        "results.json (default: %(default)s).",
+    )
+    add_overwrite(demo, "the content of the output folder")
+    demo.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="Random seed of training and of sampling (default: %(default)s).",
+    )
+    demo.add_argument(
+        "--quick",
+        action="store_true",
+        help="Train for one step and measure on 8 prompts, to see that everything runs; the rewards are not expected "
+        "to improve (default: the full demo).",
+    )
     demo.set_defaults(run=commands.demo)
 
 
@@ -91,68 +118,120 @@ def _add_sample(actions: argparse._SubParsersAction) -> None:
     sample = add_command(
         actions,
         "sample",
-        "draw images from a set, for any weights; several weights or prompts make a labelled grid",
-        'stepfuse sample outputs/set --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
+        "generate images with a set, for any weights of its objectives",
+        'stepfuse sample emoji --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
+        "Several weights or prompts make a labelled grid.",
     )
-    sample.add_argument("set", type=Path, help=SET)
-    sample.add_argument(
+    add_set(sample)
+    images = sample.add_argument_group("what to generate")
+    images.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="Prompt; required, repeat for more rows."
+    )
+    images.add_argument(
+        "--negative_prompt",
+        metavar="TEXT",
+        help="What guidance steers away from (default: none, for which diffusers takes an empty prompt, and zeros for "
+        "Stable Diffusion XL models that ask for them).",
+    )
+    weights = images.add_argument(
         "--weights",
         action="append",
         metavar="A=0.7,B=0.3",
-        help="weights by objective, normalised to sum 1; A=0.9@0-0.5,0.2@0.5-1 changes over the steps; repeat for a "
-        "column each; by default the set's own",
+        help="Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes "
+        "it over the denoising steps, here at half of them (default: the set's default weights).",
     )
-    sample.add_argument("--prompt", action="append", required=True, help="repeat for a row each")
-    sample.add_argument(
-        "--negative_prompt",
-        help='what guidance steers away from; without it, as in diffusers, zeros for most of SDXL and "" for others',
+    completion.complete(weights, completion.weights)
+    images.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share "
+        "theirs (default: %(default)s).",
     )
-    sample.add_argument(
-        "--strength", type=float, default=1.0, help="0: the base, 1: as trained, beyond 1: extrapolated (default 1)"
+    images.add_argument(
+        "--steps", type=whole, metavar="N", help="Number of denoising steps, such as 25 (default: that of the set)."
     )
-    sample.add_argument(
+    add_size(images)
+    fusion = sample.add_argument_group("fusion")
+    rule = fusion.add_argument(
+        "--rule", metavar="NAME", help=f"Fusion rule, one of {', '.join(RULE_NAMES)} (default: that of the set)."
+    )
+    completion.complete(rule, completion.rules)
+    fusion.add_argument(
+        "--strength",
+        type=number,
+        default=1.0,
+        metavar="S",
+        help="0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates "
+        "(default: %(default)s).",
+    )
+    fusion.add_argument(
         "--weights_on",
         choices=("exponents", "rewards"),
         default="exponents",
-        help="what weights multiply: the policies' log-densities, or, by each adapter's beta, the rewards",
+        help="What the weights multiply. exponents: the log-densities of the adapters, so that equal weights mean "
+        "equally much of each adapter; rewards: the rewards, which also takes into account the KL coefficient beta "
+        "that each adapter was trained with (default: %(default)s).",
     )
-    sample.add_argument("--steps", type=int, help="denoising steps; by default the set's")
-    sample.add_argument("--seed", type=int, default=0, help="one row, one seed: columns differ by their weights alone")
-    sample.add_argument("--rule", help=f"one of {', '.join(RULE_NAMES)}; by default the set's, which is product")
-    sample.add_argument("--candidates", type=int, help="of the rule code: candidates a block (default 20)")
-    sample.add_argument("--block_size", type=int, help="of the rule code: steps a block (default 5)")
-    sample.add_argument(
+    fusion.add_argument(
         "--gate",
-        type=float,
-        metavar="TAU",
-        help="of the rule product: one soup at steps where `set profile` measured at most TAU nats between the two",
+        type=number,
+        metavar="NATS",
+        help="For the rule product: at steps where the soup is at most this KL divergence from the product, run one "
+        "merged network in place of all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` "
+        "(default: run all adapters at every step).",
     )
-    add_guidance(sample)
-    sample.add_argument(
+    fusion.add_argument(
+        "--candidates", type=whole, metavar="N", help="For the rule code: candidates of each block (default: 20)."
+    )
+    fusion.add_argument(
+        "--block_size", type=whole, metavar="N", help="For the rule code: denoising steps of a block (default: 5)."
+    )
+    add_trust(fusion)
+    guidance = sample.add_argument_group("guidance")
+    add_guidance(guidance)
+    guidance.add_argument(
         "--guidance_interval",
         default="0-1",
-        metavar="0.2-0.8",
-        help="guide within these shares of the steps only (default 0-1)",
+        metavar="BEGIN-END",
+        help="Part of the denoising steps that is guided, as shares from 0, the first step, to 1, the end, such as "
+        "0.2-0.8; the other steps cost less (default: %(default)s).",
     )
-    sample.add_argument(
+    speed = sample.add_argument_group("speed and memory")
+    speed.add_argument(
+        "--batch_size", type=whole, default=8, metavar="N", help="Images denoised at once (default: %(default)s)."
+    )
+    speed.add_argument(
         "--forwards",
         choices=("batched", "separate"),
         default="batched",
-        help="all adapters in one forward, or each in its own (default batched)",
+        help="batched: one forward pass for all adapters; separate: one forward pass per adapter, which is slower and "
+        "takes any kind of LoRA (default: %(default)s).",
     )
-    sample.add_argument("--rows_at_once", type=int, help="most rows in one forward: slower, and less memory")
-    sample.add_argument("--compile", choices=("regional", "full"), help="compile transformer blocks, or the UNet")
-    add_size(sample)
-    sample.add_argument(
+    speed.add_argument(
+        "--rows_at_once",
+        type=whole,
+        metavar="N",
+        help="Largest batch of one forward pass, in rows: one row per image and adapter, and one per image for "
+        "guidance. Fewer take less memory and more time, such as 4 (default: all at once).",
+    )
+    speed.add_argument(
+        "--compile",
+        choices=("regional", "full"),
+        help="Compile the UNet with torch.compile. regional: each transformer block; full: the whole UNet (default: no "
+        "compilation).",
+    )
+    add_device(speed)
+    output = sample.add_argument_group("output")
+    add_output(output, "out.png", "Picture to write, such as fox.png or fox.jpg")
+    output.add_argument(
         "--enlarge",
-        type=int,
-        help="write every pixel as a square of this many pixels a side, with crisp edges; by default 1 for a single "
-        "image, and what makes images at least 128 pixels wide in a grid",
+        type=whole,
+        metavar="N",
+        help="Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single "
+        "image; in a grid, enough to make images at least 128 pixels wide).",
     )
-    sample.add_argument("--batch_size", type=int, default=8, help="images denoised together (default 8)")
-    add_trust(sample)
-    add_device(sample)
-    add_output(sample, "out.png")
     sample.set_defaults(run=commands.sample)
 
 
@@ -160,19 +239,45 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
     evaluate = add_command(
         actions,
         "evaluate",
-        "measure fusion rules and baselines on one set, on the same prompts and seeds: tables, fronts, a page",
-        "stepfuse evaluate emoji --config configs/eval/emoji.yaml --output_dir outputs/evaluation",
+        "measure fusion rules and baselines of a set on the same prompts and seeds",
+        "stepfuse evaluate emoji --config eval/emoji --output_dir outputs/evaluation",
+        "It writes tables, plots of the fronts, and a page, report.html. An interrupted evaluation is continued by the "
+        "same command.",
     )
-    evaluate.add_argument("set", type=Path, nargs="?", help=SET)
-    evaluate.add_argument("--config", type=Path, help="what to draw and measure")
-    evaluate.add_argument("--world", choices=("gmm",), help="instead of a set: a world whose optima are known exactly")
-    evaluate.add_argument("--seed", type=int, default=0, help="of the world; a config has its own")
-    evaluate.add_argument(
-        "--output_dir", type=Path, default=Path("outputs/evaluation"), help="where everything goes; run again to go on"
+    add_set(evaluate, nargs="?")
+    what = evaluate.add_argument_group("what to measure")
+    config = what.add_argument(
+        "--config",
+        metavar="FILE_OR_NAME",
+        help="YAML file with the prompts, seeds, fusion rules, weights and rewards to measure, or the name of a "
+        "packaged one, such as eval/emoji. Required with a set (default with --world: none).",
     )
-    evaluate.add_argument("--overwrite", action="store_true", help="begin anew")
-    add_trust(evaluate)
-    add_device(evaluate)
+    completion.complete(config, completion.configs("eval"))
+    what.add_argument(
+        "--world",
+        choices=("gmm",),
+        help="Measure the fusion rules on a Gaussian mixture with a known optimum, in place of a set (default: use the "
+        "set).",
+    )
+    what.add_argument(
+        "--seed",
+        type=whole,
+        default=0,
+        metavar="N",
+        help="Random seed with --world; a config states its own (default: %(default)s).",
+    )
+    add_trust(what)
+    add_device(evaluate.add_argument_group("speed and memory"))
+    output = evaluate.add_argument_group("output")
+    output.add_argument(
+        "--output_dir",
+        type=Path,
+        metavar="DIR",
+        default=Path("outputs/evaluation"),
+        help="Output folder; a folder with an unfinished evaluation of the same set and config is continued (default: "
+        "%(default)s).",
+    )
+    add_overwrite(output, "the content of the output folder")
     evaluate.set_defaults(run=commands.evaluate)
 
 
@@ -180,61 +285,92 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     build = add_command(
         actions,
         "build",
-        "train every objective of a set, create it, profile and evaluate it and write its card; run again to go on",
-        "stepfuse build configs/sets/emoji.yaml",
+        "train the adapters of a set, create the set, profile and evaluate it, and write its card",
+        "stepfuse build sets/emoji",
+        "An interrupted build is continued by the same command.",
     )
-    build.add_argument("config", type=Path, help="what to build")
-    build.add_argument("--device", default=None, help="of profile and evaluation; by default cuda where there is one")
+    config = build.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="YAML file that lists the trainings, the evaluation and the output folder of the set, or the name of a "
+        "packaged one: sets/emoji, sets/sd15 or sets/sdxl.",
+    )
+    completion.complete(config, completion.configs("sets"))
+    add_device_alone(build)
     build.set_defaults(run=commands.build)
 
 
 def _add_reward(actions: argparse._SubParsersAction) -> None:
     parent = add_command(actions, "reward", "list rewards, score images with one, serve one", "stepfuse reward list")
-    own = parent.add_subparsers(required=True, metavar="action")
+    own = parent.add_subparsers(required=True, metavar="action", title="actions")
     listing = add_command(
         own,
         "list",
-        "what each reward is, weighs and needs, and whether a gradient can be had of it",
+        "print every reward with its size, its license, and whether it has a gradient",
         "stepfuse reward list",
     )
     listing.set_defaults(run=commands.reward_list)
-    name = "a reward's name, NAME:FOLDER, path/to/file.py:function, path/to/file.yaml, or http://HOST:PORT"
+    name = (
+        "Name of a reward, such as image_reward; NAME:FOLDER with its weights; path/to/file.py:function; "
+        "path/to/file.yaml; or a server, http://HOST:PORT."
+    )
     score = add_command(
         own,
         "score",
         "score a folder of images and write a table",
         "stepfuse reward score image_reward --images outputs/images --prompts prompts.txt --output scores.csv",
+        "An interrupted run is continued by the same command.",
     )
-    score.add_argument("name", help=name)
-    score.add_argument("--images", type=Path, required=True, metavar="DIR")
+    completion.complete(score.add_argument("name", metavar="REWARD", help=name), completion.rewards)
+    score.add_argument("--images", type=Path, required=True, metavar="DIR", help="Folder of the images; required.")
     score.add_argument(
         "--prompts",
         type=Path,
         required=True,
         metavar="FILE",
-        help="a prompt a line in the order of the images' names, or one for all; or a .csv or .jsonl with file_name "
-        "and prompt",
+        help="Text file with one prompt per line, in the order of the image names, or with one line for all images; or "
+        "a .csv or .jsonl file with the columns file_name and prompt. Required.",
     )
-    score.add_argument("--batch_size", type=int, default=16, help="images scored together (default 16)")
-    score.add_argument("--picture", type=Path, metavar="FILE", help="the best images with their scores, as one picture")
-    score.add_argument("--device", default=None, help="by default cuda where there is one")
-    add_output(score, "scores.csv")
+    score.add_argument(
+        "--batch_size", type=whole, default=16, metavar="N", help="Images scored at once (default: %(default)s)."
+    )
+    add_device_alone(score)
+    add_output(score, "scores.csv", "CSV file with the columns file_name, prompt and score")
+    score.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="Picture to write of the best images with their scores, such as best.png (default: none).",
+    )
     score.set_defaults(run=commands.reward_score)
     serve = add_command(
         own,
         "serve",
-        "serve a reward over HTTP, for --reward http://HOST:PORT elsewhere",
+        "serve a reward over HTTP, for --reward http://HOST:PORT on another machine",
         "stepfuse reward serve image_reward --port 8765",
     )
-    serve.add_argument("name", help=name)
-    serve.add_argument("--host", default="127.0.0.1", help="where it listens (default 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8765, help="(default 8765)")
+    completion.complete(serve.add_argument("name", metavar="REWARD", help=name), completion.rewards)
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="Address to listen on; 0.0.0.0 for all networks (default: %(default)s, this machine only).",
+    )
+    serve.add_argument(
+        "--port",
+        type=whole,
+        default=8765,
+        metavar="N",
+        help="Port to listen on, 0 for any free one (default: %(default)s).",
+    )
     serve.add_argument(
         "--token_file",
         type=Path,
-        help="a file with the token that clients must send; by default STEPFUSE_REWARD_TOKEN, or one made up and shown",
+        metavar="FILE",
+        help="File with the token that clients must send (default: the variable STEPFUSE_REWARD_TOKEN, or else a "
+        "random one, which is printed).",
     )
-    serve.add_argument("--device", default=None, help="by default cuda where there is one")
+    add_device_alone(serve)
     serve.set_defaults(run=commands.reward_serve)
 
 

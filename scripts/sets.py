@@ -6,9 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.data.text_files import read_text
+from stepfuse.scripts.checks import (
+    check_device_name,
+    check_file,
+    check_folder,
+    check_objective,
+    check_prompts,
+    check_set,
+    check_texts,
+    check_weights,
+)
 
 
 def create(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.output, overwrite=arguments.overwrite)
+    for folder in (*arguments.adapter, *arguments.oracle):
+        if not folder.is_dir():
+            raise ValueError(f"no adapter in {folder}: there is no such folder")
+
     from stepfuse.fuse.make_set import create_set
     from stepfuse.fuse.variance import EtaSchedule
 
@@ -27,6 +42,8 @@ def create(arguments: argparse.Namespace) -> None:
 
 
 def validate(arguments: argparse.Namespace) -> None:
+    check_set(arguments.set)
+
     from stepfuse.fuse.adapter_set import load_set
 
     loaded = load_set(arguments.set)
@@ -40,6 +57,8 @@ def validate(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
+    check_set(arguments.set)
+
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.variance import schedule_to_dict
     from stepfuse.fuse.weights import label_weights
@@ -79,14 +98,16 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def profile(arguments: argparse.Namespace) -> None:
+    check_prompts(arguments.prompts)
+    check_device_name(arguments.device)
+    check_set(arguments.set)
+
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.make_set import add_profile, check_writable
-    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.gaps import describe_gaps, measure_gaps
 
     loaded = load_set(arguments.set)
     check_writable(arguments.set)  # before minutes go into measuring
-    check_seed(arguments.seed)
     prompts = _prompts(arguments.prompts, loaded, 16)
     sampler = _sampler(arguments, loaded, guidance=arguments.guidance, guidance_scale=arguments.guidance_scale)
     measured = measure_gaps(
@@ -97,13 +118,15 @@ def profile(arguments: argparse.Namespace) -> None:
 
 
 def write_card(arguments: argparse.Namespace) -> None:
+    check_texts(arguments.prompt or [])
+    check_device_name(arguments.device)
+    check_set(arguments.set)
+
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.card import STRIP, write_card
     from stepfuse.fuse.make_set import add_evaluation, check_writable, set_licences
-    from stepfuse.fuse.seeds import check_seed
     from stepfuse.scripts.strip import ROWS, draw_strip
 
-    check_seed(arguments.seed)
     folder = check_writable(arguments.set).parent
     loaded = load_set(folder)
     evaluation = arguments.evaluation
@@ -143,6 +166,11 @@ def import_lora(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
+    known = check_set(arguments.set, oracles=True)
+    check_objective(arguments.objective, known, arguments.set)
+    if arguments.objective is not None and arguments.output is not None and arguments.format != "peft":
+        check_file(arguments.output, overwrite=arguments.overwrite)
+
     from stepfuse.scripts.exchange import export
 
     print(
@@ -157,12 +185,17 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    from stepfuse.fuse.weights import parse_weights
+    if arguments.output.suffix != ".safetensors":
+        raise ValueError(f"--output {arguments.output}; expected a name that ends in .safetensors")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    texts = [] if arguments.weights is None else [arguments.weights]
+    weights = check_weights(texts, check_set(arguments.set))
+
     from stepfuse.scripts.exchange import merge
 
     rank, error = merge(
         arguments.set,
-        None if arguments.weights is None else parse_weights(arguments.weights),
+        weights[0] if weights else None,
         arguments.output,
         strength=arguments.strength,
         rank=arguments.rank,
@@ -174,6 +207,8 @@ def merge(arguments: argparse.Namespace) -> None:
 
 
 def publish(arguments: argparse.Namespace) -> None:
+    check_set(arguments.set)
+
     from stepfuse.scripts.publish import check_token, confirmed, prepare, publish
 
     if not arguments.dry_run:
@@ -195,9 +230,12 @@ def publish(arguments: argparse.Namespace) -> None:
 
 
 def pull(arguments: argparse.Namespace) -> None:
+    output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
+    check_set(arguments.set)
+    check_folder(output, overwrite=arguments.overwrite)
+
     from stepfuse.fuse.make_set import copy_set
 
-    output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
     loaded = copy_set(arguments.set, output, overwrite=arguments.overwrite)
     print(f"{output}: {', '.join(loaded.names)}")
 
