@@ -1,6 +1,7 @@
 """The argument parser of `stepfuse`, and arguments that several commands have in common."""
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -37,7 +38,8 @@ class Parser(argparse.ArgumentParser):
         commands = self._commands
         if " ".join(words[:2]) in commands:
             words[:2] = [" ".join(words[:2])]
-        self._check_flags(words, before_command=bool(commands))
+        if "_ARGCOMPLETE" not in os.environ:  # a line that is completed may have an unknown flag
+            self._check_flags(words, before_command=bool(commands))
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:

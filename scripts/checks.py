@@ -185,12 +185,13 @@ def check_prompts(source: str | None) -> None:
         raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a whole number of 1 or more")
 
 
-def check_set(given: Path | str, *, oracles: bool = False) -> tuple[str, ...] | None:
+def check_set(given: Path | str, *, oracles: bool = False, instead: Sequence[str] = ()) -> tuple[str, ...] | None:
     """Check that an adapter set exists.
 
     Args:
         given: A folder, the name of an embedded set, or a hub id.
         oracles: Whether the names of oracle adapters are wanted too.
+        instead: Other words that may have been meant.
 
     Returns:
         The names of its adapters, as far as they can be read here; None for a set on the hub, which is not asked.
@@ -202,9 +203,11 @@ def check_set(given: Path | str, *, oracles: bool = False) -> tuple[str, ...] | 
     if str(given) in EMBEDDED_SETS and not (folder / MANIFEST).exists():
         folder = EMBEDDED_SETS[str(given)]
     if not folder.exists():
+        near = nearest(str(given), [*EMBEDDED_SETS, *instead, *neighbours(folder)])
         if parse_id(str(given)) is not None:
+            if near and folder.parent.is_dir() and "@" not in str(given):
+                raise ValueError(f"no folder {str(given)!r}{near} (for a repository of the hub: {given}@main)")
             return None
-        near = nearest(str(given), [*EMBEDDED_SETS, *neighbours(folder)])
         raise ValueError(
             f"no adapter set {str(given)!r}; expected a folder with {MANIFEST}, a hub id OWNER/NAME, or emoji{near}"
         )

@@ -147,7 +147,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.mode:
         check_names([arguments.mode], COMPILE_MODES, "--mode")
     if arguments.set is not None:
-        check_set(arguments.set)
+        check_set(arguments.set, instead=("rewards", "training"))
 
     import torch
 

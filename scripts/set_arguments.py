@@ -250,8 +250,8 @@ def _add_import(commands: argparse._SubParsersAction) -> None:
         required=True,
         metavar="ETA",
         help="Variance of the adapter's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). A LoRA "
-        "file does not state it, and the product weighs each adapter by the inverse of its variance; 1.0 treats it like "
-        "an adapter trained with DDPM sampling. Required.",
+        "file does not state it, and the product weighs each adapter by the inverse of its variance; 1.0 treats it "
+        "like an adapter trained with DDPM sampling. Required.",
     )
     reward = add.add_argument(
         "--reward",

@@ -1,0 +1,322 @@
+"""Arguments of the command line: how they are spelled, explained and refused, all of it without torch."""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from stepfuse.data.names import nearest
+from stepfuse.data.prompts import PROMPT_SETS
+from stepfuse.fuse.adapter import GUIDANCE
+from stepfuse.fuse.adapter_set import EMBEDDED_SETS
+from stepfuse.fuse.rules import RULES
+from stepfuse.rewards.registry import REWARDS
+from stepfuse.scripts import choices
+from stepfuse.scripts.benchmark import training_ways
+from stepfuse.scripts.benchmark.rewards import OURS
+from stepfuse.scripts.benchmark.ways import MODES, WAYS, Settings
+from stepfuse.scripts.checks import BOUNDS, check_numbers
+from stepfuse.scripts.main import _parser, parse
+
+
+def leaves(parser, *names):
+    """Every command that can be run, with its parser."""
+    subparsers = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    for action in subparsers:
+        for name, child in action.choices.items():
+            yield from leaves(child, *names, name)
+    if not subparsers:
+        yield " ".join(names), parser
+
+
+COMMANDS = dict(leaves(_parser()))
+OPTIONS = [(name, action) for name, parser in COMMANDS.items() for action in parser._actions if action.dest != "help"]
+IDS = [f"{name} {action.dest}" for name, action in OPTIONS]
+
+
+def example(parser):
+    """The arguments of a command's example."""
+    return shlex.split(parser.epilog.partition("example:\n")[2].strip())[1:]
+
+
+# What is known without torch.
+
+
+def test_names_that_are_known_without_torch_are_those_of_the_library():
+    assert list(choices.RULE_NAMES) == list(RULES)
+    assert list(choices.REWARD_NAMES) == list(REWARDS)
+    assert list(choices.PROMPT_SET_NAMES) == list(PROMPT_SETS)
+    assert choices.EMBEDDED_SETS == EMBEDDED_SETS
+    assert choices.BASELINES == WAYS
+    assert MODES[1:] == choices.COMPILE_MODES
+    assert tuple(OURS) == choices.ORIGINAL_REWARDS
+    assert choices.MODELS == training_ways.MODELS
+    assert set(choices.ALGORITHMS) == set(training_ways.RIVALS)
+    assert set(choices.GUIDANCE) == set(GUIDANCE)
+    assert set(choices.DTYPES) == set(training_ways.PRECISIONS)
+
+
+def test_the_options_of_a_rule_are_fields_of_it_and_flags():
+    for rule, options in choices.RULE_OPTIONS.items():
+        assert set(options) <= {field.name for field in dataclasses.fields(RULES[rule])}
+        assert set(options) <= {action.dest for action in COMMANDS["sample"]._actions}
+
+
+def test_every_rule_of_the_benchmark_is_measured_and_no_other():
+    assert Settings(model="emoji", rules=choices.BENCHMARK_RULES)
+    for rule in set(RULES) - set(choices.BENCHMARK_RULES):
+        with pytest.raises(ValueError, match=rule):
+            Settings(model="emoji", rules=(rule,))
+
+
+# Help.
+
+
+@pytest.mark.parametrize(("command", "action"), OPTIONS, ids=IDS)
+def test_every_option_is_explained_in_whole_sentences_with_its_default(command, action):
+    text = COMMANDS[command]._get_formatter()._expand_help(action)
+    assert len(text.split()) > 3 or not action.option_strings
+    assert text[0].isupper() or text[0].isdigit() or text.split(":")[0] in (action.choices or [])
+    assert text.endswith(".")
+    if not action.option_strings:
+        return
+    assert "default" in text or (action.required and re.search("[Rr]equired", text))
+    plain = isinstance(action.default, int | float | str) and not isinstance(action.default, bool)
+    if plain and action.default != "":
+        assert f"default: {action.default}" in text
+    if isinstance(action.default, tuple):
+        assert f"default: {','.join(map(str, action.default))}" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_one_spelling_of_each_flag_and_a_short_usage(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        COMMANDS[command].parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert not re.search(r"--\w+-\w", text)
+    usage = text.splitlines()[0]
+    assert usage.startswith(f"usage: stepfuse {command}")
+    required = {a.option_strings[0] for a in COMMANDS[command]._actions if a.option_strings and a.required}
+    assert set(re.findall(r"--\w+", usage)) == required
+
+
+# Spelling.
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_dashes_and_underscores_are_the_same_in_every_flag(command):
+    words = example(COMMANDS[command])
+    for name, action in OPTIONS:
+        if name == command and action.option_strings:
+            value = [] if action.nargs == 0 else [next(iter(action.choices or ["1"]))]
+            (flag,) = action.option_strings
+            dashed = "--" + flag.removeprefix("--").replace("_", "-")
+            expected = vars(parse([*words, flag, *value]))
+            assert vars(parse([*words, dashed, *value])) == expected
+            if value:
+                assert vars(parse([*words, f"{dashed}={value[0]}"])) == expected
+
+
+def test_a_dash_in_a_value_stays():
+    parsed = parse(["sample", "emoji", "--prompt=--a-b", "--output", "a-b.png", "--negative-prompt", "--two-words x"])
+    assert (parsed.prompt, str(parsed.output), parsed.negative_prompt) == (["--a-b"], "a-b.png", "--two-words x")
+    assert str(parse(["set", "show", "--", "--my-set"]).set) == "--my-set"
+
+
+# Refusals, by a process that has no torch yet.
+
+WRONG = {  # what is typed → what the answer names
+    "sampel emoji": ["'sampel'", "'sample'"],
+    "set shw emoji": ["'shw'", "'show'"],
+    "benchmark trainin": ["'trainin'", "'training'"],
+    "sample emoji --promt x": ["--promt", "'--prompt'"],
+    "sample emoji --prompt x --neg y": ["--neg", "'--negative_prompt'"],
+    "sample emoji --prompt x --guidance-scal 2": ["--guidance_scal", "'--guidance_scale'"],
+    "evaluate emoji --conf x": ["--conf", "'--config'"],
+    "set import a --objektive b": ["--objektive", "'--objective'"],
+    "--versoin": ["--versoin", "'--version'"],
+    "sample emoji": ["--prompt"],
+    "sample emoji --prompt x --steps two": ["--steps", "'two'"],
+    "sample emoji --prompt x --strength strong": ["--strength", "'strong'"],
+    "sample emoji --prompt x --steps 0": ["--steps 0", "1 or more"],
+    "sample emoji --prompt x --steps -3": ["--steps -3"],
+    "sample emoji --prompt x --strength nan": ["--strength nan"],
+    "sample emoji --prompt x --seed -1": ["--seed -1"],
+    "sample emoji --prompt x --seed 18446744073709551616": ["--seed", "2^64"],
+    "sample emoji --prompt x --rows_at_once 0": ["--rows_at_once 0"],
+    "sample emoji --prompt ' '": ["--prompt"],
+    "sample emoji --prompt x --output there.png": ["there.png", "--overwrite"],
+    "sample emoji --prompt x --output file.txt": ["file.txt"],
+    "sample emoji --prompt x --output there.png/new.png": ["there.png is a file"],
+    "sample emoji --prompt x --weights alignment": ["'alignment'"],
+    "sample emoji --prompt x --weights alignement=1": ["'alignement'", "'alignment'"],
+    "sample emoji --prompt x --weights alignment=0": ["alignment=0"],
+    "sample emoji --prompt x --weights alignment=inf": ["alignment=inf"],
+    "sample emoji --prompt x --weights alignment=0.5@0.5-0.2": ["0.5@0.5-0.2"],
+    "sample emoji --prompt x --rule prodct": ["'prodct'", "'product'"],
+    "sample emoji --prompt x --rule soup --gate 0.4": ["'gate'", "product"],
+    "sample emoji --prompt x --guidance_interval 0.8-0.2": ["0.8-0.2"],
+    "sample emoji --prompt x --guidance_interval half": ["'half'"],
+    "sample emoji --prompt x --guidance ful": ["'ful'", "'full'"],
+    "sample emoji --prompt x --dtype float23": ["'float23'", "'float32'"],
+    "sample emoji --prompt x --device cdua": ["'cdua'", "'cuda'"],
+    "sample emoij --prompt x": ["'emoij'", "'emoji'"],
+    "sample ./outputs/sets --prompt x": ["outputs/sets", "'outputs/set'"],
+    "sample outputs/deeper/set --prompt x": ["outputs/deeper/set"],
+    "set show empty": ["empty", "adapter_set.json"],
+    "set create full --adapter outputs/set": ["full", "--overwrite"],
+    "set create new --adapter gone": ["gone"],
+    "set create new --adapter outputs/set --reference_eta 7": ["--reference_eta 7", "0 to 1"],
+    "set import a.safetensors --objective a --eta 2 --set new": ["--eta 2"],
+    "set export emoji alinment": ["'alinment'", "'alignment'"],
+    "set export emoji --format kohia": ["'kohia'", "'kohya'"],
+    "set merge emoji --output lora.bin": ["lora.bin", ".safetensors"],
+    "set profile outputs/set --prompts emoji-holdout": ["'emoji-holdout'", "'emoji-heldout'"],
+    "set profile outputs/set --prompts emoji:0": ["emoji:0"],
+    "reward score imagereward --images empty --prompts there.png": ["'imagereward'", "'image_reward'"],
+    "reward score gone.py:f --images empty --prompts there.png": ["gone.py"],
+    "reward score colourfulness --images gone --prompts there.png": ["gone"],
+    "reward score colourfulness --images empty --prompts gone": ["gone"],
+    "reward serve colorfulness": ["'colorfulness'", "'colourfulness'"],
+    "reward serve colourfulness --port 70000": ["--port 70000"],
+    "evaluate emoji": ["--config"],
+    "evaluate emoji --config emogi": ["'emogi'", "'eval/emoji'"],
+    "evaluate emoji --config eval/emoji --output_dir full": ["full", "--overwrite"],
+    "evaluate --world gm": ["'gm'", "'gmm'"],
+    "evaluate emoji --world gmm": ["--world"],
+    "build emojis": ["'emojis'", "sets/emoji"],
+    "benchmark": ["--architecture"],
+    "benchmark emoji --rules product,swich": ["'swich'", "'switch'"],
+    "benchmark emoji --rivals seperate": ["'seperate'", "'separate'"],
+    "benchmark emoji --adapters 1,two": ["'1,two'"],
+    "benchmark rewards --rewards pikscore": ["'pikscore'", "'pickscore'"],
+    "benchmark training --model emojy": ["'emojy'", "'emoji'"],
+    "benchmark training --algorithms dpoo": ["'dpoo'", "'dpo'"],
+    "pull OWNER/NAME full": ["full", "--overwrite"],
+}
+ATTEMPT = """
+import contextlib, io, json, shlex, sys, time
+from stepfuse.scripts.main import main
+answers = []
+for line in json.load(sys.stdin):
+    began, errors = time.process_time(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            main(shlex.split(line))
+        told, status = "", 0
+    except SystemExit as stop:
+        told, status = (errors.getvalue(), stop.code) if isinstance(stop.code, int) else (stop.code, 1)
+    answers.append([told, status, "torch" in sys.modules, time.process_time() - began])
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """What each wrong line is answered with, by one process."""
+    folder = tmp_path_factory.mktemp("here")
+    for name in ("empty", "full", "outputs/set"):
+        (folder / name).mkdir(parents=True)
+    (folder / "outputs/set/adapter_set.json").write_text('{"format_version": 1, "adapters": [{"name": "a"}]}')
+    for name in ("there.png", "full/mine.txt"):
+        (folder / name).write_text("precious")
+    before = sorted(folder.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-c", ATTEMPT], input=json.dumps(list(WRONG)), cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(folder.rglob("*")) == before
+    return dict(zip(WRONG, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_argument_is_refused_before_torch_is_imported(answers, line):
+    told, status, torch_imported, seconds = answers[line]
+    assert not torch_imported
+    assert seconds < 0.8
+    assert "Traceback" not in told
+    *usage, error = [text for text in told.splitlines() if not text.startswith("All options")]
+    assert error.startswith("error: ")
+    assert all(culprit in error for culprit in WRONG[line])
+    assert status == (2 if usage else 1)
+    if usage:
+        (shown,) = usage
+        command = next((name for name in COMMANDS if line.startswith(name)), line.split()[0])
+        assert shown.startswith(f"usage: stepfuse {command if command in COMMANDS else ''}".rstrip())
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_numbers_are_held_to_the_bounds_of_their_name(name):
+    least, most = BOUNDS[name]
+    wrong = [float("nan"), float("inf"), float("-inf")]
+    wrong += [least - 1] if least > float("-inf") else []
+    wrong += [most * 2] if most < float("inf") else []
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"--{name} "):
+            check_numbers(argparse.Namespace(**{name: value}))
+    check_numbers(argparse.Namespace(**{name: 1}))
+    check_numbers(argparse.Namespace(**{name: None}))
+
+
+def test_every_number_of_a_command_has_bounds():
+    numbers = {action.dest for _, action in OPTIONS if getattr(action.type, "__name__", "") in ("whole", "number")}
+    assert numbers == set(BOUNDS)
+
+
+def test_version_is_the_packages(monkeypatch, capsys):
+    import importlib.metadata
+
+    with pytest.raises(SystemExit) as stop:
+        parse(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"stepfuse {importlib.metadata.version('stepfuse')}\n"
+
+
+# Suggestions.
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("prodct", "product"),
+        ("PRODUCT", "product"),
+        ("average-noise", "average_noise"),
+        ("avg_noise", "average_noise"),
+        ("sys", "systematic"),
+        ("soup_factor", "soup_factors"),
+        ("", None),
+        ("x", None),
+        ("quite another", None),
+    ],
+)
+def test_the_nearest_name_is_suggested(name, expected):
+    told = nearest(name, RULES)
+    assert told == (f"; did you mean {expected!r}?" if expected else "")
+
+
+def test_suggestions_are_made_for_names_in_settings_and_files():
+    """Where a name does not come from the command line."""
+    from stepfuse.data.settings_file import check_names
+    from stepfuse.fuse.rules import get_rule
+    from stepfuse.fuse.variance import schedule_from_dict
+    from stepfuse.fuse.weight_table import weight_table
+    from stepfuse.rewards.registry import load_reward
+    from stepfuse.scripts.evaluation import EvaluationConfig
+
+    for refuse, meant in [
+        (lambda: get_rule("sistematic"), "systematic"),
+        (lambda: get_rule("code", candidate=3), "candidates"),
+        (lambda: weight_table([{"alinment": 1.0}], ["alignment", "style"]), "alignment"),
+        (lambda: load_reward("image-reward"), "image_reward"),
+        (lambda: schedule_from_dict({"kind": "etta"}), "eta"),
+        (lambda: schedule_from_dict({"kind": "eta", "eto": 1}), "eta"),
+        (lambda: check_names({"seed_per_prompt": 1}, EvaluationConfig), "seeds_per_prompt"),
+    ]:
+        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
+            refuse()
