@@ -14,7 +14,7 @@ import yaml
 
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
-from stepfuse.data.settings_file import check_names, check_types, read_settings, require
+from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
 from stepfuse.data.text_files import read_text, write_text
 from stepfuse.fuse.adapter import Adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
@@ -111,10 +111,10 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
                 same, f"{name} of {own.name}", getattr(own, name), f"{getattr(first, name)}, as {first.name} has it"
             )
     if config.accelerate:
-        _found(config.accelerate, file)
+        _found(config.accelerate, file, "accelerate")
     if config.profile:
         load_prompts(config.profile)
-    return config, objectives, oracles, read_config(_found(config.evaluate, file)) if config.evaluate else None
+    return config, objectives, oracles, read_config(_found(config.evaluate, file, "eval")) if config.evaluate else None
 
 
 def build(file: Path, *, device: str) -> Path:
@@ -135,7 +135,9 @@ def build(file: Path, *, device: str) -> Path:
                 print(f"{place}: done, {training.folder}", flush=True)
                 continue
             print(f"{place}: {training.algorithm}, {training.folder}", flush=True)
-            launcher = ["--config_file", str(_found(config.accelerate, file))] if config.accelerate else ALONE
+            launcher = (
+                ["--config_file", str(_found(config.accelerate, file, "accelerate"))] if config.accelerate else ALONE
+            )
             train(training, launcher)
         folder = output / "set"
         loaded = assemble(folder, config, objectives, oracles)
@@ -228,7 +230,7 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], known)
     _, kind = PROGRAMS[entry["algorithm"]]
     own = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
-    place = _found(entry["config"], file)
+    place = _found(entry["config"], file, entry["algorithm"])
     values = read_settings(place, kind, besides=("env",))
     values.pop("env", None)
     try:
@@ -241,12 +243,15 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     return Training(algorithm=entry["algorithm"], settings=settings, sha256=sha256, folder=folder)
 
 
-def _found(name: str, file: Path) -> Path:
-    """A path as given, or beside the file that names it."""
-    for place in (Path(name), file.parent / name):
-        if place.is_file():
-            return place
-    raise ValueError(f"{file} names {name!r}, which is neither here nor in {file.parent}")
+def _found(name: str, file: Path, folder: str) -> Path:
+    """A path as given, or relative to the file that names it, or the name of a packaged configuration in `folder`."""
+    for path in (Path(name), file.parent / name):
+        if path.is_file():
+            return path
+    try:
+        return find_config(name, folder)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:

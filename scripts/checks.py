@@ -259,3 +259,52 @@ def check_objective(name: str | None, names: Sequence[str] | None, given: Path) 
     """Check that a set has an adapter; None is all of them."""
     if name is not None and names is not None and name not in names:
         raise ValueError(f"set {given} has no adapter {name!r}; it has {', '.join(names)}{nearest(name, names)}")
+
+
+def check_set_folder(given: Path) -> None:
+    """Check that a set is in a folder that can be written, and neither embedded nor on the hub."""
+    known = check_set(given)
+    if not given.exists() and (str(given) in EMBEDDED_SETS or known is None):
+        raise ValueError(f"set {str(given)!r} is not in a folder; copy it to one: stepfuse pull {given} FOLDER")
+
+
+def check_adapter_folders(folders: Iterable[Path]) -> None:
+    """Check that adapters were written by training, or are those of a set."""
+    from stepfuse.fuse.manifest import MANIFEST
+
+    for folder in folders:
+        if not folder.is_dir():
+            near = nearest(str(folder), neighbours(folder))
+            raise ValueError(f"no adapter in {folder}; expected a folder, as written by training{near}")
+        if not (folder / "objective.json").is_file() and not (folder.parent / MANIFEST).is_file():
+            raise ValueError(
+                f"no adapter in {folder}: it has no objective.json, which training writes; `stepfuse set import` takes "
+                "a LoRA of another tool"
+            )
+
+
+def check_export(output: Path, objective: str | None, form: str, *, overwrite: bool) -> None:
+    """Check the output of an export: a file for one adapter, except in peft's format, and a folder for all."""
+    if form != "peft" and objective is not None:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"--output {output}; expected a name that ends in .safetensors")
+        check_file(output, overwrite=overwrite)
+    elif output.is_file():
+        what = "all adapters are written into a folder; name one adapter for one file" if objective is None else form
+        raise ValueError(f"--output {output} is a file; expected a folder ({what})")
+    else:
+        check_parents(output)
+
+
+def check_lora(source: str) -> None:
+    """Check that a LoRA is a file or folder, or may be on the hub."""
+    from stepfuse.fuse.hub import parse_id
+
+    if not Path(source).exists() and parse_id(source) is None:
+        raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
+
+
+def check_objective_name(name: str) -> None:
+    """Check that a name can be written in weights and be the name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"--objective {name!r}; expected letters, digits, '_' and '-'")

@@ -144,6 +144,12 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_device_name(arguments.device)
     check_names(arguments.rules, BENCHMARK_RULES, "--rules")
     check_names(arguments.rivals, BASELINES, "--rivals")
+    if not arguments.adapters or min(arguments.adapters) < 1:
+        raise ValueError(f"--adapters {','.join(map(str, arguments.adapters))}; expected numbers of 1 or more")
+    if arguments.guidance_scale == 1:
+        raise ValueError("--guidance_scale 1 is no guidance; the reference is one adapter with guidance, give another")
+    if arguments.mode and not arguments.compile:
+        raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     if arguments.mode:
         check_names([arguments.mode], COMPILE_MODES, "--mode")
     if arguments.set is not None:
@@ -261,6 +267,12 @@ def build(arguments: argparse.Namespace) -> None:
 def training_benchmark(arguments: argparse.Namespace) -> None:
     check_names([arguments.model], MODELS, "--model")
     check_names(arguments.algorithms, ALGORITHMS, "--algorithms")
+    if not arguments.algorithms:
+        raise ValueError(f"--algorithms is empty; expected some of {', '.join(ALGORITHMS)}")
+    if arguments.candidates < 2:
+        raise ValueError(f"--candidates {arguments.candidates}; expected 2 or more")
+    if arguments.timestep_fraction == 0:
+        raise ValueError("--timestep_fraction 0; expected a number above 0, up to 1")
     check_file(arguments.output, overwrite=arguments.overwrite)
     check_device_name(arguments.device)
 
@@ -300,5 +312,6 @@ def check_device(name: str | None) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # unknown, or built without it
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     return name

@@ -53,6 +53,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; its function is the attribute `run`."""
     parser = _parser()
     completion.autocomplete(parser)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
     return parser.parse_args(arguments)
 
 

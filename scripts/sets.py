@@ -7,12 +7,17 @@ from typing import Any
 
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.checks import (
+    check_adapter_folders,
     check_device_name,
+    check_export,
     check_file,
     check_folder,
+    check_lora,
     check_objective,
+    check_objective_name,
     check_prompts,
     check_set,
+    check_set_folder,
     check_texts,
     check_weights,
 )
@@ -20,9 +25,7 @@ from stepfuse.scripts.checks import (
 
 def create(arguments: argparse.Namespace) -> None:
     check_folder(arguments.output, overwrite=arguments.overwrite)
-    for folder in (*arguments.adapter, *arguments.oracle):
-        if not folder.is_dir():
-            raise ValueError(f"no adapter in {folder}: there is no such folder")
+    check_adapter_folders([*arguments.adapter, *arguments.oracle])
 
     from stepfuse.fuse.make_set import create_set
     from stepfuse.fuse.variance import EtaSchedule
@@ -100,7 +103,7 @@ def show(arguments: argparse.Namespace) -> None:
 def profile(arguments: argparse.Namespace) -> None:
     check_prompts(arguments.prompts)
     check_device_name(arguments.device)
-    check_set(arguments.set)
+    check_set_folder(arguments.set)
 
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.make_set import add_profile, check_writable
@@ -120,7 +123,7 @@ def profile(arguments: argparse.Namespace) -> None:
 def write_card(arguments: argparse.Namespace) -> None:
     check_texts(arguments.prompt or [])
     check_device_name(arguments.device)
-    check_set(arguments.set)
+    check_set_folder(arguments.set)
 
     from stepfuse.fuse.adapter_set import load_set
     from stepfuse.fuse.card import STRIP, write_card
@@ -143,6 +146,9 @@ def write_card(arguments: argparse.Namespace) -> None:
 
 
 def import_lora(arguments: argparse.Namespace) -> None:
+    check_lora(arguments.lora)
+    check_objective_name(arguments.objective)
+
     from stepfuse.fuse.pipeline import quiet_libraries
     from stepfuse.scripts.exchange import import_lora
 
@@ -168,8 +174,8 @@ def import_lora(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     known = check_set(arguments.set, oracles=True)
     check_objective(arguments.objective, known, arguments.set)
-    if arguments.objective is not None and arguments.output is not None and arguments.format != "peft":
-        check_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.output is not None:
+        check_export(arguments.output, arguments.objective, arguments.format, overwrite=arguments.overwrite)
 
     from stepfuse.scripts.exchange import export
 
