@@ -1,5 +1,6 @@
 """The commands and examples that README and CONTRIBUTING show are run here as they stand, on the embedded base."""
 
+import itertools
 import json
 import os
 import re
@@ -15,12 +16,14 @@ import yaml
 from diffusers import DDIMScheduler
 from PIL import Image
 
+from stepfuse.configs import FOLDER
+from stepfuse.data.settings_file import find_config
 from stepfuse.fuse.path import NoisePath
 from stepfuse.fuse.pipeline import load_pipeline
 from stepfuse.fuse.plan import FusionStep, Plan
 from stepfuse.fuse.rules import RULES
 from stepfuse.fuse.variance import SCHEDULES, EtaSchedule, schedule_from_dict, schedule_to_dict, step_variance
-from stepfuse.scripts.main import main
+from stepfuse.scripts.main import main, parse
 
 ROOT = Path(__file__).parents[1]
 # SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
@@ -30,8 +33,8 @@ SMALL = (
     "--reward compressibility"
 )
 SMALLER = {
-    "train/dpo.py": f"{SMALL} --skip_first_steps 0",
-    "train/ddpo.py": f"{SMALL} --num_generations 2",
+    "stepfuse.train.dpo": f"{SMALL} --skip_first_steps 0",
+    "stepfuse.train.ddpo": f"{SMALL} --num_generations 2",
     "benchmark": "--adapters 1,2 --images 1 --steps 1 --repeats 1 --no_memory",
     "--gate": "--output gate.png",
 }
@@ -40,6 +43,12 @@ SMALLER = {
 def blocks(document: str, language: str) -> list[str]:
     """Fenced code of one language."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+
+
+def lines_of(part: str) -> list[str]:
+    """The commands of the README's one block of bash that mentions `part`."""
+    (block,) = [block for block in blocks("README.md", "bash") if part in block]
+    return [line for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 
 
 def example(part: str) -> dict[str, object]:
@@ -60,19 +69,21 @@ def checkout(tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_the_readme_commands_run_as_they_stand(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What comes after `commands` is launched by test_train_layouts.py and test_build.py.
-    _, trial, commands, _, exchange, rewards, benchmarks, cheaper, _ = blocks("README.md", "bash")
+    first, another, shown, explained = lines_of("stepfuse set show emoji")
     # Those of other sets and the hub: test_set_exchange.py and test_publish.py. No evaluation was made here.
     ours = [
-        line.replace("--evaluation outputs/evaluation", "") for line in exchange.splitlines() if " outputs/set " in line
+        line.replace("--evaluation outputs/evaluation", "")
+        for line in lines_of("stepfuse set export")
+        if " outputs/set " in line
     ]
     assert len(ours) == 4
     (snippet,) = blocks("README.md", "python")
     here = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{here}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
-    written = (trial + commands + rewards + benchmarks + cheaper).replace("\\\n", " ").splitlines()
+    written = [first, *lines_of("stepfuse set create"), *lines_of("stepfuse reward list")]
+    written += [*lines_of("stepfuse benchmark emoji"), *lines_of("stepfuse set profile")]
     # Random weights of Stable Diffusion 1.5 want a GPU; tests/test_benchmark.py holds them to the published number.
-    lines = [line for line in written if line.strip() and "--architecture sd15" not in line]
+    lines = [line for line in written if "--architecture sd15" not in line]
     assert len(lines) == 1 + 6 + 2 + 1 + 2
     (checkout / "outputs" / "images").mkdir(parents=True)
     for number, colour in enumerate(("red", "gray")):
@@ -85,8 +96,11 @@ def test_the_readme_commands_run_as_they_stand(checkout: Path, monkeypatch: pyte
         done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
     monkeypatch.chdir(checkout)
-    for line in ours:  # in this process, which has torch already
+    for line in (another, shown, *ours):  # in this process, which has torch already
         main(shlex.split(line, comments=True)[1:])
+    with pytest.raises(SystemExit) as stop:
+        main(shlex.split(explained, comments=True)[1:])
+    assert stop.value.code == 0
     with Image.open(checkout / "out.png") as picture:
         assert picture.size == (64, 64)
     assert (checkout / "scores.csv").read_text().splitlines()[2].startswith("1.png,a gray square,")
@@ -106,11 +120,9 @@ def test_the_readme_commands_run_as_they_stand(checkout: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_the_readme_evaluation_runs_in_small(checkout: Path) -> None:
     """Its own command and config, every rule and weight of it, with fewer prompts, seeds and steps."""
-    *_, commands = blocks("README.md", "bash")
-    lines = [shlex.split(line, comments=True) for line in commands.replace("\\\n", " ").splitlines()]
-    (words,) = [line for line in lines if line[:3] == ["stepfuse", "evaluate", "emoji"]]
+    words, _ = (shlex.split(line, comments=True) for line in lines_of("stepfuse evaluate emoji"))
     place = words.index("--config") + 1
-    settings = yaml.safe_load((checkout / words[place]).read_text())
+    settings = yaml.safe_load(find_config(words[place], "eval").read_text())
     settings |= {"prompts": "emoji-heldout:2", "seeds_per_prompt": 2, "steps": 2, "strip_prompts": 1}
     (code,) = [rule for rule in settings["rules"] if isinstance(rule, dict) and rule["rule"] == "code"]
     code |= {"candidates": 2, "block_size": 1}
@@ -127,6 +139,30 @@ def test_the_readme_evaluation_runs_in_small(checkout: Path) -> None:
     output = checkout / words[words.index("--output_dir") + 1]
     assert {"report.html", "fronts.png", "summary.json", "results.parquet"} <= {file.name for file in output.iterdir()}
     assert set(json.loads((output / "summary.json").read_text())["rules"]) >= set(RULES)
+
+
+def test_the_readme_names_configurations_that_are_packaged() -> None:
+    """A name, and not only a path, after every --config and build; the folder says which program reads it."""
+    written = shlex.split("\n".join(blocks("README.md", "bash")), comments=True)
+    named = [word for before, word in itertools.pairwise(written) if before in ("--config", "build")]
+    assert len(named) >= 6
+    for name in named:
+        assert find_config(name, name.split("/")[0]).parent.parent == FOLDER
+
+
+def test_every_stepfuse_command_of_the_readme_is_parsed() -> None:
+    lines = [line for block in blocks("README.md", "bash") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("stepfuse ")]
+    assert len(commands) > 20
+    for _, *arguments in commands:
+        if arguments[-1] != "--help":
+            assert callable(parse(arguments).run)
+
+
+def test_the_readme_says_how_to_install_before_the_first_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.index("scripts/setup") < text.index("source .venv/bin/activate") < text.index("stepfuse sample emoji")
+    assert text.index("pip install torch") < text.index("pip install .") < text.index("stepfuse sample emoji")
 
 
 def test_the_readme_tree_names_what_is_there() -> None:
