@@ -87,7 +87,7 @@ def several(known: Iterable[str]) -> Completer:
     """Names separated by commas, each once."""
 
     def completer(prefix: str, **_: Any) -> list[str]:
-        before, comma, _ = prefix.rpartition(",")
+        before, comma, _last = prefix.rpartition(",")
         given = before.split(",")
         return [f"{before}{comma}{name}" for name in known if name not in given]
 
@@ -112,6 +112,6 @@ def objectives(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[s
 
 def weights(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """`A=` for each objective of the set, after those that are there."""
-    before, comma, _rest = prefix.rpartition(",")
+    before, comma, _last = prefix.rpartition(",")
     given = [part.partition("=")[0] for part in before.split(",")]
     return [f"{before}{comma}{name}=" for name in objectives(prefix, parsed_args) if name not in given]
