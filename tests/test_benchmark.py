@@ -194,10 +194,10 @@ def test_the_command_writes_the_results_and_prints_the_table(set_folder, tmp_pat
     [
         ("", "one of them"),
         ("SET --architecture sd15", "one of them"),
-        ("SET --rules rgg", "rule rgg"),
+        ("SET --rules rgg", "rgg"),
         ("SET --rules sum", "'sum'"),
         ("SET --rivals lora_hub", "'lora_hub'"),
-        ("SET --adapters 0", "adapters [0]"),
+        ("SET --adapters 0", "adapters 0"),
         ("SET --repeats 0", "repeats 0"),
         ("SET --compile full --mode fast", "'fast'"),
         ("SET --mode reduce-overhead", "--compile"),

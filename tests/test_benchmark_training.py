@@ -212,7 +212,7 @@ def test_the_command_writes_the_results_and_prints_the_table(tmp_path, capsys):
     [
         ("--model sd3", "'sd3'"),
         ("--algorithms grpo", "'grpo'"),
-        ("--algorithms ,", "none"),
+        ("--algorithms ,", "algorithms"),
         ("--images 0", "images 0"),
         ("--steps 0", "steps 0"),
         ("--repeats 0", "repeats 0"),

@@ -146,7 +146,7 @@ def test_an_import_that_fails_leaves_the_set_as_it_was(root, mine, stranger, tmp
     assert "a set has one: pass --guidance shared" in complaint(
         "set", "import", stranger, "--objective", "style", "--eta", 1, "--set", mine
     )
-    assert "eta is 2.0" in complaint(*taken[:4], 2, *taken[5:], "--objective", "style")
+    assert "eta 2.0" in complaint(*taken[:4], 2, *taken[5:], "--objective", "style")
     assert "'../x'" in complaint(*taken, "--objective", "../x")
     assert "leave out --base" in complaint(*taken, "--objective", "style", "--base", "emoji")
     assert "does not match" in complaint(*taken, "--objective", "style", "--license", "no licence")
