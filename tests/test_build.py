@@ -172,7 +172,7 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
         ({"objectives": []}, "objectives is []"),
         ({"objectives": ["ddpo.yaml"]}, "an objective is ddpo.yaml; expected a mapping with `algorithm` and `config`"),
         ({"objectives": [{"algorithm": "ppo", "config": "ddpo.yaml"}]}, "algorithm is ppo; expected one of dpo, ddpo"),
-        ({"objectives": [{"algorithm": "ddpo", "config": "no.yaml"}]}, "names 'no.yaml', which is neither here nor in"),
+        ({"objectives": [{"algorithm": "ddpo", "config": "no.yaml"}]}, "no config file 'no.yaml'"),
         ({"objectives": [{"algorithm": "ddpo", "config": "ddpo.yaml", "rnak": 2}]}, "did you mean 'rank'?"),
         ({"objectives": [{"algorithm": "ddpo", "config": "ddpo.yaml", "rank": 0}]}, "rank is 0; expected 1 or more"),
         ({"objectives": [BUILD["objectives"][0]] * 2}, "objective_name is small"),
@@ -180,8 +180,8 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
             {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"guidance": "shared"}]},
             "guidance of colour is shared; expected off, as small has it",
         ),
-        ({"evaluate": "no.yaml"}, "names 'no.yaml'"),
-        ({"accelerate": "no.yaml"}, "names 'no.yaml'"),
+        ({"evaluate": "no.yaml"}, "no config file 'no.yaml'"),
+        ({"accelerate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"profile": "nowhere"}, "no prompts 'nowhere'"),
         ({"ouput_dir": "x"}, "did you mean 'output_dir'?"),
     ],
@@ -249,3 +249,18 @@ def test_a_card_says_what_is_not_known(tmp_path):
     exec(code, names)
     assert names["image"].size == (64, 64)
     assert isinstance(names["pipe"].components["unet"], torch.nn.Module)
+
+
+def test_a_build_names_packaged_configurations_and_the_nearest_is_suggested(tmp_path):
+    file = tmp_path / "mine.yaml"
+    build = {"objectives": [{"algorithm": "dpo", "config": "dpo/emoji-alignment"}], "evaluate": "eval/emoji"}
+    file.write_text(yaml.safe_dump(build))
+    _, (training,), _, evaluation = read_build(file)
+    assert training.settings.name == "alignment"
+    assert evaluation is not None
+    file.write_text(yaml.safe_dump(build | {"evaluate": "eval/emogi"}))
+    with refused("mine.yaml", "'eval/emoji'"):
+        read_build(file)
+    file.write_text(yaml.safe_dump({"objectives": [{"algorithm": "dop", "config": "dpo/emoji-alignment"}]}))
+    with refused("dop", "'dpo'"):
+        read_build(file)
