@@ -22,6 +22,8 @@ from stepfuse.scripts.choices import (
 )
 
 LARGEST_SEED = 2**64 - 1
+LOST_AND_FOUND = "lost+found"  # in the root folder of an ext4 volume, which may be a mounted output folder
+UNFINISHED = ".stepfuse-replace"  # of an interrupted replacement of a folder's content, which the command completes
 AT_LEAST_1 = (
     *("steps", "batch_size", "rows_at_once", "height", "width", "candidates", "block_size", "images", "repeats"),
     *("count", "threads", "rank", "resolution", "timesteps_per_forward"),
@@ -98,7 +100,9 @@ def check_folder(folder: Path, *, overwrite: bool, continued: str | None = None,
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} {folder} is a file; choose another")
     check_parents(folder, flag)
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    if overwrite or not folder.is_dir() or (folder / UNFINISHED).exists():
+        return
+    if all(content.name == LOST_AND_FOUND for content in folder.iterdir()):
         return
     if continued is None or not (folder / continued).exists():
         raise ValueError(f"{flag} {folder} exists and is not empty; choose another or pass --overwrite")

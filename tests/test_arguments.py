@@ -20,7 +20,7 @@ from stepfuse.scripts import choices
 from stepfuse.scripts.benchmark import training_ways
 from stepfuse.scripts.benchmark.rewards import OURS
 from stepfuse.scripts.benchmark.ways import MODES, WAYS, Settings
-from stepfuse.scripts.checks import BOUNDS, check_numbers
+from stepfuse.scripts.checks import BOUNDS, check_folder, check_numbers
 from stepfuse.scripts.main import _parser, parse
 
 
@@ -332,3 +332,13 @@ def test_suggestions_are_made_for_names_in_settings_and_files():
     ]:
         with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
             refuse()
+
+
+def test_an_output_folder_that_is_a_new_volume_counts_as_empty(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    check_folder(tmp_path, overwrite=False)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="--overwrite"):
+        check_folder(tmp_path, overwrite=False)
+    check_folder(tmp_path, overwrite=False, continued="mine.txt")
+    check_folder(tmp_path, overwrite=True)
