@@ -123,7 +123,7 @@ def add_command(actions: argparse._SubParsersAction, name: str, summary: str, ex
     return actions.add_parser(
         name,
         help=summary,
-        description=textwrap.fill(description, width=shutil.get_terminal_size().columns - 2),
+        description=textwrap.fill(description, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False),
         epilog=f"example:\n  {example}",
     )
 

@@ -92,14 +92,14 @@ def add_benchmark(actions: argparse._SubParsersAction) -> None:
         type=numbers,
         default=(1, 2, 4, 8),
         metavar="1,2,4,8",
-        help="Numbers of adapters to fuse; each is a column of the table (default: 1,2,4,8).",
+        help="Numbers of adapters to fuse; each rule and baseline is timed with each of them (default: 1,2,4,8).",
     )
     rules = model.add_argument(
         "--rules",
         type=names,
         default=RULES,
         metavar="A,B",
-        help=f"Fusion rules to time, each a row of the table (default: {','.join(RULES)}).",
+        help=f"Fusion rules to time (default: {','.join(RULES)}).",
     )
     completion.complete(rules, completion.benchmark_rules)
     baselines = model.add_argument(
@@ -107,7 +107,7 @@ def add_benchmark(actions: argparse._SubParsersAction) -> None:
         type=names,
         default=BASELINES,
         metavar="A,B",
-        help="Baselines to time, each a row of the table, or '' for none. separate: the product with one forward pass "
+        help="Baselines to time, or '' for none. separate: the product with one forward pass "
         "per adapter; diffusion_blend: one whole UNet per adapter; set_adapters: diffusers' set_adapters before each "
         f"forward pass; mixed_batch: peft's adapter_names (default: {','.join(BASELINES)}).",
     )
