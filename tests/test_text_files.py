@@ -21,7 +21,8 @@ from stepfuse.rewards.image_files import pair_prompts
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.evaluation import EvaluationConfig, read_config
 from stepfuse.scripts.main import main
-from stepfuse.train.settings import DDPOSettings, DPOSettings, parse_settings
+from stepfuse.train.arguments import parse_settings
+from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import refused
 
 # What str.splitlines splits at besides \n and \r\n.
