@@ -48,6 +48,20 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _import_libraries()
+
+
+def _import_libraries() -> None:
+    """Import large libraries before the import hook does, below which Python compiles them from source every time."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns that torchvision is not installed
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
+    from peft import LoraConfig  # noqa: F401
+
+    logging.set_verbosity(level)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
