@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.data import emoji
+from stepfuse.data.output_folder import complete
 from stepfuse.fuse.adapter import (
     Adapter,
     Objective,
@@ -208,6 +209,7 @@ def set_folder(folder: str | Path) -> Path:
         return EMBEDDED_SETS[str(folder)]
     if not Path(folder).exists() and parse_id(str(folder)) is not None:
         return fetch_set(str(folder))
+    complete(Path(folder))  # where a process was killed while it replaced the set
     return Path(folder)
 
 

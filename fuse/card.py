@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.adapter import WEIGHTS, Adapter
 from stepfuse.fuse.adapter_set import AdapterSet
@@ -15,6 +17,7 @@ from stepfuse.fuse.hub import parse_id
 from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.variance import schedule_to_dict
 from stepfuse.fuse.weights import label_weights
+from stepfuse.rewards.registry import local_parts
 
 CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
 CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"
@@ -37,13 +40,39 @@ def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, p
     Args:
         pictures: an evaluation's folder, whose plot of the fronts goes along.
         place: what users of the card load the set by; by default the folder.
+
+    Raises:
+        ValueError: for a README.md of other origin, which is kept.
     """
+    file = check_card(folder)
     if pictures is not None and (pictures / FRONTS).is_file():
-        shutil.copyfile(pictures / FRONTS, folder / FRONTS)
-    file = folder / CARD
+        with written_file(folder / FRONTS) as picture:
+            shutil.copyfile(pictures / FRONTS, picture)
     shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
-    write_text(file, card(loaded, place=place or file_name(folder), shown=shown))
+    with written_file(file) as temporary:
+        write_text(temporary, card(loaded, place=place or file_name(folder), shown=shown))
     return file
+
+
+def check_card(folder: Path) -> Path:
+    """Check that a set's README.md may be written.
+
+    Raises:
+        ValueError: for one of other origin.
+    """
+    file = folder / CARD
+    if file.exists() and not is_card(file):
+        raise ValueError(f"{file} was not written by stepfuse; move it, and the card can be written")
+    return file
+
+
+def is_card(file: Path) -> bool:
+    """Whether a README.md is a card as `write_card` writes one, by the tag in its front matter."""
+    try:
+        front = yaml.safe_load(file.read_text(encoding="utf-8").split("---\n")[1])
+        return "stepfuse" in front["tags"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return False
 
 
 def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
@@ -210,6 +239,11 @@ def _limits(loaded: AdapterSet) -> str:
     for adapter in loaded.adapters:
         if adapter.source:
             lines.append(f"- `{adapter.name}` was trained elsewhere; its variance schedule is declared, not measured.")
+        for reward, what in local_parts(adapter.objective.reward):
+            lines.append(
+                f"- `{adapter.name}`: its reward {code(reward)} is {what} of its author and not part of the set, which "
+                "cannot be evaluated by it elsewhere."
+            )
         for entry in adapter.record.get("health") or []:
             lines.append(f"- `{adapter.name}`: step {plain(entry['step'])}, {plain(entry['what'])}.")
     return "\n".join(lines)

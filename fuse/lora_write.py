@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from torch import Tensor
 
+from stepfuse.data.output_folder import written_file
 from stepfuse.fuse.factors import Factors, peft_config
 from stepfuse.fuse.lora_keys import BIAS, DOWN, MAGNITUDE, UP, written_key
 
@@ -69,9 +70,8 @@ def sort_metadata(file: Path) -> None:
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-    temporary.replace(file)
+    with written_file(file) as temporary:
+        temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
 
 
 def _tensors(layer: Factors) -> dict[str, Tensor]:

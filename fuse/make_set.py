@@ -2,19 +2,20 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stepfuse.fuse.adapter import OBJECTIVE, Adapter, copy_weights, read_adapter
+from stepfuse.data.output_folder import check_output, files_named, replaced
+from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, Adapter, copy_weights, read_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, OracleAdapter, load_set, oracle_terms, save_manifest, set_folder
+from stepfuse.fuse.card import CARD, is_card
 from stepfuse.fuse.entries import record_weights
 from stepfuse.fuse.gate import GapProfile
 from stepfuse.fuse.hub import PICTURES
-from stepfuse.fuse.manifest import MANIFEST
+from stepfuse.fuse.manifest import MANIFEST, check_files, read_object
 from stepfuse.fuse.pipeline import same_base
 from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule
 
@@ -35,6 +36,9 @@ def create_set(
 ) -> AdapterSet:
     """Copy trained adapters into a new set; the output is written whole or not at all.
 
+    With `overwrite` the files of a set in the output folder are replaced, and other files stay. The adapters may be
+    those of that set.
+
     Guidance and steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
     sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
 
@@ -45,10 +49,10 @@ def create_set(
 
     Raises:
         ValueError: for no adapters, two of one name, adapters of different bases or guidance, an oracle
-            of other rewards, or an output folder that is not empty.
+            of other rewards, or an output folder that is not empty or cannot be written.
     """
     output = Path(output)
-    claim_output(output, overwrite=overwrite)
+    check_set_output(output, overwrite=overwrite)
     adapters = [_licensed(find_adapter(folder), license) for folder in folders]
     if not adapters:
         raise ValueError("a set needs at least one adapter")
@@ -63,7 +67,7 @@ def create_set(
     known = _richest(everyone) | _stated(license=base_license)
     if base:
         known |= {"name_or_path": base, "revision": None}
-    with written_whole(output) as aside:
+    with replaced(output, ours=set_files, check=load_set) as aside:
         for adapter in everyone:
             (aside / adapter.name).mkdir()
             copy_weights(adapter, aside / adapter.name, half=half)
@@ -85,21 +89,32 @@ def create_set(
     return load_set(output)
 
 
-@contextmanager
-def written_whole(output: Path) -> Iterator[Path]:
-    """A folder aside to make a set in; found sound it takes the place of the output, and failing nothing is changed."""
-    aside = output.with_name(output.name + ".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+def check_set_output(output: Path, *, overwrite: bool) -> None:
+    """Check that a set may be written to a folder: files of other origin stay, and the set must be valid with them.
+
+    Raises:
+        ValueError: for a folder that is not empty, unless `overwrite`, and for a pickle or a link to elsewhere in it.
+    """
+    folder = check_output(output, overwrite=overwrite, ours=set_files, writes=[MANIFEST])
+    check_files(folder, besides=set_files(folder))
+
+
+def set_files(folder: Path) -> set[Path]:
+    """The files of the set in a folder, which --overwrite replaces; none where there is no set.
+
+    These are the manifest, the weights that it lists (where it cannot be read, those of every subfolder), the card if
+    stepfuse wrote it, and its pictures.
+    """
+    if not (folder / MANIFEST).is_file():
+        return set()
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        load_set(aside)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        values = read_object(folder / MANIFEST, "an adapter set")
+        entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
+        names = [str(entry["folder"]) for entry in entries]
+    except (ValueError, KeyError, TypeError):
+        names = [place.name for place in folder.iterdir() if (place / WEIGHTS).is_file()]
+    shown = [name for name in PICTURES if name != CARD or is_card(folder / CARD)]
+    return files_named(folder, MANIFEST, *shown, *(Path(name, WEIGHTS) for name in names))
 
 
 def find_adapter(folder: str | Path) -> Adapter:
@@ -144,16 +159,18 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
     if adapter.name in [own.name for own in loaded.everyone] or (file.parent / adapter.name).exists():
         raise ValueError(f"set {file.parent} has {adapter.name!r} already; choose another name")
     check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
-    place = file.parent / adapter.name
-    place.mkdir()
-    try:
-        copy_weights(adapter, place)
-        everyone = (*loaded.adapters, adapter)
+    pictures = {Path(name) for name in PICTURES}  # they stay
+    with replaced(file.parent, ours=lambda there: set_files(there) - pictures, check=load_set) as aside:
+
+        def copied(own: Adapter, name: str) -> Adapter:
+            (aside / name).mkdir()
+            copy_weights(own, aside / name)
+            return replace(own, folder=aside / name)
+
+        everyone = (*(copied(own, own.folder.name) for own in loaded.adapters), copied(adapter, adapter.name))
+        oracles = tuple(replace(o, adapter=copied(o.adapter, o.adapter.folder.name)) for o in loaded.oracles)
         weights = {own.name: 1 / len(everyone) for own in everyone}
-        save_manifest(file.parent, replace(loaded, adapters=everyone, default_weights=weights))
-    except BaseException:
-        shutil.rmtree(place)
-        raise
+        save_manifest(aside, replace(loaded, adapters=everyone, oracles=oracles, default_weights=weights))
     return load_set(file.parent)
 
 
@@ -165,10 +182,10 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     Raises:
         ValueError: for a faulty set, and an output folder that is not empty.
     """
-    claim_output(output, overwrite=overwrite)
+    check_set_output(output, overwrite=overwrite)
     source = set_folder(name)
     loaded = load_set(source)
-    with written_whole(output) as aside:
+    with replaced(output, ours=set_files, check=load_set) as aside:
         shutil.copyfile(source / MANIFEST, aside / MANIFEST)
         for adapter in loaded.everyone:
             (aside / adapter.folder.name).mkdir()
@@ -279,15 +296,3 @@ def _stated(**values: str | None) -> dict[str, str]:
 
 def _licensed(adapter: Adapter, license: str | None) -> Adapter:
     return replace(adapter, license=adapter.license or license)
-
-
-def claim_output(folder: Path, *, overwrite: bool, besides: Sequence[str] = ()) -> None:
-    """See that an output folder is free to be written: empty, or with no more than `besides`.
-
-    Raises:
-        ValueError: for a folder that is not empty, unless `overwrite`.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output {folder} is a file; choose another")
-    if folder.exists() and not overwrite and any(place.name not in besides for place in folder.iterdir()):
-        raise ValueError(f"output {folder} exists and is not empty; choose another or pass --overwrite")

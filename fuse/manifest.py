@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import decode_text, read_text, write_text
 
 FORMAT_VERSION = 1
@@ -28,9 +29,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".p", ".npy", ".np
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Write aside and rename: a reader never sees half a file."""
-    aside = file.with_name(file.name + ".tmp")
-    write_text(aside, json.dumps(values, indent=2, allow_nan=False) + "\n")
-    aside.replace(file)
+    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
+    with written_file(file) as temporary:
+        write_text(temporary, text)
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
@@ -116,8 +117,11 @@ def inside(folder: Path, *names: str) -> Path:
     return place
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, besides: Collection[Path] = ()) -> None:
     """See that a set's folder holds data alone: no pickle, and no link to elsewhere.
+
+    Args:
+        besides: files that are not looked at, as paths relative to the folder.
 
     Raises:
         ValueError: naming the file at fault.
@@ -125,6 +129,8 @@ def check_files(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             place = Path(parent, name)
+            if place.relative_to(folder) in besides:
+                continue
             check_no_pickle(place)
             if place.is_symlink():
                 _check_link(folder, place)

@@ -206,3 +206,22 @@ def is_catalogued(name: str) -> bool:
         except ValueError:
             return True  # it cannot be loaded anyhow
     return kind in REWARDS
+
+
+def local_parts(name: str) -> list[tuple[str, str]]:
+    """The parts of a reward that only its author has, those of a sum's terms included.
+
+    Returns:
+        Of each the name, and what it is: a local file, a local folder, or a server.
+    """
+    kind, _, argument = name.partition(":")
+    if kind == "weighted":
+        try:
+            return [part for term in parse_terms(argument) for part in local_parts(term.name)]
+        except ValueError:
+            return []
+    if name.startswith(("http://", "https://")):
+        return [(name, "a server")]
+    if ".py:" in name or name.endswith((".yaml", ".yml")):
+        return [(name, "a local file")]
+    return [(name, "a local folder")] if kind in REWARDS and argument else []

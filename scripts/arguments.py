@@ -230,8 +230,11 @@ def add_output(parser: Container, default: str, what: str) -> None:
     add_overwrite(parser, "the output file")
 
 
-def add_overwrite(parser: Container, what: str) -> None:
-    """Whether existing output is replaced."""
+def add_overwrite(parser: Container, what: str, *, folder: bool = False) -> None:
+    """Whether existing output is replaced; of a folder, the files that stepfuse wrote."""
+    kept = "; files that stepfuse did not write stay" if folder else ""
     parser.add_argument(
-        "--overwrite", action="store_true", help=f"Replace {what} if it exists (default: stop with an error)."
+        "--overwrite",
+        action="store_true",
+        help=f"Replace {what} if it exists{kept} (default: stop with an error).",
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data import output_folder
 from stepfuse.data.names import nearest
 from stepfuse.fuse.weights import Weights, WeightSchedule, label_weights, parse_weights
 from stepfuse.scripts.choices import (
@@ -77,6 +78,7 @@ def check_file(file: Path, *, overwrite: bool, flag: str = "--output") -> None:
     if file.exists() and not overwrite:
         raise ValueError(f"{flag} {file} exists; choose another {flag} or pass --overwrite")
     check_parents(file, flag)
+    output_folder.check_file(file, overwrite=overwrite, option=flag)
 
 
 def check_parents(path: Path, flag: str = "--output") -> None:
@@ -100,6 +102,7 @@ def check_folder(folder: Path, *, overwrite: bool, continued: str | None = None,
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{flag} {folder} is a file; choose another")
     check_parents(folder, flag)
+    output_folder.resolve_folder(folder)
     if overwrite or not folder.is_dir() or (folder / UNFINISHED).exists():
         return
     if all(content.name == LOST_AND_FOUND for content in folder.iterdir()):

@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from stepfuse.data.output_folder import check_output, written_file
 from stepfuse.data.settings_file import find_config
 from stepfuse.scripts.checks import (
     check_device_name,
@@ -88,8 +89,8 @@ def sample(arguments: argparse.Namespace) -> None:
     width = len(columns)
     grid = [images[i : i + width] for i in range(0, len(images), width)]
     picture = sampled_picture(grid, arguments.prompt, columns, factor=arguments.enlarge)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(arguments.output)
+    with written_file(arguments.output) as temporary:
+        picture.save(temporary)
     print(arguments.output)
     if len(images) == 1 and arguments.enlarge is None and picture.width < 256:
         factor = enlargement(picture, 256)
@@ -101,10 +102,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         if arguments.set or arguments.config:
             raise ValueError("--world needs no set and no --config; give one or the other")
         check_folder(arguments.output_dir, overwrite=arguments.overwrite, flag="--output_dir")
-        from stepfuse.fuse.make_set import claim_output
-        from stepfuse.scripts.world_report import measure_world
+        from stepfuse.scripts.world_report import FILES, measure_world, world_files
 
-        claim_output(arguments.output_dir, overwrite=arguments.overwrite)
+        check_output(arguments.output_dir, overwrite=arguments.overwrite, ours=world_files, writes=FILES)
         measure_world(arguments.output_dir, seed=arguments.seed)
         print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))
         return
@@ -171,7 +171,6 @@ def benchmark(arguments: argparse.Namespace) -> None:
         memory=not arguments.no_memory,
         **{name: getattr(arguments, name) for name in names},
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = benchmark_sampling(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
     print(markdown_table(results))
@@ -189,6 +188,8 @@ def reward_score(arguments: argparse.Namespace) -> None:
     check_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.picture is not None:
         check_picture(arguments.picture, overwrite=arguments.overwrite, flag="--picture")
+        if arguments.picture.resolve() == arguments.output.resolve():
+            raise ValueError(f"--output and --picture are both {arguments.picture}; give one another name")
     check_device_name(arguments.device)
     if not arguments.images.is_dir():
         raise ValueError(f"--images {arguments.images}; expected a folder of images")
@@ -246,7 +247,6 @@ def reward_benchmark(arguments: argparse.Namespace) -> None:
         prompts=str(arguments.prompts or ""),
         threads=arguments.threads or torch.get_num_threads(),
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = benchmark_rewards(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
     print(reward_table(results))
@@ -297,7 +297,6 @@ def training_benchmark(arguments: argparse.Namespace) -> None:
         memory=not arguments.no_memory,
         **{name: getattr(arguments, name) for name in names},
     )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     results = benchmark_training(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
     print(training_table(results))

@@ -7,11 +7,12 @@ from typing import Any
 from diffusers import UNet2DConditionModel
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.adapter import WEIGHTS, Objective, check_guidance, write_adapter
+from stepfuse.data.output_folder import check_file, check_output, files_below, replaced, resolve_folder, written_file
+from stepfuse.fuse.adapter import WEIGHTS, Adapter, Objective, check_guidance, write_adapter
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.factors import peft_config, peft_state, read_factors
 from stepfuse.fuse.hub import fetch_lora, parse_id
-from stepfuse.fuse.lora_export import export_adapter, save_kohya
+from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_WEIGHTS, export_adapter, save_kohya
 from stepfuse.fuse.lora_file import check_fits, open_lora
 from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
@@ -124,10 +125,14 @@ def import_lora(
 def export(
     adapter_set: str | Path, objective: str | None, *, form: str, output: Path | None, overwrite: bool = False
 ) -> Path:
-    """Write one adapter of a set, or each of them, in another tool's format; where it lies.
+    """Write one adapter of a set, or all of them, in another tool's format; all files are written or none.
+
+    Returns:
+        The file, or for peft the folder, of one adapter; of several the folder that holds them.
 
     Raises:
-        ValueError: for an objective that the set has not, an output that is there, and what the format cannot hold.
+        ValueError: for an objective that the set does not have, an output that exists or is a file of the set, and
+            an adapter that the format cannot hold.
     """
     loaded = load_set(adapter_set)
     chosen = loaded.adapters if objective is None else [a for a in loaded.everyone if a.name == objective]
@@ -137,13 +142,45 @@ def export(
             f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(known)}{nearest(objective, known)}"
         )
     folder, ending = output or Path(f"{form}-loras"), "" if form == "peft" else ".safetensors"
-    places = [output if objective and output else folder / f"{adapter.name}{ending}" for adapter in chosen]
-    for place in places:
-        claim_file(place, overwrite=overwrite)
     config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
-    for adapter, place in zip(chosen, places, strict=True):
+
+    def write(adapter: Adapter, place: Path) -> None:
         export_adapter(adapter, place, form=form, config=config, prediction=prediction)
-    return places[0] if len(places) == 1 else folder
+
+    if objective is not None and output is not None:
+        (adapter,) = chosen
+        if form == "peft":
+            check_output(output, overwrite=overwrite, ours=peft_files)
+            with replaced(output, ours=peft_files) as temporary:
+                write(adapter, temporary)
+        else:
+            claim_file(output, loaded, overwrite=overwrite)
+            with written_file(output) as temporary:
+                write(adapter, temporary)
+        return output
+    names = [f"{adapter.name}{ending}" for adapter in chosen]
+    resolve_folder(folder)
+    for name in names:
+        if form == "peft":
+            check_output(folder / name, overwrite=overwrite, ours=peft_files)
+        else:
+            claim_file(folder / name, loaded, overwrite=overwrite)
+
+    def ours(there: Path) -> set[Path]:
+        if form != "peft":
+            return files_below(there, *names)
+        return {Path(name, file) for name in names for file in peft_files(there / name)}
+
+    with replaced(folder, ours=ours) as temporary:
+        for adapter, name in zip(chosen, names, strict=True):
+            write(adapter, temporary / name)
+    return folder / names[0] if len(names) == 1 else folder
+
+
+def peft_files(folder: Path) -> set[Path]:
+    """The files of an adapter that peft or `export` saved in a folder; none where it is not one of theirs."""
+    both = files_below(folder, PEFT_WEIGHTS, PEFT_CONFIG)
+    return both if len(both) == 2 else set()
 
 
 def merge(
@@ -165,8 +202,8 @@ def merge(
         raise ValueError(f"format {form!r}; expected diffusers or kohya{nearest(form, ('diffusers', 'kohya'))}")
     if output.suffix != ".safetensors":
         raise ValueError(f"output {output}; expected a name that ends in .safetensors")
-    claim_file(output, overwrite=overwrite)
     loaded = load_set(adapter_set)
+    claim_file(output, loaded, overwrite=overwrite)
     given = loaded.default_weights if weights is None else weights
     if any(isinstance(weight, WeightSchedule) for weight in given.values()):
         raise ValueError("weights that change over the steps make no one LoRA; give numbers")
@@ -180,12 +217,12 @@ def merge(
         raise ValueError(f"strength {strength:g} leaves nothing to merge")
     merged, error = merge_factors(everyone, rank)
     title = "_".join(f"{name}-{weight:g}" for name, weight, _ in everyone)
-    if form == "diffusers":
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_lora(output, merged)
-    else:
-        config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
-        save_kohya(output, merged, config, title=title, prediction=prediction)
+    with written_file(output) as temporary:
+        if form == "diffusers":
+            save_lora(temporary, merged)
+        else:
+            config, prediction = unet_config(loaded.base), prediction_type(loaded.base)
+            save_kohya(temporary, merged, config, title=title, prediction=prediction)
     return max(layer.rank for layer in merged.values()), error
 
 
@@ -208,11 +245,16 @@ def prediction_type(base: dict[str, Any]) -> str:
     return (base.get("noise_path") or {}).get("prediction_type", "epsilon")
 
 
-def claim_file(place: Path, *, overwrite: bool) -> None:
-    """See that a file may be written.
+def claim_file(output: Path, loaded: AdapterSet, *, overwrite: bool) -> None:
+    """Check that a file may be written, and is not one of the set that is read.
 
     Raises:
-        ValueError: where one is there.
+        ValueError: where one exists, unless `overwrite`, and for the weights and the manifest of the set.
     """
-    if place.exists() and not overwrite:
-        raise ValueError(f"{place} exists; choose another --output or pass --overwrite")
+    file = check_file(output, overwrite=overwrite)
+    folders = [adapter.folder for adapter in loaded.everyone]
+    if file.is_file() and any(
+        place.is_file() and file.samefile(place)
+        for place in (*(folder / WEIGHTS for folder in folders), folders[0].parent / MANIFEST)
+    ):
+        raise ValueError(f"output {output} is a file of the set itself, which would be damaged; choose another")

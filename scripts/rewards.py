@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
 from stepfuse.data.lettering import enlarge
+from stepfuse.data.output_folder import check_file, written_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.catalogue import table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
@@ -58,13 +59,13 @@ def score_folder(
     Raises:
         ValueError: for images, prompts or a reward that cannot be had, and a table that is there.
     """
-    for file in (output, picture):
-        if file is not None and file.exists() and (file.is_dir() or not overwrite):
-            raise ValueError(f"{file_name(file)} exists; give another file or --overwrite")
+    table = check_file(output, overwrite=overwrite)
+    if picture is not None:
+        check_file(picture, overwrite=overwrite, option="--picture")
     items = pair_prompts(folder, prompts)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = _aside(output, name, items)
+        table.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(table, name, items)
         done = _whole_rows(aside)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
@@ -82,7 +83,7 @@ def score_folder(
         rows = csv.writer(handle)
         rows.writerow(COLUMNS)
         rows.writerows((item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True))
-    aside.replace(output)
+    aside.replace(table)
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
     print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
@@ -96,7 +97,8 @@ def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> 
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
     tiles = [np.asarray(_tile(to_image(read_pixels(items[i].file)[0]))) for i in order]
     pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
-    save_samples(file, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
+    with written_file(file) as temporary:
+        save_samples(temporary, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
 
 
 def _tile(picture: Image.Image) -> Image.Image:

@@ -69,7 +69,7 @@ def add_hub(actions: argparse._SubParsersAction) -> None:
         metavar="OWNER/NAME",
     )
     pull.add_argument("output", type=Path, metavar="FOLDER", nargs="?", help="Output folder (default: NAME).")
-    add_overwrite(pull, "the content of the output folder")
+    add_overwrite(pull, "the set in the output folder", folder=True)
     pull.set_defaults(run=sets.pull)
 
 
@@ -121,7 +121,7 @@ def _add_create(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="Store the weights in float16, which halves their size (default: in the type they have).",
     )
-    add_overwrite(create, "the content of the output folder")
+    add_overwrite(create, "the set in the output folder", folder=True)
     create.set_defaults(run=sets.create)
 
 

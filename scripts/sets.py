@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.checks import (
     check_adapter_folders,
@@ -126,18 +127,21 @@ def write_card(arguments: argparse.Namespace) -> None:
     check_set_folder(arguments.set)
 
     from stepfuse.fuse.adapter_set import load_set
-    from stepfuse.fuse.card import STRIP, write_card
+    from stepfuse.fuse.card import STRIP, check_card, write_card
     from stepfuse.fuse.make_set import add_evaluation, check_writable, set_licences
     from stepfuse.scripts.strip import ROWS, draw_strip
 
     folder = check_writable(arguments.set).parent
     loaded = load_set(folder)
+    check_card(folder)  # before minutes go into the picture
     evaluation = arguments.evaluation
     if evaluation is not None and not (evaluation / "summary.json").is_file():
         raise ValueError(f"no summary.json in {evaluation}; expected the output of stepfuse evaluate")
     if not arguments.no_strip:
         prompts = arguments.prompt or _prompts(None, loaded, ROWS)
-        draw_strip(_sampler(arguments, loaded), prompts, seed=arguments.seed, progress=True).save(folder / STRIP)
+        strip = draw_strip(_sampler(arguments, loaded), prompts, seed=arguments.seed, progress=True)
+        with written_file(folder / STRIP) as temporary:
+            strip.save(temporary)
     if arguments.license or arguments.base_license:
         loaded = set_licences(folder, license=arguments.license, base_license=arguments.base_license)
     if evaluation is not None:

@@ -15,7 +15,6 @@ Intervals are 95 %, Student's t over replicates; of `code`, which draws image by
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm import tqdm
 
+from stepfuse.data.output_folder import files_named, written_file
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.plan import Plan
 from stepfuse.fuse.rules import FusionRule, get_rule
@@ -44,6 +44,7 @@ from stepfuse.scripts.world_page import (
     verdicts,
 )
 
+FILES = ("world.json", "world.md")
 DIRECTIONS = 32
 REPLICATES = 8
 WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
@@ -51,6 +52,15 @@ WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
     3: ((1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)),
     4: ((0.25, 0.25, 0.25, 0.25), (0.5, 0.25, 0.15, 0.1)),
 }
+
+
+def world_files(folder: Path) -> set[Path]:
+    """The files that `measure_world` wrote in a folder, which --overwrite replaces; none where there is no world."""
+    try:
+        values = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return files_named(folder, *FILES) if isinstance(values, dict) and "verdicts" in values else set()
 
 
 def measure_world(
@@ -117,9 +127,9 @@ def measure_world(
         "versions": {name: version(name) for name in ("stepfuse", "torch", "diffusers", "numpy")},
     }
     result["verdicts"] = list(verdicts(cells))
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write(output_dir / "world.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-    _write(output_dir / "world.md", page(result))
+    for name, text in zip(FILES, (json.dumps(result, indent=2, allow_nan=False) + "\n", page(result)), strict=True):
+        with written_file(output_dir / name) as temporary:
+            write_text(temporary, text)
     return result
 
 
@@ -258,10 +268,3 @@ def _bootstrap(a: np.ndarray, b: np.ndarray, random: np.random.Generator, resamp
     draws = [sliced_distance(a[random.integers(len(a), size=len(a))], b, 1).item() for _ in range(resamples)]
     half = 1.96 * float(np.std(draws, ddof=1))
     return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def _write(file: Path, text: str) -> None:
-    """All of it or nothing."""
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    write_text(aside, text)
-    aside.replace(file)

@@ -1,6 +1,7 @@
 """Sets made of adapters: whole or not at all, and half the size where that is wanted."""
 
 import json
+import resource
 import shutil
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stepfuse.data.output_folder import WORK
 from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash
 from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.make_set import create_set
+from stepfuse.fuse.card import write_card
+from stepfuse.fuse.make_set import add_adapter, copy_set, create_set
 from stepfuse.fuse.sampler import FusedSampler
 from tests.fixtures_tiny import refused
 
@@ -55,7 +58,8 @@ def test_a_folder_that_is_not_empty_is_kept_unless_overwritten(adapters, tmp_pat
         create_set(output, [adapters / "a"])
     assert contents(output) == {"mine.txt": b"precious"}
     create_set(output, [adapters / "a"], overwrite=True)
-    assert sorted(contents(output)) == sorted([MANIFEST, f"a/{WEIGHTS}"])
+    assert sorted(contents(output)) == sorted(["mine.txt", MANIFEST, f"a/{WEIGHTS}"])
+    assert (output / "mine.txt").read_text() == "precious"
 
 
 def test_an_empty_folder_is_taken(adapters, tmp_path):
@@ -94,11 +98,103 @@ def test_a_creation_that_fails_half_way_leaves_everything_as_it_was(adapters, tm
 
     original = shutil.copyfile
     monkeypatch.setattr(shutil, "copyfile", copy)
-    with pytest.raises(type(error)):
+    with pytest.raises(ValueError if isinstance(error, OSError) else KeyboardInterrupt):
         create_set(output, [adapters / "a", adapters / "b"], overwrite=True)
     assert len(copied) == 1
     assert contents(tmp_path) == before
     assert sorted(tmp_path.iterdir()) == sorted([adapters] + [output] * existing)
+
+
+# Of and over itself, and over files of other origin.
+
+
+def test_overwriting_replaces_the_files_of_the_set_and_keeps_all_others(adapters, adapter_set):
+    foreign = {"notes.md": b"mine", "b/mine.txt": b"mine", ".git/HEAD": b"ref"}
+    for name, content in foreign.items():
+        (adapter_set / name).parent.mkdir(exist_ok=True)
+        (adapter_set / name).write_bytes(content)
+    (adapter_set / "strip.png").write_bytes(b"of the old set")
+    create_set(adapter_set, [adapters / "a"], overwrite=True)
+    assert contents(adapter_set).keys() == {MANIFEST, f"a/{WEIGHTS}", *foreign}
+    assert contents(adapter_set).items() >= foreign.items()
+
+
+@pytest.mark.parametrize("name", ["README.md", f"c/{WEIGHTS}"])
+def test_files_of_other_origin_are_not_taken_for_those_of_a_set(adapters, adapter_set, name):
+    """A README.md that is no card, and weights that the manifest does not list."""
+    (adapter_set / name).parent.mkdir(exist_ok=True)
+    (adapter_set / name).write_text("mine")
+    create_set(adapter_set, [adapters / "a"], overwrite=True)
+    assert (adapter_set / name).read_text() == "mine"
+    if name == "README.md":
+        with refused("README.md"):
+            write_card(adapter_set, load_set(adapter_set))
+    else:
+        before = contents(adapter_set)
+        shutil.copytree(adapters / "of-second", adapters / "c")
+        with refused(name):
+            create_set(adapter_set, [adapters / "c"], overwrite=True)
+        assert contents(adapter_set) == before
+
+
+def test_a_file_that_no_set_may_hold_is_named_before_the_set_is_replaced(adapters, adapter_set):
+    (adapter_set / "mine.bin").write_text("mine")
+    before = contents(adapter_set)
+    with refused("mine.bin"):
+        create_set(adapter_set, [adapters / "a"], overwrite=True)
+    assert contents(adapter_set) == before
+
+
+def test_a_set_may_be_copied_onto_itself(adapter_set):
+    write_card(adapter_set, load_set(adapter_set))
+    before = contents(adapter_set)
+    copy_set(adapter_set, adapter_set, overwrite=True)
+    assert contents(adapter_set) == before
+
+
+def test_a_set_that_is_broken_can_be_overwritten(adapters, adapter_set):
+    (adapter_set / MANIFEST).write_text("{")
+    create_set(adapter_set, [adapters / "a"], overwrite=True)
+    assert contents(adapter_set).keys() == {MANIFEST, f"a/{WEIGHTS}"}
+
+
+@pytest.mark.parametrize("kind", ["link", "dot", "dots"])
+def test_a_set_is_written_where_a_path_leads(adapters, tmp_path, monkeypatch, kind):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path / "real")
+    output = {"link": tmp_path / "link", "dot": ".", "dots": "../link/../real"}[kind]
+    for name in ("a", "b"):
+        create_set(output, [adapters / name], overwrite=True)
+        assert load_set(tmp_path / "real").names == [name]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_set_whose_replacement_was_cut_off_is_completed_when_it_is_loaded(adapters, adapter_set, tmp_path):
+    """As `kill -9` leaves it: the old manifest moved out, nothing moved in."""
+    create_set(tmp_path / "next", [adapters / "a"])
+    work, new = adapter_set / WORK, [MANIFEST, f"a/{WEIGHTS}"]
+    shutil.copytree(tmp_path / "next", work / "new")
+    (work / "old").mkdir()
+    old = [*new, f"b/{WEIGHTS}"]
+    (work / "plan.json").write_text(json.dumps({"old": old, "new": new}))
+    (adapter_set / MANIFEST).rename(work / "old" / MANIFEST)
+    assert load_set(adapter_set).names == ["a"]
+    assert contents(adapter_set) == contents(tmp_path / "next")
+
+
+def test_an_adapter_that_cannot_be_added_leaves_the_set_as_it_was(adapters, tmp_path):
+    create_set(tmp_path / "set", [adapters / "a"])
+    before = contents(tmp_path / "set")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((adapters / "b" / WEIGHTS).stat().st_size - 1, limits[1]))
+    try:
+        with refused(str(tmp_path / "set")):
+            add_adapter(tmp_path / "set", adapters / "b")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(tmp_path / "set") == before
+    assert add_adapter(tmp_path / "set", adapters / "b").names == ["a", "b"]
 
 
 # Half the size.

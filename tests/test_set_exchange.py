@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -333,3 +334,65 @@ def test_a_copy_of_a_set_is_the_set(root, tmp_path):
         copy_set(root / "set", tmp_path / "copy")
     assert (tmp_path / "copy" / "a" / WEIGHTS).stat().st_size
     assert not os.path.exists(tmp_path / "copy.tmp")
+
+
+# Outputs that are, or hold, files of the set or of other origin.
+
+
+@pytest.mark.parametrize("command", ["export", "merge", "link"])
+def test_a_file_of_the_set_is_not_written_over(mine, tmp_path, command):
+    before = contents(mine)
+    output = mine / "a" / WEIGHTS
+    if command == "link":
+        output = tmp_path / "link.safetensors"
+        output.symlink_to(mine / "a" / WEIGHTS)
+    words = ("export", mine, "a", "--format", "diffusers") if command == "export" else ("merge", mine)
+    assert "file of the set" in complaint("set", *words, "--output", output, "--overwrite")
+    assert contents(mine) == before
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+def test_adapters_may_be_exported_into_the_set_itself(mine, form):
+    before = contents(mine)
+    run("set", "export", mine, "--format", form, "--output", mine, "--overwrite")
+    after = contents(mine)
+    assert before.items() <= after.items()
+    assert len(after) == len(before) + 3 * (2 if form == "peft" else 1)
+    assert load_set(mine).names == ["a", "b", "c"]
+
+
+def test_exporting_over_a_folder_replaces_peft_files_alone(mine, tmp_path):
+    output = tmp_path / "out"
+    run("set", "export", mine, "a", "--format", "peft", "--output", output)
+    expected = contents(output)
+    (output / "adapter_model.safetensors").write_text("broken")
+    (output / "notes.md").write_text("mine")
+    assert "--overwrite" in complaint("set", "export", mine, "a", "--format", "peft", "--output", output)
+    run("set", "export", mine, "a", "--format", "peft", "--output", output, "--overwrite")
+    assert contents(output) == expected | {"notes.md": b"mine"}
+    (output / "adapter_config.json").unlink()  # no longer an adapter of peft's: its weights are somebody's
+    line = complaint("set", "export", mine, "a", "--format", "peft", "--output", output, "--overwrite")
+    assert "adapter_model.safetensors" in line
+
+
+@pytest.mark.parametrize("output", ["file", "file/x.safetensors", "folder.safetensors"])
+def test_an_output_that_cannot_be_a_file_is_one_line(mine, tmp_path, output):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.safetensors").mkdir()
+    if output != "file":
+        assert output.partition("/")[0] in complaint("set", "merge", mine, "--output", tmp_path / output, "--overwrite")
+    assert "file" in complaint("set", "export", mine, "--format", "peft", "--output", tmp_path / "file", "--overwrite")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_of_several_adapters_all_are_exported_or_none(mine, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    sizes = sorted(file.stat().st_size for file in mine.rglob("*.safetensors"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] // 2, limits[1]))
+    try:
+        assert str(output) in complaint("set", "export", mine, "--format", "diffusers", "--output", output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(output.iterdir()) == []

@@ -135,6 +135,48 @@ def test_overwriting_leaves_nothing_of_what_was_there(run_training):
     assert not list(Path("out").glob("checkpoint*"))
 
 
+def test_overwriting_keeps_files_of_other_origin_and_the_folder(run_training):
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=1, report_to="tensorboard")
+    foreign = {"prompts-of-mine.txt": "a cat", "samples/mine.png": "mine", "checkpoint-notes/x": "mine"}
+    for name, text in foreign.items():
+        Path("out", name).parent.mkdir(exist_ok=True)
+        Path("out", name).write_text(text)
+    place, logs = Path("out").stat().st_ino, set(Path("out/logs").rglob("events*"))
+    assert logs
+    run_training("ddpo", overwrite="true", max_train_steps=1, seed=1, prompts="out/prompts-of-mine.txt")
+    assert Path("out").stat().st_ino == place
+    assert {name: Path("out", name).read_text() for name in foreign} == foreign
+    assert not list(Path("out").glob("checkpoint-[0-9]*"))
+    assert not logs & set(Path("out").rglob("events*"))
+    assert read_adapter("out").record["config"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "pytorch_lora_weights.safetensors", "checkpoint-500/model.safetensors"]
+)
+def test_overwriting_refuses_files_of_another_program(run_training, name):
+    """The oldest checkpoints are dropped: one of another program's would be lost."""
+    file = Path("out", name)
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert name in refused_by(run_training, "dpo", overwrite="true", max_train_steps=1)
+    assert contents("out") == {str(file): b"mine"}
+
+
+def test_output_may_be_a_link_or_the_working_directory(run_training, monkeypatch):
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    run_training("dpo", output_dir="link", max_train_steps=1)
+    assert read_adapter("real").record["steps"] == 1
+    for name in ("prompts.txt", "rewards.py"):
+        Path("real", name).write_bytes(Path(name).read_bytes())
+    monkeypatch.chdir("real")
+    run_training("dpo", output_dir=".", overwrite="true", max_train_steps=2)
+    assert read_adapter(".").record["steps"] == 2
+    assert Path("prompts.txt").exists()
+    assert Path("../link").is_symlink()
+
+
 # Resuming
 
 

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 POLICY, BEST, PROGRESS = "policy.safetensors", "best.safetensors", "progress.json"
 MANIFEST = "manifest.json"
-ASIDE = "checkpoint.tmp"
+ASIDE, OLD = "checkpoint.tmp", "checkpoint.old"
 
 
 @dataclass
@@ -165,7 +165,7 @@ def _name(aside: Path, final: Path) -> None:
 
 def _drop(folder: Path) -> None:
     """Take its name away first, so that half of it is never taken for a checkpoint."""
-    gone = folder.with_name("checkpoint.old")
+    gone = folder.with_name(OLD)
     shutil.rmtree(gone, ignore_errors=True)
     folder.rename(gone)
     shutil.rmtree(gone)

@@ -104,7 +104,8 @@ def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: flo
         lines[-1] += describe_gain(progress)
     if kl is not None:
         lines.append(f"KL divergence to the base model: {kl:.4g} nats per image")
-    folder = _unused(output.with_name(f"{output.name}-set"))
+    named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
+    folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
     create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
     sample = ["stepfuse", "sample", str(folder), "--prompt", prompt]

@@ -2,19 +2,29 @@
 
 import errno
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from stepfuse.data.output_folder import check_output, files_below, files_named, resolve_folder
+from stepfuse.data.output_folder import clear as clear_files
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.adapter import OBJECTIVE
-from stepfuse.fuse.make_set import claim_output
-from stepfuse.train.checkpoints import list_checkpoints, newest_whole, whole_checkpoint
+from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS
+from stepfuse.train.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    OLD,
+    POLICY,
+    PROGRESS,
+    list_checkpoints,
+    newest_whole,
+    whole_checkpoint,
+)
 
 LOCK = ".lock"
 CONFIG = "config.yaml"
@@ -27,9 +37,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: where another process holds it, or it cannot be written to.
     """
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    resolved = resolve_folder(folder)
+    made = [place for place in (resolved, *resolved.parents) if not place.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        resolved.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, blocking=False)
         lock.acquire()
     except Timeout:
@@ -38,8 +49,6 @@ def locked(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder} is in use by {holder or 'another run'}; wait for its end or choose another --output_dir"
         ) from None
-    except FileExistsError as error:
-        raise ValueError(f"output {folder} is a file; choose another") from error
     except OSError as error:
         raise ValueError(f"output {folder} cannot be written to: {error.strerror}; choose another") from error
     try:
@@ -63,7 +72,7 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
         ValueError: for a folder that holds something else, and a checkpoint that is not there or not whole.
     """
     if wanted is None:
-        claim_output(folder, overwrite=overwrite, besides=(LOCK,))
+        check_free(folder, overwrite=overwrite)
         return None
     if wanted != "latest":
         return whole_checkpoint(folder, wanted)
@@ -74,15 +83,47 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
     if (folder / OBJECTIVE).exists():
         raise ValueError(f"{folder} holds a finished adapter and no checkpoint to resume from; choose another folder")
     if not (folder / CONFIG).exists():  # not begun by a run
-        claim_output(folder, overwrite=overwrite, besides=(LOCK,))
+        check_free(folder, overwrite=overwrite)
     return None
 
 
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Check that a run may begin in a folder.
+
+    Raises:
+        ValueError: for a folder that is not empty, and with `overwrite` for files of other origin that the run would
+            replace, or drop as its oldest checkpoints.
+    """
+    checkpoints = [place.name for place in list_checkpoints(folder)]
+    writes = (CONFIG, OBJECTIVE, WEIGHTS, *checkpoints)
+    check_output(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
+
+
+def training_files(folder: Path) -> set[Path]:
+    """The files of a run in a folder, which --overwrite replaces; none where there is no run."""
+    own = [
+        place.name
+        for place in list_checkpoints(folder)
+        if any((place / name).is_file() for name in (POLICY, PROGRESS, MANIFEST))
+    ]
+    files = files_below(folder, ASIDE, OLD, *own)
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        config = None
+    begun = isinstance(config, dict) and {"pretrained_model_name_or_path", "output_dir"} <= set(config)
+    if begun or (folder / OBJECTIVE).is_file():
+        files |= files_named(folder, OBJECTIVE, WEIGHTS, *([CONFIG] if begun else []))
+        files |= {file for file in files_below(folder, "samples") if file.match("step-*.png")}
+        logs = Path(str(config.get("logging_dir", "logs")) if begun else "logs", "stepfuse")
+        if not logs.is_absolute() and ".." not in logs.parts:
+            files |= files_below(folder, str(logs))
+    return files
+
+
 def clear(folder: Path) -> None:
-    """Delete what a folder holds, its lock excepted."""
-    for place in folder.iterdir():
-        if place.name != LOCK:
-            shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+    """Delete the files of an earlier run in a folder; all others stay."""
+    clear_files(folder, training_files(folder))
 
 
 @contextmanager

@@ -104,7 +104,12 @@ class TrainSettings:
     output_dir: str = _setting(
         "outputs/adapter", RUN, "Folder that the adapter, checkpoints, sample images and logs are written to."
     )
-    overwrite: bool = _setting(False, RUN, "Delete the content of output_dir before training.")
+    overwrite: bool = _setting(
+        False,
+        RUN,
+        "Delete the files of an earlier run in output_dir once the new run has started. Files that were not written by "
+        "training stay.",
+    )
     resume_from_checkpoint: str | None = _setting(
         None,
         RUN,
