@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy.stats import bootstrap
 
 
@@ -94,3 +95,13 @@ def percentile_interval(means: np.ndarray) -> Interval:
     drawn = means[1:][np.isfinite(means[1:])]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return Interval(mean=float(means[0]), low=float(low), high=float(high))
+
+
+def deviation_within(values: Sequence[float] | np.ndarray, prompts: Sequence[str]) -> float:
+    """The standard deviation among the values of one prompt: σ² is the mean over prompts of their sample variance.
+
+    Values that are not finite are left out, and prompts with fewer than two; NaN where no prompt is left.
+    """
+    table = pd.DataFrame({"value": np.asarray(values, dtype=float), "prompt": list(prompts)})
+    finite = table[np.isfinite(table["value"])]
+    return float(finite.groupby("prompt")["value"].var(ddof=1).mean() ** 0.5)

@@ -27,6 +27,9 @@ class Setup:
     guidance: float
     machine: str = ""
     command: str = ""
+    oracles: tuple[
+        tuple[Mapping[str, float], Mapping[str, float]], ...
+    ] = ()  # weights and scales of each, by objective
 
     def __post_init__(self) -> None:
         for name, reward in self.objectives:
@@ -36,6 +39,20 @@ class Setup:
                 raise ValueError(f"reward {reward!r} has scale {self.scales.get(reward)}; expected a positive number")
         if strange := [reward for reward in self.held_out if reward not in self.rewards]:
             raise ValueError(f"held-out reward {strange[0]!r} was not measured; expected one of {list(self.rewards)}")
+
+    def trained_weights(self, shares: np.ndarray) -> np.ndarray:
+        """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.
+
+        Σ w_i r_i / s_i with the scales s of its training is Σ (w_i σ_i / s_i) r_i / σ_i; the sum of weights is kept.
+        Where no oracle was trained, or with the same scales, these are the weights themselves.
+        """
+        for weights, scales in self.oracles:
+            own = np.array([weights.get(name, 0.0) for name, _ in self.objectives])
+            if abs(own - shares).max() <= 1e-3:  # as the rule finds it
+                ratios = [self.scales[reward] / scales.get(name, np.inf) for name, reward in self.objectives]
+                trained = shares * np.array(ratios)
+                return trained * shares.sum() / trained.sum()
+        return shares
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,8 +111,9 @@ def cell_columns(summary: dict) -> list[Column]:
     columns += [
         _interval("weighted gain", f"Gain over the base{unit}", lambda c: c["scalarised_gain"], signed=True),
         _interval(
-            "regret", f"What the oracle at these weights has more{unit}; less is better. At one objective alone the "
-            "oracle is that adapter itself unless another was trained", lambda c: c["regret"], signed=True,
+            "regret", f"What the oracle at these weights has more{unit}, w as in its training; less is better. At one "
+            "objective alone the oracle is that adapter itself unless another was trained", lambda c: c["regret"],
+            signed=True,
         ),
         _interval(
             "− product", f"More than product at the same weights and strength{unit}", lambda c: c["over_product"],

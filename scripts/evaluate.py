@@ -1,7 +1,7 @@
 """`stepfuse evaluate`: draw every cell of an evaluation, score it, and measure what came out.
 
 OUT/
-  evaluation.json    what is drawn: a run only goes on where this is the same
+  evaluation.json    what is drawn, which must be the same for a run to be resumed, and the scales that were measured
   parts/             a table for each cell and batch of prompts: what an interrupted run keeps
   results.parquet    a row an image
   summary.json       the figures
@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -29,12 +28,12 @@ from tqdm import tqdm
 
 from stepfuse.data.emoji import to_image
 from stepfuse.data.names import nearest
+from stepfuse.data.output_folder import check_output, clear, files_below, files_named, written_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.gate import profile_to_dict
 from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.make_set import claim_output
 from stepfuse.fuse.manifest import read_json, write_json
 from stepfuse.fuse.pipeline import EMBEDDED, Conditioning, quiet_libraries
 from stepfuse.fuse.plan import FusionStep
@@ -47,6 +46,7 @@ from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.costs import counted_rows, machine, now, peak_memory
 from stepfuse.scripts.evaluation import EvaluationConfig, PlannedCell, cells_of, shares_of
@@ -54,6 +54,10 @@ from stepfuse.scripts.figures import summarise
 from stepfuse.scripts.plots import save_fronts
 from stepfuse.scripts.report import write_report
 from stepfuse.train.rollout import sample_generator
+
+DESCRIPTION, PARTS = "evaluation.json", "parts"
+RESULTS = ("results.parquet", "summary.json", "report.html", "fronts.png")
+MEASURED = "measured_scales"  # in the description, and no part of what must be the same
 
 
 def evaluate(
@@ -68,6 +72,9 @@ def evaluate(
     trust_rewards: bool = False,
 ) -> dict[str, Any]:
     """Draw, score, measure and report; an interrupted run goes on where it stopped, with the same numbers.
+
+    The scale of each reward that the configuration gives none for is measured on the images of the base, which are
+    drawn first: the standard deviation among the images of one prompt.
 
     Rewards that the set names and that are code or servers are loaded with `trust_rewards` only.
 
@@ -92,21 +99,41 @@ def evaluate(
     if state.is_main_process:
         _claim(output, identity, overwrite=overwrite)
     state.wait_for_everyone()
-    parts = evaluation.draw(output / "parts", state)
+    if evaluation.unscaled:
+        base = evaluation.draw(output / PARTS, state, evaluation.cells[:1])
+        state.wait_for_everyone()  # every process measures the same on the parts of all
+        evaluation = evaluation.with_measured_scales([part for _, part in base])
+        if state.is_main_process:
+            measured = {name: evaluation.sampler.reward_scales[name] for name in loaded.names}
+            write_json(output / DESCRIPTION, identity | {MEASURED: measured})
+    parts = evaluation.draw(output / PARTS, state)
     state.wait_for_everyone()
     if not state.is_main_process:
         return {}
     tables = [pd.read_parquet(part).assign(rule=cell.label) for cell, part in parts]
     results = pd.concat(tables, ignore_index=True)
-    aside = output / "results.parquet.tmp"
-    results.to_parquet(aside)
-    aside.replace(output / "results.parquet")
-    setup = evaluation.setup(str(adapter_set), str(loaded.base["name_or_path"]), command)
+    table, figures, page, fronts = (output / name for name in RESULTS)
+    with written_file(table) as temporary:
+        results.to_parquet(temporary)
+    setup = evaluation.setup(str(adapter_set), loaded, command)
     summary = summarise(results, setup)
-    write_text(output / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    write_report(output / "report.html", results, summary, setup)
-    save_fronts(output / "fronts.png", summary)
+    with written_file(figures) as temporary:
+        write_text(temporary, json.dumps(summary, indent=1, allow_nan=False) + "\n")
+    with written_file(page) as temporary:
+        write_report(temporary, results, summary, setup)
+    with written_file(fronts) as temporary:
+        save_fronts(temporary, summary)
     return summary
+
+
+def evaluation_files(folder: Path) -> set[Path]:
+    """The files of the evaluation in a folder, which --overwrite replaces; none where there is no evaluation."""
+    try:
+        read_json(folder / DESCRIPTION, "an evaluation")
+    except ValueError:
+        return set()
+    parts = {file for file in files_below(folder, PARTS) if file.suffix in (".parquet", ".tmp")}
+    return parts | files_named(folder, DESCRIPTION, *RESULTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +146,7 @@ class Evaluation:
     prompts: list[str]
     rewards: Mapping[str, Reward]
     embedder: CLIPReward | None
+    unscaled: tuple[str, ...] = ()  # objectives whose scales are measured
 
     @classmethod
     def prepare(
@@ -144,23 +172,26 @@ class Evaluation:
             if name not in adapter_set.names:
                 known = adapter_set.names
                 raise ValueError(f"scales name {name!r}; the set has {', '.join(known)}{nearest(name, known)}")
-        scales = adapter_set.reward_scales | config.scales
-        for name in adapter_set.names:
-            if name not in scales:
-                raise ValueError(f"no scale for {name!r}: its training measured none; add it to scales in the config")
+        unscaled = tuple(name for name in adapter_set.names if name not in config.scales)
+        if unscaled and config.seeds_per_prompt < 2:
+            raise ValueError(
+                f"the scale of {unscaled[0]!r} is measured among the images of one prompt, and seeds_per_prompt is "
+                f"{config.seeds_per_prompt}; expected 2 or more, or a scale for each objective in the config"
+            )
         own = {o.name: o.reward for o in adapter_set.objectives}
         rewards = {name: load_reward(name, device) for name in dict.fromkeys([*own.values(), *config.rewards])}
         for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
             for begin in range(0, len(prompts), config.batch_size):
                 some = prompts[begin : begin + config.batch_size]
                 score(reward, torch.full((len(some), 3, 64, 64), 0.5, device=device), some, name=name)
-        check_oracles(adapter_set, cells, scales)
+        if not unscaled:
+            check_oracles(adapter_set, cells, config.scales)
         sampler = FusedSampler.from_pretrained(
             adapter_set,
             guidance=config.guidance,
             guidance_scale=config.guidance_scale,
             rewards={name: rewards[reward] for name, reward in own.items()},
-            reward_scales=scales,
+            reward_scales=dict.fromkeys(unscaled, 1.0) | config.scales,  # until they are measured
             dtype=dtype,
             device=device,
         )
@@ -175,7 +206,35 @@ class Evaluation:
         embedding = config.embedding
         embedded = adapter_set.base["name_or_path"] in EMBEDDED
         embedder = clip_score(embedding, device) if embedding else clip_score(device=device) if embedded else None
-        return cls(config=config, sampler=sampler, cells=cells, prompts=prompts, rewards=rewards, embedder=embedder)
+        return cls(
+            config=config,
+            sampler=sampler,
+            cells=cells,
+            prompts=prompts,
+            rewards=rewards,
+            embedder=embedder,
+            unscaled=unscaled,
+        )
+
+    def with_measured_scales(self, base: Sequence[Path]) -> "Evaluation":
+        """The same with the scales that the configuration does not give measured on the tables of the base's images.
+
+        Raises:
+            ValueError: for a reward that is the same for all images of each prompt.
+        """
+        table = pd.concat([pd.read_parquet(part) for part in base], ignore_index=True)
+        scales = dict(self.sampler.reward_scales)
+        for objective in self.sampler.objectives:
+            if objective.name in self.unscaled:
+                values = table[f"reward_{objective.reward}"].to_numpy()
+                scale = deviation_within(values, table["prompt"].to_list())
+                if not scale > 1e-9 * abs(values).max():
+                    raise ValueError(
+                        f"the scale of {objective.name!r} cannot be measured: {objective.reward!r} does not differ "
+                        "among the base's images of one prompt; add it to scales in the config"
+                    )
+                scales[objective.name] = scale
+        return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, reward_scales=scales))
 
     @property
     def batches(self) -> list[range]:
@@ -183,7 +242,7 @@ class Evaluation:
         size = max(1, self.config.batch_size // self.config.seeds_per_prompt)
         return [range(i, min(i + size, len(self.prompts))) for i in range(0, len(self.prompts), size)]
 
-    def setup(self, name: str, base: str, command: str) -> Setup:
+    def setup(self, name: str, adapter_set: AdapterSet, command: str) -> Setup:
         """What the tables and the page say of themselves."""
         objectives, config = self.sampler.objectives, self.config
         denoiser = self.sampler.denoiser
@@ -195,7 +254,8 @@ class Evaluation:
             scales={o.reward: self.sampler.reward_scales[o.name] for o in objectives},
             held_out=tuple(n for n in names if n not in own),
             title=f"Evaluation of {name}",
-            base=base,
+            base=str(adapter_set.base["name_or_path"]),
+            oracles=tuple((oracle.weights, oracle.scales) for oracle in adapter_set.oracles),
             steps=config.steps or self.sampler.num_inference_steps,
             guidance=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
             machine=machine(self.sampler.pipeline.unet.device),
@@ -216,7 +276,7 @@ class Evaluation:
             "reference": schedule_to_dict(sampler.reference),
             "guidance": [sampler.denoiser.guidance, sampler.denoiser.guidance_scale],
             "steps": self.config.steps or sampler.num_inference_steps,
-            "scales": dict(sampler.reward_scales),
+            "scales": dict(self.config.scales),
             "dtype": str(dtype),
             "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
         } | ({"profiles": [profile_to_dict(p) for p in sampler.profiles]} if self.gated else {})
@@ -226,10 +286,15 @@ class Evaluation:
         """Whether some rule has a gate, which opens by the set's profile."""
         return any(getattr(cell.rule, "gate", None) is not None for cell in self.cells)
 
-    def draw(self, folder: Path, state: PartialState) -> list[tuple[PlannedCell, Path]]:
-        """Draw and score every cell, a file for each batch; files that are there are kept.
+    def draw(
+        self, folder: Path, state: PartialState, wanted: Sequence[PlannedCell] | None = None
+    ) -> list[tuple[PlannedCell, Path]]:
+        """Draw and score cells, a file for each batch; files that are there are kept.
 
         Cells that are one adapter alone under different names are drawn once.
+
+        Args:
+            wanted: by default all cells.
 
         Returns:
             The files of each cell.
@@ -241,9 +306,10 @@ class Evaluation:
         first: dict[tuple, int] = {}
         for i, cell in enumerate(self.cells):
             first.setdefault(cell.draws, i)
+        cells = self.cells if wanted is None else wanted
         units = [
             (folder / f"{i:04d}-{j:04d}.parquet", self.cells[i], rows)
-            for i in first.values()
+            for i in dict.fromkeys(first[cell.draws] for cell in cells)
             for j, rows in enumerate(self.batches)
         ]
         mine = [unit for number, unit in enumerate(units) if number % state.num_processes == state.process_index]
@@ -255,13 +321,12 @@ class Evaluation:
                         table = self.measure(cell, rows)
                     except ValueError as error:
                         raise ValueError(f"{cell}: {error}; run again to go on, batches drawn are kept") from error
-                    aside = file.with_suffix(".tmp")
-                    table.to_parquet(aside)
-                    aside.replace(file)
+                    with written_file(file) as temporary:
+                        table.to_parquet(temporary)
                 bar.update()
         return [
             (cell, folder / f"{first[cell.draws]:04d}-{j:04d}.parquet")
-            for cell in self.cells
+            for cell in cells
             for j in range(len(self.batches))
         ]
 
@@ -372,7 +437,7 @@ def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales:
             given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
             raise ValueError(
                 f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}; "
-                "its regret would be another reward's. Give its units as scales"
+                "its regret would be another reward's. Give its units as scales, or none, to have them measured"
             )
 
 
@@ -383,17 +448,22 @@ def _png(pixels: Tensor) -> bytes:
 
 
 def _claim(output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
-    """Take a free folder, or one that an earlier run of the same evaluation left."""
-    file = output / "evaluation.json"
-    if overwrite and output.is_dir():
-        shutil.rmtree(output)
+    """Take an empty folder, one that an earlier run of the same evaluation began, or with `overwrite` any."""
+    folder = check_output(output, overwrite=True, ours=evaluation_files)
+    if overwrite:
+        check_output(output, overwrite=True, ours=evaluation_files, writes=(DESCRIPTION, PARTS, *RESULTS))
+        clear(output, evaluation_files(folder))
+    file = folder / DESCRIPTION
     if file.is_file():
-        if read_json(file, "an evaluation") != json.loads(json.dumps(identity)):
+        stored = read_json(file, "an evaluation")
+        stored.pop(MEASURED, None)
+        if stored != json.loads(json.dumps(identity)):
             raise ValueError(
                 f"output {output} holds another evaluation (its config, prompts or adapters differ); choose another or "
                 "pass --overwrite"
             )
         return
-    claim_output(output, overwrite=False)
-    output.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        check_output(output, overwrite=False)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(file, identity)

@@ -43,7 +43,8 @@ class EvaluationConfig:
         rules: names, or mappings with `rule` and any of `label`, `weights`, `strength` or `strengths`, and the rule's
             own options.
         rewards: held-out rewards to measure besides the objectives' own.
-        scales: by objective, the unit its reward is weighed in; by default the deviation its training measured.
+        scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
+            deviation of the reward among the base's images of one prompt.
         steps, guidance, guidance_scale: by default the set's.
         batch_size: images denoised together.
         kl_seeds: of how many of the seeds the KL to the base is measured; each costs one run more.

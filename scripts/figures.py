@@ -45,7 +45,7 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "reference": dict(zip(names, reference.tolist(), strict=True)),
         "one_adapter": _one_adapter(table, cells),
         "cells": cells,
-        "rules": rule_figures(table, names, grid, scaled, points, reference, means, cells),
+        "rules": rule_figures(table, names, grid, scaled, points, reference, means, cells, setup.trained_weights),
     }
 
 
@@ -82,7 +82,7 @@ def _cells(table: Cells, setup: Setup, scaled: np.ndarray, means: Means, seed: i
                 "rewards": {r: _reward(table, i, f"reward_{r}", means, seed) for r in setup.rewards},
                 "scalarised_gain": gap(cell.shares, i, base),
                 "oracle": None if oracle is None else table.cells[oracle].rule,
-                "regret": gap(cell.shares, oracle, i),
+                "regret": None if oracle is None else gap(setup.trained_weights(cell.shares), oracle, i),
                 "over_product": gap(cell.shares, i, product),
                 "diversity": plain(diversity[i]),
                 "diversity_ratio": plain(diversity[i] / np.where(diversity[base] > 0, diversity[base], np.nan)),

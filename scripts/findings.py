@@ -92,7 +92,7 @@ def _weak_oracles(summary: dict) -> Iterator[str]:
         mixed = cell["shares"] and max(cell["shares"].values()) < 1 - 1e-6
         if cell["rule"] == "oracle" and cell["strength"] == 1 and mixed and gain and not (gain["low"] or 0) > ROUNDING:
             yield (
-                f"The oracle at {cell['weights']} is not clearly above the base in the reward it was trained on, "
+                f"The oracle at {cell['weights']} is not clearly above the base in the weighted reward, "
                 f"{text(gain, signed=True)}: regret there says little."
             )
 

@@ -1,5 +1,7 @@
 """Quality of fronts, computed by moocore: hypervolume, and distance to a reference front. Rewards are maximised."""
 
+from collections.abc import Callable
+
 import moocore
 import numpy as np
 from scipy.stats import spearmanr
@@ -54,6 +56,7 @@ def rule_figures(
     reference: np.ndarray,
     means: Means,
     cells: list[dict],
+    trained_weights: Callable[[np.ndarray], np.ndarray],
 ) -> dict[str, dict]:
     """Every rule's front: its volume, its distance to the oracle's, and both against product's."""
     product, oracle = table.where("product"), table.where("oracle")
@@ -74,7 +77,7 @@ def rule_figures(
             "over_product": None if other is None else plain(other),
             "matched": None if rule == "product" else _matched(table, held, points, reference, cells),
             "igd": plain(distances(points[:, held], points[:, oracle])) if oracle and rule != "oracle" else None,
-            "regret": None if rule == "oracle" else _regret(table, full, scaled, means),
+            "regret": None if rule == "oracle" else _regret(table, full, scaled, means, trained_weights),
             "monotonicity": {name: monotonicity(shares[:, k], points[0, full, k]) for k, name in enumerate(names)},
             "nfe": number(over(np.mean, (cells[i]["nfe"] for i in held))),
             "seconds": number(over(np.median, (cells[i]["seconds"] for i in held))),
@@ -106,11 +109,17 @@ def _matched(
     }
 
 
-def _regret(table: Cells, full: list[int], scaled: np.ndarray, means: Means) -> dict | None:
+def _regret(
+    table: Cells,
+    full: list[int],
+    scaled: np.ndarray,
+    means: Means,
+    trained_weights: Callable[[np.ndarray], np.ndarray],
+) -> dict | None:
     """Mean regret over the mixed weights that an oracle was trained at, and the same less that of product."""
 
     def mean_gap(pairs: list[tuple[int, int]]) -> dict | None:
-        gaps = [np.tensordot(table.cells[i].shares, scaled[:, j] - scaled[:, i], 1) for i, j in pairs]
+        gaps = [np.tensordot(trained_weights(table.cells[i].shares), scaled[:, j] - scaled[:, i], 1) for i, j in pairs]
         return plain(means(np.stack(gaps)).mean(0)) if gaps else None
 
     mixed = [i for i in full if not table.cells[i].one_hot]  # all the weight on one adapter is no question of fusion

@@ -14,6 +14,7 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.rules import RULES
 from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.cells import Setup
 from stepfuse.scripts.evaluation import cells_of, read_config
 from stepfuse.scripts.figures import summarise
@@ -96,6 +97,21 @@ def test_the_evaluation_is_of_held_out_prompts_and_every_rule() -> None:
     images = len(prompts) * config.seeds_per_prompt
     expected = {(cell.label, cell.weights_label, cell.strength): images for cell in cells}
     assert results.groupby(["rule", "weights", "strength"]).size().to_dict() == expected
+
+
+def test_the_scales_are_told_beside_the_deviations_of_the_bases_images() -> None:
+    """The evaluation was drawn with scales that its configuration gave; now it measures them."""
+    told = (EVALUATION / "README.md").read_text()
+    given = json.loads((EVALUATION / "evaluation.json").read_text())["config"]["scales"]
+    assert "units σ of {compressibility:g} kB, {colourfulness:g} and {alignment:g} CLIP".format(**given) in told
+    base = pd.read_parquet(EVALUATION / "results.parquet").query("rule == 'base'")
+    rewards = (f"reward_{objective.reward}" for objective in load_set("emoji").objectives)
+    measured = [deviation_within(base[reward], base["prompt"].tolist()) for reward in rewards]
+    assert "deviations among the base's images of one prompt, {:.3f}, {:.2f} and {:.2f}".format(*measured) in " ".join(
+        told.split()
+    )
+    for config in CONFIG.parent.glob("*.yaml"):
+        assert not read_config(config).scales
 
 
 def numbers(values: object, place: str = "") -> dict[str, object]:

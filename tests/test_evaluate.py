@@ -1,7 +1,9 @@
 """`stepfuse evaluate` on a tiny pipeline with real adapters: what it draws, resumes, shares out and refuses."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +42,8 @@ CONFIG = dict(
     batch_size=4,
     strip_prompts=1,
 )
+
+MEASURED = CONFIG | dict(rules=["product", CONFIG["rules"][-1]], scales={"a": 5.0})
 
 
 @pytest.fixture(scope="module")
@@ -219,16 +223,18 @@ def test_an_interrupted_evaluation_goes_on_with_the_same_numbers(drawn, desk):
     assert {part: part.stat().st_mtime_ns for part in kept} == kept  # not drawn again
 
 
-def test_two_processes_draw_the_numbers_of_one(drawn, desk):
-    (desk / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+def test_two_processes_draw_the_numbers_of_one(measured, desk):
+    (desk / "config.yaml").write_text(yaml.safe_dump(MEASURED))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "stepfuse.scripts.main", "evaluate", "set", "--config", "config.yaml", "--output_dir", "two"]
+    command += ["-m", "stepfuse.scripts.main", "evaluate", "plain", "--config", "config.yaml", "--output_dir", "two"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=desk)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("report.html") == 1  # the main process alone reports
-    pd.testing.assert_frame_equal(without_costs(table(desk / "two")), without_costs(table(drawn)), rtol=1e-5)
+    scales = [json.loads((output / "summary.json").read_text())["scales"] for output in (desk / "two", measured)]
+    assert scales[0] == pytest.approx(scales[1], rel=1e-5)
+    pd.testing.assert_frame_equal(without_costs(table(desk / "two")), without_costs(table(measured)), rtol=1e-5)
 
 
 def test_another_evaluation_is_not_written_into_the_folder(drawn):
@@ -311,12 +317,106 @@ def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(desk, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_rewards_without_a_unit_are_refused(tmp_path):
-    """Training measured no deviation here, and there is no oracle to tell one."""
-    config = EvaluationConfig(**CONFIG | dict(scales={"a": 1}))
-    with refused("'b'", "scales"):
-        evaluate("plain", config, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+# Scales
+
+
+@pytest.fixture(scope="module")
+def measured(desk):
+    """An evaluation that measures the scale of b; that of a is given."""
+    before = Path.cwd()
+    os.chdir(desk)
+    try:
+        evaluate("plain", EvaluationConfig(**MEASURED), desk / "measured")
+    finally:
+        os.chdir(before)
+    return desk / "measured"
+
+
+def test_a_scale_is_the_deviation_among_the_bases_images_of_one_prompt(measured):
+    """σ² is the mean over prompts of the sample variance, of two images (r - r')² / 2."""
+    base = table(measured).query("rule == 'base'")
+    pairs = base.pivot(index="prompt", columns="seed", values="reward_compressibility")
+    expected = ((pairs[0] - pairs[1]) ** 2 / 2).mean() ** 0.5
+    summary = json.loads((measured / "summary.json").read_text())
+    assert summary["scales"] == {"colourfulness": 5.0, "compressibility": pytest.approx(expected)}
+    recorded = json.loads((measured / "evaluation.json").read_text())
+    assert recorded["measured_scales"] == {"a": 5.0, "b": pytest.approx(expected)}
+    assert recorded["scales"] == {"a": 5.0}
+
+
+def test_measured_scales_are_those_of_rules_that_weigh_rewards_while_sampling(measured, desk):
+    """`code` chooses by them: drawn with the measured scales given, it has the same images."""
+    scales = json.loads((measured / "evaluation.json").read_text())["measured_scales"]
+    rules = [{"rule": "code", "candidates": 2, "block_size": 2}]
+    evaluate("plain", EvaluationConfig(**CONFIG | dict(rules=rules, scales=scales)), desk / "given")
+    code = [table(output).query("rule == 'code'").reset_index(drop=True) for output in (measured, desk / "given")]
+    pd.testing.assert_frame_equal(*map(without_costs, code))
+
+
+def test_an_evaluation_that_is_resumed_measures_the_same_scales(measured):
+    before, parts = table(measured), sorted((measured / "parts").iterdir())
+    for part in (parts[0], *parts[3::2]):  # of the base too
+        part.unlink()
+    evaluate("plain", EvaluationConfig(**MEASURED), measured)
+    pd.testing.assert_frame_equal(without_costs(table(measured)), without_costs(before))
+
+
+def test_a_scale_that_cannot_be_measured_is_asked_for(desk, tmp_path):
+    (desk / "flat.py").write_text("def flat(images, prompts):\n    return images.new_ones(len(images))\n")
+    save_adapter(desk / "flat", desk / "base", "flat", reward="flat.py:flat", guidance="off")
+    create_set(tmp_path / "set", [desk / "a", desk / "flat"])
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"], scales={"a": 1}))
+    with refused("'flat'", "scales"):
+        evaluate(tmp_path / "set", config, tmp_path / "out", trust_rewards=True)
+    with refused("'a'", "seeds_per_prompt", "scale"):
+        evaluate("plain", EvaluationConfig(**CONFIG | dict(seeds_per_prompt=1, scales={})), tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_oracles_may_be_trained_in_other_units_than_are_measured(desk, tmp_path):
+    """Regret is of the reward the oracle was trained on, Σ w r/s with its scales s: 5 and 0.2."""
+    config = EvaluationConfig(**CONFIG | dict(rules=["product", "oracle"], scales={}, kl_seeds=0))
+    summary = evaluate("set", config, tmp_path / "out")
+    frame = table(tmp_path / "out").query("weights == 'a=0.5,b=0.5'")
+    mean = frame.groupby("rule")[["reward_colourfulness", "reward_compressibility"]].mean()
+    gap = mean.loc["oracle"] - mean.loc["product"]
+    sigma = summary["scales"]
+    ratios = np.array([sigma["colourfulness"] / 5, sigma["compressibility"] / 0.2])
+    expected = (gap.iloc[0] / 5 + gap.iloc[1] / 0.2) / ratios.sum()  # weights that sum to 1 in units of σ
+    (cell,) = (c for c in summary["cells"] if c["rule"] == "product" and c["weights"] == "a=0.5,b=0.5")
+    assert cell["regret"]["mean"] == pytest.approx(expected)
+    assert summary["rules"]["product"]["regret"]["mean"]["mean"] == pytest.approx(expected)
+
+
+# Folders
+
+
+def test_overwriting_deletes_the_evaluation_and_nothing_else(drawn, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(drawn, output)
+    (output / "parts" / "mine.txt").write_text("mine")
+    (output / "notes.md").write_text("mine")
+    place = output.stat().st_ino
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"], seed=1, kl_seeds=0))
+    with refused("parts/mine.txt"):
+        evaluate("set", config, output, overwrite=True)
+    (output / "parts" / "mine.txt").rename(output / "mine.txt")
+    with refused("nowhere"):
+        evaluate("set", dataclasses.replace(config, prompts="nowhere.txt"), output, overwrite=True)
+    assert (output / "results.parquet").read_bytes() == (drawn / "results.parquet").read_bytes()
+    evaluate("set", config, output, overwrite=True)
+    assert output.stat().st_ino == place
+    assert len(table(output)) == 4 * 6
+    assert (output / "notes.md").read_text() == (output / "mine.txt").read_text() == "mine"
+
+
+def test_an_evaluation_is_not_written_over_files_of_a_set(desk, tmp_path):
+    shutil.copytree(desk / "plain", tmp_path / "set")
+    (tmp_path / "set" / "fronts.png").write_text("the card's")
+    before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
+    with refused("fronts.png"):
+        evaluate(tmp_path / "set", EvaluationConfig(**CONFIG), tmp_path / "set", overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(

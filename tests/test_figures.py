@@ -1,5 +1,7 @@
 """Figures of small tables whose values are worked by hand; rewards are divided by their units, 2 and 0.5."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -242,3 +244,18 @@ def test_a_setup_that_does_not_fit_together_is_refused():
         Setup(objectives=(("x", "rx"),), scales={"rx": 0.0}, **known)
     with refused("'rz'"):
         Setup(objectives=(("x", "rx"),), scales={"rx": 1.0}, held_out=("rz",), **known)
+
+
+def test_regret_is_of_the_reward_that_the_oracle_was_trained_on():
+    """Trained on 0.5 rx/1 + 0.5 ry/0.5 where σ is (2, 0.5): in units of σ its weights are 1 and 0.5, or 2/3 and 1/3.
+
+    Against product at (1, 1) its (2, 0.5) has 2/3 · 1 − 1/3 · 0.5 = 0.5 more; at σ itself 0.5 · 1 − 0.5 · 0.5 = 0.25.
+    """
+    cells = [cell("base", None), cell("product", 0.5, (1, 1)), cell("oracle", 0.5, (2, 0.5))]
+    halves = {"x": 0.5, "y": 0.5}
+    for units, regret in (({"x": 1.0, "y": 0.5}, 0.5), ({"x": 2.0, "y": 0.5}, 0.25), ({"x": 20.0, "y": 5.0}, 0.25)):
+        setup = replace(SETUP, oracles=(({"x": 1.0}, {"x": 9.0}), (halves, units)))
+        summary = summarise(pd.concat(cells), setup, draws=20)
+        assert of(summary, "product", 0.5)["regret"] == sure(regret)
+        assert summary["rules"]["product"]["regret"]["mean"] == sure(regret)
+        assert of(summary, "oracle", 0.5)["scalarised_gain"] == sure(1.25)

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 from scipy.stats import binom, bootstrap
 
-from stepfuse.rewards.statistics import paired_interval, percentile_interval, resample_prompts, resampled_means
+from stepfuse.rewards.statistics import (
+    deviation_within,
+    paired_interval,
+    percentile_interval,
+    resample_prompts,
+    resampled_means,
+)
 from tests.fixtures_tiny import refused
 
 IMAGES = 4  # of each prompt
@@ -128,3 +134,10 @@ def test_one_seed_draws_the_same_prompts_whatever_is_computed_from_them():
     assert (first.counts.sum(1) == 3).all()
     with refused("two prompts"):
         resample_prompts(["a", "a"], draws=20)
+
+
+def test_the_deviation_within_prompts_leaves_out_what_lies_between_them():
+    """Of 1, 3 the sample variance is 2, of 100, 104, 108 it is 16: σ² = (2 + 16) / 2. One value alone has none."""
+    values = [1, 100, 3, 104, 108, 7, float("nan"), 9]
+    assert deviation_within(values, ["a", "b", "a", "b", "b", "c", "d", "d"]) == pytest.approx(3)
+    assert np.isnan(deviation_within([1.0, 2.0], ["a", "b"]))
