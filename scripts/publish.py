@@ -15,6 +15,7 @@ from stepfuse.fuse.card import CARD, FRONTS, STRIP, card
 from stepfuse.fuse.hub import explained_hub, parse_id
 from stepfuse.fuse.manifest import MANIFEST
 from stepfuse.fuse.pipeline import EMBEDDED
+from stepfuse.rewards.registry import local_parts
 
 DEFAULT = "main"
 
@@ -30,6 +31,7 @@ class Publication:
         exists: the repository is there already.
         files: contents by the path they will have.
         stale: weights of adapters that are there and no longer of the set.
+        notes: what others will miss, a line each.
     """
 
     repository: str
@@ -38,6 +40,7 @@ class Publication:
     exists: bool
     files: dict[str, bytes | Path]
     stale: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,7 +53,7 @@ class Publication:
         lines = [f"to {where}, in one commit:"]
         lines += [f"  {_readable(size):>10}  {name}" for name, size in sizes.items()]
         lines += [f"  {'deleted':>10}  {name}" for name in self.stale]
-        return "\n".join([*lines, f"  {_readable(sum(sizes.values())):>10}  in all"])
+        return "\n".join([*lines, f"  {_readable(sum(sizes.values())):>10}  in all", *self.notes])
 
 
 def prepare(
@@ -88,8 +91,24 @@ def prepare(
     exists, there = _remote(repository, branch, private) if ask_hub else (False, [])
     stale = [name for name in there if PurePosixPath(name).name == WEIGHTS and name not in files]
     return Publication(
-        repository=repository, revision=branch, private=private, exists=exists, files=files, stale=tuple(stale)
+        repository=repository,
+        revision=branch,
+        private=private,
+        exists=exists,
+        files=files,
+        stale=tuple(stale),
+        notes=tuple(unsent_rewards(loaded)),
     )
+
+
+def unsent_rewards(loaded: AdapterSet) -> list[str]:
+    """A line for each adapter's reward that is a local file, a local folder or a server: a set holds weights only."""
+    return [
+        f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
+        "set, and cannot evaluate it by this reward unless you give it to them"
+        for adapter in loaded.everyone
+        for name, what in local_parts(adapter.objective.reward)
+    ]
 
 
 def check_publishable(loaded: AdapterSet) -> None:

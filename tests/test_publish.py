@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 from stepfuse.fuse.adapter import WEIGHTS
 from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.card import card
 from stepfuse.fuse.fused_pipeline import FusedPipeline
 from stepfuse.fuse.hub import fetch_set
 from stepfuse.fuse.make_set import copy_set, create_set
@@ -315,3 +316,28 @@ def test_a_pull_that_fails_leaves_nothing(hub, mine, tmp_path):
         copy_set(REPOSITORY, tmp_path / "pulled")
     assert not (tmp_path / "pulled").exists()
     assert not (tmp_path / "pulled.tmp").exists()
+
+
+def test_rewards_that_are_not_sent_are_told(tmp_path, capsys):
+    """A file of code, a recipe as one term of a sum, a folder of weights and a server; of the catalogue none is."""
+    base = save_stable_diffusion(tmp_path / "base")
+    rewards = {
+        "coded": "rewards/mine.py:sharpness",
+        "summed": "weighted:1*compressibility/0.1 + 2*recipes/style.yaml/3",
+        "folder": "clip_score:models/clip",
+        "served": "http://127.0.0.1:8765",
+        "known": "compressibility",
+        "both": "weighted:1*compressibility/0.1 + 1*colourfulness/5",
+    }
+    for name, reward in rewards.items():
+        save_adapter(tmp_path / name, base, name, reward=reward)
+    create_set(tmp_path / "set", [tmp_path / name for name in rewards], base="o/b", license="mit", base_license="mit")
+    run("publish", tmp_path / "set", REPOSITORY, "--dry-run")
+    told = [line for line in capsys.readouterr().out.splitlines() if "not sent" in line]
+    unsent = ["rewards/mine.py:sharpness", "recipes/style.yaml", "clip_score:models/clip", "http://127.0.0.1:8765"]
+    assert len(told) == len(unsent)
+    limits = card(load_set(tmp_path / "set"), place="x", shown=[]).split("## Limits")[1]
+    for name, reward, line in zip(rewards, unsent, told, strict=False):
+        assert name in line
+        assert reward in line
+        assert reward in limits
