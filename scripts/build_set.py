@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from stepfuse.data.names import nearest
+from stepfuse.data.output_folder import written_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
 from stepfuse.data.text_files import read_text, write_text
@@ -20,6 +21,7 @@ from stepfuse.fuse.adapter import Adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
 from stepfuse.fuse.card import STRIP, write_card
 from stepfuse.fuse.make_set import add_evaluation, add_profile, create_set
+from stepfuse.fuse.manifest import write_json
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.fuse.variance import EtaSchedule
 from stepfuse.scripts.evaluate import evaluate
@@ -35,6 +37,7 @@ PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
     "dpo": (str(dpo.__file__), DPOSettings),
     "ddpo": (str(ddpo.__file__), DDPOSettings),
 }
+SUPERVISOR = Path(__file__).parent / "supervisor.py"
 ALONE = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
@@ -128,6 +131,7 @@ def build(file: Path, *, device: str) -> Path:
     config, objectives, oracles, evaluation = read_build(file)
     output = Path(config.output_dir)
     with locked(output):
+        check_made(output)
         everyone = [*objectives, *oracles]
         for number, training in enumerate(everyone, start=1):
             place = f"[{number}/{len(everyone)}] {training.settings.name}"
@@ -165,7 +169,9 @@ def build(file: Path, *, device: str) -> Path:
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():
             sampler = FusedSampler.from_pretrained(loaded, device=device)
-            draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS]).save(folder / STRIP)
+            strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS])
+            with written_file(folder / STRIP) as temporary:
+                strip.save(temporary)
         write_card(folder, loaded, pictures)
     return folder
 
@@ -178,25 +184,47 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     """
     program, _ = PROGRAMS[training.algorithm]
     file = training.folder.with_name(training.folder.name + ".yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
-    write_text(file, yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False))
+    with written_file(file) as temporary:
+        text = yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False)
+        write_text(temporary, text)
     launch(program, ["--config", str(file)], launcher, training.settings.name)
     if not training.finished:
         raise ValueError(f"training {training.settings.name!r} left no whole adapter in {training.folder}")
 
 
 def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name: str) -> None:
-    """`accelerate launch` of one training, as a user would.
+    """`accelerate launch` of one training, as a user would. Its processes end with this one, killed or not.
 
     Raises:
         ValueError: where it ends with another status than 0.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
     command += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), program, *arguments]
-    status = subprocess.run(command, check=False).returncode
+    supervised = [sys.executable, "-P", str(SUPERVISOR), *command]
+    # Its standard input closes when this process ends. In a session of its own it gets no Ctrl-C from the terminal.
+    with subprocess.Popen(supervised, stdin=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+            raise
     if status:
         raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to go on")
+
+
+def check_made(output: Path) -> Path:
+    """The file that says what the set of a build was made of.
+
+    Raises:
+        ValueError: for a set that no build made, which one would replace.
+    """
+    made = output / "set-of.json"
+    if (output / "set" / MANIFEST).exists() and not made.exists():
+        raise ValueError(f"{output / 'set'} holds a set that was not built here; move it, or choose another output_dir")
+    return made
 
 
 def assemble(
@@ -205,11 +233,13 @@ def assemble(
     """The set of these adapters; one that is already of them stays, with what was measured of it."""
     wanted = [read_adapter(training.folder) for training in (*objectives, *oracles)]
     reference = EtaSchedule(eta=config.reference_eta)
-    made = folder.with_name("set-of.json")  # the hashes of what a set was made of: in float16 its own are others
+    made = check_made(folder.parent)  # the hashes of what a set was made of: in float16 its own are others
     identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
     if (folder / MANIFEST).exists() and made.exists() and json.loads(read_text(made)) == identity:
         return load_set(folder)
     print(f"set: {folder}", flush=True)
+    if not made.exists():
+        write_json(made, {})  # so that a set from here on is known to be this build's
     created = create_set(
         folder,
         [training.folder for training in objectives],
@@ -218,7 +248,7 @@ def assemble(
         half=config.half,
         overwrite=True,
     )
-    write_text(made, json.dumps(identity))
+    write_json(made, identity)
     return created
 
 

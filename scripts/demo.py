@@ -9,23 +9,29 @@ import torch
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
 from stepfuse.data.emoji import to_image
+from stepfuse.data.output_folder import check_output, clear, files_named, written_file
+from stepfuse.data.settings_file import read_settings
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.make_set import claim_output, create_set
+from stepfuse.fuse.make_set import create_set, set_files
+from stepfuse.fuse.manifest import read_object, write_json
 from stepfuse.fuse.pipeline import quiet_libraries
 from stepfuse.fuse.sampler import FusedSampler
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
-from stepfuse.scripts.build_set import ALONE, launch
+from stepfuse.scripts.build_set import ALONE, PROGRAMS, Training, train
 from stepfuse.scripts.pictures import labelled_grid, save_front, weights_heading
 from stepfuse.scripts.plots import axis_label
-from stepfuse.train import ddpo, dpo
+from stepfuse.train.output import LOCK, locked, training_files
+from stepfuse.train.provenance import config_hash
 from stepfuse.train.rollout import sample_generator
 
-TRAINING = {  # objective → program, config
-    "colourfulness": (dpo.__file__, "dpo/emoji-colourfulness.yaml"),
-    "compressibility": (ddpo.__file__, "ddpo/emoji-compressibility.yaml"),
+TRAINING = {  # objective → algorithm, config
+    "colourfulness": ("dpo", "dpo/emoji-colourfulness.yaml"),
+    "compressibility": ("ddpo", "ddpo/emoji-compressibility.yaml"),
 }
+QUICK = {"max_train_steps": 1, "num_validation_images": 2, "sample_num_steps": 4}
+STATE, SET, RESULTS, PICTURES = "demo.json", "set", "results.json", ("slider.png", "front.png")
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
 PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 
@@ -33,42 +39,94 @@ PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     """Train, fuse, measure and show; True where every claim held on held-out prompts.
 
-    Writes `slider.png`, `front.png` and `results.json`.
+    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes: a training from its
+    newest checkpoint, and nothing that is finished is done again.
 
     Raises:
-        ValueError: for an output folder that is not empty, and where training fails.
+        ValueError: for an output folder that holds something else or a demo of other settings, and where training
+            fails.
     """
     began = time.monotonic()
-    claim_output(output, overwrite=overwrite)
-    output.mkdir(parents=True, exist_ok=True)
-    for name, (program, config) in TRAINING.items():
-        train_adapter(name, program, config, output / name, seed=seed, quick=quick)
-    print("\nFusing them, and measuring on held-out prompts …", flush=True)
-    create_set(output / "set", [output / name for name in TRAINING], overwrite=overwrite)
-    results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
-    results["minutes"] = (time.monotonic() - began) / 60
-    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-    return report(output, results)
+    trainings = [training(name, output / name, seed=seed, quick=quick) for name in TRAINING]
+    state = {"seed": seed, "quick": quick, "trainings": {own.settings.name: own.sha256 for own in trainings}}
+    with locked(output):
+        claim(output, state, overwrite=overwrite)
+        if (output / RESULTS).is_file():
+            print(f"finished before; --overwrite begins anew: {output}")
+            return report(output, json.loads((output / RESULTS).read_text(encoding="utf-8")))
+        for own in trainings:
+            if own.finished:
+                print(f"\nTraining {own.settings.name!r}: finished, {own.folder}", flush=True)
+                continue
+            algorithm, config = TRAINING[own.settings.name]
+            print(
+                f"\nTraining {own.settings.name!r}: accelerate launch train/{algorithm}.py --config configs/{config}",
+                flush=True,
+            )
+            train(own, ALONE)
+        print("\nFusing them, and measuring on held-out prompts …", flush=True)
+        create_set(output / SET, [own.folder for own in trainings], overwrite=True)
+        results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
+        results["minutes"] = (time.monotonic() - began) / 60
+        with written_file(output / RESULTS) as temporary:
+            write_text(temporary, json.dumps(results, indent=2) + "\n")
+        return report(output, results)
 
 
-def train_adapter(name: str, program: str, config: str, folder: Path, *, seed: int, quick: bool) -> None:
-    """Run one training as a user would, by `accelerate launch`."""
-    arguments = ["--config", str(FOLDER / config), "--output_dir", str(folder)]
-    arguments += ["--seed", str(seed), "--overwrite", "true"]
-    if quick:
-        arguments += ["--max_train_steps", "1", "--num_validation_images", "2", "--sample_num_steps", "4"]
-    print(
-        f"\nTraining {name!r}: accelerate launch {Path(program).parent.name}/{Path(program).name} "
-        f"--config configs/{config}",
-        flush=True,
-    )
-    launch(program, arguments, ALONE, name)
+def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
+    """One training of the demo, by its configuration; with a checkpoint after every step that can have one."""
+    algorithm, config = TRAINING[name]
+    _, kind = PROGRAMS[algorithm]
+    values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
+    settings = kind(**values)
+    return Training(algorithm=algorithm, settings=settings, sha256=config_hash(settings), folder=folder)
+
+
+def claim(output: Path, state: dict, *, overwrite: bool) -> None:
+    """Take an empty folder, one where the same demo was begun, or with `overwrite` any.
+
+    Raises:
+        ValueError: for a folder that holds something else or a demo of other settings, and for files of other origin
+            in the way.
+    """
+    if overwrite:
+        writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+        check_output(output, overwrite=True, ours=demo_files, writes=writes, besides=(LOCK,))
+        clear(output, demo_files(output))
+    known = read_state(output)
+    if known is None:
+        check_output(output, overwrite=overwrite, besides=(LOCK,))
+        write_json(output / STATE, state)
+    elif known != state:
+        begun = f"--seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
+        same = all(known.get(name) == state[name] for name in ("seed", "quick"))
+        how = "of another version of stepfuse" if same else f"that was begun with {begun}"
+        remedy = "" if same else f"; pass {begun} to resume it" + ("" if known.get("quick") else " without --quick")
+        raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite begins anew")
+
+
+def read_state(output: Path) -> dict | None:
+    """What demo was begun in a folder; None where there is none."""
+    try:
+        return read_object(output / STATE, "the state of a demo")
+    except ValueError:
+        return None
+
+
+def demo_files(folder: Path) -> set[Path]:
+    """The files of the demo in a folder, which --overwrite replaces; none where no demo was begun."""
+    if read_state(folder) is None:
+        return set()
+    files = files_named(folder, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+    for name in TRAINING:
+        files |= {Path(name, file) for file in (Path(LOCK), *training_files(folder / name))}
+    return files | {Path(SET, file) for file in set_files(folder / SET)}
 
 
 def measure(output: Path, *, seed: int, prompts: int) -> dict:
     """Scores of base and fused images on held-out prompts, with paired intervals; writes the pictures."""
     quiet_libraries()
-    sampler = FusedSampler.from_pretrained(output / "set")
+    sampler = FusedSampler.from_pretrained(output / SET)
     first, second = sampler.names
     rewards = {o.name: load_reward(o.reward) for o in sampler.objectives}
     pool = emoji.captions(held_out=True)
@@ -92,7 +150,9 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     columns = [base_images, *[images for images, _ in drawn.values()]]
     heads = ["base", *[weights_heading({first: 1 - w, second: w}) for w in SLIDER]]
     rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
-    labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(output / "slider.png")
+    slider, front = (output / name for name in PICTURES)
+    with written_file(slider) as temporary:
+        labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(temporary)
     scores = {weight: values for weight, (_, values) in drawn.items()}
     means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
 
@@ -109,7 +169,8 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
             _mixture(weight, first, second): {name: gain(weight, name) for name in (first, second)} for weight in SLIDER
         },
     }
-    draw_front(output / "front.png", results)
+    with written_file(front) as temporary:
+        draw_front(temporary, results)
     return results
 
 

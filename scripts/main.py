@@ -90,7 +90,8 @@ def _add_demo(actions: argparse._SubParsersAction) -> None:
         "demo",
         "train two adapters on the embedded emoji base, fuse them, and plot the trade-off between the rewards",
         "stepfuse demo --output_dir outputs/demo",
-        "It takes about 8 minutes on two CPU cores and needs no GPU and no download.",
+        "It takes about 8 minutes on two CPU cores and needs no GPU and no download. An interrupted demo is continued "
+        "by the same command.",
     )
     demo.add_argument(
         "--output_dir",
@@ -100,7 +101,7 @@ def _add_demo(actions: argparse._SubParsersAction) -> None:
         help="Output folder for the two adapters, the set of both, the pictures slider.png and front.png, and "
         "results.json (default: %(default)s).",
     )
-    add_overwrite(demo, "the content of the output folder")
+    add_overwrite(demo, "the demo in the output folder", folder=True)
     demo.add_argument(
         "--seed",
         type=whole,
@@ -280,7 +281,7 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
         help="Output folder; a folder with an unfinished evaluation of the same set and config is continued (default: "
         "%(default)s).",
     )
-    add_overwrite(output, "the content of the output folder")
+    add_overwrite(output, "the evaluation in the output folder", folder=True)
     evaluate.set_defaults(run=commands.evaluate)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.adapter_set import load_set
 from stepfuse.fuse.card import card
-from stepfuse.scripts.build_set import read_build
+from stepfuse.scripts.build_set import BuildConfig, Training, assemble, read_build
 from stepfuse.scripts.main import main
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
@@ -201,6 +201,22 @@ def test_a_second_build_in_one_folder_is_refused(tmp_path):
     with locked(tmp_path / "out"), pytest.raises(SystemExit) as error:
         main(["build", "held.yaml"])
     assert "is in use by process" in str(error.value.code)
+
+
+def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):
+    config = BuildConfig(objectives=[{}])
+    trainings = [Training(algorithm="dpo", settings=DPOSettings(), sha256="", folder=adapters / "a")]
+    output = tmp_path / "out" / "set"
+    assert assemble(output, config, trainings, []).names == ["a"]
+    made = output.with_name("set-of.json")
+    made.write_text("{}")  # as a build that was killed leaves it
+    assert assemble(output, config, trainings, []).names == ["a"]
+    made.unlink()
+    with refused(str(output), "not built here"):
+        assemble(output, config, trainings, [])
+    Path("strange.yaml").write_text(yaml.safe_dump(BUILD | {"output_dir": str(output.parent)}))
+    with pytest.raises(SystemExit, match="not built here"):  # before anything is trained
+        main(["build", "strange.yaml"])
 
 
 # What decides that an adapter is made anew

@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
-from stepfuse.scripts.demo import report
+from stepfuse.scripts.demo import demo, report
+from tests.fixtures_tiny import refused
 
 
 def results(middle_low: float) -> dict:
@@ -39,14 +42,32 @@ def test_the_demo_says_what_it_does_not_show(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_the_demo_goes_the_whole_way(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "stepfuse.scripts.main", "demo", "--quick", "--output_dir", str(tmp_path / "demo")]
+def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "demo"
+    command = [sys.executable, "-m", "stepfuse.scripts.main", "demo", "--quick", "--output_dir", str(output)]
+    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 200
+    while not (output / "compressibility" / ".lock").exists():  # the second training has begun
+        assert killed.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    started = psutil.Process(killed.pid).children(recursive=True)
+    assert any("ddpo.py" in word for process in started for word in process.cmdline())
+    killed.kill()
+    killed.wait()
+    _, living = psutil.wait_procs(started, timeout=10)
+    assert not living
+    first = (output / "colourfulness" / "objective.json").stat().st_mtime_ns
+
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert (output / "colourfulness" / "objective.json").stat().st_mtime_ns == first  # not trained again
+    written = json.loads((output / "results.json").read_text())
     assert set(written["means"]) == {"base", "0.0", "0.25", "0.5", "0.75", "1.0"}
     for name in ("slider.png", "front.png"):
-        with Image.open(tmp_path / "demo" / name) as picture:
+        with Image.open(output / name) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 100  # not a blank sheet
     gains = written["gain_over_base"]
     for row, weight in (("colourfulness alone", "0.0"), ("middle", "0.5"), ("compressibility alone", "1.0")):
@@ -54,6 +75,39 @@ def test_the_demo_goes_the_whole_way(tmp_path: Path) -> None:
             difference = written["means"][weight][objective] - written["means"]["base"][objective]
             assert gains[row][objective]["mean"] == pytest.approx(difference, abs=1e-6)
             assert f"{difference:+.3f}" in done.stdout
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 1
-    assert again.stderr.strip().splitlines()[-1].startswith("error: output")
+
+    def files() -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
+
+    before = files()
+    demo(output, seed=0, overwrite=False, quick=True)  # finished: it says again what it showed
+    assert f"{output / 'slider.png'}" in capsys.readouterr().out
+    for seed, quick in ((1, True), (0, False)):
+        with refused(str(output), "--seed 0 --quick", "--overwrite"):
+            demo(output, seed=seed, overwrite=False, quick=quick)
+    (output / "set" / "mine.txt").write_text("mine")
+    with refused("set/mine.txt"):
+        demo(output, seed=1, overwrite=True, quick=True)
+    (output / "set" / "mine.txt").rename(output / "mine.txt")
+    assert files().keys() == before.keys() | {str(output / "mine.txt")}
+
+    monkeypatch.setattr("stepfuse.scripts.demo.train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo(output, seed=1, overwrite=True, quick=True)  # begins anew, and keeps what is not its own
+    assert {file.name for file in output.rglob("*") if file.is_file()} == {"mine.txt", "demo.json"}
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "adapter_set.json").write_text("mine")
+    with refused(str(tmp_path), "--overwrite"):
+        demo(tmp_path, seed=0, overwrite=False, quick=True)
+    with refused("set/adapter_set.json"):
+        demo(tmp_path, seed=0, overwrite=True, quick=True)
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == [
+        "set/adapter_set.json"
+    ]
