@@ -190,7 +190,7 @@ def test_prompts_are_embedded_as_the_pipeline_does_it(task, tmp_path, save):
     pipeline = load_pipeline(str(tmp_path / "base"))
     loop = SPO(replace(task, pipeline=pipeline), candidates=2, skip_first_steps=SKIPPED)
     prompts, found, x_T = loop.begin()
-    wanted = encode_prompts(pipeline, prompts, [""] * IMAGES)
+    wanted = encode_prompts(pipeline, prompts)
     assert_close(vars(found), vars(wanted))
     assert x_T.shape == (IMAGES, *latent_shape(pipeline, None, None))
     loop.step()
