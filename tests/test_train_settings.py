@@ -211,6 +211,7 @@ def test_flags_win_over_the_config_and_the_config_over_defaults(desk):
         *[(words, True) for words in ("--overwrite", "--overwrite true", "--overwrite=yes")],
         *[(words, False) for words in ("", "--no_overwrite", "--no-overwrite", "--overwrite false")],
         *[("--overwrite --no_overwrite", False), ("--no_overwrite --overwrite", True)],
+        *[("--overwrite on", True), ("--overwrite=OFF", False)],
     ],
 )
 def test_boolean_flag_and_its_negation(words, value):
@@ -248,6 +249,37 @@ def test_none_unsets_what_may_be_unset(desk):
     words = ["--config", "my.yaml", "--checkpoints_total_limit", "none", "--lora_alpha=none"]
     settings = parse_settings(DPOSettings, words)
     assert (settings.checkpoints_total_limit, settings.lora_alpha) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("mixed_precision", "fp16"), ("revision", "main"), ("resume_from_checkpoint", "latest")]
+)
+def test_none_unsets_texts_and_choices_too(desk, setting, value):
+    Path("my.yaml").write_text(f"{setting}: {value}\n")
+    assert getattr(parse_settings(DPOSettings, ["--config", "my.yaml"]), setting) == value
+    settings = parse_settings(DPOSettings, ["--config", "my.yaml", f"--{setting}", "None"])
+    assert getattr(settings, setting) is None
+
+
+def test_flag_without_values_empties_a_list(desk):
+    Path("my.yaml").write_text("reward_clip: [-1, 1]\n")
+    assert parse_settings(DPOSettings, ["--config", "my.yaml", "--reward_clip"]).reward_clip == []
+
+
+def test_quoted_values_of_a_config_are_converted_or_named_with_the_file(desk, monkeypatch):
+    settings = parsed("rank: '3'\nlearning_rate: '1e-3'\noverwrite: 'yes'\n")
+    assert (settings.rank, settings.learning_rate, settings.overwrite) == (3, 1e-3, True)
+    Path("my.yaml").write_text("rank: many\n")
+    line = refusal(monkeypatch, "dpo", "--config", "my.yaml", "--seed", "1")
+    assert line.startswith("error: my.yaml: rank")
+    assert "'many'" in line
+
+
+def test_only_the_command_line_has_flags(desk, monkeypatch):
+    # transformers' HfArgumentParser would read them from a file with the program's name, too
+    Path("dpo.args").write_text("--rank 3")
+    monkeypatch.setattr(sys, "argv", ["dpo.py"])
+    assert parse_settings(DPOSettings, []) == DPOSettings()
 
 
 def test_environment_of_a_config_is_set(desk, monkeypatch):
