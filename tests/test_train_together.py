@@ -160,7 +160,7 @@ def test_a_run_trains_the_same_adapter(run_training, tiny_base, algorithm, guida
     own = dict(num_generations=2, num_inner_epochs=2) if algorithm == "ddpo" else {}
     adapters = []
     for number in (1, 2):
-        common = COMMON | {"output_dir": f"out-{number}", "sample_num_steps": 5, "learning_rate": 1e-3}
+        common = COMMON | {"output_dir": f"out-{number}", "sample_num_steps": 3, "learning_rate": 1e-3}
         adapters.append(
             trained(
                 kind,
