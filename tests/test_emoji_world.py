@@ -127,9 +127,9 @@ def test_a_file_without_prompts_is_named(tmp_path):
         file.write_text(text)
         with refused(str(file), "empty"):
             load_prompts(str(file))
-    for missing in (tmp_path / "missing.txt", tmp_path):
-        with refused(str(missing), "emoji-heldout"):
-            load_prompts(str(missing))
+    for wrong, remedy in ((tmp_path / "missing.txt", "emoji-heldout"), (tmp_path, "text file")):
+        with refused(str(wrong), remedy):
+            load_prompts(str(wrong))
 
 
 @pytest.fixture

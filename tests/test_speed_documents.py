@@ -47,7 +47,7 @@ def test_the_tables_are_those_of_the_measurements(name: str) -> None:
 )
 def test_the_readme_has_the_measured_ratios(begin: str, way: str) -> None:
     rows = rows_of("bench.json")
-    table = (ROOT / "README.md").read_text().split("| way | 2 adapters | 4 | 8 |")[1].split("\n\n")[0]
+    table = (ROOT / "README.md").read_text().split("| method | 2 adapters | 4 | 8 |")[1].split("\n\n")[0]
     assert cells(table, begin) == [f"{rows[way, n]['ratio']:.2f}" for n in (2, 4, 8)]
 
 
