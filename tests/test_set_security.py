@@ -1,5 +1,6 @@
 """Sets from strangers are refused in one line or harmless: nothing of them is run, or followed to elsewhere."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -139,13 +140,20 @@ def test_what_is_no_json_or_no_value_is_refused(stranger, text, path):
         load_set(stranger)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "latin-1"])
 def test_another_encoding_is_refused(stranger, encoding):
     edit(stranger, "base", name_or_path="é")
     text = (stranger / MANIFEST).read_text().replace("\\u00e9", "é")
     (stranger / MANIFEST).write_bytes(text.encode(encoding))
     with refused(str(stranger / MANIFEST), "JSON"):
         load_set(stranger)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_manifest(stranger):
+    """RFC 8259, section 8.1: who reads JSON may ignore one. Windows Notepad and PowerShell write it."""
+    wanted = load_set(stranger)
+    (stranger / MANIFEST).write_bytes(codecs.BOM_UTF8 + (stranger / MANIFEST).read_bytes())
+    assert load_set(stranger) == wanted
 
 
 def test_a_huge_manifest_is_refused_unread(stranger):

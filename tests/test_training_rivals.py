@@ -135,7 +135,9 @@ def test_spo_clips_each_ratio_by_itself():
 
 
 def test_the_loss_and_gradient_of_spo_are_those_of_our_clamped_loss():
-    logs = [torch.linspace(-0.3, 0.3, 25).roll(shift) for shift in (0, 7, 3, 11)]  # of winner, loser and references
+    ratios = torch.linspace(-0.2, 0.2, 24)  # their logarithms; clamped below log 0.9 and above log 1.1
+    references = [torch.linspace(-3.0, 1.0, 24), torch.linspace(0.0, 2.0, 24)]
+    logs = [references[0] + ratios, references[1] + ratios.roll(7), *references]  # of winner, loser and references
     own, theirs = ([value.clone().requires_grad_() for value in logs[:2]] for _ in range(2))
     ours = dpo_loss(*own, *logs[2:], beta=10.0, clip_range=0.1).mean()
     spo = spo_loss(theirs[0], logs[2], theirs[1], logs[3])
