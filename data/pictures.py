@@ -8,13 +8,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from stepfuse.data.text_files import file_name, printable
 
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that PIL limits, and that do not change its pixels
+ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in which PIL finds EXIF orientations
+
 
 def open_picture(source: Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
     """A picture in RGB, turned as its EXIF orientation says.
 
     As diffusers' training scripts and reward packages do, by PIL's `convert("RGB")`: palettes are looked up and
     transparency is dropped. 16-bit grays are scaled to 8 bits, where PIL alone would cut them off. Of an animation it
-    is the first frame.
+    is the first frame. Texts and colour profiles of a PNG that are larger than PIL's limits, such as the workflows that
+    ComfyUI saves, are not read.
 
     Args:
         source: a file, what a file holds, or a picture.
@@ -28,8 +33,13 @@ def open_picture(source: Path | bytes | Image.Image, name: str | None = None) ->
     try:
         if isinstance(source, Image.Image):
             return _upright(source)
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as opened:
-            return _upright(opened)
+        try:
+            return _read(source if isinstance(source, Path) else io.BytesIO(source))
+        except ValueError as error:
+            data = source.read_bytes() if isinstance(source, Path) else source
+            if "MAX_TEXT" not in str(error) or not data.startswith(PNG):
+                raise
+            return _read(io.BytesIO(_without_texts(data)))
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such file") from None
     except UnidentifiedImageError as error:
@@ -37,6 +47,23 @@ def open_picture(source: Path | bytes | Image.Image, name: str | None = None) ->
     except Exception as error:  # of a damaged file, PIL raises whatever its decoder runs into
         reason = " ".join(printable(error).split()) or type(error).__name__
         raise ValueError(f"{name} is no picture that can be read: {reason}") from error
+
+
+def _read(source: Path | io.BytesIO) -> Image.Image:
+    with Image.open(source) as opened:
+        return _upright(opened)
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its colour profile and its texts, except those that may hold an EXIF orientation."""
+    kept, start = [PNG], len(PNG)
+    while start < len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, kind, content and checksum
+        kind, content = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        if kind not in TEXTS or content.startswith(ORIENTATIONS):
+            kept.append(data[start:end])
+        start = end
+    return b"".join(kept)
 
 
 def _upright(picture: Image.Image) -> Image.Image:

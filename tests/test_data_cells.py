@@ -282,14 +282,61 @@ def test_pictures_of_other_kinds_are_their_colours(data, expected):
     assert np.array_equal(open_picture(data), expected)
 
 
-def long_text():
+def with_texts(exif=None, *, last=False):
+    """A PNG that PIL refuses to read for texts and a colour profile of more than 1 MB each; or for a text at its end."""
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * (2**20 + 1), zip=True)
-    return encoded(pnginfo=info)
+    data = encoded(pnginfo=info, **({"exif": exif} if exif else {}))
+    start = data.index(b"zTXt") - 4
+    text = data[start : start + 12 + int.from_bytes(data[start : start + 4])]
+    if last:
+        data = data.replace(text, b"").replace(data[-12:], text + data[-12:])
+    else:
+        info.add_itxt("parameters", "y" * (2**20 + 1), zip=True)
+        data = encoded(pnginfo=info, icc_profile=bytes(2**20 + 1), **({"exif": exif} if exif else {}))
+    with pytest.raises(ValueError, match="MAX_TEXT_CHUNK"):
+        Image.open(io.BytesIO(data)).load()
+    return data
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_png_is_read_whatever_its_texts_are_and_turned_by_its_exif(last):
+    assert np.array_equal(open_picture(with_texts(last=last)), ARRAY)
+    exif = Image.Exif()
+    exif[0x112] = 6  # to be turned clockwise
+    Path("a.png").write_bytes(with_texts(exif, last=last))
+    assert np.array_equal(open_picture(Path("a.png")), np.rot90(ARRAY, -1))
+
+
+def test_an_orientation_that_stands_in_a_text_of_a_png_counts_beside_long_texts():
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    info.add_text("workflow", "x" * (2**20 + 1), zip=True)
+    assert np.array_equal(open_picture(encoded(pnginfo=info)), np.rot90(ARRAY, -1))
+
+
+def test_many_texts_of_a_png_are_not_read_either(monkeypatch):
+    info = PngImagePlugin.PngInfo()
+    for i in range(4):
+        info.add_text(f"text {i}", "x" * 1000)
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2000)
+    assert np.array_equal(open_picture(encoded(pnginfo=info)), ARRAY)
+
+
+def test_pairs_and_reward_score_read_a_png_with_a_long_text(capsys):
+    Path("images").mkdir()
+    Path("images/a.png").write_bytes(with_texts())
+    Path("images/b.png").write_bytes(encoded())
+    Path("p.txt").write_text("a fox")
+    main(["reward", "score", "colourfulness", "--images", "images", "--prompts", "p.txt", "--output", "s.csv"])
+    first, second = Path("s.csv").read_text().splitlines()[1:]
+    assert first.removeprefix("a.png") == second.removeprefix("b.png")
+    (pair,) = taken(PreferencePairs(parquet("pairs.parquet", rows(1, jpg_1=with_texts())), settings()), 0, 1)
+    assert np.array_equal(pair.picture("loser"), ARRAY)
 
 
 BROKEN = {
-    "text chunk": long_text(),
+    "text chunk": with_texts()[:-60],
     "cut off": encoded(Image.fromarray(np.random.default_rng(1).integers(0, 256, (90, 90, 3), np.uint8)))[:9000],
     "no picture": b"no picture",
     "empty": b"",
