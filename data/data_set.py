@@ -26,6 +26,10 @@ def open_data_set(source: str, split: str, *, streaming: bool) -> Any:
     from datasets import load_dataset
 
     kind = FORMATS.get(Path(source).suffix.lower())
+    if kind is None and Path(source).is_file():
+        raise ValueError(
+            f"cannot load data set {file_name(source)!r}: it is a file that ends in none of {', '.join(FORMATS)}"
+        )
     try:
         if kind and not Path(source).is_dir():
             return load_dataset(kind, data_files=source, split="train", streaming=streaming)

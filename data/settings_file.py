@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -10,6 +11,9 @@ from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
 from stepfuse.data.yaml_file import Word, read_yaml
+
+# For argparse, whose pattern matches -1 and -0.5 but takes -1e-3 for a flag.
+NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
 
 
 def find_config(name: str, folder: str) -> Path:

@@ -1,6 +1,7 @@
 """YAML as its version 1.2 has it: `1e-5` is a number, `012` is twelve, and no key comes twice."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def read_yaml(file: Path) -> Any:
         raise ValueError(f"{file_name(file)} is not YAML: {' '.join(str(error).split())}") from error
 
 
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """YAML of which `read_yaml` makes the same values: texts such as 1e5, which are numbers in YAML 1.2, are quoted."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
+
+
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2; underscores in numbers are kept from 1.1."""
 
@@ -71,6 +77,10 @@ class _Loader(yaml.SafeLoader):
         return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes what its own and our loader would not read as a text."""
+
+
 # The kind of a plain scalar: a pattern, the characters it may begin with, and what makes a value of it.
 for _kind, _pattern, _first, _construct in (
     ("merge", "<<", ["<"], None),
@@ -81,5 +91,7 @@ for _kind, _pattern, _first, _construct in (
     ("float", _FLOAT, list("-+0123456789."), _Loader.construct_float),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), _first)
+    if _kind in ("int", "float"):
+        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"(?:{_pattern})$"), _first)
     if _construct is not None:
         _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _construct)

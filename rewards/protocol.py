@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.rewards.user_code import line_at_fault
+
 Pixels = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
 
@@ -36,7 +38,9 @@ def score(
             values = reward(images, prompts)
     except Exception as error:  # rewards are anybody's code
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"reward {name!r} failed: {kind}{' '.join(str(error).split())}") from error
+        line = line_at_fault(error)
+        where = f" ({line})" if line else ""
+        raise ValueError(f"reward {name!r} failed: {kind}{' '.join(str(error).split())}{where}") from error
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(

@@ -78,6 +78,16 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
+def line_at_fault(error: BaseException) -> str:
+    """The last line of the user's files that an error passed, as `file.py, line 3`; empty where it passed none."""
+    frames = [
+        (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+    ]
+    theirs = [(file, line) for name, file, line in frames if str(name).startswith(f"{__name__}.")]
+    return f"{file_name(Path(theirs[-1][0]).name)}, line {theirs[-1][1]}" if theirs else ""
+
+
 def _describe(error: BaseException, folder: Path) -> str:
     """An error on one line, with the last line of the user's files that it passed."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from stepfuse.data.names import nearest
+from stepfuse.data.settings_file import NEGATIVE_NUMBER
 from stepfuse.scripts import completion
 from stepfuse.scripts.choices import DTYPES, GUIDANCE
 
@@ -30,6 +31,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
         super().__init__(**defaults | options)
+        self._negative_number_matcher = NEGATIVE_NUMBER
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import written_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
 from stepfuse.data.text_files import read_text, write_text
+from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.adapter import Adapter, read_adapter
 from stepfuse.fuse.adapter_set import MANIFEST, AdapterSet, load_set
 from stepfuse.fuse.card import STRIP, write_card
@@ -186,8 +186,7 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     file = training.folder.with_name(training.folder.name + ".yaml")
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
     with written_file(file) as temporary:
-        text = yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False)
-        write_text(temporary, text)
+        write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
     launch(program, ["--config", str(file)], launcher, training.settings.name)
     if not training.finished:
         raise ValueError(f"training {training.settings.name!r} left no whole adapter in {training.folder}")

@@ -129,6 +129,11 @@ def test_a_dash_in_a_value_stays():
     assert str(parse(["set", "show", "--", "--my-set"]).set) == "--my-set"
 
 
+def test_a_negative_number_with_an_exponent_is_the_value_of_a_flag():
+    assert parse(["sample", "emoji", "--prompt", "x", "--guidance_scale", "-1e-1"]).guidance_scale == -0.1
+    assert parse(["sample", "emoji", "--prompt", "x", "--strength", "-2E-3"]).strength == -0.002
+
+
 # Refusals, by a process that has no torch yet.
 
 WRONG = {  # what is typed → what the answer names

@@ -111,6 +111,9 @@ def test_data_sets_that_give_no_captions_are_named():
     for broken in ("broken.parquet", "broken.jsonl", "gone.parquet"):
         with refused(broken):
             load_prompts("", dataset_name=broken)
+    Path("prompts.txt").write_text("a fox\n")
+    with refused("prompts.txt", ".parquet", ".csv"):
+        load_prompts("", dataset_name="prompts.txt")
     Path("folder").mkdir()
     with refused("folder"):
         load_prompts("", dataset_name="folder")
@@ -283,7 +286,7 @@ def test_pictures_of_other_kinds_are_their_colours(data, expected):
 
 
 def with_texts(exif=None, *, last=False):
-    """A PNG that PIL refuses to read for texts and a colour profile of more than 1 MB each; or for a text at its end."""
+    """A PNG that PIL refuses to read for texts and a colour profile of more than 1 MB, or for a text at its end."""
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * (2**20 + 1), zip=True)
     data = encoded(pnginfo=info, **({"exif": exif} if exif else {}))

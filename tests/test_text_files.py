@@ -3,6 +3,7 @@
 import ast
 import codecs
 import csv
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import stepfuse.data
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import read_settings
 from stepfuse.data.text_files import decode_text, file_name, find_file, printable, read_lines, read_text, write_text
+from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.manifest import read_object
 from stepfuse.rewards.image_files import pair_prompts
 from stepfuse.rewards.registry import load_reward
@@ -202,6 +204,32 @@ def test_yes_no_on_and_off_are_words_where_texts_are_and_booleans_where_those_ar
     file.write_text("guidance: off\nrules: [{rule: product, label: no}]")
     values = read_settings(file, EvaluationConfig)
     assert values == {"guidance": "off", "rules": [{"rule": "product", "label": False}]}  # of no type: as before
+
+
+def test_settings_that_are_written_are_read_as_they_were(tmp_path):
+    """Texts that are numbers, booleans or null in YAML 1.1 or 1.2 among them, and lines that only other readers end."""
+    looks = [
+        "1e5",
+        "-1E-3",
+        ".5e1",
+        "0o17",
+        "0x1f",
+        "012",
+        "1_000",
+        "yes",
+        "null",
+        "~",
+        "",
+        "2024-01-01",
+        "1:30",
+        "a: b",
+    ]
+    texts = [*looks, "<<", "- a", "# a", "'", *(f"a{sign}b" for sign in (*WITHIN, "\n", "\r", "\t", "\ufeff", "夜"))]
+    settings = DPOSettings(
+        objective_name="1e5", learning_rate=1e-5, lora_alpha=None, reward_clip=[-1e-7, 1e300], validation_prompts=texts
+    )
+    write_text(tmp_path / "a.yaml", yaml_text(dataclasses.asdict(settings)))
+    assert parse_settings(DPOSettings, ["--config", str(tmp_path / "a.yaml")]) == settings
 
 
 @pytest.mark.parametrize(

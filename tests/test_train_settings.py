@@ -142,6 +142,8 @@ def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas, culprit):
         ("dpo", "rank", "0"),
         ("dpo", "beta", "0.0"),
         ("dpo", "learning_rate", "nan"),
+        ("dpo", "learning_rate", "inf"),
+        ("ddpo", "beta", "nan"),
         ("dpo", "num_candidates", "1"),
         ("dpo", "margin", "-1.0"),
         ("dpo", "label_smoothing", "0.5"),
@@ -242,6 +244,12 @@ def test_flags_may_have_dashes_and_their_values_keep_theirs(desk):
     settings = parse_settings(DPOSettings, words)
     assert (settings.train_batch_size, settings.output_dir) == (2, "my-run")
     assert (settings.prompts, settings.lora_target_modules) == ("emoji-heldout", ["a-b"])
+
+
+@pytest.mark.parametrize("number", ["-1e-3", "-1E3", "-.5e-2", "-5.e+1", "-0.5", "-2"])
+def test_a_negative_number_with_an_exponent_is_the_value_of_a_flag(number):
+    settings = parse_settings(DPOSettings, ["--reward_shift", number, "--reward_clip", number, "1e9"])
+    assert (settings.reward_shift, settings.reward_clip) == (float(number), [float(number), 1e9])
 
 
 def test_none_unsets_what_may_be_unset(desk):

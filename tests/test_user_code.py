@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.user_code import load_function
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
@@ -189,6 +190,17 @@ def test_a_file_that_is_none_is_named(tmp_path):
     (tmp_path / "latin.py").write_bytes("x = 'für'\n".encode("latin-1"))
     with refused("latin.py", "SyntaxError"):
         load(tmp_path, "latin")
+
+
+def test_an_error_of_a_reward_names_the_line_of_the_users_file_that_it_passed_last(tmp_path):
+    text = "import helper\n\ndef f(i, prompts):\n    return helper.g()\n\ndef h(i, prompts):\n    return prompts[9]"
+    write(tmp_path, reward=text, helper="import math\n\ndef g():\n    return math.sqrt(-1)")
+    pixels = torch.zeros(1, 3, 2, 2)
+    for function, culprits in {"f": ["helper.py, line 4", "math domain error"], "h": ["IndexError", "line 7"]}.items():
+        with refused("reward.py", *culprits):
+            score(load(tmp_path, function=function), pixels, ["a"], name="reward.py:f")
+    with pytest.raises(ValueError, match=r"failed: ZeroDivisionError: [^(]*\Z"):  # of no file of the user
+        score(lambda images, prompts: 1 / 0, pixels, ["a"])
 
 
 WORKER = """

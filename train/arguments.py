@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from trl import TrlParser
 
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_file import find_config, read_settings
+from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
 from stepfuse.train.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
@@ -74,6 +74,7 @@ class _Parser(TrlParser):
             allow_abbrev=False,
             add_help=False,
         )
+        self._negative_number_matcher = NEGATIVE_NUMBER
         first = self.add_argument_group("configuration")
         first.add_argument(
             "--config",

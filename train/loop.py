@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
+from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.adapter import Objective, write_adapter
 from stepfuse.fuse.denoiser import Denoiser
 from stepfuse.fuse.finite import check_latents, check_pixels
@@ -172,7 +172,7 @@ class Run:
         if self.main:
             if settings.overwrite and start is None:
                 clear(self.output)
-            write_text(self.output / CONFIG, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+            write_text(self.output / CONFIG, yaml_text(dataclasses.asdict(settings)))
         self.accelerator.wait_for_everyone()
         if self.accelerator.trackers == [] and settings.trackers:
             start_trackers(self.accelerator, settings.trackers, _trackable(settings))

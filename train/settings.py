@@ -1,5 +1,6 @@
 """Settings of a training run: YAML by `--config`, any field as a flag. Importing this module does not import torch."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -285,6 +286,8 @@ class TrainSettings:
         for name in ("learning_rate", "max_grad_norm"):
             require(getattr(self, name) > 0, name, getattr(self, name), "a positive number")
         self._check_variance()
+        for name, value in vars(self).items():
+            require(not isinstance(value, float) or math.isfinite(value), name, value, "a finite number")
 
     def _check_reward(self) -> None:
         require(self.fit_reward != 1 and self.fit_reward >= 0, "fit_reward", self.fit_reward, "0, or 2 or more images")
