@@ -81,6 +81,16 @@ def test_a_run_that_resumes_says_from_where(run_training, capsys):
     assert f": {before:.4g} → " in told
 
 
+@pytest.mark.parametrize("changes", [{"seed": 5}, {"sample_num_steps": 5}])
+def test_a_run_that_resumes_with_another_seed_or_sampling_states_no_gain(run_training, capsys, changes):
+    run_training("ddpo", max_train_steps=1, checkpointing_steps=1)
+    assert ", gain " in capsys.readouterr().out
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest", **changes)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "validation images" in line]
+    assert ", gain " not in line
+    assert "another seed" in line
+
+
 def test_the_interval_of_the_gain_is_that_of_a_paired_bootstrap():
     generator = np.random.default_rng(1)
     before, gain = generator.normal(5, 2, 40), generator.normal(0.3, 0.5, 40)

@@ -40,6 +40,7 @@ class Progress:
         validation_prompts: prompts of the validation images.
         validation_rewards: rewards of the validation images, in the order of their prompts: `before`, `best` and
             `after`.
+        validation_settings: settings that the validation images before training were drawn and scored with.
         prompt_rewards: rewards of earlier steps by prompt (`per_prompt_stat_tracking_buffer_size`).
     """
 
@@ -52,6 +53,7 @@ class Progress:
     base_diversity: float | None = None
     validation_prompts: list[str] = field(default_factory=list)
     validation_rewards: dict[str, list[float]] = field(default_factory=dict)
+    validation_settings: dict[str, Any] = field(default_factory=dict)
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)
 
 

@@ -101,7 +101,10 @@ def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: flo
     if before and after:
         images = f"{after['images']} validation images"
         lines.append(f"reward {reward} on {images}: {before['reward']:.4g} → {after['reward']:.4g}")
-        lines[-1] += describe_gain(progress)
+        gain = describe_gain(progress)
+        if not gain and progress.validation_rewards.get("before"):
+            gain = " (no gain: the images after were drawn with another seed, other prompts or other settings)"
+        lines[-1] += gain
     if kl is not None:
         lines.append(f"KL divergence to the base model: {kl:.4g} nats per image")
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name

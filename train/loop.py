@@ -45,7 +45,15 @@ from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DPOSettings, TrainSettings
 from stepfuse.train.trackers import SHOWN, log_validation, start_trackers
 from stepfuse.train.update import Update
-from stepfuse.train.validation import Draw, Validation, draw_together, gathered, validate, validation_prompts
+from stepfuse.train.validation import (
+    Draw,
+    Validation,
+    draw_together,
+    gathered,
+    validate,
+    validation_prompts,
+    validation_settings,
+)
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "stepfuse")
 
@@ -385,12 +393,14 @@ class Run:
     def remember_rewards(self, moment: str, validation: Validation) -> None:
         """Keep the rewards of the validation images `before` training, of the `best` checkpoint, or `after` training.
 
-        Of other prompts than those before, which a resumed run may have, none are kept.
+        With other prompts, another seed or other settings of sampling than those before, which a resumed run may have,
+        the images are not comparable, and none are kept.
         """
-        progress = self.progress
+        progress, drawn_by = self.progress, validation_settings(self.settings)
         if moment == "before":
-            progress.validation_prompts = validation.prompts
-        if validation.prompts == progress.validation_prompts:
+            progress.validation_prompts, progress.validation_settings = validation.prompts, drawn_by
+        same = drawn_by == (progress.validation_settings or drawn_by)  # an earlier version did not keep them
+        if same and validation.prompts == progress.validation_prompts:
             progress.validation_rewards[moment] = validation.rewards.tolist()
         else:
             progress.validation_rewards.pop(moment, None)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +14,10 @@ from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.train.settings import TrainSettings
 
 Draw = Callable[[Sequence[str], Sequence[int]], Pixels]
+DRAWN_BY = (
+    *("seed", "reward", "sample_num_steps", "guidance", "sample_guidance_scale", "resolution"),
+    *("variance", "sample_eta", "sample_etas"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +39,11 @@ class Validation:
             "deviation": self.rewards.std(correction=0).item(),
             "images": len(self.prompts),
         }
+
+
+def validation_settings(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that validation images and their rewards depend on, besides the prompts."""
+    return {name: getattr(settings, name) for name in DRAWN_BY}
 
 
 def validation_prompts(settings: TrainSettings, training: list[str]) -> list[str]:
