@@ -46,7 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print(f"\ninterrupted{_how_to_continue(parsed)}", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as of a command that the signal ends
+
+
+def _how_to_continue(parsed: argparse.Namespace) -> str:
+    """What to do after Ctrl-C, for commands that keep what they have done."""
+    if not getattr(parsed, "continued", False) or getattr(parsed, "world", None):
+        return ""
+    anew = getattr(parsed, "overwrite", False) and hasattr(parsed, "output_dir")  # their folder is cleared
+    return f"; the same command{' without --overwrite' if anew else ''} continues it"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -115,7 +124,7 @@ def _add_demo(actions: argparse._SubParsersAction) -> None:
         help="Train for one step and measure on 8 prompts, to see that everything runs; the rewards are not expected "
         "to improve (default: the full demo).",
     )
-    demo.set_defaults(run=commands.demo)
+    demo.set_defaults(run=commands.demo, continued=True)
 
 
 def _add_sample(actions: argparse._SubParsersAction) -> None:
@@ -282,7 +291,7 @@ def _add_evaluate(actions: argparse._SubParsersAction) -> None:
         "%(default)s).",
     )
     add_overwrite(output, "the evaluation in the output folder", folder=True)
-    evaluate.set_defaults(run=commands.evaluate)
+    evaluate.set_defaults(run=commands.evaluate, continued=True)
 
 
 def _add_build(actions: argparse._SubParsersAction) -> None:
@@ -301,7 +310,7 @@ def _add_build(actions: argparse._SubParsersAction) -> None:
     )
     completion.complete(config, completion.configs("sets"))
     add_device_alone(build)
-    build.set_defaults(run=commands.build)
+    build.set_defaults(run=commands.build, continued=True)
 
 
 def _add_reward(actions: argparse._SubParsersAction) -> None:
@@ -346,7 +355,7 @@ def _add_reward(actions: argparse._SubParsersAction) -> None:
         metavar="FILE",
         help="Picture to write of the best images with their scores, such as best.png (default: none).",
     )
-    score.set_defaults(run=commands.reward_score)
+    score.set_defaults(run=commands.reward_score, continued=True)
     serve = add_command(
         own,
         "serve",

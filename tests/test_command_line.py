@@ -119,9 +119,36 @@ def test_set_create_interrupted_leaves_nothing(adapters, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "copyfile", interrupted)
-    with pytest.raises(SystemExit, match="interrupted"):
+    with pytest.raises(SystemExit, match=r"^130$"):
         run("set", "create", tmp_path / "set", "--adapter", adapters / "small")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("evaluate emoji --config eval/emoji --output_dir out", "interrupted; the same command continues it"),
+        ("demo --output_dir out --overwrite", "interrupted; the same command without --overwrite continues it"),
+        ("build sets/emoji", "interrupted; the same command continues it"),
+        ("reward score compressibility --images . --prompts p --overwrite", "interrupted; the same command continues"),
+        ("evaluate --world gmm --output_dir out", "interrupted"),
+        ("sample emoji --prompt x", "interrupted"),
+    ],
+)
+def test_an_interrupted_command_tells_how_to_continue_it(line, told, capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    words = shlex.split(line)
+    parsed = parse(words)
+    monkeypatch.setattr(
+        "stepfuse.scripts.main.parse", lambda _: argparse.Namespace(**vars(parsed) | {"run": interrupted})
+    )
+    with pytest.raises(SystemExit, match=r"^130$"):
+        main(words)
+    (said,) = capsys.readouterr().err.split("\n")[1:-1]
+    assert said.startswith(told)
+    assert ("continue" in said) == ("continue" in told)
 
 
 def test_set_validate_checks_every_file(set_folder, tmp_path, capsys):

@@ -301,5 +301,5 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
             _, said = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert said.strip().splitlines()[-1] == "interrupted"
