@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepfuse.data.output_folder import written_file
 from stepfuse.fuse.factors import Factors, peft_config
 from stepfuse.fuse.lora_keys import BIAS, DOWN, MAGNITUDE, UP, written_key
+from stepfuse.fuse.quiet import StableDiffusionPipeline
 
 
 def save_lora(
