@@ -30,6 +30,7 @@ MOST_BYTES = 2**33
 MOST_HEADER = 2**24
 MOST_ELEMENTS = 2**27  # of one tensor: rank 512 on the widest layer of SDXL has 2**23
 DTYPES = ("F64", "F32", "F16", "BF16")
+SMALL_DTYPES = ("F8_E4M3", "F8_E5M2")  # of files that were converted to save space; an import takes them
 WHOLE = ("I64", "I32", "I16", "I8", "U8")  # some write alphas so
 # Of peft's configuration: what has no part in a forward of the trained adapter.
 IDLE = (
@@ -214,12 +215,13 @@ def check_layers(
 
 
 def read_header(
-    file: Path, relevant: Callable[[str], bool] = lambda key: True
+    file: Path, relevant: Callable[[str], bool] = lambda key: True, *, dtypes: tuple[str, ...] = DTYPES
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by key, and the metadata, of a safetensors file of floating-point numbers.
 
     Args:
         relevant: whether a tensor of that key will be read; sizes and types of others are not checked.
+        dtypes: types that tensors may have, by their names in safetensors.
 
     Raises:
         ValueError: for what is none, is too large to be a LoRA, or is shorter or longer than its header says.
@@ -235,7 +237,7 @@ def read_header(
         with safe_open(file, framework="pt") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
             shapes = {key: tuple(own.get_shape()) for key, own in slices.items()}
-            dtypes = {key: own.get_dtype() for key, own in slices.items()}
+            stored = {key: own.get_dtype() for key, own in slices.items()}
             metadata = dict(tensors.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is truncated or no safetensors file ({one_line(error)}); fetch it again") from error
@@ -246,8 +248,8 @@ def read_header(
             continue
         if math.prod(shape) > MOST_ELEMENTS:
             raise ValueError(f"{file}: tensor {key[:100]!r} of shape {list(shape)} is too large for a LoRA")
-        if dtypes[key] not in DTYPES and not (key.endswith("alpha") and dtypes[key] in WHOLE):
-            raise ValueError(f"{file}: tensor {key[:100]!r} is {dtypes[key]}; expected one of {', '.join(DTYPES)}")
+        if stored[key] not in dtypes and not (key.endswith("alpha") and stored[key] in WHOLE):
+            raise ValueError(f"{file}: tensor {key[:100]!r} is {stored[key]}; expected one of {', '.join(dtypes)}")
     return shapes, metadata
 
 
@@ -344,9 +346,14 @@ def _placed(config: Mapping[str, Any]) -> dict[str, Any]:
     """peft's patterns with the place of each name in them: then a module's is found without a look at all."""
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     return {
-        name: {key: (place, value) for place, (key, value) in enumerate(pattern.items())}
+        name: {_plain_name(key): (place, value) for place, (key, value) in enumerate(pattern.items())}
         for name, pattern in patterns.items()
     }
+
+
+def _plain_name(pattern: str) -> str:
+    """A name that is written as a regular expression, without its escaped dots and the end that peft adds anyway."""
+    return pattern.replace("\\.", ".").removesuffix("$")
 
 
 def _of_pattern(pattern: Mapping[str, tuple[int, Any]], module: str, default: Any) -> Any:
@@ -413,8 +420,11 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
         if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
             raise ValueError(f"{file}: its metadata has {name} {short(pattern)}; expected numbers by module")
         for key in pattern:
-            if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", key):
-                raise ValueError(f"{file}: its metadata has {name} of {short(key)}; expected a module's name")
+            if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", _plain_name(key)):
+                raise ValueError(
+                    f"{file}: its metadata has {name} of {short(key)}; expected the names of modules, and no other "
+                    "regular expressions"
+                )
     if config.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{file} is a {short(config['peft_type'])} of peft; expected a LoRA")
     if config.get("bias", "none") != "none":

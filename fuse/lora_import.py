@@ -21,6 +21,8 @@ from stepfuse.fuse.adapter import WEIGHTS
 from stepfuse.fuse.factors import Factors
 from stepfuse.fuse.lora_export import PEFT_CONFIG, PEFT_WEIGHTS
 from stepfuse.fuse.lora_file import (
+    DTYPES,
+    SMALL_DTYPES,
     LoRALayer,
     check_config,
     check_fits,
@@ -55,7 +57,7 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     check_no_pickle(file)
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")
-    shapes, metadata = read_header(file, lambda key: parse_key(key).part != TEXT)
+    shapes, metadata = read_header(file, lambda key: parse_key(key).part != TEXT, dtypes=DTYPES + SMALL_DTYPES)
     names = [parse_key(key) for key in shapes]
     beside = _config_beside(file, names)
     own = _of_unet(file, names, unet_only=unet_only)
@@ -145,12 +147,15 @@ def _check_wrapped(file: Path, found: Found) -> None:
 
 
 def _shape_for(module: nn.Module, shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
-    """Some trainers write the factors of a convolution of one pixel as matrices, or the other way round."""
+    """Some tools write the factors of a convolution as matrices, or those of a linear layer as convolutions."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if kind not in (DOWN, UP) or len(shape) not in (2, 4) or len(shape) == weight.ndim:
         return shape
-    return (*shape, 1, 1) if weight.ndim == 4 else (shape[0], math.prod(shape[1:]))
+    if weight.ndim == 2:
+        return (shape[0], math.prod(shape[1:]))
+    inputs = tuple(weight.shape[1:])
+    return (shape[0], *inputs) if kind == DOWN and shape[1] == math.prod(inputs) else (*shape, 1, 1)
 
 
 def _without_alpha(kinds: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -168,7 +173,7 @@ def _read(
     factors = {}
     with safe_open(file, framework="pt") as tensors:
         for module, kinds in found.items():
-            state = {kind: tensors.get_tensor(name.key) for kind, name in kinds.items()}
+            state = {kind: _computable(tensors.get_tensor(name.key)) for kind, name in kinds.items()}
             shaped = {kind: value.reshape(stated[module][kind]) for kind, value in state.items()}
             layer = layers[module]
             alpha = layer.scaling * layer.rank
@@ -182,6 +187,11 @@ def _read(
                 bias=shaped.get(BIAS),
             )
     return factors
+
+
+def _computable(value: Tensor) -> Tensor:
+    """float8 as float16, which holds each of its values; torch computes with few operations in float8."""
+    return value.half() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def _alpha(file: Path, key: str, value: Tensor, configured: float | None) -> float:

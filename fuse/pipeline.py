@@ -24,7 +24,7 @@ from stepfuse.fuse.quiet import (
     retrieve_latents,
     without_messages,
 )
-from stepfuse.fuse.weight_files import cached_folder, component_variants, file_names, only_variant
+from stepfuse.fuse.weight_files import cached_folder, check_complete, component_variants, file_names, only_variant
 
 EMBEDDED = {"emoji": emoji.PIPELINE}
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
@@ -83,6 +83,10 @@ def load_pipeline(
             f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
             "StableDiffusionXLPipeline"
         )
+    try:
+        check_complete(pipeline, path, revision, options)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
     check_base(pipeline, repr(name_or_path))
     check_has_texts(pipeline, repr(name_or_path))
     for module in pipeline.components.values():

@@ -1,11 +1,15 @@
 """Variants of a pipeline's weight files, such as fp16: which there are, of which component."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 # diffusion_pytorch_model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 WEIGHT_FILE = re.compile(
@@ -71,6 +75,12 @@ def only_variant(found: Mapping[str, set[str | None]]) -> str | None:
     lacking = {name: variants for name, variants in found.items() if None not in variants}
     if not lacking:
         return None
+    pickles = [name for name, variants in found.items() if not variants]
+    if pickles:
+        raise ValueError(
+            f"the weights of {', '.join(pickles)} are pickles (.bin); load the pipeline with diffusers and save it "
+            "with save_pretrained, which writes safetensors"
+        )
     common = sorted(str(variant) for variant in set.intersection(*lacking.values()))
     if not common:
         raise ValueError(f"there are no weights of {', '.join(lacking)} that go together")
@@ -80,3 +90,50 @@ def only_variant(found: Mapping[str, set[str | None]]) -> str | None:
             "variant"
         )
     return common[0]
+
+
+def check_complete(pipeline: DiffusionPipeline, path: str, revision: str | None, given: Collection[str] = ()) -> None:
+    """Check that the files of a pipeline held every weight of its components.
+
+    diffusers leaves weights that are missing without values, and transformers initialises them at random.
+
+    Args:
+        pipeline: as it was loaded.
+        path: from where.
+        revision: of a repository on the hub.
+        given: components that were not loaded from there.
+
+    Raises:
+        ValueError: naming the component and the first weight that is missing.
+    """
+    folder = cached_folder(path, revision)
+    for name, module in pipeline.components.items():
+        if not isinstance(module, nn.Module) or name in given:
+            continue
+        state = module.state_dict()
+        missing = [key for key, value in state.items() if value.is_meta]
+        if folder is not None and isinstance(module, CLIPTextModel | CLIPTextModelWithProjection):
+            stored = {_plain_key(key) for key in _stored_keys(folder / name)}
+            missing += [key for key in state if stored and _plain_key(key) not in stored]
+        if missing:
+            raise ValueError(
+                f"the weight files of {name} lack {missing[0]!r} and have {len(state) - len(missing)} of "
+                f"{len(state)} weights; fetch or convert the pipeline again"
+            )
+
+
+def _stored_keys(folder: Path) -> set[str]:
+    """The keys of the weights in a component's safetensors files."""
+    found: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found |= set(tensors.keys())
+        except (SafetensorError, OSError):  # of a variant that was not loaded
+            continue
+    return found
+
+
+def _plain_key(key: str) -> str:
+    """Without the prefix that transformers 4 writes and transformers 5 leaves out."""
+    return key.removeprefix("text_model.")

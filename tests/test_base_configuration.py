@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.base_checks import UNET_EXPECTED, UNET_HANDLED, check_base
 from stepfuse.fuse.fused_pipeline import FusedPipeline
@@ -375,3 +376,46 @@ def test_parts_without_the_variant_are_loaded_as_they_are(tmp_path):
     unet.with_name("diffusion_pytorch_model.fp16.safetensors").unlink()
     with refused(str(base), "unet"):
         load_pipeline(str(base), safe=True)
+
+
+def test_weights_that_are_pickles_are_named_with_the_remedy(tmp_path):
+    pipeline = load_pipeline(str(save_stable_diffusion(tmp_path / "base")))
+    pipeline.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    base = str(tmp_path / "pickled")
+    with refused(repr(base), "unet", "vae", ".bin", "save_pretrained"):
+        load_pipeline(base, safe=True)
+    assert torch.equal(load_pipeline(base).unet.conv_in.weight, pipeline.unet.conv_in.weight)
+
+
+# Weights that are missing
+
+
+@pytest.mark.parametrize(
+    ("component", "weight"),
+    [
+        ("unet", "conv_in.weight"),
+        ("vae", "decoder.layers.0.weight"),
+        ("text_encoder", "final_layer_norm.weight"),
+        ("text_encoder_2", "text_projection.weight"),
+    ],
+)
+def test_a_base_without_some_of_its_weights_is_refused(tmp_path, component, weight):
+    base = save_stable_diffusion_xl(tmp_path / "base")
+    (file,) = (base / component).glob("*.safetensors")
+    state = load_file(file)
+    (key,) = [key for key in state if key.removeprefix("text_model.") == weight]
+    del state[key]
+    save_file(state, file, metadata={"format": "pt"})
+    with refused(repr(str(base)), component, weight, f"{len(state)} of {len(state) + 1}"):
+        load_pipeline(str(base))
+
+
+def test_text_encoders_saved_by_transformers_4_have_all_their_weights(tmp_path):
+    base = save_stable_diffusion(tmp_path / "base")
+    expected = load_pipeline(str(base)).text_encoder.state_dict()
+    file = base / "text_encoder" / "model.safetensors"
+    state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    got = load_pipeline(str(base)).text_encoder.state_dict()
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[key], expected[key]) for key in expected)

@@ -11,7 +11,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from safetensors.torch import save_file
 
 from stepfuse.fuse.lora_export import save_kohya
-from stepfuse.fuse.lora_file import check_fits
+from stepfuse.fuse.lora_file import check_fits, open_lora
 from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_merge import merge_factors
 from stepfuse.fuse.lora_write import save_lora
@@ -53,6 +53,27 @@ def test_matrices_of_a_convolution_of_one_pixel_are_read_and_its_inverse(lora_ba
         k: v.flatten(1) if v.ndim == 4 else v if v.ndim < 2 else v[..., None, None] for k, v in kohya_state(own).items()
     }
     assert_same(read_foreign(save(other, tmp_path / "x.safetensors"), lora_bases[base].unet, unet_only=False), own)
+
+
+def test_matrices_of_a_convolution_of_any_size_are_read(lora_bases, lora_factors, tmp_path):
+    own = lora_factors["sd", "patterns"]
+    assert any(layer.down.shape[2:] == (3, 3) for layer in own.values())
+    flat = {key: value.flatten(1) if value.ndim == 4 else value for key, value in kohya_state(own).items()}
+    assert_same(read_foreign(save(flat, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False), own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8_is_read_with_its_values(lora_bases, lora_factors, dtype, tmp_path):
+    """sd-scripts, and tools that shrink files, write it."""
+    state = {key: value.to(dtype) for key, value in kohya_state(lora_factors["sd", "plain"]).items()}
+    read = read_foreign(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
+    for module, layer in read.items():
+        name = "lora_unet_" + module.replace(".", "_")
+        assert torch.equal(layer.down.float(), state[f"{name}.lora_down.weight"].float())
+        assert torch.equal(layer.up.float(), state[f"{name}.lora_up.weight"].float())
+        assert layer.alpha == float(state[f"{name}.alpha"])
+    save_lora(tmp_path / "written.safetensors", read)
+    open_lora(tmp_path / "written.safetensors")
 
 
 def test_without_an_alpha_it_is_the_rank(lora_bases, lora_factors, tmp_path):

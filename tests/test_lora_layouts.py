@@ -121,6 +121,16 @@ def test_pefts_wrapper_in_the_keys(lora_bases, peft_model, prefix, tmp_path):
             read_foreign(file, lora_bases["sd"].unet, unet_only=False)
 
 
+def test_names_of_layers_may_be_escaped_as_regular_expressions(lora_bases, tmp_path):
+    patterns = {rf"^{re.escape(FIRST)}$": 2}
+    config = lora(lora_alpha=3, target_modules=["to_q"], rank_pattern=patterns, alpha_pattern=patterns)
+    model = get_peft_model(copy.deepcopy(lora_bases["sd"].unet), config)
+    randomise(model, 0)
+    model.save_pretrained(str(tmp_path))
+    assert read_foreign(tmp_path, lora_bases["sd"].unet, unet_only=False)[FIRST].rank == 2
+    assert_alike(imported(tmp_path / "adapter_model.safetensors", lora_bases["sd"]), predict(model))
+
+
 def test_the_whole_state_of_a_peft_model_is_refused_for_the_weights_of_the_base(lora_bases, peft_model, tmp_path):
     file = save(peft_model.state_dict(), tmp_path / "x.safetensors")
     with refused(str(file), "base_layer", "the base itself"):
