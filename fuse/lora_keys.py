@@ -21,6 +21,7 @@ from stepfuse.fuse.kohya import sgm_path
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 TEXT, OTHER = "text", "other"
+CHECKPOINT = "policy"  # the first part of keys in checkpoints of a training, whose state is not an adapter
 DOWN, UP, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
 MAX_LENGTH = 500  # of a key
 
@@ -99,6 +100,9 @@ def parse_key(key: str) -> LoRAKey:
     bare = _strip(stem, _WRAPPERS)
     if _TEXT.fullmatch(bare):
         return LoRAKey(key=key, part=TEXT, kind=kind)
+    if key.startswith(f"{CHECKPOINT}."):
+        refusal = "a training checkpoint, which does not state the scale; take the adapter that the training writes"
+        return LoRAKey(key=key, part=OTHER, refusal=refusal)
     if _OTHER.fullmatch(bare):
         return LoRAKey(key=key, part=OTHER, refusal="another network than a UNet")
     if not kind:

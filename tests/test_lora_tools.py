@@ -23,13 +23,16 @@ from stepfuse.fuse.adapter_set import MANIFEST, load_set
 from stepfuse.fuse.factors import read_factors
 from stepfuse.fuse.kohya import sgm_path
 from stepfuse.fuse.lora_file import METADATA, open_lora
+from stepfuse.fuse.lora_import import read_foreign
 from stepfuse.fuse.lora_layers import adapter_state, lora_layers
 from stepfuse.fuse.lora_merge import merge_factors
 from stepfuse.fuse.lora_write import save_lora
 from stepfuse.fuse.make_set import copy_set
 from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.train.checkpoints import read_state, write_state
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
 from tests.fixtures_strangers import LAYER, A, B, put_weights
+from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
 # peft 0.21 takes the bias of a factor B for a factor that lost a dimension.
@@ -112,6 +115,17 @@ def test_the_rules_find_a_part_of_a_file_in_diffusers_plain_layout(lora_bases, l
     found = comfyui(state, unet)[0].keys()
     assert found == {name for name in layers(unet) if ".attn" not in name}
     assert 0 < len(found) < len(layers(unet))
+
+
+def test_the_policy_of_a_checkpoint_is_nothing_to_other_tools(lora_bases, lora_adapters, tmp_path):
+    """It holds the tensors of that layout, and no scale."""
+    state, _ = peft_states(lora_adapters, "sd", "plain")
+    file, unet = tmp_path / "policy.safetensors", lora_bases["sd"].unet
+    write_state({key.removeprefix("unet."): value for key, value in state.items()}, file)
+    assert_nothing(load_file(file), unet)
+    with refused(str(file), "checkpoint"):
+        read_foreign(file, unet, unet_only=False)
+    assert {f"unet.{key}" for key in read_state(file)} == set(state)
 
 
 @pytest.mark.parametrize(("base", "kind"), MADE)

@@ -13,11 +13,11 @@ from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.variance import LearnedSchedule
+from stepfuse.train.checkpoints import read_state
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
@@ -91,7 +91,7 @@ def ddpo(desk):
 def tensors(folder):
     """The policy after each kept checkpoint, and the adapter."""
     files = [*sorted(folder.glob("checkpoint-*/policy.safetensors")), folder / "pytorch_lora_weights.safetensors"]
-    return {str(file.relative_to(folder)): load_file(file) for file in files}
+    return {str(file.relative_to(folder)): read_state(file) for file in files}
 
 
 def base_of(desk):
@@ -140,7 +140,7 @@ def test_a_run_cut_off_after_two_steps_and_resumed_ends_where_the_whole_run_did(
     for file, state in expected.items():
         for name, value in state.items():
             assert torch.equal(found[file][name], value), f"{file}: {name}"
-    before, after = (load_file(dpo / f"checkpoint-{step}" / "policy.safetensors") for step in (2, 4))
+    before, after = (read_state(dpo / f"checkpoint-{step}" / "policy.safetensors") for step in (2, 4))
     assert all(not torch.equal(before[name], after[name]) for name in before)  # it had something to resume
     assert read_adapter(output).objective.variance.offsets.tolist() == after["variance_offsets"].tolist()
     assert json.loads((output / "checkpoint-4" / "progress.json").read_text())["step"] == 4
@@ -159,7 +159,7 @@ def test_plain_diffusers_reads_the_adapter(desk, dpo):
     pipeline.load_lora_weights(dpo, adapter_name="slope")
     assert {m.scaling["slope"] for m in pipeline.unet.modules() if isinstance(m, BaseTunerLayer)} == {1}
     loaded = get_peft_model_state_dict(pipeline.unet, adapter_name="slope")
-    trained = load_file(dpo / "checkpoint-4" / "policy.safetensors")
+    trained = read_state(dpo / "checkpoint-4" / "policy.safetensors")
     assert loaded.keys() == trained.keys() - {"variance_offsets"}
     for name, value in loaded.items():  # the scale is in B
         torch.testing.assert_close(value, trained[name] * (ALPHA / RANK if "lora_B" in name else 1), rtol=1e-6, atol=0)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.lora_file import open_lora
-from stepfuse.train.checkpoints import list_checkpoints
+from stepfuse.train.checkpoints import list_checkpoints, read_state
 from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails
 from tests.fixtures_training import refused_by
@@ -141,7 +140,7 @@ def test_what_is_not_finite_stops_before_the_policy_is_touched(run_training, mon
 def test_a_skipped_update_leaves_the_policy_as_it_was(run_training, monkeypatch, factor, what):
     gradient_without_bounds(monkeypatch, at=1, factor=factor)
     run_training("ddpo", max_train_steps=2, checkpointing_steps=1, nonfinite="skip", checkpoints_total_limit=5)
-    first, second = (load_file(f"out/checkpoint-{step}/policy.safetensors") for step in (1, 2))
+    first, second = (read_state(Path(f"out/checkpoint-{step}/policy.safetensors")) for step in (1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     (entry,) = record()["health"]
     assert (entry["what"], entry["step"]) == (f"skipped: a {what} that is not finite", 2)
@@ -163,7 +162,7 @@ def test_training_stops_where_the_kl_runs_away_and_the_best_checkpoint_is_the_ad
     assert own["validation"]["after"] == own["best"]["validation"]
     # Only the newest checkpoint is kept, and the best one was another or it: its policy is in either.
     (kept,) = list_checkpoints(Path("out"))
-    best = load_file(kept / "best.safetensors")
+    best = read_state(kept / "best.safetensors")
     found = weights()
     assert all(torch.equal(found[f"unet.{name}"], value) for name, value in best.items())
     # the same run as the free one up to there
@@ -191,7 +190,7 @@ def test_the_best_checkpoint_is_the_one_whose_validation_images_have_the_highest
     best = max(rewards, key=rewards.__getitem__)
     assert record()["best"]["step"] == record()["steps"] == best
     assert record()["validation"]["after"]["reward"] == pytest.approx(rewards[best], rel=1e-6)
-    policy = load_file(f"out/checkpoint-{best}/policy.safetensors")
+    policy = read_state(Path(f"out/checkpoint-{best}/policy.safetensors"))
     found = weights()
     assert all(torch.equal(found[f"unet.{name}"], value) for name, value in policy.items())
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.fuse.adapter import read_adapter
 from stepfuse.fuse.lora_file import open_lora
 from stepfuse.scripts.build_set import ALONE
+from stepfuse.train.checkpoints import read_state
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def curve(folder, tag="loss"):
 def tensors(folder, step=None):
     """The adapter, or the policy of a checkpoint."""
     if step:
-        return load_file(folder / f"checkpoint-{step}/policy.safetensors")
+        return read_state(folder / f"checkpoint-{step}/policy.safetensors")
     return open_lora(folder / "pytorch_lora_weights.safetensors").read()
 
 

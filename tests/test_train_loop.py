@@ -1,13 +1,16 @@
 """The training loop in this process: faulty rewards, folders that hold something, resuming, precision."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.adapter import file_hash, read_adapter
 from stepfuse.train.algorithms import DDPO, DPO
+from stepfuse.train.checkpoints import read_state
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import (
@@ -191,6 +194,21 @@ def test_two_steps_and_two_more_are_four(run_training):
     records = [read_adapter(folder).record for folder in ("straight", "out")]
     assert records[0]["validation"] == records[1]["validation"]
     assert records[0]["kl"] == records[1]["kl"] > 0
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(run_training):
+    """Its keys are those of peft."""
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=1, output_dir="straight")
+    shutil.copytree("straight/checkpoint-1", "out/checkpoint-1")
+    earlier = Path("out/checkpoint-1/policy.safetensors")
+    save_file(read_state(earlier), earlier)
+    assert any(key.startswith("down_blocks.") for key in load_file(earlier))
+    manifest = Path("out/checkpoint-1/manifest.json")
+    files = json.loads(manifest.read_text())["files"] | {earlier.name: file_hash(earlier)}
+    manifest.write_text(json.dumps({"files": files}))
+    run_training("ddpo", max_train_steps=2, checkpointing_steps=1, resume_from_checkpoint="latest")
+    ends = [load_file(f"{folder}/pytorch_lora_weights.safetensors") for folder in ("straight", "out")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_end(run_training):

@@ -16,12 +16,16 @@ from torch import Tensor
 
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.adapter import file_hash
+from stepfuse.fuse.lora_keys import CHECKPOINT
 from stepfuse.train.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 POLICY, BEST, PROGRESS = "policy.safetensors", "best.safetensors", "progress.json"
 MANIFEST = "manifest.json"
+# Of every key of POLICY and BEST: without it ComfyUI and diffusers would take the file for a LoRA, load a part of its
+# layers, and know nothing of their scale.
+PREFIX = f"{CHECKPOINT}."
 ASIDE, OLD = "checkpoint.tmp", "checkpoint.old"
 
 
@@ -119,9 +123,9 @@ def save_checkpoint(
         accelerator.wait_for_everyone()
         engine.save(aside)
         if main:
-            save_file(state, aside / POLICY)
+            write_state(state, aside / POLICY)
             if best is not None:
-                save_file(best, aside / BEST)
+                write_state(best, aside / BEST)
             write_text(aside / PROGRESS, json.dumps(asdict(progress)))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
         failure = " ".join(str(error).split())
@@ -147,9 +151,19 @@ def save_checkpoint(
 
 def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, Tensor] | None]:
     """Restore policy, optimiser, learning rate and progress; the best policy so far is returned."""
-    engine.load(folder, load_file(folder / POLICY))
-    best = load_file(folder / BEST) if (folder / BEST).exists() else None
+    engine.load(folder, read_state(folder / POLICY))
+    best = read_state(folder / BEST) if (folder / BEST).exists() else None
     return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8"))), best
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a policy in a checkpoint by the names of its parameters; those of earlier versions too."""
+    return {name.removeprefix(PREFIX): value for name, value in load_file(file).items()}
+
+
+def write_state(state: dict[str, Tensor], file: Path) -> None:
+    """Write the tensors of a policy, by the names of its parameters, under keys that no other tool takes for a LoRA."""
+    save_file({f"{PREFIX}{name}": value for name, value in state.items()}, file)
 
 
 def _name(aside: Path, final: Path) -> None:
