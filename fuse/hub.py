@@ -99,8 +99,9 @@ def fetch_lora(name: str, weight_name: str | None) -> Path:
         if weight_name not in found:
             listed = ", ".join(found[:10]) or "none"
             raise ValueError(f"{name!r} has these safetensors files: {listed}; choose one with --weight_name")
-        if "adapter_config.json" in names and weight_name == "adapter_model.safetensors":
-            hf_hub_download(repository, "adapter_config.json", revision=info.sha)
+        config = str(PurePosixPath(weight_name).with_name("adapter_config.json"))
+        if config in names and PurePosixPath(weight_name).name == "adapter_model.safetensors":
+            hf_hub_download(repository, config, revision=info.sha)
             return Path(hf_hub_download(repository, weight_name, revision=info.sha)).parent
         return Path(hf_hub_download(repository, weight_name, revision=info.sha))
 

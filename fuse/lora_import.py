@@ -41,7 +41,7 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     """The layers of a LoRA in any layout that names layers and factors, for a UNet.
 
     Args:
-        file: a safetensors file, or a folder as peft or diffusers saves one.
+        file: a safetensors file, a folder as peft or diffusers saves one, or a folder that holds no other such file.
         unet: of the base, with or without LoRAs.
         unet_only: leave out what is of text encoders.
 
@@ -53,7 +53,7 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
             and anything whose layer or scale is in doubt.
     """
     if file.is_dir():
-        file = file / (PEFT_WEIGHTS if (file / PEFT_CONFIG).is_file() else WEIGHTS)
+        file = _file_in(file)
     check_no_pickle(file)
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")
@@ -77,6 +77,24 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     layers = check_layers(file, "unet", {m: _without_alpha(kinds) for m, kinds in stated.items()}, config)
     check_fits(file, layers, unet)
     return _read(file, found, layers, stated, config)
+
+
+def _file_in(folder: Path) -> Path:
+    """The weights in a folder: under the name that peft or diffusers gives them, or the only safetensors file.
+
+    Raises:
+        ValueError: for several, and for pickles alone.
+    """
+    usual = folder / (PEFT_WEIGHTS if (folder / PEFT_CONFIG).is_file() else WEIGHTS)
+    if usual.is_file():
+        return usual
+    check_no_pickle(next((pickle for pickle in [usual.with_suffix(".bin")] if pickle.is_file()), usual))
+    found = sorted(place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}.safetensors"))
+    found = [place for place in found if not any(part.startswith(".") for part in place.relative_to(folder).parts)]
+    if len(found) > 1:
+        names = ", ".join(str(place.relative_to(folder)) for place in found[:10])
+        raise ValueError(f"{folder} has several safetensors files, {names}; choose one with --weight_name")
+    return found[0] if found else usual
 
 
 def _of_unet(file: Path, names: Sequence[LoRAKey], *, unet_only: bool) -> list[LoRAKey]:

@@ -76,6 +76,27 @@ def test_float8_is_read_with_its_values(lora_bases, lora_factors, dtype, tmp_pat
     open_lora(tmp_path / "written.safetensors")
 
 
+def test_the_only_file_of_a_folder_is_taken_and_of_several_one_must_be_chosen(lora_bases, lora_factors, tmp_path):
+    own, unet = lora_factors["sd", "patterns"], lora_bases["sd"].unet
+    save(kohya_state(own), tmp_path / "style.safetensors")
+    assert_same(read_foreign(tmp_path, unet, unet_only=False), own)
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "style.safetensors").rename(tmp_path / "unet" / "style.safetensors")
+    save(kohya_state(own), tmp_path / ".other.safetensors")
+    assert_same(read_foreign(tmp_path, unet, unet_only=False), own)
+    save(kohya_state(own), tmp_path / "style-000002.safetensors")
+    with refused(str(tmp_path), "style-000002.safetensors", "unet/style.safetensors", "--weight_name"):
+        read_foreign(tmp_path, unet, unet_only=False)
+
+
+@pytest.mark.parametrize("files", [["pytorch_lora_weights.bin"], ["adapter_config.json", "adapter_model.bin"]], ids=str)
+def test_a_folder_of_a_pickle_is_refused_for_it(lora_bases, files, tmp_path):
+    for file in files:
+        (tmp_path / file).write_text("{}")
+    with refused(str(tmp_path / files[-1]), "pickle"):
+        read_foreign(tmp_path, lora_bases["sd"].unet, unet_only=False)
+
+
 def test_without_an_alpha_it_is_the_rank(lora_bases, lora_factors, tmp_path):
     state = {k: v for k, v in kohya_state(lora_factors["sd", "patterns"]).items() if not k.endswith(".alpha")}
     read = read_foreign(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
@@ -217,6 +238,7 @@ def test_pickles_and_what_is_not_there_are_named(lora_bases, tmp_path):
         (tmp_path / name).write_bytes(b"")
         with refused(str(tmp_path / name), "pickle", "safetensors"):
             read_foreign(tmp_path / name, lora_bases["sd"].unet, unet_only=False)
+    (tmp_path / "pytorch_lora_weights.bin").unlink()
     for place in (tmp_path, tmp_path / "x.safetensors"):
         with refused(str(place), "no LoRA weights"):
             read_foreign(place, lora_bases["sd"].unet, unet_only=False)
