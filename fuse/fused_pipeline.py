@@ -156,7 +156,8 @@ class FusedPipeline:
             negative_prompt: one for all images, or one a prompt. Without one, Stable Diffusion takes the embedding of
                 "" and SDXL, where its `force_zeros_for_empty_prompt` is set, zeros; as diffusers' pipelines do.
             num_images_per_prompt: images of one prompt follow each other.
-            generator: one for all images, or one an image; an image depends on its own generator alone.
+            generator: one for each image, on which alone the image depends, or a single one. Of a single image, a
+                single generator gives the noise that it gives in diffusers; of several, it seeds one for each.
             latents: noise to begin with, (images, channels, h, w), in place of noise drawn with the generators.
             prompt_embeds, negative_prompt_embeds: embeddings, a row a prompt, in place of prompts.
             pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL needs beside them.

@@ -151,6 +151,8 @@ def _candidate_generators(generator: torch.Generator, count: int) -> list[torch.
 def image_generators(generator: Generators, count: int) -> list[torch.Generator]:
     """One generator an image: those given, or ones seeded by a single one.
 
+    A single generator of a single image is taken itself, so that the image is that of diffusers.
+
     Raises:
         ValueError: for a list of another length.
     """
@@ -158,5 +160,7 @@ def image_generators(generator: Generators, count: int) -> list[torch.Generator]
         if len(generator) != count:
             raise ValueError(f"{len(generator)} generators for {count} images; expected 1 or {count}")
         return generator
+    if generator is not None and count == 1:
+        return [generator]
     seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device if generator else "cpu")
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]

@@ -215,6 +215,18 @@ def test_latents_are_what_denoising_begins_with_as_in_diffusers(pipe):
     assert_near(got, expected)
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["latents", "no latents"])
+def test_a_single_generator_draws_for_a_single_image_what_it_draws_in_diffusers(pipe, given):
+    (generator,) = generators(7)
+    options = dict(guidance_scale=3.0, output_type="latent")
+    if given:
+        options["latents"] = torch.randn(1, *LATENT, generator=generators(5)[0])
+    got = pipe(PROMPTS[0], {"b": 1.0}, guidance="full", generator=generator, **options).images
+    plain = own_pipeline(pipe, "b")
+    expected = plain(PROMPTS[0], num_inference_steps=3, eta=0.7, generator=generators(7)[0], **options).images
+    assert_near(got, expected)
+
+
 def embeddings(pipe, prompts, negatives):
     """By diffusers, under the names that its pipelines take them by."""
     names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
