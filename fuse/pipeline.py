@@ -62,8 +62,8 @@ def load_pipeline(
         index = DiffusionPipeline.load_config(path, revision=revision)
     except OSError as error:
         raise ValueError(
-            f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, "
-            f"or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
+            f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
+            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
         ) from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:

@@ -84,6 +84,13 @@ def test_a_name_that_is_no_pipeline_is_refused(tmp_path):
             load_pipeline(name)
 
 
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # as above
+def test_a_relative_base_that_is_not_there_is_refused_with_the_folder_it_was_sought_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with refused("'bases/mine'", str(tmp_path)):
+        load_pipeline("bases/mine")
+
+
 def test_a_pipeline_of_another_family_is_refused(tmp_path):
     unet = UNet2DModel(
         sample_size=8,
