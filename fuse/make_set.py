@@ -67,10 +67,10 @@ def create_set(
     known = _richest(everyone) | _stated(license=base_license)
     if base:
         known |= {"name_or_path": base, "revision": None}
-    with replaced(output, ours=set_files, check=load_set) as aside:
+    with replaced(output, ours=set_files, check=load_set) as temporary:
         for adapter in everyone:
-            (aside / adapter.name).mkdir()
-            copy_weights(adapter, aside / adapter.name, half=half)
+            (temporary / adapter.name).mkdir()
+            copy_weights(adapter, temporary / adapter.name, half=half)
         created = AdapterSet(
             base=known,
             adapters=tuple(adapters),
@@ -85,7 +85,7 @@ def create_set(
             ),
             versions={name: version(name) for name in PACKAGES},
         )
-        save_manifest(aside, created)
+        save_manifest(temporary, created)
     return load_set(output)
 
 
@@ -160,17 +160,17 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
         raise ValueError(f"set {file.parent} has {adapter.name!r} already; choose another name")
     check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
     pictures = {Path(name) for name in PICTURES}  # they stay
-    with replaced(file.parent, ours=lambda there: set_files(there) - pictures, check=load_set) as aside:
+    with replaced(file.parent, ours=lambda there: set_files(there) - pictures, check=load_set) as temporary:
 
         def copied(own: Adapter, name: str) -> Adapter:
-            (aside / name).mkdir()
-            copy_weights(own, aside / name)
-            return replace(own, folder=aside / name)
+            (temporary / name).mkdir()
+            copy_weights(own, temporary / name)
+            return replace(own, folder=temporary / name)
 
         everyone = (*(copied(own, own.folder.name) for own in loaded.adapters), copied(adapter, adapter.name))
         oracles = tuple(replace(o, adapter=copied(o.adapter, o.adapter.folder.name)) for o in loaded.oracles)
         weights = {own.name: 1 / len(everyone) for own in everyone}
-        save_manifest(aside, replace(loaded, adapters=everyone, oracles=oracles, default_weights=weights))
+        save_manifest(temporary, replace(loaded, adapters=everyone, oracles=oracles, default_weights=weights))
     return load_set(file.parent)
 
 
@@ -185,15 +185,15 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     check_set_output(output, overwrite=overwrite)
     source = set_folder(name)
     loaded = load_set(source)
-    with replaced(output, ours=set_files, check=load_set) as aside:
-        shutil.copyfile(source / MANIFEST, aside / MANIFEST)
+    with replaced(output, ours=set_files, check=load_set) as temporary:
+        shutil.copyfile(source / MANIFEST, temporary / MANIFEST)
         for adapter in loaded.everyone:
-            (aside / adapter.folder.name).mkdir()
-            copy_weights(adapter, aside / adapter.folder.name)
-        record_weights(aside)
+            (temporary / adapter.folder.name).mkdir()
+            copy_weights(adapter, temporary / adapter.folder.name)
+        record_weights(temporary)
         for picture in PICTURES:
             if (source / picture).is_file():
-                shutil.copyfile(source / picture, aside / picture)
+                shutil.copyfile(source / picture, temporary / picture)
     return load_set(output)
 
 
