@@ -4,6 +4,7 @@
 import argparse
 import importlib.metadata
 import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,11 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         check_numbers(parsed)
         parsed.run(parsed)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        sys.exit(141)  # 128 + SIGPIPE, as of a command that the signal ends
     except ValueError as error:
         sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
         print(f"\ninterrupted{_how_to_continue(parsed)}", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as of a command that the signal ends
+
+
+def _output_is_closed() -> bool:
+    """Whether the reader of standard output has ended, as `head` does; what is left to print is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+    return True
 
 
 def _how_to_continue(parsed: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import shlex
 import shutil
@@ -411,6 +412,22 @@ def test_a_failing_command_exits_with_status_1_and_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stdout == ""
     assert re.fullmatch(rf"error: [^\n]*{tmp_path}[^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize("unbuffered", ["0", "1"])
+def test_a_reader_of_the_output_that_has_ended_is_no_error(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "stepfuse.scripts.main", "reward", "list"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONUNBUFFERED": "" if unbuffered == "0" else "1"},
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_sampling_leaves_the_global_generator_alone(set_folder, tmp_path):
