@@ -1,0 +1,72 @@
+"""What earlier versions wrote is read, resumed and drawn again: tests/reference, made before folders were moved.
+
+Latents of the embedded set by `python -m tests.fixtures_reference`; `dpo` and `ddpo` by the commands below, run whole, of
+which a checkpoint and the final adapter were kept; `set` of both adapters by `create_set`.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.train.checkpoints import read_state
+from tests.fixtures_reference import CASES, FILE, draw, processor, read, sha256
+from tests.fixtures_training import save_tiny_pipeline
+from tests.test_train_command import DDPO, DPO, PROMPTS, SLOPE, launch
+
+REFERENCE = FILE.parent
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rules_draw_the_embedded_set_as_before(case: str) -> None:
+    latents, hashes, drawn_by = read()
+    found = draw(case)
+    if drawn_by == processor():
+        assert sha256(found) == hashes[case]
+    torch.testing.assert_close(found, latents[case], rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("desk")
+    save_tiny_pipeline(folder / "pipeline")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (folder / "slope.py").write_text(SLOPE)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "options"), [("dpo", DPO, {}), ("ddpo", DDPO, {"objective_name": "slope2"})]
+)
+def test_a_checkpoint_of_before_is_resumed_to_the_adapter_of_before(
+    desk: Path, algorithm: str, settings: dict, options: dict
+) -> None:
+    shutil.copytree(REFERENCE / algorithm, desk / algorithm, ignore=shutil.ignore_patterns("*.json", "*.safetensors"))
+    for kept in (REFERENCE / algorithm).glob("checkpoint-*"):
+        shutil.copytree(kept, desk / algorithm / kept.name, dirs_exist_ok=True)
+    options = options | {"train_batch_size": 8, "resume_from_checkpoint": "latest"}
+    folder = launch(desk, f"{algorithm}.py", settings, algorithm, **options)
+    weights = "pytorch_lora_weights.safetensors"
+    expected, found = (read_state(parent / weights) for parent in (REFERENCE / algorithm, folder))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+    before, after = read_adapter(REFERENCE / algorithm), read_adapter(folder)
+    assert (before.objective.name, before.objective.beta) == (after.objective.name, after.objective.beta)
+    assert before.record["steps"] == after.record["steps"]
+
+
+def test_a_set_of_before_is_loaded_and_fused(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)  # where its base lies
+    loaded = load_set(REFERENCE / "set")
+    assert loaded.names == ["slope", "slope2"]
+    sampler = FusedSampler.from_pretrained(loaded)
+    weights = {"slope": 0.5, "slope2": 0.5}
+    latents = sampler.sample(["a cat"], weights, num_inference_steps=2, output_type="latent", progress=False)
+    assert isinstance(latents, torch.Tensor)
+    assert bool(torch.isfinite(latents).all())
