@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepfuse.data.pictures import open_picture
+from stepfuse.data.images import open_picture
 from stepfuse.data.text_files import file_name, find_file
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}

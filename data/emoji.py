@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from PIL import Image
-from torch import Tensor
+
+from stepfuse.data.images import to_image
 
 FOLDER = Path(__file__).parent / "emoji-base"
 PIPELINE = FOLDER / "pipeline"
@@ -115,16 +115,3 @@ def _background(colour: tuple[int, int, int], uniform: Callable[[float, float], 
         wave = uniform(8, 20) * torch.sin(uniform(8, 16) * along).mul(4).clamp(-1, 1)
     pixels = torch.tensor(colour, dtype=torch.float32)[:, None, None] + shade + wave
     return to_image(pixels.div(255).clamp(0, 1))
-
-
-def to_image(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-    """Pixels in [0, 1] → PIL."""
-    array = pixels.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
-    return Image.fromarray(array.numpy())
-
-
-def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """PIL → pixels in [0, 1]."""
-    rgb = image.convert("RGB")
-    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return data.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div(255)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from stepfuse.data.emoji import to_image
+from stepfuse.data.images import to_image
 from stepfuse.rewards.protocol import Pixels, Scores
 
 QUALITY = 95  # as in DDPO

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepfuse.data.pictures import open_picture
+from stepfuse.data.images import open_picture
 from stepfuse.data.text_files import file_name, find_file, note, read_text, split_lines
 from stepfuse.rewards.protocol import Pixels
 

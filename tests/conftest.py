@@ -166,8 +166,8 @@ def adapters(originals: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def adapter_set(adapters: Path, tmp_path: Path) -> Path:
     """A set of `a` and `b`, to be broken."""
-    from stepfuse.fuse.make_set import create_set
-    from stepfuse.fuse.variance import EtaSchedule
+    from stepfuse.fuse.diffusion.variance import EtaSchedule
+    from stepfuse.fuse.sets.create import create_set
 
     create_set(tmp_path / "set", [adapters / "a", adapters / "b"], reference=EtaSchedule(eta=0.6))
     return tmp_path / "set"

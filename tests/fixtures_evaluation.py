@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from stepfuse.scripts.cells import Setup
-from stepfuse.scripts.figures import summarise
+from stepfuse.scripts.evaluation.cells import Setup
+from stepfuse.scripts.evaluation.figures import summarise
 
 SETUP = Setup(
     objectives=(("x", "rx"), ("y", "ry")),

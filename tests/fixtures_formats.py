@@ -6,13 +6,15 @@ import json
 import torch
 from torch import nn
 
-from stepfuse.fuse.adapter import Objective, write_adapter
-from stepfuse.fuse.factors import state_factors
-from stepfuse.fuse.lora_export import export_adapter
-from stepfuse.fuse.lora_file import METADATA
-from stepfuse.fuse.lora_layers import adapter_state
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.factors import state_factors
+from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.load import adapter_state
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.exchange import export_adapter
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl
 from tests.fixtures_zoo import KINDS, add
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepfuse.fuse.rules import get_rule
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.sampling.sampler import FusedSampler
 
 FILE = Path(__file__).parent / "reference" / "latents.safetensors"
 PROMPTS = ["a fox on a green background", "a red apple on a blue background"]
@@ -80,7 +80,7 @@ def read() -> tuple[dict[str, Tensor], dict[str, str], str]:
     """Latents and their hashes by case, and the processor that drew them."""
     with safe_open(FILE, "pt") as file:
         metadata = file.metadata()
-        latents = {case: file.get_tensor(case) for case in file.keys()}
+        latents = {case: file.get_tensor(case) for case in CASES}
     return latents, json.loads(metadata["sha256"]), metadata["processor"]
 
 

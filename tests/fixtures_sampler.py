@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import BETAS, LATENT, generators, save_adapter
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from stepfuse.fuse.variance import EtaSchedule, TableSchedule
+from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
 from tests.fixtures_tiny import save_adapter, save_stable_diffusion
 
 

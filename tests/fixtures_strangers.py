@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stepfuse.fuse.adapter import WEIGHTS, Objective, write_adapter
-from stepfuse.fuse.adapter_set import MANIFEST
-from stepfuse.fuse.lora_file import METADATA
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sets.adapter import WEIGHTS, write_adapter
+from stepfuse.fuse.sets.adapter_set import MANIFEST
+from stepfuse.fuse.sets.create import create_set
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 A, B = (f"unet.{LAYER}.lora_{factor}.weight" for factor in "AB")

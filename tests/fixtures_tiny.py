@@ -19,9 +19,11 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.fuse.adapter import Adapter, Objective, write_adapter
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
-from stepfuse.fuse.variance import EtaSchedule, VarianceSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sets.adapter import Adapter, write_adapter
 from stepfuse.train.lora import add_lora
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's

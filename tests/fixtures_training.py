@@ -14,12 +14,12 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
-from stepfuse.scripts.build_set import ALONE
+from stepfuse.scripts.recipes.build_set import ALONE
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import branching_rollout, sample_generator

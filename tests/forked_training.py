@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from stepfuse.fuse import sampler  # noqa: F401  imported here once, for all children
+from stepfuse.fuse.sampling import sampler  # noqa: F401  imported here once, for all children
 from stepfuse.train import algorithms, ddpo, dpo, loop, offline  # noqa: F401
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}

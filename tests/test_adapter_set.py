@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash, load_adapter, read_adapter
-from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.pipeline import base_fingerprint, describe_base, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint, describe_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS, load_adapter, read_adapter
+from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
 from tests.fixtures_tiny import refused, save_adapter
 
 

@@ -12,16 +12,16 @@ import pytest
 
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import PROMPT_SETS
-from stepfuse.fuse.adapter import GUIDANCE
-from stepfuse.fuse.adapter_set import EMBEDDED_SETS
-from stepfuse.fuse.rules import RULES
+from stepfuse.fuse.backbones.denoiser import GUIDANCE
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.sets.adapter_set import EMBEDDED_SETS
 from stepfuse.rewards.registry import REWARDS
-from stepfuse.scripts import choices
 from stepfuse.scripts.benchmark import training_ways
 from stepfuse.scripts.benchmark.rewards import OURS
 from stepfuse.scripts.benchmark.ways import MODES, WAYS, Settings
-from stepfuse.scripts.checks import BOUNDS, check_folder, check_numbers
-from stepfuse.scripts.main import _parser, parse
+from stepfuse.scripts.cli import choices
+from stepfuse.scripts.cli.checks import BOUNDS, check_folder, check_numbers
+from stepfuse.scripts.cli.main import _parser, parse
 
 
 def leaves(parser, *names):
@@ -219,7 +219,7 @@ WRONG = {  # what is typed → what the answer names
 }
 ATTEMPT = """
 import contextlib, io, json, shlex, sys, time
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
 answers = []
 for line in json.load(sys.stdin):
     began, errors = time.process_time(), io.StringIO()
@@ -320,11 +320,11 @@ def test_the_nearest_name_is_suggested(name, expected):
 def test_suggestions_are_made_for_names_in_settings_and_files():
     """Where a name does not come from the command line."""
     from stepfuse.data.settings_file import check_names
-    from stepfuse.fuse.rules import get_rule
-    from stepfuse.fuse.variance import schedule_from_dict
-    from stepfuse.fuse.weight_table import weight_table
+    from stepfuse.fuse.diffusion.variance import schedule_from_dict
+    from stepfuse.fuse.rules.registry import get_rule
+    from stepfuse.fuse.rules.weight_table import weight_table
     from stepfuse.rewards.registry import load_reward
-    from stepfuse.scripts.evaluation import EvaluationConfig
+    from stepfuse.scripts.evaluation.config import EvaluationConfig
 
     for refuse, meant in [
         (lambda: get_rule("sistematic"), "systematic"),

@@ -18,13 +18,14 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.base_checks import UNET_EXPECTED, UNET_HANDLED, check_base
-from stepfuse.fuse.fused_pipeline import FusedPipeline
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import decode_latents, encode_pixels, encode_prompts, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.checks import UNET_EXPECTED, UNET_HANDLED, check_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import decode_latents, encode_pixels, encode_prompts
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sampling.pipeline import FusedPipeline
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.conditioning import Embeddings
 from tests.fixtures_tiny import (
     BETAS,

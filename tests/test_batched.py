@@ -9,12 +9,14 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
 
-from stepfuse.fuse.batched import BatchedAdapters
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.lora_stack import LoRAStack
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_pipeline
-from stepfuse.fuse.plan import Merge
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.stack import LoRAStack
 from tests.fixtures_tiny import LATENT, ddim, refused, save_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.make_set import create_set
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, set_model
 from stepfuse.scripts.benchmark.rivals import RIVALS
 from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table, memory_of
 from stepfuse.scripts.benchmark.ways import REFERENCE, Bench, Row, Settings, rows_of
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
 from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
 
 SCALE = 3.0

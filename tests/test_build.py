@@ -14,11 +14,11 @@ import torch
 import yaml
 from PIL import Image
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.card import card
-from stepfuse.scripts.build_set import BuildConfig, Training, assemble, read_build
-from stepfuse.scripts.main import main
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.card import card
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.recipes.build_set import BuildConfig, Training, assemble, read_build
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings
@@ -84,7 +84,7 @@ def at_the_desk(desk, monkeypatch):
     monkeypatch.chdir(desk)
 
 
-COMMAND = [sys.executable, "-m", "stepfuse.scripts.main", "build", "build.yaml"]
+COMMAND = [sys.executable, "-m", "stepfuse.scripts.cli.main", "build", "build.yaml"]
 
 
 def build():
@@ -243,7 +243,7 @@ def test_a_hash_is_of_what_decides_the_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sets").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("stepfuse.scripts.build_set.load_prompts", lambda name: [name])  # some are of the hub
+    monkeypatch.setattr("stepfuse.scripts.recipes.build_set.load_prompts", lambda name: [name])  # some are of the hub
     config, objectives, oracles, _ = read_build(file)
     assert f"stepfuse build configs/sets/{file.name}" in file.read_text()
     assert len(objectives) == len(config.objectives) >= 2

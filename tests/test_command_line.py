@@ -14,12 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.rules import RULES
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.scripts.main import RULE_NAMES, _parser, main, parse
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.scripts.cli.main import RULE_NAMES, _parser, main, parse
 from tests.fixtures_tiny import generators, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]
@@ -143,7 +143,7 @@ def test_an_interrupted_command_tells_how_to_continue_it(line, told, capsys, mon
     words = shlex.split(line)
     parsed = parse(words)
     monkeypatch.setattr(
-        "stepfuse.scripts.main.parse", lambda _: argparse.Namespace(**vars(parsed) | {"run": interrupted})
+        "stepfuse.scripts.cli.main.parse", lambda _: argparse.Namespace(**vars(parsed) | {"run": interrupted})
     )
     with pytest.raises(SystemExit, match=r"^130$"):
         main(words)
@@ -404,7 +404,7 @@ def test_help_has_an_example_that_can_be_run(names, capsys):
 
 def test_a_failing_command_exits_with_status_1_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "stepfuse.scripts.main", "set", "show", str(tmp_path)],
+        [sys.executable, "-m", "stepfuse.scripts.cli.main", "set", "show", str(tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -419,7 +419,7 @@ def test_a_reader_of_the_output_that_has_ended_is_no_error(unbuffered):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "stepfuse.scripts.main", "reward", "list"],
+        [sys.executable, "-m", "stepfuse.scripts.cli.main", "reward", "list"],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,

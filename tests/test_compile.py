@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.fuse.weights import WeightSchedule
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.weights import WeightSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion
 
 ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}

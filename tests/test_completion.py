@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepfuse.configs import FOLDER
-from stepfuse.scripts.choices import REWARD_NAMES
+from stepfuse.scripts.cli.choices import REWARD_NAMES
 
 STEPFUSE = Path(sys.executable).parent / "stepfuse"
 

@@ -14,10 +14,10 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from stepfuse.data.data_set import read_caption, read_label, read_picture
-from stepfuse.data.pictures import open_picture
+from stepfuse.data.images import open_picture
 from stepfuse.data.prompts import load_prompts
 from stepfuse.rewards.image_files import list_images, pair_prompts, read_pixels
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
 from stepfuse.train.offline import PreferencePairs
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_tiny import refused

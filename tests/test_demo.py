@@ -10,7 +10,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from stepfuse.scripts.demo import demo, report
+from stepfuse.scripts.recipes.demo import demo, report
 from tests.fixtures_tiny import refused
 
 
@@ -46,7 +46,7 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "stepfuse.scripts.main", "demo", "--quick", "--output_dir", str(output)]
+    command = [sys.executable, "-m", "stepfuse.scripts.cli.main", "demo", "--quick", "--output_dir", str(output)]
     killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 200
     while not (output / "compressibility" / ".lock").exists():  # the second training has begun
@@ -91,7 +91,7 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     (output / "set" / "mine.txt").rename(output / "mine.txt")
     assert files().keys() == before.keys() | {str(output / "mine.txt")}
 
-    monkeypatch.setattr("stepfuse.scripts.demo.train", stop)
+    monkeypatch.setattr("stepfuse.scripts.recipes.demo.train", stop)
     with pytest.raises(KeyboardInterrupt):
         demo(output, seed=1, overwrite=True, quick=True)  # begins anew, and keeps what is not its own
     assert {file.name for file in output.rglob("*") if file.is_file()} == {"mine.txt", "demo.json"}

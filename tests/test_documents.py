@@ -19,12 +19,12 @@ from PIL import Image
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.settings_file import find_config
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import load_pipeline
-from stepfuse.fuse.plan import FusionStep, Plan
-from stepfuse.fuse.rules import RULES
-from stepfuse.fuse.variance import SCHEDULES, EtaSchedule, schedule_from_dict, schedule_to_dict, step_variance
-from stepfuse.scripts.main import main, parse
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import SCHEDULES, EtaSchedule, schedule_from_dict, schedule_to_dict, step_variance
+from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.scripts.cli.main import main, parse
 
 ROOT = Path(__file__).parents[1]
 # SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
@@ -188,7 +188,7 @@ def test_the_example_reward_is_one() -> None:
 
 
 def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfuse.fuse.rules.RULES", dict(RULES))
+    monkeypatch.setattr("stepfuse.fuse.rules.registry.RULES", dict(RULES))
     example("class Strongest")
     from stepfuse.fuse import rules
 
@@ -216,7 +216,7 @@ def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_example_schedule_is_stored_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfuse.fuse.variance.SCHEDULES", dict(SCHEDULES))
+    monkeypatch.setattr("stepfuse.fuse.diffusion.variance.SCHEDULES", dict(SCHEDULES))
     schedule = example("class LinearSchedule")["LinearSchedule"](first=1.0, last=0.25)  # type: ignore[operator]
     from diffusers import DDIMScheduler
 

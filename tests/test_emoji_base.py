@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPTextModel
 
 from stepfuse.data import emoji
-from stepfuse.scripts.build_emoji_base import prefix_text_encoder
+from stepfuse.scripts.emoji.build_base import prefix_text_encoder
 from tests.fixtures_tiny import text_config
 
 TEXT_ENCODER = emoji.PIPELINE / "text_encoder"

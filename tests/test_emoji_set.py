@@ -11,15 +11,15 @@ import yaml
 
 from stepfuse.data import emoji
 from stepfuse.data.prompts import load_prompts
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.rules import RULES
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.rewards.statistics import deviation_within
-from stepfuse.scripts.cells import Setup
-from stepfuse.scripts.evaluation import cells_of, read_config
-from stepfuse.scripts.figures import summarise
-from stepfuse.scripts.findings import findings, text
-from stepfuse.scripts.world_page import page, verdicts
+from stepfuse.scripts.evaluation.cells import Setup
+from stepfuse.scripts.evaluation.config import cells_of, read_config
+from stepfuse.scripts.evaluation.figures import summarise
+from stepfuse.scripts.evaluation.findings import findings, text
+from stepfuse.scripts.oracle_world.page import page, verdicts
 from tests.fixtures_tiny import generators
 
 ROOT = Path(__file__).parents[1]

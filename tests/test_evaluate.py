@@ -14,13 +14,13 @@ import pytest
 import torch
 import yaml
 
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.colourfulness import colourfulness
-from stepfuse.scripts.evaluate import Evaluation, evaluate
-from stepfuse.scripts.evaluation import EvaluationConfig, cells_of, read_config, simplex
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, read_config, simplex
+from stepfuse.scripts.evaluation.run import Evaluation, evaluate
 from stepfuse.train.rollout import sample_generator
 from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
 
@@ -165,7 +165,7 @@ def test_kl_of_one_adapter_is_the_sum_over_its_steps(desk):
 
 
 def _loaded():
-    from stepfuse.fuse.adapter_set import load_set
+    from stepfuse.fuse.sets.adapter_set import load_set
 
     return load_set("set")
 
@@ -227,7 +227,16 @@ def test_two_processes_draw_the_numbers_of_one(measured, desk):
     (desk / "config.yaml").write_text(yaml.safe_dump(MEASURED))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "stepfuse.scripts.main", "evaluate", "plain", "--config", "config.yaml", "--output_dir", "two"]
+    command += [
+        "-m",
+        "stepfuse.scripts.cli.main",
+        "evaluate",
+        "plain",
+        "--config",
+        "config.yaml",
+        "--output_dir",
+        "two",
+    ]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=desk)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stepfuse.scripts.findings import decimals, excludes_zero, findings, text
+from stepfuse.scripts.evaluation.findings import decimals, excludes_zero, findings, text
 from tests.fixtures_evaluation import UNKNOWN, cell, figures, noisy
 
 ENDS = {1.0: (2.0, 1.0), 0.0: (1.0, 2.0)}

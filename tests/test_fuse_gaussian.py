@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from torch.distributions import Independent, Normal, kl_divergence
 
-from stepfuse.fuse.gaussian import Gaussian, product
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.transition import transition
+from stepfuse.fuse.diffusion.gaussian import Gaussian, product
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.transition import transition
 
 EXPERT = st.tuples(st.floats(-1.5, 2.5), st.floats(-3, 3), st.floats(0.05, 4))  # exponent, mean, variance
 

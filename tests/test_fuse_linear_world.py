@@ -21,10 +21,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.gaussian import Gaussian, product
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, step_variance
+from stepfuse.fuse.diffusion.gaussian import Gaussian, product
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 
 DIM, STEPS, DRAWS = 3, 10, 20_000
 MU = np.array([1.0, -2.0, 0.5])

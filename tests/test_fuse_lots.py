@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.lots import systematic_choices
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.plan import FusionStep, Plan
-from stepfuse.fuse.rules import get_rule
-from stepfuse.fuse.run import private_generator, uniform_numbers
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.one_expert import systematic_choices
+from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.rules.run import private_generator, uniform_numbers
 from tests.fixtures_tiny import ddim, generators
 
 

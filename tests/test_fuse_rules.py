@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from stepfuse.fuse.gaussian import Gaussian, product
-from stepfuse.fuse.limits import largest_strength
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.plan import Plan
-from stepfuse.fuse.rules import RULES, CoDe, Product, RewardGradientGuidance, get_rule
-from stepfuse.fuse.run import Run, uniform_numbers
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.diffusion.gaussian import Gaussian, product
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.best_of_n import CoDe
+from stepfuse.fuse.rules.checks import largest_strength
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.product import Product
+from stepfuse.fuse.rules.registry import RULES, get_rule
+from stepfuse.fuse.rules.reward_gradient import RewardGradientGuidance
+from stepfuse.fuse.rules.run import Run, uniform_numbers
 from tests.fixtures_tiny import ddim, generators, refused
 
 

@@ -13,9 +13,9 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from stepfuse.fuse.path import FINAL, NoisePath
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, step_variance
+from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 SHAPE = (2, 3, 4, 4)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepfuse.fuse.path import FINAL, NoisePath
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import (
+from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import (
     EtaSchedule,
     LearnedSchedule,
     TableSchedule,

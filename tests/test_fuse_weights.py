@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from stepfuse.fuse.weight_table import weight_table
-from stepfuse.fuse.weights import WeightSchedule, label_weights, parse_weights
+from stepfuse.fuse.rules.weight_table import weight_table
+from stepfuse.fuse.rules.weights import WeightSchedule, label_weights, parse_weights
 from tests.fixtures_tiny import refused
 
 NAMES = ["aesthetic", "prompt", "compressed"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from accelerate import cpu_offload_with_hook
 
-from stepfuse.fuse.fused_pipeline import FusedPipeline
-from stepfuse.fuse.rules import Product
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.rules.product import Product
+from stepfuse.fuse.sampling.pipeline import FusedPipeline
+from stepfuse.fuse.sampling.sampler import FusedSampler
 from tests.fixtures_sampler import PROMPTS, WEIGHTS, assert_near, save_set, save_three_adapters
 from tests.fixtures_tiny import LATENT, generators, refused, save_stable_diffusion, save_stable_diffusion_xl
 
@@ -311,6 +311,6 @@ def test_it_shows_what_it_is_made_of(pipe, set_folder):
 
 def test_loading_the_embedded_base_prints_nothing():
     """In a process of its own, since libraries warn once."""
-    code = "from stepfuse.fuse.fused_pipeline import FusedPipeline; FusedPipeline.from_pretrained('emoji')"
+    code = "from stepfuse.fuse.sampling.pipeline import FusedPipeline; FusedPipeline.from_pretrained('emoji')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.gate import GapProfile, profile_from_dict, profile_to_dict, soup_weights
-from stepfuse.fuse.lora_layers import lora_layers
-from stepfuse.fuse.make_set import add_profile, create_set
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.plan import FusionStep, Merge, Plan
-from stepfuse.fuse.rules import Product, gated
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule, TableSchedule
-from stepfuse.scripts.costs import counted_rows
-from stepfuse.scripts.gaps import describe_gaps, measure_gaps, mixtures_of
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
+from stepfuse.fuse.lora.layers import lora_layers
+from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
+from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.product import Product, gated, soup_weights
+from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps, mixtures_of
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.create import add_profile, create_set
+from stepfuse.scripts.evaluation.costs import counted_rows
 from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
 
 ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}

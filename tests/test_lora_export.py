@@ -12,11 +12,11 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.kohya import kohya_name, sgm_path
-from stepfuse.fuse.lora_export import save_kohya
-from stepfuse.fuse.lora_file import METADATA, check_fits
-from stepfuse.fuse.lora_import import read_foreign
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.export import save_kohya
+from stepfuse.fuse.lora.file import METADATA, check_fits
+from stepfuse.fuse.lora.kohya import kohya_name, sgm_path
+from stepfuse.fuse.sets.adapter import WEIGHTS
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict

@@ -10,11 +10,11 @@ from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_kohya
 from safetensors.torch import save_file
 
-from stepfuse.fuse.lora_export import save_kohya
-from stepfuse.fuse.lora_file import check_fits, open_lora
-from stepfuse.fuse.lora_import import read_foreign
-from stepfuse.fuse.lora_merge import merge_factors
-from stepfuse.fuse.lora_write import save_lora
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.export import save_kohya
+from stepfuse.fuse.lora.file import check_fits, open_lora
+from stepfuse.fuse.lora.merge import merge_factors
+from stepfuse.fuse.lora.write import save_lora
 from tests.fixtures_formats import assert_same, export, peft_states
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, assert_alike, predict

@@ -10,12 +10,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stepfuse.fuse.adapter import put_on
-from stepfuse.fuse.kohya import sgm_path
-from stepfuse.fuse.lora_file import METADATA, check_fits, open_lora
-from stepfuse.fuse.lora_import import read_foreign
-from stepfuse.fuse.lora_keys import LayerTable, parse_key
-from stepfuse.fuse.lora_write import save_lora
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.file import METADATA, check_fits, open_lora
+from stepfuse.fuse.lora.keys import LayerTable, parse_key
+from stepfuse.fuse.lora.kohya import sgm_path
+from stepfuse.fuse.lora.load import put_on
+from stepfuse.fuse.lora.write import save_lora
 from tests.fixtures_formats import assert_same, peft_states
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, KINDS, LINEAR, assert_alike, lora, predict, randomise

@@ -18,17 +18,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 
 from stepfuse.data import emoji
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.factors import read_factors
-from stepfuse.fuse.kohya import sgm_path
-from stepfuse.fuse.lora_file import METADATA, open_lora
-from stepfuse.fuse.lora_import import read_foreign
-from stepfuse.fuse.lora_layers import adapter_state, lora_layers
-from stepfuse.fuse.lora_merge import merge_factors
-from stepfuse.fuse.lora_write import save_lora
-from stepfuse.fuse.make_set import copy_set
-from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.factors import read_factors
+from stepfuse.fuse.lora.file import METADATA, open_lora
+from stepfuse.fuse.lora.kohya import sgm_path
+from stepfuse.fuse.lora.layers import lora_layers
+from stepfuse.fuse.lora.load import adapter_state
+from stepfuse.fuse.lora.merge import merge_factors
+from stepfuse.fuse.lora.write import save_lora
+from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.create import copy_set
 from stepfuse.train.checkpoints import read_state, write_state
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
 from tests.fixtures_strangers import LAYER, A, B, put_weights
@@ -200,9 +201,9 @@ WRITERS = """
 import sys
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from stepfuse.fuse.adapter import file_hash
-from stepfuse.fuse.lora_export import FORMATS, export_adapter
-from stepfuse.fuse.make_set import create_set
+from stepfuse.fuse.sets.adapter import file_hash
+from stepfuse.fuse.lora.export import FORMATS, export_adapter
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import save_adapter
 
 base, root = map(Path, sys.argv[1:])

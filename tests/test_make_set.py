@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepfuse.data.output_folder import WORK
-from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, file_hash
-from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.card import write_card
-from stepfuse.fuse.make_set import add_adapter, copy_set, create_set
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS
+from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.card import write_card
+from stepfuse.fuse.sets.create import add_adapter, copy_set, create_set
 from tests.fixtures_tiny import refused
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion
 
 ETAS = {"a": 0.3, "b": 0.7}

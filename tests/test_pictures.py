@@ -14,15 +14,16 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw
 
 from stepfuse.data import lettering
+from stepfuse.data.grid import labelled_grid
 from stepfuse.data.lettering import Lettering, printable
-from stepfuse.fuse.weights import parse_weights
+from stepfuse.fuse.rules.weights import parse_weights
 from stepfuse.rewards.image_files import PromptedImage
 from stepfuse.rewards.registry import REWARDS, reward_unit
-from stepfuse.scripts.demo import draw_front
-from stepfuse.scripts.main import main
-from stepfuse.scripts.pictures import labelled_grid, sampled_picture, weights_heading
-from stepfuse.scripts.plots import axis_label, save_fronts, styles
-from stepfuse.scripts.rewards import show_ranked
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.pictures import sampled_picture, weights_heading
+from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
+from stepfuse.scripts.recipes.demo import draw_front
+from stepfuse.scripts.recipes.rewards import show_ranked
 from stepfuse.train.samples import save_samples
 from tests.fixtures_evaluation import cell, figures
 

@@ -13,12 +13,14 @@ from diffusers import (
 )
 
 from stepfuse.data import emoji
-from stepfuse.fuse.lora_layers import active_adapter
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, image_size, load_pipeline, same_base
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint, same_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts, image_size
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.layers import active_adapter
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import (
     BETAS,
     LATENT,

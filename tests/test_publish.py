@@ -13,15 +13,15 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.card import card
-from stepfuse.fuse.fused_pipeline import FusedPipeline
-from stepfuse.fuse.hub import fetch_set
-from stepfuse.fuse.make_set import copy_set, create_set
-from stepfuse.fuse.manifest import MANIFEST
-from stepfuse.scripts.main import main
-from stepfuse.scripts.publish import prepare, publish
+from stepfuse.fuse.sampling.pipeline import FusedPipeline
+from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.card import card
+from stepfuse.fuse.sets.create import copy_set, create_set
+from stepfuse.fuse.sets.hub import fetch_set
+from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.publish import prepare, publish
+from stepfuse.scripts.cli.main import main
 from tests.fixtures_hub import TRIES, hub_of_clients
 from tests.fixtures_sampler import save_set, save_three_adapters
 from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion
@@ -208,7 +208,7 @@ def test_a_person_at_a_terminal_is_asked(hub, mine, tmp_path, answer, sent):
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    command = [sys.executable, "-m", "stepfuse.scripts.main", "publish", str(mine), REPOSITORY]
+    command = [sys.executable, "-m", "stepfuse.scripts.cli.main", "publish", str(mine), REPOSITORY]
     pipes = dict(stdin=other_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, env=environment, **pipes) as process:
         os.write(main_end, f"{answer}\n".encode())

@@ -1,7 +1,7 @@
 """What earlier versions wrote is read, resumed and drawn again: tests/reference, made before folders were moved.
 
-Latents of the embedded set by `python -m tests.fixtures_reference`; `dpo` and `ddpo` by the commands below, run whole, of
-which a checkpoint and the final adapter were kept; `set` of both adapters by `create_set`.
+Latents of the embedded set by `python -m tests.fixtures_reference`; `dpo` and `ddpo` by the commands below, run whole,
+of which a checkpoint and the final adapter were kept; `set` of both adapters by `create_set`.
 """
 
 import shutil
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.train.checkpoints import read_state
 from tests.fixtures_reference import CASES, FILE, draw, processor, read, sha256
 from tests.fixtures_training import save_tiny_pipeline

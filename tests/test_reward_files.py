@@ -17,7 +17,7 @@ from PIL import Image
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.image_files import pair_prompts, read_pixels
 from stepfuse.rewards.registry import REWARDS, load_reward
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
 from tests.fixtures_rewards import photographs, save_image_reward
 from tests.fixtures_tiny import refused
 
@@ -198,7 +198,7 @@ def test_scoring_goes_on_where_it_was_interrupted(folder):
         "    return images.mean((1, 2, 3))\n"
     )
     arguments = ["reward", "score", "slow.py:slow", "--images", "images", "--prompts", "p.txt", "--batch_size", "1"]
-    command = [sys.executable, "-m", "stepfuse.scripts.main", *arguments, "--device", "cpu"]
+    command = [sys.executable, "-m", "stepfuse.scripts.cli.main", *arguments, "--device", "cpu"]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while (not (folder / "asked").exists() or (folder / "asked").read_text() != "abc") and time.monotonic() < end:

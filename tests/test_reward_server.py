@@ -284,7 +284,7 @@ def test_a_short_token_and_a_port_that_is_taken_are_refused(serve):
 
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
-    command = [sys.executable, "-m", "stepfuse.scripts.main", "reward", "serve", "colourfulness", "--port", "0"]
+    command = [sys.executable, "-m", "stepfuse.scripts.cli.main", "reward", "serve", "colourfulness", "--port", "0"]
     environment = {k: v for k, v in os.environ.items() if k != "STEPFUSE_REWARD_TOKEN"}
     # Where tests run in the background, an interrupt is ignored, and what they start would ignore it too.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

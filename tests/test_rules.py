@@ -6,15 +6,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import WEIGHTS, load_adapter, read_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.lora_file import open_lora
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
-from stepfuse.fuse.rules import RULES, CoDe, RewardGradientGuidance
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.fuse.weights import WeightSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.rules.best_of_n import CoDe
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.rules.reward_gradient import RewardGradientGuidance
+from stepfuse.fuse.rules.weights import WeightSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import WEIGHTS, load_adapter, read_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.registry import load_reward
 from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.prompt_length import cut_prompts
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.seeds import numbered_generator
-from stepfuse.scripts.main import main
+from stepfuse.data.seeds import numbered_generator
+from stepfuse.fuse.backbones.prompt_length import cut_prompts
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.scripts.cli.main import main
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_sampler import PROMPTS, WEIGHTS, save_set, save_three_adapters

@@ -8,14 +8,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stepfuse.fuse.adapter import Objective, write_adapter
-from stepfuse.fuse.batched import BatchedAdapters
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.scripts.costs import counted_rows
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.scripts.evaluation.costs import counted_rows
 from tests.fixtures_sampler import (
     ETAS,
     PROMPTS,

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from stepfuse.fuse.path import FINAL, NoisePath
-from stepfuse.fuse.pipeline import encode_prompts
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
 from tests.fixtures_sampler import (
     ALPHA_BAR,
     PROMPTS,

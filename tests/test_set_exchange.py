@@ -13,17 +13,18 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 
-from stepfuse.fuse.adapter import WEIGHTS
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.card import card, code, plain
-from stepfuse.fuse.make_set import copy_set, create_set
-from stepfuse.fuse.manifest import MANIFEST
-from stepfuse.fuse.pipeline import encode_prompts, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
-from stepfuse.scripts.evaluate import evaluate
-from stepfuse.scripts.evaluation import EvaluationConfig
-from stepfuse.scripts.main import main
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.card import card, code, plain
+from stepfuse.fuse.sets.create import copy_set, create_set
+from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.config import EvaluationConfig
+from stepfuse.scripts.evaluation.run import evaluate
 from tests.fixtures_sampler import PROMPTS, assert_near, latents, noise, save_set, save_three_adapters
 from tests.fixtures_tiny import add_random_lora, generators, refused, save_adapter, save_stable_diffusion
 

@@ -18,15 +18,17 @@ from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, event, given, reject, settings
 from hypothesis import strategies as st
 
-from stepfuse.fuse.adapter import WEIGHTS, Objective, write_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.lora_file import METADATA
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.manifest import MANIFEST
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
-from stepfuse.fuse.weight_table import weight_table
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
+from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.weight_table import weight_table
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import WEIGHTS, write_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import save_stable_diffusion
 
 EXAMPLES = int(os.environ.get("STEPFUSE_FUZZ", "10000"))

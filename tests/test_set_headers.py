@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from stepfuse.fuse.adapter import WEIGHTS, load_adapter
-from stepfuse.fuse.adapter_set import MANIFEST, load_set
-from stepfuse.fuse.lora_file import METADATA, open_lora
-from stepfuse.fuse.pipeline import base_fingerprint, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.lora.file import METADATA, open_lora
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import WEIGHTS, load_adapter
+from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
 from tests.fixtures_strangers import (
     LAYER,
     A,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
-from stepfuse.fuse.adapter import GUIDANCE
-from stepfuse.fuse.manifest import FORMAT_VERSION, SCHEMA
-from stepfuse.fuse.variance import SCHEDULES
+from stepfuse.fuse.backbones.denoiser import GUIDANCE
+from stepfuse.fuse.diffusion.variance import SCHEDULES
+from stepfuse.fuse.sets.manifest import FORMAT_VERSION, SCHEMA
 
 ROOT = Path(__file__).parents[1]
 VALUES = json.loads(SCHEMA.read_text())

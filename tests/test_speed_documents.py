@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stepfuse.fuse.adapter_set import load_set
+from stepfuse.fuse.sampling.measure_gaps import describe_gaps
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.sampling import markdown_table
-from stepfuse.scripts.gaps import describe_gaps
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "docs" / "speed"

@@ -18,11 +18,11 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import read_settings
 from stepfuse.data.text_files import decode_text, file_name, find_file, printable, read_lines, read_text, write_text
 from stepfuse.data.yaml_file import yaml_text
-from stepfuse.fuse.manifest import read_object
+from stepfuse.fuse.lora.safe_files import read_object
 from stepfuse.rewards.image_files import pair_prompts
 from stepfuse.rewards.registry import load_reward
-from stepfuse.scripts.evaluation import EvaluationConfig, read_config
-from stepfuse.scripts.main import main
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import refused

@@ -15,8 +15,8 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.variance import LearnedSchedule
+from stepfuse.fuse.diffusion.variance import LearnedSchedule
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import read_state
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 

@@ -13,9 +13,9 @@ from PIL import Image
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.scripts.main import main
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.scripts.cli.main import main
 from stepfuse.train import loop
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import Progress

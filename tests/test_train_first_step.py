@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from stepfuse.fuse.variance import LearnedSchedule
+from stepfuse.fuse.diffusion.variance import LearnedSchedule
 from stepfuse.train.algorithms import DPO
 from stepfuse.train.losses import ddpo_loss
 from stepfuse.train.rollout import rollout

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import list_checkpoints, read_state
 from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepfuse.fuse.adapter import read_adapter
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import ASIDE, MANIFEST, damage, list_checkpoints
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 

@@ -14,9 +14,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.lora_file import open_lora
-from stepfuse.scripts.build_set import ALONE
+from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.scripts.recipes.build_set import ALONE
 from stepfuse.train.checkpoints import read_state
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.adapter import file_hash, read_adapter
+from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.checkpoints import read_state
 from stepfuse.train.loop import train

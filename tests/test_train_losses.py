@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Independent, Normal
 from torch.nn import functional
 
-from stepfuse.fuse.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import PairedStep, SampledStep

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.pipeline import encode_prompts, load_pipeline
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.offline import DiffusionDPO, PreferencePairs, noise_pairs
 from stepfuse.train.settings import DPOSettings

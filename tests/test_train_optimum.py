@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.path import NoisePath
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, step_variance
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, step_variance
 from stepfuse.train.credit import group_advantages
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.path import FINAL, NoisePath
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
+from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.train.lora import add_lora
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator, with_advantages
 from tests.fixtures_training import at_once, tiny_unet

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.rewards.compressibility import compressibility
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping

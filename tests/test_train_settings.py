@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stepfuse.scripts.build_set import ALONE
+from stepfuse.scripts.recipes.build_set import ALONE
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.adapter import read_adapter
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.lora_file import open_lora
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.algorithms import DDPO, Sampling
 from stepfuse.train.collect import learnable_steps, learned_steps
 from stepfuse.train.conditioning import Embeddings

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.lora_file import open_lora
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.lora import LastRows, step_gaussians

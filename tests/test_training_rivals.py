@@ -9,11 +9,12 @@ from accelerate import Accelerator
 from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.path import STABLE_DIFFUSION, NoisePath
-from stepfuse.fuse.pipeline import decode_latents, encode_prompts, latent_shape, load_pipeline
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, step_variance
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import decode_latents, encode_prompts, latent_shape
+from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
 from stepfuse.scripts.benchmark.loops import Task, ddim_step, mean_log_prob

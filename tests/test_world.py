@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.path import STABLE_DIFFUSION
-from stepfuse.fuse.rules import get_rule
-from stepfuse.fuse.run import Run, uniform_numbers
-from stepfuse.scripts.main import main
-from stepfuse.scripts.world import DATA, AverageStep, World, world_of
-from stepfuse.scripts.world_report import WEIGHTS, expected_kl, measure_world, sliced_distance
+from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.rules.run import Run, uniform_numbers
+from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.oracle_world.measure import WEIGHTS, expected_kl, measure_world, sliced_distance
+from stepfuse.scripts.oracle_world.world import DATA, AverageStep, World, world_of
 
 KINDS = ("equal", "distinct")
 CASES = [(kind, weights) for kind in KINDS for number in WEIGHTS for weights in WEIGHTS[number]]
@@ -245,7 +245,7 @@ def test_the_command_measures_and_prints_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = partial(measure_world, samples=20, replicates=2, objectives=(2,), steps=(2,))  # in full it takes minutes
-    monkeypatch.setattr("stepfuse.scripts.world_report.measure_world", small)
+    monkeypatch.setattr("stepfuse.scripts.oracle_world.measure.measure_world", small)
     main(["evaluate", "--world", "gmm", "--seed", "3", "--output_dir", str(tmp_path / "out")])
     assert capsys.readouterr().out.strip() == (tmp_path / "out" / "world.md").read_text().strip()
     assert json.loads((tmp_path / "out" / "world.json").read_text())["seed"] == 3

@@ -13,14 +13,18 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.adapter import OBJECTIVE, WEIGHTS, Objective, file_hash, read_adapter, write_adapter
-from stepfuse.fuse.factors import peft_config, peft_state
-from stepfuse.fuse.lora_file import IDLE, KNOWN, METADATA, check_fits, open_lora
-from stepfuse.fuse.lora_import import read_foreign
-from stepfuse.fuse.make_set import create_set
-from stepfuse.fuse.pipeline import base_fingerprint, encode_prompts, load_pipeline
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.factors import peft_config, peft_state
+from stepfuse.fuse.lora.file import IDLE, KNOWN, METADATA, check_fits, open_lora
+from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS, read_adapter, write_adapter
+from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion
 from tests.fixtures_zoo import FUSES, SEPARATE, UNET_ONLY, ZOO, load_alone, make

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepfuse.fuse.denoiser import Denoiser, Latents
-from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.train.credit import decoupled_advantages, group_advantages, tracked_advantages
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import (

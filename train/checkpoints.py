@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.adapter import file_hash
-from stepfuse.fuse.lora_keys import CHECKPOINT
+from stepfuse.fuse.lora.keys import CHECKPOINT
+from stepfuse.fuse.lora.safe_files import file_hash
 from stepfuse.train.engine import Engine
 
 logger = logging.getLogger(__name__)

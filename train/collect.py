@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from stepfuse.fuse.variance import VarianceSchedule, step_variance
+from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
 from stepfuse.train.algorithms import RolloutAlgorithm, Sampling
 from stepfuse.train.conditioning import Embeddings, prompt_order
 from stepfuse.train.health import Health, diversity

@@ -39,7 +39,7 @@ def run_training(
     try:
         settings = parse_settings(settings_type, sys.argv[1:] if arguments is None else arguments, description)
         output = settings.output_dir
-        from stepfuse.fuse.pipeline import quiet_libraries
+        from stepfuse.fuse.backbones.loading import quiet_libraries
         from stepfuse.train.loop import train
 
         quiet_libraries()

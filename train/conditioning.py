@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from diffusers import DiffusionPipeline
 
-from stepfuse.fuse.pipeline import Conditioning, encode_prompts
-from stepfuse.fuse.prompt_length import cut_prompts, warn_of_cuts
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.prompt_length import cut_prompts, warn_of_cuts
+from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.train.rollout import sample_generator
 
 KEPT = 4096  # prompts

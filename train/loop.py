@@ -19,11 +19,14 @@ from torch import Tensor
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
-from stepfuse.fuse.adapter import Objective, write_adapter
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.finite import check_latents, check_pixels
-from stepfuse.fuse.pipeline import decode_unclamped, describe_base, latent_shape, load_pipeline
-from stepfuse.fuse.variance import LearnedSchedule, VarianceSchedule
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.fingerprint import describe_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import decode_unclamped, latent_shape
+from stepfuse.fuse.diffusion.variance import LearnedSchedule, VarianceSchedule
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sampling.finite import check_latents, check_pixels
+from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.rewards.registry import load_reward
 from stepfuse.train.algorithms import Algorithm, RolloutAlgorithm, Sampling

@@ -11,12 +11,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from stepfuse.fuse.denoiser import Denoiser, Latents
-from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.lora_layers import active_adapter, adapter_on_last_rows
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, VarianceSchedule, step_variance
+from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
 from stepfuse.train.rollout import NoisedPairs, Step
 
 

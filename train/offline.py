@@ -15,12 +15,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from stepfuse.data.data_set import has_picture, open_data_set, read_caption, read_label, read_picture, reason
-from stepfuse.data.emoji import to_pixels
+from stepfuse.data.images import to_pixels
 from stepfuse.data.text_files import file_name, note
-from stepfuse.fuse.denoiser import Denoiser, Latents
-from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.pipeline import Conditioning, encode_pixels, image_size
-from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.backbones.unet import encode_pixels, image_size
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.train.collect import Batch
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.losses import dpo_loss

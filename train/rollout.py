@@ -11,11 +11,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stepfuse.fuse.denoiser import Branch, Denoiser, Latents
-from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.pipeline import Conditioning
-from stepfuse.fuse.transition import transition
-from stepfuse.fuse.variance import VarianceSchedule, step_variance
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Branch, Denoiser, Latents
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
 from stepfuse.train.credit import best_and_worst
 
 Steps = Sequence[tuple[int, int]]

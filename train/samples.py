@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from stepfuse.data.emoji import to_image
+from stepfuse.data.images import to_image
 from stepfuse.data.lettering import Lettering, enlarge, enlargement
 from stepfuse.rewards.protocol import Pixels
 

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.denoiser import Latents
-from stepfuse.fuse.pipeline import decode_latents
+from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.fuse.backbones.unet import decode_latents
 from stepfuse.rewards.protocol import Pixels, Reward, Scores, close, score
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping

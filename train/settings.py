@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stepfuse.data.names import nearest
+from stepfuse.data.seeds import LIMIT
 from stepfuse.data.settings_file import check_types, require
-from stepfuse.fuse.seeds import LIMIT
 
 if TYPE_CHECKING:
-    from stepfuse.fuse.variance import VarianceSchedule
+    from stepfuse.fuse.diffusion.variance import VarianceSchedule
     from stepfuse.rewards.shaping import Shaping
 
 # Headings of `--help`, in this order.
@@ -345,7 +345,7 @@ class TrainSettings:
         """The variance schedule that training starts from, which is also that of its reference."""
         import torch
 
-        from stepfuse.fuse.variance import EtaSchedule, LearnedSchedule, TableSchedule
+        from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 
         match self.variance:
             case "eta":

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from stepfuse.data.emoji import to_image
+from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.names import nearest
 from stepfuse.train.samples import CELL, beside, draw_samples

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.gaussian import Gaussian
-from stepfuse.fuse.variance import VarianceSchedule
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.train.algorithms import Algorithm
 from stepfuse.train.collect import Batch
 from stepfuse.train.engine import Engine

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepfuse.fuse.pipeline import Conditioning, decode_latents
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.unet import decode_latents
 from stepfuse.scripts.benchmark.loops import Loop, PerSample, Task, ddim_step, mean_log_prob
 
 

@@ -20,8 +20,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from stepfuse.fuse.denoiser import Latents
-from stepfuse.fuse.pipeline import Conditioning, encode_prompts, latent_shape
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.fuse.backbones.unet import encode_prompts, latent_shape
 from stepfuse.rewards.protocol import Reward
 from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.train.lora import add_lora

@@ -10,10 +10,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLP
 from peft import LoraConfig
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.adapter import load_adapter
-from stepfuse.fuse.adapter_set import load_set
-from stepfuse.fuse.path import STABLE_DIFFUSION
-from stepfuse.fuse.pipeline import Conditioning, base_fingerprint, load_base
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.loading import load_base
+from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
+from stepfuse.fuse.sets.adapter import load_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.

@@ -30,7 +30,7 @@ from stepfuse.rewards.registry import CONFIGS
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
 from stepfuse.rewards.worker.environment import environment_python
 from stepfuse.scripts.benchmark.originals.clip_vocabulary import write_tokenizer
-from stepfuse.scripts.costs import machine
+from stepfuse.scripts.evaluation.costs import machine
 
 ORIGINALS = Path(__file__).parent / "originals"
 OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from peft import PeftModel
 from torch import Tensor, nn
 
-from stepfuse.fuse.pipeline import Conditioning, stack_inputs
+from stepfuse.fuse.backbones.conditioning import Conditioning, stack_inputs
 
 Blend = Callable[[Tensor, Tensor, Conditioning], Tensor]
 CopyOf = Callable[[Sequence[str]], nn.Module]  # a whole UNet of its own, with these adapters alone, active

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from stepfuse.scripts.benchmark.rivals import RIVALS
 from stepfuse.scripts.benchmark.ways import REFERENCE, WAYS, Bench, Row, Settings, Way, rows_of
-from stepfuse.scripts.costs import counted_rows, free_memory, machine, now, peak_memory
+from stepfuse.scripts.evaluation.costs import counted_rows, free_memory, machine, now, peak_memory
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 Report = Callable[[dict[str, Any]], None]

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepfuse.fuse.denoiser import Latents
-from stepfuse.fuse.pipeline import Conditioning, decode_latents
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.fuse.backbones.unet import decode_latents
 from stepfuse.scripts.benchmark.loops import Loop, PerSample, Task, ddim_step
 
 

@@ -21,7 +21,7 @@ from accelerate.utils import patch_environment
 from torch import nn
 from tqdm import tqdm
 
-from stepfuse.fuse.pipeline import quiet_libraries
+from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.pipelines import with_own_unet
 from stepfuse.scripts.benchmark.training_ways import (
@@ -34,7 +34,7 @@ from stepfuse.scripts.benchmark.training_ways import (
     rows_of,
     way_of,
 )
-from stepfuse.scripts.costs import counted_rows, free_memory, machine, now, peak_memory
+from stepfuse.scripts.evaluation.costs import counted_rows, free_memory, machine, now, peak_memory
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers", "accelerate", "stepfuse")
 Report = Callable[[dict[str, Any]], None]

@@ -10,7 +10,7 @@ from torch import nn
 
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
-from stepfuse.fuse.pipeline import load_pipeline
+from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch
 from stepfuse.scripts.benchmark.loops import Loop, Task

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.adapter import Objective
-from stepfuse.fuse.batched import BatchedAdapters
-from stepfuse.fuse.denoiser import Denoiser
-from stepfuse.fuse.pipeline import latent_shape, quiet_libraries
-from stepfuse.fuse.rules import get_rule
-from stepfuse.fuse.sampler import FusedSampler
-from stepfuse.fuse.variance import EtaSchedule
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.loading import quiet_libraries
+from stepfuse.fuse.backbones.unet import latent_shape
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, random_model, set_model
 from stepfuse.scripts.benchmark.rivals import RIVALS, denoise
 

@@ -1,0 +1,104 @@
+"""What tells one base model from another."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepfuse.fuse.backbones.loading import EMBEDDED
+from stepfuse.fuse.backbones.weight_files import (
+    cached_folder,
+    component_variants,
+    file_names,
+    only_variant,
+)
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+
+
+def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
+    """What tells one base from another: a hash of names and shapes, and 64 weights to compare within bf16.
+
+    The weights are compared, not hashed, so that one base in float32, float16 and bfloat16 is one base.
+    """
+    state = {
+        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
+    }
+    names = sorted(state)
+    shapes = "\n".join(f"{name} {list(state[name].shape)}" for name in names)
+    chosen = [names[i * (len(names) - 1) // 63] for i in range(64)]
+    probe = [state[name].flatten()[state[name].numel() // 2].item() for name in chosen]
+    return {"architecture": hashlib.sha256(shapes.encode()).hexdigest(), "probe": probe}
+
+
+def describe_base(
+    pipeline: DiffusionPipeline,
+    name_or_path: str,
+    revision: str | None = None,
+    *,
+    variant: str | None = None,
+    hashed: bool = True,
+) -> dict[str, Any]:
+    """What an adapter says of the base it belongs to.
+
+    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the UNet as it was loaded: its
+    tensors' names and bytes, in the order of names; in another precision it is another. It is left out unless `hashed`,
+    for it takes seconds of large ones. `variant` is that of the weight files, if they are of one.
+    """
+    path = NoisePath.from_scheduler(pipeline.scheduler)
+    variant = variant or loaded_variant(pipeline, name_or_path, revision)
+    return {
+        "name_or_path": name_or_path,
+        "revision": cached_commit(name_or_path, revision) or revision,
+        "weights_sha256": weights_hash(pipeline.unet) if hashed else None,
+        "noise_path": path.describe(),
+        **({"variant": variant} if variant else {}),
+    } | base_fingerprint(pipeline.unet)
+
+
+def cached_commit(repository: str, revision: str | None) -> str | None:
+    """The commit that a hub id was loaded at, if it is one and is in the hub's cache."""
+    folder = cached_folder(repository, revision)
+    return None if folder is None or folder == Path(repository) else folder.name
+
+
+def loaded_variant(pipeline: DiffusionPipeline, name_or_path: str, revision: str | None) -> str | None:
+    """The variant that a pipeline was loaded under when none was asked for, by its files on this machine."""
+    files = file_names(str(EMBEDDED.get(name_or_path, name_or_path)), revision, ask=False)
+    try:
+        return only_variant(component_variants(files, pipeline.components))
+    except ValueError:
+        return None
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a model without LoRAs."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_path(base: Mapping[str, Any], pipeline: DiffusionPipeline) -> None:
+    """See that a pipeline's noise path is the one an adapter was trained on, where that is recorded.
+
+    Raises:
+        ValueError: naming what is otherwise.
+    """
+    own = NoisePath.from_scheduler(pipeline.scheduler).describe()
+    for key, value in (base.get("noise_path") or {}).items():
+        if own.get(key) != value:
+            raise ValueError(
+                f"the scheduler has {key} {own.get(key)!r} and the set's base {value!r}; load the base's own scheduler"
+            )
+
+
+def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one base, up to the rounding of half precision."""
+    if a["architecture"] != b["architecture"]:
+        return False
+    first, second = (torch.tensor(own["probe"], dtype=torch.float64) for own in (a, b))
+    return first.shape == second.shape and bool(torch.allclose(first, second, rtol=2**-6, atol=1e-6))

@@ -1,0 +1,138 @@
+"""Loading base models as diffusers pipelines."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepfuse.data import emoji
+from stepfuse.fuse.backbones.checks import check_base, check_has_texts
+from stepfuse.fuse.backbones.quiet import (
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    quiet_loading,
+)
+from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
+
+EMBEDDED = {"emoji": emoji.PIPELINE}
+
+
+IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
+
+
+logger = logging.getLogger(__name__)
+
+
+def load_pipeline(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    variant: str | None = None,
+    safe: bool = False,
+    **options: Any,
+) -> DiffusionPipeline:
+    """Load a Stable Diffusion (1.x, 2.x or XL) pipeline from the hub, a folder, or `emoji`, the embedded base.
+
+    The safety checker and the invisible watermark are not loaded: rewards see every image as it was drawn. Everything
+    else in its configuration is supported or refused, see `check_base`.
+
+    Args:
+        name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
+        dtype: of every component.
+        revision: a branch, tag or commit on the hub.
+        variant: of the weight files, `fp16` for instance. Where there are files of one variant only, it is found.
+        safe: take weights in safetensors only, as is right for bases that are named by other people's sets.
+        options: passed on to `DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: for a pipeline that is neither Stable Diffusion nor Stable Diffusion XL or that has an unsupported
+            configuration, a folder without one, and weights that are not there in this variant.
+    """
+    path = str(EMBEDDED.get(name_or_path, name_or_path))
+    try:
+        index = DiffusionPipeline.load_config(path, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
+            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
+        ) from error
+    options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
+    if safe:
+        options |= {"use_safetensors": True}
+    if "safety_checker" in index:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if index.get("_class_name") == "StableDiffusionXLPipeline":
+        options |= {"add_watermarker": False}
+    with quiet_loading(progress=name_or_path not in EMBEDDED):
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, **options)
+        except (OSError, ValueError, NotImplementedError) as error:
+            found = _other_variant(name_or_path, index, revision, variant, error, safe=safe)
+            pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
+    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise ValueError(
+            f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
+            "StableDiffusionXLPipeline"
+        )
+    try:
+        check_complete(pipeline, path, revision, options)
+    except ValueError as error:
+        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
+    check_base(pipeline, repr(name_or_path))
+    check_has_texts(pipeline, repr(name_or_path))
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False).eval()
+    return pipeline
+
+
+def _other_variant(
+    name: str, index: Mapping[str, Any], revision: str | None, variant: str | None, error: Exception, *, safe: bool
+) -> str:
+    """The only variant that there are weights of, where a pipeline could not be loaded under none.
+
+    Raises:
+        ValueError: naming the variants that there are, or else what went wrong.
+    """
+    kind = " from safetensors" if safe else ""
+    told = f"{name!r} cannot be loaded{kind}: {str(error).strip().splitlines()[0]}"
+    parts = [part for part in index if part not in IGNORED_PARTS]
+    found = component_variants(file_names(str(EMBEDDED.get(name, name)), revision), parts, safe=safe)
+    if variant is not None:
+        known = sorted({str(other) for variants in found.values() for other in variants - {None}})
+        if variant not in known:
+            told = f"{name!r} has no weights under variant {variant!r}; it has {', '.join(known) or 'no variants'}"
+        raise ValueError(told) from error
+    try:
+        other = only_variant(found)
+    except ValueError as several:
+        raise ValueError(f"{name!r} cannot be loaded{kind}: {several}") from error
+    if other is None:
+        raise ValueError(told) from error
+    logger.warning("%r has weights under variant %s only, which is loaded", name, other)
+    return other
+
+
+def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Load the base that an adapter or a set names, at its recorded revision and variant, from safetensors only.
+
+    Raises:
+        ValueError: see `load_pipeline`.
+    """
+    return load_pipeline(
+        base["name_or_path"], dtype=dtype, revision=base.get("revision"), variant=base.get("variant"), safe=True
+    )
+
+
+def quiet_libraries() -> None:
+    """For programs: diffusers and transformers report errors only, and load without progress bars."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -1,0 +1,86 @@
+"""Prompts that are longer than text encoders take: which, and what of them is cut."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+
+from stepfuse.fuse.backbones.quiet import TRUNCATION, without_messages
+
+SHOWN = 200  # characters of a text in a message
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutPrompt:
+    """A prompt of which a tokenizer drops the end.
+
+    Attributes:
+        prompt: as it was given.
+        tokenizer: the pipeline's name for it, `tokenizer` or `tokenizer_2`.
+        removed: what is dropped.
+        tokens: how many tokens the prompt has, its begin and end included.
+        limit: how many the text encoder takes.
+    """
+
+    prompt: str
+    tokenizer: str
+    removed: str
+    tokens: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"the end of the prompt {_shortened(self.prompt)!r} is cut: it has {self.tokens} tokens and "
+            f"{self.tokenizer} takes {self.limit}; removed: {_shortened(self.removed)!r}"
+        )
+
+
+def cut_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> list[CutPrompt]:
+    """The prompts of which some end is dropped, once a tokenizer, in order and without repetitions."""
+    texts = list(dict.fromkeys(prompts))
+    found = []
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer = getattr(pipeline, name, None)
+        if tokenizer is None or not texts:
+            continue
+        limit = tokenizer.model_max_length
+        with without_messages(*TRUNCATION):
+            converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]  # textual inversions
+            rows = tokenizer(converted).input_ids
+        found += [
+            CutPrompt(
+                prompt=text,
+                tokenizer=name,
+                removed=tokenizer.decode(row[limit - 1 : -1]).strip(),
+                tokens=len(row),
+                limit=limit,
+            )
+            for text, row in zip(texts, rows, strict=True)
+            if len(row) > limit
+        ]
+    return found
+
+
+def warn_of_cuts(pipeline: DiffusionPipeline, prompts: Sequence[str | None], *, counted: bool = False) -> None:
+    """Log what is cut of prompts.
+
+    Args:
+        prompts: None stands for no prompt.
+        counted: one line with how many prompts are cut, and the first of them, instead of a line for each.
+    """
+    texts = [prompt for prompt in prompts if prompt]
+    cut = cut_prompts(pipeline, texts)
+    if not counted:
+        for each in cut:
+            logger.warning("%s", each)
+        return
+    if cut:
+        lost = {each.prompt for each in cut}
+        count = len(dict.fromkeys(texts))
+        logger.warning("%d of %d prompts are longer than the text encoder takes; %s", len(lost), count, cut[0])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} … {text[-SHOWN // 2 :]}"

@@ -1,0 +1,1 @@
+"""The law: Gaussians, noise paths, variance schedules and the transition. Imports nothing else of stepfuse."""

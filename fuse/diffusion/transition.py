@@ -1,0 +1,41 @@
+"""One transition for every model: from a prediction to the Gaussian of the next latent."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.diffusion.gaussian import Gaussian, at_least_float32, root
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+
+
+def transition(
+    path: NoisePath,
+    x_t: Float[Tensor, "batch *shape"],
+    prediction: Float[Tensor, "batch *shape"],
+    t: Tensor | int,
+    s: Tensor | int,
+    variance: Tensor,
+) -> Gaussian:
+    """p(x_s | x_t) = N( alpha_s x_0 + sqrt(sigma_s² - v) e,  v ), with (x_0, e) from the prediction.
+
+    DDIM (arXiv:2010.02502, eq. 12) is the DDPM-type case.
+
+    Args:
+        path: the model's noise path.
+        x_t: the latent at t.
+        prediction: the network's output at (x_t, t), guidance applied.
+        t, s: positions on the path, one or one a sample; s = FINAL is the end of the last step.
+        variance: v, broadcastable against x_t, 0 ≤ v ≤ sigma_s².
+
+    Raises:
+        ValueError: for v outside [0, sigma_s²].
+    """
+    x_0, e = path.clean_and_noise(x_t, prediction, t)
+    alpha_s, sigma_s = path.at(s, x_0)
+    v = at_least_float32(variance).to(x_0)
+    left = sigma_s**2 - v
+    if not bool(((v >= 0) & (left >= -1e-6 * sigma_s**2)).all()):
+        raise ValueError(
+            f"a step variance of {v.detach().min().item():g} to {v.detach().max().item():g} "
+            f"where the path allows 0 to sigma_s² = {sigma_s.min().item() ** 2:g}"
+        )
+    return Gaussian(mean=alpha_s * x_0 + root(left) * e, variance=v)

@@ -1,0 +1,1 @@
+"""Tensors of LoRAs: reading, writing and converting files, and running several in one forward."""

@@ -1,0 +1,187 @@
+"""One forward for all adapters of a UNet: each row of a batch has a LoRA of its own, or a mixture of several."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
+from torch import Tensor, nn
+
+from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.stack import LoRAStack, Route
+
+
+class BatchedAdapters:
+    """The adapters of a UNet, ready to run together: a stack beside each of peft's LoRA layers.
+
+    Without a route the layers do what they did before. The stacks are copies: adapters changed later are not seen.
+
+    Args:
+        unet: with LoRAs on it, by peft.
+        names: of the adapters, in the order that places refer to.
+
+    Raises:
+        ValueError: naming the adapter and the layer, for kinds of LoRA that have no batched form here.
+    """
+
+    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
+        self.unet = unet
+        self.names = tuple(names)
+        self.route: Route | None = None
+        self._merged: Merge | None = None
+        self._fixed: Route | None = None
+        layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
+        for name in names:
+            if not any(name in layer.r for layer in layers.values()):
+                raise ValueError(f"the UNet has no adapter {name!r}")
+            for place, layer in layers.items():
+                if name in layer.r:
+                    _check_layer(layer, place, name)
+        used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
+        self._doras = {name for name in names for layer in used if layer.use_dora.get(name, False)}
+        self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
+
+    @contextmanager
+    def routed(self, route: Route) -> Iterator[None]:
+        """Run the UNet with these LoRAs on the rows of its batch."""
+        self.route = route
+        try:
+            yield
+        finally:
+            self.route = None
+
+    def route_of(self, adapters: Sequence[str | Merge | None], device: torch.device) -> Route:
+        """The route of rows with these adapters: those without first, and mixtures of one kind or none.
+
+        Where all rows have one lasting mixture they go through merged weights. Not in half precision, which would lose
+        what the LoRAs change, nor where weights are offloaded between forwards.
+
+        Raises:
+            ValueError: for a mixture of a DoRA, which is not linear in its weight.
+        """
+        if self._fixed is not None:
+            return self._fixed_route(adapters)
+        base = next((i for i, adapter in enumerate(adapters) if adapter is not None), len(adapters))
+        own = adapters[base:]
+        merges = [adapter for adapter in own if isinstance(adapter, Merge)]
+        if not merges:
+            return Route(base=base, experts=self._places(own).to(device))
+        if merges[0].lasting and len(set(merges)) == 1 and self._can_merge(device):
+            self._merge(merges[0], device)
+            return Route(base=base, merged=True)
+        return replace(self._mixture_route(merges, device), base=base)
+
+    def _mixture_route(self, merges: Sequence[Merge], device: torch.device) -> Route:
+        up, down = self._coefficients(merges)
+        used = up.any(0).nonzero().flatten()
+        used = used if len(used) else torch.tensor([0])
+        up, down = (values[:, used].to(device, self._stacks[0].up.dtype) for values in (up, down))
+        return Route(base=0, up=up, down=down if merges[0].factors else None, used=used.to(device))
+
+    def fix(self, rows: int, device: torch.device) -> None:
+        """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
+
+        Then other adapters or mixtures are other values, and nothing is compiled anew, nor any CUDA graph recorded.
+        """
+        up, down = (torch.zeros(rows, len(self.names), device=device, dtype=self._stacks[0].up.dtype) for _ in range(2))
+        self._fixed = Route(base=0, experts=torch.zeros(rows, dtype=torch.int64, device=device), up=up, down=down)
+
+    def _fixed_route(self, adapters: Sequence[str | Merge | None]) -> Route:
+        fixed = cast(Any, self._fixed)
+        if len(adapters) > len(fixed.experts):
+            self.fix(len(adapters), fixed.experts.device)
+            fixed = cast(Any, self._fixed)
+        merges = [adapter for adapter in adapters if isinstance(adapter, Merge)]
+        if not merges:
+            fixed.experts[: len(adapters)].copy_(self._places(adapters))
+            return replace(fixed, up=None, down=None)
+        nothing = Merge(())
+        up, down = self._coefficients([a if isinstance(a, Merge) else nothing for a in adapters])
+        fixed.up[: len(up)].copy_(up)
+        fixed.down[: len(down)].copy_(down)
+        return replace(fixed, experts=None, down=fixed.down if merges[0].factors else None)
+
+    def release(self) -> None:
+        """Give back the memory of merged weights."""
+        self._merged = None
+        for stack in self._stacks:
+            stack.merged = None
+
+    def _merge(self, merge: Merge, device: torch.device) -> None:
+        """Keep the weights of one mixture in every layer, until another is merged or they are released."""
+        if merge == self._merged:
+            return
+        self._merged = None
+        route = self._mixture_route([merge], device)
+        for stack in self._stacks:
+            stack.merge(route)
+        self._merged = merge
+
+    def _can_merge(self, device: torch.device) -> bool:
+        weights = [stack.base.weight for stack in self._stacks]
+        return all(weight.dtype.itemsize >= 4 and weight.device == device for weight in weights)
+
+    def _places(self, adapters: Sequence[Any]) -> Tensor:
+        return torch.tensor(
+            [len(self.names) if name is None else self.names.index(name) for name in adapters], dtype=torch.int64
+        )
+
+    def _coefficients(self, merges: Sequence[Merge]) -> tuple[Tensor, Tensor]:
+        """c and d of mixtures: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
+        for name in {name for merge in merges for name, weight in merge.weights if weight}:
+            if name in self._doras:
+                raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
+        weights = [dict(merge.weights) for merge in merges]
+        c = torch.tensor([[own.get(name, 0.0) for name in self.names] for own in weights], dtype=torch.float64)
+        strength = c.sum(1, keepdim=True)
+        return c, torch.where(strength == 0, 0, c / strength)
+
+
+class _Routed:
+    """A LoRA layer of peft that takes a route where there is one; a class, so that copies of a model are whole."""
+
+    routers: list[BatchedAdapters]
+    stacks: nn.ModuleList
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for router, stack in zip(self.routers, self.stacks, strict=True):
+            if router.route is not None:
+                return stack(x, router.route)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+
+class RoutedLinear(_Routed, Linear): ...
+
+
+class RoutedConv2d(_Routed, Conv2d): ...
+
+
+def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> LoRAStack:
+    if not isinstance(layer, _Routed):
+        layer.__class__ = RoutedConv2d if isinstance(layer, Conv2d) else RoutedLinear
+        layer.routers, layer.stacks = [], nn.ModuleList()
+    layer.routers.append(router)
+    layer.stacks.append(stack)
+    return stack
+
+
+def _check_layer(layer: LoraLayer, place: str, name: str) -> None:
+    """See that an adapter of a layer has a batched form."""
+    variant = layer.lora_variant.get(name)
+    base = layer.get_base_layer()
+    if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
+        why = f"is a {type(layer).__name__} of peft"
+    elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
+        why = f"is a {type(variant).__name__.removesuffix('Variant')}"
+    elif layer.lora_bias.get(name, False):
+        why = "has a bias"
+    elif isinstance(base, nn.Conv2d) and (
+        base.groups != 1 or base.dilation != (1, 1) or base.padding_mode != "zeros" or isinstance(base.padding, str)
+    ):
+        why = "is of a convolution with groups, dilation or padding other than zeros"
+    else:
+        return
+    raise ValueError(f"adapter {name!r}: the LoRA of {place} {why}, which cannot be batched; use forwards='separate'")

@@ -1,0 +1,153 @@
+"""peft's LoRA layers of a UNet: which adapters are on, one at a time or merged, and whether they can be merged."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+@contextmanager
+def active_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
+    """Run the UNet with one adapter, or with none: then it is the reference."""
+    layers = lora_layers(unet)
+    if name is not None and not any(name in layer.r for layer in layers):
+        raise ValueError(f"the UNet has no adapter {name!r}")
+    with _active(layers, [name] if name else []):
+        yield
+
+
+@contextmanager
+def adapter_on_last_rows(unet: nn.Module, name: str, first: int) -> Iterator[None]:
+    """Run the UNet with an adapter, as it stands now, on the rows from `first` on, and with none on those before.
+
+    Without gradients: the rows of an output are changed in place.
+
+    Raises:
+        ValueError: for an adapter that is not there, or a DoRA, which is no sum of two outputs.
+    """
+    layers = lora_layers(unet)
+    check_mergeable(layers, [name])
+
+    def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        down, up = layer.lora_A[name], layer.lora_B[name]
+        own = up(down(inputs[0][first:].to(down.weight.dtype)))
+        output[first:] += (own * layer.scaling[name]).to(output.dtype)
+
+    hooks = [layer.register_forward_hook(add) for layer in layers if name in layer.scaling]
+    try:
+        with _active(layers, []):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def merged_adapters(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run the UNet with the LoRA Σ w_i B_i A_i: every adapter's output, scaled, in one forward.
+
+    Raises:
+        ValueError: for an adapter that is not there, or a DoRA, which is not linear in its weight.
+    """
+    layers = lora_layers(unet)
+    used = {name: weight for name, weight in weights.items() if weight != 0}
+    check_mergeable(layers, list(used))
+    with _scaled(layers, used), _active(layers, list(used)):
+        yield
+
+
+@contextmanager
+def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run the UNet with the LoRA λ (Σ w_i B_i / λ) (Σ w_i A_i / λ), λ = Σ w_i: factors averaged one by one.
+
+    Raises:
+        ValueError: for adapters of different rank, alpha or layers, whose factors have no average, or a DoRA.
+    """
+    layers = lora_layers(unet)
+    used = {name: weight for name, weight in weights.items() if weight != 0}
+    check_factors(layers, list(used))
+    strength = sum(used.values())
+    if not used or strength == 0:
+        with _active(layers, []):
+            yield
+        return
+    first = next(iter(used))  # its place holds the average meanwhile
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for layer in layers:
+            if first not in layer.scaling:
+                continue
+            for factors in (layer.lora_A, layer.lora_B):
+                weight = factors[first].weight
+                kept.append((weight, weight.data))
+                weight.data = sum(w / strength * factors[name].weight.data for name, w in used.items())
+        with _scaled(layers, {first: strength}), _active(layers, [first]):
+            yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
+
+
+def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
+    """See that adapters are there, and linear in their weights."""
+    for name in names:
+        if not any(name in layer.scaling for layer in layers):
+            raise ValueError(f"the UNet has no adapter {name!r}")
+        if any(layer.use_dora.get(name, False) for layer in layers):
+            raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
+
+
+def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
+    """See that adapters have factors of one shape and scale."""
+    check_mergeable(layers, names)
+    for name in names:
+        if any(layer.lora_bias.get(name, False) for layer in layers):
+            raise ValueError(f"adapter {name!r} has a bias, which is of neither factor; use the rule soup")
+    for layer in layers:
+        made = {name: (layer.r[name], layer.scaling[name]) if name in layer.scaling else None for name in names}
+        if len(set(made.values())) > 1:
+            (one, a), (other, b) = next((x, y) for x in made.items() for y in made.items() if x[1] != y[1])
+            raise ValueError(
+                f"adapters {one!r} and {other!r} differ in rank, alpha or layers ({a} and {b} as rank and scale), "
+                "so their factors have no average; use the rule soup"
+            )
+
+
+@contextmanager
+def _scaled(layers: Sequence[BaseTunerLayer], weights: Mapping[str, float]) -> Iterator[None]:
+    """Multiply the output of adapters meanwhile."""
+    before = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for name in weights.keys() & layer.scaling.keys():
+                layer.scaling[name] *= weights[name]
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
+
+
+@contextmanager
+def _active(layers: Sequence[BaseTunerLayer], names: list[str]) -> Iterator[None]:
+    before = [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    for layer in layers:
+        _activate(layer, not names, names or None)
+    try:
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            _activate(layer, disabled, active)
+
+
+def _activate(layer: BaseTunerLayer, disabled: bool, names: list[str] | None) -> None:
+    """Set flags only: peft's own switches also change `requires_grad`, which training must keep."""
+    layer._disable_adapters = disabled
+    if names is not None:
+        layer._active_adapter = names

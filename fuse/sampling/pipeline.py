@@ -1,0 +1,359 @@
+"""The multi-objective sampler with the interface of a diffusers pipeline."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from torch import Tensor
+
+from stepfuse.data.images import to_image
+from stepfuse.data.names import nearest
+from stepfuse.fuse.backbones.quiet import StableDiffusionXLPipeline
+from stepfuse.fuse.backbones.unet import encode_prompts, execution_device
+from stepfuse.fuse.diffusion.gaussian import Generators
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.registry import RULES, get_rule
+from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
+from stepfuse.fuse.sets.create import copy_set
+
+CallbackOnStepEnd = Callable[["FusedPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
+OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+class FusedPipeline:
+    """An adapter set as a pipeline: `FusedPipeline.from_pretrained("owner/name")(prompt, weights={…}).images`.
+
+    It holds a `FusedSampler`, `.sampler`, and through it the base's own pipeline with every adapter on its UNet, so
+    that what moves, offloads, slices or casts that pipeline does so here. The noise schedule belongs to the set: there
+    is no other scheduler to choose.
+    """
+
+    def __init__(self, sampler: FusedSampler, adapter_set: AdapterSet | None = None) -> None:
+        self.sampler, self.adapter_set = sampler, adapter_set
+        self._interrupt = False
+        self._progress: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter_set: str | Path | AdapterSet,
+        *,
+        pipeline: DiffusionPipeline | None = None,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "FusedPipeline":
+        """Load a set and its base, on the CPU.
+
+        Args:
+            adapter_set: a folder, a hub id, `owner/name` or `owner/name@revision`, or a set already read.
+            pipeline: the base if it is loaded already; by default the one the set names.
+            dtype, torch_dtype: of the base; float32 by default.
+            options: `rule`, `guidance`, `guidance_scale`, `forwards`, `rows_at_once` and the others of
+                `FusedSampler.from_pretrained`.
+
+        Raises:
+            ValueError: for a faulty set, and a pipeline that is not the set's base.
+        """
+        if not isinstance(adapter_set, AdapterSet):
+            adapter_set = load_set(adapter_set)
+        device = "cpu" if pipeline is None else pipeline.device
+        chosen = dtype or torch_dtype or torch.float32
+        options = {"device": device} | options
+        sampler = FusedSampler.from_pretrained(adapter_set, pipeline=pipeline, dtype=chosen, **options)
+        return cls(sampler, adapter_set)
+
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
+        """Write the adapter set to a folder, of which `from_pretrained` makes a pipeline that draws the same images.
+
+        The base is not copied: the set names it, as before. Rule, guidance and guidance scale become those of this
+        pipeline.
+
+        Args:
+            save_directory: the folder; made if it is not there.
+            overwrite: replace its content.
+
+        Raises:
+            ValueError: for a folder that is not empty, a pipeline that was not made of a set, and a rule whose options
+                no set holds.
+        """
+        if self.adapter_set is None:
+            raise ValueError("this pipeline was not made of an adapter set; use FusedPipeline.from_pretrained")
+        denoiser = self.sampler.denoiser
+        values: dict[str, Any] = {
+            "default_rule": _rule_name(self.sampler.rule),
+            "guidance": denoiser.guidance,
+            "guidance_scale": denoiser.guidance_scale,
+        }
+        folder = Path(save_directory)
+        saved = copy_set(self.adapter_set.adapters[0].folder.parent, folder, overwrite=overwrite)
+        if any(getattr(saved, key) != value for key, value in values.items()):
+            save_manifest(folder, replace(saved, **values))
+
+    def __repr__(self) -> str:
+        sampler = self.sampler
+        denoiser, base = sampler.denoiser, type(sampler.pipeline).__name__
+        if self.adapter_set is not None:
+            base = f"{self.adapter_set.base['name_or_path']!r} ({base})"
+        scale = "" if denoiser.guidance == "off" else f" {denoiser.guidance_scale:g}"
+        parts = {
+            "base": base,
+            "objectives": label_weights(sampler.default_weights),
+            "rule": repr(sampler.rule),
+            "guidance": denoiser.guidance + scale,
+            "num_inference_steps": str(sampler.num_inference_steps),
+            "device": str(self.device),
+            "dtype": str(self.dtype),
+        }
+        lines = "\n".join(f"  {key}: {value}" for key, value in parts.items())
+        return f"{type(self).__name__}(\n{lines}\n)"
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        weights: Weights | Sequence[Weights] | None = None,
+        *,
+        strength: float = 1.0,
+        weights_on: str = "exponents",
+        rule: str | FusionRule | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance: str | None = None,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_prompt: str | Sequence[str | None] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: CallbackOnStepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        batch_size: int | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draw images.
+
+        Args:
+            prompt: one or several; None where `prompt_embeds` is given.
+            weights: by objective: one mapping for all images, one a prompt, or one an image; by default the set's.
+            strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
+            weights_on: `exponents`, or `rewards`: see `FusedSampler.plan`.
+            rule: by default the one the pipeline was made with.
+            height, width: pixels; by default the base's own.
+            num_inference_steps: by default the set's.
+            guidance, guidance_scale: by default those the pipeline was made with.
+            guidance_interval: (begin, end) as shares of the steps.
+            negative_prompt: one for all images, or one a prompt. Without one, Stable Diffusion takes the embedding of
+                "" and SDXL, where its `force_zeros_for_empty_prompt` is set, zeros; as diffusers' pipelines do.
+            num_images_per_prompt: images of one prompt follow each other.
+            generator: one for each image, on which alone the image depends, or a single one. Of a single image, a
+                single generator gives the noise that it gives in diffusers; of several, it seeds one for each.
+            latents: noise to begin with, (images, channels, h, w), in place of noise drawn with the generators.
+            prompt_embeds, negative_prompt_embeds: embeddings, a row a prompt, in place of prompts.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL needs beside them.
+            output_type: `pil`; `np`, (b, h, w, 3) in [0, 1]; `pt`, (b, 3, h, w) in [0, 1]; or `latent`.
+            return_dict: an object with `.images`, or a tuple of it.
+            callback_on_step_end: called as `callback(pipeline, step, t, {"latents": x_s})` after each step; it may
+                return other latents, and stop the run by setting `pipeline._interrupt`.
+            callback_on_step_end_tensor_inputs: `latents` is all there is.
+            batch_size: how many images are denoised together; by default all.
+
+        Raises:
+            ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
+        """
+        prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        self._check_embeds(prompts, negative_prompt, embeds)
+        count = len(prompts) if prompts is not None else len(cast(Tensor, prompt_embeds))
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt {num_images_per_prompt}; expected 1 or more")
+        if output_type not in OUTPUTS:
+            raise ValueError(
+                f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}{nearest(output_type, OUTPUTS)}"
+            )
+        if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs {unknown[0]!r}; latents is all there is")
+        each = num_images_per_prompt
+        own = weights if weights is None or isinstance(weights, Mapping) else weight_rows(weights, self.names)
+        if isinstance(own, list) and len(own) == count:
+            own = _repeat(own, each)
+        negative = negative_prompt
+        conditioning = None
+        if any(value is not None for value in embeds.values()):
+            negatives = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
+            if len(negatives) != count:
+                raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
+            pipeline = self.sampler.pipeline
+            device = execution_device(pipeline)
+            given: dict[str, Any] = {key: None if value is None else value.to(device) for key, value in embeds.items()}
+            conditioning = encode_prompts(pipeline, prompts, negatives, height=height, width=width, **given)
+            conditioning, prompts, negative = conditioning.repeat(each), None, None
+        if negative is not None and not isinstance(negative, str):
+            negative = _repeat(list(negative), each)
+        images = self._sampler(rule, guidance, guidance_scale).sample(
+            None if prompts is None else _repeat(prompts, each),
+            own,
+            strength=strength,
+            weights_on=weights_on,
+            num_inference_steps=num_inference_steps,
+            guidance_interval=guidance_interval,
+            generator=generator,
+            negative_prompt=negative,
+            conditioning=conditioning,
+            latents=latents,
+            height=height,
+            width=width,
+            batch_size=batch_size or max(1, count * each),
+            output_type="latent" if output_type == "latent" else "pt",
+            progress=not self._progress.get("disable", False),
+            after=self._after(callback_on_step_end) if callback_on_step_end else None,
+        )
+        assert isinstance(images, Tensor)
+        self.sampler.pipeline.maybe_free_model_hooks()
+        result: Any = images
+        if output_type == "pil":
+            result = [to_image(pixels) for pixels in images]
+        elif output_type == "np":
+            result = images.permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _check_embeds(
+        self,
+        prompts: list[str] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+        embeds: Mapping[str, Tensor | None],
+    ) -> None:
+        """Check what is given of prompts and embeddings, as diffusers' pipelines do.
+
+        Raises:
+            ValueError: naming what is missing or given twice.
+        """
+        given = [name for name, value in embeds.items() if value is not None]
+        xl = isinstance(self.sampler.pipeline, StableDiffusionXLPipeline)
+        if prompts is None and "prompt_embeds" not in given:
+            raise ValueError("no prompt; give prompt or prompt_embeds")
+        if prompts is not None and "prompt_embeds" in given:
+            raise ValueError("both prompt and prompt_embeds are given; give one of the two")
+        if negative_prompt is not None and "negative_prompt_embeds" in given:
+            raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of the two")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            pooled = name.replace("prompt", "pooled_prompt")
+            if xl and (name in given) != (pooled in given):
+                missing, other = (pooled, name) if name in given else (name, pooled)
+                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
+            if not xl and pooled in given:
+                raise ValueError(f"{pooled} is given, which Stable Diffusion XL alone takes")
+        first, second = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+        if first is not None and second is not None and first.shape != second.shape:
+            raise ValueError(
+                f"prompt_embeds has shape {tuple(first.shape)} and negative_prompt_embeds {tuple(second.shape)}; "
+                "expected one shape"
+            )
+
+    def _sampler(self, rule: str | FusionRule | None, guidance: str | None, scale: float | None) -> FusedSampler:
+        """The sampler as one call wants it."""
+        sampler = self.sampler if rule is None else self.sampler.with_rule(rule)
+        denoiser = sampler.denoiser
+        if guidance is not None:
+            denoiser = replace(denoiser, guidance=guidance)
+        if scale is not None:
+            denoiser = replace(denoiser, guidance_scale=scale)
+        return sampler if denoiser is sampler.denoiser else replace(sampler, denoiser=denoiser)
+
+    def _after(self, callback: CallbackOnStepEnd) -> Callable[[int, int, Tensor], tuple[Tensor, bool]]:
+        self._interrupt = False
+
+        def after(number: int, t: int, latents: Tensor) -> tuple[Tensor, bool]:
+            returned = callback(self, number, int(t), {"latents": latents}) or {}
+            return returned.get("latents", latents), not self._interrupt
+
+        return after
+
+    # What the base's pipeline does ---------------------------------------------------------------
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def names(self) -> list[str]:
+        """The objectives, as weights call them."""
+        return self.sampler.names
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return self.sampler.pipeline.components
+
+    @property
+    def device(self) -> torch.device:
+        return self.sampler.pipeline.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.sampler.pipeline.dtype
+
+    def to(self, *arguments: Any, **options: Any) -> "FusedPipeline":
+        """Move or cast everything; `DiffusionPipeline.to`."""
+        self.sampler.release()
+        self.sampler.pipeline.to(*arguments, **options)
+        return self
+
+    def enable_model_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Keep on the device only the model that computes; `DiffusionPipeline.enable_model_cpu_offload`."""
+        self.sampler.release()
+        self.sampler.pipeline.enable_model_cpu_offload(*arguments, **options)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Keep on the device only the layer that computes; `DiffusionPipeline.enable_sequential_cpu_offload`."""
+        self.sampler.release()
+        self.sampler.pipeline.enable_sequential_cpu_offload(*arguments, **options)
+
+    def enable_attention_slicing(self, slice_size: str | int = "auto") -> None:
+        self.sampler.pipeline.enable_attention_slicing(slice_size)
+
+    def enable_vae_slicing(self) -> None:
+        self.sampler.pipeline.vae.enable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        self.sampler.pipeline.vae.enable_tiling()
+
+    def compile(self, how: str = "regional", **options: Any) -> None:
+        """`FusedSampler.compile`."""
+        self.sampler.compile(how, **options)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """`disable=True` hides the bar."""
+        self._progress = options
+
+
+def _repeat(values: Sequence[Any], count: int) -> list[Any]:
+    """a a b b."""
+    return [value for value in values for _ in range(count)]
+
+
+def _rule_name(rule: FusionRule) -> str:
+    """The name of a rule with its default options.
+
+    Raises:
+        ValueError: for a rule that has other options, or none of `RULES`.
+    """
+    for name, kind in RULES.items():
+        if type(rule) is kind and repr(get_rule(name)) == repr(rule):
+            return name
+    raise ValueError(f"rule {rule!r} cannot be saved: a set holds the names of {', '.join(RULES)}, without options")

@@ -1,0 +1,82 @@
+"""Rewards for rules that need them: loaded, in one unit, and differentiable where that is needed."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.registry import is_catalogued, load_reward
+from stepfuse.rewards.weighted import Weighted
+
+GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there for all prompts or for none
+
+
+def check_trusted(objective: Objective, *, trusted: bool) -> None:
+    """See that the reward a set names runs no code of a stranger's, and sends no picture to a stranger's server.
+
+    Raises:
+        ValueError: for a reward that is not of the catalogue, unless its set is trusted.
+    """
+    if not trusted and not is_catalogued(objective.reward):
+        raise ValueError(
+            f"the set names {objective.reward[:200]!r} as the reward of {objective.name!r}, which is code or a server; "
+            "if you trust it, say so: --trust_rewards, or trust_rewards=True"
+        )
+
+
+def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, trusted: bool = False) -> Reward:
+    """The reward an objective names.
+
+    Raises:
+        ValueError: where it cannot be loaded, or may not.
+    """
+    check_trusted(objective, trusted=trusted)
+    try:
+        return load_reward(objective.reward, device)
+    except ValueError as error:
+        raise ValueError(
+            f"rule {type(rule).__name__} needs the reward of objective {objective.name!r}: {error}; "
+            "or pass it as rewards={…}"
+        ) from error
+
+
+def check_scales(plan: Plan, objectives: Sequence[Objective], scales: Mapping[str, float]) -> None:
+    """See that rewards weighed against each other have units; one alone needs none.
+
+    Raises:
+        ValueError: naming an objective without.
+    """
+    used = [o.name for i, o in enumerate(objectives) if bool((plan.weights[:, i] != 0).any())]
+    unknown = [name for name in used if name not in scales]
+    if len(used) > 1 and unknown:
+        raise ValueError(
+            f"no scale for {unknown[0]!r}, to weigh its reward against the others: its training measured no "
+            "deviation; pass reward_scales={…}, or scales in an evaluation's config"
+        )
+
+
+def check_gradients(
+    plan: Plan, objectives: Sequence[Objective], rewards: Mapping[str, Reward], device: torch.device
+) -> None:
+    """See that the rewards in use, and every term of weighted ones, are differentiable, by one small picture.
+
+    Raises:
+        ValueError: naming a reward that is not.
+    """
+    for place, objective in enumerate(objectives):
+        if not bool((plan.weights[:, place] != 0).any()):
+            continue
+        reward = rewards[objective.name]
+        terms = reward.rewards if isinstance(reward, Weighted) else {objective.reward: reward}
+        for name, term in terms.items():
+            pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
+            with torch.enable_grad():
+                value = score(term, pixels, [GRADIENT_PROMPT], name=name)
+            if not value.requires_grad:
+                raise ValueError(
+                    f"rule rgg needs gradients, and the reward {name!r} of objective {objective.name!r} has none; "
+                    "give it weight 0, or use the rule code"
+                )

@@ -1,0 +1,442 @@
+"""The multi-objective sampler: N adapters fused at every denoising step, for any weights."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from stepfuse.data.images import to_image
+from stepfuse.fuse.backbones.checks import check_base
+from stepfuse.fuse.backbones.compiled import compile_unet
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path, same_base
+from stepfuse.fuse.backbones.loading import load_base
+from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
+from stepfuse.fuse.backbones.unet import (
+    decode_latents,
+    decode_unclamped,
+    encode_prompts,
+    execution_device,
+    latent_shape,
+)
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
+from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.best_of_n import CoDe
+from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.plan import FusionStep, Plan, Rows, make_plan
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.rules.run import After, Run, image_generators, uniform_numbers
+from stepfuse.fuse.rules.weights import Weights
+from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, check_pixels
+from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, reward_of
+from stepfuse.fuse.sets.adapter import load_adapter
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
+from stepfuse.rewards.protocol import Reward, score
+
+Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedSampler:
+    """Sample the fusion of several aligned policies over one base, by default their product (MSDDA, arXiv:2604.14379).
+
+        p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i),     a_i = λ w_i,  Σ w_i = 1
+
+    Attributes:
+        pipeline: the base, with one LoRA an objective on its UNet, under the objective's name.
+        objectives: what each was aligned to, and with which variance schedule.
+        denoiser: the guided predictions.
+        reference: variance schedule of the base policy, p_ref.
+        rule: how the Gaussians of a step are fused.
+        num_inference_steps: default number of steps.
+        default_weights: used where `sample` gets none.
+        oracles: adapters trained on weighted rewards, on the UNet too.
+        oracle_weights: what each of them was trained on, by objective.
+        rewards: of the objectives, by name; only rules that need rewards read them.
+        reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
+        profiles: measured gaps between soup and product, for rules with a gate.
+        trust_rewards: load rewards that are files of code or servers, if objectives name such.
+    """
+
+    pipeline: DiffusionPipeline
+    objectives: tuple[Objective, ...]
+    denoiser: Denoiser
+    reference: VarianceSchedule
+    rule: FusionRule
+    num_inference_steps: int
+    default_weights: Weights
+    oracles: tuple[Objective, ...] = ()
+    oracle_weights: tuple[Mapping[str, float], ...] = ()
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    reward_scales: Mapping[str, float] = field(default_factory=dict)
+    profiles: tuple[GapProfile, ...] = ()
+    trust_rewards: bool = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        adapter_set: str | Path | AdapterSet,
+        *,
+        pipeline: DiffusionPipeline | None = None,
+        rule: str | FusionRule | None = None,
+        guidance: str | None = None,
+        guidance_scale: float | None = None,
+        forwards: str = "batched",
+        rows_at_once: int | None = None,
+        rewards: Mapping[str, Reward] | None = None,
+        reward_scales: Mapping[str, float] | None = None,
+        trust_rewards: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> "FusedSampler":
+        """Load a set: the base once, and every adapter on it.
+
+        Args:
+            adapter_set: a folder, a hub id, or a set already read.
+            pipeline: the base if it is loaded already; by default the one the set names.
+            rule: a name in `stepfuse.fuse.rules.registry.RULES`, or a rule; by default the set's.
+            guidance, guidance_scale: by default those of the set.
+            forwards: `batched`, all adapters in one forward, or `separate`, each in one of its own: slower, for kinds
+                of LoRA that have no batched form.
+            rows_at_once: the most rows in one forward; smaller is slower and takes less memory.
+            rewards: by objective, for rules that need them; by default those the objectives name.
+            reward_scales: by objective; by default the deviation each adapter's training measured on the base.
+            trust_rewards: let the set name rewards that are code or servers, for rules that need them.
+            dtype, device: where and how the base is kept.
+
+        Raises:
+            ValueError: for a faulty set, a pipeline that is not the set's base, or a rule whose rewards are not there.
+        """
+        if isinstance(rule, str):
+            rule = get_rule(rule)  # before anything is loaded
+        if forwards not in ("batched", "separate"):
+            raise ValueError(f"forwards {forwards!r}; expected batched or separate")
+        if not isinstance(adapter_set, AdapterSet):
+            adapter_set = load_set(adapter_set)
+        chosen_rule = rule or get_rule(adapter_set.default_rule)
+        if pipeline is None:
+            pipeline = load_base(adapter_set.base, dtype=dtype)
+        else:
+            check_base(pipeline)
+        if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
+            raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
+        pipeline.to(device)
+        fingerprint = base_fingerprint(pipeline.unet)
+        if not same_base(adapter_set.base, fingerprint):
+            raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
+        check_path(adapter_set.base, pipeline)
+        adapters = adapter_set.everyone
+        for adapter in adapters:
+            load_adapter(pipeline, adapter, fingerprint)
+        sampler = cls(
+            pipeline=pipeline,
+            objectives=adapter_set.objectives,
+            denoiser=Denoiser.from_pipeline(
+                pipeline,
+                guidance=guidance or adapter_set.guidance,
+                guidance_scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
+                batched=BatchedAdapters(pipeline.unet, [a.name for a in adapters]) if forwards == "batched" else None,
+                rows_at_once=rows_at_once,
+            ),
+            reference=adapter_set.reference,
+            rule=chosen_rule,
+            num_inference_steps=adapter_set.num_inference_steps,
+            default_weights=adapter_set.default_weights,
+            oracles=tuple(oracle.adapter.objective for oracle in adapter_set.oracles),
+            oracle_weights=tuple(oracle.weights for oracle in adapter_set.oracles),
+            rewards=rewards or {},
+            reward_scales=adapter_set.reward_scales | dict(reward_scales or {}),
+            profiles=adapter_set.profiles,
+            trust_rewards=trust_rewards,
+        )
+        return sampler.with_rule(chosen_rule)
+
+    def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
+        """The same sampler under another rule, with the rewards it needs loaded.
+
+        Raises:
+            ValueError: for an unknown rule, a reward that cannot be loaded, or one without gradient where the rule
+                needs it.
+        """
+        rule = get_rule(rule) if isinstance(rule, str) else rule
+        if not getattr(rule, "needs", ""):
+            return replace(self, rule=rule)
+        device = execution_device(self.pipeline)
+        trusted = self.trust_rewards
+        rewards = {
+            o.name: self.rewards.get(o.name) or reward_of(o, rule, device, trusted=trusted) for o in self.objectives
+        }
+        return replace(self, rule=rule, rewards=rewards)
+
+    def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
+        """Compile the UNet, in place: `stepfuse.fuse.backbones.compiled.compile_unet`.
+
+        Raises:
+            ValueError: for another word than regional or full, or without batched forwards.
+        """
+        compile_unet(self.pipeline.unet, self.denoiser.batched, how, rows, execution_device(self.pipeline), **options)
+
+    @property
+    def names(self) -> list[str]:
+        return [objective.name for objective in self.objectives]
+
+    def plan(
+        self,
+        weights: Weights | Sequence[Weights] | None,
+        count: int,
+        *,
+        strength: float = 1.0,
+        weights_on: str = "exponents",
+        num_inference_steps: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Plan:
+        """What a run for `count` images will do, checked by the rule before anything is computed.
+
+        Args:
+            weights: one mapping for all, or one an image; objectives left out get 0.
+            count: how many images.
+            strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
+            weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i scale_i: weights on the raw rewards.
+            num_inference_steps: by default the set's.
+            guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
+                the others the prediction is e_c (arXiv:2404.07724).
+
+        Raises:
+            ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
+        """
+        plan = make_plan(
+            self.default_weights if weights is None else weights,
+            count,
+            path=self.denoiser.path,
+            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            objectives=self.objectives,
+            oracles=self.oracles,
+            oracle_weights=self.oracle_weights,
+            reference=self.reference,
+            strength=strength,
+            weights_on=weights_on,
+            guidance_interval=guidance_interval,
+        )
+        if merges := getattr(self.rule, "merges", ""):
+            used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
+            check = check_factors if merges == "factors" else check_mergeable
+            check(lora_layers(self.pipeline.unet), used)
+        if getattr(self.rule, "gate", None) is not None:
+            denoiser = self.denoiser
+            profile = find_profile(self.profiles, len(plan.steps), denoiser.guidance, denoiser.guidance_scale)
+            plan = replace(plan, gaps=profile.at(plan.weights, plan.names))
+        if getattr(self.rule, "needs", "") == "gradients":
+            check_gradients(plan, self.objectives, self.rewards, execution_device(self.pipeline))
+        if getattr(self.rule, "needs", "") == "rewards":
+            check_scales(plan, self.objectives, self.reward_scales)
+        return self.rule.prepare(plan)
+
+    def step(self, x_t: Latents, number: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
+        """The fused Gaussian of x_s given x_t at step `number` of the plan; networks of weight 0 are not run.
+
+        Rules that draw lots take them from generators of seeds 0, 1, 2 …; `sample` takes each image's own.
+
+        Raises:
+            ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
+                whole images and their prompts, so `sample` alone has them.
+        """
+        self._refuse_rewards()
+        lots = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
+        run = self._run(plan, conditioning, None)
+        return self.rule(
+            FusionStep(plan=plan, number=number, x_t=x_t, networks=run.networks, uniforms=lots, rewards=run.rewards)
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: str | Sequence[str] | None,
+        weights: Weights | Sequence[Weights] | None = None,
+        *,
+        strength: float = 1.0,
+        weights_on: str = "exponents",
+        num_inference_steps: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        generator: Generators = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        conditioning: Conditioning | None = None,
+        latents: Latents | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        batch_size: int = 16,
+        output_type: str = "pil",
+        progress: bool = True,
+        observe: Observer | None = None,
+        after: After | None = None,
+        report_cuts: bool = True,
+    ) -> list[Image.Image] | Tensor:
+        """Draw one image a prompt.
+
+        Args:
+            prompts: one or several; None where `conditioning` is given.
+            weights: by objective name: one mapping for all images, or one an image.
+            strength, weights_on, num_inference_steps, guidance_interval: see `plan`.
+            generator: one for all images, or one an image. An image depends on its own generator
+                alone, never on the batch it is drawn in.
+            negative_prompt: one for all images, or one an image. None is no negative prompt, which in SDXL is not the
+                same as "": see `encode_prompts`.
+            conditioning: embeddings, a row an image, in place of prompts; not for rules that need rewards.
+            latents: x_T, a row an image, in place of noise drawn with the generators.
+            height, width: pixels; by default the model's own size.
+            batch_size: how many images are denoised together; candidates of `code` count as images.
+            output_type: `pil`; `pt`, pixels in [0, 1] of shape (b, 3, h, w); or `latent`.
+            progress: show a bar over the steps.
+            observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
+                batch, and which of the prompts the batch holds.
+            after: called after each step with its number, t and sample; gives the sample to go on with, and whether to.
+            report_cuts: log what is cut of prompts that are longer than the text encoder takes.
+
+        Raises:
+            ValueError: for weights, sizes or counts that make no sense, and for what the rule refuses, before
+                anything is computed; and for images that are not finite.
+        """
+        if (prompts is None) == (conditioning is None):
+            raise ValueError("expected prompts or conditioning, one of the two")
+        if conditioning is not None:
+            if getattr(self.rule, "needs", ""):
+                raise ValueError(f"rule {type(self.rule).__name__} needs rewards, and those need prompts")
+            prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
+        negatives: list[str | None]
+        if negative_prompt is None or isinstance(negative_prompt, str):
+            negatives = [negative_prompt] * len(prompts)
+        else:
+            negatives = list(negative_prompt)
+        if not prompts:
+            raise ValueError("no prompts; give at least one")
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; expected 1 or {len(prompts)}"
+            )
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r}; expected pil, pt or latent")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}; expected 1 or more")
+        if after and isinstance(self.rule, CoDe):
+            raise ValueError("rule code denoises candidates, which are no images yet; call back under another rule")
+        plan = self.plan(
+            weights,
+            len(prompts),
+            strength=strength,
+            weights_on=weights_on,
+            num_inference_steps=num_inference_steps,
+            guidance_interval=guidance_interval,
+        )
+        generators = image_generators(generator, len(prompts))
+        shape = latent_shape(self.pipeline, height, width)
+        if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
+            raise ValueError(f"latents of shape {tuple(latents.shape)}; expected {(len(prompts), *shape)}")
+        if report_cuts and conditioning is None:
+            warn_of_cuts(self.pipeline, [*prompts, *negatives])
+        device = execution_device(self.pipeline)
+        outputs = []
+        together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
+        batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
+        with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
+            for rows in batches:
+                if conditioning is None:
+                    given = encode_prompts(self.pipeline, prompts[rows], negatives[rows], height=height, width=width)
+                else:
+                    given = conditioning[rows].to(device)
+                run = self._run(plan[rows], given, prompts[rows])
+                own = generators[rows]
+                if latents is None:
+                    x_T = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
+                else:
+                    x_T = latents[rows].to(device, torch.float32)
+                finite = FiniteSteps()
+
+                def watch(
+                    step: FusionStep,
+                    gaussian: Gaussian,
+                    c: Conditioning = given,
+                    which: slice = rows,
+                    finite: FiniteSteps = finite,
+                ) -> None:
+                    bar.update()
+                    finite.note(step.t, gaussian)
+                    if observe:
+                        observe(step, gaussian, c, which)
+
+                x_0 = replace(run, observe=watch, after=after).denoise(x_T, own)
+                check_latents(x_0, prompts[rows], finite)
+                if output_type == "latent":
+                    outputs.append(x_0)
+                    continue
+                pixels = decode_unclamped(self.pipeline, x_0)
+                check_pixels(pixels, prompts[rows])
+                outputs.append(VaeImageProcessor.denormalize(pixels).cpu())
+        output = torch.cat(outputs)
+        return [to_image(pixels) for pixels in output] if output_type == "pil" else output
+
+    @torch.no_grad()
+    def denoise(
+        self, x_T: Latents, plan: Plan, conditioning: Conditioning, generators: list[torch.Generator]
+    ) -> Latents:
+        """From x_T to x_0 latents, as `sample` does between embedding prompts and decoding; for rules without rewards.
+
+        Raises:
+            ValueError: for rules that need rewards, which are of whole images and their prompts.
+        """
+        self._refuse_rewards()
+        return self._run(plan, conditioning, None).denoise(x_T, generators)
+
+    def release(self) -> None:
+        """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
+        if isinstance(self.denoiser.batched, BatchedAdapters):
+            self.denoiser.batched.release()
+
+    def _refuse_rewards(self) -> None:
+        if getattr(self.rule, "needs", ""):
+            raise ValueError(f"rule {type(self.rule).__name__} needs rewards, which latents do not have; use sample")
+
+    def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
+        """The run of one batch: its networks and rewards know which row belongs to which image."""
+
+        def networks(
+            x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+        ) -> list[Latents]:
+            experts = [*plan.names, None]  # the base is the last
+            adapters = [network if isinstance(network, Merge) else experts[network] for network in networks]
+            denoiser = self.denoiser.unguided() if t in plan.unguided else self.denoiser
+            return denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
+
+        def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
+            def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:
+                assert prompts is not None
+                texts = [prompts[i] for i in rows.tolist()]
+                return score(
+                    self.rewards[objective.name], decode_latents(self.pipeline, clean), texts, name=objective.reward
+                )
+
+            return reward
+
+        needed = getattr(self.rule, "needs", "") and prompts is not None
+        return Run(
+            rule=self.rule,
+            plan=plan,
+            networks=networks,
+            rewards=[scorer(o) for o in self.objectives] if needed else [],
+            # A reward alone needs no unit; for several `plan` has seen to it.
+            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
+        )

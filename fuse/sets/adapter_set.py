@@ -1,0 +1,222 @@
+"""An adapter set: one base, N adapters, and what is needed to fuse them rightly, as a folder.
+
+SET/
+  adapter_set.json                        all that is known of it; docs/adapter-set.md
+  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it (`lora_write`)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepfuse.data import emoji
+from stepfuse.data.output_folder import complete
+from stepfuse.fuse.diffusion.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.lora.safe_files import write_json
+from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.weight_table import weight_table
+from stepfuse.fuse.sets.adapter import Adapter, check_adapter
+from stepfuse.fuse.sets.entries import adapter_from_entry, adapter_to_entry
+from stepfuse.fuse.sets.hub import fetch_set, parse_id
+from stepfuse.fuse.sets.manifest import FORMAT_VERSION, MANIFEST, check_files, check_schema, inside, read_json
+from stepfuse.rewards.weighted import Term, parse_terms
+
+PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
+EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OracleAdapter:
+    """An adapter trained on a weighted sum of the set's rewards.
+
+    Attributes:
+        adapter: read and checked like the others.
+        weights: of that sum, by objective name.
+        scales: σ_i in that sum, by objective name.
+    """
+
+    adapter: Adapter
+    weights: dict[str, float]
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSet:
+    """Adapters of one base that may be fused.
+
+    Attributes:
+        base: `name_or_path` and fingerprint.
+        adapters: in the order of the manifest.
+        reference: variance schedule of the base policy, which counts where the strength is not 1.
+        guidance: `shared`, `full` or `off`.
+        guidance_scale: g.
+        num_inference_steps: default number of denoising steps.
+        default_weights: by objective name.
+        default_rule: how it is meant to be fused.
+        oracles: adapters trained on mixtures of the rewards, to compare fusion with.
+        profiles: how far a soup is from the product at each step, as `stepfuse set profile` measured it.
+        evaluation: gains over the base that an evaluation measured.
+        versions: of the packages it was made with.
+    """
+
+    base: dict[str, Any]
+    adapters: tuple[Adapter, ...]
+    reference: VarianceSchedule
+    guidance: str
+    guidance_scale: float
+    num_inference_steps: int
+    default_weights: dict[str, float]
+    default_rule: str = "product"
+    oracles: tuple[OracleAdapter, ...] = ()
+    profiles: tuple[GapProfile, ...] = ()
+    evaluation: dict[str, Any] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def reward_scales(self) -> dict[str, float]:
+        """σ_i: the unit the oracles were trained with; without any, the deviation measured on the base's images."""
+        measured = {a.name: a.record.get("validation", {}).get("before", {}).get("deviation") for a in self.adapters}
+        known = {name: value for name, value in measured.items() if value}
+        for oracle in self.oracles:
+            known |= oracle.scales
+        return known
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        return tuple(adapter.objective for adapter in self.adapters)
+
+    @property
+    def names(self) -> list[str]:
+        return [adapter.name for adapter in self.adapters]
+
+    @property
+    def everyone(self) -> tuple[Adapter, ...]:
+        """The adapters, and then the oracles."""
+        return (*self.adapters, *(oracle.adapter for oracle in self.oracles))
+
+
+def save_manifest(folder: Path, loaded: AdapterSet) -> None:
+    """Write the manifest of a set whose weights lie in the folder; what `load_set` reads again.
+
+    Raises:
+        ValueError: for values that no manifest holds; nothing is written then.
+    """
+    values = {
+        "format_version": FORMAT_VERSION,
+        "base": loaded.base,
+        "reference": schedule_to_dict(loaded.reference),
+        "guidance": loaded.guidance,
+        "guidance_scale": loaded.guidance_scale,
+        "num_inference_steps": loaded.num_inference_steps,
+        "default_weights": loaded.default_weights,
+        "default_rule": loaded.default_rule,
+        "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
+        "oracles": [
+            {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter, folder)}
+            for oracle in loaded.oracles
+        ],
+        "profiles": [profile_to_dict(profile) for profile in loaded.profiles],
+        "evaluation": loaded.evaluation,
+        "versions": loaded.versions,
+    }
+    check_schema(folder / MANIFEST, values)
+    write_json(folder / MANIFEST, values)
+
+
+def load_set(folder: str | Path) -> AdapterSet:
+    """Read and check a set: every file whole, every hash right, one base.
+
+    Args:
+        folder: where it lies; `emoji`, the set of the embedded base; or a hub id, `owner/name` or
+            `owner/name@revision`.
+
+    Raises:
+        ValueError: naming the file at fault.
+    """
+    folder = set_folder(folder)
+    loaded = read_manifest(folder)
+    check_files(folder)
+    for adapter in loaded.everyone:
+        check_adapter(adapter)
+    return loaded
+
+
+def read_manifest(folder: Path) -> AdapterSet:
+    """What the manifest of a set says; no weights are looked at.
+
+    Raises:
+        ValueError: naming the manifest and the value at fault.
+    """
+    file = inside(folder, MANIFEST)
+    values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
+    check_schema(file, values)
+    mixed = values.get("oracles", [])
+    entries = [*values["adapters"], *(entry["adapter"] for entry in mixed)]
+    try:
+        everyone = [adapter_from_entry(folder, entry, values["base"]) for entry in entries]
+        adapters, oracles = everyone[: len(values["adapters"])], everyone[len(values["adapters"]) :]
+        loaded = AdapterSet(
+            base=values["base"],
+            adapters=tuple(adapters),
+            reference=schedule_from_dict(values["reference"]),
+            guidance=values["guidance"],
+            guidance_scale=float(values["guidance_scale"]),
+            num_inference_steps=int(values["num_inference_steps"]),
+            default_weights=values["default_weights"],
+            default_rule=values.get("default_rule", "product"),
+            oracles=tuple(
+                OracleAdapter(
+                    adapter=oracle,
+                    weights=given["weights"],
+                    scales={name: term.scale for name, term in oracle_terms(oracle, adapters).items()},
+                )
+                for oracle, given in zip(oracles, mixed, strict=True)
+            ),
+            profiles=tuple(profile_from_dict(profile) for profile in values.get("profiles", [])),
+            evaluation=values.get("evaluation"),
+            versions=values.get("versions", {}),
+        )
+        for key in ("name", "folder"):
+            if len({entry[key] for entry in entries}) < len(entries):
+                raise ValueError(f"two adapters have one {key}")
+        measured = [mixture for profile in loaded.profiles for mixture in profile.mixtures]
+        weight_table([loaded.default_weights, *(own.weights for own in loaded.oracles), *measured], loaded.names)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        told = str(error)
+        raise ValueError(told if told.startswith(str(folder)) else f"{file} is malformed: {told}") from error
+    return loaded
+
+
+def set_folder(folder: str | Path) -> Path:
+    """Where a set lies: a folder, one of `EMBEDDED_SETS` by its name, or one of the hub by its id.
+
+    Raises:
+        ValueError: for a hub id of which there is none.
+    """
+    if str(folder) in EMBEDDED_SETS and not (Path(folder) / MANIFEST).exists():
+        return EMBEDDED_SETS[str(folder)]
+    if not Path(folder).exists() and parse_id(str(folder)) is not None:
+        return fetch_set(str(folder))
+    complete(Path(folder))  # where a process was killed while it replaced the set
+    return Path(folder)
+
+
+def oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term]:
+    """The terms of the reward an oracle was trained on, by objective, matched by the objectives' rewards."""
+    kind, _, sum_of = oracle.objective.reward.partition(":")
+    if kind != "weighted":
+        raise ValueError(
+            f"oracle {oracle.name!r} was trained on {oracle.objective.reward!r}; expected a weighted:… reward"
+        )
+    names = {adapter.objective.reward: adapter.name for adapter in adapters}
+    terms = {}
+    for term in parse_terms(sum_of):
+        if term.name not in names:
+            raise ValueError(
+                f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "
+                f"the set's rewards are {', '.join(map(repr, names))}"
+            )
+        terms[names[term.name]] = term
+    return terms

@@ -1,0 +1,261 @@
+"""The card of a set: what it holds, how it was made, what was measured, and how it is used."""
+
+import html
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from stepfuse.data.output_folder import written_file
+from stepfuse.data.text_files import file_name, write_text
+from stepfuse.fuse.diffusion.variance import schedule_to_dict
+from stepfuse.fuse.rules.weights import label_weights
+from stepfuse.fuse.sets.adapter import WEIGHTS, Adapter
+from stepfuse.fuse.sets.adapter_set import AdapterSet
+from stepfuse.fuse.sets.hub import parse_id
+from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.rewards.registry import local_parts
+
+CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
+CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"
+CODE = """```python
+import torch
+
+from stepfuse.fuse.sampling.pipeline import FusedPipeline
+
+pipe = FusedPipeline.from_pretrained("{place}")
+image = pipe("{prompt}", weights={weights}, generator=torch.Generator().manual_seed(0)).images[0]
+```"""
+ALONE = """```python
+pipe.load_lora_weights("{place}", subfolder="{name}", weight_name="{file}")
+```"""
+
+
+def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, place: str | None = None) -> Path:
+    """Write the set's README.md.
+
+    Args:
+        pictures: an evaluation's folder, whose plot of the fronts goes along.
+        place: what users of the card load the set by; by default the folder.
+
+    Raises:
+        ValueError: for a README.md of other origin, which is kept.
+    """
+    file = check_card(folder)
+    if pictures is not None and (pictures / FRONTS).is_file():
+        with written_file(folder / FRONTS) as picture:
+            shutil.copyfile(pictures / FRONTS, picture)
+    shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
+    with written_file(file) as temporary:
+        write_text(temporary, card(loaded, place=place or file_name(folder), shown=shown))
+    return file
+
+
+def check_card(folder: Path) -> Path:
+    """Check that a set's README.md may be written.
+
+    Raises:
+        ValueError: for one of other origin.
+    """
+    file = folder / CARD
+    if file.exists() and not is_card(file):
+        raise ValueError(f"{file} was not written by stepfuse; move it, and the card can be written")
+    return file
+
+
+def is_card(file: Path) -> bool:
+    """Whether a README.md is a card as `write_card` writes one, by the tag in its front matter."""
+    try:
+        front = yaml.safe_load(file.read_text(encoding="utf-8").split("---\n")[1])
+        return "stepfuse" in front["tags"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return False
+
+
+def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
+    """The card as Markdown with the hub's front matter; every figure is of the set.
+
+    Args:
+        place: a hub id, or a folder.
+        shown: pictures that lie beside it.
+    """
+    objectives = ", ".join(loaded.names)
+    weights = json.dumps({name: float(f"{weight:g}") for name, weight in loaded.default_weights.items()})
+    parts = [
+        f"---\n{front_matter(loaded, place)}---",
+        f"# {plain(place.rpartition('/')[2])}",
+        f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
+        "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
+        f"where images are drawn. Guidance is {loaded.guidance}, scale {loaded.guidance_scale:g}; "
+        f"{loaded.num_inference_steps} steps; rule {code(loaded.default_rule)}.",
+        *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
+        CODE.format(place=place, prompt="a lighthouse at dusk", weights=weights),
+        "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
+        ALONE.format(place=place, name=loaded.adapters[0].folder.name, file=WEIGHTS),
+        "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
+        f"`stepfuse set export {place} {loaded.names[0]} --format kohya`; a mixture as "
+        f'one file: `stepfuse set merge {place} --weights "{label_weights(loaded.default_weights)}"`.',
+        "## Adapters",
+        _adapters(loaded),
+        "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "
+        "over the images that training itself drew. KL: of the last step of training, in nats an image.",
+        "## Measured",
+        _measured(loaded),
+        *([f"![Mean rewards of every pair of objectives]({FRONTS})"] * (FRONTS in shown)),
+        "## Limits",
+        _limits(loaded),
+        "## Licences",
+        _licences(loaded),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def front_matter(loaded: AdapterSet, place: str) -> str:
+    """The hub's metadata, with what was measured as its model-index."""
+    licences = sorted({adapter.license for adapter in loaded.everyone if adapter.license})
+    named: dict[str, Any] = {"license": licences[0]} if len(licences) == 1 else {"license": "other"} if licences else {}
+    base = loaded.base["name_or_path"]
+    relation: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if parse_id(base) else {}
+    data = ModelCardData(
+        **named,
+        **relation,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stepfuse", "lora", "text-to-image", "multi-objective", "reinforcement-learning"],
+        model_name=place.rpartition("/")[2],
+        eval_results=_results(loaded) or None,
+    )
+    return data.to_yaml(line_break="\n") + "\n"
+
+
+def plain(text: object) -> str:
+    """Anybody's text as text in Markdown: no HTML, no link, no table cell, no line and no code of its own."""
+    escaped = html.escape(" ".join(str(text).split()), quote=False)
+    for mark in "\\|`[]*":
+        escaped = escaped.replace(mark, f"&#{ord(mark)};")
+    return escaped
+
+
+def code(text: object) -> str:
+    """Anybody's text as code in Markdown, where entities are not read: its brackets and marks become other ones."""
+    return f"`{' '.join(str(text).split()).translate(CODE_MARKS)}`"
+
+
+def _results(loaded: AdapterSet) -> list[EvalResult]:
+    """Gains of the set's own mixture where it was evaluated, else each adapter's on its own reward."""
+    if loaded.evaluation:
+        data = f"{loaded.evaluation['prompts']} prompts, {loaded.evaluation['seeds']} seeds"
+        cells = [c for c in loaded.evaluation["cells"] if c["rule"] == loaded.default_rule and c["strength"] == 1]
+        return [
+            _result(f"{loaded.evaluation['objectives'][name]}, gain over the base at {cell['weights']}", data, gain)
+            for cell in cells
+            for name, gain in cell["gains"].items()
+        ]
+    data = "validation images of training"
+    return [_result(f"{a.objective.reward}, gain over the base", data, a.gain) for a in loaded.adapters if a.gain]
+
+
+def _result(metric: str, data: str, gain: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-to-image",
+        dataset_type="prompts",
+        dataset_name=data,
+        metric_type="reward",
+        metric_name=metric,
+        metric_value=round(gain["mean"], 6),
+    )
+
+
+def _base(loaded: AdapterSet) -> str:
+    name = loaded.base["name_or_path"]
+    revision = loaded.base.get("revision")
+    at = f" at {code(revision)}" if revision else ""
+    return (f"[{name}](https://huggingface.co/{name})" if parse_id(name) else code(name)) + at
+
+
+def _adapters(loaded: AdapterSet) -> str:
+    lines = [
+        "| adapter | reward | trained by | variance | beta | rank | gain | KL | licence |",
+        "|---|---|---|---|--:|--:|--:|--:|---|",
+    ]
+    lines += [_adapter(adapter) for adapter in loaded.adapters]
+    lines += [_adapter(oracle.adapter, label_weights(oracle.weights)) for oracle in loaded.oracles]
+    return "\n".join(lines)
+
+
+def _adapter(adapter: Adapter, weights: str = "") -> str:
+    record, objective = adapter.record, adapter.objective
+    schedule = schedule_to_dict(objective.variance)
+    values = [round(v, 3) for v in schedule.get("offsets", [])]
+    variance = f"{schedule['kind']} {schedule.get('eta', '')}".strip() + (f", offsets {values}" if values else "")
+    trained = f"{plain(record.get('algorithm', '?')).upper()}, {record.get('steps', '?')} steps"
+    if adapter.source:
+        trained = f"elsewhere: {plain(adapter.source)}"
+    kl = "–" if record.get("kl") is None else f"{record['kl']:.4g}"
+    reward = f"oracle of {weights}" if weights else code(objective.reward)
+    gain = _interval(adapter.gain) if adapter.gain else "?"
+    rank = "?" if adapter.rank is None else adapter.rank
+    cells = (adapter.name, reward, trained, variance, f"{objective.beta:g}", rank, gain, kl, adapter.license or "?")
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _measured(loaded: AdapterSet) -> str:
+    """Gains over the base, an adapter or mixture a row."""
+    evaluation = loaded.evaluation
+    if evaluation is None:
+        return "No evaluation was made of this set."
+    names = list(evaluation["objectives"])
+    lines = [
+        f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
+        "a paired bootstrap over prompts.",
+        "",
+        f"| rule | weights | {' | '.join(names)} |",
+        f"|---|---|{'--:|' * len(names)}",
+    ]
+    own, mixture = loaded.default_rule, label_weights(loaded.default_weights)
+    shown = [cell for cell in evaluation["cells"] if cell["rule"] == own or cell["weights"] == mixture]
+    for cell in shown:
+        strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
+        gains = " | ".join(_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names)
+        lines.append(f"| {code(cell['rule'])}{strength} | {plain(cell['weights'])} | {gains} |")
+    if left := len(evaluation["cells"]) - len(shown):
+        lines += ["", f"{_count(left, 'row')} more, other rules at other weights, in `{MANIFEST}`."]
+    return "\n".join(lines)
+
+
+def _interval(gain: dict[str, Any]) -> str:
+    if gain["low"] is None:
+        return f"{gain['mean']:+.3g}"
+    return f"{gain['mean']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]"
+
+
+def _limits(loaded: AdapterSet) -> str:
+    """What is known against it."""
+    lines = ["Fused images are of the base: its licence, and what it must not be used for, hold for them too."]
+    lines += ["A reward is what was optimised, not what was meant: what it does not see, it does not keep."]
+    for adapter in loaded.adapters:
+        if adapter.source:
+            lines.append(f"- `{adapter.name}` was trained elsewhere; its variance schedule is declared, not measured.")
+        for reward, what in local_parts(adapter.objective.reward):
+            lines.append(
+                f"- `{adapter.name}`: its reward {code(reward)} is {what} of its author and not part of the set, which "
+                "cannot be evaluated by it elsewhere."
+            )
+        for entry in adapter.record.get("health") or []:
+            lines.append(f"- `{adapter.name}`: step {plain(entry['step'])}, {plain(entry['what'])}.")
+    return "\n".join(lines)
+
+
+def _licences(loaded: AdapterSet) -> str:
+    """Of every part."""
+    base = loaded.base.get("license") or "not stated here: see its own page"
+    lines = ["| part | licence |", "|---|---|", f"| base, {_base(loaded)} | {plain(base)} |"]
+    lines += [f"| {adapter.name} | {plain(adapter.license or 'not stated')} |" for adapter in loaded.everyone]
+    return "\n".join(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

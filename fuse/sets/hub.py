@@ -1,0 +1,141 @@
+"""Sets on the hub: found by `owner/name` or `owner/name@revision`, looked at before they are fetched."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from stepfuse.fuse.lora.file import WEIGHTS
+from stepfuse.fuse.lora.safe_files import check_no_pickle
+from stepfuse.fuse.sets.manifest import MANIFEST, check_schema, read_json
+
+ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
+PICTURES = ("README.md", "fronts.png", "strip.png")
+
+
+def parse_id(name: str) -> tuple[str, str | None] | None:
+    """`owner/name@revision` → repository and revision; None for what is no hub id."""
+    match = ID.fullmatch(name)
+    return (match["repository"], match["revision"]) if match else None
+
+
+def fetch_set(name: str) -> Path:
+    """The folder of a set in the hub's cache, fetched if it is not there; interrupted, it goes on where it was.
+
+    What the repository holds is looked at first: a pickle in it, or a manifest that is none, ends it before any weights
+    are fetched. Without a connection a set fetched before is found again.
+
+    Raises:
+        ValueError: for a repository, revision or manifest that is not there or not ours to see, or a pickle.
+    """
+    parsed = parse_id(name)
+    if parsed is None:
+        raise ValueError(f"{name!r} is no hub id; expected owner/name or owner/name@revision")
+    repository, revision = parsed
+    with explained_hub(name):
+        try:
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+        except (OfflineModeIsEnabled, HTTPError) as error:
+            if isinstance(error, HfHubHTTPError):  # it answered
+                raise
+            cached = try_to_load_from_cache(repository, MANIFEST, revision=revision)
+            if not isinstance(cached, str):
+                raise ValueError(
+                    f"{name!r} is no folder here, and the hub cannot be asked for it ({_first_line(error)})"
+                ) from error
+            return Path(cached).parent
+        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+        for file in sizes:
+            check_no_pickle(PurePosixPath(name, file))
+        if MANIFEST not in sizes:
+            raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
+        hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
+        manifest = Path(hf_hub_download(repository, MANIFEST, revision=info.sha))
+        wanted = _weights_of(name, manifest, sizes)
+        wanted += [file for file in sizes if file in PICTURES]
+        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[MANIFEST, *wanted]))
+
+
+def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> list[str]:
+    """The weights that a manifest names, seen to be there and as large as it says.
+
+    Raises:
+        ValueError: for a manifest that is none, and a file that is not what it says.
+    """
+    values = read_json(manifest, "an adapter set")
+    check_schema(manifest, values)
+    entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
+    said = {f"{entry['folder']}/{WEIGHTS}": entry["weights"]["bytes"] for entry in entries}
+    for file, size in said.items():
+        if sizes.get(file) != size:
+            there = f"{sizes[file]:,} bytes" if sizes.get(file) else "nothing"
+            raise ValueError(f"{name!r} has {there} at {file}, and its manifest says {size:,} bytes: it is damaged")
+    return list(said)
+
+
+def fetch_lora(name: str, weight_name: str | None) -> Path:
+    """The one safetensors file of a repository, or the one that is named.
+
+    Raises:
+        ValueError: for several without a name, for none, and for a repository that is not there.
+    """
+    repository, revision = parse_id(name) or (name, None)
+    with explained_hub(name):
+        info = HfApi().model_info(repository, revision=revision)
+        names = [sibling.rfilename for sibling in info.siblings or []]
+        found = [file for file in names if file.endswith(".safetensors")]
+        if weight_name is None and len(found) == 1:
+            weight_name = found[0]
+        if weight_name not in found:
+            listed = ", ".join(found[:10]) or "none"
+            raise ValueError(f"{name!r} has these safetensors files: {listed}; choose one with --weight_name")
+        config = str(PurePosixPath(weight_name).with_name("adapter_config.json"))
+        if config in names and PurePosixPath(weight_name).name == "adapter_model.safetensors":
+            hf_hub_download(repository, config, revision=info.sha)
+            return Path(hf_hub_download(repository, weight_name, revision=info.sha)).parent
+        return Path(hf_hub_download(repository, weight_name, revision=info.sha))
+
+
+@contextmanager
+def explained_hub(name: str) -> Iterator[None]:
+    """What goes wrong with the hub, in one line."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name!r}: the repository has no such revision; give a branch, tag or commit") from error
+    except GatedRepoError as error:
+        raise ValueError(f"{name!r} is gated: accept its terms on its page, and log in: `hf auth login`") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name!r} is no folder here and no repository on the hub that can be seen; check the name, or, if it is "
+            "private, log in: `hf auth login`"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ValueError(f"{name!r}: {_first_line(error)}") from error
+    except HFValidationError as error:
+        raise ValueError(f"{name!r} is no hub id: {_first_line(error)}") from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"{name!r}: the hub answers: {_first_line(error)}") from error
+    except RuntimeError as error:  # of huggingface_hub, for uploads that fail again and again
+        if "uploading" not in str(error):
+            raise
+        raise ValueError(f"{name!r}: {_first_line(error)} Try again: what arrived whole is not sent again") from error
+    except (ConnectionError, HTTPError) as error:  # hf_xet raises the former, and OfflineModeIsEnabled is one
+        raise ValueError(f"{name!r}: the hub cannot be reached ({_first_line(error)}); try again") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,219 @@
+"""`stepfuse publish`: a set, checked, with its card, in one commit of a repository of the hub."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from stepfuse.data.text_files import read_text
+from stepfuse.fuse.backbones.loading import EMBEDDED
+from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, set_folder
+from stepfuse.fuse.sets.card import CARD, FRONTS, STRIP, card
+from stepfuse.fuse.sets.hub import explained_hub, parse_id
+from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.rewards.registry import local_parts
+
+DEFAULT = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publication:
+    """What will be sent, and where.
+
+    Attributes:
+        repository: `owner/name`.
+        revision: a branch; made where there is none.
+        private: of a repository that is made.
+        exists: the repository is there already.
+        files: contents by the path they will have.
+        stale: weights of adapters that are there and no longer of the set.
+        notes: what others will miss, a line each.
+    """
+
+    repository: str
+    revision: str
+    private: bool
+    exists: bool
+    files: dict[str, bytes | Path]
+    stale: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
+
+    def __str__(self) -> str:
+        sizes = self.sizes
+        kind = "private" if self.private else "public"
+        where = f"{self.repository}, branch {self.revision}" + ("" if self.exists else f" (a new {kind} repository)")
+        lines = [f"to {where}, in one commit:"]
+        lines += [f"  {_readable(size):>10}  {name}" for name, size in sizes.items()]
+        lines += [f"  {'deleted':>10}  {name}" for name in self.stale]
+        return "\n".join([*lines, f"  {_readable(sum(sizes.values())):>10}  in all", *self.notes])
+
+
+def prepare(
+    adapter_set: str | Path,
+    repository: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    ask_hub: bool = True,
+) -> Publication:
+    """Check a set and gather what will be sent; nothing is.
+
+    Args:
+        ask_hub: look whether the repository is there, and what it holds.
+
+    Raises:
+        ValueError: for a faulty set, a base that others cannot load, licences that are not stated, a name that is no
+            hub id, and a repository that is public where a private one is wanted.
+    """
+    parsed = parse_id(repository)
+    if parsed is None or parsed[1] is not None:
+        raise ValueError(f"{repository!r}; expected OWNER/NAME, the revision by --revision")
+    folder = set_folder(adapter_set)
+    loaded = load_set(folder)
+    check_publishable(loaded)
+    check_secrets(folder / MANIFEST)
+    shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
+    files: dict[str, bytes | Path] = {
+        CARD: card(loaded, place=repository, shown=shown).encode(),
+        MANIFEST: folder / MANIFEST,
+        **{name: folder / name for name in shown},
+        **{f"{a.folder.name}/{WEIGHTS}": a.folder / WEIGHTS for a in loaded.everyone},
+    }
+    branch = revision or DEFAULT
+    exists, there = _remote(repository, branch, private) if ask_hub else (False, [])
+    stale = [name for name in there if PurePosixPath(name).name == WEIGHTS and name not in files]
+    return Publication(
+        repository=repository,
+        revision=branch,
+        private=private,
+        exists=exists,
+        files=files,
+        stale=tuple(stale),
+        notes=tuple(unsent_rewards(loaded)),
+    )
+
+
+def unsent_rewards(loaded: AdapterSet) -> list[str]:
+    """A line for each adapter's reward that is a local file, a local folder or a server: a set holds weights only."""
+    return [
+        f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
+        "set, and cannot evaluate it by this reward unless you give it to them"
+        for adapter in loaded.everyone
+        for name, what in local_parts(adapter.objective.reward)
+    ]
+
+
+def check_publishable(loaded: AdapterSet) -> None:
+    """See that others can load the base, and know under what terms they have each part.
+
+    Raises:
+        ValueError: naming what is not so.
+    """
+    base = loaded.base["name_or_path"]
+    if parse_id(base) is None and base not in EMBEDDED:
+        raise ValueError(
+            f"the set's base is {base!r}, a folder that others do not have; publish the base, and create the set anew "
+            "with --base OWNER/NAME"
+        )
+    for adapter in loaded.everyone:
+        if not adapter.license:
+            raise ValueError(
+                f"the licence of adapter {adapter.name!r} is not stated; say it: stepfuse set card SET --license ID"
+            )
+
+
+def check_secrets(manifest: Path) -> None:
+    """See that no address with a password in it goes along with what training recorded.
+
+    Raises:
+        ValueError: naming the host.
+    """
+    if found := re.search(r"[a-z]+://[^/\s\"@]+@(?P<host>[^/\s\"]+)", read_text(manifest)):
+        raise ValueError(
+            f"{manifest} has an address at {found['host']} with a name or password in it, which everybody could read; "
+            "take it out, or train with the reward at a plain address"
+        )
+
+
+def publish(publication: Publication) -> str:
+    """Send it, in one commit; its address.
+
+    The weights go first, a file at a time, and then the commit. Repeated after an interruption, it does not send again
+    what had arrived whole.
+
+    Raises:
+        ValueError: where the hub cannot be reached or does not take it.
+    """
+    api = HfApi()
+    repository, branch = publication.repository, publication.revision
+    with explained_hub(repository):
+        if not publication.exists:
+            api.create_repo(repository, private=publication.private, exist_ok=True)
+        if branch != DEFAULT:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        added = [CommitOperationAdd(name, content) for name, content in publication.files.items()]
+        for operation in added:
+            if PurePosixPath(operation.path_in_repo).name == WEIGHTS:
+                api.preupload_lfs_files(repository, [operation], revision=branch)
+        deleted = [CommitOperationDelete(name) for name in publication.stale]
+        names = ", ".join(sorted({PurePosixPath(name).parts[0] for name in publication.files if "/" in name}))
+        done = api.create_commit(
+            repository, [*added, *deleted], commit_message=f"Adapter set: {names}", revision=branch
+        )
+    return str(done.commit_url)
+
+
+def confirmed(publication: Publication) -> bool:
+    """Ask the person at the terminal.
+
+    Raises:
+        ValueError: where there is none to ask.
+    """
+    if not sys.stdin.isatty():
+        raise ValueError("nobody to ask; pass --yes to send it, or --dry_run to see what would be")
+    return input(f"Send to {publication.repository}? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def check_token() -> None:
+    """See that there is a token, before anything is prepared; it is never shown.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    if not get_token():
+        raise ValueError("no token of the hub; log in: `hf auth login`, or set HF_TOKEN")
+
+
+def _remote(repository: str, branch: str, private: bool) -> tuple[bool, list[str]]:
+    """Whether the repository is there, and the files of its branch."""
+    api = HfApi()
+    with explained_hub(repository):
+        try:
+            info = api.model_info(repository)
+        except RepositoryNotFoundError:
+            return False, []
+        if private and not info.private:
+            raise ValueError(
+                f"{repository} is there and is public; make it private on its page, or leave out --private"
+            )
+        try:
+            return True, api.list_repo_files(repository, revision=branch)
+        except RevisionNotFoundError:
+            return True, []
+
+
+def _readable(size: int) -> str:
+    value, unit = float(size), "B"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

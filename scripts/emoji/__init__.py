@@ -1,0 +1,1 @@
+"""Builders of the embedded emoji bases; not in the wheel."""

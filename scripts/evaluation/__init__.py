@@ -1,0 +1,1 @@
+"""Evaluations: running, summarising and showing them."""

@@ -1,0 +1,206 @@
+"""What an evaluation draws: its config, and the cells it comes to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product as combinations
+from pathlib import Path
+from typing import Any
+
+from stepfuse.data.seeds import LIMIT
+from stepfuse.data.settings_file import check_types, read_settings, require
+from stepfuse.fuse.rules.average_noise import AverageNoise
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.one_expert import Switch, Systematic
+from stepfuse.fuse.rules.product import KL, Oracle, Product
+from stepfuse.fuse.rules.registry import RULES, get_rule
+from stepfuse.fuse.rules.soup import Soup, SoupFactors
+from stepfuse.fuse.rules.weight_table import weight_table
+from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
+
+# With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
+FUSING = (Product, AverageNoise, KL, Switch, Systematic, Soup, SoupFactors, Oracle)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The settings of `stepfuse evaluate`, as YAML gives them.
+
+    Attributes:
+        prompts: a set's name, with `:COUNT` some of it, or a text file.
+        dataset_name, dataset_split, caption_column: a hub data set instead.
+        seeds_per_prompt: images of each prompt in each cell.
+        seed: from which every image's own seed derives.
+        grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
+        weights: further weights, as `a=0.5,b=0.5` in quotes or as mappings, each of sum 1; for rules that do not name
+            their own.
+        rules: names, or mappings with `rule` and any of `label`, `weights`, `strength` or `strengths`, and the rule's
+            own options.
+        rewards: held-out rewards to measure besides the objectives' own.
+        scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
+            deviation of the reward among the base's images of one prompt.
+        steps, guidance, guidance_scale: by default the set's.
+        batch_size: images denoised together.
+        kl_seeds: of how many of the seeds the KL to the base is measured; each costs one run more.
+        embedding: a CLIP model for the diversity within a prompt; for the embedded base its own.
+        strip_prompts: of how many prompts pictures are kept for the report.
+    """
+
+    prompts: str = "emoji-heldout:64"
+    dataset_name: str | None = None
+    dataset_split: str = "train"
+    caption_column: str = "caption"
+    seeds_per_prompt: int = 4
+    seed: int = 0
+    grid: int = 2
+    weights: list = field(default_factory=list)
+    rules: list = field(default_factory=lambda: ["base", "product"])
+    rewards: list[str] = field(default_factory=list)
+    scales: dict = field(default_factory=dict)
+    steps: int | None = None
+    guidance: str | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 32
+    kl_seeds: int = 1
+    embedding: str = ""
+    strip_prompts: int = 4
+
+    def __post_init__(self) -> None:
+        if self.guidance is False:  # what YAML makes of the bare word
+            object.__setattr__(self, "guidance", "off")
+        check_types(self)
+        for name in ("seeds_per_prompt", "grid", "batch_size"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("kl_seeds", "strip_prompts"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(0 <= self.seed < LIMIT, "seed", self.seed, "an integer from 0 to 2^64 - 1")
+        require(bool(self.rules), "rules", self.rules, "at least one rule")
+        for name, scale in self.scales.items():
+            good = isinstance(scale, int | float) and 0 < scale < float("inf")
+            require(good, f"the scale of {name}", scale, "a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCell:
+    """One rule at one mixture: a row of the tables.
+
+    Attributes:
+        label: the rule as tables name it.
+        rule: the rule itself.
+        weights: by objective; None for the base.
+        strength: λ.
+    """
+
+    label: str
+    rule: FusionRule
+    weights: Weights | None
+    strength: float = 1.0
+
+    @property
+    def draws(self) -> tuple:
+        """What is drawn: equal for cells whose images are the same, so that these are drawn once."""
+        alone = self.weights is not None and len(self.weights) == 1 and self.strength == 1
+        rule = "one adapter" if alone and type(self.rule) in FUSING else self.label
+        return rule, self.weights_label, self.strength
+
+    @property
+    def weights_label(self) -> str:
+        return "" if self.weights is None else label_weights(self.weights)
+
+    def __str__(self) -> str:
+        strength = "" if self.strength == 1 else f" strength {self.strength:g}"
+        return f"{self.label} {self.weights_label}{strength}".strip()
+
+
+def read_config(file: Path) -> EvaluationConfig:
+    """An evaluation's YAML.
+
+    Raises:
+        ValueError: for a missing or malformed file, an unknown key, naming the nearest, or a value out of range.
+    """
+    values = read_settings(file, EvaluationConfig)
+    try:
+        return EvaluationConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def simplex(names: Sequence[str], grid: int) -> list[dict[str, float]]:
+    """All weights that are multiples of 1/grid and sum to 1, objectives of weight 0 left out.
+
+    One adapter alone first, then mixtures of ever more.
+    """
+    rows = [row for row in combinations(range(grid, -1, -1), repeat=len(names)) if sum(row) == grid]
+    rows.sort(key=lambda row: sum(k > 0 for k in row))
+    return [{name: k / grid for name, k in zip(names, row, strict=True) if k} for row in rows]
+
+
+def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell]:
+    """Every cell of an evaluation; the base is always the first.
+
+    Raises:
+        ValueError: for rules, options or weights that are none, or two cells of one name.
+    """
+    standard = [*simplex(names, config.grid), *(_read_weights(w, names) for w in config.weights)]
+    standard = list({label_weights(w): w for w in standard}.values())
+    cells = [PlannedCell(label="base", rule=get_rule("base"), weights=None)]
+    for entry in config.rules:
+        values = {"rule": entry} if isinstance(entry, str) else entry
+        if not isinstance(values, dict) or not isinstance(values.get("rule"), str):
+            raise ValueError(f"rules has the entry {entry!r}; expected a name, or a mapping with `rule`")
+        cells += _cells_of_rule(dict(values), names, standard)
+    seen = set()
+    for cell in cells:
+        if (key := (cell.label, cell.weights_label, cell.strength)) in seen:
+            raise ValueError(f"two cells are {cell}; give one rule another `label`")
+        seen.add(key)
+    return cells
+
+
+def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Sequence[Weights]) -> list[PlannedCell]:
+    name = values.pop("rule")
+    label = str(values.pop("label", name))
+    if label != name and label in RULES:
+        raise ValueError(f"rule {name} has the label {label!r}, which is another rule's name; choose another")
+    strengths = values.pop("strengths", [values.pop("strength", 1.0)])
+    if not isinstance(strengths, list) or not strengths or not all(isinstance(s, int | float) for s in strengths):
+        raise ValueError(f"rule {label} has strengths {strengths!r}; expected a list of numbers")
+    texts = values.pop("weights", None)
+    rule = get_rule(name, **{str(option): value for option, value in values.items()})
+    if name == "base":
+        return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None)]
+    if texts is not None:
+        if not isinstance(texts, list) or not texts:
+            raise ValueError(f"rule {label} has weights {texts!r}; expected a list, such as [a=0.5,b=0.5]")
+        mixtures: list[Weights] = [_read_weights(text, names) for text in texts]
+    else:
+        mixtures = [w for w in standard if name != "kl" or len(w) == 1]
+    return [PlannedCell(label=label, rule=rule, weights=w, strength=float(s)) for w in mixtures for s in strengths]
+
+
+def _read_weights(given: Any, names: Sequence[str]) -> Weights:
+    """Weights of a config, those of 0 left out, so that one mixture has one name.
+
+    Raises:
+        ValueError: for anything but text or a mapping; for constant weights that do not sum to 1, which is what YAML
+            makes of an unquoted `a=0.5,b=0.5` in a list.
+    """
+    if not isinstance(given, str | dict):
+        raise ValueError(f'weights {given!r}; expected text such as "a=0.5,b=0.5", or a mapping')
+    weights = parse_weights(given) if isinstance(given, str) else given
+    if any(isinstance(w, WeightSchedule) for w in weights.values()):
+        weight_table([weights], names)
+        return weights
+    if not all(isinstance(w, int | float) for w in weights.values()):
+        raise ValueError(f"weights {given!r}; expected a number for each objective")
+    total = sum(weights.values())
+    shares = weight_table([weights], names)[0, :, 0].tolist()
+    if abs(total - 1) > 0.01:
+        raise ValueError(f"weights {given!r} sum to {total:g}; expected 1 (in a list, a=0.5,b=0.5 needs quotes)")
+    return {name: round(share, 6) for name, share in zip(names, shares, strict=True) if share}
+
+
+def shares_of(cell: PlannedCell, names: Sequence[str]) -> Mapping[str, float]:
+    """w_i of a cell, NaN for the base and where they change over the steps."""
+    if cell.weights is None or any(isinstance(w, WeightSchedule) for w in cell.weights.values()):
+        return dict.fromkeys(names, float("nan"))
+    return dict(zip(names, weight_table([cell.weights], names)[0, :, 0].tolist(), strict=True))

@@ -1,0 +1,88 @@
+"""The public interface of stepfuse: names that README, cards and documentation use.
+
+They are imported when they are first used, so that `import stepfuse` takes no time and no memory.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepfuse.fuse.diffusion.gaussian import Gaussian as Gaussian
+    from stepfuse.fuse.diffusion.noise_path import NoisePath as NoisePath
+    from stepfuse.fuse.diffusion.variance import SCHEDULES as SCHEDULES
+    from stepfuse.fuse.rules.base import FusionRule as FusionRule
+    from stepfuse.fuse.rules.registry import RULES as RULES
+    from stepfuse.fuse.sampling.pipeline import FusedPipeline as FusedPipeline
+    from stepfuse.fuse.sampling.sampler import FusedSampler as FusedSampler
+    from stepfuse.fuse.sets.adapter_set import AdapterSet as AdapterSet
+    from stepfuse.fuse.sets.adapter_set import load_set as load_set
+    from stepfuse.fuse.sets.create import create_set as create_set
+    from stepfuse.rewards.protocol import Reward as Reward
+    from stepfuse.rewards.registry import REWARDS as REWARDS
+    from stepfuse.rewards.registry import load_reward as load_reward
+    from stepfuse.train.loop import train as train_adapter
+    from stepfuse.train.settings import DDPOSettings as DDPOSettings
+    from stepfuse.train.settings import DPOSettings as DPOSettings
+
+    __version__: str
+
+_MODULES = {
+    "AdapterSet": "stepfuse.fuse.sets.adapter_set",
+    "DDPOSettings": "stepfuse.train.settings",
+    "DPOSettings": "stepfuse.train.settings",
+    "FusedPipeline": "stepfuse.fuse.sampling.pipeline",
+    "FusedSampler": "stepfuse.fuse.sampling.sampler",
+    "FusionRule": "stepfuse.fuse.rules.base",
+    "Gaussian": "stepfuse.fuse.diffusion.gaussian",
+    "NoisePath": "stepfuse.fuse.diffusion.noise_path",
+    "REWARDS": "stepfuse.rewards.registry",
+    "RULES": "stepfuse.fuse.rules.registry",
+    "Reward": "stepfuse.rewards.protocol",
+    "SCHEDULES": "stepfuse.fuse.diffusion.variance",
+    "create_set": "stepfuse.fuse.sets.create",
+    "load_reward": "stepfuse.rewards.registry",
+    "load_set": "stepfuse.fuse.sets.adapter_set",
+}
+_RENAMED = {"train_adapter": ("stepfuse.train.loop", "train")}
+
+__all__ = [
+    "REWARDS",
+    "RULES",
+    "SCHEDULES",
+    "AdapterSet",
+    "DDPOSettings",
+    "DPOSettings",
+    "FusedPipeline",
+    "FusedSampler",
+    "FusionRule",
+    "Gaussian",
+    "NoisePath",
+    "Reward",
+    "__version__",
+    "create_set",
+    "load_reward",
+    "load_set",
+    "train_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            value: Any = version("stepfuse")
+        except PackageNotFoundError:
+            value = "unknown"
+    elif name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+    elif name in _RENAMED:
+        module, original = _RENAMED[name]
+        value = getattr(import_module(module), original)
+    else:
+        raise AttributeError(f"module 'stepfuse' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

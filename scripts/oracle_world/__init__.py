@@ -1,0 +1,1 @@
+"""A world in which every density is known, to measure rules against."""

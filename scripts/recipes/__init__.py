@@ -1,0 +1,1 @@
+"""Whole ways: the demo, and building a set from a configuration."""

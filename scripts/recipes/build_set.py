@@ -1,0 +1,290 @@
+"""`stepfuse build`: from raw rewards to a set that can be published, in one command that can be interrupted."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepfuse.data.names import nearest
+from stepfuse.data.output_folder import written_file
+from stepfuse.data.prompts import load_prompts
+from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
+from stepfuse.data.text_files import read_text, write_text
+from stepfuse.data.yaml_file import yaml_text
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.safe_files import write_json
+from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sampling.strip import ROWS, draw_strip
+from stepfuse.fuse.sets.adapter import Adapter, read_adapter
+from stepfuse.fuse.sets.adapter_set import MANIFEST, AdapterSet, load_set
+from stepfuse.fuse.sets.card import STRIP, write_card
+from stepfuse.fuse.sets.create import add_evaluation, add_profile, create_set
+from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
+from stepfuse.scripts.evaluation.run import evaluate
+from stepfuse.train import ddpo, dpo
+from stepfuse.train.output import locked
+from stepfuse.train.provenance import config_hash
+from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
+
+PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
+    "dpo": (str(dpo.__file__), DPOSettings),
+    "ddpo": (str(ddpo.__file__), DDPOSettings),
+}
+SUPERVISOR = Path(__file__).parent / "supervisor.py"
+ALONE = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """What `stepfuse build` makes, as YAML gives it.
+
+    Attributes:
+        output_dir: where everything goes.
+        objectives: mappings of `algorithm`, dpo or ddpo, `config`, a training's YAML, and any of its settings to be
+            other than there.
+        oracles: likewise, of weighted: rewards.
+        accelerate: a configuration of accelerate for every training; by default one process in float32.
+        reference_eta: of the base in the set.
+        half: store the set's weights in float16.
+        profile: prompts on which the gap between soup and product is measured, for `sample --gate`; none by default.
+        evaluate: an evaluation's YAML; none by default.
+    """
+
+    output_dir: str = "outputs/set"
+    objectives: list = field(default_factory=list)
+    oracles: list = field(default_factory=list)
+    accelerate: str = ""
+    reference_eta: float = 1.0
+    half: bool = False
+    profile: str = ""
+    evaluate: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(bool(self.objectives), "objectives", self.objectives, "a mapping of algorithm and config for each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One adapter to be.
+
+    Attributes:
+        folder: named by objective and configuration, so that a changed one is trained beside the old.
+    """
+
+    algorithm: str
+    settings: TrainSettings
+    sha256: str
+    folder: Path
+
+    @property
+    def finished(self) -> Adapter | None:
+        """The adapter, if it is there."""
+        try:
+            adapter = read_adapter(self.folder)
+        except ValueError:
+            return None
+        return adapter if adapter.record.get("config_sha256") == self.sha256 else None
+
+
+def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
+    """A build's YAML, and every configuration it names; a path is looked for here and beside the file.
+
+    Raises:
+        ValueError: for anything wrong in any of them, before anything is trained.
+    """
+    config = BuildConfig(**read_settings(file, BuildConfig))
+    objectives = [_training(entry, config, file) for entry in config.objectives]
+    oracles = [_training(entry, config, file) for entry in config.oracles]
+    first, names = objectives[0].settings, set()
+    for training in (*objectives, *oracles):
+        own = training.settings
+        require(own.name not in names, "objective_name", own.name, "another name for each objective")
+        names.add(own.name)
+        for name in ("pretrained_model_name_or_path", "guidance", "sample_guidance_scale"):
+            same = getattr(own, name) == getattr(first, name)
+            require(
+                same, f"{name} of {own.name}", getattr(own, name), f"{getattr(first, name)}, as {first.name} has it"
+            )
+    if config.accelerate:
+        _found(config.accelerate, file, "accelerate")
+    if config.profile:
+        load_prompts(config.profile)
+    return config, objectives, oracles, read_config(_found(config.evaluate, file, "eval")) if config.evaluate else None
+
+
+def build(file: Path, *, device: str) -> Path:
+    """Train what is not trained, create the set, profile, evaluate, write the card; the set's folder.
+
+    Run again, it goes on where it was interrupted, and does nothing that is done.
+
+    Raises:
+        ValueError: for a wrong configuration, a training that fails, another build in the same folder.
+    """
+    config, objectives, oracles, evaluation = read_build(file)
+    output = Path(config.output_dir)
+    with locked(output):
+        check_made(output)
+        everyone = [*objectives, *oracles]
+        for number, training in enumerate(everyone, start=1):
+            place = f"[{number}/{len(everyone)}] {training.settings.name}"
+            if training.finished:
+                print(f"{place}: done, {training.folder}", flush=True)
+                continue
+            print(f"{place}: {training.algorithm}, {training.folder}", flush=True)
+            launcher = (
+                ["--config_file", str(_found(config.accelerate, file, "accelerate"))] if config.accelerate else ALONE
+            )
+            train(training, launcher)
+        folder = output / "set"
+        loaded = assemble(folder, config, objectives, oracles)
+        if config.profile and not loaded.profiles:
+            print(f"profile: {config.profile}", flush=True)
+            sampler = FusedSampler.from_pretrained(loaded, device=device)
+            profile = measure_gaps(sampler, load_prompts(config.profile))
+            add_profile(folder, profile)
+            print(describe_gaps(profile))
+            loaded = load_set(folder)
+        pictures = None
+        if evaluation is not None:
+            pictures = output / f"evaluation-{_identity(loaded, evaluation)}"
+            print(f"evaluation: {pictures}", flush=True)
+            summary = evaluate(
+                folder,
+                evaluation,
+                pictures,
+                overwrite=False,
+                device=device,
+                dtype=torch.float32,
+                command=f"stepfuse build {file}",
+                trust_rewards=True,  # the build's own configurations name them
+            )
+            loaded = add_evaluation(folder, summary)
+        if not (folder / STRIP).exists():
+            sampler = FusedSampler.from_pretrained(loaded, device=device)
+            strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS])
+            with written_file(folder / STRIP) as temporary:
+                strip.save(temporary)
+        write_card(folder, loaded, pictures)
+    return folder
+
+
+def train(training: Training, launcher: Sequence[str]) -> None:
+    """By `accelerate launch`, from the newest checkpoint if there is one.
+
+    Raises:
+        ValueError: where it does not end well.
+    """
+    program, _ = PROGRAMS[training.algorithm]
+    file = training.folder.with_name(training.folder.name + ".yaml")
+    values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
+    with written_file(file) as temporary:
+        write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
+    launch(program, ["--config", str(file)], launcher, training.settings.name)
+    if not training.finished:
+        raise ValueError(f"training {training.settings.name!r} left no whole adapter in {training.folder}")
+
+
+def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name: str) -> None:
+    """`accelerate launch` of one training, as a user would. Its processes end with this one, killed or not.
+
+    Raises:
+        ValueError: where it ends with another status than 0.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
+    command += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), program, *arguments]
+    supervised = [sys.executable, "-P", str(SUPERVISOR), *command]
+    # Its standard input closes when this process ends. In a session of its own it gets no Ctrl-C from the terminal.
+    with subprocess.Popen(supervised, stdin=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+            raise
+    if status:
+        raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to go on")
+
+
+def check_made(output: Path) -> Path:
+    """The file that says what the set of a build was made of.
+
+    Raises:
+        ValueError: for a set that no build made, which one would replace.
+    """
+    made = output / "set-of.json"
+    if (output / "set" / MANIFEST).exists() and not made.exists():
+        raise ValueError(f"{output / 'set'} holds a set that was not built here; move it, or choose another output_dir")
+    return made
+
+
+def assemble(
+    folder: Path, config: BuildConfig, objectives: Sequence[Training], oracles: Sequence[Training]
+) -> AdapterSet:
+    """The set of these adapters; one that is already of them stays, with what was measured of it."""
+    wanted = [read_adapter(training.folder) for training in (*objectives, *oracles)]
+    reference = EtaSchedule(eta=config.reference_eta)
+    made = check_made(folder.parent)  # the hashes of what a set was made of: in float16 its own are others
+    identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
+    if (folder / MANIFEST).exists() and made.exists() and json.loads(read_text(made)) == identity:
+        return load_set(folder)
+    print(f"set: {folder}", flush=True)
+    if not made.exists():
+        write_json(made, {})  # so that a set from here on is known to be this build's
+    created = create_set(
+        folder,
+        [training.folder for training in objectives],
+        oracles=[training.folder for training in oracles],
+        reference=reference,
+        half=config.half,
+        overwrite=True,
+    )
+    write_json(made, identity)
+    return created
+
+
+def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
+    """One entry of `objectives` or `oracles`."""
+    expected = "a mapping with `algorithm` and `config`"
+    require(isinstance(entry, dict) and {"algorithm", "config"} <= set(entry), "an objective", entry, expected)
+    known = f"one of {', '.join(PROGRAMS)}{nearest(entry['algorithm'], PROGRAMS)}"
+    require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], known)
+    _, kind = PROGRAMS[entry["algorithm"]]
+    own = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
+    place = _found(entry["config"], file, entry["algorithm"])
+    values = read_settings(place, kind, besides=("env",))
+    values.pop("env", None)
+    try:
+        check_names(own, kind)
+        settings = kind(**values | own)
+    except ValueError as error:
+        raise ValueError(f"{file}: {place}: {error}") from error
+    sha256 = config_hash(settings)
+    folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{sha256[:8]}"
+    return Training(algorithm=entry["algorithm"], settings=settings, sha256=sha256, folder=folder)
+
+
+def _found(name: str, file: Path, folder: str) -> Path:
+    """A path as given, or relative to the file that names it, or the name of a packaged configuration in `folder`."""
+    for path in (Path(name), file.parent / name):
+        if path.is_file():
+            return path
+    try:
+        return find_config(name, folder)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:
+    """Eight digits for these adapters and this evaluation, so that another is measured beside it."""
+    adapters = [adapter.sha256 for adapter in (*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles))]
+    text = json.dumps([adapters, asdict(evaluation)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

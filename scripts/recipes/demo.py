@@ -1,0 +1,226 @@
+"""The demo: raw rewards → two adapters → a set → the slider and the front, measured."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from stepfuse.configs import FOLDER
+from stepfuse.data import emoji
+from stepfuse.data.grid import labelled_grid
+from stepfuse.data.images import to_image
+from stepfuse.data.output_folder import check_output, clear, files_named, written_file
+from stepfuse.data.settings_file import read_settings
+from stepfuse.data.text_files import write_text
+from stepfuse.fuse.backbones.loading import quiet_libraries
+from stepfuse.fuse.lora.safe_files import read_object, write_json
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.create import create_set, set_files
+from stepfuse.rewards.protocol import score
+from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.statistics import Interval, paired_interval
+from stepfuse.scripts.evaluation.pictures import save_front, weights_heading
+from stepfuse.scripts.evaluation.plots import axis_label
+from stepfuse.scripts.recipes.build_set import ALONE, PROGRAMS, Training, train
+from stepfuse.train.output import LOCK, locked, training_files
+from stepfuse.train.provenance import config_hash
+from stepfuse.train.rollout import sample_generator
+
+TRAINING = {  # objective → algorithm, config
+    "colourfulness": ("dpo", "dpo/emoji-colourfulness.yaml"),
+    "compressibility": ("ddpo", "ddpo/emoji-compressibility.yaml"),
+}
+QUICK = {"max_train_steps": 1, "num_validation_images": 2, "sample_num_steps": 4}
+STATE, SET, RESULTS, PICTURES = "demo.json", "set", "results.json", ("slider.png", "front.png")
+SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
+PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
+
+
+def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
+    """Train, fuse, measure and show; True where every claim held on held-out prompts.
+
+    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes: a training from its
+    newest checkpoint, and nothing that is finished is done again.
+
+    Raises:
+        ValueError: for an output folder that holds something else or a demo of other settings, and where training
+            fails.
+    """
+    began = time.monotonic()
+    trainings = [training(name, output / name, seed=seed, quick=quick) for name in TRAINING]
+    state = {"seed": seed, "quick": quick, "trainings": {own.settings.name: own.sha256 for own in trainings}}
+    with locked(output):
+        claim(output, state, overwrite=overwrite)
+        if (output / RESULTS).is_file():
+            print(f"finished before; --overwrite begins anew: {output}")
+            return report(output, json.loads((output / RESULTS).read_text(encoding="utf-8")))
+        for own in trainings:
+            if own.finished:
+                print(f"\nTraining {own.settings.name!r}: finished, {own.folder}", flush=True)
+                continue
+            algorithm, config = TRAINING[own.settings.name]
+            print(
+                f"\nTraining {own.settings.name!r}: accelerate launch train/{algorithm}.py --config configs/{config}",
+                flush=True,
+            )
+            train(own, ALONE)
+        print("\nFusing them, and measuring on held-out prompts …", flush=True)
+        create_set(output / SET, [own.folder for own in trainings], overwrite=True)
+        results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
+        results["minutes"] = (time.monotonic() - began) / 60
+        with written_file(output / RESULTS) as temporary:
+            write_text(temporary, json.dumps(results, indent=2) + "\n")
+        return report(output, results)
+
+
+def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
+    """One training of the demo, by its configuration; with a checkpoint after every step that can have one."""
+    algorithm, config = TRAINING[name]
+    _, kind = PROGRAMS[algorithm]
+    values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
+    settings = kind(**values)
+    return Training(algorithm=algorithm, settings=settings, sha256=config_hash(settings), folder=folder)
+
+
+def claim(output: Path, state: dict, *, overwrite: bool) -> None:
+    """Take an empty folder, one where the same demo was begun, or with `overwrite` any.
+
+    Raises:
+        ValueError: for a folder that holds something else or a demo of other settings, and for files of other origin
+            in the way.
+    """
+    if overwrite:
+        writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+        check_output(output, overwrite=True, ours=demo_files, writes=writes, besides=(LOCK,))
+        clear(output, demo_files(output))
+    known = read_state(output)
+    if known is None:
+        check_output(output, overwrite=overwrite, besides=(LOCK,))
+        write_json(output / STATE, state)
+    elif known != state:
+        begun = f"--seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
+        same = all(known.get(name) == state[name] for name in ("seed", "quick"))
+        how = "of another version of stepfuse" if same else f"that was begun with {begun}"
+        remedy = "" if same else f"; pass {begun} to resume it" + ("" if known.get("quick") else " without --quick")
+        raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite begins anew")
+
+
+def read_state(output: Path) -> dict | None:
+    """What demo was begun in a folder; None where there is none."""
+    try:
+        return read_object(output / STATE, "the state of a demo")
+    except ValueError:
+        return None
+
+
+def demo_files(folder: Path) -> set[Path]:
+    """The files of the demo in a folder, which --overwrite replaces; none where no demo was begun."""
+    if read_state(folder) is None:
+        return set()
+    files = files_named(folder, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+    for name in TRAINING:
+        files |= {Path(name, file) for file in (Path(LOCK), *training_files(folder / name))}
+    return files | {Path(SET, file) for file in set_files(folder / SET)}
+
+
+def measure(output: Path, *, seed: int, prompts: int) -> dict:
+    """Scores of base and fused images on held-out prompts, with paired intervals; writes the pictures."""
+    quiet_libraries()
+    sampler = FusedSampler.from_pretrained(output / SET)
+    first, second = sampler.names
+    rewards = {o.name: load_reward(o.reward) for o in sampler.objectives}
+    pool = emoji.captions(held_out=True)
+    order = torch.randperm(len(pool), generator=sample_generator(seed, "demo")).tolist()
+    chosen = [pool[i] for i in order[:prompts] for _ in range(SEEDS)]
+
+    def draw(weight: float, strength: float = 1.0) -> tuple[torch.Tensor, dict[str, list[float]]]:
+        images = sampler.sample(
+            chosen,
+            {first: 1 - weight, second: weight},
+            strength=strength,
+            generator=[sample_generator(seed, "demo", i) for i in range(len(chosen))],
+            batch_size=32,
+            output_type="pt",
+        )
+        assert isinstance(images, torch.Tensor)
+        return images, {name: score(r, images, chosen, name=name).tolist() for name, r in rewards.items()}
+
+    base_images, base = draw(0.5, strength=0.0)
+    drawn = {weight: draw(weight) for weight in SLIDER}
+    columns = [base_images, *[images for images, _ in drawn.values()]]
+    heads = ["base", *[weights_heading({first: 1 - w, second: w}) for w in SLIDER]]
+    rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
+    slider, front = (output / name for name in PICTURES)
+    with written_file(slider) as temporary:
+        labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(temporary)
+    scores = {weight: values for weight, (_, values) in drawn.items()}
+    means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
+
+    def gain(weight: float, name: str) -> dict[str, float]:
+        return vars(paired_interval(scores[weight][name], base[name], chosen))
+
+    results = {
+        "objectives": [first, second],
+        "rewards": [o.reward for o in sampler.objectives],
+        "prompts": prompts,
+        "seeds_per_prompt": SEEDS,
+        "means": dict(zip(["base", *map(str, SLIDER)], means, strict=True)),
+        "gain_over_base": {
+            _mixture(weight, first, second): {name: gain(weight, name) for name in (first, second)} for weight in SLIDER
+        },
+    }
+    with written_file(front) as temporary:
+        draw_front(temporary, results)
+    return results
+
+
+def draw_front(file: Path, results: dict) -> None:
+    """Plot the mean rewards of the mixtures in `results.json`, with the intervals of their gains over the base."""
+    first, second = results["objectives"]
+    rewards = results.get("rewards", results["objectives"])
+    means, gains = results["means"], results["gain_over_base"]
+    weights = [name for name in means if name != "base"]
+    measured = [gains.get(_mixture(float(weight), first, second)) for weight in weights]
+    save_front(
+        file,
+        [(means[weight][first], means[weight][second]) for weight in weights],
+        [f"{float(weight):g}" for weight in weights],
+        (means["base"][first], means["base"][second]),
+        intervals=[values and (values[first], values[second]) for values in measured],
+        legend=f"fused, with the weight of {second}; the rest is {first}",
+        x_label=axis_label(first, rewards[0]),
+        y_label=axis_label(second, rewards[1]),
+    )
+
+
+def _mixture(weight: float, first: str, second: str) -> str:
+    """What the results call the mixture with this weight of the second objective."""
+    named = {0.0: f"{first} alone", 0.5: "middle", 1.0: f"{second} alone"}
+    return named.get(weight, f"{first} {1 - weight:g}, {second} {weight:g}")
+
+
+def report(output: Path, results: dict) -> bool:
+    """Print the intervals and say, claim by claim, whether they show it."""
+    first, second = results["objectives"]
+    gains = results["gain_over_base"]
+    print(
+        f"\nGain over the base, {results['prompts']} held-out prompts × {results['seeds_per_prompt']} seeds, "
+        "mean [95 % interval, paired bootstrap over prompts]"
+    )
+    wide = max(map(len, gains)) + 2
+    print(f"{'':{wide}}{first:>30}{second:>30}")
+    for name, values in gains.items():
+        print(f"{name:{wide}}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
+    claims = {
+        f"the {first} adapter raises {first}": gains[f"{first} alone"][first]["low"] > 0,
+        f"the {second} adapter raises {second}": gains[f"{second} alone"][second]["low"] > 0,
+        f"the middle fusion beats the base in {first}": gains["middle"][first]["low"] > 0,
+        f"the middle fusion beats the base in {second}": gains["middle"][second]["low"] > 0,
+    }
+    print()
+    for claim, held in claims.items():
+        print(f"{'shown    ' if held else 'NOT SHOWN'}  {claim}")
+    print(f"\n{output / 'slider.png'}\n{output / 'front.png'}\n{output / 'results.json'}")
+    print(f"{results['minutes']:.1f} minutes")
+    return all(claims.values())

@@ -1,0 +1,174 @@
+"""`stepfuse reward`: list them, score a folder with one, serve one."""
+
+import csv
+import hashlib
+import json
+import secrets
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from stepfuse.data.images import to_image
+from stepfuse.data.lettering import enlarge
+from stepfuse.data.output_folder import check_file, written_file
+from stepfuse.data.text_files import file_name, write_text
+from stepfuse.rewards.catalogue import table
+from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
+from stepfuse.rewards.over_http import TOKEN, read_token
+from stepfuse.rewards.protocol import Reward, close, score
+from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.server import RewardServer
+from stepfuse.train.samples import save_samples
+
+COLUMNS = ("file_name", "prompt", "score")
+SHOWN, TILE = 32, 128  # images of a picture, and their side in pixels
+
+
+def list_rewards() -> None:
+    """What `stepfuse reward list` prints: one column aligned after another."""
+    rows = table(REWARDS)
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(
+        "\nOf a folder with its weights: NAME:FOLDER. Your own: path/to/file.py:function, or path/to/file.yaml with "
+        "reward:, worker: or http:. A server's: http://127.0.0.1:8765"
+    )
+
+
+def score_folder(
+    name: str,
+    folder: Path,
+    prompts: Path,
+    output: Path,
+    *,
+    device: torch.device,
+    batch_size: int,
+    overwrite: bool,
+    picture: Path | None = None,
+) -> None:
+    """Write file_name, prompt and score of every image to a CSV file, in order.
+
+    Rows are added to a file aside as they are scored. Interrupted, and run again, it goes on after the last of them.
+
+    Raises:
+        ValueError: for images, prompts or a reward that cannot be had, and a table that is there.
+    """
+    table = check_file(output, overwrite=overwrite)
+    if picture is not None:
+        check_file(picture, overwrite=overwrite, option="--picture")
+    items = pair_prompts(folder, prompts)
+    try:
+        table.parent.mkdir(parents=True, exist_ok=True)
+        aside = _aside(table, name, items)
+        done = _whole_rows(aside)
+        if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
+            done = []
+        write_text(aside, "".join(map(_line, done)))
+    except OSError as error:
+        raise ValueError(f"{output} cannot be written: {error.strerror}") from error
+    reward = load_reward(name, device)
+    scores = [row[2] for row in done]
+    try:
+        with open(aside, "a", encoding="utf-8", newline="\n") as handle:
+            scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
+    finally:
+        close(reward)
+    with open(aside, "w", newline="", encoding="utf-8") as handle:
+        rows = csv.writer(handle)
+        rows.writerow(COLUMNS)
+        rows.writerows((item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True))
+    aside.replace(table)
+    values = torch.tensor(scores, dtype=torch.float64)
+    ends = f"{values.min():.4g} to {values.max():.4g}"
+    print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
+    if picture is not None:
+        show_ranked(items, scores, picture)
+        print(f"{file_name(picture)}: the best {min(SHOWN, len(items))} first")
+
+
+def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
+    """The images in order of their scores, the best first, as one picture."""
+    order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
+    tiles = [np.asarray(_tile(to_image(read_pixels(items[i].file)[0]))) for i in order]
+    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+    with written_file(file) as temporary:
+        save_samples(temporary, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
+
+
+def _tile(picture: Image.Image) -> Image.Image:
+    """A picture on a white square: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
+    picture = enlarge(picture, max(1, TILE // max(picture.size)))
+    picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (TILE, TILE), "white")
+    tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+    return tile
+
+
+def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:
+    """Serve a reward until interrupted.
+
+    Raises:
+        ValueError: for a reward that cannot be loaded, a token that is none, or an address that is taken.
+    """
+    given = read_token(token_file)
+    token = given or secrets.token_urlsafe(24)
+    reward = load_reward(name, device)
+    with RewardServer(reward, name=name, address=(host, port), token=token, device=device) as server:
+        print(f"{name} at {server.url}", flush=True)
+        if given is None:
+            print(f"clients need its token: export {TOKEN}={token}", flush=True)
+        if host not in ("127.0.0.1", "localhost"):
+            print("images and token cross the network in the clear; a tunnel or a proxy encrypts them", file=sys.stderr)
+        try:
+            server.serve_forever()
+        finally:
+            close(reward)
+
+
+def _score_rest(
+    reward: Reward,
+    name: str,
+    items: list[PromptedImage],
+    handle: TextIO,
+    device: torch.device,
+    batch_size: int,
+) -> list[float]:
+    scores: list[float] = []
+    with tqdm(total=len(items), desc=name, unit="image") as bar, torch.no_grad():
+        for batch, pixels in in_batches(items, batch_size):
+            try:
+                values = score(reward, pixels.to(device), [item.prompt for item in batch], name=name).tolist()
+            except ValueError as error:
+                raise ValueError(f"{batch[0].name} to {batch[-1].name}: {error}") from error
+            handle.writelines(_line([i.name, i.prompt, v]) for i, v in zip(batch, values, strict=True))
+            handle.flush()
+            scores += values
+            bar.update(len(batch))
+    return scores
+
+
+def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
+    """The unfinished table of this reward, as it reads now, on these images: another's is never gone on with."""
+    file = Path(name.rsplit(":", 1)[0] if ".py:" in name else name)
+    is_code = file.suffix in (".py", ".yaml", ".yml") and file.is_file()
+    code = file.read_text(encoding="utf-8", errors="replace") if is_code else ""
+    images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
+    digest = hashlib.sha256("\0".join([name, code, *images]).encode(errors="surrogateescape")).hexdigest()
+    return output.with_name(f".{output.name}.{digest[:12]}.partial")
+
+
+def _whole_rows(file: Path) -> list[list]:
+    """The rows of an unfinished table, but for a last one that was cut off."""
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def _line(row: list) -> str:
+    """A row as JSON, in ASCII: a line's end ends rows alone."""
+    return json.dumps(row) + "\n"
