@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stepfuse.fuse import manifest as manifests
+from stepfuse.fuse.sets import manifest as manifests
 from stepfuse.fuse.sets.adapter import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
 from tests.fixtures_strangers import (

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, PARTS, UP, parse_key, set_key, written_key
 from stepfuse.fuse.lora.safe_files import one_line, short
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
 MOST_BYTES = 2**33
 MOST_HEADER = 2**24

@@ -11,6 +11,7 @@ from typing import Any
 from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import decode_text, write_text
 
+WEIGHTS = "pytorch_lora_weights.safetensors"  # as `pipe.load_lora_weights` looks for it
 MOST_BYTES = 2**24  # of a JSON file
 
 

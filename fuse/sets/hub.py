@@ -17,8 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from stepfuse.fuse.lora.file import WEIGHTS
-from stepfuse.fuse.lora.safe_files import check_no_pickle
+from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
 from stepfuse.fuse.sets.manifest import MANIFEST, check_schema, read_json
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
