@@ -17,10 +17,11 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.sets.adapter import WEIGHTS, write_adapter
-from stepfuse.fuse.sets.adapter_set import MANIFEST
+from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 A, B = (f"unet.{LAYER}.lora_{factor}.weight" for factor in "AB")

@@ -320,8 +320,8 @@ def test_the_nearest_name_is_suggested(name, expected):
 def test_suggestions_are_made_for_names_in_settings_and_files():
     """Where a name does not come from the command line."""
     from stepfuse.data.settings_file import check_names
-    from stepfuse.fuse.diffusion.variance import schedule_from_dict
     from stepfuse.fuse.rules.registry import get_rule
+    from stepfuse.fuse.rules.schedules import schedule_from_dict
     from stepfuse.fuse.rules.weight_table import weight_table
     from stepfuse.rewards.registry import load_reward
     from stepfuse.scripts.evaluation.config import EvaluationConfig

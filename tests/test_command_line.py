@@ -15,11 +15,13 @@ import torch
 from PIL import Image
 
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import WEIGHTS
-from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
-from stepfuse.scripts.cli.main import RULE_NAMES, _parser, main, parse
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.scripts.cli.choices import RULE_NAMES
+from stepfuse.scripts.cli.main import _parser, main, parse
 from tests.fixtures_tiny import generators, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]

@@ -21,9 +21,10 @@ from stepfuse.configs import FOLDER
 from stepfuse.data.settings_file import find_config
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.noise_path import NoisePath
-from stepfuse.fuse.diffusion.variance import SCHEDULES, EtaSchedule, schedule_from_dict, schedule_to_dict, step_variance
+from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 from stepfuse.fuse.rules.plan import FusionStep, Plan
 from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_from_dict, schedule_to_dict
 from stepfuse.scripts.cli.main import main, parse
 
 ROOT = Path(__file__).parents[1]
@@ -216,7 +217,7 @@ def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_example_schedule_is_stored_and_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfuse.fuse.diffusion.variance.SCHEDULES", dict(SCHEDULES))
+    monkeypatch.setattr("stepfuse.fuse.rules.schedules.SCHEDULES", dict(SCHEDULES))
     schedule = example("class LinearSchedule")["LinearSchedule"](first=1.0, last=0.25)  # type: ignore[operator]
     from diffusers import DDIMScheduler
 

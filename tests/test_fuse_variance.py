@@ -9,14 +9,8 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.transition import transition
-from stepfuse.fuse.diffusion.variance import (
-    EtaSchedule,
-    LearnedSchedule,
-    TableSchedule,
-    schedule_from_dict,
-    schedule_to_dict,
-    step_variance,
-)
+from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule, step_variance
+from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 PATHS = {

@@ -16,7 +16,7 @@ from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_kohya
 from stepfuse.fuse.lora.file import METADATA, check_fits
 from stepfuse.fuse.lora.kohya import kohya_name, sgm_path
-from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict

@@ -26,10 +26,11 @@ from stepfuse.fuse.lora.kohya import sgm_path
 from stepfuse.fuse.lora.layers import lora_layers
 from stepfuse.fuse.lora.load import adapter_state
 from stepfuse.fuse.lora.merge import merge_factors
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.lora.write import save_lora
-from stepfuse.fuse.sets.adapter import WEIGHTS
-from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import copy_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.train.checkpoints import read_state, write_state
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
 from tests.fixtures_strangers import LAYER, A, B, put_weights

@@ -10,12 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepfuse.data.output_folder import WORK
-from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS
-from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.adapter import OBJECTIVE
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import add_adapter, copy_set, create_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import refused
 
 

@@ -17,10 +17,10 @@ from stepfuse.data import lettering
 from stepfuse.data.grid import labelled_grid
 from stepfuse.data.lettering import Lettering, printable
 from stepfuse.fuse.rules.weights import parse_weights
+from stepfuse.fuse.sampling.pictures import sampled_picture, weights_heading
 from stepfuse.rewards.image_files import PromptedImage
 from stepfuse.rewards.registry import REWARDS, reward_unit
 from stepfuse.scripts.cli.main import main
-from stepfuse.scripts.evaluation.pictures import sampled_picture, weights_heading
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
 from stepfuse.scripts.recipes.demo import draw_front
 from stepfuse.scripts.recipes.rewards import show_ranked

@@ -13,8 +13,8 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.pipeline import FusedPipeline
-from stepfuse.fuse.sets.adapter import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import card
 from stepfuse.fuse.sets.create import copy_set, create_set

@@ -11,12 +11,13 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.reward_gradient import RewardGradientGuidance
 from stepfuse.fuse.rules.weights import WeightSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import WEIGHTS, load_adapter, read_adapter
+from stepfuse.fuse.sets.adapter import load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.emoji_background import emoji_background

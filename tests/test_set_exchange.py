@@ -16,8 +16,8 @@ from safetensors import safe_open
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import card, code, plain
 from stepfuse.fuse.sets.create import copy_set, create_set

@@ -22,10 +22,11 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import WEIGHTS, write_adapter
+from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.manifest import MANIFEST

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.lora.file import METADATA, open_lora
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import WEIGHTS, load_adapter
-from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.adapter import load_adapter
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_strangers import (
     LAYER,
     A,

@@ -8,7 +8,7 @@ from pathlib import Path
 from jsonschema import Draft202012Validator
 
 from stepfuse.fuse.backbones.denoiser import GUIDANCE
-from stepfuse.fuse.diffusion.variance import SCHEDULES
+from stepfuse.fuse.rules.schedules import SCHEDULES
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, SCHEMA
 
 ROOT = Path(__file__).parents[1]

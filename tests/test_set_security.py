@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets import manifest as manifests
-from stepfuse.fuse.sets.adapter import WEIGHTS
-from stepfuse.fuse.sets.adapter_set import MANIFEST, load_set
+from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_strangers import (
     edit,
     evil,

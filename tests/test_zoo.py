@@ -20,10 +20,10 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import peft_config, peft_state
 from stepfuse.fuse.lora.file import IDLE, KNOWN, METADATA, check_fits, open_lora
-from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS, read_adapter, write_adapter
+from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion

@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from stepfuse.data.output_folder import check_output, files_below, files_named, resolve_folder
 from stepfuse.data.output_folder import clear as clear_files
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS
+from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.sets.adapter import OBJECTIVE
 from stepfuse.train.checkpoints import (
     ASIDE,
     MANIFEST,

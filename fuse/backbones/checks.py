@@ -12,8 +12,8 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection
 
-from stepfuse.fuse.backbones.configuration import Expected, check_configuration
-from stepfuse.fuse.backbones.quiet import StableDiffusionXLPipeline
+from stepfuse.data.library_messages import StableDiffusionXLPipeline
+from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)

@@ -9,12 +9,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepfuse.data import emoji
-from stepfuse.fuse.backbones.checks import check_base, check_has_texts
-from stepfuse.fuse.backbones.quiet import (
+from stepfuse.data.library_messages import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     quiet_loading,
 )
+from stepfuse.fuse.backbones.checks import check_base, check_has_texts
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 
 EMBEDDED = {"emoji": emoji.PIPELINE}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
-from stepfuse.fuse.backbones.quiet import TRUNCATION, without_messages
+from stepfuse.data.library_messages import TRUNCATION, without_messages
 
 SHOWN = 200  # characters of a text in a message
 logger = logging.getLogger(__name__)

@@ -9,14 +9,14 @@ from diffusers.image_processor import VaeImageProcessor
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.backbones.checks import check_has_texts
-from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.quiet import (
+from stepfuse.data.library_messages import (
     TRUNCATION,
     StableDiffusionXLPipeline,
     retrieve_latents,
     without_messages,
 )
+from stepfuse.fuse.backbones.checks import check_has_texts
+from stepfuse.fuse.backbones.conditioning import Conditioning
 
 
 def execution_device(pipeline: DiffusionPipeline) -> torch.device:

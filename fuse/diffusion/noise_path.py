@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.backbones.configuration import Expected, check_configuration
+from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.gaussian import at_least_float32
 
 FINAL = -1  # the position after the last step

@@ -31,8 +31,7 @@ from stepfuse.fuse.lora.file import (
     read_header,
 )
 from stepfuse.fuse.lora.keys import ALPHA, BIAS, DOWN, MAGNITUDE, TEXT, UP, LayerTable, LoRAKey, parse_key
-from stepfuse.fuse.lora.safe_files import check_no_pickle, read_object
-from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle, read_object
 
 Found = dict[str, dict[str, LoRAKey]]  # by the layer's path, then by kind
 

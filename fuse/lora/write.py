@@ -16,8 +16,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from stepfuse.data.library_messages import StableDiffusionPipeline
 from stepfuse.data.output_folder import written_file
-from stepfuse.fuse.backbones.quiet import StableDiffusionPipeline
 from stepfuse.fuse.lora.factors import Factors, peft_config
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, written_key
 

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from stepfuse.data.images import to_image
+from stepfuse.data.library_messages import StableDiffusionXLPipeline
 from stepfuse.data.names import nearest
-from stepfuse.fuse.backbones.quiet import StableDiffusionXLPipeline
 from stepfuse.fuse.backbones.unet import encode_prompts, execution_device
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.rules.base import FusionRule

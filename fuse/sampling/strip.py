@@ -7,8 +7,8 @@ from PIL import Image
 from stepfuse.data.grid import labelled_grid
 from stepfuse.data.seeds import numbered_generator
 from stepfuse.fuse.rules.weights import Weights
+from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.scripts.evaluation.pictures import weights_heading
 
 ROWS = 3
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.backbones.fingerprint import same_base
-from stepfuse.fuse.diffusion.variance import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.lora.factors import read_factors, state_factors
 from stepfuse.fuse.lora.file import check_finite, check_fits, check_parts, open_lora
 from stepfuse.fuse.lora.load import adapter_state, put_on
 from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash, write_json
 from stepfuse.fuse.lora.write import save_lora, scale_to_one
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, read_json
 from stepfuse.rewards.shaping import Shaping
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from stepfuse.data import emoji
 from stepfuse.data.output_folder import complete
-from stepfuse.fuse.diffusion.variance import VarianceSchedule, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.sets.adapter import Adapter, check_adapter
 from stepfuse.fuse.sets.entries import adapter_from_entry, adapter_to_entry

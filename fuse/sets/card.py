@@ -11,9 +11,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import file_name, write_text
-from stepfuse.fuse.diffusion.variance import schedule_to_dict
+from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.rules.weights import label_weights
-from stepfuse.fuse.sets.adapter import WEIGHTS, Adapter
+from stepfuse.fuse.sets.adapter import Adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.fuse.sets.hub import parse_id
 from stepfuse.fuse.sets.manifest import MANIFEST

@@ -11,9 +11,9 @@ from typing import Any
 from stepfuse.data.output_folder import check_output, files_named, replaced
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
-from stepfuse.fuse.lora.safe_files import read_object
+from stepfuse.fuse.lora.safe_files import WEIGHTS, read_object
 from stepfuse.fuse.rules.gap_profile import GapProfile
-from stepfuse.fuse.sets.adapter import OBJECTIVE, WEIGHTS, Adapter, copy_weights, read_adapter
+from stepfuse.fuse.sets.adapter import OBJECTIVE, Adapter, copy_weights, read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, OracleAdapter, load_set, oracle_terms, save_manifest, set_folder
 from stepfuse.fuse.sets.card import CARD, is_card
 from stepfuse.fuse.sets.entries import record_weights

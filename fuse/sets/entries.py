@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepfuse.fuse.diffusion.variance import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.safe_files import file_hash, write_json
+from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash, write_json
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.sets.adapter import WEIGHTS, Adapter
+from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.sets.adapter import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST, inside, read_json
 from stepfuse.rewards.shaping import Shaping
 

@@ -17,11 +17,12 @@ from stepfuse.fuse.lora.export import FORMATS, PEFT_CONFIG, PEFT_WEIGHTS, save_k
 from stepfuse.fuse.lora.factors import peft_config, peft_state, read_factors
 from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.merge import merge_factors
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule
-from stepfuse.fuse.sets.adapter import WEIGHTS, Adapter, check_guidance, write_adapter
+from stepfuse.fuse.sets.adapter import Adapter, check_guidance, write_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.create import add_adapter, check_writable, create_set
 from stepfuse.fuse.sets.hub import fetch_lora, parse_id

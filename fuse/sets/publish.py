@@ -10,7 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from stepfuse.data.text_files import read_text
 from stepfuse.fuse.backbones.loading import EMBEDDED
-from stepfuse.fuse.sets.adapter import WEIGHTS
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, set_folder
 from stepfuse.fuse.sets.card import CARD, FRONTS, STRIP, card
 from stepfuse.fuse.sets.hub import explained_hub, parse_id

@@ -45,9 +45,9 @@ def sample(arguments: argparse.Namespace) -> None:
     from stepfuse.data.seeds import numbered_generator
     from stepfuse.fuse.backbones.loading import quiet_libraries
     from stepfuse.fuse.rules.registry import get_rule
+    from stepfuse.fuse.sampling.pictures import sampled_picture
     from stepfuse.fuse.sampling.sampler import FusedSampler
     from stepfuse.fuse.sets.adapter_set import load_set
-    from stepfuse.scripts.evaluation.pictures import sampled_picture
 
     device = check_device(arguments.device)
     rule = get_rule(arguments.rule, **options) if arguments.rule else None

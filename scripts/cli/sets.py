@@ -63,7 +63,7 @@ def validate(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     check_set(arguments.set)
 
-    from stepfuse.fuse.diffusion.variance import schedule_to_dict
+    from stepfuse.fuse.rules.schedules import schedule_to_dict
     from stepfuse.fuse.rules.weights import label_weights
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps
     from stepfuse.fuse.sets.adapter_set import load_set

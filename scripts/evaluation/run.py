@@ -35,12 +35,12 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.loading import EMBEDDED, quiet_libraries
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.variance import schedule_to_dict
 from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.gap_profile import profile_to_dict
 from stepfuse.fuse.rules.plan import FusionStep
 from stepfuse.fuse.rules.product import Oracle
+from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sampling.rewards import check_trusted
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set

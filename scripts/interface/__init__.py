@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.gaussian import Gaussian as Gaussian
     from stepfuse.fuse.diffusion.noise_path import NoisePath as NoisePath
-    from stepfuse.fuse.diffusion.variance import SCHEDULES as SCHEDULES
     from stepfuse.fuse.rules.base import FusionRule as FusionRule
     from stepfuse.fuse.rules.registry import RULES as RULES
+    from stepfuse.fuse.rules.schedules import SCHEDULES
     from stepfuse.fuse.sampling.pipeline import FusedPipeline as FusedPipeline
     from stepfuse.fuse.sampling.sampler import FusedSampler as FusedSampler
     from stepfuse.fuse.sets.adapter_set import AdapterSet as AdapterSet
@@ -39,7 +39,7 @@ _MODULES = {
     "REWARDS": "stepfuse.rewards.registry",
     "RULES": "stepfuse.fuse.rules.registry",
     "Reward": "stepfuse.rewards.protocol",
-    "SCHEDULES": "stepfuse.fuse.diffusion.variance",
+    "SCHEDULES": "stepfuse.fuse.rules.schedules",
     "create_set": "stepfuse.fuse.sets.create",
     "load_reward": "stepfuse.rewards.registry",
     "load_set": "stepfuse.fuse.sets.adapter_set",

@@ -23,9 +23,10 @@ from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sampling.strip import ROWS, draw_strip
 from stepfuse.fuse.sets.adapter import Adapter, read_adapter
-from stepfuse.fuse.sets.adapter_set import MANIFEST, AdapterSet, load_set
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.card import STRIP, write_card
 from stepfuse.fuse.sets.create import add_evaluation, add_profile, create_set
+from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.train import ddpo, dpo

@@ -15,12 +15,13 @@ from stepfuse.data.settings_file import read_settings
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.lora.safe_files import read_object, write_json
+from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set, set_files
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
-from stepfuse.scripts.evaluation.pictures import save_front, weights_heading
+from stepfuse.scripts.evaluation.pictures import save_front
 from stepfuse.scripts.evaluation.plots import axis_label
 from stepfuse.scripts.recipes.build_set import ALONE, PROGRAMS, Training, train
 from stepfuse.train.output import LOCK, locked, training_files
