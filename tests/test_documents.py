@@ -181,6 +181,19 @@ def test_the_pictures_of_the_readme_exist() -> None:
             picture.verify()
 
 
+def test_links_within_the_documents_lead_to_files() -> None:
+    documents = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    documents += sorted((ROOT / "docs").rglob("*.md"))
+    links = [
+        (document.relative_to(ROOT).as_posix(), link)
+        for document in documents
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+        if "://" not in link
+    ]
+    assert len(links) > 20
+    assert [(document, link) for document, link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
+
+
 def test_the_example_reward_is_one() -> None:
     white, half_red = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     half_red[:, 0, :2] = 1

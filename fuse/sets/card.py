@@ -25,7 +25,7 @@ CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"
 CODE = """```python
 import torch
 
-from stepfuse.fuse.sampling.pipeline import FusedPipeline
+from stepfuse import FusedPipeline
 
 pipe = FusedPipeline.from_pretrained("{place}")
 image = pipe("{prompt}", weights={weights}, generator=torch.Generator().manual_seed(0)).images[0]
