@@ -112,7 +112,7 @@ def test_a_rival_with_networks_of_its_own_weighs_as_many(settings):
 
 
 def test_what_does_not_fit_is_left_out_and_said(settings, monkeypatch):
-    monkeypatch.setattr("stepfuse.scripts.evaluation.costs.free_memory", lambda device: 2e5)
+    monkeypatch.setattr("stepfuse.scripts.benchmark.sampling.free_memory", lambda device: 2e5)
     measured = benchmark_sampling(replace(settings, rules=()), progress=False)
     assert set(measured["skipped"]) >= {"diffusion_blend, 3 adapters"}
     assert "diffusion_blend, 3 adapters: left out, 3 UNets" in markdown_table(measured)

@@ -243,7 +243,7 @@ def test_a_hash_is_of_what_decides_the_adapter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sets").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("stepfuse.data.prompts.load_prompts", lambda name: [name])  # some are of the hub
+    monkeypatch.setattr("stepfuse.scripts.recipes.build_set.load_prompts", lambda name: [name])  # some are of the hub
     config, objectives, oracles, _ = read_build(file)
     assert f"stepfuse build configs/sets/{file.name}" in file.read_text()
     assert len(objectives) == len(config.objectives) >= 2

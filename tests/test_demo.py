@@ -91,7 +91,7 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     (output / "set" / "mine.txt").rename(output / "mine.txt")
     assert files().keys() == before.keys() | {str(output / "mine.txt")}
 
-    monkeypatch.setattr("stepfuse.scripts.recipes.build_set.train", stop)
+    monkeypatch.setattr("stepfuse.scripts.recipes.demo.train", stop)
     with pytest.raises(KeyboardInterrupt):
         demo(output, seed=1, overwrite=True, quick=True)  # begins anew, and keeps what is not its own
     assert {file.name for file in output.rglob("*") if file.is_file()} == {"mine.txt", "demo.json"}

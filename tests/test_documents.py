@@ -167,12 +167,14 @@ def test_the_readme_tree_names_what_is_there() -> None:
     (tree,) = [block for block in blocks("README.md", "text") if "train/" in block]
     for folder in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
         assert (ROOT / folder).is_dir(), folder
-    train, fuse = tree[: tree.index("fuse/")], tree[tree.index("fuse/") : tree.index("rewards/")]
-    for folder, part in (("train", train), ("fuse", fuse)):
-        lists = [line.removeprefix(f"{folder}/").partition(":")[0] for line in part.splitlines() if "·" in line]
-        named = {name.strip() for line in lists for name in line.split("·")}
-        there = {file.stem for file in (ROOT / folder).glob("*.py")} - {"__init__", "dpo", "ddpo"}  # the programs
-        assert named == there, folder
+    named, top = set(), ""
+    for line in tree.splitlines():
+        if match := re.match(r"( *)(\w+)/", line):
+            top = top if match[1] else match[2]
+            named.add(f"{top}/{match[2]}" if match[1] else top)
+    packages = {file.parent.relative_to(ROOT).as_posix() for top in named for file in (ROOT / top).rglob("__init__.py")}
+    inner = {folder for folder in packages if not folder.startswith(("configs/", "tests/")) and folder.count("/") == 1}
+    assert {folder for folder in named if "/" in folder} == inner
 
 
 def test_the_pictures_of_the_readme_exist() -> None:
@@ -204,7 +206,7 @@ def test_the_example_reward_is_one() -> None:
 def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("stepfuse.fuse.rules.registry.RULES", dict(RULES))
     example("class Strongest")
-    from stepfuse.fuse import rules
+    from stepfuse.fuse.rules import registry
 
     plan = Plan(
         path=NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)),
@@ -220,7 +222,7 @@ def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> N
         everywhere = [(x_t - alpha * place) / sigma for place in wanted]
         return [e if own is None else e[own] for e, own in zip(everywhere, where, strict=True)]
 
-    rule = rules.get_rule("strongest")
+    rule = registry.get_rule("strongest")
     step = FusionStep(
         plan=rule.prepare(plan), number=0, x_t=torch.zeros(2, 1), networks=networks, uniforms=torch.zeros(2, 3)
     )

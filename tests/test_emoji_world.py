@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from stepfuse.data import emoji
+from stepfuse.data.images import to_image, to_pixels
 from stepfuse.data.prompts import load_prompts
 from tests.fixtures_tiny import refused
 
@@ -61,15 +62,15 @@ def test_captions_have_their_articles(concept, background, caption):
 def test_every_picture_goes_through_pixels_unchanged():
     values = torch.arange(256).repeat(3).reshape(3, 16, 16)
     values = torch.stack([values[0], values[1].flip(0), values[2].T])
-    image = emoji.to_image(values / 255)
+    image = to_image(values / 255)
     assert (image.mode, image.size) == ("RGB", (16, 16))
     assert [image.getpixel((2, 1))[c] for c in range(3)] == values[:, 1, 2].tolist()
-    assert torch.equal(emoji.to_pixels(image), values.float() / 255)
+    assert torch.equal(to_pixels(image), values.float() / 255)
 
 
 def test_pixels_are_rounded_and_clamped():
     levels = torch.tensor([-0.5, 0.49 / 255, 0.51 / 255, 254.4 / 255, 1.5])
-    image = emoji.to_image(levels.reshape(1, 1, 5).expand(3, 1, 5))
+    image = to_image(levels.reshape(1, 1, 5).expand(3, 1, 5))
     assert [image.getpixel((i, 0)) for i in range(5)] == [(v, v, v) for v in (0, 0, 1, 254, 255)]
 
 
@@ -77,7 +78,7 @@ def test_a_picture_that_is_wide_or_has_no_colours_makes_pixels():
     image = Image.new("L", (3, 2))
     image.putdata([0, 51, 102, 153, 204, 255])
     expected = torch.tensor([[0, 0.2, 0.4], [0.6, 0.8, 1]]).expand(3, 2, 3)
-    torch.testing.assert_close(emoji.to_pixels(image), expected)
+    torch.testing.assert_close(to_pixels(image), expected)
 
 
 def test_a_picture_has_the_colour_of_its_background_and_the_emoji_within():
@@ -89,7 +90,7 @@ def test_a_picture_has_the_colour_of_its_background_and_the_emoji_within():
     for seed in range(30):
         image = emoji.render(square, "purple", torch.Generator().manual_seed(seed))
         assert image.size == (64, 64)
-        pixels = emoji.to_pixels(image) * 255
+        pixels = to_pixels(image) * 255
         within = pixels[2] < purple[2] / 2  # blue: 176 around, 0 within
         sides.append(int(within.sum()) ** 0.5)
         corners = pixels[:, [0, 0, -1, -1], [0, -1, 0, -1]]

@@ -202,8 +202,9 @@ WRITERS = """
 import sys
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from stepfuse.fuse.sets.adapter import file_hash
-from stepfuse.fuse.lora.export import FORMATS, export_adapter
+from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.fuse.lora.export import FORMATS
+from stepfuse.fuse.sets.exchange import export_adapter
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import save_adapter
 

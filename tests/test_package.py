@@ -31,9 +31,11 @@ SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py
 def test_every_folder_is_a_package_of_the_namespace():
     setuptools = PYPROJECT["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT) for path in SOURCES}
-    assert {".".join(("stepfuse", *folder.parts)) for folder in folders} <= set(setuptools["packages"])
+    left_out = {Path("scripts/emoji"), Path("scripts/interface")}  # builders; and what is `stepfuse` itself
+    packaged = {".".join(("stepfuse", *folder.parts)) for folder in folders - left_out}
+    assert packaged | {"stepfuse"} <= set(setuptools["packages"])
     for name, folder in setuptools["package-dir"].items():
-        assert name == "stepfuse." + folder.replace("/", ".")
+        assert folder == "scripts/interface" if name == "stepfuse" else name == "stepfuse." + folder.replace("/", ".")
         assert (ROOT / folder).is_dir()
     for layer in LAYERS:
         assert setuptools["package-dir"][f"stepfuse.{layer}"] == layer
@@ -138,7 +140,10 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     data = [*embedded, *(ROOT / "configs").rglob("*.*"), *(ROOT / name for name in single)]
     typed = [ROOT / layer / "py.typed" for layer in LAYERS]
     wanted = {path for path in [*SOURCES, *typed, *data] if path.is_file() and "__pycache__" not in path.parts}
-    assert ours == {f"stepfuse/{path.relative_to(ROOT).as_posix()}" for path in wanted}
+    interface = ROOT / "scripts" / "interface"
+    wanted = {path for path in wanted if path.parent not in (interface, ROOT / "scripts" / "emoji")}
+    public = {f"stepfuse/{path.name}" for path in interface.iterdir() if path.is_file()}
+    assert ours == {f"stepfuse/{path.relative_to(ROOT).as_posix()}" for path in wanted} | public
 
 
 def test_every_dependency_has_a_pin_that_it_allows():

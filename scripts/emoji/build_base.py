@@ -28,6 +28,7 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.data.images import to_pixels
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
 
@@ -180,7 +181,7 @@ def draw_batch(
     pool = [prompt for prompt in emoji.prompts() if prompt.held_out == held_out]
     chosen = [pool[i] for i in torch.randint(len(pool), (size,), generator=generator).tolist()]
     images = [emoji.render(pictures[p.concept], p.background, generator) for p in chosen]
-    return [p.caption for p in chosen], torch.stack([emoji.to_pixels(i) for i in images]) * 2 - 1
+    return [p.caption for p in chosen], torch.stack([to_pixels(i) for i in images]) * 2 - 1
 
 
 def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
@@ -344,7 +345,7 @@ def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tu
         for index, prompt in enumerate(tqdm(pool, desc="latents", mininterval=20)):
             pixels = torch.stack(
                 [
-                    emoji.to_pixels(emoji.render(pictures[prompt.concept], prompt.background, generator))
+                    to_pixels(emoji.render(pictures[prompt.concept], prompt.background, generator))
                     for _ in range(RENDERS_PER_PROMPT)
                 ]
             )
