@@ -1,5 +1,6 @@
 """The commands and examples that README and CONTRIBUTING show are run here as they stand, on the embedded base."""
 
+import io
 import itertools
 import json
 import os
@@ -11,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -25,7 +28,12 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 from stepfuse.fuse.rules.plan import FusionStep, Plan
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.cli.main import main, parse
+from stepfuse.scripts.evaluation.config import EvaluationConfig
+from stepfuse.scripts.evaluation.metrics import METRICS
+from stepfuse.scripts.evaluation.run import evaluate
+from tests.fixtures_tiny import save_adapter, save_stable_diffusion
 
 ROOT = Path(__file__).parents[1]
 # SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
@@ -241,6 +249,37 @@ def test_the_example_schedule_is_stored_and_read_back(monkeypatch: pytest.Monkey
         expected = r * path.ancestral_variance(t, t - 1, like)
         assert step_variance(schedule, path, t, t - 1, like).item() == pytest.approx(expected.item(), rel=1e-6)
     assert schedule_from_dict(schedule_to_dict(schedule)) == schedule
+
+
+def test_the_example_metric_is_in_the_table_the_summary_and_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the image that the table keeps, in 8 bits, it is mean((p_(x+1) - p_x)²)."""
+    monkeypatch.setitem(METRICS, "edge_energy", METRICS["kl"])  # the example replaces it, and the end removes it
+    example("def edge_energy")
+    base = save_stable_diffusion(tmp_path / "base")
+    for seed, name in enumerate(("colourfulness", "compressibility")):
+        save_adapter(tmp_path / name, base, name, seed=seed, reward=name, guidance="off")
+    create_set(tmp_path / "set", [tmp_path / "colourfulness", tmp_path / "compressibility"])
+    config = EvaluationConfig(
+        prompts="emoji-heldout:2",
+        seeds_per_prompt=1,
+        rules=["product"],
+        scales={"colourfulness": 5.0, "compressibility": 0.2},
+        steps=2,
+        kl_seeds=0,
+    )
+    evaluate(tmp_path / "set", config, tmp_path / "out")
+    results = pd.read_parquet(tmp_path / "out" / "results.parquet")
+    for row in results.itertuples():
+        pixels = np.asarray(Image.open(io.BytesIO(row.image)), dtype=np.float64) / 255
+        assert row.edge_energy == pytest.approx(np.square(np.diff(pixels, axis=1)).mean(), abs=2e-3)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for cell, (_, rows) in zip(summary["cells"], results.groupby(["rule", "weights"], sort=False), strict=True):
+        assert cell["edge_energy"]["mean"] == pytest.approx(rows["edge_energy"].mean())
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<dt><b>edges</b></dt><dd>Mean squared difference of neighbours</dd>" in page
+    assert 'aria-label="weighted gain against edges' in page
 
 
 def test_the_embedded_base_is_small_enough_to_ship() -> None:

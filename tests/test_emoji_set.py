@@ -10,15 +10,16 @@ import pytest
 import yaml
 
 from stepfuse.data import emoji
+from stepfuse.data.intervals import interval_text as text
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.rewards.statistics import deviation_within
-from stepfuse.scripts.evaluation.cells import Setup
 from stepfuse.scripts.evaluation.config import cells_of, read_config
 from stepfuse.scripts.evaluation.figures import summarise
-from stepfuse.scripts.evaluation.findings import findings, text
+from stepfuse.scripts.evaluation.report import sentences
+from stepfuse.scripts.evaluation.setup import Setup
 from stepfuse.scripts.oracle_world.page import page, verdicts
 from tests.fixtures_tiny import generators
 
@@ -163,7 +164,7 @@ def test_the_tables_shown_are_those_of_the_summary() -> None:
         row = f"| {shown.get(rule, f'`{rule}`')} | {gains} |"
         assert row in readme
         assert row in account
-    assert all(f"- {sentence}" in account for sentence in findings(summary))
+    assert all(f"- {sentence}" in account for sentence in sentences(summary))
 
 
 def test_the_page_of_the_oracle_world_is_that_of_its_figures() -> None:

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from stepfuse.rewards.statistics import paired_interval
-from stepfuse.scripts.evaluation.cells import Setup
 from stepfuse.scripts.evaluation.figures import summarise
+from stepfuse.scripts.evaluation.setup import Setup
 from tests.fixtures_evaluation import PROMPTS, SETUP, UNKNOWN, cell, figures, noisy, of
 from tests.fixtures_tiny import refused
 

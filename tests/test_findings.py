@@ -1,8 +1,15 @@
-"""Sentences follow the figures, for product and against it."""
+"""Findings follow from the figures, for product and against it, and are put into words."""
+
+import html
+import re
+from pathlib import Path
 
 import pytest
 
-from stepfuse.scripts.evaluation.findings import decimals, excludes_zero, findings, text
+from stepfuse.data.intervals import decimals, excludes_zero
+from stepfuse.data.intervals import interval_text as text
+from stepfuse.scripts.evaluation import report
+from stepfuse.scripts.evaluation.findings import findings
 from tests.fixtures_evaluation import UNKNOWN, cell, figures, noisy
 
 ENDS = {1.0: (2.0, 1.0), 0.0: (1.0, 2.0)}
@@ -14,83 +21,88 @@ def front(rule, middle, *, nfe=40.0):
     return [noisy(rule, share, point).assign(nfe=nfe) for share, point in points.items()]
 
 
-def told(*cells):
-    return findings(figures(cell("base", None), *cells))
+def facts(*cells, kind=None):
+    """The findings of these cells and a base at (0, 0), of one kind."""
+    found = findings(figures(cell("base", None), *cells))
+    return [finding for finding in found if finding.kind == kind] if kind else found
 
 
-def about(sentences, *words):
-    return [sentence for sentence in sentences if all(word in sentence for word in words)]
-
-
-@pytest.mark.parametrize(("middle", "sign"), [(1.9, "+"), (1.7, "−")])
-def test_a_front_is_said_to_be_above_or_below_products_as_the_figures_are(middle, sign):
+@pytest.mark.parametrize(("middle", "comparison"), [(1.9, "above"), (1.7, "below")])
+def test_a_front_is_above_or_below_products_as_the_figures_are(middle, comparison):
     """The base at (0, 0) makes (−0.2, −0.2) the reference; 1.8 half way is what product has."""
-    (sentence,) = about(told(*front("product", 1.8), *front("soup", middle)), "Hypervolume of soup")
-    assert sentence.startswith(f"Hypervolume of soup minus that of product: {sign}0.")
-    assert "(excludes 0), over the 3 weights and strengths that both have" in sentence
+    (finding,) = facts(*front("product", 1.8), *front("soup", middle), kind="hypervolume")
+    assert (finding.rule, finding.metric, finding.comparison) == ("soup", "hypervolume", comparison)
+    assert finding.details == {"matched": 3, "all_cells": None, "cells": 3, "product_cells": 3}
 
 
-def test_equal_fronts_are_not_told_apart_and_the_cheaper_is_named():
-    sentences = told(*front("product", 1.8, nfe=60), *front("soup", 1.8, nfe=30), *front("code", 1.9, nfe=300))
-    assert about(sentences, "Hypervolume of soup", "(holds 0)")
-    (cheapest,) = about(sentences, "cheapest rule within noise of product is soup", "0.50 × its network evaluations")
-    assert "not shown to be equal" in cheapest
+def test_equal_fronts_are_within_noise_and_the_cheaper_rule_is_found():
+    cells = [*front("product", 1.8, nfe=60), *front("soup", 1.8, nfe=30), *front("code", 1.9, nfe=300)]
+    soup, _ = facts(*cells, kind="hypervolume")
+    assert (soup.rule, soup.comparison) == ("soup", "within noise")
+    (cheapest,) = facts(*cells, kind="cheapest")
+    assert (cheapest.rule, cheapest.details["nfe"], cheapest.comparison) == ("soup", 0.5, "within noise")
 
 
 def test_a_cheaper_rule_of_less_volume_is_not_within_noise():
-    assert about(told(*front("product", 1.8, nfe=60), *front("soup", 1.2)), "Every rule cheaper", "beyond noise: soup.")
+    cells = [*front("product", 1.8, nfe=60), *front("soup", 1.2)]
+    (finding,) = facts(*cells, kind="cheaper_is_worse")
+    assert finding.details == {"rules": ["soup"]}
+    assert not facts(*cells, kind="cheapest")
 
 
 def test_a_dearer_rule_is_not_the_cheapest_whatever_its_volume():
-    assert about(told(*front("product", 1.8, nfe=60), *front("code", 1.9, nfe=300)), "No rule", "is cheaper")
+    assert facts(*front("product", 1.8, nfe=60), *front("code", 1.9, nfe=300), kind="none_cheaper")
 
 
-def test_one_adapter_alone_is_no_cheaper_way_to_fuse():
+def test_one_adapter_alone_is_not_a_cheaper_fusion():
     """Product with all weight on one objective is that adapter: a rule of nothing else is not compared by cost."""
-    alone = [noisy("kl", share, point).assign(nfe=20) for share, point in ENDS.items()]
-    sentences = told(*front("product", 1.8, nfe=60), *alone)
-    assert about(sentences, "Hypervolume of kl", "No mixed weights")
-    assert about(sentences, "No rule with mixed weights in common with product is cheaper")
+    single = [noisy("kl", share, point).assign(nfe=20) for share, point in ENDS.items()]
+    cells = [*front("product", 1.8, nfe=60), *single]
+    (volume,) = facts(*cells, kind="hypervolume")
+    assert (volume.rule, volume.details["matched"], volume.details["cells"]) == ("kl", None, 2)
+    assert facts(*cells, kind="none_cheaper")
 
 
-def test_weights_at_which_product_is_not_best_are_named_with_rule_and_difference():
+def test_weights_at_which_product_is_not_best_have_the_better_rule_and_its_difference():
     """Half way, soup has 0.5 · 0.1 + 0.5 · 0.1 = 0.1 more than product."""
-    sentences = told(*front("product", 1.8), *front("soup", 1.9), *front("switch", 1.6))
-    assert about(sentences, "highest weighted reward at 2 of 3 weights", "above it at 1", "excludes 0 at 1")
-    assert about(sentences, "Not product but") == [
-        "Not product but soup is best at x=0.5,y=0.5: by +0.100 [+0.100, +0.100] (excludes 0)."
-    ]
+    cells = [*front("product", 1.8), *front("soup", 1.9), *front("switch", 1.6)]
+    (won,) = facts(*cells, kind="weights_won")
+    assert won.details == {"weights": 3, "won": 2, "lost": 1, "resolved": 1}
+    (better,) = facts(*cells, kind="better_rule")
+    assert (better.rule, better.comparison, better.details) == ("soup", "above", {"weights": "x=0.5,y=0.5"})
+    assert better.value["mean"] == pytest.approx(0.1)
 
 
 def test_where_product_is_best_everywhere_no_other_rule_is_named():
-    sentences = told(*front("product", 1.8), *front("soup", 1.7))
-    assert about(sentences, "highest weighted reward at 3 of 3 weights")
-    assert not about(sentences, "Not product but")
+    cells = [*front("product", 1.8), *front("soup", 1.7)]
+    (won,) = facts(*cells, kind="weights_won")
+    assert won.details == {"weights": 3, "won": 3, "lost": 0, "resolved": 0}
+    assert not facts(*cells, kind="better_rule")
 
 
-def test_an_oracle_that_is_not_above_the_base_is_told():
+def test_an_oracle_that_is_not_above_the_base_is_found():
     """0.5 · (−1) + 0.5 · 0.5 = −0.25; the other gains 1."""
-    weak = [cell("product", 0.5, (1, 1)), cell("oracle", 0.5, (-1, 0.5))]
-    (sentence,) = about(told(*weak), "The oracle at")
-    assert "x=0.5,y=0.5" in sentence
-    assert "−0.250" in sentence
-    assert not about(told(weak[0], cell("oracle", 0.5, (1, 1))), "The oracle at")
+    product = cell("product", 0.5, (1, 1))
+    (weak,) = facts(product, cell("oracle", 0.5, (-1, 0.5)), kind="weak_oracle")
+    assert weak.details == {"weights": "x=0.5,y=0.5"}
+    assert weak.value["mean"] == pytest.approx(-0.25)
+    assert not facts(product, cell("oracle", 0.5, (1, 1)), kind="weak_oracle")
 
 
-def test_rules_that_see_the_rewards_are_told_apart_from_those_that_fuse():
-    """0.5 · 2 + 0.5 · 2 more than product in 300 / 40 of the seconds, and nothing against soup's 0."""
-    sentences = told(
+def test_rules_that_see_the_rewards_are_kept_apart_from_those_that_fuse():
+    """0.5 · 2 + 0.5 · 2 more than product in 7.5 of the seconds, and nothing against soup's 0."""
+    cells = [
         cell("product", 0.5, (1, 1)),
         cell("product", 1.0, (1, 0)),
         cell("soup", 0.5, (1, 1)),
         cell("code", 0.5, (3, 3), seconds=7.5),
-    )
-    (sentence,) = about(sentences, "code, which sees the rewards while sampling, at x=0.5,y=0.5")
-    assert "minus product's +2.00" in sentence
-    assert "7.5 × the seconds" in sentence
-    assert "rz +0.00" in sentence or "rz 0" in sentence or "rz +0" in sentence
-    (fused,) = about(sentences, "Among rules that fuse")
-    assert "at 1 of 1 weights; another rule is above it at 0" in fused
+    ]
+    (code,) = facts(*cells, kind="rewarded")
+    assert (code.rule, code.comparison, code.value["mean"]) == ("code", "above", pytest.approx(2))
+    assert (code.details["weights"], code.details["seconds"]) == ("x=0.5,y=0.5", 7.5)
+    assert code.details["held_out"] == {"rz": {"mean": 0, "low": 0, "high": 0}}
+    (won,) = facts(*cells, kind="weights_won")
+    assert (won.details["won"], won.details["weights"]) == (1, 1)
 
 
 def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():
@@ -98,32 +110,53 @@ def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():
     oracle = [noisy("oracle", 0.5, (2.0, 2.0)), noisy("oracle", 0.25, (1.5, 1.5))]
     quarters = [noisy(rule, 0.25, (1.5, 1.5)) for rule in ("product", "soup")]
     cells = [*front("product", 1.8), *front("soup", 1.9), *front("switch", 1.95), *quarters, *oracle]
-    (sentence,) = about(told(*cells), "Lowest mean regret")
-    assert sentence.startswith("Lowest mean regret over the 2 mixed weights with an oracle: soup, 0.0500 [")
-    assert "next product, 0.100 [" in sentence
-    assert "soup minus product: −0.0500" in sentence
-    assert "Left out for having fewer of these weights: switch (1)." in sentence
+    (lowest,) = facts(*cells, kind="lowest_regret")
+    assert (lowest.rule, lowest.value["mean"], lowest.details["weights"]) == ("soup", pytest.approx(0.05), 2)
+    ((second, regret),) = lowest.details["next"]
+    assert (second, regret["mean"]) == ("product", pytest.approx(0.1))
+    assert lowest.details["over_product"]["mean"] == pytest.approx(-0.05)
+    assert lowest.details["fewer_weights"] == {"switch": 1}
 
 
-def test_without_oracle_or_product_it_says_so():
-    sentences = told(*front("soup", 1.8))
-    assert about(sentences, "no cells of rule product")
-    assert about(sentences, "No oracle was trained")
+def test_without_oracle_or_product_that_is_a_finding():
+    assert {"no_product", "no_oracle"} <= {finding.kind for finding in facts(*front("soup", 1.8))}
 
 
 def test_held_out_rewards_are_counted_against_product_too():
     """One of three cells loses of the held-out reward, one gains, and one has as much as the base."""
     change = {1.0: -1.0, 0.5: 1.0, 0.0: 0.0}
     rows = [cell("product", share, (1, 1), reward_rz=gain, diversity=0.3) for share, gain in change.items()]
-    base = cell("base", None, diversity=0.4)
-    sentences = findings(figures(base, *rows))
-    assert about(sentences, "rz, which nothing was trained on", "lower in 1, higher in 1, within noise in 1")
-    assert about(sentences, "Diversity of product's cells", "0.75 to 0.75 ×")
+    found = {finding.kind: finding for finding in findings(figures(cell("base", None, diversity=0.4), *rows))}
+    assert found["held_out"].metric == "rz"
+    assert found["held_out"].details == {"cells": 3, "lower": 1, "higher": 1, "within_noise": 1}
+    assert found["diversity"].details == pytest.approx({"low": 0.75, "high": 0.75})
 
 
-def test_images_without_a_score_are_told():
+def test_images_without_a_score_are_counted():
     lost = cell("product", 1.0, own=lambda i, k: {"reward_rz": UNKNOWN} if i == 0 else {})
-    assert about(told(lost), "2 images, in 1 cells, have no finite rz")
+    (missing,) = facts(lost, kind="missing")
+    assert (missing.metric, missing.details) == ("rz", {"images": 2, "cells": 1})
+
+
+def test_every_kind_of_finding_has_its_sentence_with_its_numbers():
+    """In text and in HTML; the macros of the template are the kinds that these evaluations have."""
+    costly = [*front("product", 1.8, nfe=60), *front("soup", 1.8, nfe=30), *front("code", 1.9, nfe=300)]
+    lost = cell("product", 0.25, own=lambda i, k: {"reward_rz": UNKNOWN} if i == 0 else {}, diversity=0.3)
+    weak = [cell("oracle", 0.5, (-1, 0.5)), lost, *front("switch", 1.9)]
+    several = [figures(cell("base", None, diversity=0.4), *costly, *weak)]
+    several += [figures(cell("base", None), *front("soup", 1.8))]
+    several += [figures(cell("base", None), *front("product", 1.8, nfe=60), *front("soup", 1.2))]
+    several += [figures(cell("base", None), *front("product", 1.8, nfe=60))]
+    template = Path(report.__file__).with_name("findings.j2").read_text()
+    kinds = set(re.findall(r"macro (\w+)\(finding\)", template))
+    assert {finding.kind for summary in several for finding in findings(summary)} == kinds
+    for summary in several:
+        for finding, sentence, marked in zip(
+            findings(summary), report.sentences(summary), report.sentences(summary, html=True), strict=True
+        ):
+            assert sentence == " ".join(sentence.split())
+            assert html.unescape(str(marked)) == sentence
+            assert finding.value is None or text(finding.value, signed=True).lstrip("+") in sentence
 
 
 def test_numbers_have_the_digits_that_their_intervals_warrant():

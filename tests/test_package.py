@@ -132,6 +132,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
     embedded = [path for name in ("emoji-base", "emoji-set") for path in (ROOT / "data" / name).rglob("*")]
     single = (
+        "scripts/evaluation/findings.j2",
         "scripts/evaluation/report.html.j2",
         "fuse/sets/adapter_set.schema.json",
         "scripts/benchmark/originals/hpsv2.txt",

@@ -118,7 +118,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     import torch
 
     from stepfuse.scripts.evaluation.config import read_config
-    from stepfuse.scripts.evaluation.findings import findings
+    from stepfuse.scripts.evaluation.report import sentences
     from stepfuse.scripts.evaluation.run import evaluate
 
     device = check_device(arguments.device)
@@ -133,7 +133,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         trust_rewards=arguments.trust_rewards,
     )
     if summary:  # the main process
-        print("\n".join(f"- {line}" for line in findings(summary)))
+        print("\n".join(f"- {line}" for line in sentences(summary)))
         print(arguments.output_dir / "report.html")
 
 

@@ -1,58 +1,15 @@
 """The table of an evaluation, a row an image, as aligned arrays: a cell is one rule, weights and strength."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stepfuse.rewards.statistics import percentile_interval
-
-Means = Callable[[np.ndarray], np.ndarray]  # (…, images) → (…, 1 + draws)
-COSTS = ("nfe", "seconds", "peak_memory_mb")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What was measured, and how."""
-
-    objectives: tuple[tuple[str, str], ...]  # (name, reward)
-    rewards: tuple[str, ...]  # all of them, those of the objectives and held-out ones
-    scales: Mapping[str, float]  # of each objective's reward, the unit it is scalarised in
-    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on
-    title: str = "Evaluation"
-    base: str = ""
-    steps: int
-    guidance: float
-    machine: str = ""
-    command: str = ""
-    oracles: tuple[
-        tuple[Mapping[str, float], Mapping[str, float]], ...
-    ] = ()  # weights and scales of each, by objective
-
-    def __post_init__(self) -> None:
-        for name, reward in self.objectives:
-            if reward not in self.rewards:
-                raise ValueError(f"objective {name!r} has reward {reward!r}; expected one of {list(self.rewards)}")
-            if not self.scales.get(reward, 0) > 0:
-                raise ValueError(f"reward {reward!r} has scale {self.scales.get(reward)}; expected a positive number")
-        if strange := [reward for reward in self.held_out if reward not in self.rewards]:
-            raise ValueError(f"held-out reward {strange[0]!r} was not measured; expected one of {list(self.rewards)}")
-
-    def trained_weights(self, shares: np.ndarray) -> np.ndarray:
-        """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.
-
-        Σ w_i r_i / s_i with the scales s of its training is Σ (w_i σ_i / s_i) r_i / σ_i; the sum of weights is kept.
-        Where no oracle was trained, or with the same scales, these are the weights themselves.
-        """
-        for weights, scales in self.oracles:
-            own = np.array([weights.get(name, 0.0) for name, _ in self.objectives])
-            if abs(own - shares).max() <= 1e-3:  # as the rule finds it
-                ratios = [self.scales[reward] / scales.get(name, np.inf) for name, reward in self.objectives]
-                trained = shares * np.array(ratios)
-                return trained * shares.sum() / trained.sum()
-        return shares
+from stepfuse.rewards.statistics import Resamples, resample_prompts, resampled_means
+from stepfuse.scripts.evaluation.metric import CellValues, interval
+from stepfuse.scripts.evaluation.metrics import all_metrics
+from stepfuse.scripts.evaluation.setup import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +20,11 @@ class Cell:
     weights: str
     strength: float
     shares: np.ndarray = field(repr=False)
+
+    @property
+    def weighted(self) -> bool:
+        """Whether it has weights, and the same ones at all steps."""
+        return bool(np.isfinite(self.shares).all())
 
     @property
     def one_hot(self) -> bool:
@@ -78,36 +40,72 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Column k of every array is the same prompt and seed, row i the cell `cells[i]`."""
+    """Column k of every array is the same prompt and seed, row i the cell `cells[i]`.
 
+    Attributes:
+        values: (cells, images) of every metric that was measured, by its name.
+        scaled: (objectives, cells, images), the rewards in units of their scales.
+        base: the index of the base.
+        resamples: bootstrap draws of prompts, the same for all that is computed.
+    """
+
+    setup: Setup
     cells: tuple[Cell, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    values: Mapping[str, np.ndarray]  # column → (cells, images)
+    values: Mapping[str, np.ndarray]
+    scaled: np.ndarray
     base: int
+    resamples: Resamples
+
+    @property
+    def objectives(self) -> list[str]:
+        return [name for name, _ in self.setup.objectives]
 
     def where(self, rule: str) -> list[int]:
         return [i for i, cell in enumerate(self.cells) if cell.rule == rule]
 
     def find(self, rule: str, weights: str, strength: float = 1.0) -> int | None:
-        """The cell of a rule at these weights and strength."""
+        """The index of the cell of a rule at these weights and strength."""
         for i in self.where(rule):
             if self.cells[i].weights == weights and abs(self.cells[i].strength - strength) < 1e-6:
                 return i
         return None
 
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """(…, images) → (…, 1 + draws): the means of the images, then of every bootstrap draw."""
+        return resampled_means(values, self.resamples)
 
-def arrange(results: pd.DataFrame, setup: Setup) -> Cells:
+    def of_metric(self, name: str, i: int) -> CellValues:
+        """One metric's values in cell i."""
+        values = self.values[name]
+        return CellValues(
+            values=values[i], base=values[self.base], is_base=i == self.base, prompts=self.prompts, means=self.means
+        )
+
+    def gap(self, weights: np.ndarray, better: int | None, worse: int | None) -> dict | None:
+        """Σ w_i (r_i − r'_i)/σ_i between two cells; None where one of them is missing."""
+        if better is None or worse is None:
+            return None
+        return interval(self.means(self.differences(weights, better, worse)))
+
+    def differences(self, weights: np.ndarray, better: int, worse: int) -> np.ndarray:
+        """The same of each image."""
+        return np.tensordot(weights, self.scaled[:, better] - self.scaled[:, worse], 1)
+
+
+def arrange(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> Cells:
     """Cells in the order of the table, images in the order of prompts and seeds.
 
+    Metrics that the table does not have, as they were not measured then, are left out.
+
     Raises:
-        ValueError: for a missing column, without exactly one cell of rule base, and for a cell of other images.
+        ValueError: for a missing column, without exactly one cell of rule base, for a cell of other images, and for
+            fewer than two prompts.
     """
-    shares = [f"w_{name}" for name, _ in setup.objectives]
-    measured = [f"reward_{reward}" for reward in setup.rewards]
-    measured += ["kl", "diversity", "nfe", "seconds", "peak_memory_mb"]
-    identity = ["rule", "weights", "strength"]
-    if missing := [c for c in [*identity, *shares, "prompt", "seed", *measured] if c not in results]:
+    identity, shares = ["rule", "weights", "strength"], [f"w_{name}" for name, _ in setup.objectives]
+    needed = [*identity, *shares, "prompt", "seed", *(f"reward_{reward}" for reward in setup.rewards)]
+    if missing := [column for column in needed if column not in results]:
         raise ValueError(f"the results have no column {missing[0]!r}; expected one of that name")
     groups = [
         (
@@ -121,13 +119,22 @@ def arrange(results: pd.DataFrame, setup: Setup) -> Cells:
         raise ValueError(f"the results have {len(base)} cells of rule 'base'; expected one")
     pairs = _pairs(groups[base[0]][1])
     for cell, rows in groups:
-        _refuse_others(cell, _pairs(rows), pairs)
+        _check_images(cell, _pairs(rows), pairs)
+    values = {
+        metric.name: np.stack([rows[metric.name].to_numpy(float) for _, rows in groups])
+        for metric in all_metrics(setup.rewards)
+        if metric.name in results
+    }
+    prompts = tuple(prompt for prompt, _ in pairs)
     return Cells(
+        setup=setup,
         cells=tuple(cell for cell, _ in groups),
-        prompts=tuple(prompt for prompt, _ in pairs),
+        prompts=prompts,
         seeds=tuple(seed for _, seed in pairs),
-        values={column: np.stack([rows[column].to_numpy(float) for _, rows in groups]) for column in measured},
+        values=values,
+        scaled=np.stack([values[f"reward_{reward}"] / setup.scales[reward] for _, reward in setup.objectives]),
         base=base[0],
+        resamples=resample_prompts(prompts, draws=draws, seed=seed),
     )
 
 
@@ -135,7 +142,7 @@ def _pairs(rows: pd.DataFrame) -> list[tuple[str, int]]:
     return list(zip(rows["prompt"].tolist(), rows["seed"].tolist(), strict=True))
 
 
-def _refuse_others(cell: Cell, pairs: list[tuple[str, int]], expected: list[tuple[str, int]]) -> None:
+def _check_images(cell: Cell, pairs: list[tuple[str, int]], expected: list[tuple[str, int]]) -> None:
     if len(set(pairs)) < len(pairs):
         twice = next(pair for pair in pairs if pairs.count(pair) > 1)
         raise ValueError(f"{cell} holds prompt {twice[0]!r} with seed {twice[1]} more than once; expected it once")
@@ -143,24 +150,3 @@ def _refuse_others(cell: Cell, pairs: list[tuple[str, int]], expected: list[tupl
         only = sorted(set(pairs) ^ set(expected))[0]
         has = "has" if only in pairs else "lacks"
         raise ValueError(f"{cell} {has} prompt {only[0]!r} with seed {only[1]}; expected the images of the base")
-
-
-def plain(means: np.ndarray) -> dict[str, float | None] | None:
-    """An interval as JSON has it; None where there is not even an estimate."""
-    interval = percentile_interval(means)
-    return {key: number(value) for key, value in vars(interval).items()} if np.isfinite(interval.mean) else None
-
-
-def number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def over(statistic: Callable[..., Any], values: Iterable[float | None]) -> float:
-    """A statistic of what is known among the values."""
-    array = np.array(list(values), dtype=np.float64)
-    known = array[np.isfinite(array)]
-    return float(statistic(known)) if len(known) else float("nan")
-
-
-def ratio(value: float | None, unit: float | None) -> float | None:
-    return value / unit if value is not None and unit else None

@@ -1,14 +1,14 @@
 """The figures of an evaluation: every cell against the base and the oracle, every rule's front against product's."""
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from stepfuse.rewards.statistics import paired_interval, resample_prompts, resampled_means
-from stepfuse.scripts.evaluation.cells import COSTS, Cell, Cells, Means, Setup, arrange, number, over, plain, ratio
-from stepfuse.scripts.evaluation.fronts import reference_point, rule_figures
+from stepfuse.scripts.evaluation.cells import Cell, Cells, arrange
+from stepfuse.scripts.evaluation.fronts import average_costs, reference_point, rule_figures
+from stepfuse.scripts.evaluation.metric import Metric, finite, ratio
+from stepfuse.scripts.evaluation.metrics import all_metrics
+from stepfuse.scripts.evaluation.setup import Setup
 
 
 def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> dict:
@@ -18,20 +18,21 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
     are computed from the same `draws` samples of prompts, so differences between cells and rules are paired.
 
     Raises:
-        ValueError: as `arrange`, and for fewer than two prompts.
+        ValueError: as `arrange`.
     """
-    table = arrange(results, setup)
-    resamples = resample_prompts(table.prompts, draws=draws, seed=seed)
-
-    def means(values: np.ndarray) -> np.ndarray:
-        return resampled_means(values, resamples)
-
-    scaled = np.stack([table.values[f"reward_{reward}"] / setup.scales[reward] for _, reward in setup.objectives])
-    points = means(scaled).transpose(2, 1, 0)  # draws, cells, objectives
+    table = arrange(results, setup, draws=draws, seed=seed)
+    metrics = [metric for metric in all_metrics(setup.rewards) if metric.name in table.values]
+    costs = {metric.name: metric.over_cells for metric in metrics if metric.over_cells is not None}
+    points = table.means(table.scaled).transpose(2, 1, 0)  # draws, cells, objectives
     reference = reference_point(points[0])
-    cells = _cells(table, setup, scaled, means, seed)
-    names = [name for name, _ in setup.objectives]
-    grid = list(dict.fromkeys(c.weights for c in table.cells if np.isfinite(c.shares).all()))
+    cells = [_cell(table, i, metrics) for i in range(len(table.cells))]
+    # One trained adapter: rule product at strength 1 with all the weight on one objective.
+    single = [i for i in table.where("product") if table.cells[i].one_hot and table.cells[i].full_strength]
+    one_adapter = average_costs(costs, cells, single) if single else None
+    for figures in cells:
+        figures["of_one_adapter"] = {name: ratio(figures[name], one_adapter and one_adapter[name]) for name in costs}
+    of_rules = {metric.name: costs[metric.name] for metric in metrics if metric.of_rules}
+    grid = list(dict.fromkeys(c.weights for c in table.cells if c.weighted))
     return {
         "prompts": len(set(table.prompts)),
         "seeds": len(set(table.seeds)),
@@ -42,80 +43,40 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "held_out": list(setup.held_out),
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
         "grid": grid,
-        "reference": dict(zip(names, reference.tolist(), strict=True)),
-        "one_adapter": _one_adapter(table, cells),
+        "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),
+        "one_adapter": one_adapter,
         "cells": cells,
-        "rules": rule_figures(table, names, grid, scaled, points, reference, means, cells, setup.trained_weights),
+        "rules": rule_figures(table, grid, points, reference, cells, of_rules),
     }
 
 
 def oracle_of(table: Cells, cell: Cell) -> int | None:
     """The oracle at the weights of a cell; one adapter alone is its own oracle where no other was trained."""
-    if not np.isfinite(cell.shares).all():
+    if not cell.weighted:
         return None
     trained = table.find("oracle", cell.weights)
     return table.find("product", cell.weights) if trained is None and cell.one_hot else trained
 
 
-def _cells(table: Cells, setup: Setup, scaled: np.ndarray, means: Means, seed: int) -> list[dict]:
-    base, names = table.base, [name for name, _ in setup.objectives]
-
-    def gap(weights: np.ndarray, better: int | None, worse: int | None) -> dict | None:
-        """Σ w_i (r_i − r'_i)/σ_i between two cells."""
-        if better is None or worse is None:
-            return None
-        return plain(means(np.tensordot(weights, scaled[:, better] - scaled[:, worse], 1)))
-
-    diversity = means(table.values["diversity"])
-    figures: list[dict[str, Any]] = []
-    for i, cell in enumerate(table.cells):
-        oracle = oracle_of(table, cell)
-        weighted = bool(np.isfinite(cell.shares).all())
-        product = table.find("product", cell.weights, cell.strength) if cell.rule != "product" else None
-        figures.append(
-            {
-                "rule": cell.rule,
-                "weights": cell.weights,
-                "strength": number(cell.strength),
-                "shares": dict(zip(names, cell.shares.tolist(), strict=True)) if weighted else None,
-                "images": len(table.prompts),
-                "rewards": {r: _reward(table, i, f"reward_{r}", means, seed) for r in setup.rewards},
-                "scalarised_gain": gap(cell.shares, i, base),
-                "oracle": None if oracle is None else table.cells[oracle].rule,
-                "regret": None if oracle is None else gap(setup.trained_weights(cell.shares), oracle, i),
-                "over_product": gap(cell.shares, i, product),
-                "diversity": plain(diversity[i]),
-                "diversity_ratio": plain(diversity[i] / np.where(diversity[base] > 0, diversity[base], np.nan)),
-                "kl": plain(means(table.values["kl"][i])),
-                "nfe": number(over(np.mean, table.values["nfe"][i])),
-                "seconds": number(over(np.median, table.values["seconds"][i])),
-                "seconds_p95": number(over(lambda v: np.percentile(v, 95), table.values["seconds"][i])),
-                "peak_memory_mb": number(over(np.max, table.values["peak_memory_mb"][i])),
-            }
-        )
-    one = _one_adapter(table, figures)
-    for figure in figures:
-        figure["of_one_adapter"] = {cost: ratio(figure[cost], one[cost] if one else None) for cost in COSTS}
+def _cell(table: Cells, i: int, metrics: list[Metric]) -> dict[str, Any]:
+    """The figures of one cell, but for those that are multiples of one adapter's."""
+    cell = table.cells[i]
+    oracle = oracle_of(table, cell)
+    product = table.find("product", cell.weights, cell.strength) if cell.rule != "product" else None
+    figures: dict[str, Any] = {
+        "rule": cell.rule,
+        "weights": cell.weights,
+        "strength": finite(cell.strength),
+        "shares": dict(zip(table.objectives, cell.shares.tolist(), strict=True)) if cell.weighted else None,
+        "images": len(table.prompts),
+        "scalarised_gain": table.gap(cell.shares, i, table.base),
+        "oracle": None if oracle is None else table.cells[oracle].rule,
+        "regret": None if oracle is None else table.gap(table.setup.trained_weights(cell.shares), oracle, i),
+        "over_product": table.gap(cell.shares, i, product),
+    }
+    for metric in metrics:
+        values = table.of_metric(metric.name, i)
+        for figure in metric.figures:
+            if figure.aggregate is not None:
+                figure.store(figures, figure.aggregate(values))
     return figures
-
-
-def _reward(table: Cells, i: int, column: str, means: Means, seed: int) -> dict:
-    """Mean of one reward in one cell; gain and share of wins over the base, from pairs that both have a score."""
-    values, base = table.values[column][i], table.values[column][table.base]
-    figures = {"missing": int((~np.isfinite(values)).sum()), "mean": plain(means(values)), "gain": None, "wins": None}
-    pairs = np.isfinite(values) & np.isfinite(base)
-    prompts = np.asarray(table.prompts)[pairs]
-    if i != table.base and len(set(prompts.tolist())) > 1:
-        won = np.where(pairs, np.heaviside(values - base, 0.5), np.nan)
-        gain = paired_interval(values[pairs].tolist(), base[pairs].tolist(), prompts.tolist(), seed=seed)
-        figures |= {"gain": vars(gain), "wins": plain(means(won))}
-    return figures
-
-
-def _one_adapter(table: Cells, figures: list[dict]) -> dict | None:
-    """What one trained adapter costs: rule product at strength 1 with all the weight on one objective."""
-    alone = [i for i in table.where("product") if table.cells[i].one_hot and table.cells[i].full_strength]
-    if not alone:
-        return None
-    average: dict[str, Callable[..., Any]] = {"nfe": np.mean, "seconds": np.median, "peak_memory_mb": np.mean}
-    return {cost: number(over(average[cost], (figures[i][cost] for i in alone))) for cost in COSTS}

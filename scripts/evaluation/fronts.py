@@ -1,13 +1,15 @@
 """Quality of fronts, computed by moocore: hypervolume, and distance to a reference front. Rewards are maximised."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import moocore
 import numpy as np
 from scipy.stats import spearmanr
 
-from stepfuse.scripts.evaluation.cells import Cells, Means, number, over, plain, ratio
+from stepfuse.scripts.evaluation.cells import Cells
+from stepfuse.scripts.evaluation.metric import Statistic, finite, interval, over, ratio
 
+Costs = Mapping[str, Statistic]  # a metric's name → how the figures of several cells are averaged
 MARGIN = 0.1  # of the range over all cells, below the smallest mean
 
 
@@ -48,86 +50,84 @@ def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
 
 
 def rule_figures(
-    table: Cells,
-    names: list[str],
-    grid: list[str],
-    scaled: np.ndarray,
-    points: np.ndarray,
-    reference: np.ndarray,
-    means: Means,
-    cells: list[dict],
-    trained_weights: Callable[[np.ndarray], np.ndarray],
+    table: Cells, grid: list[str], points: np.ndarray, reference: np.ndarray, cells: list[dict], costs: Costs
 ) -> dict[str, dict]:
-    """Every rule's front: its volume, its distance to the oracle's, and both against product's."""
+    """Every rule's front: its volume, its distance to the oracle's, both against product's, and its costs.
+
+    Args:
+        grid: the weights that any rule was measured at.
+        points: mean scaled rewards, (draws, cells, objectives).
+        reference: of the hypervolume.
+        cells: their figures.
+    """
     product, oracle = table.where("product"), table.where("oracle")
-    volume = {
+    volumes = {
         rule: hypervolumes(points[:, table.where(rule)], reference)
         for rule in dict.fromkeys(cell.rule for cell in table.cells)
     }
     figures = {}
-    for rule, own in volume.items():
+    for rule, volume in volumes.items():
         held = table.where(rule)
         full = [i for i in held if table.cells[i].full_strength]
-        shares = np.stack([table.cells[i].shares for i in full]) if full else np.empty((0, len(names)))
-        other = None if rule == "product" or not product else own - volume["product"]
+        shares = np.array([table.cells[i].shares for i in full]).reshape(-1, len(table.objectives))
+        weights = {table.cells[i].weights for i in held}
         figures[rule] = {
             "cells": len(held),
-            "lacks": [] if rule == "base" else [w for w in grid if w not in {table.cells[i].weights for i in held}],
-            "hypervolume": plain(own),
-            "over_product": None if other is None else plain(other),
-            "matched": None if rule == "product" else _matched(table, held, points, reference, cells),
-            "igd": plain(distances(points[:, held], points[:, oracle])) if oracle and rule != "oracle" else None,
-            "regret": None if rule == "oracle" else _regret(table, full, scaled, means, trained_weights),
-            "monotonicity": {name: monotonicity(shares[:, k], points[0, full, k]) for k, name in enumerate(names)},
-            "nfe": number(over(np.mean, (cells[i]["nfe"] for i in held))),
-            "seconds": number(over(np.median, (cells[i]["seconds"] for i in held))),
-        }
+            "lacks": [] if rule == "base" else [w for w in grid if w not in weights],
+            "hypervolume": interval(volume),
+            "over_product": None if rule == "product" or not product else interval(volume - volumes["product"]),
+            "matched": None if rule == "product" else _matched(table, held, points, reference, cells, costs),
+            "igd": interval(distances(points[:, held], points[:, oracle])) if oracle and rule != "oracle" else None,
+            "regret": None if rule == "oracle" else _regret(table, full),
+            "monotonicity": {
+                name: monotonicity(shares[:, k], points[0, full, k]) for k, name in enumerate(table.objectives)
+            },
+        } | average_costs(costs, cells, held)
     return figures
 
 
+def average_costs(costs: Costs, cells: list[dict], indices: list[int]) -> dict[str, float | None]:
+    """What some cells cost on average."""
+    return {name: finite(over(average, (cells[i][name] for i in indices))) for name, average in costs.items()}
+
+
 def _matched(
-    table: Cells, held: list[int], points: np.ndarray, reference: np.ndarray, cells: list[dict]
+    table: Cells,
+    held: list[int],
+    points: np.ndarray,
+    reference: np.ndarray,
+    cells: list[dict],
+    costs: Costs,
 ) -> dict | None:
     """A rule against product, over the weights and strengths that both have."""
     pairs = [(i, table.find("product", table.cells[i].weights, table.cells[i].strength)) for i in held]
     both = [(i, j) for i, j in pairs if j is not None]
     if not both:
         return None
-    mine, theirs = [i for i, _ in both], [j for _, j in both]
-    difference = hypervolumes(points[:, mine], reference) - hypervolumes(points[:, theirs], reference)
-
-    def cost_ratio(cost: str) -> float | None:
-        mean = [number(over(np.mean, (cells[i][cost] for i in c))) for c in (mine, theirs)]
-        return ratio(*mean)
+    ours, products = [i for i, _ in both], [j for _, j in both]
+    difference = hypervolumes(points[:, ours], reference) - hypervolumes(points[:, products], reference)
+    spent, by_product = (average_costs(dict.fromkeys(costs, np.mean), cells, indices) for indices in (ours, products))
 
     return {
         "cells": len(both),
-        "mixed": sum(not table.cells[i].one_hot for i in mine),
-        "over_product": plain(difference),
-        "nfe_ratio": cost_ratio("nfe"),
-        "seconds_ratio": cost_ratio("seconds"),
-    }
+        "mixed": sum(not table.cells[i].one_hot for i in ours),
+        "over_product": interval(difference),
+    } | {f"{name}_ratio": ratio(spent[name], by_product[name]) for name in costs}
 
 
-def _regret(
-    table: Cells,
-    full: list[int],
-    scaled: np.ndarray,
-    means: Means,
-    trained_weights: Callable[[np.ndarray], np.ndarray],
-) -> dict | None:
+def _regret(table: Cells, full: list[int]) -> dict | None:
     """Mean regret over the mixed weights that an oracle was trained at, and the same less that of product."""
 
     def mean_gap(pairs: list[tuple[int, int]]) -> dict | None:
-        gaps = [np.tensordot(trained_weights(table.cells[i].shares), scaled[:, j] - scaled[:, i], 1) for i, j in pairs]
-        return plain(means(np.stack(gaps)).mean(0)) if gaps else None
+        gaps = [table.differences(table.setup.trained_weights(table.cells[i].shares), j, i) for i, j in pairs]
+        return interval(table.means(np.stack(gaps)).mean(0)) if gaps else None
 
     mixed = [i for i in full if not table.cells[i].one_hot]  # all the weight on one adapter is no question of fusion
     trained = [(i, j) for i in mixed if (j := table.find("oracle", table.cells[i].weights)) is not None]
     if not trained:
         return None
-    rivals = [(i, table.find("product", table.cells[i].weights)) for i, _ in trained]
-    paired = [(i, j) for i, j in rivals if j is not None and table.cells[i].rule != "product"]
+    products = [(i, table.find("product", table.cells[i].weights)) for i, _ in trained]
+    paired = [(i, j) for i, j in products if j is not None and table.cells[i].rule != "product"]
     return {"weights": len(trained), "mean": mean_gap(trained), "over_product": mean_gap(paired)}
 
 

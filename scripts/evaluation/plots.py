@@ -1,4 +1,4 @@
-"""Fronts as SVG to stand in a page: every pair of objectives, every rule in its own marker and colour."""
+"""Plots for the page as SVG, and the fronts as one picture: every rule has a marker and a colour."""
 
 import io
 import re
@@ -6,14 +6,19 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stepfuse.data.intervals import half_lengths
 from stepfuse.data.lettering import GLUE, printable
 from stepfuse.rewards.registry import reward_unit
+from stepfuse.scripts.evaluation.metric import Metric
+from stepfuse.scripts.evaluation.metrics import METRICS
+from stepfuse.scripts.evaluation.tables import WEIGHTED_GAIN
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#6A3D9A", "#B2182B", "#4D9221", "#525252")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
@@ -49,16 +54,21 @@ def styles(rules: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def edge(cells: Sequence[dict], first: str, second: str) -> list[dict]:
     """Cells whose weights are on these two objectives alone, from all on the first to all on the second."""
-    own = [c for c in cells if c["shares"] and c["shares"][first] + c["shares"][second] > 1 - 1e-6]
-    return sorted(own, key=lambda cell: (cell["shares"][second], cell["strength"]))
+    between = [c for c in cells if c["shares"] and c["shares"][first] + c["shares"][second] > 1 - 1e-6]
+    return sorted(between, key=lambda cell: (cell["shares"][second], cell["strength"]))
 
 
-def fronts(summary: dict) -> list[dict[str, str]]:
-    """An SVG for every pair of objectives, with the two names."""
-    return [
-        {"first": first, "second": second, "svg": _front(summary, first, second, f"front-{i}")}
-        for i, (first, second) in enumerate(combinations(summary["objectives"], 2))
-    ]
+def plots(summary: dict) -> Iterator[dict[str, str]]:
+    """The title and SVG of the front of every pair of objectives, then of every plotted metric that was measured."""
+    for i, pair in enumerate(combinations(summary["objectives"], 2)):
+        label = f"Front between {pair[0]} and {pair[1]}: mean rewards of every rule at every weight"
+        svg = _svg(partial(_draw_front, summary=summary, pair=pair), f"front-{i}", label)
+        yield {"title": " against ".join(pair), "svg": svg}
+    for metric in METRICS.values():
+        if metric.plotted and any(metric.figure.of(cell) is not None for cell in summary["cells"]):
+            title = f"weighted gain against {metric.title}"
+            svg = _svg(partial(_draw_metric, summary=summary, metric=metric), f"metric-{metric.name}", title)
+            yield {"title": title, "svg": svg}
 
 
 def swatches(rules: Sequence[str]) -> dict[str, str]:
@@ -79,28 +89,27 @@ def swatches(rules: Sequence[str]) -> dict[str, str]:
 
 
 def keys(summary: dict) -> list[tuple[str, str]]:
-    """What else a legend of the fronts explains: a small SVG and its text each, faint points only where there are."""
+    """Other entries of the fronts' legend: a small SVG and its text each, faint points only where there are some."""
     svg = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
     faint = svg.format(f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>')
     bars = svg.format('<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>')
     return [(faint, FAINT_LABEL)] * has_faint(summary) + [(bars, BARS_LABEL)] * _has_bars(summary)
 
 
-def _front(summary: dict, first: str, second: str, salt: str) -> str:
-    """Mean rewards in natural units; bars are the intervals of the paired gain over the base, around the mean."""
+def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
+    """A small plot as an element of the page; `salt` makes its ids unique there, `label` is for screen readers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), _glyphs_of_the_browser():
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), _without_glyph_warnings():
         figure, axes = pyplot.subplots(figsize=(4.6, 3.9), layout="constrained")
-        _draw_front(axes, summary, first, second)
+        draw(axes)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
         pyplot.close(figure)
-    label = f"Front between {first} and {second}: mean rewards of every rule at every weight; the table Cells has them"
-    return _inline(file.getvalue(), salt, label)
+    return _inline(file.getvalue(), salt, f"{label}; the table Cells has them")
 
 
 def save_fronts(file: Path, summary: dict) -> None:
@@ -121,7 +130,7 @@ def save_fronts(file: Path, summary: dict) -> None:
         for axes in grid.flat[len(pairs) :]:
             axes.remove()
         for axes, pair in zip(grid.flat, pairs, strict=False):
-            _draw_front(axes, summary, *pair, writable=printable)
+            _draw_front(axes, summary, pair, writable=printable)
         _add_legend(figure, summary)
         figure.savefig(file, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
@@ -162,42 +171,73 @@ def _add_legend(figure: Any, summary: dict) -> None:
     figure.set_size_inches(width, height + extent.height / figure.dpi)
 
 
-def _draw_front(axes: Any, summary: dict, first: str, second: str, *, writable: Callable[[str], str] = str) -> None:
+def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Callable[[str], str] = str) -> None:
+    """Mean rewards in natural units; bars are the intervals of the paired gain over the base, around the mean.
+
+    Cells on the edge are joined, at strength 1 in full ink; those off it and those of other strengths are faint.
+    """
+    rewards = [summary["objectives"][name] for name in pair]
+    measured = [c for c in summary["cells"] if all(c["rewards"][reward]["mean"] for reward in rewards)]
+    on_edge = edge(measured, *pair)
     for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
-        _draw_rule(axes, summary, rule, (first, second), style, f"rule-{i}")
-    rewards = summary["objectives"]
-    axes.set_xlabel(axis_label(writable(first), writable(rewards[first])))
-    axes.set_ylabel(axis_label(writable(second), writable(rewards[second])))
+        group = f"rule-{i}"
+        cells = [cell for cell in measured if cell["rule"] == rule]
+        mixed = any(max(cell["shares"].values()) < 1 - 1e-6 for cell in cells if cell["shares"])
+        key = "strength" if mixed else "weights"  # a rule of single objectives goes along strengths
+        lines: dict[object, list[dict]] = {}
+        for cell in on_edge:
+            if cell["rule"] == rule:
+                lines.setdefault(cell[key], []).append(cell)
+        for value, joined in lines.items():
+            means = [[cell["rewards"][reward]["mean"]["mean"] for cell in joined] for reward in rewards]
+            alpha = FAINT if key == "strength" and value != 1 else 0.9
+            (line,) = axes.plot(*means, "-", color=style[0], lw=1.3, alpha=alpha)
+            line.set_gid(f"{group}-line")
+        for cell in cells:
+            figures = [cell["rewards"][reward] for reward in rewards]
+            means, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
+            _draw_point(axes, means, gains, rule, style, group, faint=not _is_main(cell, on_edge))
+    _finish(axes, *(axis_label(writable(name), writable(summary["objectives"][name])) for name in pair))
+
+
+def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
+    for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
+        for cell in summary["cells"]:
+            point = metric.figure.of(cell), WEIGHTED_GAIN.of(cell)
+            if cell["rule"] == rule and None not in point:
+                values = [value if isinstance(value, dict) else {"mean": value, "low": None} for value in point]
+                _draw_point(axes, values, values, rule, style, f"rule-{i}")
+    unit = f" ({metric.unit})" if metric.unit else ""
+    _finish(axes, f"{metric.title}{unit}", "weighted gain over the base (σ)")
+
+
+def _draw_point(
+    axes: Any,
+    means: Sequence[dict],
+    bars: Sequence[dict | None],
+    rule: str,
+    style: tuple[str, str],
+    group: str,
+    *,
+    faint: bool = False,
+) -> None:
+    """One cell at two means, with the half lengths of two intervals as bars."""
+    colour, marker = style
+    lengths = [[[end] for end in half_lengths(bar)] if bar and bar["low"] is not None else None for bar in bars]
+    (x, y), (x_bars, y_bars) = (mean["mean"] for mean in means), lengths
+    drawn = axes.errorbar(
+        [x], [y], xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
+        ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=FAINT if faint else 1.0, zorder=3 if faint else 4,
+    )  # fmt: skip
+    for artist in drawn.get_children():
+        artist.set_gid(f"{group}-point")
+
+
+def _finish(axes: Any, x_label: str, y_label: str) -> None:
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(0.06)
-
-
-def _draw_rule(axes: Any, summary: dict, rule: str, pair: tuple[str, str], style: tuple[str, str], group: str) -> None:
-    """Cells on the edge are joined, at strength 1 in full ink; those off it and those of other strengths are faint."""
-    rewards = [summary["objectives"][name] for name in pair]
-    own = [c for c in summary["cells"] if c["rule"] == rule and all(c["rewards"][r]["mean"] for r in rewards)]
-    on_edge = edge(own, *pair)
-    colour, marker = style
-    mixed = any(max(cell["shares"].values()) < 1 - 1e-6 for cell in own if cell["shares"])
-    key = "strength" if mixed else "weights"  # a rule of single objectives goes along strengths
-    lines: dict[object, list[dict]] = {}
-    for cell in on_edge:
-        lines.setdefault(cell[key], []).append(cell)
-    for value, cells in lines.items():
-        faint = key == "strength" and value != 1
-        (line,) = axes.plot(*_means(cells, rewards), "-", color=colour, lw=1.3, alpha=FAINT if faint else 0.9)
-        line.set_gid(f"{group}-line")
-    for cell in own:
-        main = _is_main(cell, on_edge)
-        (x,), (y,) = _means([cell], rewards)
-        bars = [_bars(cell["rewards"][reward]) for reward in rewards]
-        drawn = axes.errorbar(
-            x, y, xerr=bars[0], yerr=bars[1], fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
-            ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=1.0 if main else FAINT, zorder=4 if main else 3,
-        )  # fmt: skip
-        for artist in drawn.get_children():
-            artist.set_gid(f"{group}-point")
 
 
 def _is_main(cell: dict, on_edge: Sequence[dict]) -> bool:
@@ -206,21 +246,11 @@ def _is_main(cell: dict, on_edge: Sequence[dict]) -> bool:
 
 
 @contextmanager
-def _glyphs_of_the_browser() -> Iterator[None]:
-    """In an SVG the letters are the browser's: what matplotlib's font lacks is no matter."""
+def _without_glyph_warnings() -> Iterator[None]:
+    """In an SVG the browser draws the letters, so it does not matter which of them matplotlib's font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         yield
-
-
-def _means(cells: Sequence[dict], rewards: Sequence[str]) -> tuple[list[float], list[float]]:
-    x, y = ([cell["rewards"][reward]["mean"]["mean"] for cell in cells] for reward in rewards)
-    return x, y
-
-
-def _bars(figures: dict) -> list[list[float]] | None:
-    gain = figures["gain"]
-    return [[gain["mean"] - gain["low"]], [gain["high"] - gain["mean"]]] if gain else None
 
 
 def _inline(svg: str, salt: str, label: str) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -11,43 +12,54 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from stepfuse.data.intervals import excludes_zero, interval_text
 from stepfuse.data.text_files import write_text
-from stepfuse.scripts.evaluation.cells import Setup, number
-from stepfuse.scripts.evaluation.columns import cell_columns, rule_columns, table
 from stepfuse.scripts.evaluation.findings import findings
-from stepfuse.scripts.evaluation.plots import edge, fronts, keys, swatches
+from stepfuse.scripts.evaluation.metric import finite
+from stepfuse.scripts.evaluation.plots import edge, keys, plots, swatches
+from stepfuse.scripts.evaluation.setup import Setup
+from stepfuse.scripts.evaluation.tables import cells_table, rules_table
 
 SHOWN = 128  # pixels of the page: the longer side of an image is no larger
 LARGEST = 256  # pixels; what is larger is shrunk: a page of hundreds of photographs does not open
 
 
 def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup) -> None:
-    """Write the page: images from weight to weight, fronts, tables, and then findings and what was measured."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
+    """Write the page: images from weight to weight, plots, tables, and then findings and what was measured."""
     rules = list(summary["rules"])
     marks = swatches(rules)
-    tables = {
-        "Rules": table(rule_columns(summary), [{"rule": rule, **summary["rules"][rule]} for rule in rules]),
-        "Cells": table(cell_columns(summary), summary["cells"]),
-    }
-    page = environment.get_template("report.html.j2").render(
+    template = _environment(html=True).get_template("report.html.j2")
+    page = template.render(
         setup=setup,
         summary=summary,
-        findings=findings(summary),
-        fronts=[{**front, "svg": Markup(front["svg"])} for front in fronts(summary)],
+        findings=sentences(summary, html=True),
+        plots=[{"title": plot["title"], "svg": Markup(plot["svg"])} for plot in plots(summary)],
         keys=[{"mark": Markup(mark), "label": label} for mark, label in keys(summary)],
         legend=[{"rule": rule, "mark": Markup(marks[rule])} for rule in rules],
-        tables=tables,
+        tables={"Rules": rules_table(summary), "Cells": cells_table(summary)},
         strips=strips(results, summary),
     )
     write_text(file, page)
 
 
+def sentences(summary: dict, *, html: bool = False) -> list[str]:
+    """The findings in words, as the page and the command line give them."""
+    macros = _environment(html=html).get_template("findings.j2").module
+    return [getattr(macros, finding.kind)(finding) for finding in findings(summary)]
+
+
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=html, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"interval": interval_text, "signed": partial(interval_text, signed=True)}
+    environment.tests["excluding_zero"] = excludes_zero
+    return environment
+
+
 def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
-    """Blocks of one pair of objectives, prompt and seed; a row a rule and strength, a column a weight.
+    """Blocks of one pair of objectives, prompt and seed: a row for each rule and strength, a column for each weight.
 
     Images off every edge come last, as "other weights".
     """
@@ -58,16 +70,15 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
     base = next(_key(cell) for cell in summary["cells"] if cell["rule"] == "base")
     groups = []
     for first, second in combinations(summary["objectives"], 2):
-        placed = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
-        places = sorted({place for _, place in placed})
-        labels = [f"{1 - place:.3g} / {place:.3g}" for place in places]
-        groups.append((f"{first} / {second}", placed, dict(zip(places, labels, strict=True))))
-    on_edges = {_key(cell) for _, placed, _ in groups for cell, _ in placed}
+        on_edge = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
+        columns = {share: f"{1 - share:.3g} / {share:.3g}" for share in sorted({share for _, share in on_edge})}
+        groups.append((f"{first} / {second}", on_edge, columns))
+    on_edges = {_key(cell) for _, on_edge, _ in groups for cell, _ in on_edge}
     others = [(cell, cell["weights"]) for cell in cells if _key(cell) not in on_edges]
     groups.append(("other weights", others, {weights: weights.replace(",", ", ") for _, weights in others}))
     blocks = [
-        _strip(title, placed, columns, images, base, shot, list(summary["rules"]))
-        for title, placed, columns in groups
+        _strip(title, members, columns, images, base, shot, list(summary["rules"]))
+        for title, members, columns in groups
         for shot in shots
     ]
     return [block for block in blocks if block["rows"]]
@@ -75,7 +86,7 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
 
 def _strip(
     title: str,
-    placed: list[tuple[dict, Any]],
+    members: list[tuple[dict, Any]],
     columns: dict[Any, str],
     images: dict[tuple, dict[str, Any]],
     base: tuple,
@@ -83,17 +94,17 @@ def _strip(
     rules: list[str],
 ) -> dict[str, Any]:
     rows: dict[tuple[str, float], dict[Any, dict[str, Any]]] = {}
-    for cell, place in placed:
+    for cell, column in members:
         if picture := images.get((*_key(cell), *shot)):
             alt = f"{shot[0]}, seed {shot[1]}: {cell['rule']} at {cell['weights']}, strength {cell['strength']:g}"
-            rows.setdefault((cell["rule"], cell["strength"]), {})[place] = {**picture, "alt": alt}
-    ground = images.get((*base, *shot))
+            rows.setdefault((cell["rule"], cell["strength"]), {})[column] = {**picture, "alt": alt}
+    base_image = images.get((*base, *shot))
     return {
         "title": title,
         "prompt": shot[0],
         "seed": shot[1],
         "columns": list(columns.values()),
-        "base": {**ground, "alt": f"{shot[0]}, seed {shot[1]}: base"} if ground else None,
+        "base": {**base_image, "alt": f"{shot[0]}, seed {shot[1]}: base"} if base_image else None,
         "rows": [
             {
                 "label": rule if strength == 1 else f"{rule}, strength {strength:g}",
@@ -115,7 +126,7 @@ def _images(results: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
     rows = results[results["image"].map(lambda image: isinstance(image, bytes))]
     columns = ["rule", "weights", "strength", "prompt", "seed", "image"]
     return {
-        (rule, weights, number(strength), prompt, seed): _picture(image)
+        (rule, weights, finite(strength), prompt, seed): _picture(image)
         for rule, weights, strength, prompt, seed, image in rows[columns].itertuples(index=False)
     }
 

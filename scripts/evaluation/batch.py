@@ -1,0 +1,98 @@
+"""The images of one batch, and what a metric may ask of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.sampling.sampler import FusedSampler, Observer
+from stepfuse.scripts.evaluation.config import PlannedCell
+from stepfuse.scripts.evaluation.costs import counted_rows, now, peak_memory
+from stepfuse.scripts.evaluation.prepare import Evaluation
+from stepfuse.train.rollout import sample_generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one cell: all seeds of some prompts, those of one prompt after each other.
+
+    Attributes:
+        evaluation: with the configuration, the rewards and the CLIP model.
+        cell: the rule, weights and strength of the images.
+        sampler: with that rule.
+        images: prompt and index of the seed of each image.
+        pixels: in [0, 1], on the CPU.
+        forwards: network evaluations of the whole batch.
+        seconds: of the whole batch.
+        peak_memory_mb: while it was sampled; NaN where it cannot be measured.
+    """
+
+    evaluation: Evaluation
+    cell: PlannedCell
+    sampler: FusedSampler
+    images: Sequence[tuple[str, int]]
+    pixels: Float[Tensor, "images 3 height width"]
+    forwards: int
+    seconds: float
+    peak_memory_mb: float
+
+    @property
+    def prompts(self) -> list[str]:
+        return [prompt for prompt, _ in self.images]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [seed for _, seed in self.images]
+
+    def sample_again(self, indices: Sequence[int], observe: Observer) -> None:
+        """Sample some of the images again, and show every step to an observer."""
+        images = [self.images[i] for i in indices]
+        _sample(self.evaluation, self.sampler, self.cell, images, output_type="latent", observe=observe)
+
+
+@torch.no_grad()
+def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Batch:
+    """All images of the prompts with these indices in one cell."""
+    images = [(evaluation.prompts[i], seed) for i in rows for seed in range(evaluation.config.seeds_per_prompt)]
+    sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
+    with counted_rows(sampler.pipeline.unet) as count, peak_memory(device) as peak:
+        begin = now(device)
+        pixels = _sample(evaluation, sampler, cell, images, output_type="pt")
+        seconds = now(device) - begin
+    return Batch(
+        evaluation=evaluation,
+        cell=cell,
+        sampler=sampler,
+        images=images,
+        pixels=pixels,
+        forwards=count(),
+        seconds=seconds,
+        peak_memory_mb=peak(),
+    )
+
+
+def _sample(
+    evaluation: Evaluation,
+    sampler: FusedSampler,
+    cell: PlannedCell,
+    images: Sequence[tuple[str, int]],
+    **options: Any,
+) -> Tensor:
+    """The randomness of an image depends on its prompt and seed alone, and is the same in every cell."""
+    config = evaluation.config
+    output = sampler.sample(
+        [prompt for prompt, _ in images],
+        cell.weights,
+        strength=cell.strength,
+        num_inference_steps=config.steps,
+        generator=[sample_generator(config.seed, "evaluate", prompt, seed) for prompt, seed in images],
+        batch_size=config.batch_size,
+        progress=False,
+        report_cuts=False,
+        **options,
+    )
+    assert isinstance(output, Tensor)
+    return output

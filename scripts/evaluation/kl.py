@@ -1,0 +1,44 @@
+"""How far a cell's policy is from the base's, along the path of each image."""
+
+import torch
+from torch import Tensor
+
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.rules.plan import FusionStep
+from stepfuse.scripts.evaluation.batch import Batch
+from stepfuse.scripts.evaluation.metric import Metric
+
+
+def kl_to_base(batch: Batch) -> Tensor:
+    """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along each image's own path, in nats, by sampling it once more.
+
+    For rules that select one expert at random it is the KL of the policy selected, which bounds that of the mixture.
+    Deterministic steps have no density and are left out. NaN for seeds beyond `kl_seeds` and for rules whose step is
+    not Gaussian.
+    """
+    total = torch.full((len(batch.images),), float("nan"), dtype=torch.float64)
+    measured = [i for i, seed in enumerate(batch.seeds) if seed < batch.evaluation.config.kl_seeds]
+    if not measured or not batch.cell.has_density:
+        return total
+    sums = torch.zeros(len(measured), dtype=torch.float64)
+
+    def add(step: FusionStep, gaussian: Gaussian, conditioning: Conditioning, rows: slice) -> None:
+        variance = step.variance(step.plan.base)
+        if bool((gaussian.variance > 0).all()) and bool((variance > 0).all()):
+            (prediction,) = batch.sampler.denoiser.predictions(step.x_t, step.t, conditioning, [None])
+            sums[rows] += gaussian.kl(step.transition(prediction, variance)).double().cpu()
+
+    batch.sample_again(measured, add)
+    total[measured] = sums
+    return total
+
+
+KL_TO_BASE = Metric(
+    name="kl",
+    title="KL",
+    description="Mean divergence of the path from the base's (Kullback-Leibler)",
+    unit="nats",
+    per_image=kl_to_base,
+    plotted=False,
+)

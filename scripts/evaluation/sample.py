@@ -1,0 +1,85 @@
+"""Sampling the cells of an evaluation, and measuring every image: a table for each cell and batch of prompts."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+
+from stepfuse.data.images import to_image
+from stepfuse.data.output_folder import written_file
+from stepfuse.scripts.evaluation.batch import Batch, sample_batch
+from stepfuse.scripts.evaluation.config import PlannedCell, shares_of
+from stepfuse.scripts.evaluation.metrics import all_metrics
+from stepfuse.scripts.evaluation.prepare import Evaluation
+
+
+def sample_cells(
+    evaluation: Evaluation, folder: Path, state: PartialState, cells: Sequence[PlannedCell]
+) -> list[tuple[PlannedCell, Path]]:
+    """Sample and measure cells, a file for each batch; files that exist are kept.
+
+    Cells whose images are the same, as they are one adapter under several rules, share their files.
+
+    Returns:
+        The files of each cell.
+
+    Raises:
+        ValueError: for a reward that fails, naming the cell; the files written before are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first: dict[tuple, int] = {}
+    for i, cell in enumerate(evaluation.cells):
+        first.setdefault(cell.images, i)
+    files = {
+        (i, j): folder / f"{i:04d}-{j:04d}.parquet"
+        for i in dict.fromkeys(first[cell.images] for cell in cells)
+        for j in range(len(evaluation.batches))
+    }
+    of_this_process = list(files.items())[state.process_index :: state.num_processes]
+    with tqdm(total=len(of_this_process), disable=not state.is_main_process, desc="evaluate", unit="batch") as bar:
+        for (i, j), file in of_this_process:
+            cell = evaluation.cells[i]
+            bar.set_postfix_str(str(cell))
+            if not file.exists():
+                try:
+                    table = measure(sample_batch(evaluation, cell, evaluation.batches[j]))
+                except ValueError as error:
+                    raise ValueError(f"{cell}: {error}; run again to resume, the finished batches are kept") from error
+                with written_file(file) as temporary:
+                    table.to_parquet(temporary)
+            bar.update()
+    return [(cell, files[first[cell.images], j]) for cell in cells for j in range(len(evaluation.batches))]
+
+
+@torch.no_grad()
+def measure(batch: Batch) -> pd.DataFrame:
+    """A row for each image: its cell, prompt and seed, and every metric."""
+    cell, evaluation = batch.cell, batch.evaluation
+    pictured = evaluation.prompts[: evaluation.config.strip_prompts]
+    pictures = [
+        _png(pixels) if seed == 0 and prompt in pictured else None
+        for (prompt, seed), pixels in zip(batch.images, batch.pixels, strict=True)
+    ]
+    return pd.DataFrame(
+        {
+            "rule": cell.label,
+            "weights": cell.weights_label,
+            **{f"w_{name}": share for name, share in shares_of(cell, batch.sampler.names).items()},
+            "strength": cell.strength,
+            "prompt": batch.prompts,
+            "seed": batch.seeds,
+            **{metric.name: metric.measure(batch) for metric in all_metrics(list(evaluation.rewards))},
+            "image": pictures,
+        }
+    )
+
+
+def _png(pixels: Tensor) -> bytes:
+    buffer = BytesIO()
+    to_image(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,46 @@
+"""What an evaluation measured, and how."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What was measured, and how."""
+
+    objectives: tuple[tuple[str, str], ...]  # (name, reward)
+    rewards: tuple[str, ...]  # all of them, those of the objectives and held-out ones
+    scales: Mapping[str, float]  # of each objective's reward, the unit it is scalarised in
+    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on
+    title: str = "Evaluation"
+    base: str = ""
+    steps: int
+    guidance: float
+    machine: str = ""
+    command: str = ""
+    oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()  # weights and scales, by objective
+
+    def __post_init__(self) -> None:
+        for name, reward in self.objectives:
+            if reward not in self.rewards:
+                raise ValueError(f"objective {name!r} has reward {reward!r}; expected one of {list(self.rewards)}")
+            if not self.scales.get(reward, 0) > 0:
+                raise ValueError(f"reward {reward!r} has scale {self.scales.get(reward)}; expected a positive number")
+        if unknown := [reward for reward in self.held_out if reward not in self.rewards]:
+            raise ValueError(f"held-out reward {unknown[0]!r} was not measured; expected one of {list(self.rewards)}")
+
+    def trained_weights(self, shares: np.ndarray) -> np.ndarray:
+        """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.
+
+        Σ w_i r_i / s_i with the scales s of its training is Σ (w_i σ_i / s_i) r_i / σ_i; the sum of weights is kept.
+        Where no oracle was trained, or with the same scales, these are the weights themselves.
+        """
+        for weights, scales in self.oracles:
+            given = np.array([weights.get(name, 0.0) for name, _ in self.objectives])
+            if abs(given - shares).max() <= 1e-3:  # as the rule finds it
+                ratios = [self.scales[reward] / scales.get(name, np.inf) for name, reward in self.objectives]
+                trained = shares * np.array(ratios)
+                return trained * shares.sum() / trained.sum()
+        return shares

@@ -1,0 +1,146 @@
+"""The tables of a report: a column for each figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepfuse.data.intervals import interval_text, number_text
+from stepfuse.scripts.evaluation.metric import Figure
+from stepfuse.scripts.evaluation.metrics import METRICS, all_metrics
+
+RULE = Figure(path=("rule",), heading="rule", description="How the adapters are combined")
+_SCALED = "; Σ w·r/σ, w the weights, r the rewards, σ their units"
+FRONTS = (
+    Figure(path=("cells",), heading="cells", description="Number of weights and strengths measured"),
+    Figure(
+        path=("lacks",),
+        heading="weights lacking",
+        description="Of the weights that any rule was measured at, those this rule was not; listed below the table",
+    ),
+    Figure(
+        path=("hypervolume",),
+        heading="hypervolume",
+        description="Volume between the cells' mean scaled rewards and the reference point; more is better",
+    ),
+    Figure(
+        path=("matched", "over_product"),
+        heading="− product, same cells",
+        description="Hypervolume minus product's, over the weights and strengths that both were measured at",
+        signed=True,
+    ),
+    Figure(path=("matched", "cells"), heading="same cells", description="Number of these weights and strengths"),
+    Figure(
+        path=("over_product",),
+        heading="− product, all cells",
+        description="Hypervolume minus product's, each over all its cells: more cells make more volume",
+        signed=True,
+    ),
+    Figure(
+        path=("igd",),
+        heading="IGD",
+        description="Mean distance, in scaled rewards, from the oracle's non-dominated cells to the nearest cell of "
+        "the rule; less is better",
+    ),
+    Figure(
+        path=("regret", "mean"),
+        heading="mean regret",
+        description="Mean of the regret at strength 1 over the mixed weights that an oracle was trained at; less is "
+        "better",
+    ),
+    Figure(
+        path=("regret", "over_product"),
+        heading="regret − product",
+        description="Mean regret minus product's at the same weights; below 0 is better than product",
+        signed=True,
+    ),
+)
+MIXTURE = (
+    RULE,
+    Figure(path=("weights",), heading="weights", description="The share of each objective"),
+    Figure(path=("strength",), heading="strength", description="λ: 0 is the base, 1 the trained strength"),
+)
+WEIGHTED_GAIN = Figure(
+    path=("scalarised_gain",), heading="weighted gain", description=f"Gain over the base{_SCALED}", signed=True
+)
+COMPARISONS = (
+    WEIGHTED_GAIN,
+    Figure(
+        path=("regret",),
+        heading="regret",
+        description=f"What the oracle at these weights has more{_SCALED}, w as in its training; less is better. At one "
+        "objective alone the oracle is that adapter itself unless another was trained",
+        signed=True,
+    ),
+    Figure(
+        path=("over_product",),
+        heading="− product",
+        description=f"More than product at the same weights and strength{_SCALED}",
+        signed=True,
+    ),
+)
+
+
+def rules_table(summary: dict) -> dict[str, Any]:
+    """A row for each rule."""
+    monotonicity = [
+        Figure(
+            path=("monotonicity", name),
+            heading=f"ρ {name}",
+            description=f"Spearman correlation of the weight of {name} with the mean of its reward, over the cells at "
+            "strength 1; unknown for fewer than 3 different weights",
+            places=2,
+        )
+        for name in summary["objectives"]
+    ]
+    costs = [
+        Figure(path=(metric.name,), heading=metric.title, description=metric.of_rules)
+        for metric in METRICS.values()
+        if metric.of_rules
+    ]
+    grid = len(summary["grid"])
+    rows = []
+    for rule, figures in summary["rules"].items():
+        lacks = len(figures["lacks"])
+        shown = "—" if rule == "base" else f"{lacks} of {grid}" if lacks else "none"
+        rows.append({**figures, "rule": rule, "lacks": (lacks, shown)})
+    return table([RULE, *FRONTS, *monotonicity, *costs], rows)
+
+
+def cells_table(summary: dict) -> dict[str, Any]:
+    """A row for each cell."""
+    metrics = all_metrics(summary["rewards"], summary["held_out"])
+    rewards, others = metrics[: len(summary["rewards"])], metrics[len(summary["rewards"]) :]
+    figures = [
+        *MIXTURE,
+        *(figure for metric in rewards for figure in metric.figures),
+        *COMPARISONS,
+        *(figure for metric in others if metric.name in summary["cells"][0] for figure in metric.figures),
+    ]
+    rows = [{**cell, "weights": cell["weights"].replace(",", ", ") or "—"} for cell in summary["cells"]]
+    return table([figure for figure in figures if figure.heading], rows)
+
+
+def table(figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Headings and entries as the page's template takes them."""
+    return {
+        "heads": [{"head": figure.heading, "title": figure.description} for figure in figures],
+        "rows": [[_entry(figure, figure.of(row)) for figure in figures] for row in rows],
+    }
+
+
+def _entry(figure: Figure, value: Any) -> dict[str, Any]:
+    """What is shown, an interval's brackets apart from its mean, and the number or text that rows are sorted by.
+
+    An unknown value is sorted last; a pair is a number to sort by and its text.
+    """
+    sort: Any = value
+    text = str(value)
+    if value is None:
+        sort, text = "", "—"
+    elif isinstance(value, tuple):
+        sort, text = value
+    elif isinstance(value, dict):
+        sort, text = value["mean"], interval_text(value, signed=figure.signed)
+    elif isinstance(value, float):
+        text = number_text(value, figure.places) + figure.suffix
+    main, _, rest = text.partition(" [") if isinstance(value, dict) else (text, "", "")
+    return {"main": main, "range": rest and f"[{rest}", "sort": sort, "number": not isinstance(value, str)}
