@@ -1,4 +1,4 @@
-"""A labelled grid of images."""
+"""Grids of images with labels: beside rows and above columns, or below each image. Labels are complete, in lines."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,17 @@ from PIL import Image, ImageDraw
 
 from stepfuse.data.lettering import Lettering, enlarge, enlargement
 
-Rows = Sequence[Sequence[Image.Image]]
-
-
 CELL = 128  # pixels: smaller images are enlarged to at least this
+ImageRows = Sequence[Sequence[Image.Image]]
 
 
 def labelled_grid(
-    rows: Rows, row_labels: Sequence[str], column_labels: Sequence[str], *, factor: int | None = None
+    rows: ImageRows, row_labels: Sequence[str], column_labels: Sequence[str], *, factor: int | None = None
 ) -> Image.Image:
     """Rows of images with a label beside each row and above each column.
 
-    Labels are complete: they are wrapped, and rows and columns grow where a label needs more room than an image. An
-    image is shown with each of its pixels as a square of `factor` × `factor` pixels.
+    Rows and columns grow where a label needs more room than an image. An image is shown with each of its pixels as a
+    square of `factor` × `factor` pixels.
 
     Args:
         rows: images of one size.
@@ -32,10 +30,7 @@ def labelled_grid(
     width, height = first.width * factor, first.height * factor
     text = Lettering(max(13, width // 20))
     gap = text.size
-    heads = [
-        [line for part in label.split("\n") for line in text.wrap(part, max(width, 14 * text.size))]
-        for label in column_labels
-    ]
+    heads = [_lines(label, text, max(width, 14 * text.size)) for label in column_labels]
     labels = _beside(row_labels, text, height)
     margin = gap + max(_width(lines, text) for lines in labels) + gap
     column = max(width, *(_width(lines, text) for lines in heads))
@@ -48,15 +43,46 @@ def labelled_grid(
         for k, line in enumerate(reversed(lines)):
             left = margin + j * (column + gap) + (column - text.width(line)) / 2
             text.draw(draw, left, top - gap // 2 - (k + 0.5) * text.line_height, line)
-    for row, lines, tall in zip(rows, labels, heights, strict=True):
-        middle = top + tall / 2
+    for row, lines, row_height in zip(rows, labels, heights, strict=True):
+        middle = top + row_height / 2
         for k, line in enumerate(lines):
             text.draw(draw, gap, middle + (k - (len(lines) - 1) / 2) * text.line_height, line)
         for j, image in enumerate(row):
             left = margin + j * (column + gap) + (column - width) // 2
             sheet.paste(enlarge(image.convert("RGB"), factor), (left, round(middle - height / 2)))
-        top += tall + gap // 2
+        top += row_height + gap // 2
     return sheet
+
+
+def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int = 4) -> Image.Image:
+    """Images with a caption below each.
+
+    Args:
+        images: of one size; those that are smaller than 128 pixels are enlarged by a whole factor, without smoothing.
+        captions: one for each image, such as its prompt; line breaks are kept, and a row grows with its longest one.
+        columns: images side by side.
+    """
+    factor = enlargement(images[0], CELL)
+    width, height = images[0].width * factor, images[0].height * factor
+    text = Lettering(max(11, width // 24))
+    gap = text.size
+    lines = [_lines(caption, text, width) for caption in captions]
+    rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
+    heights = [height + gap // 2 + text.line_height * max(len(lines[i]) for i in row) + gap for row in rows]
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, gap + sum(heights)), "white")
+    draw, top = ImageDraw.Draw(sheet), gap
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, i in enumerate(row):
+            left = gap + column * (width + gap)
+            sheet.paste(enlarge(images[i], factor), (left, top))
+            for k, line in enumerate(lines[i]):
+                text.draw(draw, left, top + height + gap // 2 + (k + 0.5) * text.line_height, line)
+        top += row_height
+    return sheet
+
+
+def _lines(label: str, text: Lettering, width: float) -> list[str]:
+    return [line for part in label.split("\n") for line in text.wrap(part, width)]
 
 
 def _beside(labels: Sequence[str], text: Lettering, height: int) -> list[list[str]]:

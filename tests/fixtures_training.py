@@ -19,7 +19,7 @@ from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
-from stepfuse.scripts.recipes.build_set import ALONE
+from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import branching_rollout, sample_generator
@@ -59,7 +59,7 @@ def training_desk(monkeypatch, folder: Path, rewards: str) -> Iterator[Path]:
     forget_accelerator()
 
 
-def launch_command(program: Path, *arguments: str, launcher: Sequence[str] = ALONE) -> list[str]:
+def launch_command(program: Path, *arguments: str, launcher: Sequence[str] = SINGLE_PROCESS) -> list[str]:
     """`accelerate launch` of a program; what conftest put into the environment, its processes have too."""
     return [sys.executable, "-m", "accelerate.commands.launch", *launcher, str(program), *arguments]
 

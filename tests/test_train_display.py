@@ -13,6 +13,7 @@ from PIL import Image
 from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stepfuse.data.grid import captioned_grid
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.cli.main import main
@@ -20,7 +21,6 @@ from stepfuse.train import loop
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.display import ProgressDisplay, describe_gain
-from stepfuse.train.samples import draw_samples
 from stepfuse.train.settings import TRACKERS, DPOSettings
 from tests.fixtures_training import refused_by
 
@@ -269,6 +269,6 @@ def test_a_tracker_that_cannot_start_is_an_error_of_one_line(run_training, monke
 
 def test_line_breaks_of_a_caption_are_kept():
     images = [Image.new("RGB", (128, 128), "white")] * 2
-    drawn = np.asarray(draw_samples(images, ["a cat\nreward 1", ""]).convert("L"))
+    drawn = np.asarray(captioned_grid(images, ["a cat\nreward 1", ""]).convert("L"))
     dark = (drawn[139:, :140] < 128).any(1)
     assert np.diff(dark.astype(int)).tolist().count(1) == 2  # two lines

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.scripts.recipes.build_set import ALONE
+from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train.checkpoints import read_state
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
@@ -133,7 +133,7 @@ def assert_same_run(found, expected):
 
 @pytest.fixture(scope="module")
 def one(desk):
-    return {name: launch(desk, name, ALONE, f"{name}-one", train_batch_size=8) for name in OWN}
+    return {name: launch(desk, name, SINGLE_PROCESS, f"{name}-one", train_batch_size=8) for name in OWN}
 
 
 @pytest.fixture(scope="module")

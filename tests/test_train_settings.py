@@ -14,7 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stepfuse.scripts.recipes.build_set import ALONE
+from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
@@ -427,7 +427,7 @@ def test_program_prints_one_line_and_exits_with_1(tmp_path):
 
 
 def test_launched_quietly_the_line_is_the_last(tmp_path):
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *ALONE, "-m", "stepfuse.train.dpo"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *SINGLE_PROCESS, "-m", "stepfuse.train.dpo"]
     done = subprocess.run([*words, "--rank", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == "error: rank is 0; expected 1 or more"

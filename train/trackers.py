@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.names import nearest
-from stepfuse.train.samples import CELL, beside, draw_samples
+from stepfuse.train.samples import beside
 from stepfuse.train.settings import TRACKERS
 from stepfuse.train.validation import Validation
 
@@ -84,7 +85,7 @@ def log_validation(accelerator: Accelerator, step: int, validation: Validation, 
 
 def _tensorboard(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
     # it has no captions, so they are drawn into the picture
-    tracker.writer.add_image(TAG, np.asarray(draw_samples(images, captions)), step, dataformats="HWC")
+    tracker.writer.add_image(TAG, np.asarray(captioned_grid(images, captions)), step, dataformats="HWC")
 
 
 def _wandb(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
@@ -102,17 +103,17 @@ def _swanlab(tracker: Any, images: list[Image.Image], captions: list[str], step:
 
 
 def _aim(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    tracker.log_images({TAG: (draw_samples(images, captions), "")}, step=step)
+    tracker.log_images({TAG: (captioned_grid(images, captions), "")}, step=step)
 
 
 def _clearml(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    tracker.log_images({TAG: draw_samples(images, captions)}, step=step)
+    tracker.log_images({TAG: captioned_grid(images, captions)}, step=step)
 
 
 def _other(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
     """By accelerate's own `log_images`, where a tracker has it."""
     if hasattr(tracker, "log_images"):
-        tracker.log_images({TAG: [np.asarray(draw_samples(images, captions))]}, step=step)
+        tracker.log_images({TAG: [np.asarray(captioned_grid(images, captions))]}, step=step)
 
 
 LOGGERS: dict[str, Callable[[Any, list[Image.Image], list[str], int], None]] = {

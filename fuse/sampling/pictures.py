@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from stepfuse.data.grid import Rows, labelled_grid
+from stepfuse.data.grid import ImageRows, labelled_grid
 from stepfuse.data.lettering import GLUE, enlarge
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule
 
 
 def sampled_picture(
-    rows: Rows, prompts: Sequence[str], columns: Sequence[Weights], *, factor: int | None = None
+    rows: ImageRows, prompts: Sequence[str], columns: Sequence[Weights], *, factor: int | None = None
 ) -> Image.Image:
     """What `stepfuse sample` saves: one image as it was sampled, or a labelled grid of several.
 

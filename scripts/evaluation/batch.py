@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +11,6 @@ from stepfuse.fuse.sampling.sampler import FusedSampler, Observer
 from stepfuse.scripts.evaluation.config import PlannedCell
 from stepfuse.scripts.evaluation.costs import counted_rows, now, peak_memory
 from stepfuse.scripts.evaluation.prepare import Evaluation
-from stepfuse.train.rollout import sample_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class Batch:
     def sample_again(self, indices: Sequence[int], observe: Observer) -> None:
         """Sample some of the images again, and show every step to an observer."""
         images = [self.images[i] for i in indices]
-        _sample(self.evaluation, self.sampler, self.cell, images, output_type="latent", observe=observe)
+        self.evaluation.sample(self.sampler, self.cell, images, output_type="latent", observe=observe)
 
 
 @torch.no_grad()
@@ -60,39 +58,7 @@ def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Batc
     sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
     with counted_rows(sampler.pipeline.unet) as count, peak_memory(device) as peak:
         begin = now(device)
-        pixels = _sample(evaluation, sampler, cell, images, output_type="pt")
+        pixels = evaluation.sample(sampler, cell, images, output_type="pt")
         seconds = now(device) - begin
-    return Batch(
-        evaluation=evaluation,
-        cell=cell,
-        sampler=sampler,
-        images=images,
-        pixels=pixels,
-        forwards=count(),
-        seconds=seconds,
-        peak_memory_mb=peak(),
-    )
-
-
-def _sample(
-    evaluation: Evaluation,
-    sampler: FusedSampler,
-    cell: PlannedCell,
-    images: Sequence[tuple[str, int]],
-    **options: Any,
-) -> Tensor:
-    """The randomness of an image depends on its prompt and seed alone, and is the same in every cell."""
-    config = evaluation.config
-    output = sampler.sample(
-        [prompt for prompt, _ in images],
-        cell.weights,
-        strength=cell.strength,
-        num_inference_steps=config.steps,
-        generator=[sample_generator(config.seed, "evaluate", prompt, seed) for prompt, seed in images],
-        batch_size=config.batch_size,
-        progress=False,
-        report_cuts=False,
-        **options,
-    )
-    assert isinstance(output, Tensor)
-    return output
+    costs = {"forwards": count(), "seconds": seconds, "peak_memory_mb": peak()}
+    return Batch(evaluation=evaluation, cell=cell, sampler=sampler, images=images, pixels=pixels, **costs)

@@ -1,4 +1,4 @@
-"""What sampling costs: network evaluations, seconds and memory, and the machine they are of."""
+"""What sampling costs: network evaluations, seconds and memory, and the machine that they were measured on."""
 
 import os
 import platform
@@ -8,18 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 
 def machine(device: torch.device) -> str:
-    """The device and what runs on it, for figures that depend on it."""
+    """The device, threads and version of torch, for figures that depend on them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
     return f"{name}{threads}, torch {torch.__version__}"
 
 
 def _processor() -> str:
-    """The processor's own name (Linux only; its architecture elsewhere)."""
+    """The processor's name (Linux only; its architecture elsewhere)."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -44,13 +45,13 @@ def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Any]:
-    """The most memory in use meanwhile, in MB: of the device, or of the process (Linux only; NaN elsewhere)."""
+    """The peak of the memory in use, in MB: of the device, or of the process (Linux only; NaN elsewhere)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) / 1e6
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark begins anew
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     except OSError:
         yield lambda: float("nan")
         return
@@ -64,17 +65,12 @@ def _high_water_mark() -> float:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a program could still take (on a CPU Linux only; without limit elsewhere)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        return float("inf")
-    return next(1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    """Bytes that a program could still take."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def now(device: torch.device) -> float:
+    """Seconds of a clock, once everything that was started on the device has ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
@@ -26,6 +27,7 @@ from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, cells_of
 from stepfuse.scripts.evaluation.costs import machine
 from stepfuse.scripts.evaluation.setup import Setup
+from stepfuse.train.rollout import sample_generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,8 @@ class Evaluation:
         embedded = adapter_set.base["name_or_path"] in EMBEDDED
         names = [config.embedding] if config.embedding else []
         embedder = clip_score(*names, device=device) if names or embedded else None
-        return cls(
-            config=config,
-            sampler=sampler,
-            cells=cells,
-            prompts=prompts,
-            rewards=rewards,
-            embedder=embedder,
-            unscaled=unscaled,
-        )
+        loaded = {"sampler": sampler, "cells": cells, "prompts": prompts, "rewards": rewards, "embedder": embedder}
+        return cls(config=config, unscaled=unscaled, **loaded)
 
     def with_measured_scales(self, base: Sequence[Path]) -> "Evaluation":
         """The same with the scales that the configuration does not give, measured on the tables of the base's images.
@@ -129,6 +124,24 @@ class Evaluation:
         """Indices of the prompts of each batch; all images of a prompt are in one batch."""
         size = max(1, self.config.batch_size // self.config.seeds_per_prompt)
         return [range(i, min(i + size, len(self.prompts))) for i in range(0, len(self.prompts), size)]
+
+    def sample(
+        self, sampler: FusedSampler, cell: PlannedCell, images: Sequence[tuple[str, int]], **options: Any
+    ) -> Tensor:
+        """Images of prompts and seeds; the randomness of an image depends on these two alone, in every cell."""
+        output = sampler.sample(
+            [prompt for prompt, _ in images],
+            cell.weights,
+            strength=cell.strength,
+            num_inference_steps=self.config.steps,
+            generator=[sample_generator(self.config.seed, "evaluate", prompt, seed) for prompt, seed in images],
+            batch_size=self.config.batch_size,
+            progress=False,
+            report_cuts=False,
+            **options,
+        )
+        assert isinstance(output, Tensor)
+        return output
 
     def setup(self, name: str, adapter_set: AdapterSet, command: str) -> Setup:
         """What the tables and the page say was measured."""

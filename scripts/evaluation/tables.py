@@ -12,47 +12,37 @@ _SCALED = "; Σ w·r/σ, w the weights, r the rewards, σ their units"
 FRONTS = (
     Figure(path=("cells",), heading="cells", description="Number of weights and strengths measured"),
     Figure(
-        path=("lacks",),
-        heading="weights lacking",
+        path=("lacks",), heading="weights lacking",
         description="Of the weights that any rule was measured at, those this rule was not; listed below the table",
     ),
     Figure(
-        path=("hypervolume",),
-        heading="hypervolume",
+        path=("hypervolume",), heading="hypervolume",
         description="Volume between the cells' mean scaled rewards and the reference point; more is better",
     ),
     Figure(
-        path=("matched", "over_product"),
-        heading="− product, same cells",
+        path=("matched", "over_product"), heading="− product, same cells", signed=True,
         description="Hypervolume minus product's, over the weights and strengths that both were measured at",
-        signed=True,
     ),
     Figure(path=("matched", "cells"), heading="same cells", description="Number of these weights and strengths"),
     Figure(
-        path=("over_product",),
-        heading="− product, all cells",
+        path=("over_product",), heading="− product, all cells", signed=True,
         description="Hypervolume minus product's, each over all its cells: more cells make more volume",
-        signed=True,
     ),
     Figure(
-        path=("igd",),
-        heading="IGD",
+        path=("igd",), heading="IGD",
         description="Mean distance, in scaled rewards, from the oracle's non-dominated cells to the nearest cell of "
         "the rule; less is better",
     ),
     Figure(
-        path=("regret", "mean"),
-        heading="mean regret",
+        path=("regret", "mean"), heading="mean regret",
         description="Mean of the regret at strength 1 over the mixed weights that an oracle was trained at; less is "
         "better",
     ),
     Figure(
-        path=("regret", "over_product"),
-        heading="regret − product",
+        path=("regret", "over_product"), heading="regret − product", signed=True,
         description="Mean regret minus product's at the same weights; below 0 is better than product",
-        signed=True,
     ),
-)
+)  # fmt: skip
 MIXTURE = (
     RULE,
     Figure(path=("weights",), heading="weights", description="The share of each objective"),
@@ -64,19 +54,15 @@ WEIGHTED_GAIN = Figure(
 COMPARISONS = (
     WEIGHTED_GAIN,
     Figure(
-        path=("regret",),
-        heading="regret",
+        path=("regret",), heading="regret", signed=True,
         description=f"What the oracle at these weights has more{_SCALED}, w as in its training; less is better. At one "
         "objective alone the oracle is that adapter itself unless another was trained",
-        signed=True,
     ),
     Figure(
-        path=("over_product",),
-        heading="− product",
+        path=("over_product",), heading="− product", signed=True,
         description=f"More than product at the same weights and strength{_SCALED}",
-        signed=True,
     ),
-)
+)  # fmt: skip
 
 
 def rules_table(summary: dict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What each fusion rule makes of the world whose optimum is known: `world.json`, and `world.md` to read.
+"""Every fusion rule measured in the world whose optimum is known: `world.json`, and `world.md` to read.
 
 A cell is a number of objectives, their weights, a number of steps, and variances that are equal or distinct. In it:
 
@@ -14,7 +14,6 @@ A cell is a number of objectives, their weights, a number of steps, and variance
 Intervals are 95 %, Student's t over replicates; of `code`, which draws image by image, a bootstrap over fewer images.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from stepfuse.data.output_folder import files_named, written_file
 from stepfuse.data.text_files import write_text
+from stepfuse.fuse.lora.safe_files import read_object, write_json
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.registry import get_rule
@@ -58,10 +58,10 @@ WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
 def world_files(folder: Path) -> set[Path]:
     """The files that `measure_world` wrote in a folder, which --overwrite replaces; none where there is no world."""
     try:
-        values = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = read_object(folder / FILES[0], "the figures of a world")
+    except ValueError:
         return set()
-    return files_named(folder, *FILES) if isinstance(values, dict) and "verdicts" in values else set()
+    return files_named(folder, *FILES) if "verdicts" in values else set()
 
 
 def measure_world(
@@ -128,9 +128,9 @@ def measure_world(
         "versions": {name: version(name) for name in ("stepfuse", "torch", "diffusers", "numpy")},
     }
     result["verdicts"] = list(verdicts(cells))
-    for name, text in zip(FILES, (json.dumps(result, indent=2, allow_nan=False) + "\n", page(result)), strict=True):
-        with written_file(output_dir / name) as temporary:
-            write_text(temporary, text)
+    write_json(output_dir / FILES[0], result)
+    with written_file(output_dir / FILES[1]) as temporary:
+        write_text(temporary, page(result))
     return result
 
 
@@ -165,10 +165,10 @@ def measure_cell(world: World, *, samples: int, replicates: int, seeds: np.rando
     bound = floor.mean() + 3 * floor.std(ddof=1)
     rules: dict[str, dict[str, Any]] = {}
     for name, final in finals.items():
-        away = distance(final, reference)
+        to_target = distance(final, reference)
         rules[name] = {
-            "to_target": interval(away),
-            "over_floor": interval(away - floor),
+            "to_target": interval(to_target),
+            "over_floor": interval(to_target - floor),
             "to_tilted_data": interval(distance(final, tilted)),
         }
     first = np.s_[: min(samples, CODE_IMAGES)]
@@ -180,18 +180,18 @@ def measure_cell(world: World, *, samples: int, replicates: int, seeds: np.rando
     }
     for name, kl in expected_kl(world, samples, reference_seed).items():
         rules[name]["kl"] = kl
-    to_blend = {name: distance(finals[name], blend) for name in PICKING}
-    to_average = {name: distance(finals[name], mixed) for name in PICKING}
     paths = {name: ((finals[name] - finals["product"]) ** 2).sum(1).reshape(replicates, samples) for name in PICKING}
-    coupled = {name: np.sqrt(path.mean(1)) for name, path in paths.items()}
-    for name in PICKING:
-        rules[name] |= {
-            "to_blend": interval(to_blend[name]),
-            "coupled_to_blend": interval(coupled[name]),
-            "to_average_step": interval(to_average[name]),
-        }
-    gain, coupled_gain = to_blend["switch"] - to_blend["systematic"], coupled["switch"] - coupled["systematic"]
-    average_gain = to_average["switch"] - to_average["systematic"]
+    comparisons = {  # figure of each rule → name of switch's less systematic's, and each rule's distances
+        "to_blend": ("", {name: distance(finals[name], blend) for name in PICKING}),
+        "coupled_to_blend": ("_coupled", {name: np.sqrt(path.mean(1)) for name, path in paths.items()}),
+        "to_average_step": ("_average", {name: distance(finals[name], mixed) for name in PICKING}),
+    }
+    gains: dict[str, Any] = {}
+    for figure, (infix, distances) in comparisons.items():
+        for name, values in distances.items():
+            rules[name][figure] = interval(values)
+        gains[f"systematic{infix}_gain"] = gain = interval(distances["switch"] - distances["systematic"])
+        gains[f"systematic{infix}_closer"] = decided(gain)
     within = rules["product"]["to_target"]["mean"] <= bound
     return {
         "floor": {"mean": floor.mean(), "sd": floor.std(ddof=1), "bound": bound},
@@ -203,14 +203,8 @@ def measure_cell(world: World, *, samples: int, replicates: int, seeds: np.rando
         "product_from_target": float(np.abs(finals["product"] - second).max()),  # same x_T, same noise
         "product_within_floor": bool(within),
         "product_exact": bool(within and rules["product"]["kl"] < EXACT),
-        "systematic_gain": interval(gain),
-        "systematic_closer": decided(interval(gain)),
-        "systematic_coupled_gain": interval(coupled_gain),
-        "systematic_coupled_closer": decided(interval(coupled_gain)),
         "average_step_from_blend": interval(distance(mixed, second)),
-        "systematic_average_gain": interval(average_gain),
-        "systematic_average_closer": decided(interval(average_gain)),
-    }
+    } | gains
 
 
 def sliced_distance(a: np.ndarray, b: np.ndarray, replicates: int) -> np.ndarray:

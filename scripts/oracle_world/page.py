@@ -1,6 +1,9 @@
 """The oracle world's figures in words and tables: `world.md`."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from stepfuse.data.markdown import markdown_table
 
 EXACT = 1e-9  # nats a run: above rounding, far below any difference
 GAUSSIAN = ("base", "product", "average_noise")  # one Gaussian given x_t, so the KL has a closed form
@@ -31,41 +34,40 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
         f"target's by {max(cell['product_from_target'] for cell in cells):.1e} at most."
         + _listed(" Not", [cell for cell in cells if cell not in exact])
     )
-    kinds = list(dict.fromkeys(cell["variances"] for cell in cells))
-    for kind in kinds:
-        kls = [cell["rules"]["average_noise"]["kl"] for cell in cells if cell["variances"] == kind]
+    kinds: dict[str, list[dict]] = {}
+    for cell in cells:
+        kinds.setdefault(cell["variances"], []).append(cell)
+    for kind, members in kinds.items():
+        kls = [cell["rules"]["average_noise"]["kl"] for cell in members]
         yield f"`average_noise`, {kind} variances: an expected KL of {min(kls):.2g} to {max(kls):.2g} nats a run."
     for name in ("base", "average_noise", *PICKING):
-        own = {kind: [cell for cell in cells if cell["variances"] == kind] for kind in kinds}
-        beyond = {
-            kind: sum(cell["rules"][name]["to_target"]["mean"] > cell["floor"]["bound"] for cell in members)
-            for kind, members in own.items()
-        }
-        counts = ", ".join(f"{beyond[kind]} of {len(own[kind])} cells with {kind} variances" for kind in kinds)
+        counts = ", ".join(
+            f"{sum(cell['rules'][name]['to_target']['mean'] > cell['floor']['bound'] for cell in members)} "
+            f"of {len(members)} cells with {kind} variances"
+            for kind, members in kinds.items()
+        )
         yield f"`{name}` ends beyond the floor's bound in {counts}."
-    pairs = [cell for cell in cells if cell["objectives"] == 2]
     for lead, key in CLOSER.items():
-        for kind in kinds:
-            own_pairs = [cell for cell in pairs if cell["variances"] == kind]
-            if not own_pairs:
+        for kind, members in kinds.items():
+            pairs = [cell for cell in members if cell["objectives"] == 2]
+            if not pairs:
                 continue
-            groups = {answer: [c for c in own_pairs if c[key] == answer] for answer in ("yes", "no", "not resolved")}
+            groups = {answer: [c for c in pairs if c[key] == answer] for answer in ("yes", "no", "not resolved")}
             counts = ", ".join(f"{answer} in {len(group)}" for answer, group in groups.items())
             yield (
                 f"`systematic` is closer than `switch` to {lead}; two objectives, {kind} variances: "
-                f"{counts} of {len(own_pairs)} cells."
+                f"{counts} of {len(pairs)} cells."
                 + _listed(" No", groups["no"])
                 + _listed(" Not resolved", groups["not resolved"])
             )
-    for kind in kinds:
-        own_cells = [cell for cell in cells if cell["variances"] == kind]
-        floors = [cell["floor"]["mean"] for cell in own_cells]
+    for kind, members in kinds.items():
+        floors = [cell["floor"]["mean"] for cell in members]
         yield (
             "The average step N(Σ a_i m_i, Σ a_i v_i), what picking one expert a step tends to in short steps, ends "
-            f"{_range(cell['average_step_from_blend'] for cell in own_cells)} from the target with {kind} variances "
+            f"{_range(cell['average_step_from_blend'] for cell in members)} from the target with {kind} variances "
             f"(the floor is {min(floors):.3f} to {max(floors):.3f}); from it `switch` ends "
-            f"{_range(cell['rules']['switch']['to_average_step'] for cell in own_cells)} and `systematic` "
-            f"{_range(cell['rules']['systematic']['to_average_step'] for cell in own_cells)}."
+            f"{_range(cell['rules']['switch']['to_average_step'] for cell in members)} and `systematic` "
+            f"{_range(cell['rules']['systematic']['to_average_step'] for cell in members)}."
         )
     for name in REWARDED:
         nearer, best = (sum(_mean(cell, name) < _mean(cell, other) for cell in cells) for other in ("base", "product"))
@@ -79,74 +81,46 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
 
 def page(result: dict) -> str:
     """`world.md`."""
-    cells = result["cells"]
-    lines = ["# The oracle world", "", *(f"- {sentence}" for sentence in result["verdicts"]), ""]
-    lines += [
+
+    def of_rules(names: Sequence[str], figure: str, heading: str = "{}") -> list[tuple[str, str]]:
+        return [(heading.format(name), f"rules.{name}.{figure}") for name in names]
+
+    measured, ending = (*GAUSSIAN, *PICKING), ("base", "product", *PICKING, *REWARDED)
+    tables = {  # title → columns: heading, and where a cell has it
+        "Distance to the step-level target, and expected KL a run": [
+            ("floor (bound)", "floor"),
+            *of_rules(measured, "to_target"),
+            *of_rules(GAUSSIAN, "kl", "KL {}"),
+        ],
+        "Distance to the blend, the product's own output": [
+            *of_rules(PICKING, "to_blend"),
+            ("switch − systematic", "systematic_gain"),
+            ("systematic closer", "systematic_closer"),
+            *of_rules(PICKING, "coupled_to_blend", "{}, path by path"),
+            ("systematic closer", "systematic_coupled_closer"),
+            *of_rules(PICKING, "to_average_step", "{} to the average step"),
+            ("systematic closer", "systematic_average_closer"),
+            ("average step to the blend", "average_step_from_blend"),
+        ],
+        "Distance to the tilted data, p(x_0) exp(Σ w_i q_i(x_0))": [
+            ("floor", "tilted_data.floor"),
+            ("floor of code", "rules.code.floor_tilted_data"),
+            ("step-level target", "tilted_data.target"),
+            *of_rules(ending, "to_tilted_data"),
+        ],
+    }
+    parts = [
+        "# The oracle world",
+        "\n".join(f"- {sentence}" for sentence in result["verdicts"]),
         f"{result['replicates']} replicates of {result['samples']} samples, half as many with 3 or 4 objectives, "
         f"seed {result['seed']}; distances are {result['distance']}. ± is half a 95 % interval; not corrected for the "
         f"number of cells. `code`: best of {CANDIDATES}, at most {CODE_IMAGES} images, so its floor is higher. "
         f"{result['cpu_seconds']:g} s of one core.",
-        "",
-        "## Distance to the step-level target, and expected KL a run",
-        "",
     ]
-    names: tuple[str, ...] = (*GAUSSIAN, *PICKING)
-    lines += _table(
-        ["cell", "floor (bound)", *names, *(f"KL {name}" for name in GAUSSIAN)],
-        (
-            [
-                label(cell),
-                f"{cell['floor']['mean']:.3f} ({cell['floor']['bound']:.3f})",
-                *(_text(cell["rules"][name]["to_target"]) for name in names),
-                *(f"{cell['rules'][name]['kl']:.2g}" for name in GAUSSIAN),
-            ]
-            for cell in cells
-        ),
-    )
-    lines += ["", "## Distance to the blend, the product's own output", ""]
-    lines += _table(
-        [
-            "cell",
-            *PICKING,
-            "switch − systematic",
-            "systematic closer",
-            *(f"{name}, path by path" for name in PICKING),
-            "systematic closer",
-            *(f"{name} to the average step" for name in PICKING),
-            "systematic closer",
-            "average step to the blend",
-        ],
-        (
-            [
-                label(cell),
-                *(_text(cell["rules"][name]["to_blend"]) for name in PICKING),
-                _text(cell["systematic_gain"], places=4),
-                cell["systematic_closer"],
-                *(_text(cell["rules"][name]["coupled_to_blend"]) for name in PICKING),
-                cell["systematic_coupled_closer"],
-                *(_text(cell["rules"][name]["to_average_step"]) for name in PICKING),
-                cell["systematic_average_closer"],
-                _text(cell["average_step_from_blend"]),
-            ]
-            for cell in cells
-        ),
-    )
-    lines += ["", "## Distance to the tilted data, p(x_0) exp(Σ w_i q_i(x_0))", ""]
-    names = ("base", "product", *PICKING, *REWARDED)
-    lines += _table(
-        ["cell", "floor", "floor of code", "step-level target", *names],
-        (
-            [
-                label(cell),
-                _text(cell["tilted_data"]["floor"]),
-                _text(cell["rules"]["code"]["floor_tilted_data"]),
-                _text(cell["tilted_data"]["target"]),
-                *(_text(cell["rules"][name]["to_tilted_data"]) for name in names),
-            ]
-            for cell in cells
-        ),
-    )
-    return "\n".join(lines) + "\n"
+    for title, columns in tables.items():
+        rows = [[label(cell), *(_text(cell, path) for _, path in columns)] for cell in result["cells"]]
+        parts += [f"## {title}", markdown_table(["cell", *(heading for heading, _ in columns)], rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def label(cell: dict) -> str:
@@ -168,11 +142,16 @@ def _range(values: Iterable[dict[str, float]]) -> str:
     return f"{min(means):.3f} to {max(means):.3f}"
 
 
-def _text(value: dict[str, float], places: int = 3) -> str:
+def _text(cell: dict, path: str) -> str:
+    """A figure of a cell: an interval as mean ± half its width, a number, or a word."""
+    value: Any = cell
+    for key in path.split("."):
+        value = value[key]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.2g}"
+    if "bound" in value:
+        return f"{value['mean']:.3f} ({value['bound']:.3f})"
+    places = 4 if path == "systematic_gain" else 3
     return f"{value['mean']:.{places}f} ± {(value['high'] - value['low']) / 2:.{places}f}".replace("-", "−")
-
-
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    yield from (f"| {' | '.join(row)} |" for row in rows)

@@ -1,4 +1,4 @@
-"""`stepfuse build`: from raw rewards to a set that can be published, in one command that can be interrupted."""
+"""`stepfuse build`: from raw rewards to a set that can be published, in one command that can be resumed."""
 
 import hashlib
 import json
@@ -39,20 +39,20 @@ PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
     "ddpo": (str(ddpo.__file__), DDPOSettings),
 }
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
-ALONE = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig:
-    """What `stepfuse build` makes, as YAML gives it.
+    """The settings of `stepfuse build`, as YAML gives them.
 
     Attributes:
-        output_dir: where everything goes.
-        objectives: mappings of `algorithm`, dpo or ddpo, `config`, a training's YAML, and any of its settings to be
-            other than there.
-        oracles: likewise, of weighted: rewards.
+        output_dir: the folder for adapters, set and evaluation.
+        objectives: mappings of `algorithm`, dpo or ddpo, `config`, the YAML of a training, and any settings that
+            override it.
+        oracles: the same for adapters trained on weighted: rewards.
         accelerate: a configuration of accelerate for every training; by default one process in float32.
-        reference_eta: of the base in the set.
+        reference_eta: eta of the base in the set.
         half: store the set's weights in float16.
         profile: prompts on which the gap between soup and product is measured, for `sample --gate`; none by default.
         evaluate: an evaluation's YAML; none by default.
@@ -74,10 +74,10 @@ class BuildConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One adapter to be.
+    """One adapter to be trained.
 
     Attributes:
-        folder: named by objective and configuration, so that a changed one is trained beside the old.
+        folder: named by objective and configuration, so that another configuration has another folder.
     """
 
     algorithm: str
@@ -87,7 +87,7 @@ class Training:
 
     @property
     def finished(self) -> Adapter | None:
-        """The adapter, if it is there."""
+        """The adapter, where it was trained with these settings."""
         try:
             adapter = read_adapter(self.folder)
         except ValueError:
@@ -105,26 +105,23 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
     objectives = [_training(entry, config, file) for entry in config.objectives]
     oracles = [_training(entry, config, file) for entry in config.oracles]
     first, names = objectives[0].settings, set()
-    for training in (*objectives, *oracles):
-        own = training.settings
-        require(own.name not in names, "objective_name", own.name, "another name for each objective")
-        names.add(own.name)
+    for settings in (training.settings for training in (*objectives, *oracles)):
+        require(settings.name not in names, "objective_name", settings.name, "another name for each objective")
+        names.add(settings.name)
         for name in ("pretrained_model_name_or_path", "guidance", "sample_guidance_scale"):
-            same = getattr(own, name) == getattr(first, name)
-            require(
-                same, f"{name} of {own.name}", getattr(own, name), f"{getattr(first, name)}, as {first.name} has it"
-            )
+            value, expected = getattr(settings, name), getattr(first, name)
+            require(value == expected, f"{name} of {settings.name}", value, f"{expected}, as {first.name} has it")
     if config.accelerate:
-        _found(config.accelerate, file, "accelerate")
+        _find(config.accelerate, file, "accelerate")
     if config.profile:
         load_prompts(config.profile)
-    return config, objectives, oracles, read_config(_found(config.evaluate, file, "eval")) if config.evaluate else None
+    return config, objectives, oracles, read_config(_find(config.evaluate, file, "eval")) if config.evaluate else None
 
 
 def build(file: Path, *, device: str) -> Path:
     """Train what is not trained, create the set, profile, evaluate, write the card; the set's folder.
 
-    Run again, it goes on where it was interrupted, and does nothing that is done.
+    Run again, it resumes where it was interrupted, and repeats nothing that is done.
 
     Raises:
         ValueError: for a wrong configuration, a training that fails, another build in the same folder.
@@ -141,7 +138,9 @@ def build(file: Path, *, device: str) -> Path:
                 continue
             print(f"{place}: {training.algorithm}, {training.folder}", flush=True)
             launcher = (
-                ["--config_file", str(_found(config.accelerate, file, "accelerate"))] if config.accelerate else ALONE
+                ["--config_file", str(_find(config.accelerate, file, "accelerate"))]
+                if config.accelerate
+                else SINGLE_PROCESS
             )
             train(training, launcher)
         folder = output / "set"
@@ -178,10 +177,10 @@ def build(file: Path, *, device: str) -> Path:
 
 
 def train(training: Training, launcher: Sequence[str]) -> None:
-    """By `accelerate launch`, from the newest checkpoint if there is one.
+    """Train by `accelerate launch`, from the newest checkpoint if there is one.
 
     Raises:
-        ValueError: where it does not end well.
+        ValueError: where the training fails or writes no complete adapter.
     """
     program, _ = PROGRAMS[training.algorithm]
     file = training.folder.with_name(training.folder.name + ".yaml")
@@ -190,11 +189,11 @@ def train(training: Training, launcher: Sequence[str]) -> None:
         write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
     launch(program, ["--config", str(file)], launcher, training.settings.name)
     if not training.finished:
-        raise ValueError(f"training {training.settings.name!r} left no whole adapter in {training.folder}")
+        raise ValueError(f"training {training.settings.name!r} wrote no complete adapter to {training.folder}")
 
 
 def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name: str) -> None:
-    """`accelerate launch` of one training, as a user would. Its processes end with this one, killed or not.
+    """Run one training with `accelerate launch`. Its processes end with this one, even where this one is killed.
 
     Raises:
         ValueError: where it ends with another status than 0.
@@ -202,7 +201,7 @@ def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name
     command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
     command += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), program, *arguments]
     supervised = [sys.executable, "-P", str(SUPERVISOR), *command]
-    # Its standard input closes when this process ends. In a session of its own it gets no Ctrl-C from the terminal.
+    # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
     with subprocess.Popen(supervised, stdin=subprocess.PIPE, start_new_session=True) as process:
         try:
             status = process.wait()
@@ -212,14 +211,14 @@ def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name
             process.wait()
             raise
     if status:
-        raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to go on")
+        raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to resume")
 
 
 def check_made(output: Path) -> Path:
-    """The file that says what the set of a build was made of.
+    """The path of the file that records which adapters the set of a build was made of.
 
     Raises:
-        ValueError: for a set that no build made, which one would replace.
+        ValueError: for a set that was not built here, which this build would replace.
     """
     made = output / "set-of.json"
     if (output / "set" / MANIFEST).exists() and not made.exists():
@@ -230,16 +229,16 @@ def check_made(output: Path) -> Path:
 def assemble(
     folder: Path, config: BuildConfig, objectives: Sequence[Training], oracles: Sequence[Training]
 ) -> AdapterSet:
-    """The set of these adapters; one that is already of them stays, with what was measured of it."""
+    """The set of these adapters; an existing set of the same adapters stays, with its profiles and evaluation."""
     wanted = [read_adapter(training.folder) for training in (*objectives, *oracles)]
     reference = EtaSchedule(eta=config.reference_eta)
-    made = check_made(folder.parent)  # the hashes of what a set was made of: in float16 its own are others
+    made = check_made(folder.parent)  # hashes of the trained adapters: stored in float16 they have others
     identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
     if (folder / MANIFEST).exists() and made.exists() and json.loads(read_text(made)) == identity:
         return load_set(folder)
     print(f"set: {folder}", flush=True)
     if not made.exists():
-        write_json(made, {})  # so that a set from here on is known to be this build's
+        write_json(made, {})  # from here on the set is known to be built here
     created = create_set(
         folder,
         [training.folder for training in objectives],
@@ -259,21 +258,21 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     known = f"one of {', '.join(PROGRAMS)}{nearest(entry['algorithm'], PROGRAMS)}"
     require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], known)
     _, kind = PROGRAMS[entry["algorithm"]]
-    own = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
-    place = _found(entry["config"], file, entry["algorithm"])
-    values = read_settings(place, kind, besides=("env",))
+    changes = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
+    path = _find(entry["config"], file, entry["algorithm"])
+    values = read_settings(path, kind, besides=("env",))
     values.pop("env", None)
     try:
-        check_names(own, kind)
-        settings = kind(**values | own)
+        check_names(changes, kind)
+        settings = kind(**values | changes)
     except ValueError as error:
-        raise ValueError(f"{file}: {place}: {error}") from error
+        raise ValueError(f"{file}: {path}: {error}") from error
     sha256 = config_hash(settings)
     folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{sha256[:8]}"
     return Training(algorithm=entry["algorithm"], settings=settings, sha256=sha256, folder=folder)
 
 
-def _found(name: str, file: Path, folder: str) -> Path:
+def _find(name: str, file: Path, folder: str) -> Path:
     """A path as given, or relative to the file that names it, or the name of a packaged configuration in `folder`."""
     for path in (Path(name), file.parent / name):
         if path.is_file():
@@ -285,7 +284,7 @@ def _found(name: str, file: Path, folder: str) -> Path:
 
 
 def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:
-    """Eight digits for these adapters and this evaluation, so that another is measured beside it."""
+    """Eight hexadecimal digits for these adapters and this evaluation, so that another has another folder."""
     adapters = [adapter.sha256 for adapter in (*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles))]
     text = json.dumps([adapters, asdict(evaluation)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

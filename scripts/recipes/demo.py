@@ -1,4 +1,4 @@
-"""The demo: raw rewards → two adapters → a set → the slider and the front, measured."""
+"""`stepfuse demo`: train two adapters from raw rewards, fuse them, measure the mixtures and plot the front."""
 
 import json
 import time
@@ -12,7 +12,6 @@ from stepfuse.data.grid import labelled_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.output_folder import check_output, clear, files_named, written_file
 from stepfuse.data.settings_file import read_settings
-from stepfuse.data.text_files import write_text
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.lora.safe_files import read_object, write_json
 from stepfuse.fuse.sampling.pictures import weights_heading
@@ -21,9 +20,8 @@ from stepfuse.fuse.sets.create import create_set, set_files
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
-from stepfuse.scripts.evaluation.pictures import save_front
-from stepfuse.scripts.evaluation.plots import axis_label
-from stepfuse.scripts.recipes.build_set import ALONE, PROGRAMS, Training, train
+from stepfuse.scripts.recipes.build_set import PROGRAMS, SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.front import draw_front, mixture_name
 from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.rollout import sample_generator
@@ -39,7 +37,7 @@ PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 
 
 def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
-    """Train, fuse, measure and show; True where every claim held on held-out prompts.
+    """Train, fuse, measure and report; True where the intervals on held-out prompts show every claim.
 
     Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes: a training from its
     newest checkpoint, and nothing that is finished is done again.
@@ -50,33 +48,30 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     """
     began = time.monotonic()
     trainings = [training(name, output / name, seed=seed, quick=quick) for name in TRAINING]
-    state = {"seed": seed, "quick": quick, "trainings": {own.settings.name: own.sha256 for own in trainings}}
+    state = {"seed": seed, "quick": quick, "trainings": {one.settings.name: one.sha256 for one in trainings}}
     with locked(output):
         claim(output, state, overwrite=overwrite)
         if (output / RESULTS).is_file():
-            print(f"finished before; --overwrite begins anew: {output}")
+            print(f"finished before; --overwrite starts again: {output}")
             return report(output, json.loads((output / RESULTS).read_text(encoding="utf-8")))
-        for own in trainings:
-            if own.finished:
-                print(f"\nTraining {own.settings.name!r}: finished, {own.folder}", flush=True)
+        for one in trainings:
+            if one.finished:
+                print(f"\nTraining {one.settings.name!r}: finished, {one.folder}", flush=True)
                 continue
-            algorithm, config = TRAINING[own.settings.name]
-            print(
-                f"\nTraining {own.settings.name!r}: accelerate launch train/{algorithm}.py --config configs/{config}",
-                flush=True,
-            )
-            train(own, ALONE)
+            algorithm, config = TRAINING[one.settings.name]
+            command = f"accelerate launch train/{algorithm}.py --config configs/{config}"
+            print(f"\nTraining {one.settings.name!r}: {command}", flush=True)
+            train(one, SINGLE_PROCESS)
         print("\nFusing them, and measuring on held-out prompts …", flush=True)
-        create_set(output / SET, [own.folder for own in trainings], overwrite=True)
+        create_set(output / SET, [one.folder for one in trainings], overwrite=True)
         results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
         results["minutes"] = (time.monotonic() - began) / 60
-        with written_file(output / RESULTS) as temporary:
-            write_text(temporary, json.dumps(results, indent=2) + "\n")
+        write_json(output / RESULTS, results)
         return report(output, results)
 
 
 def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
-    """One training of the demo, by its configuration; with a checkpoint after every step that can have one."""
+    """One training of the demo, with a checkpoint after every step."""
     algorithm, config = TRAINING[name]
     _, kind = PROGRAMS[algorithm]
     values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
@@ -85,11 +80,11 @@ def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
-    """Take an empty folder, one where the same demo was begun, or with `overwrite` any.
+    """Accept an empty folder, one where the same demo was begun, or with `overwrite` any.
 
     Raises:
         ValueError: for a folder that holds something else or a demo of other settings, and for files of other origin
-            in the way.
+            under the names that are written.
     """
     if overwrite:
         writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
@@ -104,11 +99,11 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
         same = all(known.get(name) == state[name] for name in ("seed", "quick"))
         how = "of another version of stepfuse" if same else f"that was begun with {begun}"
         remedy = "" if same else f"; pass {begun} to resume it" + ("" if known.get("quick") else " without --quick")
-        raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite begins anew")
+        raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite starts again")
 
 
 def read_state(output: Path) -> dict | None:
-    """What demo was begun in a folder; None where there is none."""
+    """The settings of the demo that was begun in a folder; None where there is none."""
     try:
         return read_object(output / STATE, "the state of a demo")
     except ValueError:
@@ -168,7 +163,8 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
         "seeds_per_prompt": SEEDS,
         "means": dict(zip(["base", *map(str, SLIDER)], means, strict=True)),
         "gain_over_base": {
-            _mixture(weight, first, second): {name: gain(weight, name) for name in (first, second)} for weight in SLIDER
+            mixture_name(weight, first, second): {name: gain(weight, name) for name in (first, second)}
+            for weight in SLIDER
         },
     }
     with written_file(front) as temporary:
@@ -176,33 +172,8 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     return results
 
 
-def draw_front(file: Path, results: dict) -> None:
-    """Plot the mean rewards of the mixtures in `results.json`, with the intervals of their gains over the base."""
-    first, second = results["objectives"]
-    rewards = results.get("rewards", results["objectives"])
-    means, gains = results["means"], results["gain_over_base"]
-    weights = [name for name in means if name != "base"]
-    measured = [gains.get(_mixture(float(weight), first, second)) for weight in weights]
-    save_front(
-        file,
-        [(means[weight][first], means[weight][second]) for weight in weights],
-        [f"{float(weight):g}" for weight in weights],
-        (means["base"][first], means["base"][second]),
-        intervals=[values and (values[first], values[second]) for values in measured],
-        legend=f"fused, with the weight of {second}; the rest is {first}",
-        x_label=axis_label(first, rewards[0]),
-        y_label=axis_label(second, rewards[1]),
-    )
-
-
-def _mixture(weight: float, first: str, second: str) -> str:
-    """What the results call the mixture with this weight of the second objective."""
-    named = {0.0: f"{first} alone", 0.5: "middle", 1.0: f"{second} alone"}
-    return named.get(weight, f"{first} {1 - weight:g}, {second} {weight:g}")
-
-
 def report(output: Path, results: dict) -> bool:
-    """Print the intervals and say, claim by claim, whether they show it."""
+    """Print the intervals, and for each claim whether they show it; True where they show all."""
     first, second = results["objectives"]
     gains = results["gain_over_base"]
     print(

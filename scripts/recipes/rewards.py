@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge
 from stepfuse.data.output_folder import check_file, written_file
@@ -23,21 +23,20 @@ from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
 from stepfuse.rewards.registry import REWARDS, load_reward
 from stepfuse.rewards.server import RewardServer
-from stepfuse.train.samples import save_samples
 
 COLUMNS = ("file_name", "prompt", "score")
-SHOWN, TILE = 32, 128  # images of a picture, and their side in pixels
+SHOWN = 32  # images of a picture
 
 
 def list_rewards() -> None:
-    """What `stepfuse reward list` prints: one column aligned after another."""
+    """Print the table of `stepfuse reward list`, its columns aligned."""
     rows = table(REWARDS)
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(
-        "\nOf a folder with its weights: NAME:FOLDER. Your own: path/to/file.py:function, or path/to/file.yaml with "
-        "reward:, worker: or http:. A server's: http://127.0.0.1:8765"
+        "\nWith weights in a folder: NAME:FOLDER. Other rewards: path/to/file.py:function, or path/to/file.yaml with "
+        "reward:, worker: or http:, or the address of a server, http://127.0.0.1:8765"
     )
 
 
@@ -54,10 +53,10 @@ def score_folder(
 ) -> None:
     """Write file_name, prompt and score of every image to a CSV file, in order.
 
-    Rows are added to a file aside as they are scored. Interrupted, and run again, it goes on after the last of them.
+    Rows are added to a temporary file as they are scored. Interrupted, and run again, it resumes after the last row.
 
     Raises:
-        ValueError: for images, prompts or a reward that cannot be had, and a table that is there.
+        ValueError: for images, prompts or a reward that cannot be loaded, and for a table that exists.
     """
     table = check_file(output, overwrite=overwrite)
     if picture is not None:
@@ -65,25 +64,25 @@ def score_folder(
     items = pair_prompts(folder, prompts)
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
-        aside = _aside(table, name, items)
-        done = _whole_rows(aside)
+        partial = _partial_file(table, name, items)
+        done = _whole_rows(partial)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
-        write_text(aside, "".join(map(_line, done)))
+        write_text(partial, "".join(map(_line, done)))
     except OSError as error:
         raise ValueError(f"{output} cannot be written: {error.strerror}") from error
     reward = load_reward(name, device)
     scores = [row[2] for row in done]
     try:
-        with open(aside, "a", encoding="utf-8", newline="\n") as handle:
+        with open(partial, "a", encoding="utf-8", newline="\n") as handle:
             scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
     finally:
         close(reward)
-    with open(aside, "w", newline="", encoding="utf-8") as handle:
+    with open(partial, "w", newline="", encoding="utf-8") as handle:
         rows = csv.writer(handle)
         rows.writerow(COLUMNS)
         rows.writerows((item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True))
-    aside.replace(table)
+    partial.replace(table)
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
     print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
@@ -95,18 +94,17 @@ def score_folder(
 def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
     """The images in order of their scores, the best first, as one picture."""
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
-    tiles = [np.asarray(_tile(to_image(read_pixels(items[i].file)[0]))) for i in order]
-    pixels = torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2) / 255
+    tiles = [_tile(to_image(read_pixels(items[i].file)[0])) for i in order]
     with written_file(file) as temporary:
-        save_samples(temporary, pixels, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8)
+        captioned_grid(tiles, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8).save(temporary)
 
 
-def _tile(picture: Image.Image) -> Image.Image:
-    """A picture on a white square: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
-    picture = enlarge(picture, max(1, TILE // max(picture.size)))
-    picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
-    tile = Image.new("RGB", (TILE, TILE), "white")
-    tile.paste(picture, ((TILE - picture.width) // 2, (TILE - picture.height) // 2))
+def _tile(image: Image.Image) -> Image.Image:
+    """An image on a white square: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
+    image = enlarge(image, max(1, CELL // max(image.size)))
+    image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
+    tile = Image.new("RGB", (CELL, CELL), "white")
+    tile.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
     return tile
 
 
@@ -114,7 +112,7 @@ def serve(name: str, *, host: str, port: int, token_file: Path | None, device: t
     """Serve a reward until interrupted.
 
     Raises:
-        ValueError: for a reward that cannot be loaded, a token that is none, or an address that is taken.
+        ValueError: for a reward that cannot be loaded, a token that is not valid, or an address that is in use.
     """
     given = read_token(token_file)
     token = given or secrets.token_urlsafe(24)
@@ -153,8 +151,8 @@ def _score_rest(
     return scores
 
 
-def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
-    """The unfinished table of this reward, as it reads now, on these images: another's is never gone on with."""
+def _partial_file(output: Path, name: str, items: list[PromptedImage]) -> Path:
+    """The unfinished table of this reward on these images; another name where the reward's code or an image differs."""
     file = Path(name.rsplit(":", 1)[0] if ".py:" in name else name)
     is_code = file.suffix in (".py", ".yaml", ".yml") and file.is_file()
     code = file.read_text(encoding="utf-8", errors="replace") if is_code else ""
@@ -164,11 +162,11 @@ def _aside(output: Path, name: str, items: list[PromptedImage]) -> Path:
 
 
 def _whole_rows(file: Path) -> list[list]:
-    """The rows of an unfinished table, but for a last one that was cut off."""
+    """The rows of an unfinished table, without a last one that was cut off."""
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def _line(row: list) -> str:
-    """A row as JSON, in ASCII: a line's end ends rows alone."""
+    """A row as JSON, in ASCII, so that line breaks occur between rows alone."""
     return json.dumps(row) + "\n"
