@@ -30,7 +30,9 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
     single = [i for i in table.where("product") if table.cells[i].one_hot and table.cells[i].full_strength]
     one_adapter = average_costs(costs, cells, single) if single else None
     for figures in cells:
-        figures["of_one_adapter"] = {name: ratio(figures[name], one_adapter and one_adapter[name]) for name in costs}
+        figures["of_one_adapter"] = {
+            name: ratio(figures[name], one_adapter[name] if one_adapter else None) for name in costs
+        }
     of_rules = {metric.name: costs[metric.name] for metric in metrics if metric.of_rules}
     grid = list(dict.fromkeys(c.weights for c in table.cells if c.weighted))
     return {
@@ -44,7 +46,7 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
         "grid": grid,
         "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),
-        "one_adapter": one_adapter,
+        "one_adapter": one_adapter if single else None,
         "cells": cells,
         "rules": rule_figures(table, grid, points, reference, cells, of_rules),
     }

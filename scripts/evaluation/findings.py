@@ -46,7 +46,7 @@ def findings(summary: dict) -> list[Finding]:
     return [finding for section in sections for finding in section(summary)]
 
 
-def _fact(kind: str, rule: str = "product", metric: str = "", value: dict | None = None, **details: Any) -> Finding:
+def _fact(kind: str, rule: str = "product", metric: str = "", value: dict | None = None, /, **details: Any) -> Finding:
     return Finding(kind=kind, rule=rule, metric=metric, value=value, details=details)
 
 
@@ -114,7 +114,7 @@ def _best_weights(summary: dict) -> Iterator[Finding]:
     if others:
         counts = {"weights": len(others), "won": len(others) - len(lost), "lost": len(lost)}
         resolved = sum(excludes_zero(cell["over_product"]) for cell in lost)
-        yield _fact("weights_won", metric="over_product", resolved=resolved, **counts)
+        yield _fact("weights_won", "product", "over_product", resolved=resolved, **counts)
     for cell in lost:
         yield _fact("better_rule", cell["rule"], "over_product", cell["over_product"], weights=cell["weights"])
 
@@ -152,7 +152,7 @@ def _cheapest(summary: dict) -> Iterator[Finding]:
         costs = {"nfe": matched["nfe_ratio"], "seconds": matched.get("seconds_ratio"), "cells": matched["cells"]}
         yield _fact("cheapest", rule, "hypervolume", matched["over_product"], **costs)
     elif cheaper:
-        yield _fact("cheaper_is_worse", metric="hypervolume", rules=list(cheaper))
+        yield _fact("cheaper_is_worse", "product", "hypervolume", rules=list(cheaper))
     elif "product" in summary["rules"]:
         yield _fact("none_cheaper")
 
@@ -161,13 +161,13 @@ def _monotone(summary: dict) -> Iterator[Finding]:
     if "product" in summary["rules"]:
         figures = summary["rules"]["product"]["monotonicity"]
         if known := {name: value for name, value in figures.items() if value is not None}:
-            yield _fact("monotonicity", metric="monotonicity", **known)
+            yield _fact("monotonicity", "product", "monotonicity", **known)
 
 
 def _diversity(summary: dict) -> Iterator[Finding]:
     ratios = [cell["diversity_ratio"]["mean"] for cell in _product(summary) if cell.get("diversity_ratio")]
     if ratios:
-        yield _fact("diversity", metric="diversity_ratio", low=min(ratios), high=max(ratios))
+        yield _fact("diversity", "product", "diversity_ratio", low=min(ratios), high=max(ratios))
 
 
 def _held_out(summary: dict) -> Iterator[Finding]:
@@ -177,14 +177,14 @@ def _held_out(summary: dict) -> Iterator[Finding]:
             clear = [gain for gain in gains if excludes_zero(gain)]
             lower = sum(gain["mean"] < 0 for gain in clear)
             counts = {"lower": lower, "higher": len(clear) - lower, "within_noise": len(gains) - len(clear)}
-            yield _fact("held_out", metric=reward, cells=len(gains), **counts)
+            yield _fact("held_out", "product", reward, cells=len(gains), **counts)
 
 
 def _missing(summary: dict) -> Iterator[Finding]:
     for reward in summary["rewards"]:
         counts = [cell["rewards"][reward]["missing"] for cell in summary["cells"]]
         if any(counts):
-            yield _fact("missing", metric=reward, images=sum(counts), cells=sum(count > 0 for count in counts))
+            yield _fact("missing", "product", reward, images=sum(counts), cells=sum(count > 0 for count in counts))
 
 
 def _product(summary: dict) -> list[dict]:

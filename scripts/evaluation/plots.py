@@ -195,8 +195,8 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
             line.set_gid(f"{group}-line")
         for cell in cells:
             figures = [cell["rewards"][reward] for reward in rewards]
-            means, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
-            _draw_point(axes, means, gains, rule, style, group, faint=not _is_main(cell, on_edge))
+            points, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
+            _draw_point(axes, points, gains, rule, style, group, faint=not _is_main(cell, on_edge))
     _finish(axes, *(axis_label(writable(name), writable(summary["objectives"][name])) for name in pair))
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from stepfuse.data import emoji
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED
@@ -85,11 +86,16 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
         warn_of_cuts(sampler.pipeline, prompts, counted=True)
-        embedded = adapter_set.base["name_or_path"] in EMBEDDED
-        names = [config.embedding] if config.embedding else []
-        embedder = clip_score(*names, device=device) if names or embedded else None
-        loaded = {"sampler": sampler, "cells": cells, "prompts": prompts, "rewards": rewards, "embedder": embedder}
-        return cls(config=config, unscaled=unscaled, **loaded)
+        clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in EMBEDDED else None)
+        return cls(
+            config=config,
+            sampler=sampler,
+            cells=cells,
+            prompts=prompts,
+            rewards=rewards,
+            embedder=clip_score(clip, device) if clip else None,
+            unscaled=unscaled,
+        )
 
     def with_measured_scales(self, base: Sequence[Path]) -> "Evaluation":
         """The same with the scales that the configuration does not give, measured on the tables of the base's images.
