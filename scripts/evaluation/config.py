@@ -33,7 +33,7 @@ class EvaluationConfig:
             weights.
         rules: names, or mappings with `rule` and any of `label`, `weights`, `strength` or `strengths`, and options of
             the rule.
-        rewards: held-out rewards to measure besides the objectives' own.
+        rewards: held-out rewards to measure besides those of the objectives.
         scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
             deviation of the reward among the base's images of one prompt.
         steps, guidance, guidance_scale: by default the set's.

@@ -53,7 +53,7 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
 
 
 def oracle_of(table: Cells, cell: Cell) -> int | None:
-    """The oracle at the weights of a cell; one adapter alone is its own oracle where no other was trained."""
+    """The oracle at the weights of a cell; for one adapter alone that adapter, unless another was trained."""
     if not cell.weighted:
         return None
     trained = table.find("oracle", cell.weights)

@@ -11,7 +11,7 @@ from stepfuse.scripts.evaluation.metric import Metric
 
 
 def kl_to_base(batch: Batch) -> Tensor:
-    """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along each image's own path, in nats, by sampling it once more.
+    """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along the path of each image, in nats, by sampling it once more.
 
     For rules that select one expert at random it is the KL of the policy selected, which bounds that of the mixture.
     Deterministic steps have no density and are left out. NaN for seeds beyond `kl_seeds` and for rules whose step is

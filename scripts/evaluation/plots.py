@@ -254,7 +254,7 @@ def _without_glyph_warnings() -> Iterator[None]:
 
 
 def _inline(svg: str, salt: str, label: str) -> str:
-    """Only the element; its ids are its own in the page, and those of rules are classes."""
+    """The <svg> element alone, with ids that are unique in the page; the ids of rules become classes."""
     from markupsafe import escape
 
     svg = svg[svg.index("<svg") :]

@@ -132,7 +132,7 @@ def _images(results: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
 
 
 def _picture(png: bytes) -> dict[str, Any]:
-    """A data URI and the size an image is shown at; `small` where that is a multiple of its own, shown crisply."""
+    """A data URI and the size an image is shown at; `small` images are shown enlarged, without smoothing."""
     kind = "png"
     with Image.open(io.BytesIO(png)) as image:
         side = max(image.size)

@@ -6,8 +6,8 @@ A cell is a number of objectives, their weights, a number of steps, and variance
   the k-th smallest: final samples x of a rule, y of an independent run of the target, replicate by replicate;
 - its floor, the same between two independent runs of the target. Rules and this second run share x_T and noise, so
   the distance over the floor is a paired difference; the bound is the floor's mean + 3 standard deviations;
-- the expected KL a run, E Σ_t KL(p*(.|x_t) ‖ p_rule(.|x_t)) over the target's own trajectories, in closed form;
-- for rules that pick one expert a step, the distance to the product's own output (the blend) and to that of
+- the expected KL a run, E Σ_t KL(p*(.|x_t) ‖ p_rule(.|x_t)) over trajectories of the target, in closed form;
+- for rules that select one expert a step, the distance to the output of the product (the blend) and to that of
   `AverageStep`, and with the same x_T and noise the root mean square of |x_0 - x_0 of product|, path by path;
 - the distance to the tilted data p(x_0) exp(Σ w_i q_i(x_0)), the target of RL on whole runs.
 
@@ -243,7 +243,7 @@ def decided(difference: dict[str, float]) -> str:
 
 
 def _run_code(world: World, samples: int, seed: int) -> np.ndarray:
-    """Blockwise best of N through `Run`, which gives each image and candidate a generator of its own."""
+    """Blockwise best of N through `Run`, which gives each image and candidate a separate generator."""
     rule = get_rule("code", candidates=CANDIDATES)
     run = Run(
         rule=rule,

@@ -130,18 +130,15 @@ def build(file: Path, *, device: str) -> Path:
     output = Path(config.output_dir)
     with locked(output):
         check_made(output)
-        everyone = [*objectives, *oracles]
-        for number, training in enumerate(everyone, start=1):
-            place = f"[{number}/{len(everyone)}] {training.settings.name}"
+        configuration = config.accelerate and str(_find(config.accelerate, file, "accelerate"))
+        launcher: Sequence[str] = ["--config_file", configuration] if configuration else SINGLE_PROCESS
+        trainings = [*objectives, *oracles]
+        for i, training in enumerate(trainings, start=1):
+            heading = f"[{i}/{len(trainings)}] {training.settings.name}"
             if training.finished:
-                print(f"{place}: done, {training.folder}", flush=True)
+                print(f"{heading}: done, {training.folder}", flush=True)
                 continue
-            print(f"{place}: {training.algorithm}, {training.folder}", flush=True)
-            launcher = (
-                ["--config_file", str(_find(config.accelerate, file, "accelerate"))]
-                if config.accelerate
-                else SINGLE_PROCESS
-            )
+            print(f"{heading}: {training.algorithm}, {training.folder}", flush=True)
             train(training, launcher)
         folder = output / "set"
         loaded = assemble(folder, config, objectives, oracles)
@@ -164,7 +161,7 @@ def build(file: Path, *, device: str) -> Path:
                 device=device,
                 dtype=torch.float32,
                 command=f"stepfuse build {file}",
-                trust_rewards=True,  # the build's own configurations name them
+                trust_rewards=True,  # the configurations of the build name them
             )
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():

@@ -43,14 +43,14 @@ def main() -> int:
 
 def end_descendants() -> None:
     """End all processes below this one: by SIGTERM, and those that are left after some seconds by SIGKILL."""
-    deadline, told = time.monotonic() + SECONDS, set()
+    deadline, terminated = time.monotonic() + SECONDS, set()
     while living := [child for child in psutil.Process().children(recursive=True) if _lives(child)]:
         late = time.monotonic() > deadline
         for child in living:
-            if late or child.pid not in told:
+            if late or child.pid not in terminated:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     child.send_signal(signal.SIGKILL if late else signal.SIGTERM)
-                told.add(child.pid)
+                terminated.add(child.pid)
         time.sleep(0.02)
 
 
