@@ -1,1 +1,1 @@
-"""Rewards: one file each, and the protocol they follow. Higher is always better."""
+"""Rewards, one file each, and the protocol they implement. Higher scores are always better."""

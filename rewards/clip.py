@@ -1,4 +1,4 @@
-"""Rewards that are the cosine of a CLIP's two towers: CLIP score, PickScore and HPSv2."""
+"""Rewards that are the cosine similarity of a CLIP model: CLIP score, PickScore and HPSv2."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel
 
-from stepfuse.rewards.batches import score_in_batches
+from stepfuse.rewards.networks import NetworkReward
+from stepfuse.rewards.pixels import normalise
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published
 
-# The vocabulary is one for all of OpenAI's and OpenCLIP's; LAION's is read, as PickScore's authors do.
+Tokenize = Callable[[Sequence[str]], Int[Tensor, "batch length"]]
+
+# All CLIP models of OpenAI and OpenCLIP share one vocabulary. PickScore's authors load it from this repository.
 TOKENIZER = Published(
     repo="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     name="tokenizer.json",
@@ -24,69 +27,74 @@ TOKENIZER = Published(
 )
 
 
-class CLIPReward:
-    """r = factor · cos(image, prompt) by the two towers of a CLIP, in float32; differentiable in the images.
+class CLIPReward(NetworkReward):
+    """r = factor · cos(image embedding, text embedding), in float32.
 
     Args:
-        model: with weights, on its device.
-        tokenize: prompts → tokens that end in the end-of-text token.
-        prepare: pixels in [0, 1] → normalised ones of the model's size.
-        factor: what the cosine is multiplied by.
-        batch_size: images a forward where no gradient is wanted.
+        model: CLIP model with its weights, on its device.
+        tokenize: Function from prompts to token ids; every row ends with the end-of-text token.
+        resize: Function from pixels in [0, 1] and the model's image size to pixels of that size.
+        factor: Factor of the cosine similarity.
+        batch_size: Maximum number of images per forward if no gradient is required.
     """
 
     def __init__(
         self,
         model: CLIPModel,
-        tokenize: Callable[[Sequence[str]], Int[Tensor, "batch length"]],
-        prepare: Callable[[Pixels, int], Pixels],
+        tokenize: Tokenize,
+        resize: Callable[[Pixels, int], Pixels],
         *,
         factor: float = 1.0,
         batch_size: int = 16,
     ) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.tokenize, self.prepare = tokenize, prepare
+        self.tokenize, self.resize = tokenize, resize
         self.factor, self.batch_size = factor, batch_size
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return score_in_batches(self._score, images, prompts, self.batch_size)
-
     def embed_images(self, images: Pixels) -> Float[Tensor, "batch width"]:
-        """Unit vectors of the image tower."""
-        pixels = self.prepare(images.to(self.model.device), self.model.config.vision_config.image_size)
-        return unit(self.model.get_image_features(pixel_values=pixels.to(self.model.dtype)))
+        """Return image embeddings of norm 1."""
+        pixels = self.resize(images.to(self.model.device), self.model.config.vision_config.image_size)
+        return unit_vectors(self.model.get_image_features(pixel_values=normalise(pixels).to(self.model.dtype)))
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "batch width"]:
-        """Unit vectors of the text tower; candidates of one prompt share one."""
+        """Return text embeddings of norm 1. A prompt that occurs several times is embedded once."""
         distinct = list(dict.fromkeys(prompts))
-        vectors = unit(self.model.get_text_features(input_ids=self.tokenize(distinct).to(self.model.device)))
+        vectors = unit_vectors(self.model.get_text_features(input_ids=self.tokenize(distinct).to(self.model.device)))
         return vectors[[distinct.index(prompt) for prompt in prompts]]
 
-    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+    def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         return self.factor * (self.embed_images(images) * self.embed_prompts(prompts)).sum(1)
 
 
-def unit(features: Any) -> Float[Tensor, "batch width"]:
-    """Unit vectors in float32; transformers 5 wraps features in an output object."""
+def unit_vectors(features: Any) -> Float[Tensor, "batch width"]:
+    """Normalise features to norm 1 in float32. Since transformers 5 they are an attribute of an output object."""
     return functional.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
 
-def load_clip_tokenizer(file: Path, length: int) -> Callable[[Sequence[str]], Int[Tensor, "batch length"]]:
-    """From tokenizer.json alone: whatever is cut off, the end-of-text token stays, and the rest is padded with it.
+def load_clip_tokenizer(file: Path, length: int) -> Tokenize:
+    """Load the tokenizer of a CLIP model from its tokenizer.json.
 
-    What follows the first of these is never looked at: attention is causal, and the text's feature is taken there.
+    Prompts are truncated to `length` tokens with the end-of-text token kept, and padded with that token. Padding does
+    not change an embedding: attention is causal, and the embedding is read at the first end-of-text token.
+
+    Args:
+        file: The tokenizer.json.
+        length: Maximum number of tokens.
+
+    Returns:
+        A function from prompts to token ids of shape (batch, longest prompt).
 
     Raises:
-        ValueError: for a file that is no tokenizer.
+        ValueError: If the file is not the tokenizer of a CLIP model.
     """
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{file} is no tokenizer ({error}); delete it and download it again") from error
+    except Exception as error:  # tokenizers raises plain `Exception`
+        raise ValueError(f"{file} is not a tokenizer ({error}); delete it and download it again") from error
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
-        raise ValueError(f"{file} has no token <|endoftext|>; expected the tokenizer of a CLIP")
+        raise ValueError(f"{file} has no token <|endoftext|>; expected the tokenizer of a CLIP model")
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(pad_id=end, pad_token="<|endoftext|>")
 

@@ -1,4 +1,4 @@
-"""CLIP score (Hessel et al. 2021, arXiv:2104.08718) on any transformers `CLIPModel`."""
+"""CLIP score (Hessel et al. 2021, arXiv:2104.08718) with any CLIP model of transformers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from stepfuse.data import emoji
 from stepfuse.rewards.clip import CLIPReward
-from stepfuse.rewards.pixels import normalise, resize_and_crop_smoothly
-from stepfuse.rewards.protocol import Pixels
+from stepfuse.rewards.pixels import resize_and_crop_smoothly
 
 
 def clip_score(
@@ -20,18 +19,18 @@ def clip_score(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> CLIPReward:
-    """100 · cos(image, caption), without the published clamp at 0, so that gradients never vanish.
+    """r = 100 · cos(image, prompt), without the published clamp at 0, so that the gradient is never 0 everywhere.
 
-    Images are resized as real numbers: bicubic of the shorter side, centre crop.
+    Images are resized and cropped in float32, by `resize_and_crop_smoothly`.
 
     Args:
-        name_or_path: a CLIP model of the hub or a folder; by default the one of the emoji base.
-        device: where it runs.
-        dtype: of the model; scores are float32.
-        batch_size: images a forward where no gradient is wanted.
+        name_or_path: Hub id or folder of a CLIP model; by default the embedded CLIP model of the emoji base.
+        device: Device of the model.
+        dtype: Data type of the model. Scores are float32.
+        batch_size: Maximum number of images per forward if no gradient is required.
 
     Raises:
-        ValueError: where no CLIP model is found.
+        ValueError: If the CLIP model cannot be loaded.
     """
     try:
         model = CLIPModel.from_pretrained(name_or_path, dtype=dtype).to(device)
@@ -46,7 +45,4 @@ def clip_score(
         options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokenizer(list(prompts), **options).input_ids
 
-    def prepare(images: Pixels, size: int) -> Pixels:
-        return normalise(resize_and_crop_smoothly(images, size))
-
-    return CLIPReward(model, tokenize, prepare, factor=100, batch_size=batch_size)
+    return CLIPReward(model, tokenize, resize_and_crop_smoothly, factor=100, batch_size=batch_size)

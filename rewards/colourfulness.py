@@ -1,4 +1,4 @@
-"""Colourfulness of natural images (Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images")."""
+"""Colourfulness (Hasler and Süsstrunk 2003, "Measuring colourfulness in natural images")."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from stepfuse.rewards.protocol import Pixels, Scores
 def colourfulness(images: Pixels, prompts: Sequence[str]) -> Scores:
     """M = sqrt(σ_rg² + σ_yb²) + 0.3 sqrt(μ_rg² + μ_yb²), with rg = R - G, yb = (R + G)/2 - B, on 0 to 255.
 
-    Differentiable. Their scale runs from 0, not colourful, to 109, extremely colourful.
+    In the paper's user study, 0 is "not colourful" and 109 "extremely colourful". Differentiable; prompts are not used.
     """
     red, green, blue = (images.float() * 255).unbind(1)
     opponents = torch.stack((red - green, (red + green) / 2 - blue)).flatten(2)

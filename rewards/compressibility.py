@@ -1,4 +1,4 @@
-"""JPEG compressibility and incompressibility (DDPO, arXiv:2305.13301, section 5.1)."""
+"""JPEG compressibility and incompressibility (Black et al. 2023, DDPO, arXiv:2305.13301, section 5.1)."""
 
 import io
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ QUALITY = 95  # as in DDPO
 
 
 def jpeg_kilobytes(images: Pixels) -> Scores:
-    """Size of each image as a JPEG of quality 95, in units of 1000 bytes."""
+    """Return the size of each image as a JPEG file of quality 95, in kB of 1000 bytes."""
     sizes = []
     for pixels in images.detach().float().cpu():
         buffer = io.BytesIO()
@@ -22,10 +22,10 @@ def jpeg_kilobytes(images: Pixels) -> Scores:
 
 
 def compressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
-    """Minus the JPEG size in kB: small files are good."""
+    """Return minus the JPEG size in kB. Not differentiable; prompts are not used."""
     return -jpeg_kilobytes(images)
 
 
 def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
-    """The JPEG size in kB: large files are good."""
+    """Return the JPEG size in kB. Not differentiable; prompts are not used."""
     return jpeg_kilobytes(images)

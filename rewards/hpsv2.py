@@ -13,8 +13,7 @@ from transformers import CLIPModel
 from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
 from stepfuse.rewards.networks import load_model
 from stepfuse.rewards.open_clip_layout import from_open_clip
-from stepfuse.rewards.pixels import normalise, resize_and_pad
-from stepfuse.rewards.protocol import Pixels
+from stepfuse.rewards.pixels import resize_and_pad
 from stepfuse.rewards.published import Published, find_files, load_state
 
 REPOSITORY, REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -43,37 +42,31 @@ def hpsv2(
     batch_size: int = 16,
     version: str = "2",
 ) -> CLIPReward:
-    """r = cos(image, prompt), by a CLIP-H trained on people's rankings; about 0.2 to 0.35. Versions do not compare.
+    """r = cos(image, prompt), with a CLIP ViT-H/14 trained on human rankings; about 0.2 to 0.35.
 
-    As its package does with torchvision since 0.17: the longer side resized to 224 with antialiasing, then black bars.
+    Images are resized as HPSv2's package does with torchvision 0.17 or newer: the longer side to 224 pixels with
+    antialiasing, then padded with black. Scores of the two versions are not comparable.
 
-    Args:
-        folder: with the checkpoint and tokenizer.json; by default they come from the hub, 2 GB.
-        device: where it runs.
-        dtype: of the model; scores are float32.
-        batch_size: images a forward where no gradient is wanted.
-        version: `2` or `2.1`.
-
-    Raises:
-        ValueError: for files that cannot be had, or are not what was published.
+    Arguments and errors are those of `NetworkReward`, and `version` is "2" or "2.1". The folder holds the checkpoint
+    (2 GB) and tokenizer.json.
     """
     weights = VERSIONS[version]
     files = find_files((weights, TOKENIZER), folder, "hpsv2" if version == "2" else f"hpsv{version}")
     file = files[weights.name]
     config, state = from_open_clip(load_state(file), file)
-    split = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
+    tokenize_clean = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
 
     def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:
-        return split([clean(prompt) for prompt in prompts])
-
-    def prepare(images: Pixels, size: int) -> Pixels:
-        return normalise(resize_and_pad(images, size))
+        return tokenize_clean([clean_prompt(prompt) for prompt in prompts])
 
     model = load_model(CLIPModel, config, state, file).to(device, dtype)
-    return CLIPReward(model, tokenize, prepare, batch_size=batch_size)
+    return CLIPReward(model, tokenize, resize_and_pad, batch_size=batch_size)
 
 
-def clean(prompt: str) -> str:
-    """What open_clip does to a text before it is split: broken encodings mended, HTML's entities read, one space."""
+def clean_prompt(prompt: str) -> str:
+    """Clean a text as open_clip does before tokenization.
+
+    Broken encodings are repaired, HTML entities are decoded, white space becomes single spaces, and letters lower case.
+    """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(text.split()).lower()

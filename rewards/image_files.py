@@ -1,4 +1,4 @@
-"""Images and prompts from a folder, as rewards want them."""
+"""Images of a folder and their prompts, as the input of rewards."""
 
 import csv
 import io
@@ -17,15 +17,15 @@ from stepfuse.data.images import open_picture
 from stepfuse.data.text_files import file_name, find_file, note, read_text, split_lines
 from stepfuse.rewards.protocol import Pixels
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-BY_SYSTEMS = ("thumbs.db", "desktop.ini")  # what file managers leave in folders, beside hidden files
-MOST_PIXELS = 2**25  # of a batch: 400 MB as float32
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")  # created by file managers
+MAX_BATCH_PIXELS = 2**25  # 400 MB as float32
 PROMPT_COLUMNS = ("prompt", "text", "caption")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptedImage:
-    """An image file and the prompt it was made for; `name` is the file's, relative to its folder."""
+    """An image file, its name relative to the folder, and the prompt it was generated for."""
 
     file: Path
     name: str
@@ -33,43 +33,40 @@ class PromptedImage:
 
 
 def read_pixels(file: Path) -> Pixels:
-    """One image as (1, 3, height, width) in [0, 1].
-
-    Turned as its EXIF orientation says, and converted as `open_picture` does.
+    """Read an image file as pixels in [0, 1] of shape (1, 3, height, width), oriented by its EXIF data.
 
     Raises:
-        ValueError: for a file that holds no picture that can be read.
+        ValueError: If the file is not a readable image; see `open_picture`.
     """
     array = np.array(open_picture(file))
     return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
 
 
 def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
-    """The images of a folder with their prompts.
+    """Pair the images of a folder with prompts.
 
     Args:
-        folder: its images; names are sorted as people count, 2 before 10. Hidden files and folders, whose names begin
-            with a dot, are passed over. Folders, and files of other endings than `ENDINGS` (in capitals or not), are
-            left out, and a line on standard error counts them.
-        prompts: a UTF-8 text file with a prompt a line, in that order, or one line for all; or a table, .csv or
-            .jsonl, with `file_name` and `prompt` (or `text`, or `caption`), as data sets of images have it.
+        folder: Folder of the images; see `list_images` for their order.
+        prompts: A UTF-8 text file with one prompt per line in the order of the images, or a single line for all images;
+            or a .csv or .jsonl file with the columns `file_name` and `prompt` (or `text` or `caption`), as image data
+            sets of the hub have.
 
     Raises:
-        ValueError: for a folder without images, and prompts that do not fit them.
+        ValueError: If the folder has no images, or the prompts do not match them.
     """
     if not folder.is_dir():
-        raise ValueError(f"no folder {file_name(folder)}")
+        raise ValueError(f"no image folder {file_name(folder)}")
     if not prompts.is_file():
         raise ValueError(f"no prompts file {file_name(prompts)}")
     text = read_text(prompts)
     if prompts.suffix.lower() in (".csv", ".jsonl"):
-        return _from_table(folder, prompts, text)
+        return _read_table(folder, prompts, text)
     files = list_images(folder)
     lines = split_lines(text, file_name(prompts))  # an empty line is an empty prompt
     if len(lines) not in (1, len(files)):
         raise ValueError(
             f"{file_name(prompts)} has {len(lines)} lines for the {len(files)} images of {file_name(folder)}; "
-            "expected as many, or one for all"
+            "expected one line per image, or one line for all images"
         )
     if len(lines) == 1:
         lines = lines * len(files)
@@ -77,49 +74,52 @@ def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """The images of a folder, their names sorted as people count; see `pair_prompts` for what is left out.
+    """List the images of a folder in natural order: img2 before img10.
+
+    Files and folders whose names begin with a dot are ignored. Subfolders and files with other suffixes than `SUFFIXES`
+    are skipped, and a line on standard error counts them.
 
     Raises:
-        ValueError: for a folder without images.
+        ValueError: If the folder has no images.
     """
-    files, others = [], Counter[str]()
+    files, skipped = [], Counter[str]()
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.name.lower() in BY_SYSTEMS:
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
             continue
         if path.is_dir():
-            others["folder"] += 1
-        elif path.suffix.lower() in ENDINGS:
+            skipped["folder"] += 1
+        elif path.suffix.lower() in SUFFIXES:
             files.append(path)
         else:
-            others[file_name(path.suffix) or "file without an ending"] += 1
-    left_out = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+            skipped[file_name(path.suffix) or "file without a suffix"] += 1
+    summary = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
     if not files:
         raise ValueError(
-            f"no images in {file_name(folder)}; expected files ending in {', '.join(ENDINGS)}"
-            + (f"; it holds {left_out}" if left_out else "")
+            f"no images in {file_name(folder)}; expected files with the suffixes {', '.join(SUFFIXES)}"
+            + (f"; found {summary}" if summary else "")
         )
-    if left_out:
-        note(f"{file_name(folder)}: {len(files)} images; left out: {left_out}")
-    return sorted(files, key=lambda path: _counted(path.name))
+    if summary:
+        note(f"{file_name(folder)}: {len(files)} images; skipped: {summary}")
+    return sorted(files, key=lambda path: _natural_key(path.name))
 
 
 def in_batches(items: Sequence[PromptedImage], batch_size: int) -> Iterator[tuple[list[PromptedImage], Pixels]]:
-    """Consecutive images of one size, at most `batch_size` and `MOST_PIXELS` together, in order."""
-    waiting: list[PromptedImage] = []
+    """Yield batches of consecutive images of one size, at most `batch_size` and `MAX_BATCH_PIXELS` pixels."""
+    batch: list[PromptedImage] = []
     pixels: list[Pixels] = []
     for item in items:
         image = read_pixels(item.file)
-        full = len(waiting) == batch_size or (len(waiting) + 1) * image[0, 0].numel() > MOST_PIXELS
-        if waiting and (full or image.shape != pixels[0].shape):
-            yield waiting, torch.cat(pixels)
-            waiting, pixels = [], []
-        waiting.append(item)
+        full = len(batch) == batch_size or (len(batch) + 1) * image[0, 0].numel() > MAX_BATCH_PIXELS
+        if batch and (full or image.shape != pixels[0].shape):
+            yield batch, torch.cat(pixels)
+            batch, pixels = [], []
+        batch.append(item)
         pixels.append(image)
-    if waiting:
-        yield waiting, torch.cat(pixels)
+    if batch:
+        yield batch, torch.cat(pixels)
 
 
-def _from_table(folder: Path, table: Path, text: str) -> list[PromptedImage]:
+def _read_table(folder: Path, table: Path, text: str) -> list[PromptedImage]:
     name = file_name(table)
     rows: list[Any] = []
     try:
@@ -131,24 +131,24 @@ def _from_table(folder: Path, table: Path, text: str) -> list[PromptedImage]:
         raise ValueError(f"{name}, row {len(rows) + 1} cannot be read: {error}") from error
     if not rows:
         raise ValueError(f"{name} has no rows")
-    return [_item(folder, row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+    return [_read_row(folder, row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _item(folder: Path, row: Any, where: str) -> PromptedImage:
-    """The image and the prompt of one row of a table."""
+def _read_row(folder: Path, row: Any, location: str) -> PromptedImage:
+    """The image and the prompt of one row; `location` names the row in error messages."""
     column = next((c for c in PROMPT_COLUMNS if isinstance(row, dict) and c in row), None)
     if column is None or "file_name" not in row:
-        raise ValueError(f"{where}: expected file_name and one of {', '.join(PROMPT_COLUMNS)}")
-    for needed in ("file_name", column):
-        if not isinstance(row[needed], str):
-            held = "is empty" if row[needed] is None else f"holds {row[needed]!r}"
-            raise ValueError(f"{where}: column {needed} {held}; expected a text")
+        raise ValueError(f"{location}: expected the columns file_name and one of {', '.join(PROMPT_COLUMNS)}")
+    for name in ("file_name", column):
+        if not isinstance(row[name], str):
+            found = "is empty" if row[name] is None else f"holds {row[name]!r}"
+            raise ValueError(f"{location}: column {name} {found}; expected a string")
     file = find_file(folder, row["file_name"])
     if not file.is_file():
-        raise ValueError(f"{where}: no image {file_name(file)}")
+        raise ValueError(f"{location}: no image {file_name(file)}")
     return PromptedImage(file=file, name=row["file_name"], prompt=row[column])
 
 
-def _counted(name: str) -> list[tuple[int, int, str]]:
-    """img2 before img10."""
+def _natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Sort key by which img2 precedes img10."""
     return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p]

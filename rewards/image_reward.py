@@ -1,4 +1,4 @@
-"""ImageReward (Xu et al. 2023, arXiv:2304.05977) on transformers' BLIP: no package of its own."""
+"""ImageReward (Xu et al. 2023, arXiv:2304.05977), implemented with the BLIP model of transformers."""
 
 import re
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.networks import five_layers, load_model, read_json
+from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_json
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -31,9 +30,9 @@ MED_CONFIG = Published(
     size=485,
 )
 VOCABULARY = Path(__file__).parent / "bert-base-uncased-vocab.txt"
-WORDS = 30522  # of that vocabulary; BLIP's two come after them
-TOKENS = 35  # of a prompt at most
-MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the reward over its authors' data
+VOCABULARY_SIZE = 30522  # without the two tokens that BLIP adds
+MAX_TOKENS = 35  # per prompt
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the reward on the data of the paper
 
 VISION_NAMES = (
     (r"cls_token", "embeddings.class_embedding"),
@@ -47,20 +46,14 @@ VISION_NAMES = (
 )
 
 
-class ImageReward:
-    """r = (head(text encoder(prompt | vision encoder(image))_[CLS]) - 0.167) / 1.033.
+class ImageReward(NetworkReward):
+    """r = (head(h) - 0.167) / 1.033, with h the [CLS] output of a text encoder that attends to the image.
 
-    As published: prompts of 35 tokens at most, the tokenizer of bert-base-uncased, the [CLS] token in place, images
-    resized to 224 pixels and cropped. Differentiable in the images.
+    As published: prompts are truncated to 35 tokens by the tokenizer of bert-base-uncased, the [CLS] token is not
+    replaced by BLIP's [ENC], and images are resized to 224 pixels and cropped.
 
-    Args:
-        folder: with ImageReward.pt and med_config.json; by default both come from the hub, 1.8 GB.
-        device: where it runs.
-        dtype: of the two encoders; scores are float32.
-        batch_size: images a forward where no gradient is wanted.
-
-    Raises:
-        ValueError: for files that cannot be had, or are not what was published.
+    Arguments and errors are those of `NetworkReward`; `dtype` is the data type of the two encoders, and the head is
+    float32. The folder holds ImageReward.pt (1.8 GB) and med_config.json.
     """
 
     def __init__(
@@ -77,24 +70,23 @@ class ImageReward:
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        configs = _configs(file, vision, read_json(files[MED_CONFIG.name]))
-        self.size = configs[0].image_size
-        self.vision = load_model(BlipVisionModel, configs[0], {_renamed(k): v for k, v in vision.items()}, file)
-        self.text = load_model(BlipTextModel, configs[1], text, file, add_pooling_layer=False)
-        self.head = five_layers(head, file)
+        vision_config, text_config = _configs(file, vision, read_json(files[MED_CONFIG.name]))
+        self.size = vision_config.image_size
+        self.vision = load_model(BlipVisionModel, vision_config, {_rename(k): v for k, v in vision.items()}, file)
+        self.text = load_model(BlipTextModel, text_config, text, file, add_pooling_layer=False)
+        self.head = load_head(head, file)
         for module in (self.vision, self.text):
             module.requires_grad_(False).eval().to(device, dtype)
         self.head.to(device)
         self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return score_in_batches(self._score, images, prompts, self.batch_size)
-
-    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        pixels = normalise(resize_and_crop(images.to(self.device), self.size, rounded=True)).to(self.dtype)
+    def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        pixels = normalise(resize_and_crop(images.to(self.device), self.size, round_margins=True)).to(self.dtype)
         features = self.vision(pixel_values=pixels).last_hidden_state
-        # Padding to the longest of the batch, not to 35: what is masked changes nothing.
-        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
+        # Padded to the longest prompt of the batch instead of 35 tokens; masked tokens do not change the output.
+        tokens = self.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         hidden = self.text(
             input_ids=tokens.input_ids.to(self.device),
             attention_mask=tokens.attention_mask.to(self.device),
@@ -102,22 +94,23 @@ class ImageReward:
             encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=self.device),
             is_decoder=False,
         ).last_hidden_state
-        return (self.head(hidden[:, 0].float())[:, 0] - MEAN) / DEVIATION
+        return (self.head(hidden[:, 0].float())[:, 0] - MEAN) / STD
 
 
 def load_tokenizer() -> BertTokenizer:
-    """That of bert-base-uncased with BLIP's two additions, from the vocabulary that lies beside this file.
+    """Load the tokenizer of bert-base-uncased, with BLIP's two additional tokens, from the packaged vocabulary.
 
-    Not `from_pretrained`: without a network that returns a tokenizer of five words, and says nothing.
+    `from_pretrained` is not used: without network access it silently returns a tokenizer of five tokens.
     """
     tokenizer = BertTokenizer(vocab=str(VOCABULARY), do_lower_case=True)
-    assert len(tokenizer) == WORDS, len(tokenizer)
+    assert len(tokenizer) == VOCABULARY_SIZE, len(tokenizer)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_tokens(["[ENC]"], special_tokens=True)
     return tokenizer
 
 
-def _renamed(name: str) -> str:
+def _rename(name: str) -> str:
+    """The name in transformers of a tensor of the vision encoder."""
     for pattern, replacement in VISION_NAMES:
         renamed, count = re.subn(rf"^{pattern}(?=\.|$)", replacement, name)
         if count:
@@ -126,33 +119,25 @@ def _renamed(name: str) -> str:
 
 
 def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Sizes of the vision encoder are those of its tensors; those of the text encoder are in med_config.json."""
+    """Configure the vision encoder by the shapes of its tensors, and the text encoder by med_config.json."""
     try:
-        width = vision["cls_token"].shape[-1]
-        patch = vision["patch_embed.proj.weight"].shape[-1]
-        patches = vision["pos_embed"].shape[1] - 1
-        mlp = vision["blocks.0.mlp.fc1.weight"].shape[0]
-        layers = 1 + max(int(name.split(".")[1]) for name in vision if name.startswith("blocks."))
-        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = {name: med[name] for name in (*kept, "max_position_embeddings", "layer_norm_eps", "hidden_act")}
+        width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
+        vision_sizes = dict(
+            hidden_size=width,
+            intermediate_size=vision["blocks.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=1 + max(int(name.split(".")[1]) for name in vision if name.startswith("blocks.")),
+            num_attention_heads=width // 64,
+            image_size=round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch,
+            patch_size=patch,
+        )
+        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        text_sizes = {name: med[name] for name in (*keys, "max_position_embeddings", "layer_norm_eps", "hidden_act")}
     except (KeyError, IndexError) as error:
         raise ValueError(f"{file} or med_config.json has no {error}; expected the published layout") from error
     try:
-        return _vision(width, mlp, layers, patches, patch), BlipTextConfig(
-            **sizes, encoder_hidden_size=width, is_decoder=True
-        )
-    except Exception as error:  # transformers' own checks raise what they like
-        raise ValueError(f"med_config.json or {file}: {' '.join(str(error).split())[:160]}") from error
-
-
-def _vision(width: int, mlp: int, layers: int, patches: int, patch: int) -> BlipVisionConfig:
-    return BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        image_size=round(patches**0.5) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-        layer_norm_eps=1e-6,
-    )
+        vision_config = BlipVisionConfig(**vision_sizes, hidden_act="gelu", layer_norm_eps=1e-6)
+        return vision_config, BlipTextConfig(**text_sizes, encoder_hidden_size=width, is_decoder=True)
+    except Exception as error:  # transformers raises many types of exception
+        raise ValueError(
+            f"med_config.json or {file} holds an invalid size: {' '.join(str(error).split())[:160]}"
+        ) from error

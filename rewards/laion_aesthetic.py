@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
-from stepfuse.rewards.batches import score_in_batches
-from stepfuse.rewards.clip import unit
-from stepfuse.rewards.networks import five_layers, load_model, read_config
+from stepfuse.rewards.clip import unit_vectors
+from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_config
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -30,19 +29,11 @@ HEAD = Published(
 )
 
 
-class LAIONAesthetic:
-    """r = head(CLIP ViT-L/14 of the image, a unit vector), about 1 to 10; the prompt does not count.
+class LAIONAesthetic(NetworkReward):
+    """r = head(f / ‖f‖), with f the image embedding of CLIP ViT-L/14; about 1 to 10. The prompt is not used.
 
-    Differentiable in the images.
-
-    Args:
-        folder: with config.json, model.safetensors and aesthetic-model.pth; by default from the hub, 1.7 GB.
-        device: where it runs.
-        dtype: of CLIP; scores are float32.
-        batch_size: images a forward where no gradient is wanted.
-
-    Raises:
-        ValueError: for files that cannot be had, or are not what was published.
+    Arguments and errors are those of `NetworkReward`; `dtype` is the data type of CLIP, and the head is float32. The
+    folder holds config.json, model.safetensors (1.7 GB) and aesthetic-model.pth.
     """
 
     def __init__(
@@ -60,16 +51,13 @@ class LAIONAesthetic:
             config,
             load_state(weights),
             weights,
-            superfluous=("text_model.", "text_projection.", "logit_scale"),
+            ignored_prefixes=("text_model.", "text_projection.", "logit_scale"),
         )
         self.clip.requires_grad_(False).eval().to(device, dtype)
-        self.head = five_layers(load_state(files[HEAD.name]), files[HEAD.name]).to(device)
+        self.head = load_head(load_state(files[HEAD.name]), files[HEAD.name]).to(device)
         self.size, self.batch_size = config.image_size, batch_size
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        return score_in_batches(self._score, images, prompts, self.batch_size)
-
-    def _score(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+    def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         clip = self.clip
         pixels = normalise(resize_and_crop(images.to(clip.device), self.size)).to(clip.dtype)
-        return self.head(unit(clip(pixel_values=pixels).image_embeds))[:, 0]
+        return self.head(unit_vectors(clip(pixel_values=pixels).image_embeds))[:, 0]

@@ -1,6 +1,8 @@
-"""Networks from published files: transformers' models with exactly these weights, and the head two rewards share."""
+"""Rewards computed by networks: scoring in batches, and loading networks from published files."""
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,52 +10,97 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.data.text_files import read_text
+from stepfuse.rewards.protocol import Pixels, Scores
+
+# Indices of the linear layers in a published head; the indices between them belong to dropout layers.
+HEAD_LAYERS = (0, 2, 4, 6, 7)
+
+
+class NetworkReward(ABC):
+    """A reward computed by frozen networks, differentiable in the images.
+
+    If no gradient is required, images are scored in batches of `batch_size`, so that memory does not grow with the
+    number of images. Otherwise all images are scored in one forward.
+
+    Rewards with published weights (`pickscore`, `hpsv2`, `ImageReward`, `LAIONAesthetic`) share these arguments:
+
+    Args:
+        folder: Folder with the published files; by default they are downloaded from the hub.
+        device: Device of the networks.
+        dtype: Data type of the networks. Scores are float32.
+        batch_size: Maximum number of images per forward if no gradient is required.
+
+    Raises:
+        ValueError: If a file is missing and cannot be downloaded, or differs from what was published.
+    """
+
+    batch_size: int
+
+    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        if images.requires_grad and torch.is_grad_enabled():
+            return self.score_batch(images, prompts)
+        with torch.no_grad():
+            scores = [
+                self.score_batch(images[start : start + self.batch_size], prompts[start : start + self.batch_size])
+                for start in range(0, len(images), self.batch_size)
+            ]
+        return torch.cat(scores) if scores else torch.zeros(0, device=images.device)
+
+    @abstractmethod
+    def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
+        """Score images and their prompts in one forward."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a published JSON file.
+    """Read a published JSON file that holds an object.
 
     Raises:
-        ValueError: for a file that holds none.
+        ValueError: If the file is not JSON, or does not hold an object.
     """
     try:
         values = json.loads(read_text(file))
-    except ValueError as error:  # JSONDecodeError is one
+    except ValueError as error:  # JSONDecodeError is a ValueError
         raise ValueError(f"{file} is not JSON ({error}); delete it and download it again") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object; delete it and download it again")
     return values
 
 
-def read_config(file: Path, kind: Any) -> Any:
-    """A transformers configuration from a file of the published repository.
+def read_config(file: Path, config_class: Any) -> Any:
+    """Read a transformers configuration of this class from a published file.
 
     Raises:
-        ValueError: for a file that is none.
+        ValueError: If the file does not hold such a configuration.
     """
     values = read_json(file)
     try:
-        return kind.from_dict(values)
-    except Exception as error:  # transformers' own checks raise what they like
+        return config_class.from_dict(values)
+    except Exception as error:  # transformers raises many types of exception
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{file} is no configuration ({reason}); delete it and download it again") from error
+        raise ValueError(f"{file} is not a configuration ({reason}); delete it and download it again") from error
 
 
 def load_model(
-    kind: Any, config: Any, state: dict[str, Tensor], file: Path, *, superfluous: tuple[str, ...] = (), **options: Any
+    model_class: Any,
+    config: Any,
+    state: dict[str, Tensor],
+    file: Path,
+    *,
+    ignored_prefixes: tuple[str, ...] = (),
+    **options: Any,
 ) -> Any:
-    """A transformers model of this kind with exactly these weights, in float32 on the CPU.
+    """Create a transformers model with exactly the weights of `state`, in float32 on the CPU.
 
-    Args:
-        superfluous: how the names begin that the file may have besides.
+    Tensors whose names start with one of `ignored_prefixes` are not loaded. `options` are further arguments of the
+    model class's `from_pretrained`.
 
     Raises:
-        ValueError: naming the file and a tensor that is missing, unexpected or of another shape.
+        ValueError: If a tensor is missing, unexpected, or has another shape. The message names it and `file`.
     """
-    # A buffer in older files, computed now.
+    # `position_ids` is a buffer that files of older versions hold and that is computed today.
     state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(superfluous)}
-    model, report = kind.from_pretrained(
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored_prefixes)}
+    model, report = model_class.from_pretrained(
         None,
         config=config,
         state_dict=state,
@@ -69,15 +116,13 @@ def load_model(
     return model
 
 
-def five_layers(state: dict[str, Tensor], file: Path) -> nn.Sequential:
-    """The head of ImageReward and of the aesthetic predictor: five linear layers, with nothing between them.
-
-    The dropouts that lie between them in training keep their places in the names: layers.0, 2, 4, 6 and 7.
+def load_head(state: dict[str, Tensor], file: Path) -> nn.Sequential:
+    """Create the head of ImageReward or of the aesthetic predictor: five linear layers without nonlinearities.
 
     Raises:
-        ValueError: for other layers, naming the file.
+        ValueError: If `state` holds other tensors, or their shapes do not match. The message names `file`.
     """
-    names = [f"layers.{place}.{kind}" for place in (0, 2, 4, 6, 7) for kind in ("weight", "bias")]
+    names = [f"layers.{index}.{parameter}" for index in HEAD_LAYERS for parameter in ("weight", "bias")]
     if state.keys() != set(names):
         raise ValueError(
             f"{file}: the head has {', '.join(sorted(state)) or 'no tensors'}; expected {', '.join(names)}"
@@ -87,7 +132,8 @@ def five_layers(state: dict[str, Tensor], file: Path) -> nn.Sequential:
         rows, columns = state[weight].shape
         if columns != width or state[bias].shape != (rows,):
             raise ValueError(
-                f"{file}: {weight} is {(rows, columns)}; expected {width} columns and as many biases as rows"
+                f"{file}: {weight} has shape {(rows, columns)} and {bias} {tuple(state[bias].shape)}; "
+                f"expected {width} columns and one bias per row"
             )
         layer = nn.Linear(columns, rows)
         layer.load_state_dict({"weight": state[weight], "bias": state[bias]})

@@ -1,4 +1,4 @@
-"""Checkpoints as open_clip writes them, for transformers' CLIP."""
+"""Conversion of open_clip checkpoints to the CLIP model of transformers."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ NAMES = {
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # transformers' own spelling
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled so in transformers
     "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
     "visual.ln_post.weight": "vision_model.post_layernorm.weight",
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
@@ -26,30 +26,31 @@ NAMES = {
     "ln_final.weight": "text_model.final_layer_norm.weight",
     "ln_final.bias": "text_model.final_layer_norm.bias",
 }
-# Matrices that open_clip multiplies from the right.
+# Matrices that open_clip stores transposed.
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 
 
 def from_open_clip(state: dict[str, Tensor], file: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """A ViT CLIP of open_clip: sizes read off its tensors, names and shapes as transformers has them, float32.
+    """Convert the state dict of a ViT CLIP model from open_clip to transformers.
 
-    open_clip keeps query, key and value of a layer in one matrix, in this order.
+    Returns:
+        The configuration, derived from the shapes of the tensors, and the state dict in float32.
 
     Raises:
-        ValueError: for a checkpoint of another layout, naming a tensor.
+        ValueError: If `state` has another layout. The message names a tensor and `file`.
     """
     converted: dict[str, Tensor] = {}
-    for name, given in state.items():
-        tensor = given.float() if given.is_floating_point() else given
+    for name, original in state.items():
+        tensor = original.float() if original.is_floating_point() else original
         match = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
         if match:
             tower = "vision_model" if match[1] else "text_model"
-            converted |= _block(f"{tower}.encoder.layers.{match[2]}.", match[3], tensor)
+            converted |= _convert_block(f"{tower}.encoder.layers.{match[2]}.", match[3], tensor)
         elif name in TRANSPOSED:
             converted[TRANSPOSED[name]] = tensor.T.contiguous()
         elif name in NAMES:
             converted[NAMES[name]] = tensor
-        elif name != "attn_mask":  # a buffer of older files
+        elif name != "attn_mask":  # a buffer in files of older versions
             raise ValueError(f"{file} has a tensor {name}; expected the layout of open_clip's ViT")
     try:
         return _config(state), converted
@@ -59,11 +60,12 @@ def from_open_clip(state: dict[str, Tensor], file: Path) -> tuple[CLIPConfig, di
         ) from error
 
 
-def _block(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def _convert_block(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Convert a tensor of a transformer block. open_clip stacks query, key and value in this order in one tensor."""
     if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        kind = name.rpartition("_")[2]
+        parameter = name.rpartition("_")[2]
         parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
-        return {f"{prefix}self_attn.{part}.{kind}": values.contiguous() for part, values in parts}
+        return {f"{prefix}self_attn.{part}.{parameter}": values.contiguous() for part, values in parts}
     for pattern, replacement in BLOCK:
         name = re.sub(rf"^{pattern}(?=\.)", replacement, name)
     return {prefix + name: tensor}
@@ -79,7 +81,7 @@ def _config(state: dict[str, Tensor]) -> CLIPConfig:
             hidden_size=width,
             intermediate_size=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
             num_hidden_layers=_layers(state, "visual.transformer.resblocks."),
-            num_attention_heads=width // (80 if width % 80 == 0 else 64),  # 80 in ViT-H, 64 in the smaller
+            num_attention_heads=width // (80 if width % 80 == 0 else 64),  # ViT-H has heads of width 80
             image_size=patch * round((len(positions) - 1) ** 0.5),
             patch_size=patch,
             hidden_act="gelu",

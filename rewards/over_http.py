@@ -1,34 +1,31 @@
-"""A reward behind HTTP: `stepfuse reward serve NAME` is the other side."""
+"""A reward on a server that `stepfuse reward serve NAME` runs."""
 
 import http.client
 import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from stepfuse.rewards.pixels import to_bytes
-from stepfuse.rewards.protocol import Pixels, Scores
-from stepfuse.rewards.worker.messages import MessageError, batches, decode, encode
+from stepfuse.rewards.worker.messages import MessageError, decode
+from stepfuse.rewards.worker.remote import RemoteReward, RequestError
 
 TOKEN = "STEPFUSE_REWARD_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
 class HTTPSettings:
-    """`http:` of a reward file.
+    """The key `http:` of a reward file.
 
     Attributes:
-        url: of the server, http://127.0.0.1:8765 say.
-        token_file: a file that holds the token and nothing else; by default the variable STEPFUSE_REWARD_TOKEN does.
-        batch_size: images a request.
-        timeout: seconds without a byte.
+        url: Address of the server, such as http://127.0.0.1:8765.
+        token_file: File that holds only the token; by default the token is the value of STEPFUSE_REWARD_TOKEN.
+        batch_size: Maximum number of images per request.
+        timeout: Seconds after which a request without any received byte fails.
     """
 
     url: str
@@ -38,21 +35,24 @@ class HTTPSettings:
 
 
 def read_token(file: Path | None) -> str | None:
-    """The token of a file, by default of STEPFUSE_REWARD_TOKEN; None where there is neither.
+    """Read the token from a file, or by default from the environment variable STEPFUSE_REWARD_TOKEN.
+
+    Returns:
+        The token, or None if no file is given and the variable is not set.
 
     Raises:
-        ValueError: for a file that is not there or empty, and for anything but letters, digits and signs in one line;
-            the token itself is not in the message.
+        ValueError: If the file is missing or empty, or if the token is not one word of ASCII letters, digits and
+            punctuation. The message does not contain the token.
     """
-    where = f"the variable {TOKEN}" if file is None else f"token file {file}"
+    source = f"the variable {TOKEN}" if file is None else f"token file {file}"
     if file is not None and not file.is_file():
-        raise ValueError(f"no {where}")
+        raise ValueError(f"no {source}")
     token = os.environ.get(TOKEN) if file is None else file.read_text(encoding="utf-8-sig", errors="replace")
     if token is None:
         return None
     token = token.strip()
     if not (token.isascii() and token.isprintable()) or " " in token or not (token or file is None):
-        raise ValueError(f"{where} holds no token; expected one word of letters, digits and signs")
+        raise ValueError(f"{source} does not hold a token; expected one word of letters, digits and punctuation")
     return token or None
 
 
@@ -61,65 +61,54 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class HTTPReward:
-    """Ask a server, batch by batch, in order; not differentiable.
+class HTTPReward(RemoteReward):
+    """A reward on a server. A request that fails is sent once more; a request that times out is not.
 
-    A request that breaks off is sent once more, whole: scoring changes nothing, so that twice is as good as once. The
-    token goes to this address alone: redirections are not followed.
+    The token is sent to this address only: redirects are not followed, and no proxy is used for the local machine.
 
     Args:
-        settings: whom to ask.
-        folder: what the token file's path is relative to.
+        settings: Address of the server, token, and batch size.
+        folder: Folder that the path of the token file is relative to.
 
     Raises:
-        ValueError: for an address that is none, or a token file that is not there.
+        ValueError: If the address is invalid, or the token file is missing or invalid.
     """
 
     def __init__(self, settings: HTTPSettings, *, folder: Path = Path()) -> None:
         parts = urllib.parse.urlsplit(settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"url {settings.url!r}; expected an address such as http://127.0.0.1:8765")
-        self.settings = settings
+        self.settings, self.label, self.batch_size = settings, f"the server at {settings.url}", settings.batch_size
         self.token = read_token(None if settings.token_file is None else folder / settings.token_file) or ""
         local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-        proxies = [urllib.request.ProxyHandler({})] if local else []  # none between this machine and itself
+        proxies = [urllib.request.ProxyHandler({})] if local else []
         self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
-    def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        arrays, values = to_bytes(images), [np.zeros(0)]
-        for part in batches(arrays, self.settings.batch_size):
-            values.append(self._ask(arrays[part], list(prompts[part])))
-        return torch.from_numpy(np.concatenate(values)).float().to(images.device)
-
-    def _ask(self, arrays: np.ndarray, prompts: list[str]) -> np.ndarray:
-        url, problem = self.settings.url, ""
+    def exchange(self, message: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
         request = urllib.request.Request(
-            url.rstrip("/") + "/score",
-            data=encode({"kind": "score", "id": 0, "prompts": prompts}, [arrays]),
+            self.settings.url.rstrip("/") + "/score",
+            data=message,
             headers={"Authorization": f"Bearer {self.token}", "Content-Type": "application/octet-stream"},
         )
-        for _ in range(2):
-            try:
-                with self._opener.open(request, timeout=self.settings.timeout) as response:
-                    header, answers = decode(response.read())
-            except urllib.error.HTTPError as error:
-                with error:
-                    raise ValueError(self._refusal(error)) from error
-            except (MessageError, http.client.HTTPException) as error:
-                problem = f"sent what is no answer ({' '.join(str(error).split())})"
-            except TimeoutError as error:  # not again: what it was asked it may still be at
-                raise ValueError(f"the server at {url} gave no answer in {self.settings.timeout:g} s") from error
-            except OSError as error:
-                problem = f"cannot be reached ({getattr(error, 'reason', error)})"
-            else:
-                if header.get("kind") != "scores" or len(answers) != 1 or answers[0].shape != (len(arrays),):
-                    raise ValueError(f"the server at {url} sent {header.get('kind')!r} for {len(arrays)} images")
-                return answers[0]
-        raise ValueError(f"the server at {url} {problem}, twice; start it with `stepfuse reward serve NAME`")
+        try:
+            with self._opener.open(request, timeout=self.settings.timeout) as response:
+                return decode(response.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                raise ValueError(self._refusal(error)) from error
+        except (MessageError, http.client.HTTPException) as error:
+            raise RequestError(f"sent an invalid response ({' '.join(str(error).split())})") from error
+        except TimeoutError as error:  # not repeated: the server may still be computing the first request
+            raise ValueError(f"{self.label} did not answer within {self.settings.timeout:g} s") from error
+        except OSError as error:
+            raise RequestError(f"cannot be reached ({getattr(error, 'reason', error)})") from error
+
+    def recover(self) -> str:
+        return "start the server with `stepfuse reward serve NAME`"
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         if error.code == 401:
-            where = self.settings.token_file or f"the variable {TOKEN}"
-            return f"the server at {self.settings.url} refuses the token; it is taken from {where}"
-        said = error.read(2000).decode(errors="replace").strip()
-        return f"the server at {self.settings.url} answers {error.code}: {said or error.reason}"
+            source = self.settings.token_file or f"the variable {TOKEN}"
+            return f"{self.label} rejects the token from {source}"
+        reason = error.read(2000).decode(errors="replace").strip()
+        return f"{self.label} responded with status {error.code}: {reason or error.reason}"

@@ -7,8 +7,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
 from stepfuse.rewards.networks import load_model, read_config
-from stepfuse.rewards.pixels import normalise, resize_and_crop
-from stepfuse.rewards.protocol import Pixels
+from stepfuse.rewards.pixels import resize_and_crop
 from stepfuse.rewards.published import Published, find_files, load_state
 
 REPOSITORY, REVISION = "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"
@@ -28,25 +27,15 @@ def pickscore(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> CLIPReward:
-    """r = exp(logit scale) · cos(image, prompt), by a CLIP-H trained on people's choices; about 15 to 25.
+    """r = exp(logit scale) · cos(image, prompt), with a CLIP ViT-H/14 trained on human preferences; about 15 to 25.
 
-    Args:
-        folder: with config.json, model.safetensors and tokenizer.json; by default they come from the hub, 3.9 GB.
-        device: where it runs.
-        dtype: of the model; scores are float32.
-        batch_size: images a forward where no gradient is wanted.
-
-    Raises:
-        ValueError: for files that cannot be had, or are not what was published.
+    Arguments and errors are those of `NetworkReward`. The folder holds config.json, model.safetensors (3.9 GB) and
+    tokenizer.json.
     """
     files = find_files((CONFIG, WEIGHTS, TOKENIZER), folder, "pickscore")
     config = read_config(files[CONFIG.name], CLIPConfig)
     model = load_model(CLIPModel, config, load_state(files[WEIGHTS.name]), files[WEIGHTS.name])
-    # Before the model is rounded: a scale in bfloat16 is off by as much as a percent.
+    # Computed before the model is converted: rounding the logit scale to bfloat16 changes it by up to 1 %.
     factor = model.logit_scale.exp().item()
     tokenize = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
-
-    def prepare(images: Pixels, size: int) -> Pixels:
-        return normalise(resize_and_crop(images, size))
-
-    return CLIPReward(model.to(device, dtype), tokenize, prepare, factor=factor, batch_size=batch_size)
+    return CLIPReward(model.to(device, dtype), tokenize, resize_and_crop, factor=factor, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""What a reward is, and the check every score passes before anything learns from it."""
+"""The protocol that rewards implement, and the validation of their scores."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -7,14 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.rewards.user_code import line_at_fault
+from stepfuse.rewards.user_code import user_line
 
 Pixels = Float[Tensor, "batch 3 height width"]
 Scores = Float[Tensor, " batch"]
 
 
 class Reward(Protocol):
-    """One method: pixels in [0, 1] and their prompts → one score an image, higher is better."""
+    """A function of images and prompts that returns one score per image. Higher is better.
+
+    A reward that holds resources beyond the memory of this process, such as a worker process, also has a method
+    `close()`. After `close()` the reward can be called again.
+    """
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores: ...
 
@@ -22,39 +26,51 @@ class Reward(Protocol):
 def score(
     reward: Reward, images: Pixels, prompts: Sequence[str], *, name: str = "reward", finite: bool = True
 ) -> Scores:
-    """Call a reward and check what it returns; float32, on the device of the images.
+    """Call a reward and validate the scores it returns.
+
+    Autocast is disabled during the call, so scores do not depend on the precision of the surrounding code.
 
     Args:
-        finite: refuse numbers that are not; otherwise they are for the caller to see.
+        reward: The reward to call.
+        images: Pixels in [0, 1], of shape (batch, 3, height, width).
+        prompts: One prompt per image.
+        name: Name of the reward in error messages.
+        finite: Whether scores that are NaN or infinite raise an error.
+
+    Returns:
+        Scores of shape (batch,), float32, on the device of the images.
 
     Raises:
-        ValueError: for a reward that fails, and for a result that is no tensor of one finite number an image, naming
-            the reward and prompt.
+        ValueError: If the reward raises an exception, returns anything but a tensor of shape (batch,), or returns a
+            score that is not finite. The message names the reward, and the prompt of a score that is not finite.
     """
     if len(prompts) != len(images):
-        raise ValueError(f"{len(prompts)} prompts for {len(images)} images; expected as many")
+        raise ValueError(f"got {len(prompts)} prompts for {len(images)} images; expected one prompt per image")
     try:
-        with torch.autocast(images.device.type, enabled=False):  # what a training step runs in is not the reward's
+        with torch.autocast(images.device.type, enabled=False):
             values = reward(images, prompts)
-    except Exception as error:  # rewards are anybody's code
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        line = line_at_fault(error)
-        where = f" ({line})" if line else ""
-        raise ValueError(f"reward {name!r} failed: {kind}{' '.join(str(error).split())}{where}") from error
+    except Exception as error:  # user code can raise any exception
+        error_type = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        line = user_line(error)
+        location = f" ({line})" if line else ""
+        raise ValueError(f"reward {name!r} failed: {error_type}{' '.join(str(error).split())}{location}") from error
     if not isinstance(values, Tensor) or values.shape != (len(images),):
-        shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        returned = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(
-            f"reward {name!r} returned {shape} for {len(images)} images; expected a tensor ({len(images)},)"
+            f"reward {name!r} returned {returned} for {len(images)} images; expected a tensor of shape ({len(images)},)"
         )
-    bad = ~torch.isfinite(values)
-    if finite and bool(bad.any()):
-        first = int(bad.nonzero()[0])
-        raise ValueError(f"reward {name!r} is {values[first].item()} for the prompt {prompts[first]!r}")
+    invalid = ~torch.isfinite(values)
+    if finite and bool(invalid.any()):
+        first = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"reward {name!r} returned {values[first].item()} for the prompt {prompts[first]!r}; "
+            "expected a finite number"
+        )
     return values.float().to(images.device)
 
 
 def close(reward: Reward) -> None:
-    """End what a reward holds beyond this process's memory: a worker. It can be called again, and starts another."""
-    end = getattr(reward, "close", None)
-    if callable(end):
-        end()
+    """Call the `close` method of a reward, if it has one."""
+    method = getattr(reward, "close", None)
+    if callable(method):
+        method()

@@ -1,6 +1,5 @@
-"""Published weights: from the hub at first use, pinned and checked, or from a folder of one's own."""
+"""Published weights of reward models: downloaded from the hub once, pinned and verified, or read from a folder."""
 
-import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +11,19 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor
 
+from stepfuse.data.file_info import file_hash
+
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """One file of a hub repository at one commit.
 
     Attributes:
-        repo: `owner/name`.
-        name: the file's.
-        revision: the commit.
-        sha256: of the file, where it is known; in its place the hub's own for large files.
-        size: in bytes, roughly.
+        repo: Repository id, `owner/name`.
+        name: Name of the file in the repository.
+        revision: Commit hash.
+        sha256: Hash of the file. Without it, a large file is verified by the hash that the hub's cache stores.
+        size: Approximate size of the file in bytes.
     """
 
     repo: str
@@ -33,73 +34,76 @@ class Published:
 
 
 def find_files(files: Sequence[Published], folder: str | Path | None, reward: str) -> dict[str, Path]:
-    """Where each file lies, by name: in the folder, or in the hub's cache, downloaded if need be.
+    """Find published files in a folder, or in the hub's cache, where they are downloaded if they are missing.
 
-    Files of the cache are checked against the published hash; those of a folder are its owner's, and are not.
+    Files from the hub are verified against the published hash. Files in a folder of the user are not verified.
+
+    Args:
+        files: The files to find.
+        folder: Folder of the user that holds the files, or None for the hub.
+        reward: Name of the reward in error messages.
+
+    Returns:
+        Path of each file by its name.
 
     Raises:
-        ValueError: for a file that is not there and cannot be had, with what to download and where to put it, or one
-            of the cache whose hash is not what was published.
+        ValueError: If a file is missing and cannot be downloaded, or if its hash differs from the published one. The
+            message gives the commands or the address to download the file.
     """
     if folder is not None:
-        return {file.name: _in_folder(file, Path(folder)) for file in files}
-    return {file.name: _from_hub(file, files, reward) for file in files}
+        return {file.name: _find_in_folder(file, Path(folder)) for file in files}
+    return {file.name: _download(file, files, reward) for file in files}
 
 
 def load_state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a checkpoint by `torch.load(weights_only=True)`, on the CPU.
+    """Load the tensors of a safetensors file, or of a checkpoint by `torch.load(weights_only=True)`, to the CPU.
 
     Raises:
-        ValueError: for a corrupt file, one that holds anything but tensors, or values that are not finite.
+        ValueError: If the file is corrupt, holds anything but tensors, or holds values that are not finite.
     """
     try:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of pickles of other protocols, which fail below
+                warnings.simplefilter("ignore")  # about pickle protocols that are refused below
                 state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes raise anything
+    except Exception as error:  # corrupt files raise many types of exception
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{file} is truncated or no checkpoint ({reason}); delete it and download it again") from error
+        raise ValueError(f"{file} is not a readable checkpoint ({reason}); delete it and download it again") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{file} holds no state dict of tensors; expected the published checkpoint")
+        raise ValueError(f"{file} does not hold a state dict of tensors; expected the published checkpoint")
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{file}: tensor {name} has values that are not finite; delete it and download it again")
     return state
 
 
-def _in_folder(file: Published, folder: Path) -> Path:
+def _find_in_folder(file: Published, folder: Path) -> Path:
     if not (folder / file.name).is_file():
-        raise ValueError(f"no {file.name} in {folder}; download {_address(file)} into it")
+        url = f"https://huggingface.co/{file.repo}/resolve/{file.revision}/{file.name}"
+        raise ValueError(f"{folder} has no file {file.name}; download {url} into it")
     return folder / file.name
 
 
-def _from_hub(file: Published, files: Sequence[Published], reward: str) -> Path:
+def _download(file: Published, files: Sequence[Published], reward: str) -> Path:
     try:
         path = Path(hf_hub_download(file.repo, file.name, revision=file.revision))
-    except Exception as error:  # the hub's own errors, and those of each way it downloads by
+    except Exception as error:  # the download libraries raise many types of exception
         commands = [f"hf download {f.repo} {f.name} --revision {f.revision} --local-dir DIR" for f in files]
         raise ValueError(
             f"{file.name} of {file.repo} is not in the hub's cache and cannot be downloaded ({type(error).__name__}). "
-            f"Where there is a network: `{' && '.join(commands)}` ({sum(f.size for f in files) / 1e9:.1f} GB); "
-            f"bring DIR here and say {reward}:DIR"
+            f"On a machine with network access, run `{' && '.join(commands)}` "
+            f"({sum(f.size for f in files) / 1e9:.1f} GB), copy DIR to this machine, and use the reward {reward}:DIR"
         ) from error
-    # The hub's cache names the blob of a large file by the sha256 that the hub has of it.
+    # The hub's cache names the blob of a large file by its SHA-256, and that of a small file by a shorter git hash.
     blob = path.resolve().name
     expected = file.sha256 or (blob if len(blob) == 64 else None)
-    if expected is not None and _sha256(path) != expected:
-        raise ValueError(f"{path} is not the file that {file.repo} published (sha256 differs); delete {path.resolve()}")
+    if expected is not None and file_hash(path) != expected:
+        raise ValueError(
+            f"{path} differs from the file that {file.repo} published (sha256); delete {path.resolve()} "
+            "to download it again"
+        )
     return path
-
-
-def _address(file: Published) -> str:
-    return f"https://huggingface.co/{file.repo}/resolve/{file.revision}/{file.name}"
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

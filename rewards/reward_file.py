@@ -1,4 +1,4 @@
-"""A reward as a YAML file: a named one in another precision or unit, a worker, or a server."""
+"""Reward files in YAML: a named reward with another precision or scale, a worker, or a server."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,14 +19,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFile:
-    """What a reward file says.
+    """The keys of a reward file. Exactly one of `reward`, `worker` and `http` is given.
 
     Attributes:
-        reward: a name as `--reward` takes it, paths in it as there; or `worker`, or `http`: one of the three.
-        worker: see `WorkerSettings`; its paths are relative to this file.
-        http: see `HTTPSettings`; likewise.
-        dtype: of the networks of a named reward.
-        shift, scale, clip: see `Shaping`.
+        reward: Name of a reward, as for `--reward`. Paths in it are relative to the working directory.
+        worker: Keys of `WorkerSettings`. Paths are relative to the folder of the reward file.
+        http: Keys of `HTTPSettings`. Paths are relative to the folder of the reward file.
+        dtype: Data type of the networks of `reward`.
+        shift, scale, clip: See `Shaping`.
     """
 
     reward: str = ""
@@ -41,25 +41,28 @@ class RewardFile:
 def read_reward_file(
     file: Path, load: Callable[[str, torch.device, torch.dtype], Reward], device: torch.device
 ) -> Reward:
-    """The reward of a YAML file.
+    """Create the reward that a reward file describes.
 
     Args:
-        load: a named reward on a device in a precision.
+        file: The reward file.
+        load: Function that loads a named reward on a device with a data type.
+        device: Device of a named reward.
 
     Raises:
-        ValueError: for a file that cannot be read, an unknown key, naming the nearest, or none or several of the three.
+        ValueError: If the file cannot be read, a key is unknown, a value is invalid, or not exactly one of `reward`,
+            `worker` and `http` is given. The message names the file.
     """
     values = read_settings(file, RewardFile)
     try:
         settings = RewardFile(**values)
         check_types(settings)
-        given = [name for name in ("reward", "worker", "http") if getattr(settings, name)]
-        if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'no reward'}; expected one of reward, worker and http")
+        sources = [name for name in ("reward", "worker", "http") if getattr(settings, name)]
+        if len(sources) != 1:
+            raise ValueError(f"{' and '.join(sources) or 'no reward'}; expected exactly one of reward, worker and http")
         if settings.reward.endswith((".yaml", ".yml")):
-            raise ValueError(f"reward {settings.reward!r} is a reward file too; expected a name or a function")
+            raise ValueError(f"reward {settings.reward!r} is another reward file; expected a name or a function")
         if settings.dtype != "float32" and not settings.reward:
-            raise ValueError(f"dtype {settings.dtype} of a reward in another process; say it there")
+            raise ValueError(f"dtype {settings.dtype} is given for a worker or server; expected it with reward only")
         shaping = Shaping(shift=settings.shift, scale=settings.scale, clip=settings.clip)
         reward: Reward
         if settings.worker:
@@ -74,17 +77,17 @@ def read_reward_file(
     return reward if shaping == Shaping() else Shaped(reward, shaping, file.stem)
 
 
-def _settings(kind: type, values: dict[str, Any], where: str) -> Any:
+def _settings(settings_class: type, values: dict[str, Any], key: str) -> Any:
+    """Create settings from the values of a key, and validate them."""
     try:
-        check_names(values, kind)
-        unset = dataclasses.MISSING
-        for own in dataclasses.fields(kind):
-            needed = own.default is unset and own.default_factory is unset
-            require(not needed or own.name in values, own.name, values.get(own.name), "a value")
-        settings = kind(**values)
+        check_names(values, settings_class)
+        for field_ in dataclasses.fields(settings_class):
+            required = field_.default is field_.default_factory is dataclasses.MISSING
+            require(not required or field_.name in values, field_.name, values.get(field_.name), "a value")
+        settings = settings_class(**values)
         check_types(settings)
         for name in ("batch_size", "timeout", "start_timeout"):
             require(getattr(settings, name, 1) > 0, name, getattr(settings, name, 1), "a positive number")
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{key}: {error}") from error
     return settings

@@ -1,4 +1,4 @@
-"""Score one batch while the next is sampled."""
+"""A queue that scores one batch while the next one is sampled."""
 
 import threading
 from collections.abc import Callable
@@ -9,16 +9,15 @@ from torch import Tensor
 
 
 class ScoringQueue:
-    """Calls made by one thread, in the order they were asked for.
+    """Run calls on one background thread, in the order of submission, without autocast and without gradients.
 
-    A thread of its own has no autocast and, here, no gradient. What a call raises is raised where its result is asked
-    for, or by the next thing asked: after a failure nothing more is scored. Nothing random happens in it, so that
-    numbers are those of calls made one after the other.
+    An exception of a call is raised by its result and by the next `submit`; later calls do not run. The queue draws no
+    random numbers, so results equal those of sequential calls.
 
     Args:
-        ahead: calls that run or wait at most; asking for more waits, so that images do not pile up. With 0 this thread
-            calls.
-        device: the thread's own; on a machine of several GPUs a new thread would begin with the first.
+        ahead: Maximum number of calls that run or wait; `submit` blocks while there are more, so that images do not
+            accumulate. With 0, calls run on the thread that submits them.
+        device: Current CUDA device of the background thread; by default a new thread uses the first GPU.
     """
 
     def __init__(self, ahead: int = 2, device: str | torch.device = "cpu") -> None:
@@ -27,14 +26,14 @@ class ScoringQueue:
         self._thread: ThreadPoolExecutor | None = None
         if ahead:
             self._thread = ThreadPoolExecutor(
-                1, thread_name_prefix="stepfuse-scoring", initializer=_begin, initargs=(torch.device(device),)
+                1, thread_name_prefix="stepfuse-scoring", initializer=_set_device, initargs=(torch.device(device),)
             )
 
     def submit(self, call: Callable[[], Tensor]) -> "Future[Tensor]":
-        """The result to be.
+        """Submit a call and return the future of its result.
 
         Raises:
-            Exception: what an earlier call raised.
+            Exception: The exception of an earlier call.
         """
         if self._thread is None:
             done: Future[Tensor] = Future()
@@ -47,7 +46,7 @@ class ScoringQueue:
         return self._thread.submit(self._run, call)
 
     def close(self) -> None:
-        """Drop what waits, and let the call that runs come to its end."""
+        """Cancel the calls that wait, and wait for the call that runs."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
 
@@ -64,6 +63,6 @@ class ScoringQueue:
             self._room.release()
 
 
-def _begin(device: torch.device) -> None:
+def _set_device(device: torch.device) -> None:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)

@@ -1,4 +1,4 @@
-"""Serve one reward over HTTP: POST /score takes and gives the messages of worker/messages.py."""
+"""An HTTP server for one reward: `POST /score` receives and returns messages of worker/messages.py."""
 
 import contextlib
 import hmac
@@ -12,23 +12,23 @@ import numpy as np
 import torch
 
 from stepfuse.rewards.protocol import Reward, Scores, score
-from stepfuse.rewards.worker.messages import LARGEST_BODY, MessageError, decode, encode
+from stepfuse.rewards.worker.messages import MAX_BODY_BYTES, MessageError, decode, encode
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Scores one batch at a time, whoever asks; every request brings the token.
+    """Score batches one at a time, for clients that send the token.
 
-    The protocol is plain HTTP: beyond one machine, put it behind a tunnel or a proxy that encrypts.
+    The protocol is HTTP without encryption. For clients on other machines, use a tunnel or a proxy that encrypts.
 
     Args:
-        reward: what is served.
-        name: in messages.
-        address: host and port; port 0 takes a free one.
-        token: what clients must know; at least 16 characters.
-        device: where images are put.
+        reward: The reward to serve.
+        name: Name of the reward in error messages.
+        address: Host and port; port 0 selects a free port.
+        token: Token that clients must send, of at least 16 characters.
+        device: Device that images are moved to.
 
     Raises:
-        ValueError: for a short token, or an address that cannot be listened on.
+        ValueError: If the token is too short, or the server cannot listen on the address.
     """
 
     daemon_threads = True
@@ -37,7 +37,7 @@ class RewardServer(ThreadingHTTPServer):
         self, reward: Reward, *, name: str, address: tuple[str, int], token: str, device: str | torch.device = "cpu"
     ) -> None:
         if len(token) < 16:
-            raise ValueError(f"a token of {len(token)} characters; expected 16 or more")
+            raise ValueError(f"the token has {len(token)} characters; expected at least 16")
         self.reward, self.name, self.token, self.device = reward, name, token, torch.device(device)
         self.lock = threading.Lock()
         try:
@@ -48,48 +48,49 @@ class RewardServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
+        """Address of the server, with the actual port."""
         host, port = self.server_address[:2]
         return f"http://{host!s}:{port}"
 
     def score(self, pixels: np.ndarray, prompts: Sequence[str]) -> Scores:
-        """Uint8 (batch, height, width, 3) and prompts → scores."""
-        with self.lock, torch.no_grad():  # one batch at a time on the device, whoever asks
+        """Score images of dtype uint8 and shape (batch, height, width, 3)."""
+        with self.lock, torch.no_grad():
             images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
             return score(self.reward, images, prompts, name=self.name)
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
-    timeout = 60  # seconds for the bytes of a request
+    timeout = 60  # seconds to wait for data of a request
     protocol_version = "HTTP/1.1"
-    unread: int | None = 0  # bytes of the request
+    unread: int | None = 0  # bytes of the request's body that are not read yet
 
     def do_POST(self) -> None:
-        self.unread = _length(self.headers.get("Content-Length"))
-        given = self.headers.get("Authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {self.server.token}".encode()):
-            return self._refuse(HTTPStatus.UNAUTHORIZED, "a wrong token")
+        self.unread = _content_length(self.headers.get("Content-Length"))
+        authorization = self.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(authorization, f"Bearer {self.server.token}".encode()):
+            return self._refuse(HTTPStatus.UNAUTHORIZED, "wrong token")
         if self.path != "/score":
-            return self._refuse(HTTPStatus.NOT_FOUND, "only /score is here")
+            return self._refuse(HTTPStatus.NOT_FOUND, "unknown path; expected /score")
         length = self.unread
         if length is None:
-            return self._refuse(HTTPStatus.LENGTH_REQUIRED, "a request without its length")
-        if length > LARGEST_BODY:
-            self.unread = 0  # too much to be read only to be thrown away
+            return self._refuse(HTTPStatus.LENGTH_REQUIRED, "the header Content-Length is missing or invalid")
+        if length > MAX_BODY_BYTES:
+            self.unread = 0  # the body is too large to be read and discarded
             return self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {LARGEST_BODY} bytes; send fewer images"
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY_BYTES} bytes; send fewer images"
             )
         self.unread = 0
         try:
             header, arrays = decode(self.rfile.read(length))
-            pixels, prompts = _checked(header, arrays)
+            pixels, prompts = _validate(header, arrays)
         except (MessageError, KeyError, TypeError) as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
         try:
             values = self.server.score(pixels, prompts)
         except ValueError as error:
             return self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-        except Exception as error:  # out of memory, say: the client is told, and the server goes on
+        except Exception as error:  # for example out of memory: reported to the client, and the server continues
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
         self._send(
@@ -99,39 +100,41 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def do_GET(self) -> None:
-        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "POST /score")
+        self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed; expected POST /score")
 
     def _refuse(self, status: HTTPStatus, reason: str) -> None:
+        """Respond with an error, after the rest of the request is read: clients read only after sending all."""
         self.close_connection = True
-        with contextlib.suppress(OSError):  # who is still sending does not read the answer
-            left = min(self.unread or 0, LARGEST_BODY)
+        with contextlib.suppress(OSError):  # the client has closed the connection
+            left = min(self.unread or 0, MAX_BODY_BYTES)
             while left > 0 and (part := self.rfile.read(min(left, 2**20))):
                 left -= len(part)
         self._send(status, "text/plain; charset=utf-8", f"{reason}\n".encode())
 
-    def _send(self, status: HTTPStatus, kind: str, body: bytes) -> None:
-        with contextlib.suppress(OSError):  # a client that has given up
+    def _send(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # the client has closed the connection
             self.send_response(status)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Nothing: a line a batch is noise."""
+        """Do not log requests."""
 
 
-def _length(header: str | None) -> int | None:
+def _content_length(header: str | None) -> int | None:
     return int(header) if header is not None and header.isascii() and header.isdecimal() else None
 
 
-def _checked(header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
+def _validate(header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:
+    """The images and prompts of a request."""
     prompts = header.get("prompts")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise MessageError("prompts are not a list of strings")
-    shape, kind = (arrays[0].shape, arrays[0].dtype.name) if len(arrays) == 1 else ((), "no")
-    if len(shape) != 4 or shape[3] != 3 or kind != "uint8" or shape[0] != len(prompts) or 0 in shape:
+    shape, dtype = (arrays[0].shape, arrays[0].dtype.name) if len(arrays) == 1 else ((), "no")
+    if len(shape) != 4 or shape[3] != 3 or dtype != "uint8" or shape[0] != len(prompts) or 0 in shape:
         raise MessageError(
-            f"images are {kind} {shape} for {len(prompts)} prompts; expected uint8 (batch, height, width, 3)"
+            f"images are {dtype} {shape} for {len(prompts)} prompts; expected uint8 (batch, height, width, 3)"
         )
     return arrays[0], prompts

@@ -1,4 +1,4 @@
-"""Paired comparisons of scores, and one bootstrap over prompts for all that is computed from them."""
+"""Paired comparisons of scores, and bootstrap confidence intervals over prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from scipy.stats import bootstrap
 
 @dataclass(frozen=True, kw_only=True)
 class Interval:
-    """A mean, or another number computed from scores, and its 95 % confidence interval."""
+    """A mean or another statistic of scores, and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -23,22 +23,20 @@ class Interval:
 def paired_interval(
     scores: Sequence[float], baseline: Sequence[float], prompts: Sequence[str], *, seed: int = 0
 ) -> Interval:
-    """Mean of score - baseline over pairs of one prompt and seed, with a bootstrap 95 % interval.
+    """Return the mean of score - baseline over pairs of the same prompt and seed, with a 95 % confidence interval.
 
-    Prompts are resampled, not pairs: images of one prompt are not independent. Percentile
-    bootstrap of 10 000 draws (scipy).
+    The interval is a percentile bootstrap with 10,000 resamples (`scipy.stats.bootstrap`). Prompts are resampled
+    instead of pairs, because images of one prompt are not independent. All sequences have one element per image.
 
     Raises:
-        ValueError: for lists of different lengths, or fewer than two prompts.
+        ValueError: If the lengths differ, or there are fewer than two distinct prompts.
     """
     if not len(scores) == len(baseline) == len(prompts):
         raise ValueError(
-            f"{len(scores)} scores, {len(baseline)} baselines and {len(prompts)} prompts; expected as many"
+            f"got {len(scores)} scores, {len(baseline)} baselines and {len(prompts)} prompts; expected equal numbers"
         )
     difference = np.asarray(scores, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
-    names, index = np.unique(np.asarray(prompts), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError("a bootstrap over prompts needs at least two prompts")
+    index = _prompt_index(prompts)
     sums, counts = np.bincount(index, difference), np.bincount(index)
 
     def ratio(total: np.ndarray, count: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -53,55 +51,72 @@ def paired_interval(
 
 @dataclass(frozen=True, kw_only=True)
 class Resamples:
-    """Draws of prompts with replacement, shared by all that is computed from them, so that differences are paired.
+    """Bootstrap resamples of prompts. Statistics computed from the same resamples have paired differences.
 
-    The first "draw" holds every prompt once: what is computed from it is the estimate.
+    Attributes:
+        prompt: Index of each image's prompt, of shape (images,).
+        counts: How often each resample contains each prompt, of shape (1 + draws, prompts). Row 0 contains every prompt
+            once, so statistics of row 0 are the estimates.
     """
 
-    prompt: np.ndarray  # of each image, the index of its prompt
-    counts: np.ndarray  # (1 + draws, prompts): how often a draw holds a prompt
+    prompt: np.ndarray
+    counts: np.ndarray
 
 
 def resample_prompts(prompts: Sequence[str], *, draws: int, seed: int = 0) -> Resamples:
-    """`draws` bootstrap samples of the distinct prompts of some images.
+    """Draw `draws` bootstrap resamples of the distinct prompts of some images, given each image's prompt.
 
     Raises:
-        ValueError: for fewer than two prompts.
+        ValueError: If there are fewer than two distinct prompts.
     """
-    names, prompt = np.unique(np.asarray(prompts), return_inverse=True)
-    if len(names) < 2:
-        raise ValueError("a bootstrap over prompts needs at least two prompts")
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    return Resamples(prompt=prompt, counts=np.concatenate([np.ones((1, len(names))), drawn]))
+    index = _prompt_index(prompts)
+    number = index.max() + 1
+    drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
+    return Resamples(prompt=index, counts=np.concatenate([np.ones((1, number)), drawn]))
 
 
 def resampled_means(values: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Means of (…, images) as (…, 1 + draws): over the images as they are, then draw by draw.
+    """Return the mean over images of every resample.
 
-    What is not finite was not measured and is left out. The draws are NaN where fewer than two prompts were measured.
+    Args:
+        values: Values of shape (…, images). Values that are not finite are missing and are ignored.
+        resamples: The resamples of `resample_prompts`.
+
+    Returns:
+        Means of shape (…, 1 + draws): the estimate, followed by the resamples. The means of resamples are NaN if fewer
+        than two prompts have values.
     """
     member = resamples.prompt[:, None] == np.arange(resamples.counts.shape[1])
     measured = np.isfinite(values)
     sums = np.where(measured, values, 0.0) @ member
     sizes = measured.astype(np.float64) @ member
-    with np.errstate(invalid="ignore"):  # 0/0: a draw in which nothing was measured
+    with np.errstate(invalid="ignore"):  # 0/0 if a resample has no values
         means = (sums @ resamples.counts.T) / (sizes @ resamples.counts.T)
     means[(sizes > 0).sum(-1) < 2, 1:] = np.nan
     return means
 
 
 def percentile_interval(means: np.ndarray) -> Interval:
-    """Of (1 + draws,) values the first, with the percentiles 2.5 and 97.5 of the others (NaN where there are none)."""
+    """Return element 0 of (1 + draws,) means with the 2.5 and 97.5 percentiles of the others, NaN if none is finite."""
     drawn = means[1:][np.isfinite(means[1:])]
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return Interval(mean=float(means[0]), low=float(low), high=float(high))
 
 
 def deviation_within(values: Sequence[float] | np.ndarray, prompts: Sequence[str]) -> float:
-    """The standard deviation among the values of one prompt: σ² is the mean over prompts of their sample variance.
+    """Return the standard deviation σ within prompts: σ² is the mean over prompts of the sample variance.
 
-    Values that are not finite are left out, and prompts with fewer than two; NaN where no prompt is left.
+    Values that are not finite are ignored, and so are prompts with fewer than two finite values. The result is NaN if
+    no prompt remains.
     """
     table = pd.DataFrame({"value": np.asarray(values, dtype=float), "prompt": list(prompts)})
     finite = table[np.isfinite(table["value"])]
     return float(finite.groupby("prompt")["value"].var(ddof=1).mean() ** 0.5)
+
+
+def _prompt_index(prompts: Sequence[str]) -> np.ndarray:
+    """Index of each image's prompt among the distinct prompts, of which there must be two or more."""
+    names, index = np.unique(np.asarray(prompts), return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} distinct prompts; a bootstrap over prompts needs at least two prompts")
+    return index

@@ -1,11 +1,11 @@
-"""Functions from Python files of the user, imported as `python path/to/file.py` would run them.
+"""Functions from Python files of the user, which are imported as `python path/to/file.py` runs them.
 
-The folder of a file becomes a package of its own below this module, `stepfuse.rewards.user_code.FOLDER`, where FOLDER
-is the folder's path in base 32. Its modules import one another by their plain names, as scripts of one folder do, when
-they are loaded as well as later within functions. Nothing else in the process sees these names: a file `data.py` or
-`datasets.py` beside a reward replaces no module of a library, and two folders may each hold a `helper.py`. The package
-and its modules are importable by their full names in every process that has stepfuse, so what they define can be
-pickled and sent to other processes.
+The folder of a file becomes a package below this module, `stepfuse.rewards.user_code.FOLDER`, where FOLDER is the
+folder's path in base 32. Modules of the folder import each other by their plain names, as scripts of one folder do,
+both while they are loaded and later within functions. Other code in the process does not see these names: a file
+`data.py` or `datasets.py` beside a reward does not replace a module of a library, and two folders may each hold a
+`helper.py`. The package and its modules can be imported by their full names in every process that has stepfuse, so
+objects they define can be pickled and sent to other processes.
 """
 
 import base64
@@ -24,29 +24,33 @@ from typing import Any
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
 
-__path__: list[str] = []  # a module with a path can have submodules
+__path__: list[str] = []  # makes this module a package
 
-_loaded: dict[str, tuple[int, int]] = {}  # by module: time and size of its file when it was read
+_loaded: dict[str, tuple[int, int]] = {}  # modification time and size of each module's file when it was loaded
 
 
 def load_function(file: str, function: str) -> Callable[..., Any]:
-    """A function, or another callable, of a Python file.
+    """Load a function, or another callable, from a Python file.
 
-    The file is run once in a process, and again only where it has changed since.
+    The file is executed once per process, and again if it has changed.
+
+    Args:
+        file: Path of the file.
+        function: Name of the function.
 
     Raises:
-        ValueError: for a file that is not there or cannot be run, naming the line at fault, and for a function that it
-            lacks, naming the nearest one.
+        ValueError: If the file is missing, it raises an exception (the message names the line), or it has no such
+            function (the message suggests a similar name).
     """
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"no reward file {file_name(file)!r}{': it is a folder' if path.is_dir() else ''}")
+        raise ValueError(f"no Python file {file_name(file)!r}{': it is a folder' if path.is_dir() else ''}")
     module = _load(path.resolve())
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise ValueError(f"{file_name(file)} has no function {function!r}{nearest(function, names)}")
-    return found
+    return loaded
 
 
 def _load(path: Path) -> ModuleType:
@@ -61,45 +65,45 @@ def _load(path: Path) -> ModuleType:
         for other in [other for other in sys.modules if other.startswith(f"{package}.")]:
             del sys.modules[other]
     if str(folder) not in sys.path:
-        sys.path.append(str(folder))  # last, for importlib.import_module and pickles that name modules of the folder
+        sys.path.append(str(folder))  # for importlib.import_module and pickles that name modules of the folder
     before = set(sys.modules)
     try:
         importlib.import_module(package)
         module = importlib.util.module_from_spec(_spec(name, path))
-        sys.modules[name] = module  # before it runs: dataclasses and pickles look there
+        sys.modules[name] = module  # before it runs, because dataclasses and pickle look it up
         assert module.__spec__ is not None
         assert module.__spec__.loader is not None
         module.__spec__.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         for other in [other for other in sys.modules if other.startswith(f"{package}.") and other not in before]:
             del sys.modules[other]
-        raise ValueError(f"{file_name(path)} cannot be run: {_describe(error, folder)}") from error
+        raise ValueError(f"{file_name(path)} cannot be imported: {_describe(error, folder)}") from error
     _loaded[name] = state
     return module
 
 
-def line_at_fault(error: BaseException) -> str:
-    """The last line of the user's files that an error passed, as `file.py, line 3`; empty where it passed none."""
+def user_line(error: BaseException) -> str:
+    """Return the last line of a user's file in a traceback, as `file.py, line 3`, or an empty string."""
     frames = [
         (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
         for frame, line in traceback.walk_tb(error.__traceback__)
     ]
-    theirs = [(file, line) for name, file, line in frames if str(name).startswith(f"{__name__}.")]
-    return f"{file_name(Path(theirs[-1][0]).name)}, line {theirs[-1][1]}" if theirs else ""
+    user_frames = [(file, line) for name, file, line in frames if str(name).startswith(f"{__name__}.")]
+    return f"{file_name(Path(user_frames[-1][0]).name)}, line {user_frames[-1][1]}" if user_frames else ""
 
 
 def _describe(error: BaseException, folder: Path) -> str:
-    """An error on one line, with the last line of the user's files that it passed."""
+    """The error on one line, with the last line of the user's files in its traceback."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
     if isinstance(error, SyntaxError) and error.filename and error.lineno:
         text = f"{type(error).__name__}: {error.msg}"
-        return f"{_place(error.filename, error.lineno, folder)}: {text}"
+        return f"{_location(error.filename, error.lineno, folder)}: {text}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if folder in Path(frame.filename).parents]
-    return f"{_place(theirs[-1].filename, theirs[-1].lineno, folder)}: {text}" if theirs else text
+    user_frames = [frame for frame in frames if folder in Path(frame.filename).parents]
+    return f"{_location(user_frames[-1].filename, user_frames[-1].lineno, folder)}: {text}" if user_frames else text
 
 
-def _place(file: str, line: int | None, folder: Path) -> str:
+def _location(file: str, line: int | None, folder: Path) -> str:
     path = Path(file)
     return f"{file_name(path.relative_to(folder) if folder in path.parents else path)}, line {line}"
 
@@ -120,10 +124,10 @@ def _spec(name: str, path: Path) -> importlib.machinery.ModuleSpec:
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Runs a file of the user, whose imports look in its folder first."""
+    """Execute a file of the user, whose imports search its folder first."""
 
     def get_code(self, fullname: str) -> Any:
-        """Compiled anew, without a cache: a file that was edited within a second is another."""
+        """Compile without a bytecode cache, which does not notice an edit within the same second."""
         return self.source_to_code(self.get_data(self.path), self.path)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -133,7 +137,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 def _importer(package: str) -> Callable[..., ModuleType]:
-    """`__import__` for the modules of a folder."""
+    """Return the function `__import__` for the modules of a folder."""
     folder = _decode(package.rpartition(".")[2])
 
     def import_module(
@@ -144,7 +148,7 @@ def _importer(package: str) -> Callable[..., ModuleType]:
         level: int = 0,
     ) -> ModuleType:
         top = name.partition(".")[0]
-        if level or not _is_neighbour(top, folder):
+        if level or not _is_in_folder(top, folder):
             return builtins.__import__(name, globals, locals, fromlist or (), level)
         leaf = builtins.__import__(f"{package}.{name}", globals, locals, fromlist or (), 0)
         return leaf if fromlist else sys.modules[f"{package}.{top}"]
@@ -152,23 +156,23 @@ def _importer(package: str) -> Callable[..., ModuleType]:
     return import_module
 
 
-def _is_neighbour(name: str, folder: Path) -> bool:
+def _is_in_folder(name: str, folder: Path) -> bool:
     """Whether `import name` in a script of this folder finds a module of the folder."""
     if name in sys.builtin_module_names:
         return False
     spec = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
     if spec is None:
         return False
-    if spec.origin is None:  # a folder without __init__.py, which any other module of its name precedes
-        return all(str(folder) == os.path.dirname(place) for place in _found_elsewhere(name))
+    if spec.origin is None:  # a namespace package, which any other module of the same name precedes
+        return all(str(folder) == os.path.dirname(path) for path in _module_paths(name))
     return True
 
 
-def _found_elsewhere(name: str) -> list[str]:
-    """Where the folder of a namespace package lies, or the file of another module."""
+def _module_paths(name: str) -> list[str]:
+    """The folders of a namespace package, or the file of another module."""
     try:
         spec = importlib.util.find_spec(name)
-    except ValueError:  # a module without a specification, such as __main__
+    except ValueError:  # a module without a spec, such as __main__
         return [name]
     if spec is None:
         return []
@@ -176,7 +180,7 @@ def _found_elsewhere(name: str) -> list[str]:
 
 
 class _Finder:
-    """Finds the packages of folders and their modules by their full names."""
+    """Find the packages of folders and their modules by their full names."""
 
     @staticmethod
     def find_spec(
@@ -190,7 +194,7 @@ class _Finder:
             return spec
         found = importlib.machinery.PathFinder.find_spec(name, path)
         if found is None or not isinstance(found.loader, importlib.machinery.SourceFileLoader):
-            return found  # none, a namespace package, or an extension module
+            return found  # missing, a namespace package, or an extension module
         assert found.origin is not None
         spec = _spec(name, Path(found.origin))
         spec.submodule_search_locations = found.submodule_search_locations

@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, describe_base
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
-from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE, load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set

@@ -202,7 +202,7 @@ WRITERS = """
 import sys
 from pathlib import Path
 from diffusers import UNet2DConditionModel
-from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.lora.export import FORMATS
 from stepfuse.fuse.sets.exchange import export_adapter
 from stepfuse.fuse.sets.create import create_set

@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.data.output_folder import WORK
-from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE
 from stepfuse.fuse.sets.adapter_set import load_set

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.rewards.catalogue import size_label
+from stepfuse.data.file_info import size_label
 from stepfuse.rewards.registry import REWARDS, load_reward
 from stepfuse.scripts.benchmark.rewards import OURS, parity_table, reward_table
 

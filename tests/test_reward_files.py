@@ -101,7 +101,7 @@ def test_folders_and_files_that_are_not_there_are_named(folder):
         ("reward: colourfulness\nclip: [1]", "clip"),
         ("reward: colourfulness\ndtype: float8", "dtype"),
         ("reward: beauty", "beauty"),
-        ("reward: mine.yaml", "reward file too"),
+        ("reward: mine.yaml", "another reward file"),
         ("dtype: bfloat16\nworker: {function: a.py:b}", "bfloat16"),
         ("worker: {function: a.py:b, start_timeout: 0}", "start_timeout"),
         ("reward: [", "YAML"),

@@ -97,18 +97,18 @@ def test_a_picture_that_cannot_be_read_is_named(kind, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 91), (91, 40), (33, 32), (32, 35), (1, 1), (3, 50)])
-@pytest.mark.parametrize("rounded", [False, True])
-def test_resizing_is_pils_to_the_last_bit(size, rounded):
+@pytest.mark.parametrize("round_margins", [False, True])
+def test_resizing_is_pils_to_the_last_bit(size, round_margins):
     array = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
     height, width = size
     target = (32, int(32 * width / height)) if height <= width else (int(32 * height / width), 32)
     resized = Image.fromarray(array).resize(target[::-1], Image.Resampling.BICUBIC)
     spare = ((target[0] - 32) / 2, (target[1] - 32) / 2)
-    top, left = (round(s) if rounded else int(s) for s in spare)
+    top, left = (round(s) if round_margins else int(s) for s in spare)
     expected = np.asarray(resized)[top : top + 32, left : left + 32]
-    found = resize_and_crop(pixels(array), 32, rounded=rounded)
+    found = resize_and_crop(pixels(array), 32, round_margins=round_margins)
     assert torch.equal(found, pixels(expected))
-    assert resize_and_crop(pixels(array).requires_grad_(True), 32, rounded=rounded).requires_grad
+    assert resize_and_crop(pixels(array).requires_grad_(True), 32, round_margins=round_margins).requires_grad
 
 
 @pytest.mark.parametrize("size", [(64, 64), (40, 91), (3, 50)])

@@ -111,12 +111,12 @@ def test_a_wrong_token_is_refused_and_says_where_it_is_taken_from(token, serve, 
     monkeypatch.setenv("STEPFUSE_REWARD_TOKEN", token)
     large = torch.zeros(16, 3, 640, 640)  # 20 MB, more than a socket holds: the answer must be read all the same
     for images in (IMAGES, large):
-        with refused(url, "refuses the token", "STEPFUSE_REWARD_TOKEN"):
+        with refused(url, "rejects the token", "STEPFUSE_REWARD_TOKEN"):
             load_reward(url)(images, [""] * len(images))
     if token:
         (tmp_path / "token").write_text(token)
         (tmp_path / "there.yaml").write_text(f"http: {{url: '{url}', token_file: token}}")
-        with refused(url, "refuses the token", "token"):
+        with refused(url, "rejects the token", "token"):
             load_reward(str(tmp_path / "there.yaml"))(IMAGES, PROMPTS)
     assert post(url, message(), token=token)[0] == 401
     assert not called

@@ -99,8 +99,8 @@ SOCKET = "os.write(int(sys.argv[1]), b'what is this?' * 9)"
 FAULTS = {
     "killed": ("print('out of memory', flush=True); os.kill(os.getpid(), 9)", "SIGKILL", "out of memory"),
     "ends": ("print('bye', flush=True); os._exit(3)", "exit status 3", "bye"),
-    "hangs": ("print('thinking', flush=True); time.sleep(600)", "no answer in 2 s", "thinking"),
-    "garbage": (f"print('hm', flush=True); {SOCKET}; time.sleep(600)", "no answer", "hm"),
+    "hangs": ("print('thinking', flush=True); time.sleep(600)", "did not answer within 2 s", "thinking"),
+    "garbage": (f"print('hm', flush=True); {SOCKET}; time.sleep(600)", "invalid response", "hm"),
     "segfault": ("import ctypes; ctypes.string_at(0)", "SIGSEGV", "nothing"),
 }
 
@@ -116,7 +116,7 @@ def test_a_worker_that_fails_once_is_started_again_and_no_score_is_lost_or_moved
 def test_a_worker_that_fails_twice_is_an_error_with_its_last_output(fault, worker):
     code, how, output = FAULTS[fault]
     reward = worker(telling(ALWAYS + code + "\n"), timeout=2.0)
-    with refused("'mine'", how, output, "images 3 to 5", "restart"):
+    with refused("'mine'", how, output, "images 3 to 5", "twice"):
         reward(IMAGES, PROMPTS)
     # The next batch gets a fresh one.
     assert reward(IMAGES[:2], PROMPTS[:2]).tolist() == EXPECTED[:2].float().tolist()
@@ -124,7 +124,7 @@ def test_a_worker_that_fails_twice_is_an_error_with_its_last_output(fault, worke
 
 @pytest.mark.parametrize("text", ["b'SFR1' + b'\\xff' * 4", "b'SFR1\\x02\\x00\\x00\\x00{}'", "b'\\x00' * 8"])
 def test_bytes_that_are_no_message_are_garbage_whatever_they_are(text, worker):
-    with refused("'mine'", "no answer"):
+    with refused("'mine'", "invalid response"):
         worker(telling(ALWAYS + f"os.write(int(sys.argv[1]), {text}); time.sleep(600)\n"), timeout=2.0)(IMAGES, PROMPTS)
 
 
@@ -175,7 +175,7 @@ def test_arguments_are_for_classes(worker):
 
 
 def test_large_images_go_in_smaller_batches(monkeypatch, worker):
-    monkeypatch.setattr("stepfuse.rewards.worker.messages.BATCH_BYTES", 2 * 5 * 6 * 3)
+    monkeypatch.setattr("stepfuse.rewards.worker.messages.MAX_BATCH_BYTES", 2 * 5 * 6 * 3)
     reward = worker("def reward(images, prompts):\n    return [len(images)] * len(images)\n", batch_size=5)
     assert reward(IMAGES, PROMPTS).tolist() == [2, 2, 2, 2, 2, 2, 1]
 
@@ -304,7 +304,7 @@ def test_an_environment_is_made_once_from_its_requirements_and_kept(cache, tmp_p
         reward = load_reward(str(tmp_path / "mine.yaml"))
         assert reward(IMAGES, PROMPTS).tolist() == [3.0 + 8] * 7
         reward.close()
-    assert capfd.readouterr().err.count("making the environment") == 1
+    assert capfd.readouterr().err.count("creating the environment") == 1
     (folder,) = [path for path in (cache / "environments").iterdir() if path.is_dir()]
     # One that was begun and not finished is made anew.
     (folder / environment.COMPLETE).unlink()

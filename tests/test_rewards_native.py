@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from stepfuse.rewards.hpsv2 import clean, hpsv2
+from stepfuse.rewards.hpsv2 import clean_prompt, hpsv2
 from stepfuse.rewards.image_reward import ImageReward, load_tokenizer
 from stepfuse.rewards.laion_aesthetic import LAIONAesthetic
 from stepfuse.rewards.pickscore import pickscore
@@ -197,7 +197,7 @@ def test_the_tokenizer_of_image_reward_is_that_of_bert():
     ],
 )
 def test_hpsv2_mends_prompts_as_open_clip_does(prompt, cleaned):
-    assert clean(prompt) == cleaned
+    assert clean_prompt(prompt) == cleaned
 
 
 # Files.

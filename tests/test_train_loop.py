@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.checkpoints import read_state

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
@@ -20,7 +21,7 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import peft_config, peft_state
 from stepfuse.fuse.lora.file import IDLE, KNOWN, METADATA, check_fits, open_lora
-from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter

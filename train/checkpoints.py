@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.lora.keys import CHECKPOINT
-from stepfuse.fuse.lora.safe_files import file_hash
 from stepfuse.train.engine import Engine
 
 logger = logging.getLogger(__name__)

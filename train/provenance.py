@@ -5,7 +5,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from stepfuse.fuse.lora.safe_files import file_hash
+from stepfuse.data.file_info import file_hash
 from stepfuse.train.settings import TrainSettings
 
 # They say where a run writes, how fast it is, or what is looked at: not what comes out.

@@ -1,6 +1,5 @@
 """JSON and file names as anybody may have made them: strict, bounded, and no pickle."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -126,8 +125,3 @@ def short(value: Any) -> str:
     """A value as code, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def file_hash(file: Path) -> str:
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

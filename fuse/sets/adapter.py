@@ -14,13 +14,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.lora.factors import read_factors, state_factors
 from stepfuse.fuse.lora.file import check_finite, check_fits, check_parts, open_lora
 from stepfuse.fuse.lora.load import adapter_state, put_on
-from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash, write_json
+from stepfuse.fuse.lora.safe_files import WEIGHTS, write_json
 from stepfuse.fuse.lora.write import save_lora, scale_to_one
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.safe_files import WEIGHTS, file_hash, write_json
+from stepfuse.fuse.lora.safe_files import WEIGHTS, write_json
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.sets.adapter import Adapter

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from stepfuse.data.file_info import size_label
 from stepfuse.data.text_files import read_text
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -51,9 +52,9 @@ class Publication:
         kind = "private" if self.private else "public"
         where = f"{self.repository}, branch {self.revision}" + ("" if self.exists else f" (a new {kind} repository)")
         lines = [f"to {where}, in one commit:"]
-        lines += [f"  {_readable(size):>10}  {name}" for name, size in sizes.items()]
+        lines += [f"  {size_label(size):>10}  {name}" for name, size in sizes.items()]
         lines += [f"  {'deleted':>10}  {name}" for name in self.stale]
-        return "\n".join([*lines, f"  {_readable(sum(sizes.values())):>10}  in all", *self.notes])
+        return "\n".join([*lines, f"  {size_label(sum(sizes.values())):>10}  in all", *self.notes])
 
 
 def prepare(
@@ -208,12 +209,3 @@ def _remote(repository: str, branch: str, private: bool) -> tuple[bool, list[str
             return True, api.list_repo_files(repository, revision=branch)
         except RevisionNotFoundError:
             return True, []
-
-
-def _readable(size: int) -> str:
-    value, unit = float(size), "B"
-    for larger in ("kB", "MB", "GB"):
-        if value < 1000:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,1 +1,1 @@
-"""Rewards in a process, and if need be an environment, of their own."""
+"""Rewards in worker processes, optionally in a separate Python environment."""

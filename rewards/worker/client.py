@@ -1,4 +1,4 @@
-"""A reward whose function runs in a process of its own."""
+"""A reward that runs in a worker process."""
 
 import contextlib
 import json
@@ -17,29 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from stepfuse.rewards.pixels import to_bytes
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.worker.environment import environment_python, last_lines
-from stepfuse.rewards.worker.messages import MessageError, batches, encode, receive, send
+from stepfuse.rewards.worker.messages import MessageError, receive, send
+from stepfuse.rewards.worker.remote import RemoteReward, RequestError
 
 PROCESS = Path(__file__).parent / "process.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSettings:
-    """`worker:` of a reward file.
+    """The key `worker:` of a reward file.
 
     Attributes:
-        function: `file.py:name` or `module:name`: a function of uint8 images (batch, height, width, 3) and prompts that
-            returns a number each, or a class that is made once and called so.
-        requirements: the file its environment is made from; without one it runs in this one.
-        arguments: of the class.
-        python: the interpreter of its environment, python3.10 say; by default this one.
-        batch_size: images a message.
-        timeout: seconds for one batch.
-        start_timeout: seconds until the reward is loaded, downloads among them.
+        function: `file.py:name` or `module:name`. Either a function of uint8 images (batch, height, width, 3) and a
+            list of prompts that returns one score per image, or a class whose instances are called so.
+        requirements: Requirements file of the worker's environment; by default the worker uses this environment.
+        arguments: Keyword arguments of the class.
+        python: Interpreter of the worker's environment, such as python3.10; by default this interpreter.
+        batch_size: Maximum number of images per message.
+        timeout: Seconds that a batch may take.
+        start_timeout: Seconds that loading the reward may take, downloads included.
     """
 
     function: str
@@ -51,146 +50,124 @@ class WorkerSettings:
     start_timeout: float = 1800.0
 
 
-class WorkerReward:
-    """Ask a worker, batch by batch, in order; not differentiable.
+class WorkerReward(RemoteReward):
+    """A reward that runs in a worker process, started at the first call and stopped with this process.
 
-    Images go as the bytes an image file holds. A worker that dies, hangs or sends what is no answer is started again
-    once a batch, and the whole batch is asked anew, so that no score is lost, doubled or attached to another image; a
-    reward that raises is not. The process ends with this one, killed or not.
+    If the worker dies, exceeds its timeout or sends invalid data, it is restarted once per batch. It also ends if this
+    process is killed.
 
     Args:
-        settings: what to run.
-        name: in messages.
-        folder: what its paths are relative to.
+        settings: What the worker runs.
+        name: Name of the reward in error messages.
+        folder: Folder that the paths in the settings are relative to.
 
     Raises:
-        ValueError: for an environment that cannot be made.
+        ValueError: If the environment cannot be created or the function's file is missing.
     """
 
     def __init__(self, settings: WorkerSettings, *, name: str, folder: Path) -> None:
-        self.settings, self.name = settings, name
+        self.settings, self.label, self.batch_size = settings, f"worker {name!r}", settings.batch_size
         requirements = settings.requirements
         self.python = environment_python(folder / requirements, settings.python) if requirements else sys.executable
-        place, colon, function = settings.function.rpartition(":")
-        if not colon or not place or not function:
-            raise ValueError(f"worker {name!r} has the function {settings.function!r}; expected file.py:name")
-        if place.endswith(".py"):
-            place = str((folder / place).resolve())
-            if not Path(place).is_file():
-                raise ValueError(f"worker {name!r}: no file {place}")
-        self.function = f"{place}:{function}"
+        module, colon, function = settings.function.rpartition(":")
+        if not colon or not module or not function:
+            raise ValueError(f"{self.label} has the function {settings.function!r}; expected file.py:name")
+        if module.endswith(".py"):
+            module = str((folder / module).resolve())
+            if not Path(module).is_file():
+                raise ValueError(f"{self.label}: no file {module}")
+        self.function = f"{module}:{function}"
         self._process: _Process | None = None
-        self._count = 0
         self._lock = threading.Lock()
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
-        arrays, values = to_bytes(images), [np.zeros(0)]
         with self._lock:
-            for part in batches(arrays, self.settings.batch_size):
-                values.append(self._ask(arrays[part], list(prompts[part]), part.start))
-        return torch.from_numpy(np.concatenate(values)).float().to(images.device)
+            return super().__call__(images, prompts)
 
     def close(self) -> None:
-        """End the process; the next call starts another."""
+        """Stop the worker. The next call starts another one."""
         with self._lock:
-            self._stop()
+            self.recover()
 
-    def _ask(self, arrays: np.ndarray, prompts: list[str], first: int) -> np.ndarray:
-        problem = ""
-        for _ in range(2):
-            try:
-                process = self._process or self._start()
-                return self._answer(process, arrays, prompts)
-            except TimeoutError:
-                problem = f"gave no answer in {self.settings.timeout:g} s"
-            except MessageError as error:
-                problem = f"sent what is no answer ({error})"
-            except OSError:  # a connection that is closed or broken
-                problem = f"died{self._process.status() if self._process else ''}"
-            said = self._stop()
-        raise ValueError(
-            f"worker {self.name!r} {problem}, and so after a restart, on images {first} to {first + len(arrays) - 1} "
-            f"of the batch; {said}"
-        )
-
-    def _answer(self, process: "_Process", arrays: np.ndarray, prompts: list[str]) -> np.ndarray:
-        self._count += 1
+    def exchange(self, message: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
+        process = self._process or self._start()
         deadline = time.monotonic() + self.settings.timeout
-        send(process.connection, encode({"kind": "score", "id": self._count, "prompts": prompts}, [arrays]), deadline)
-        header, answers = receive(process.connection, deadline)
-        if header.get("id") != self._count:
-            raise MessageError(f"an answer to {header.get('id')!r}, not {self._count}")
-        if header.get("kind") == "failed":
-            raise ValueError(str(header.get("message")))
-        if header.get("kind") != "scores" or len(answers) != 1 or answers[0].shape != (len(arrays),):
-            raise MessageError(f"{header.get('kind')!r} with {[a.shape for a in answers]}")
-        return answers[0]
+        try:
+            send(process.connection, message, deadline)
+            return receive(process.connection, deadline)
+        except TimeoutError as error:
+            raise RequestError(f"did not answer within {self.settings.timeout:g} s") from error
+        except MessageError as error:
+            raise RequestError(f"sent an invalid response ({error})") from error
+        except OSError as error:  # the connection is closed or broken
+            raise RequestError(f"died{process.exit_reason()}") from error
+
+    def recover(self) -> str:
+        """Stop the worker and return the end of its output."""
+        if self._process is None:
+            return "it is not running"
+        self._finalizer.detach()
+        last_output = self._process.stop()
+        self._process = None
+        return last_output
 
     def _start(self) -> "_Process":
         self._process = process = _Process(self.python, self.function, self.settings.arguments)
-        self._finalizer = weakref.finalize(self, process.stop_here)
+        self._finalizer = weakref.finalize(self, process.stop_if_owner)
         try:
             header, _ = receive(process.connection, time.monotonic() + self.settings.start_timeout)
         except (OSError, MessageError) as error:
-            problem = "was not ready in time" if isinstance(error, TimeoutError) else f"did not start{process.status()}"
-            raise _NotStarted(f"worker {self.name!r} {problem}; {self._stop()}") from error
+            if isinstance(error, TimeoutError):
+                problem = f"did not load its reward within {self.settings.start_timeout:g} s"
+            else:
+                problem = f"did not start{process.exit_reason()}"
+            raise ValueError(f"{self.label} {problem}; {self.recover()}") from error
         if header.get("kind") != "ready":
-            self._stop()
-            raise _NotStarted(f"worker {self.name!r} cannot load {self.function}: {header.get('message')}")
+            self.recover()
+            raise ValueError(f"{self.label} cannot load {self.function}: {header.get('message')}")
         return process
-
-    def _stop(self) -> str:
-        """End the process; what it said last."""
-        if self._process is None:
-            return "it did not run"
-        self._finalizer.detach()
-        said = self._process.stop()
-        self._process = None
-        return said
-
-
-class _NotStarted(ValueError):
-    """Starting again would end the same way."""
 
 
 class _Process:
-    """One worker process, its socket, and the file its output goes to."""
+    """A worker process, its socket, and the temporary file that its output is written to."""
 
     def __init__(self, python: str | Path, function: str, arguments: dict[str, Any]) -> None:
         self.owner = os.getpid()
-        self.connection, theirs = socket.socketpair()
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (nameless: nothing stays behind, whoever is killed)
-        with theirs:
+        self.connection, worker_end = socket.socketpair()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (without a name: nothing remains if this process is killed)
+        with worker_end:
             self.process = subprocess.Popen(
-                [str(python), "-u", str(PROCESS), str(theirs.fileno()), function, json.dumps(arguments)],
-                stdin=subprocess.PIPE,  # never written to: it closes when this process ends
+                [str(python), "-u", str(PROCESS), str(worker_end.fileno()), function, json.dumps(arguments)],
+                stdin=subprocess.PIPE,  # nothing is written to it; it closes when this process ends
                 stdout=self.log,
                 stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[worker_end.fileno()],
                 start_new_session=True,
                 env={k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-                | {"PYTHONIOENCODING": "utf-8:backslashreplace"},  # its log is read as UTF-8, whatever the locale
+                | {"PYTHONIOENCODING": "utf-8:backslashreplace"},  # the log is read as UTF-8 in any locale
             )
 
-    def status(self, seconds: float = 5.0) -> str:
-        """How it ended, if it does within some seconds; it is left unreaped, so that its number stays its own."""
+    def exit_reason(self, seconds: float = 5.0) -> str:
+        """How the process ended, as " (SIGKILL)" or " (exit status 3)"; empty if it does not end within some seconds.
+
+        It is not reaped here, so that its process id cannot be reused before `stop`.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             if ended is not None:
-                signalled = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
-                how = signal.Signals(ended.si_status).name if signalled else f"exit status {ended.si_status}"
-                return f" ({how})"
+                by_signal = ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                return f" ({signal.Signals(ended.si_status).name if by_signal else f'exit status {ended.si_status}'})"
             time.sleep(0.01)
         return ""
 
-    def stop_here(self) -> None:
-        """`stop`, unless this is a fork of the process that started it."""
+    def stop_if_owner(self) -> None:
+        """Call `stop`, except in a fork of the process that started the worker."""
         if os.getpid() == self.owner:
             self.stop()
 
     def stop(self) -> str:
-        """Kill it and all it started; the end of its output."""
+        """Kill the worker and the processes it started, and return the end of its output."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,4 +1,4 @@
-"""Environments of workers: made once from a requirements file, and kept."""
+"""Python environments of workers, created once per requirements file and cached."""
 
 import fcntl
 import hashlib
@@ -18,36 +18,39 @@ COMPLETE = "stepfuse-complete"
 
 
 def cache_folder() -> Path:
-    """`STEPFUSE_CACHE`, by default ~/.cache/stepfuse."""
-    given = os.environ.get("STEPFUSE_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
+    """The folder named by the environment variable STEPFUSE_CACHE, by default ~/.cache/stepfuse."""
+    folder = os.environ.get("STEPFUSE_CACHE")
+    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
 
 
 def environment_folder(requirements: Path, python: str | None = None) -> Path:
-    """Where the environment of a requirements file lies, made or not: its name changes with the file's text.
+    """The folder of the environment of a requirements file, which need not exist yet.
+
+    Its name contains a hash of the file's text, the version of Python, and the machine's architecture.
 
     Raises:
-        ValueError: for a file that is not there.
+        ValueError: If the requirements file is missing.
     """
     if not requirements.is_file():
         raise ValueError(f"no requirements file {requirements}")
     version = python or ".".join(map(str, sys.version_info[:3]))
-    what = "\0".join([read_text(requirements), version, platform.machine()])
-    key = hashlib.sha256(what.encode()).hexdigest()[:12]
+    identity = "\0".join([read_text(requirements), version, platform.machine()])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return cache_folder() / "environments" / f"{requirements.stem}-{key}"
 
 
 def environment_python(requirements: Path, python: str | None = None) -> Path:
-    """The interpreter of that environment, which is made first if need be: by uv where there is one, else venv and pip.
+    """Return the interpreter of the environment of a requirements file, and create the environment if it is missing.
 
-    One that was begun and not finished is made anew; two processes that want it make one.
+    It is created with uv if uv is installed, otherwise with venv and pip. An incomplete environment is created again,
+    and a lock prevents two processes from creating it at the same time.
 
     Args:
-        requirements: as pip reads it.
-        python: of another interpreter than this one: a command such as python3.10, or for uv a version.
+        requirements: A requirements file of pip.
+        python: Another interpreter: a command such as python3.10, or a version if uv is installed.
 
     Raises:
-        ValueError: where it cannot be made, with the last lines of the log.
+        ValueError: If the environment cannot be created. The message contains the end of the log.
     """
     folder = environment_folder(requirements, python)
     interpreter = folder / "bin" / "python"
@@ -56,16 +59,16 @@ def environment_python(requirements: Path, python: str | None = None) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot make {folder.parent} ({error.strerror}); set STEPFUSE_CACHE to a folder") from error
-    with _locked(folder.with_name(folder.name + ".lock")):
-        if not ((folder / COMPLETE).is_file() and interpreter.exists()):  # another process may have made it
-            _make(folder, requirements, python)
+        raise ValueError(f"cannot create {folder.parent} ({error.strerror}); set STEPFUSE_CACHE to a folder") from error
+    with _file_lock(folder.with_name(folder.name + ".lock")):
+        if not ((folder / COMPLETE).is_file() and interpreter.exists()):  # another process may have created it
+            _create(folder, requirements, python)
     return interpreter
 
 
-def _make(folder: Path, requirements: Path, python: str | None) -> None:
+def _create(folder: Path, requirements: Path, python: str | None) -> None:
     log = folder.with_name(folder.name + ".log")
-    print(f"making the environment of {requirements} once: {folder} (log: {log})", file=sys.stderr, flush=True)
+    print(f"creating the environment of {requirements} once: {folder} (log: {log})", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     uv = shutil.which("uv")
     if uv:
@@ -77,9 +80,9 @@ def _make(folder: Path, requirements: Path, python: str | None) -> None:
         pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
         commands = [
             [python or sys.executable, "-m", "venv", str(folder)],
-            [*pip, "install", "--no-compile", "-r", str(requirements)],  # most of it is never imported
+            [*pip, "install", "--no-compile", "-r", str(requirements)],  # most modules are never imported
         ]
-    # What this environment's variables point to is not in the worker's.
+    # These variables point to modules of this environment, which the worker must not import.
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     with open(log, "w+b") as output:
         for command in commands:
@@ -93,14 +96,14 @@ def _make(folder: Path, requirements: Path, python: str | None) -> None:
             if status:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise ValueError(
-                    f"the environment of {requirements} could not be made: {' '.join(command[:4])} … ended with "
+                    f"cannot create the environment of {requirements}: {' '.join(command[:4])} … failed with "
                     f"{status}; {last_lines(output)} (log: {log})"
                 )
     (folder / COMPLETE).touch()
 
 
 def last_lines(log: IO[bytes], count: int = 4) -> str:
-    """The end of a log, on one line."""
+    """The last lines of a log, joined to one line."""
     log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
     text = log.read().decode(errors="replace")
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
@@ -108,8 +111,8 @@ def last_lines(log: IO[bytes], count: int = 4) -> str:
 
 
 @contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone among processes; a lock ends with the process that holds it."""
+def _file_lock(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes. The system releases it when the process ends."""
     with open(file, "wb") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,8 @@
-"""The worker's own process: `python process.py SOCKET FUNCTION ARGUMENTS`, started by client.py.
+"""The program of a worker process: `python process.py SOCKET FUNCTION ARGUMENTS`, started by client.py.
 
-It runs in the environment of the reward, where there is no stepfuse: the standard library and numpy alone. FUNCTION is
-`path/to/file.py:name` or `module:name`; a class is made once, with ARGUMENTS as keywords.
+It runs in the environment of the reward, where stepfuse is not installed, so it imports only the standard library and
+numpy. FUNCTION is `path/to/file.py:name` or `module:name`. A class is instantiated once, with the JSON object ARGUMENTS
+as keyword arguments.
 """
 
 import contextlib
@@ -23,23 +24,23 @@ _LOADERS = ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_exter
 
 
 def main() -> None:
-    """Answer batches until the socket closes."""
+    """Load the reward and score batches until the socket is closed."""
     descriptor, function, arguments = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    _watch(descriptor)
+    _fork_watchdog(descriptor)
     messages = _load_file(
         "stepfuse_worker_messages", os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py")
     )
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     try:
-        reward = _find(function)
+        reward = _load_function(function)
         if isinstance(reward, type):
             reward = reward(**arguments)
         elif arguments:
-            raise ValueError(f"arguments for {function}, which is a function; expected a class")
+            raise ValueError(f"{function} is a function, and arguments are given; expected a class")
     except BaseException as error:
         traceback.print_exc()
-        messages.send(connection, messages.encode({"kind": "broken", "message": _line(error)}))
+        messages.send(connection, messages.encode({"kind": "broken", "message": _describe(error)}))
         return
     messages.send(connection, messages.encode({"kind": "ready"}))
     while True:
@@ -47,10 +48,10 @@ def main() -> None:
             header, arrays = messages.receive(connection)
         except ConnectionError:
             return
-        messages.send(connection, _answer(messages, reward, header, arrays))
+        messages.send(connection, _score(messages, reward, header, arrays))
 
 
-def _answer(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> bytes:
+def _score(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> bytes:
     import numpy as np
 
     try:
@@ -59,15 +60,16 @@ def _answer(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays:
             raise ValueError(f"returned {values.shape} for {len(arrays[0])} images; expected ({len(arrays[0])},)")
     except Exception as error:
         traceback.print_exc()
-        return messages.encode({"kind": "failed", "id": header["id"], "message": _line(error)})
+        return messages.encode({"kind": "failed", "id": header["id"], "message": _describe(error)})
     return messages.encode({"kind": "scores", "id": header["id"]}, [values])
 
 
-def _watch(descriptor: int) -> None:
-    """Fork a process that ends this one and all it started when the parent is gone, kill -9 or not.
+def _fork_watchdog(descriptor: int) -> None:
+    """Fork a process that kills this process group when the parent has ended, even by SIGKILL.
 
-    The parent's end of standard input closes then. A process, for a thread would wait for whatever holds the
-    interpreter; and the parent is looked for too, since a process it forked may hold that end as well.
+    The watchdog detects the end of the parent by the end of standard input. It also checks every second whether the
+    parent exists, because a fork of the parent may keep standard input open. A thread would not do, because extension
+    code can hold the interpreter's lock.
     """
     parent = os.getppid()
     if os.fork():
@@ -79,34 +81,34 @@ def _watch(descriptor: int) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _find(function: str) -> Any:
-    place, _, name = function.rpartition(":")
-    module = _load_reward(os.path.realpath(place)) if place.endswith(".py") else importlib.import_module(place)
-    found = getattr(module, name, None)
-    if not callable(found):
+def _load_function(function: str) -> Any:
+    source, _, name = function.rpartition(":")
+    module = _load_user_file(os.path.realpath(source)) if source.endswith(".py") else importlib.import_module(source)
+    loaded = getattr(module, name, None)
+    if not callable(loaded):
         close = difflib.get_close_matches(name, [n for n, value in vars(module).items() if callable(value)], n=1)
-        raise ValueError(f"{place} has no function {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    return found
+        raise ValueError(f"{source} has no function {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+    return loaded
 
 
-def _load_reward(file: str) -> ModuleType:
-    """Run a file of the user as `python file.py` would, with the modules beside it before those that are installed.
+def _load_user_file(file: str) -> ModuleType:
+    """Run a file of the user as `python file.py` would, where modules of its folder precede installed modules.
 
-    An installed module that has the file's own name is excepted: `hpsv2.py` may be a reward made with `hpsv2`.
+    An installed module that has the name of the file can still be imported: `hpsv2.py` may import the package `hpsv2`.
     """
     folder, stem = os.path.dirname(file), os.path.splitext(os.path.basename(file))[0]
     installed = stem in sys.modules or "." in stem or importlib.util.find_spec(stem) is not None
 
-    class Neighbours:
+    class FolderFinder:
         @staticmethod
         def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
             if path is not None or name == stem or name in sys.builtin_module_names:
                 return None
             spec = importlib.machinery.PathFinder.find_spec(name, [folder])
-            return spec if spec is not None and spec.origin is not None else None  # no folder without __init__.py
+            return spec if spec is not None and spec.origin is not None else None  # no namespace packages
 
-    sys.meta_path.insert(0, Neighbours)
-    sys.path.append(folder)  # for processes that the reward starts, too
+    sys.meta_path.insert(0, FolderFinder)
+    sys.path.append(folder)  # also for processes that the reward starts
     return _load_file("stepfuse_worker_" + stem.replace(".", "_") if installed else stem, file)
 
 
@@ -115,24 +117,25 @@ def _load_file(name: str, file: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses and pickles look there
+    sys.modules[name] = module  # before it runs, because dataclasses and pickle look it up
     spec.loader.exec_module(module)
     return module
 
 
-def _line(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
+    """The error on one line, with the last line of the reward's code that raised it."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    own = os.path.abspath(__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in (own, *_LOADERS)]
+    internal = (os.path.abspath(__file__), *_LOADERS)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in internal]
     return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})" if frames else text
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder: its names are not the environment's
+    sys.path.pop(0)  # the folder of this file, whose modules must not hide those of the environment
     try:
         main()
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
-        os.killpg(os.getpgrp(), signal.SIGKILL)  # and with it all that the reward started
+        os.killpg(os.getpgrp(), signal.SIGKILL)  # includes the processes that the reward started
