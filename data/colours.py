@@ -1,11 +1,11 @@
-"""Colour × object prompts for models of Stable Diffusion's size, in the spirit of DPOK and Diffusion Blend.
+"""Prompts of coloured objects for models such as Stable Diffusion, similar to those of DPOK and Diffusion Blend.
 
-"A green dog." and "A green dog and a red car.", split by their (colour, object) pairs: no pair of
-one split occurs in the other, alone or beside a second object, while every colour and every object
-occurs in both. What is held out asks for new combinations of parts that were all trained on.
+Prompts such as "A green dog." and "A green dog and a red car." are split by their (colour, object) pairs. No pair of
+one split occurs in the other split, and every colour and every object occurs in both. The held-out prompts therefore
+combine known colours and objects in new ways.
 """
 
-# DPOK (arXiv:2305.16381, section 5) trains on one prompt each for colour, composition, count and location.
+# DPOK (arXiv:2305.16381, section 5) trains on one prompt each for colour, composition, counting and location.
 DPOK_PROMPTS = (
     "A green colored rabbit.",
     "A cat and a dog.",
@@ -15,7 +15,7 @@ DPOK_PROMPTS = (
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
-# Of COCO's 80 classes, those of one word whose colour people choose or that come in several.
+# Classes of COCO with one-word names, of objects that exist in several colours.
 OBJECTS = (
     *("bird", "cat", "dog", "horse", "cow"),
     *("bicycle", "car", "bus", "boat", "train"),
@@ -23,17 +23,18 @@ OBJECTS = (
     *("vase", "clock", "backpack", "umbrella", "suitcase"),
 )
 
-# How far behind the first object the second one stands in OBJECTS; 0 is no second one. None is a multiple of 10, or
-# the two would share a colour; no two sum to 20, or a prompt would return with its objects swapped.
+# Difference of the indices of the second and the first object in OBJECTS; 0 means there is no second object. No shift
+# is a multiple of 10, because both objects would have one colour. No two shifts sum to 20, because a prompt would occur
+# again with its objects swapped.
 SHIFTS = (0, 1, 2, 4, 7)
 
 
 def colour_prompts(*, held_out: bool) -> list[str]:
-    """The 800 prompts of the training split, or the 200 of the held-out one.
+    """Return the 800 prompts of the training split or the 200 prompts of the held-out split.
 
-    Object i has colour j on the diagonal (i + j) mod 10 of a Latin square, whose diagonals 0 and 5 are held out:
-    2 of 10 colours for every object, 4 of 20 objects for every colour. The second object of a prompt is taken from
-    the diagonal of the first, so both are of one split. A fifth of the prompts, the first ones, have one object.
+    The pair of object i and colour j is on the diagonal (i + j) mod 10 of a Latin square. Diagonals 0 and 5 are held
+    out, which are 2 of 10 colours of every object and 4 of 20 objects of every colour. Both objects of a prompt are on
+    the same diagonal, so they belong to the same split. The first fifth of the prompts has one object.
     """
     pairs = [
         (i, diagonal)

@@ -1,8 +1,8 @@
-"""The emoji world of the embedded base: concepts, captions, backgrounds and their rendering.
+"""The data of the embedded base: concepts, captions, background colours, and the rendering of images.
 
-A picture is one Noto emoji on a coloured background; its caption is "a red apple on a blue
-background". Every concept holds out two of the twelve background colours: those captions
-are never trained on, and they are what evaluations prompt with.
+An image shows one Noto emoji on a coloured background, and its caption is, for example, "a red apple on a blue
+background". For every concept, two of the twelve background colours are held out: captions with these are not used in
+training, and evaluations use them as prompts.
 """
 
 import csv
@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class EmojiPrompt:
-    """One concept on one background. `held_out` prompts are never trained on."""
+    """One concept on one background. Prompts with `held_out` are not used in training."""
 
     concept: str
     background: str
@@ -49,6 +49,7 @@ class EmojiPrompt:
 
     @property
     def caption(self) -> str:
+        """The text of the prompt."""
         return f"{_article(self.concept)} {self.concept} on {_article(self.background)} {self.background} background"
 
 
@@ -58,14 +59,14 @@ def _article(noun: str) -> str:
 
 @cache
 def concepts() -> dict[str, str]:
-    """Concept phrase → short name in the emoji package, in the order of `concepts.csv`."""
+    """Map each concept to its short name in the emoji package, in the order of `concepts.csv`."""
     with open(FOLDER / "concepts.csv", newline="", encoding="utf-8") as file:
         return {row["phrase"]: row["short_name"] for row in csv.DictReader(file)}
 
 
 @cache
 def prompts() -> tuple[EmojiPrompt, ...]:
-    """All concept × background prompts; each concept holds out 2 of the 12 backgrounds."""
+    """Return the prompts of all concepts and backgrounds; 2 of the 12 backgrounds of each concept are held out."""
     return tuple(
         EmojiPrompt(concept=concept, background=background, held_out=(i + j) % 6 == 0)
         for i, concept in enumerate(concepts())
@@ -74,20 +75,20 @@ def prompts() -> tuple[EmojiPrompt, ...]:
 
 
 def captions(*, held_out: bool) -> list[str]:
-    """The captions of the training split, or those of the held-out one."""
+    """Return the captions of the training split or of the held-out split."""
     return [prompt.caption for prompt in prompts() if prompt.held_out == held_out]
 
 
 def render(emoji: Image.Image, background: str, generator: torch.Generator) -> Image.Image:
-    """Draw an RGBA emoji on a background, with random size, place, shade and texture.
+    """Draw an emoji on a background, with random size, position, shade and texture.
 
     Args:
-        emoji: RGBA picture of the concept.
-        background: a name in `BACKGROUNDS`.
-        generator: source of all randomness.
+        emoji: RGBA image of the concept.
+        background: A name in `BACKGROUNDS`.
+        generator: Generator of all random numbers.
 
     Returns:
-        RGB picture of 64×64 pixels.
+        RGB image of 64×64 pixels.
     """
 
     def uniform(low: float, high: float) -> float:
@@ -102,14 +103,14 @@ def render(emoji: Image.Image, background: str, generator: torch.Generator) -> I
 
 
 def _background(colour: tuple[int, int, int], uniform: Callable[[float, float], float]) -> Image.Image:
-    """A plain, graded or striped ground around one colour."""
+    """Draw a plain, graded or striped background around one colour."""
     shade = uniform(-14, 14)
-    angle, kind = uniform(0, 2 * math.pi), uniform(0, 1)
+    angle, texture = uniform(0, 2 * math.pi), uniform(0, 1)
     axis = torch.linspace(-1, 1, RESOLUTION)
     along = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
-    if kind < 0.5:
+    if texture < 0.5:
         wave = torch.zeros_like(along)
-    elif kind < 0.75:
+    elif texture < 0.75:
         wave = uniform(12, 30) * along
     else:
         wave = uniform(8, 20) * torch.sin(uniform(8, 16) * along).mul(4).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Pictures from files, encoded bytes and data sets, upright and in RGB."""
+"""Reading images from files, encoded bytes and data sets, and conversion between PIL images and tensors."""
 
 import io
 from pathlib import Path
@@ -12,27 +12,27 @@ from torch import Tensor
 from stepfuse.data.text_files import file_name, printable
 
 PNG = b"\x89PNG\r\n\x1a\n"
-TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # chunks of a PNG that PIL limits, and that do not change its pixels
-ORIENTATIONS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts in which PIL finds EXIF orientations
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")  # PNG chunks whose size PIL limits; they do not affect pixels
+ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")  # texts where PIL reads EXIF orientations
 
 
 def open_picture(source: Path | bytes | Image.Image, name: str | None = None) -> Image.Image:
-    """A picture in RGB, turned as its EXIF orientation says.
+    """Read an image in RGB, rotated and flipped by its EXIF orientation.
 
-    As diffusers' training scripts and reward packages do, by PIL's `convert("RGB")`: palettes are looked up and
-    transparency is dropped. 16-bit grays are scaled to 8 bits, where PIL alone would cut them off. Of an animation it
-    is the first frame. Texts and colour profiles of a PNG that are larger than PIL's limits, such as the workflows that
-    ComfyUI saves, are not read.
+    Images are converted by PIL's `convert("RGB")`, as diffusers' training scripts and reward packages do: palettes are
+    looked up, and transparency is discarded. 16-bit grayscale is scaled to 8 bits, where PIL alone would clip it. Only
+    the first frame of an animation is read. PNG texts and colour profiles that exceed PIL's limits, such as the
+    workflows that ComfyUI saves, are ignored.
 
     Args:
-        source: a file, what a file holds, or a picture.
-        name: what the picture is called in an error message; by default the file.
+        source: Path of a file, the content of a file, or an image.
+        name: Name of the image in error messages; by default the path.
 
     Raises:
-        ValueError: for a file that is missing or holds no picture, a picture that is cut off, damaged, empty or too
-            large, and one of floats, whose range is not known.
+        ValueError: If the file is missing or is not an image, if the image is truncated, corrupt, empty or too large,
+            or if its pixels are floats, whose range is unknown.
     """
-    name = name or (file_name(source) if isinstance(source, Path) else "the picture")
+    name = name or (file_name(source) if isinstance(source, Path) else "the image")
     try:
         if isinstance(source, Image.Image):
             return _upright(source)
@@ -46,10 +46,10 @@ def open_picture(source: Path | bytes | Image.Image, name: str | None = None) ->
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no such file") from None
     except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is no picture that can be read: its format is not known") from error
-    except Exception as error:  # of a damaged file, PIL raises whatever its decoder runs into
+        raise ValueError(f"{name} is not a readable image: unknown format") from error
+    except Exception as error:  # the decoders of PIL raise many types of exception for corrupt files
         reason = " ".join(printable(error).split()) or type(error).__name__
-        raise ValueError(f"{name} is no picture that can be read: {reason}") from error
+        raise ValueError(f"{name} is not a readable image: {reason}") from error
 
 
 def _read(source: Path | io.BytesIO) -> Image.Image:
@@ -58,42 +58,42 @@ def _read(source: Path | io.BytesIO) -> Image.Image:
 
 
 def _without_texts(data: bytes) -> bytes:
-    """A PNG without its colour profile and its texts, except those that may hold an EXIF orientation."""
+    """Remove the colour profile and the texts of a PNG, except texts that may hold an EXIF orientation."""
     kept, start = [PNG], len(PNG)
     while start < len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, kind, content and checksum
-        kind, content = data[start + 4 : start + 8], data[start + 8 : end - 4]
-        if kind not in TEXTS or content.startswith(ORIENTATIONS):
+        end = start + 12 + int.from_bytes(data[start : start + 4])  # length, chunk type, content and checksum
+        chunk_type, content = data[start + 4 : start + 8], data[start + 8 : end - 4]
+        if chunk_type not in TEXT_CHUNKS or content.startswith(ORIENTATION_TEXTS):
             kept.append(data[start:end])
         start = end
     return b"".join(kept)
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    if 0 in picture.size:
-        raise ValueError(f"it is empty, {picture.width} × {picture.height} pixels")
-    if picture.mode == "F":
-        raise ValueError("it holds floats; save it with 8 or 16 bits a channel")
-    picture.load()
-    turned = ImageOps.exif_transpose(picture)
-    assert turned is not None
-    if turned.mode.startswith("I"):
-        return Image.fromarray(
-            (np.asarray(turned).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8)
-        ).convert("RGB")
-    if turned.mode == "P" and isinstance(turned.info.get("transparency"), bytes):
-        turned = turned.convert("RGBA")  # PIL warns of the direct conversion, whose colours are the same
-    return turned.convert("RGB")
+def _upright(image: Image.Image) -> Image.Image:
+    """The image in RGB, transposed by its EXIF orientation."""
+    if 0 in image.size:
+        raise ValueError(f"the image is empty ({image.width} × {image.height} pixels)")
+    if image.mode == "F":
+        raise ValueError("its pixels are floats; save it with 8 or 16 bits per channel")
+    image.load()
+    upright = ImageOps.exif_transpose(image)
+    assert upright is not None
+    if upright.mode.startswith("I"):
+        gray = (np.asarray(upright).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8)
+        return Image.fromarray(gray).convert("RGB")
+    if upright.mode == "P" and isinstance(upright.info.get("transparency"), bytes):
+        upright = upright.convert("RGBA")  # avoids a warning of PIL; the colours are the same
+    return upright.convert("RGB")
 
 
 def to_image(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
-    """Pixels in [0, 1] → PIL."""
+    """Convert pixels in [0, 1] to an 8-bit PIL image, rounded to nearest."""
     array = pixels.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
     return Image.fromarray(array.numpy())
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
-    """PIL → pixels in [0, 1]."""
+    """Convert a PIL image to RGB pixels in [0, 1]."""
     rgb = image.convert("RGB")
     data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
     return data.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div(255)

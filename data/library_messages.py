@@ -1,4 +1,4 @@
-"""Importing and loading diffusers' pipelines without the libraries' messages about what is supported here."""
+"""Importing diffusers' pipelines and loading models without irrelevant log messages of diffusers and transformers."""
 
 import logging
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ TRUNCATION = ("your input was truncated because CLIP", "Token indices sequence l
 
 @contextmanager
 def without_messages(*parts: str) -> Iterator[None]:
-    """Drop the log records of diffusers and transformers that contain one of these texts; the others are shown."""
+    """Suppress log records of diffusers and transformers that contain one of these texts."""
 
     def wanted(record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -31,14 +31,14 @@ def without_messages(*parts: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_loading(*, progress: bool) -> Iterator[None]:
-    """Load a pipeline without messages about what is supported here.
+    """Suppress messages about options that stepfuse supports while a pipeline is loaded.
 
     Args:
-        progress: show the libraries' progress bars.
+        progress: Whether the progress bars of the libraries are shown.
     """
     shown = [library for library in LIBRARIES if library.is_progress_bar_enabled()]
-    # an AutoencoderTiny in place of an AutoencoderKL, which writes a key that it does not read
-    # and what the error that follows says too
+    # The first two are about AutoencoderTiny, used instead of AutoencoderKL; it saves a key that it does not read. The
+    # third is repeated by the exception that follows it.
     parts = ("Expected types for vae", "were passed to AutoencoderTiny, but are not expected", "Error no file named")
     with without_messages(*parts):
         if progress:
@@ -53,6 +53,6 @@ def quiet_loading(*, progress: bool) -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-with without_messages("requires torchvision (not installed)"):  # which nothing here uses
+with without_messages("requires torchvision (not installed)"):  # stepfuse does not use torchvision
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents  # noqa: F401

@@ -1,4 +1,4 @@
-"""Prompts from a file, a hub data set, or a set by its name."""
+"""Prompts from a text file, a data set of the hub, or a named prompt set."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,42 +18,46 @@ def load_prompts(
     column: str = "caption",
     seed: int = 0,
 ) -> list[str]:
-    """A list of prompts, in the order of their source.
+    """Load a list of prompts, in the order of their source.
 
     Args:
-        source: a UTF-8 text file with a prompt a line, empty lines left out, or a name in `PROMPT_SETS`: `emoji` are
-            the captions the embedded base was trained on, `emoji-heldout` those it never saw. Either with `:COUNT`
-            behind it is that many of its prompts, evenly spaced: `emoji-heldout:64`.
-        dataset_name: a hub data set, folder or file to take instead, by its split and column. Of a list of captions one
-            is drawn; rows without a caption are passed over, and a line says how many.
-        seed: of that draw.
+        source: A UTF-8 text file with one prompt per line, in which empty lines are skipped, or a name in
+            `PROMPT_SETS`, such as `emoji` (the captions that the embedded base is trained on) and `emoji-heldout` (its
+            held-out captions). With `:COUNT` appended, COUNT evenly spaced prompts: `emoji-heldout:64`.
+        dataset_name: A data set of the hub, a folder or a file, used instead of `source`. If a row has a list of
+            captions, one of them is drawn. Rows without a caption are skipped, and their number is printed.
+        split: Split of the data set.
+        column: Column of the data set that holds the captions.
+        seed: Seed of the draw among several captions.
 
     Raises:
-        ValueError: for a source that is not there, is not UTF-8, holds no prompt, or fewer than COUNT, for a COUNT that
-            is not a whole number of 1 or more, a column that holds no texts, and for a hub that is not reached.
+        ValueError: If the source is missing or is not UTF-8 text, has no prompts or fewer than COUNT, if COUNT is not
+            a positive integer, if the column does not hold strings, or if the hub cannot be reached.
     """
     if dataset_name:
         return _from_dataset(dataset_name, split, column, seed=seed)
-    if _is_there(source):
+    if _exists(source):
         return _load(source)
     if Path(source).is_dir():
-        raise ValueError(f"prompts {file_name(source)!r} is a folder; expected a text file with a prompt a line")
+        raise ValueError(f"prompts {file_name(source)!r} is a folder; expected a text file with one prompt per line")
     name, colon, count = source.rpartition(":")
-    if not _is_there(name):
-        asked = name if colon else source
+    if not _exists(name):
+        unknown = name if colon else source
         raise ValueError(
-            f"no prompts {file_name(asked)!r}; expected a text file with a prompt a line, or one of "
-            f"{', '.join(PROMPT_SETS)}{nearest(asked, PROMPT_SETS)}"
+            f"no prompts {file_name(unknown)!r}; expected a text file with one prompt per line, or one of "
+            f"{', '.join(PROMPT_SETS)}{nearest(unknown, PROMPT_SETS)}"
         )
-    if not count.isdecimal() or int(count) < 1:  # before the hub is asked
-        raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a whole number of 1 or more")
+    if not count.isdecimal() or int(count) < 1:  # checked before anything is downloaded
+        raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a positive integer")
     prompts = _load(name)
     if int(count) > len(prompts):
-        raise ValueError(f"prompts {source!r}: the count is {count}; {name} holds {len(prompts)}")
+        raise ValueError(
+            f"prompts {source!r}: the count is {count}; expected at most {len(prompts)}, the size of {name}"
+        )
     return [prompts[k * len(prompts) // int(count)] for k in range(int(count))]
 
 
-def _is_there(source: str) -> bool:
+def _exists(source: str) -> bool:
     return source in PROMPT_SETS or Path(source).is_file()
 
 
@@ -62,7 +66,7 @@ def _load(source: str) -> list[str]:
         return PROMPT_SETS[source]()
     prompts = [line.strip() for line in read_lines(Path(source)) if line.strip()]
     if not prompts:
-        raise ValueError(f"prompt file {file_name(source)!r} is empty; expected a prompt a line")
+        raise ValueError(f"prompt file {file_name(source)!r} is empty; expected one prompt per line")
     return prompts
 
 
@@ -75,12 +79,12 @@ def _from_dataset(name: str, split: str, column: str, *, streaming: bool = False
         )
     captions = []
     try:
-        for index, row in enumerate(rows.select_columns([column])):  # so that no picture beside it is decoded
+        for index, row in enumerate(rows.select_columns([column])):  # other columns, such as images, are not decoded
             try:
                 captions.append(read_caption(row[column], draw=f"{seed} {index}"))
             except ValueError as error:
                 raise ValueError(f"data set {file_name(name)!r}: row {index} {error} in column {column!r}") from error
-    except OSError as error:  # the hub is no longer reached
+    except OSError as error:  # the connection to the hub is lost
         raise ValueError(f"cannot load data set {file_name(name)!r}: {reason(error)}") from error
     prompts = [caption for caption in captions if caption is not None]
     if not prompts:
@@ -88,7 +92,7 @@ def _from_dataset(name: str, split: str, column: str, *, streaming: bool = False
     if len(prompts) < len(captions):
         note(
             f"data set {file_name(name)!r}: {len(captions) - len(prompts)} of {len(captions)} rows have no text in "
-            f"column {column!r} and are passed over"
+            f"column {column!r} and are skipped"
         )
     return prompts
 
@@ -101,9 +105,9 @@ PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
     "dpok": partial(list, colours.DPOK_PROMPTS),
     # 1,632 prompts, Apache-2.0.
     "partiprompts": partial(_from_dataset, "nateraw/parti-prompts", "train", "Prompt"),
-    # The 58,960 unique prompts that Diffusion-DPO (arXiv:2311.12908) trains on, of Pick-a-Pic v2: 4 MB, and no images.
+    # The 58,960 unique prompts of Pick-a-Pic v2, without images (4 MB); used by Diffusion-DPO (arXiv:2311.12908).
     "pick-a-pic": partial(_from_dataset, "sayakpaul/pick-a-pic-v2-unique-prompts", "train", "prompt"),
-    # Its 500 unique test prompts. Streamed: this split is 150 kB, and otherwise all come, 290 MB.
+    # Its 500 unique test prompts. Streaming downloads this split only: 150 kB instead of 290 MB.
     "pick-a-pic-heldout": partial(
         _from_dataset, "yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", streaming=True
     ),

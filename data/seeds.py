@@ -1,4 +1,4 @@
-"""Seeds: which are valid, and those of images that follow one. Importing this module does not import torch."""
+"""Valid seeds, and generators with consecutive seeds. Importing this module does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -9,18 +9,18 @@ LIMIT = 2**64
 
 
 def check_seed(seed: int) -> int:
-    """The seed, if torch takes it.
+    """Return the seed if `torch.Generator.manual_seed` accepts it.
 
     Raises:
-        ValueError: for one that is negative or beyond 2^64 - 1.
+        ValueError: If it is negative or larger than 2^64 - 1.
     """
     if not 0 <= seed < LIMIT:
         raise ValueError(f"seed {seed}; expected an integer from 0 to 2^64 - 1, {LIMIT - 1}")
     return seed
 
 
-def numbered_generator(seed: int, number: int) -> "torch.Generator":
-    """A generator seeded with seed + number, modulo 2^64."""
+def numbered_generator(seed: int, index: int) -> "torch.Generator":
+    """Return a generator seeded with seed + index, modulo 2^64."""
     import torch
 
-    return torch.Generator().manual_seed((check_seed(seed) + number) % LIMIT)
+    return torch.Generator().manual_seed((check_seed(seed) + index) % LIMIT)

@@ -1,4 +1,4 @@
-"""Settings from YAML: into frozen dataclasses, where an unknown or ill-typed value is an error that names it."""
+"""Settings from YAML files: values of dataclass fields, with errors that name unknown keys and wrong types."""
 
 import dataclasses
 import difflib
@@ -12,7 +12,7 @@ from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
 from stepfuse.data.yaml_file import Word, read_yaml
 
-# For argparse, whose pattern matches -1 and -0.5 but takes -1e-3 for a flag.
+# For argparse, whose own pattern does not match -1e-3 and treats it as a flag.
 NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
 
 
@@ -41,54 +41,57 @@ def find_config(name: str, folder: str) -> Path:
         raise ValueError(f"config {name!r} is a folder; expected a file")
     names = [f"{folder}/{stem}" for stem in packaged]
     if (FOLDER / f"{short}.yaml").is_file():
-        raise ValueError(f"config {name!r} is one of another command; expected a file or one of {', '.join(names)}")
+        raise ValueError(f"config {name!r} belongs to another command; expected a file or one of {', '.join(names)}")
     close = difflib.get_close_matches(short if "/" in short else f"{folder}/{short}", names, n=3, cutoff=0.6)
-    expected = (
-        f"did you mean {' or '.join(map(repr, close))}?" if close else f"the packaged ones are {', '.join(names)}"
-    )
-    raise ValueError(f"no config file {name!r}, and no packaged configuration of that name; {expected}")
+    expected = f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(names)}"
+    raise ValueError(f"no config file {name!r} and no packaged configuration of this name; {expected}")
 
 
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
-    """The `name: value` lines of a YAML file, every name a field of these settings or one of `besides`.
+    """Read a YAML file of settings.
+
+    Args:
+        file: The YAML file, which holds `name: value` lines.
+        settings: Dataclass whose fields are the known names.
+        besides: Further names that are allowed.
 
     Raises:
-        ValueError: for a missing or malformed file, or an unknown name, with the nearest known one.
+        ValueError: If the file is missing or malformed, or a name is unknown. The message suggests a known name.
     """
     if not file.is_file():
         raise ValueError(f"no config file {file_name(file)}")
     values = read_yaml(file)
     if not isinstance(values, dict):
-        raise ValueError(f"{file_name(file)} holds no settings; expected `name: value` lines")
+        raise ValueError(f"{file_name(file)} does not hold settings; expected `name: value` lines")
     try:
         check_names(values, settings, besides=besides)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     hints = get_type_hints(settings)
     try:
-        return {str(name): _settle(value, hints.get(name, str)) for name, value in values.items()}
+        return {str(name): _resolve_words(value, hints.get(name, str)) for name, value in values.items()}
     except RecursionError as error:
         raise ValueError(f"{file_name(file)} holds a value that contains itself") from error
 
 
-def _settle(value: Any, hint: Any) -> Any:
-    """A value of a YAML file with yes, no, on and off as the setting wants them: booleans, or words where it has texts.
+def _resolve_words(value: Any, hint: Any) -> Any:
+    """Convert yes, no, on and off in a YAML value to strings where the type hint allows strings, else to booleans.
 
-    In mappings without types, such as the arguments of a worker, they are booleans.
+    In mappings without type hints, such as the arguments of a worker, they become booleans.
     """
     if isinstance(value, Word):
-        kinds = {type(choice) if get_origin(hint) is Literal else choice for choice in (hint, *get_args(hint))}
-        return str(value) if str in kinds or not kinds & {bool, Any, dict, list} else value.boolean
+        types = {type(choice) if get_origin(hint) is Literal else choice for choice in (hint, *get_args(hint))}
+        return str(value) if str in types or not types & {bool, Any, dict, list} else value.boolean
     if isinstance(value, list):
-        return [_settle(item, (get_args(hint) or (Any,))[0]) for item in value]
+        return [_resolve_words(item, (get_args(hint) or (Any,))[0]) for item in value]
     if isinstance(value, dict):
-        inner = str if hint is str else Any  # `env` is of texts
-        return {str(key) if isinstance(key, Word) else key: _settle(item, inner) for key, item in value.items()}
+        inner = str if hint is str else Any  # the values of `env` are strings
+        return {str(key) if isinstance(key, Word) else key: _resolve_words(item, inner) for key, item in value.items()}
     return value
 
 
 def check_names(values: Mapping[str, Any], settings: type, *, besides: Sequence[str] = ()) -> None:
-    """A value whose name is no field of these settings."""
+    """Raise ValueError if a name is neither a field of the dataclass `settings` nor in `besides`."""
     names = [f.name for f in dataclasses.fields(settings)]
     for key in values:
         if key not in names and key not in besides:
@@ -96,10 +99,10 @@ def check_names(values: Mapping[str, Any], settings: type, *, besides: Sequence[
 
 
 def check_types(settings: Any) -> None:
-    """A YAML value of another type than its setting's."""
+    """Raise ValueError if a field of a settings dataclass has a value of another type than its annotation."""
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
-        if not _fits(value, hint):
+        if not _matches(value, hint):
             if choices := _choices(hint):
                 expected = f"one of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}"
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
@@ -108,25 +111,27 @@ def check_types(settings: Any) -> None:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values of a Literal, or of one that may also be None."""
+    """The values that a Literal, or an optional Literal, allows."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice for inner in get_args(hint) if get_origin(inner) is Literal for choice in get_args(inner))
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _matches(value: object, hint: Any) -> bool:
+    """Whether a value has the type of a hint. An int is also a float, and a bool is not an int."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+        return isinstance(value, list) and all(_matches(item, inner[0]) for item in value)
     if inner:  # a union
-        return any(_fits(value, choice) for choice in inner)
+        return any(_matches(value, choice) for choice in inner)
     if hint in (int, float):
         return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
 def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError unless a condition on a setting holds."""
     if not condition:
         raise ValueError(f"{name} is {value}; expected {expected}")

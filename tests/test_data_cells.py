@@ -367,7 +367,7 @@ def test_a_broken_picture_is_one_line_that_names_it_wherever_it_lies(kind):
 def test_a_picture_too_large_is_refused_by_name(monkeypatch):
     data = encoded()  # 24 pixels, more than twice the limit
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    with refused("the picture", "24"):
+    with refused("the image", "24"):
         open_picture(data)
 
 

@@ -126,12 +126,12 @@ def test_a_file_whose_name_looks_like_a_count_is_a_file(ten):
 
 
 def test_counts_that_cannot_be_met_are_named(ten):
-    with refused("'dpok:5'", "holds 4"):
+    with refused("'dpok:5'", "at most 4"):
         load_prompts("dpok:5")
-    with refused("'ten:11'", "holds 10"):
+    with refused("'ten:11'", "at most 10"):
         load_prompts("ten:11")
     for count in ("0", "-1", "x", "1.5", "", " 2"):
-        with refused(f"'dpok:{count}'", "whole number"):
+        with refused(f"'dpok:{count}'", "positive integer"):
             load_prompts(f"dpok:{count}")
 
 
@@ -189,7 +189,7 @@ def test_a_hub_that_is_not_reached_is_said_in_a_line(name, tmp_path, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     with refused(HUB[name][0], "Hub"):
         load_prompts(name)
-    with refused(f"{name}:0", "whole number"):  # found without the hub
+    with refused(f"{name}:0", "positive integer"):  # found without the hub
         load_prompts(f"{name}:0")
 
 

@@ -349,7 +349,7 @@ assert not {"torch", "transformers", "diffusers", "accelerate"} & set(sys.module
 def test_empty_prompt_file_is_named(desk, monkeypatch, text):
     Path("mine.txt").write_text(text)
     line = refusal(monkeypatch, "dpo", "--prompts", "mine.txt")
-    assert line == "error: prompt file 'mine.txt' is empty; expected a prompt a line"
+    assert line == "error: prompt file 'mine.txt' is empty; expected one prompt per line"
 
 
 def test_missing_prompt_file_is_named(desk, monkeypatch):

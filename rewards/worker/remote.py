@@ -57,15 +57,13 @@ class RemoteReward(ABC):
             header = {"kind": "score", "id": self._requests, "prompts": prompts}
             try:
                 answer, scores = self.exchange(encode(header, [arrays]))
-                if answer.get("kind") == "failed":
-                    raise ValueError(str(answer.get("message")))
                 shapes = [array.shape for array in scores]
-                found = (answer.get("kind"), answer.get("id", header["id"]), shapes)
-                if found != ("scores", header["id"], [(len(arrays),)]):
-                    raise RequestError(
-                        f"sent an invalid response ({found[0]!r} to request {found[1]}, shapes {shapes})"
-                    )
-                return scores[0]
+                if answer.get("id", header["id"]) == header["id"]:
+                    if answer.get("kind") == "failed":
+                        raise ValueError(str(answer.get("message")))
+                    if answer.get("kind") == "scores" and shapes == [(len(arrays),)]:
+                        return scores[0]
+                raise RequestError(f"sent an invalid response ({str(answer)[:200]} with arrays of shapes {shapes})")
             except RequestError as error:
                 problem, hint = str(error), self.recover()
         last = first + len(arrays) - 1
