@@ -1,4 +1,4 @@
-"""Configurations that work as they are; each opens with the command that uses it."""
+"""Configuration files. Each begins with the command that uses it."""
 
 from pathlib import Path
 

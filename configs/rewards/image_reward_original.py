@@ -1,15 +1,15 @@
-"""The image-reward package itself, for an environment of its own: `worker:` in image_reward_original.yaml names this.
+"""The image-reward package as a worker, for image_reward_original.yaml.
 
-It runs beside old transformers in a process without stepfuse; only that process imports it.
+This file is imported only in the worker's environment, which has an older version of transformers and no stepfuse.
 """
 
 import torch
 
-DEFINED: list = []  # a library that is forgotten takes its definitions along
+DEFINED: list = []  # keeps the library, whose definitions are removed when it is deleted
 
 
 def define_operators() -> None:
-    """torchvision's build for CUDA cannot load its operators beside a torch for CPUs; nothing here calls them."""
+    """Define operators that torchvision's CUDA build cannot load with a CPU build of torch. They are not called."""
     if DEFINED or torch.cuda.is_available():
         return
     DEFINED.append(torch.library.Library("torchvision", "DEF"))
@@ -18,13 +18,13 @@ def define_operators() -> None:
 
 
 class ImageRewardOriginal:
-    """`ImageReward.load` and its `score`, one image at a time as published.
+    """`ImageReward.load` and the method `score` of the package, one image at a time as published.
 
     Args:
-        name: of a published model, or the path of a checkpoint in its layout.
-        med_config: the path of med_config.json; by default it is downloaded.
-        vocabulary: a folder with vocab.txt for its tokenizer; by default bert-base-uncased is downloaded.
-        device: where it runs.
+        name: Name of a published model, or path of a checkpoint in its layout.
+        med_config: Path of med_config.json; by default it is downloaded.
+        vocabulary: Folder with the tokenizer's vocab.txt; by default bert-base-uncased is downloaded.
+        device: Device of the model.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ImageRewardOriginal:
         self.model = ImageReward.load(name, device=device, med_config=med_config)
 
     def __call__(self, images, prompts):
-        """Uint8 arrays (height, width, 3) and their prompts → one number each."""
+        """Return one score per uint8 array (height, width, 3) and prompt."""
         from PIL import Image
 
         with torch.no_grad():

@@ -1,26 +1,26 @@
-"""VILA's published image model, for an environment of its own: `worker:` in vila.yaml names this.
+"""VILA's published image model as a worker, for vila.yaml.
 
-It runs beside TensorFlow in a process without stepfuse and without torch.
+This file is imported only in the worker's environment, which has TensorFlow and neither stepfuse nor torch.
 """
 
 import io
 
 
 class VILA:
-    """Its signature takes the bytes of one PNG and gives one number in [0, 1].
+    """A SavedModel whose signature takes the bytes of one PNG file and returns a score in [0, 1].
 
     Args:
-        model: of TensorFlow Hub, or a folder it was downloaded to.
+        model: URL of TensorFlow Hub, or folder of a downloaded model.
     """
 
     def __init__(self, model: str = "https://tfhub.dev/google/vila/image/1") -> None:
         import tensorflow_hub
 
-        self.loaded = tensorflow_hub.load(model)  # its signatures live as long as it does
+        self.loaded = tensorflow_hub.load(model)  # kept, because its signatures become invalid when it is deleted
         self.predict = self.loaded.signatures["serving_default"]
 
     def __call__(self, images, prompts):
-        """Uint8 arrays (height, width, 3) → one number each; prompts do not count."""
+        """Return one score per uint8 array (height, width, 3). Prompts are not used."""
         import tensorflow
         from PIL import Image
 
