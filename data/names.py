@@ -8,7 +8,7 @@ def nearest(name: object, names: Iterable[str]) -> str:
     """Return the end of an error message that suggests a known name.
 
     Case, and the difference between dashes and underscores, are ignored. Where several names are equally close, the one
-    that begins with the given text is taken.
+    that begins with the mistyped name is taken.
 
     Args:
         name: The unknown name.
@@ -20,11 +20,11 @@ def nearest(name: object, names: Iterable[str]) -> str:
     known: dict[str, str] = {}
     for candidate in names:
         known.setdefault(_folded(candidate), candidate)
-    given = _folded(str(name))
-    close = [given] if given in known else []
-    if len(given.strip("_")) > 1:
-        close += [candidate for candidate in known if candidate.startswith(given)][:1]
-        close += difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+    folded = _folded(str(name))
+    close = [folded] if folded in known else []
+    if len(folded.strip("_")) > 1:
+        close += [candidate for candidate in known if candidate.startswith(folded)][:1]
+        close += difflib.get_close_matches(folded, known, n=1, cutoff=0.5)
     return f"; did you mean {known[close[0]]!r}?" if close else ""
 
 

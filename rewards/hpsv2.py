@@ -16,22 +16,18 @@ from stepfuse.rewards.open_clip_layout import from_open_clip
 from stepfuse.rewards.pixels import resize_and_pad
 from stepfuse.rewards.published import Published, find_files, load_state
 
-REPOSITORY, REVISION = "xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"
 VERSIONS = {
-    "2": Published(
-        repo=REPOSITORY,
-        name="HPS_v2_compressed.pt",
-        revision=REVISION,
-        sha256="07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1",
-        size=1_972_484_501,
-    ),
-    "2.1": Published(
-        repo=REPOSITORY,
-        name="HPS_v2.1_compressed.pt",
-        revision=REVISION,
-        sha256="c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837",
-        size=1_972_490_005,
-    ),
+    version: Published(
+        repo="xswu/HPSv2",
+        name=f"HPS_v{version}_compressed.pt",
+        revision="697403c78157020a1ae59d23f111aa58ced35b0a",
+        sha256=sha256,
+        size=size,
+    )
+    for version, sha256, size in (
+        ("2", "07cb0d20626232204ca3a6ec53ff5984e7e53212a8a7b0e0ec2bac1bdaf125a1", 1_972_484_501),
+        ("2.1", "c57a38fb4a2f7e7c15bf00da2ea377cdf165448b4dd1052a484c215a998c9837", 1_972_490_005),
+    )
 }
 
 

@@ -65,7 +65,7 @@ def test_orange_is_the_one_colour_that_takes_an_an():
     assert set(re.findall(r"\ba (\w+)", text)) == set(COLOURS) - {"orange"}
 
 
-def test_prompts_of_both_splits_read_as_worked_by_hand():
+def test_prompts_of_both_splits_follow_from_the_diagonals():
     # The diagonal of (colour j, object i) is (i + j) mod 10; 0 and 5 are held out. Red is colour 0 and yellow 2; the
     # bird is object 0, the dog 2, the car 6.
     assert "A red bird." in colour_prompts(held_out=True)  # 0 + 0

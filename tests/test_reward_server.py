@@ -233,9 +233,22 @@ def test_a_server_that_is_not_there_is_named_with_what_starts_one():
         load_reward(f"http://127.0.0.1:{port}")(IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize("answers", [b"", b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello"])
+def http_response(body):
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        b"",
+        b"hello\r\n\r\n",
+        http_response(b"hello"),
+        http_response(encode({"kind": "scores", "id": 77}, [np.zeros(1)])),
+        http_response(encode({"kind": "scores"}, [np.zeros(2)])),
+    ],
+    ids=["closes at once", "no HTTP", "no message", "another request's", "two scores for an image"],
+)
 def test_a_server_that_talks_nonsense_is_asked_twice_and_named(answers):
-    """Closes at once, is no HTTP, is HTTP and no message."""
     asked = []
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -306,7 +306,7 @@ def test_an_environment_is_made_once_from_its_requirements_and_kept(cache, tmp_p
         reward.close()
     assert capfd.readouterr().err.count("creating the environment") == 1
     (folder,) = [path for path in (cache / "environments").iterdir() if path.is_dir()]
-    # One that was begun and not finished is made anew.
+    # An incomplete environment is created again.
     (folder / environment.COMPLETE).unlink()
     (folder / "bin" / "python").unlink()
     reward = load_reward(str(tmp_path / "mine.yaml"))
