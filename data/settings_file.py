@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +10,78 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
+from stepfuse.data.seeds import LIMIT
 from stepfuse.data.text_files import file_name
 from stepfuse.data.yaml_file import Word, read_yaml
 
 # For argparse, whose own pattern does not match -1e-3 and treats it as a flag.
 NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The numbers that a setting accepts: finite, from `least` to `most`.
+
+    Attributes:
+        above: Whether `least` itself is excluded.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        if self.most == LIMIT - 1:
+            return f"a whole number from {self.least} to 2^64 - 1"
+        if self.most < math.inf:
+            least = f"above {self.least:g}, up to" if self.above else f"from {self.least:g} to"
+            return f"a number {least} {self.most:g}"
+        return f"{self.least:g} or more" if self.least > -math.inf else "a finite number"
+
+
+AT_LEAST_0, AT_LEAST_1, FINITE = Bounds(0), Bounds(1), Bounds()
+SEED = Bounds(0, LIMIT - 1)
+
+
+def setting(
+    default: Any, group: str, help_text: str, *, metavar: str = "", bounds: Bounds | None = None, known: Sequence = ()
+) -> Any:
+    """Declare a field of a settings dataclass that is also an option of a command.
+
+    Args:
+        group: Heading that `--help` lists the option under.
+        help_text: What `--help` says of the option. The default is added by the parser.
+        metavar: Name of the value in `--help`.
+        bounds: Of a number, or of each of several.
+        known: Accepted names, of a text or of each of several. The default may be another text.
+    """
+    metadata = {"group": group, "help": help_text, "metavar": metavar, "bounds": bounds, "known": tuple(known)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_fields(settings: Any) -> None:
+    """Check each field of a dataclass against its Literal, or the bounds and names that `setting` declares for it.
+
+    Raises:
+        ValueError: For a number out of bounds and an unknown name, with the nearest one.
+    """
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value, bounds = getattr(settings, field.name), field.metadata.get("bounds")
+        known = field.metadata.get("known") or _choices(hints[field.name])
+        several = isinstance(value, tuple)
+        for item in value if several else (value,):
+            if bounds is not None and item is not None and item not in bounds:
+                shown = ",".join(map(str, value)) if several else value
+                raise ValueError(f"{field.name} {shown}; expected {'numbers of ' if several else ''}{bounds}")
+            if known and item not in known and item != field.default:
+                expected = f"expected {'some' if several else 'one'} of {', '.join(known)}{nearest(str(item), known)}"
+                raise ValueError(f"{field.name} {item!r}; {expected}")
 
 
 def find_config(name: str, folder: str) -> Path:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
@@ -16,9 +17,10 @@ from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sets.adapter_set import EMBEDDED_SETS
 from stepfuse.rewards.registry import REWARDS
-from stepfuse.scripts.benchmark import training_ways
+from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
-from stepfuse.scripts.benchmark.ways import MODES, WAYS, Settings
+from stepfuse.scripts.benchmark.rivals import RIVALS
+from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import choices
 from stepfuse.scripts.cli.checks import BOUNDS, check_folder, check_numbers
 from stepfuse.scripts.cli.main import _parser, parse
@@ -52,13 +54,13 @@ def test_names_that_are_known_without_torch_are_those_of_the_library():
     assert list(choices.REWARD_NAMES) == list(REWARDS)
     assert list(choices.PROMPT_SET_NAMES) == list(PROMPT_SETS)
     assert choices.EMBEDDED_SETS == EMBEDDED_SETS
-    assert choices.BASELINES == WAYS
-    assert MODES[1:] == choices.COMPILE_MODES
-    assert tuple(OURS) == choices.ORIGINAL_REWARDS
-    assert choices.MODELS == training_ways.MODELS
-    assert set(choices.ALGORITHMS) == set(training_ways.RIVALS)
+    assert choices.BASELINES == settings.BASELINES == ("separate", *RIVALS)
+    assert choices.COMPILE_MODES == settings.COMPILE_MODES
+    assert choices.ORIGINAL_REWARDS == settings.ORIGINALS == tuple(OURS)
+    assert choices.MODELS == settings.MODELS
+    assert tuple(settings.REFERENCES) == choices.ALGORITHMS
     assert set(choices.GUIDANCE) == set(GUIDANCE)
-    assert set(choices.DTYPES) == set(training_ways.PRECISIONS)
+    assert get_args(settings.DType) == choices.DTYPES
 
 
 def test_the_options_of_a_rule_are_fields_of_it_and_flags():
@@ -68,10 +70,10 @@ def test_the_options_of_a_rule_are_fields_of_it_and_flags():
 
 
 def test_every_rule_of_the_benchmark_is_measured_and_no_other():
-    assert Settings(model="emoji", rules=choices.BENCHMARK_RULES)
+    assert SamplingBenchmark(model="emoji", rules=choices.BENCHMARK_RULES)
     for rule in set(RULES) - set(choices.BENCHMARK_RULES):
         with pytest.raises(ValueError, match=rule):
-            Settings(model="emoji", rules=(rule,))
+            SamplingBenchmark(model="emoji", rules=(rule,))
 
 
 # Help.

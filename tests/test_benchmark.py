@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from stepfuse.fuse.sets.create import create_set
-from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, set_model
+from stepfuse.scripts.benchmark.models import random_conditioning, set_model
 from stepfuse.scripts.benchmark.rivals import RIVALS
 from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table, memory_of
-from stepfuse.scripts.benchmark.ways import REFERENCE, Bench, Row, Settings, rows_of
+from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
+from stepfuse.scripts.benchmark.ways import REFERENCE, Bench, Row, rows_of
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
 
@@ -29,7 +30,7 @@ def set_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(set_folder):
-    return Settings(
+    return SamplingBenchmark(
         model=str(set_folder), adapters=(1, 3), images=2, steps=2, repeats=1, guidance_scale=SCALE, memory=False
     )
 

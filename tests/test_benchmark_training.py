@@ -15,8 +15,9 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.scripts.benchmark import pipelines, training
 from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch
 from stepfuse.scripts.benchmark.pipelines import with_own_unet
+from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.scripts.benchmark.training import benchmark_training, memory_of, training_table
-from stepfuse.scripts.benchmark.training_ways import Row, TrainingBenchmark, rows_of
+from stepfuse.scripts.benchmark.training_ways import Row, rows_of
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_training import forget_accelerator
 

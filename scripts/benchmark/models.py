@@ -16,25 +16,9 @@ from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.scripts.benchmark.settings import ARCHITECTURES
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    "sdxl": dict(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

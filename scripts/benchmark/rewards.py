@@ -9,8 +9,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from stepfuse.data.names import nearest
 from stepfuse.rewards.hpsv2 import hpsv2
 from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import VOCABULARY, ImageReward
@@ -30,6 +29,7 @@ from stepfuse.rewards.registry import CONFIGS
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
 from stepfuse.rewards.worker.environment import environment_python
 from stepfuse.scripts.benchmark.originals.clip_vocabulary import write_tokenizer
+from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.evaluation.costs import machine
 
 ORIGINALS = Path(__file__).parent / "originals"
@@ -45,43 +45,6 @@ LIBRARIES = ("torch", "transformers", "stepfuse")
 Batch = tuple[Tensor, list[str]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RewardBenchmark:
-    """What is measured.
-
-    Attributes:
-        rewards: names of `OURS`.
-        images, prompts: as `stepfuse reward score` takes them; none makes pictures up.
-        count: images.
-        batch_size: of ours; the originals take one at a time.
-        repeats: rounds.
-        size: `published`, or `small` for two layers.
-        threads: of the CPU, theirs and ours.
-
-    Raises:
-        ValueError: for an unknown reward, and numbers below 1.
-    """
-
-    rewards: Sequence[str] = tuple(OURS)
-    images: str = ""
-    prompts: str = ""
-    count: int = 16
-    batch_size: int = 16
-    repeats: int = 3
-    size: str = "published"
-    threads: int = 1
-
-    def __post_init__(self) -> None:
-        for name in self.rewards:
-            if name not in OURS:
-                raise ValueError(f"no original of {name!r}; expected some of {', '.join(OURS)}{nearest(name, OURS)}")
-        for name in ("count", "batch_size", "repeats", "threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")
-        if bool(self.images) != bool(self.prompts):
-            raise ValueError("images and prompts go together")
-
-
 def benchmark_rewards(
     settings: RewardBenchmark, *, report: Callable[[dict[str, Any]], None] = lambda results: None
 ) -> dict[str, Any]:
@@ -91,7 +54,9 @@ def benchmark_rewards(
         ValueError: for images that cannot be had, or an environment that cannot be made.
     """
     batches = _batches(settings)
-    torch.set_num_threads(settings.threads)
+    threads = settings.threads or torch.get_num_threads()
+    settings = replace(settings, threads=threads)
+    torch.set_num_threads(threads)
     results: dict[str, Any] = {
         "format_version": 1,
         "machine": machine(torch.device("cpu")),
@@ -102,7 +67,7 @@ def benchmark_rewards(
     }
     for name in settings.rewards:
         with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as folder:
-            original = start_original(name, Path(folder), size=settings.size, threads=settings.threads)
+            original = start_original(name, Path(folder), size=settings.size, threads=threads)
             try:
                 original(batches[0][0][:1], batches[0][1][:1])  # makes the weights
                 row, speeds = _compare(name, settings, original, Path(folder), batches)

@@ -16,7 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from stepfuse.scripts.benchmark.rivals import RIVALS
-from stepfuse.scripts.benchmark.ways import REFERENCE, WAYS, Bench, Row, Settings, Way, rows_of
+from stepfuse.scripts.benchmark.settings import BASELINES, SamplingBenchmark
+from stepfuse.scripts.benchmark.ways import REFERENCE, Bench, Row, Way, rows_of
 from stepfuse.scripts.evaluation.costs import counted_rows, free_memory, machine, now, peak_memory
 
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
@@ -25,7 +26,7 @@ Report = Callable[[dict[str, Any]], None]
 
 @torch.no_grad()
 def benchmark_sampling(
-    settings: Settings, *, progress: bool = True, report: Report = lambda results: None
+    settings: SamplingBenchmark, *, progress: bool = True, report: Report = lambda results: None
 ) -> dict[str, Any]:
     """Time every row in turns, `repeats` rounds, and then measure each one's memory in a process of its own.
 
@@ -53,7 +54,7 @@ def benchmark_sampling(
                 "seconds_a_step": statistics.median(own) / settings.steps,
                 "rows_an_image": counts[row],
                 "rows_ratio": counts[row] / counts[reference],
-                "compiled": bool(settings.compile) and row.way not in WAYS,
+                "compiled": bool(settings.compile) and row.way not in BASELINES,
                 "weights_mb": None,
                 "peak_memory_mb": None,
             }
@@ -67,7 +68,7 @@ def benchmark_sampling(
 
 
 def _time(
-    settings: Settings, device: torch.device, *, progress: bool
+    settings: SamplingBenchmark, device: torch.device, *, progress: bool
 ) -> tuple[dict[Row, list[float]], dict[Row, float], dict[str, Any]]:
     """Seconds of each round, and rows an image and step, by row; and results without rows as yet."""
     bench, skipped = Bench(settings), {}
@@ -76,7 +77,7 @@ def _time(
         if why := _too_large(row, bench, device):
             skipped[str(row)] = why
             continue
-        if row.way not in WAYS and bench.sampler.denoiser.batched is None:
+        if row.way not in BASELINES and bench.sampler.denoiser.batched is None:
             bench.batch()
         ways[row] = bench.way(row)
     counts: dict[Row, float] = {}
@@ -123,7 +124,7 @@ def _rows_of_networks(way: Way) -> int:
         return sum(count() for count in counts)
 
 
-def _memory_alone(settings: Settings, row: Row) -> tuple[float | None, float | None]:
+def _memory_alone(settings: SamplingBenchmark, row: Row) -> tuple[float | None, float | None]:
     """MB of weights, and at the peak of one step, of a row in a fresh process; None where it does not fit."""
     alone = replace(settings, adapters=(row.adapters,), steps=1, compile="", mode="")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -134,10 +135,10 @@ def _memory_alone(settings: Settings, row: Row) -> tuple[float | None, float | N
 
 
 @torch.no_grad()
-def memory_of(settings: Settings, row: Row) -> tuple[float, float]:
+def memory_of(settings: SamplingBenchmark, row: Row) -> tuple[float, float]:
     """MB of weights, LoRAs and their copies included, and at the peak of a run, in this process."""
     bench = Bench(settings)
-    if row.way not in WAYS:
+    if row.way not in BASELINES:
         bench.batch()
     way = bench.way(row)
     weights = sum(_bytes_of(network) for network in way.networks)

@@ -24,11 +24,10 @@ from tqdm import tqdm
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.pipelines import with_own_unet
+from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
 from stepfuse.scripts.benchmark.training_ways import (
     REWARD,
-    RIVALS,
     Row,
-    TrainingBenchmark,
     Way,
     base_pipeline,
     rows_of,
@@ -196,7 +195,7 @@ def _rows_with_gradient(network: nn.Module) -> Iterator[Callable[[], int]]:
 
 def _entry(row: Row, seconds: Mapping[Row, list[float]], counts: Mapping[Row, Counts], images: int) -> dict[str, Any]:
     """A row of the results; its ratios are to the rival as published."""
-    own, rival = seconds[row], seconds.get(Row(row.algorithm, RIVALS[row.algorithm]))
+    own, rival = seconds[row], seconds.get(Row(row.algorithm, REFERENCES[row.algorithm]))
     ratios = [a / b for a, b in zip(rival, own, strict=True)] if rival else None
     rows, trained = counts[row]
     return asdict(row) | {
@@ -226,7 +225,7 @@ def _memory_alone(settings: TrainingBenchmark, row: Row) -> float | None:
 
 def _too_large(row: Row, unet: nn.Module, device: torch.device) -> str | None:
     """Why a rival that copies the UNet cannot be run, if so."""
-    if row.way != RIVALS["dpo"]:
+    if row.way != REFERENCES["dpo"]:
         return None
     size, free = sum(parameter.numel() * parameter.itemsize for parameter in unet.parameters()), free_memory(device)
     return None if size < 0.8 * free else f"a second UNet of {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"

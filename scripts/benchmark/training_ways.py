@@ -8,14 +8,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch
 from stepfuse.scripts.benchmark.loops import Loop, Task
-from stepfuse.scripts.benchmark.models import ARCHITECTURES, ATTENTION
+from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.pipelines import random_pipeline
+from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
 from stepfuse.scripts.benchmark.spo import SPO
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.health import Health
@@ -25,79 +25,9 @@ from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 OURS = "stepfuse"
-RIVALS = {"ddpo": "ddpo-pytorch", "dpo": "SPO"}
-MODELS = ("emoji", *ARCHITECTURES)
 PRECISIONS: dict[str, Any] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 PROMPTS = "emoji"
 REWARD = "colourfulness"  # cheap, and hardly ever the same for two images: SPO leaves ties out
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingBenchmark:
-    """What is measured.
-
-    Attributes:
-        model: `emoji`, or `sd15` or `sdxl` with random weights.
-        algorithms: `ddpo`, against ddpo-pytorch, and `dpo`, against SPO.
-        images: of an optimiser step, all in one micro-batch.
-        steps: denoising steps; a fifth of them, the first, have no candidates (SPO: 4 of 20).
-        candidates: of dpo.
-        repeats: rounds, of which the median counts, after one that warms up.
-        resolution: pixels; by default the model's own.
-        timesteps_per_forward: above 1 further rows of ours, with so many denoising steps in one forward of the loss.
-        timestep_fraction: below 1 a further row of ours, and of ddpo-pytorch, that learns from this share of the steps.
-        compile: `regional` or `full` for a further row of ours; all others are eager.
-        gradient_checkpointing: of all ways.
-        dtype: of the frozen weights and of autocast; LoRAs are in float32.
-        threads: of the CPU; by default as many as torch takes.
-        memory: measure each row's memory too, but compiled ones', in a process of its own.
-
-    Raises:
-        ValueError: for numbers below 1, and names that are not there.
-    """
-
-    model: str = "emoji"
-    algorithms: tuple[str, ...] = tuple(RIVALS)
-    images: int = 8
-    steps: int = 20
-    candidates: int = 4
-    repeats: int = 3
-    resolution: int | None = None
-    timestep_fraction: float = 1.0
-    timesteps_per_forward: int = 1
-    compile: str = "no"
-    gradient_checkpointing: bool = False
-    device: str = "cpu"
-    dtype: str = "float32"
-    threads: int | None = None
-    memory: bool = True
-
-    def __post_init__(self) -> None:
-        named = (("model", MODELS), ("compile", ("no", "regional", "full")), ("dtype", tuple(PRECISIONS)))
-        for name, known in (*named, ("device", ("cpu", "cuda"))):
-            if getattr(self, name) not in known:
-                given = getattr(self, name)
-                raise ValueError(f"{name} {given!r}; expected one of {', '.join(known)}{nearest(given, known)}")
-        if not self.algorithms or (strange := [name for name in self.algorithms if name not in RIVALS]):
-            found = repr(strange[0]) if self.algorithms else "none"
-            raise ValueError(
-                f"algorithms: {found}; expected some of {', '.join(RIVALS)}"
-                f"{nearest(strange[0], RIVALS) if self.algorithms else ''}"
-            )
-        bounds = (("images", 1), ("steps", 1), ("candidates", 2), ("repeats", 1), ("threads", 1))
-        for name, least in (*bounds, ("timesteps_per_forward", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} {value}; expected {least} or more")
-        if not 0 < self.timestep_fraction <= 1:
-            raise ValueError(f"timestep_fraction {self.timestep_fraction}; expected a number in (0, 1]")
-        if self.dtype == "float16" and self.device == "cpu":
-            raise ValueError("dtype 'float16' on the CPU, which cannot train in it; expected float32 or bfloat16")
-
-    @property
-    def skip_first_steps(self) -> int:
-        """Steps of dpo without candidates."""
-        return self.steps // 5
 
 
 @dataclass(frozen=True)
@@ -135,13 +65,13 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
     """The rival, then ours, of each algorithm."""
     rows = []
     for algorithm in settings.algorithms:
-        rows += [Row(algorithm, RIVALS[algorithm]), Row(algorithm, OURS)]
+        rows += [Row(algorithm, REFERENCES[algorithm]), Row(algorithm, OURS)]
         if algorithm == "ddpo":
             rows.append(Row(algorithm, OURS, kl=False))
         if (together := settings.timesteps_per_forward) > 1:
             rows += [replace(row, together=together) for row in rows if row.algorithm == algorithm and row.way == OURS]
         if settings.timestep_fraction < 1:
-            ways = (RIVALS["ddpo"], OURS) if algorithm == "ddpo" else (OURS,)  # SPO has no such setting
+            ways = (REFERENCES["ddpo"], OURS) if algorithm == "ddpo" else (OURS,)  # SPO has no such setting
             rows += [
                 Row(algorithm, way, fraction=settings.timestep_fraction, together=together if way == OURS else 1)
                 for way in ways

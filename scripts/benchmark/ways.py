@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.backbones.unet import latent_shape
@@ -16,75 +15,11 @@ from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.scripts.benchmark.models import ARCHITECTURES, random_conditioning, random_model, set_model
+from stepfuse.scripts.benchmark.models import random_conditioning, random_model, set_model
 from stepfuse.scripts.benchmark.rivals import RIVALS, denoise
+from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
 
 REFERENCE = "one adapter"
-SEPARATE = "separate"  # product, each adapter in a forward of its own
-WAYS = (SEPARATE, *RIVALS)  # beside the rules
-MODES = ("", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is measured.
-
-    Attributes:
-        model: `sd15` or `sdxl` for random weights of that architecture, else a set.
-        adapters: N of each row; the most of them are on the UNet throughout.
-        rules: fusion rules.
-        rivals: names in `RIVALS`, or `separate`: the product with each adapter in a forward of its own.
-        images: a batch.
-        height, width: pixels; by default the model's own.
-        steps: denoising steps of one measurement.
-        repeats: measurements of each row, of which the median counts.
-        guidance_scale: g.
-        rows_at_once: see `Denoiser`.
-        compile: `regional` or `full` for our own, the reference among them; the ways beside the rules stay eager.
-        mode: of `torch.compile`.
-        device, dtype: of the model.
-        memory: measure each row's memory too, in a process of its own.
-
-    Raises:
-        ValueError: for counts below 1, and names that are not there.
-    """
-
-    model: str
-    adapters: tuple[int, ...] = (1, 2, 4, 8)
-    rules: tuple[str, ...] = ("product", "systematic", "soup")
-    rivals: tuple[str, ...] = WAYS
-    images: int = 8
-    height: int | None = None
-    width: int | None = None
-    steps: int = 10
-    repeats: int = 5
-    guidance_scale: float = 5.0
-    rows_at_once: int | None = None
-    compile: str = ""
-    mode: str = ""
-    device: str = "cpu"
-    dtype: str = "float32"
-    memory: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("images", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}; expected 1 or more")
-        if not self.adapters or min(self.adapters) < 1:
-            raise ValueError(f"adapters {list(self.adapters)}; expected numbers of 1 or more")
-        if self.guidance_scale == 1:
-            raise ValueError("guidance_scale 1 is no guidance, and the reference is one adapter with it; give another")
-        if self.mode not in MODES:
-            raise ValueError(
-                f"mode {self.mode!r}; expected one of {', '.join(MODES[1:])}{nearest(self.mode, MODES[1:])}"
-            )
-        if self.mode and not self.compile:
-            raise ValueError(f"mode {self.mode!r} is of torch.compile; give --compile regional or full")
-        for rule in self.rules:
-            if getattr(get_rule(rule), "needs", "") or rule in ("kl", "oracle", "base"):
-                raise ValueError(f"rule {rule} is not measured here; expected one that fuses adapters without rewards")
-        if strange := [rival for rival in self.rivals if rival not in WAYS]:
-            raise ValueError(f"rival {strange[0]!r}; expected one of {', '.join(WAYS)}{nearest(strange[0], WAYS)}")
 
 
 @dataclass(frozen=True)
@@ -98,12 +33,12 @@ class Row:
         return self.way if self.way == REFERENCE else f"{self.way}, {self.adapters} adapters"
 
 
-def rows_of(settings: Settings) -> list[Row]:
+def rows_of(settings: SamplingBenchmark) -> list[Row]:
     """The reference, then rules and rivals at each number of adapters."""
     rows = [Row(REFERENCE, 1)]
     for way in (*settings.rules, *settings.rivals):
         # A rule with one adapter is the reference; a rival has its own way with one.
-        rows += [Row(way, n) for n in settings.adapters if n > 1 or way in WAYS]
+        rows += [Row(way, n) for n in settings.adapters if n > 1 or way in BASELINES]
     return rows
 
 
@@ -123,7 +58,7 @@ class Way:
 class Bench:
     """A model and what every way starts from: the same x_T and the same prompts."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: SamplingBenchmark) -> None:
         quiet_libraries()
         self.settings = settings
         most = max(settings.adapters)

@@ -159,13 +159,13 @@ def benchmark(arguments: argparse.Namespace) -> None:
 
     from stepfuse.fuse.lora.safe_files import write_json
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table
-    from stepfuse.scripts.benchmark.ways import Settings
+    from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     own = ("adapters", "rules", "rivals", "images", "height", "width", "steps", "repeats", "guidance_scale")
     names = (*own, "rows_at_once", "compile", "mode", "dtype")
-    settings = Settings(
+    settings = SamplingBenchmark(
         model=arguments.architecture or str(arguments.set),
         device=check_device(arguments.device),
         memory=not arguments.no_memory,
@@ -234,18 +234,17 @@ def reward_benchmark(arguments: argparse.Namespace) -> None:
     if (arguments.images is None) != (arguments.prompts is None):
         raise ValueError("--images and --prompts go together; give both or neither")
 
-    import torch
-
     from stepfuse.fuse.backbones.loading import quiet_libraries
     from stepfuse.fuse.lora.safe_files import write_json
-    from stepfuse.scripts.benchmark.rewards import RewardBenchmark, benchmark_rewards, reward_table
+    from stepfuse.scripts.benchmark.rewards import benchmark_rewards, reward_table
+    from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
     quiet_libraries()
     settings = RewardBenchmark(
         **{name: getattr(arguments, name) for name in ("rewards", "count", "batch_size", "repeats", "size")},
         images=str(arguments.images or ""),
         prompts=str(arguments.prompts or ""),
-        threads=arguments.threads or torch.get_num_threads(),
+        threads=arguments.threads,
     )
     results = benchmark_rewards(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
@@ -277,8 +276,8 @@ def training_benchmark(arguments: argparse.Namespace) -> None:
     check_device_name(arguments.device)
 
     from stepfuse.fuse.lora.safe_files import write_json
+    from stepfuse.scripts.benchmark.settings import TrainingBenchmark
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
-    from stepfuse.scripts.benchmark.training_ways import TrainingBenchmark
 
     own = (
         "model",
