@@ -17,9 +17,9 @@ from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sets.adapter_set import EMBEDDED_SETS
 from stepfuse.rewards.registry import REWARDS
+from stepfuse.scripts.baselines import sampling
 from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
-from stepfuse.scripts.benchmark.rivals import RIVALS
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import choices
 from stepfuse.scripts.cli.checks import BOUNDS, check_folder, check_numbers
@@ -54,7 +54,7 @@ def test_names_that_are_known_without_torch_are_those_of_the_library():
     assert list(choices.REWARD_NAMES) == list(REWARDS)
     assert list(choices.PROMPT_SET_NAMES) == list(PROMPT_SETS)
     assert choices.EMBEDDED_SETS == EMBEDDED_SETS
-    assert choices.BASELINES == settings.BASELINES == ("separate", *RIVALS)
+    assert choices.BASELINES == settings.BASELINES == ("separate", *sampling.BASELINES)
     assert choices.COMPILE_MODES == settings.COMPILE_MODES
     assert choices.ORIGINAL_REWARDS == settings.ORIGINALS == tuple(OURS)
     assert choices.MODELS == settings.MODELS
@@ -117,7 +117,7 @@ def test_dashes_and_underscores_are_the_same_in_every_flag(command):
     for name, action in OPTIONS:
         if name == command and action.option_strings:
             value = [] if action.nargs == 0 else [next(iter(action.choices or ["1"]))]
-            (flag,) = action.option_strings
+            flag = action.option_strings[0]
             dashed = "--" + flag.removeprefix("--").replace("_", "-")
             expected = vars(parse([*words, flag, *value]))
             assert vars(parse([*words, dashed, *value])) == expected

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,12 +11,13 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.scripts.benchmark import pipelines, training
-from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch
+from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch
+from stepfuse.scripts.benchmark import harness, memory, pipelines, training
+from stepfuse.scripts.benchmark.harness import Measured
 from stepfuse.scripts.benchmark.pipelines import with_own_unet
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
-from stepfuse.scripts.benchmark.training import benchmark_training, memory_of, training_table
-from stepfuse.scripts.benchmark.training_ways import Row, rows_of
+from stepfuse.scripts.benchmark.training import benchmark_training, memory_of, rows_of, training_table
+from stepfuse.scripts.benchmark.training_methods import Row
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_training import forget_accelerator
 
@@ -100,9 +100,9 @@ def test_rows_through_unets_are_counted_not_said(results):
 
 def test_ratios_are_of_the_same_round_and_their_median_lies_within_their_range(results):
     rows = {(row["algorithm"], row["name"]): row for row in results["rows"]}
-    rival = rows["dpo", "SPO"]["seconds"]
+    baseline = rows["dpo", "SPO"]["seconds"]
     own = rows["dpo", "stepfuse"]
-    ratios = [a / b for a, b in zip(rival, own["seconds"], strict=True)]
+    ratios = [a / b for a, b in zip(baseline, own["seconds"], strict=True)]
     assert len(ratios) == 2
     assert (own["ratio"], own["ratio_min"], own["ratio_max"]) == (sum(ratios) / 2, min(ratios), max(ratios))
     assert own["images_per_second"] == pytest.approx(2 * IMAGES / sum(own["seconds"]))
@@ -130,12 +130,20 @@ def test_what_does_not_fit_is_left_out_and_said(base, settings, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
-    monkeypatch.setattr(training, "free_memory", lambda device: 1e3)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1e3)
     monkeypatch.setattr(DDPOPyTorch, "learn", full)
     measured = benchmark_training(replace(settings, steps=2, repeats=1), progress=False)
     assert [(row["way"], row["ratio"]) for row in measured["rows"]] == [("stepfuse", None)] * 3
     assert measured["skipped"]["ddpo, ddpo-pytorch"] == "out of memory"
-    assert "dpo, SPO: left out, a second UNet of 0.0 GB" in training_table(measured)
+    assert "dpo, SPO: left out, copies of the network take 0.0 GB" in training_table(measured)
+
+
+def test_without_a_checkout_ours_is_measured_alone(base, settings, monkeypatch, capsys):
+    monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
+    monkeypatch.setattr(harness, "has_baselines", lambda: False)
+    measured = benchmark_training(replace(settings, algorithms=("dpo",), steps=2, repeats=1), progress=False)
+    assert [(row["way"], row["ratio"]) for row in measured["rows"]] == [("stepfuse", None)]
+    assert capsys.readouterr().err.startswith("SPO: left out, comparing")
 
 
 def test_another_error_is_no_matter_of_memory(base, settings, monkeypatch):
@@ -145,7 +153,7 @@ def test_another_error_is_no_matter_of_memory(base, settings, monkeypatch):
         benchmark_training(replace(settings, steps=2, repeats=1), progress=False)
 
 
-def test_rows_are_the_rival_and_ours_and_what_else_is_asked_for(settings):
+def test_rows_are_the_baseline_and_ours_and_what_else_is_asked_for(settings):
     rows = rows_of(replace(settings, timestep_fraction=0.5, timesteps_per_forward=2, compile="regional"))
     assert [str(row) for row in rows] == [
         "ddpo, ddpo-pytorch",
@@ -164,10 +172,12 @@ def test_rows_are_the_rival_and_ours_and_what_else_is_asked_for(settings):
     ]
 
 
-def test_a_compiled_row_takes_its_count_from_the_one_that_is_not(base, settings):
+def test_a_compiled_row_takes_its_count_from_the_one_that_is_not():
     eager, compiled = Row("ddpo", "stepfuse"), Row("ddpo", "stepfuse", compile="full")
-    way = SimpleNamespace(step=lambda: None, networks=())
-    assert training._rows_of_networks(compiled, way, {eager: (20, 5)}) == (20, 5)
+    seconds = {eager: [2.0], compiled: [1.0]}
+    measured = Measured(seconds=seconds, batch_rows={eager: (20, 5), compiled: (0, 0)})
+    entry = training._entry(compiled, measured, images=5)
+    assert (entry["rows_an_image"], entry["gradient_rows_an_image"]) == (4, 1)
 
 
 def test_one_image_and_half_precision_can_be_measured(base, settings, monkeypatch):
@@ -192,7 +202,7 @@ def test_training_by_the_benchmark_leaves_nothing_behind(base, settings, monkeyp
     monkeypatch.setattr(training, "base_pipeline", lambda settings: with_own_unet(base))
     for row in rows_of(settings):
         forget_accelerator()
-        assert memory_of(replace(settings, steps=2), row) > 0
+        assert memory_of(replace(settings, steps=2), row)["peak_memory_mb"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

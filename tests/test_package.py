@@ -22,21 +22,23 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", "docs", *LAYERS),
 }
+REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji")  # baselines of the benchmarks, and builders of the emoji base
 MEGABYTE = 2**20
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 
 
-def test_every_folder_is_a_package_of_the_namespace():
+def test_every_folder_is_a_package_of_the_namespace_or_stays_in_the_repository():
     setuptools = PYPROJECT["tool"]["setuptools"]
-    folders = {path.parent.relative_to(ROOT) for path in SOURCES}
-    left_out = {Path("scripts/emoji"), Path("scripts/interface")}  # builders; and what is `stepfuse` itself
-    packaged = {".".join(("stepfuse", *folder.parts)) for folder in folders - left_out}
-    assert packaged | {"stepfuse"} <= set(setuptools["packages"])
-    for name, folder in setuptools["package-dir"].items():
-        assert folder == "scripts/interface" if name == "stepfuse" else name == "stepfuse." + folder.replace("/", ".")
-        assert (ROOT / folder).is_dir()
+    files = [*SOURCES, *(ROOT / "configs").rglob("*.yaml")]
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in files}
+    packages = {folder: "stepfuse." + folder.replace("/", ".") for folder in folders if not _repository_only(folder)}
+    packages["scripts/interface"] = "stepfuse"
+    assert setuptools["package-dir"] == {name: folder for folder, name in packages.items()}
+    assert sorted(setuptools["packages"]) == sorted(packages.values())
+    assert set(setuptools["package-data"]) <= set(setuptools["packages"])
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in REPOSITORY_ONLY)
     for layer in LAYERS:
         assert setuptools["package-dir"][f"stepfuse.{layer}"] == layer
         assert "py.typed" in setuptools["package-data"][f"stepfuse.{layer}"]
@@ -135,16 +137,15 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
         "scripts/evaluation/findings.j2",
         "scripts/evaluation/report.html.j2",
         "fuse/sets/adapter_set.schema.json",
-        "scripts/benchmark/originals/hpsv2.txt",
         "rewards/bert-base-uncased-vocab.txt",
     )
     data = [*embedded, *(ROOT / "configs").rglob("*.*"), *(ROOT / name for name in single)]
-    typed = [ROOT / layer / "py.typed" for layer in LAYERS]
+    typed = [ROOT / folder / "py.typed" for folder in (*LAYERS, "scripts/interface")]
     wanted = {path for path in [*SOURCES, *typed, *data] if path.is_file() and "__pycache__" not in path.parts}
-    interface = ROOT / "scripts" / "interface"
-    wanted = {path for path in wanted if path.parent not in (interface, ROOT / "scripts" / "emoji")}
-    public = {f"stepfuse/{path.name}" for path in interface.iterdir() if path.is_file()}
-    assert ours == {f"stepfuse/{path.relative_to(ROOT).as_posix()}" for path in wanted} | public
+    paths = (path.relative_to(ROOT).as_posix() for path in wanted)
+    assert ours == {_in_wheel(path) for path in paths if not _repository_only(path)}
+    assert {"stepfuse/__init__.py", "stepfuse/scripts/benchmark/harness.py"} <= ours
+    assert not any("baselines" in name or "originals" in name or "scripts/emoji" in name for name in ours)
 
 
 def test_every_dependency_has_a_pin_that_it_allows():
@@ -184,6 +185,14 @@ def test_no_file_names_a_path_outside_the_repository():
             if outside.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}")
     assert found == []
+
+
+def _repository_only(path: str) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in REPOSITORY_ONLY)
+
+
+def _in_wheel(path: str) -> str:
+    return "stepfuse/" + path.removeprefix("scripts/interface/")
 
 
 def _module(path: Path) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.scripts.benchmark.rewards import OURS, start_original
+from stepfuse.scripts.baselines.originals.start import start_original
+from stepfuse.scripts.benchmark.rewards import OURS
 from tests.fixtures_rewards import photographs, save_image_reward, scores_of, small_image_reward
 
 pytestmark = [pytest.mark.originals, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -8,7 +8,7 @@ import pytest
 
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps
 from stepfuse.fuse.sets.adapter_set import load_set
-from stepfuse.scripts.benchmark.sampling import markdown_table
+from stepfuse.scripts.benchmark.sampling import sampling_table
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "docs" / "speed"
@@ -30,7 +30,7 @@ def cells(document: str, begin: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json"])
 def test_the_tables_are_those_of_the_measurements(name: str) -> None:
-    assert markdown_table(read(name)) in ACCOUNT
+    assert sampling_table(read(name)) in ACCOUNT
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,15 @@
-"""Rewards against the packages they come from: images a second, and how far scores are apart.
+"""Rewards beside the packages they come from: images a second, and the differences of scores.
 
-The originals run in environments of their own, made at first use, with random weights of the published layout, which
-ours then load: no download, and the same comparison with the real ones.
+The originals run in environments of their own, made at first use, with random weights in the published layout, which
+stepfuse then loads: no download, and the comparison is the same as with the real ones.
 """
 
-import importlib.metadata
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,164 +17,128 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from stepfuse.rewards.hpsv2 import hpsv2
 from stepfuse.rewards.image_files import in_batches, pair_prompts
-from stepfuse.rewards.image_reward import VOCABULARY, ImageReward
+from stepfuse.rewards.image_reward import ImageReward
 from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
-from stepfuse.rewards.registry import CONFIGS
-from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
-from stepfuse.rewards.worker.environment import environment_python
-from stepfuse.scripts.benchmark.originals.clip_vocabulary import write_tokenizer
+from stepfuse.scripts.benchmark.harness import (
+    NEEDS_CHECKOUT,
+    Column,
+    Method,
+    context,
+    cpu_threads,
+    has_baselines,
+    markdown_table,
+    measure,
+    ratios,
+)
+from stepfuse.scripts.benchmark.memory import Report
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
-from stepfuse.scripts.evaluation.costs import machine
 
-ORIGINALS = Path(__file__).parent / "originals"
 OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
-REQUIREMENTS = {
-    "image_reward": CONFIGS / "image_reward_original.txt",
-    "hpsv2": ORIGINALS / "hpsv2.txt",
-    "pickscore": CONFIGS / "image_reward_original.txt",  # of it, transformers 4
-}
-MERGES = "bpe_simple_vocab_16e6.txt.gz"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "transformers", "stepfuse")
 Batch = tuple[Tensor, list[str]]
 
 
 def benchmark_rewards(
-    settings: RewardBenchmark, *, report: Callable[[dict[str, Any]], None] = lambda results: None
+    settings: RewardBenchmark, *, progress: bool = True, report: Report = lambda results: None
 ) -> dict[str, Any]:
-    """Every reward in turn: the original one image at a time, then ours in batches, round by round.
+    """Each reward: the original one image at a time, and stepfuse in batches, in alternation.
+
+    Args:
+        report: called with the results after each reward.
 
     Raises:
-        ValueError: for images that cannot be had, or an environment that cannot be made.
+        ValueError: for images that cannot be read, an environment that cannot be made, and where this is not a checkout
+            of the repository.
     """
+    if not has_baselines():
+        raise ValueError(f"{NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")
     batches = _batches(settings)
-    threads = settings.threads or torch.get_num_threads()
-    settings = replace(settings, threads=threads)
-    torch.set_num_threads(threads)
-    results: dict[str, Any] = {
-        "format_version": 1,
-        "machine": machine(torch.device("cpu")),
-        "gflop_per_second": dict.fromkeys(DTYPES, 0.0),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "settings": asdict(settings) | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
-        "rows": [],
-    }
-    for name in settings.rewards:
-        with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as folder:
-            original = start_original(name, Path(folder), size=settings.size, threads=threads)
-            try:
-                original(batches[0][0][:1], batches[0][1][:1])  # makes the weights
-                row, speeds = _compare(name, settings, original, Path(folder), batches)
-                results["rows"].append(row)
-                for dtype, speed in speeds.items():
-                    results["gflop_per_second"][dtype] = max(results["gflop_per_second"][dtype], speed)
-            finally:
-                original.close()
-        report(results)
+    settings = replace(settings, threads=settings.threads or torch.get_num_threads())
+    with cpu_threads(settings.threads):
+        results: dict[str, Any] = {
+            "format_version": 1,
+            "gflop_per_second": dict.fromkeys(DTYPES, 0.0),
+            **context(torch.device("cpu"), LIBRARIES),
+            "settings": asdict(settings)
+            | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
+            "rows": [],
+        }
+        for name in settings.rewards:
+            row, speeds = _compare(name, settings, batches, progress=progress)
+            results["rows"].append(row)
+            for dtype, speed in speeds.items():
+                results["gflop_per_second"][dtype] = max(results["gflop_per_second"][dtype], speed)
+            report(results)
     return results
 
 
-def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> WorkerReward:
-    """The original of a reward; its first call writes random weights in the published layout to the folder.
-
-    Raises:
-        ValueError: where its environment cannot be made.
-    """
-    python = environment_python(REQUIREMENTS[name])
-    arguments: dict[str, Any] = {"folder": str(folder), "size": size, "threads": threads}
-    if name == "image_reward":
-        example = CONFIGS / "image_reward_original.py"
-        arguments |= {"vocabulary": str(VOCABULARY), "example": str(example)}
-    else:
-        found = [*python.parents[1].glob(f"lib/python*/site-packages/*/{MERGES}")]
-        if not found:
-            raise ValueError(f"no {MERGES} in {python.parents[1]}; delete that folder, and it is made again")
-        write_tokenizer(found[0], folder)
-    settings = WorkerSettings(
-        function=f"{name}.py:Original",
-        requirements=str(REQUIREMENTS[name]),
-        arguments=arguments,
-        batch_size=2**20,  # it takes one at a time by itself
-        timeout=7200,
-    )
-    return WorkerReward(settings, name=f"{name} as published", folder=ORIGINALS)
-
-
-def reward_table(results: dict[str, Any]) -> str:
-    """The rows as a table in Markdown.
-
-    The bound is the ratio at which ours would do nothing but its products, at the best speed that a large layer had.
-    """
-    lines = [
-        "| reward | original, images/s | float32 | bound | bfloat16 | bound | largest difference | in bfloat16 |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in results["rows"]:
-        cells = [row["reward"], f"{row['images_per_second']:.3g}"]
-        for dtype in DTYPES:
-            bound = results["gflop_per_second"][dtype] / row["gflop_per_image"] / row["images_per_second"]
-            cells += [f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)", f"{bound:.1f} ×"]
-        cells += [f"{row[dtype]['largest_difference']:.1e}" for dtype in DTYPES]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def parity_table(results: dict[str, Any]) -> str:
-    """How far scores are apart, beside how far images are apart in the original's."""
-    lines = [
-        "| reward | images | scores of the original | largest difference | in bfloat16 |",
-        "|---|--:|--:|--:|--:|",
-    ]
-    for row in results["rows"]:
-        spread = f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
-        apart = [f"{row[dtype]['largest_difference']:.1e}" for dtype in DTYPES]
-        lines.append(f"| {' | '.join([row['reward'], str(row['images']), spread, *apart])} |")
-    return "\n".join(lines)
-
-
 def _compare(
-    name: str, settings: RewardBenchmark, original: WorkerReward, folder: Path, batches: list[Batch]
+    name: str, settings: RewardBenchmark, batches: list[Batch], *, progress: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """A row, of seconds round by round and the largest difference of a score; and how fast large products were."""
-    count = sum(len(pixels) for pixels, _ in batches)
-    ours = {d: OURS[name](folder, "cpu", dtype, settings.batch_size) for d, dtype in DTYPES.items()}
-    ways: dict[str, Reward] = {"original": original, **ours}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    """A row of the results, and the GFLOP a second of large products."""
+    from stepfuse.scripts.baselines.originals.start import start_original
+
+    rewards: dict[str, Reward] = {}
     scores: dict[str, Tensor] = {}
     speeds = dict.fromkeys(DTYPES, 0.0)
-    with tqdm(total=settings.repeats * len(ways), desc=name, file=sys.stderr) as bar:
-        for _ in range(settings.repeats):
-            for way, reward in ways.items():
-                begin = time.perf_counter()
-                scores[way] = torch.cat([reward(pixels, prompts).double() for pixels, prompts in batches])
-                seconds[way].append(time.perf_counter() - begin)
-                bar.update()
-            for d, dtype in DTYPES.items():
-                speeds[d] = max(speeds[d], _speed_of_products(dtype))
+    first = (batches[0][0][:1], batches[0][1][:1])
+
+    def score(method: str) -> None:
+        scores[method] = torch.cat([rewards[method](pixels, prompts).double() for pixels, prompts in batches])
+
+    def original() -> Method:
+        worker = rewards["original"] = start_original(name, folder, size=settings.size, threads=settings.threads or 1)
+        return Method(run=partial(score, "original"), warm_up=lambda: worker(*first), close=worker.close)
+
+    def ours(dtype: str) -> Method:
+        reward = rewards[dtype] = OURS[name](folder, "cpu", DTYPES[dtype], settings.batch_size)
+        return Method(run=partial(score, dtype), warm_up=lambda: reward(*first))
+
+    def products(dtype: str) -> Method:
+        def run() -> None:
+            speeds[dtype] = max(speeds[dtype], _speed_of_products(DTYPES[dtype]))
+
+        return Method(run=run)
+
+    with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as temporary:
+        folder = Path(temporary)
+        # The warm-up of the original writes the weights, which the others load.
+        builders = {"original": original} | {dtype: partial(ours, dtype) for dtype in DTYPES}
+        builders |= {f"products in {dtype}": partial(products, dtype) for dtype in DTYPES}
+        measured = measure(
+            builders,
+            repeats=settings.repeats,
+            device=torch.device("cpu"),
+            required=builders,
+            hint="give a smaller --batch_size or --size small",
+            progress=progress,
+            title=name,
+        )
     with FlopCounterMode(display=False) as counted:
-        ours["float32"](batches[0][0][:1], batches[0][1][:1])
+        rewards["float32"](*first)
+    seconds, expected = measured.seconds, scores["original"]
     row: dict[str, Any] = {
         "reward": name,
-        "images": count,
+        "images": len(expected),
         "gflop_per_image": counted.get_total_flops() / 1e9,
         "seconds": seconds["original"],
-        "images_per_second": count / statistics.median(seconds["original"]),
+        "images_per_second": len(expected) / statistics.median(seconds["original"]),
         "scores": {
-            "mean": scores["original"].mean().item(),
-            "deviation": scores["original"].std().item() if count > 1 else 0.0,
+            "mean": expected.mean().item(),
+            "deviation": expected.std().item() if len(expected) > 1 else 0.0,
         },
     }
-    for d in DTYPES:
-        row[d] = {
-            "seconds": seconds[d],
-            "images_per_second": count / statistics.median(seconds[d]),
-            "ratio": statistics.median(a / b for a, b in zip(seconds["original"], seconds[d], strict=True)),
-            "largest_difference": (scores[d] - scores["original"]).abs().max().item(),
+    for dtype in DTYPES:
+        row[dtype] = {
+            "seconds": seconds[dtype],
+            "images_per_second": len(expected) / statistics.median(seconds[dtype]),
+            "ratio": ratios(seconds["original"], seconds[dtype])["ratio"],
+            "largest_difference": (scores[dtype] - expected).abs().max().item(),
         }
     return row, speeds
 
@@ -192,6 +155,7 @@ def _speed_of_products(dtype: torch.dtype, side: int = 2048) -> float:
 
 
 def _batches(settings: RewardBenchmark) -> list[Batch]:
+    """The images of the settings, or generated ones, with their prompts."""
     if settings.images:
         items = pair_prompts(Path(settings.images), Path(settings.prompts))[: settings.count]
         return [(pixels, [i.prompt for i in group]) for group, pixels in in_batches(items, settings.batch_size)]
@@ -202,3 +166,48 @@ def _batches(settings: RewardBenchmark) -> list[Batch]:
     size = settings.batch_size
     prompts = [f"picture number {i} of a series, in many colours" for i in range(settings.count)]
     return [(pixels[i : i + size], prompts[i : i + size]) for i in range(0, settings.count, size)]
+
+
+def _difference_columns() -> list[Column]:
+    """Columns of the largest difference of a score from the original's."""
+    return [
+        Column(title, lambda row, dtype=dtype: row[dtype]["largest_difference"], ".1e")  # type: ignore[misc]
+        for title, dtype in (("largest difference", "float32"), ("in bfloat16", "bfloat16"))
+    ]
+
+
+def reward_table(results: dict[str, Any]) -> str:
+    """The rows as a table in Markdown.
+
+    The bound is the ratio that stepfuse would have if it did nothing but its products, at the best speed that a large
+    layer had.
+    """
+    columns = [
+        Column("reward", lambda row: row["reward"], left=True),
+        Column("original, images/s", lambda row: row["images_per_second"], ".3g"),
+    ]
+    for dtype in DTYPES:
+
+        def speed(row: dict[str, Any], dtype: str = dtype) -> str:
+            return f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"
+
+        def bound(row: dict[str, Any], dtype: str = dtype) -> str:
+            ratio = results["gflop_per_second"][dtype] / row["gflop_per_image"] / row["images_per_second"]
+            return f"{ratio:.1f} ×"
+
+        columns += [Column(dtype, speed), Column("bound", bound)]
+    return markdown_table([*columns, *_difference_columns()], results)
+
+
+def parity_table(results: dict[str, Any]) -> str:
+    """The differences of scores, beside the spread of the original's scores over the images."""
+
+    def spread(row: dict[str, Any]) -> str:
+        return f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
+
+    columns = [
+        Column("reward", lambda row: row["reward"], left=True),
+        Column("images", lambda row: row["images"]),
+        Column("scores of the original", spread),
+    ]
+    return markdown_table([*columns, *_difference_columns()], results)

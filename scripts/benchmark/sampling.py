@@ -1,178 +1,237 @@
-"""What a step of fused sampling costs, as a ratio to one adapter with guidance, measured in turns in one run."""
+"""What a step of fused sampling costs, as a ratio to one adapter with guidance."""
 
-import gc
-import importlib.metadata
-import multiprocessing
+import copy
 import statistics
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
-from stepfuse.scripts.benchmark.rivals import RIVALS
-from stepfuse.scripts.benchmark.settings import BASELINES, SamplingBenchmark
-from stepfuse.scripts.benchmark.ways import REFERENCE, Bench, Row, Way, rows_of
-from stepfuse.scripts.evaluation.costs import counted_rows, free_memory, machine, now, peak_memory
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.loading import quiet_libraries
+from stepfuse.fuse.backbones.unet import latent_shape
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.scripts.benchmark.harness import (
+    Column,
+    Measured,
+    Method,
+    available,
+    context,
+    cpu_threads,
+    markdown_table,
+    measure,
+    ratio_range,
+    ratios,
+)
+from stepfuse.scripts.benchmark.memory import (
+    Report,
+    add_memory,
+    check_copies,
+    peak_megabytes,
+    release_memory,
+    size_of,
+)
+from stepfuse.scripts.benchmark.models import random_conditioning, random_model, set_model
+from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
 
+ONE_ADAPTER = "one adapter"
 LIBRARIES = ("torch", "diffusers", "peft", "transformers")
-Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a method of sampling, with a number of adapters."""
+
+    method: str
+    adapters: int
+
+    def __str__(self) -> str:
+        return self.method if self.method == ONE_ADAPTER else f"{self.method}, {self.adapters} adapters"
+
+
+REFERENCE = Row(ONE_ADAPTER, 1)  # which ratios are to
+
+
+def rows_of(settings: SamplingBenchmark) -> list[Row]:
+    """The reference, then rules and baselines at each number of adapters; a rule with one adapter is the reference."""
+    rules = [Row(rule, n) for rule in settings.rules for n in settings.adapters if n > 1]
+    return [REFERENCE, *rules, *(Row(name, n) for name in settings.baselines for n in settings.adapters)]
 
 
 @torch.no_grad()
 def benchmark_sampling(
     settings: SamplingBenchmark, *, progress: bool = True, report: Report = lambda results: None
 ) -> dict[str, Any]:
-    """Time every row in turns, `repeats` rounds, and then measure each one's memory in a process of its own.
-
-    A ratio is of two times of one round, so that what else the machine does falls on both; the median of all rounds
-    counts. The first round warms up and is left out.
+    """Time every row in alternation, then measure each one's memory in a process of its own.
 
     Args:
         report: called with the results as soon as the times are known, and again with each row's memory.
+
+    Raises:
+        ValueError: where one adapter does not fit in memory.
     """
     device = torch.device(settings.device)
-    seconds, counts, results = _time(settings, device, progress=progress)
-    gc.collect()  # the model is gone: each row's own process loads it anew
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    reference = Row(REFERENCE, 1)
-    for row, own in seconds.items():
-        ratios = [a / b for a, b in zip(own, seconds[reference], strict=True)]
-        results["rows"].append(
-            {
-                "way": row.way,
-                "adapters": row.adapters,
-                "ratio": statistics.median(ratios),
-                "ratio_min": min(ratios),
-                "ratio_max": max(ratios),
-                "seconds_a_step": statistics.median(own) / settings.steps,
-                "rows_an_image": counts[row],
-                "rows_ratio": counts[row] / counts[reference],
-                "compiled": bool(settings.compile) and row.way not in BASELINES,
-                "weights_mb": None,
-                "peak_memory_mb": None,
-            }
+    wanted = rows_of(settings)
+    rows, missing = available(wanted, {row: row.method for row in wanted if row.method in BASELINES[1:]})
+    with cpu_threads(settings.threads):
+        bench = Bench(settings)
+        measured = measure(
+            # Baselines first: they copy the UNet as it is before adapters are put into one batch.
+            {row: partial(bench.method, row) for row in sorted(rows, key=lambda row: row.method not in BASELINES)},
+            repeats=settings.repeats,
+            device=device,
+            required=[REFERENCE],
+            hint="give fewer --images or a smaller --height",
+            progress=progress,
         )
-    report(results)
-    if settings.memory:
-        for row, entry in tqdm(list(zip(seconds, results["rows"], strict=True)), disable=not progress, desc="memory"):
-            entry["weights_mb"], entry["peak_memory_mb"] = _memory_alone(settings, row)
-            report(results)
+        lora = {"rank": bench.model.lora.r, "targets": sorted(bench.model.lora.target_modules)}
+        del bench
+        release_memory(device)  # each row's own process loads the model anew
+        described = asdict(settings)
+        described["rivals"] = described.pop("baselines")  # their key in published results
+        entries = {row: _entry(row, settings, measured) for row in rows if row in measured.seconds}
+        results = context(device, LIBRARIES) | {
+            "settings": described,
+            "lora": lora,
+            "skipped": missing | measured.skipped,
+            "rows": list(entries.values()),
+        }
+        report(results)
+        if settings.memory:
+            add_memory(results, entries, memory_of, settings, progress=progress, report=report)
     return results
 
 
-def _time(
-    settings: SamplingBenchmark, device: torch.device, *, progress: bool
-) -> tuple[dict[Row, list[float]], dict[Row, float], dict[str, Any]]:
-    """Seconds of each round, and rows an image and step, by row; and results without rows as yet."""
-    bench, skipped = Bench(settings), {}
-    ways: dict[Row, Way] = {}
-    for row in sorted(rows_of(settings), key=lambda row: row.way not in RIVALS):  # those that copy the UNet first
-        if why := _too_large(row, bench, device):
-            skipped[str(row)] = why
-            continue
-        if row.way not in BASELINES and bench.sampler.denoiser.batched is None:
-            bench.batch()
-        ways[row] = bench.way(row)
-    counts: dict[Row, float] = {}
-    seconds: dict[Row, list[float]] = {row: [] for row in rows_of(settings) if row in ways}
-    with tqdm(total=(settings.repeats + 1) * len(ways), disable=not progress, desc="time") as bar:
-        for turn in range(settings.repeats + 1):
-            for row in list(seconds):
-                bar.set_postfix_str(str(row))
-                try:
-                    if turn == 0:
-                        counts[row] = _rows_of_networks(ways[row]) / settings.images / settings.steps
-                    else:
-                        begin = now(device)
-                        ways[row].run()
-                        seconds[row].append(now(device) - begin)
-                except torch.OutOfMemoryError:
-                    if row.way == REFERENCE:
-                        raise ValueError(
-                            "one adapter does not fit; give fewer --images or a smaller --height"
-                        ) from None
-                    skipped[str(row)] = "out of memory"
-                    del seconds[row]
-                bar.update()
-    lora = {"rank": bench.model.lora.r, "targets": sorted(bench.model.lora.target_modules)}
-    return (
-        seconds,
-        counts,
-        {
-            "machine": machine(device),
-            "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-            "settings": asdict(settings),
-            "lora": lora,
-            "skipped": skipped,
-            "rows": [],
-        },
-    )
-
-
-def _rows_of_networks(way: Way) -> int:
-    """Rows that go through a way's networks in one run."""
-    with ExitStack() as hooks:
-        counts = [hooks.enter_context(counted_rows(network)) for network in way.networks]
-        way.run()
-        return sum(count() for count in counts)
-
-
-def _memory_alone(settings: SamplingBenchmark, row: Row) -> tuple[float | None, float | None]:
-    """MB of weights, and at the peak of one step, of a row in a fresh process; None where it does not fit."""
-    alone = replace(settings, adapters=(row.adapters,), steps=1, compile="", mode="")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(memory_of, alone, row).result()
-        except (torch.OutOfMemoryError, BrokenProcessPool):
-            return None, None
+def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> dict[str, Any]:
+    """A row of the results."""
+    seconds, batch_rows = measured.seconds, measured.batch_rows
+    return {
+        "way": row.method,
+        "adapters": row.adapters,
+        **ratios(seconds[row], seconds[REFERENCE]),
+        "seconds_a_step": statistics.median(seconds[row]) / settings.steps,
+        "rows_an_image": batch_rows[row][0] / settings.images / settings.steps,
+        "rows_ratio": batch_rows[row][0] / batch_rows[REFERENCE][0],
+        "compiled": bool(settings.compile) and row.method not in BASELINES,
+        "weights_mb": None,
+        "peak_memory_mb": None,
+    }
 
 
 @torch.no_grad()
-def memory_of(settings: SamplingBenchmark, row: Row) -> tuple[float, float]:
-    """MB of weights, LoRAs and their copies included, and at the peak of a run, in this process."""
-    bench = Bench(settings)
-    if row.way not in BASELINES:
-        bench.batch()
-    way = bench.way(row)
-    weights = sum(_bytes_of(network) for network in way.networks)
-    del bench  # a rival with UNets of its own does without the first
-    gc.collect()
-    with peak_memory(torch.device(settings.device)) as peak:
-        way.run()
-    return weights / 1e6, peak()
+def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
+    """MB of weights, LoRAs and their copies included, and at the peak of one step, in this process."""
+    device = torch.device(settings.device)
+    with cpu_threads(settings.threads):
+        bench = Bench(replace(settings, adapters=(row.adapters,), steps=1, compile="", mode=""))
+        method = bench.method(row)
+        weights = sum(size_of(network) for network in method.networks)
+        del bench  # a baseline that has copied the UNet does not need the first
+        release_memory(device)
+        return {"weights_mb": weights / 1e6, "peak_memory_mb": peak_megabytes(method.run, device)}
 
 
-def _bytes_of(unet: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*unet.parameters(), *unet.buffers()))
-
-
-def _too_large(row: Row, bench: Bench, device: torch.device) -> str | None:
-    """Why a rival that copies the UNet cannot be run, if so."""
-    copies = {"diffusion_blend": row.adapters, "mixed_batch": 2}.get(row.way, 0)
-    each, free = _bytes_of(bench.plain), free_memory(device)
-    if copies * each < 0.8 * free:
-        return None
-    return f"{copies} UNets of {each / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-
-
-def markdown_table(results: dict[str, Any]) -> str:
+def sampling_table(results: dict[str, Any]) -> str:
     """The rows as a table: the ratio with its range over the rounds, and the ratio of the rows that networks ran."""
-    lines = [
-        "| way | adapters | time ÷ one adapter | range | rows ÷ its rows | ms a step | weights, MB | peak memory, MB |",
-        "|---|--:|--:|---|--:|--:|--:|--:|",
+    columns = [
+        Column("method", lambda row: row["way"], left=True),
+        Column("adapters", lambda row: row["adapters"]),
+        Column("time ÷ one adapter", lambda row: row["ratio"], ".2f"),
+        Column("range", ratio_range, left=True),
+        Column("rows ÷ its rows", lambda row: row["rows_ratio"], ".2f"),
+        Column("ms a step", lambda row: 1e3 * row["seconds_a_step"], ".1f"),
+        Column("weights, MB", lambda row: row["weights_mb"], ",.0f"),
+        Column("peak memory, MB", lambda row: row["peak_memory_mb"], ",.0f"),
     ]
-    for row in results["rows"]:
-        memory = ["–" if row[key] is None else f"{row[key]:,.0f}" for key in ("weights_mb", "peak_memory_mb")]
-        lines.append(
-            f"| {row['way']} | {row['adapters']} | {row['ratio']:.2f} | {row['ratio_min']:.2f}–{row['ratio_max']:.2f} "
-            f"| {row['rows_ratio']:.2f} | {1e3 * row['seconds_a_step']:.1f} | {' | '.join(memory)} |"
+    return markdown_table(columns, results)
+
+
+class Bench:
+    """A model and what every method starts from: the same x_T and the same prompts."""
+
+    def __init__(self, settings: SamplingBenchmark) -> None:
+        quiet_libraries()
+        self.settings = settings
+        most = max(settings.adapters)
+        build = random_model if settings.model in ARCHITECTURES else set_model
+        self.model = build(settings.model, most, dtype=getattr(torch, settings.dtype), device=settings.device)
+        pipeline = self.model.pipeline
+        self.conditioning = random_conditioning(self.model, settings.images)
+        shape = latent_shape(pipeline, settings.height, settings.width)
+        x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
+        self.x_T = x_T.to(settings.device)
+        # Adapters are put into one batch, and compiled, in place: what runs beside that has a UNet of its own.
+        self.plain = copy.deepcopy(pipeline.unet) if settings.compile else pipeline.unet
+        self._copies: dict[tuple[str, ...], nn.Module] = {}
+        etas = torch.linspace(0.8, 1.0, most).tolist()
+        self.sampler = FusedSampler(
+            pipeline=pipeline,
+            objectives=tuple(
+                Objective(name=name, reward=name, variance=EtaSchedule(eta=eta), beta=1.0)
+                for name, eta in zip(self.model.adapters, etas, strict=True)
+            ),
+            denoiser=Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=settings.guidance_scale),
+            reference=EtaSchedule(eta=1.0),
+            rule=get_rule("product"),
+            num_inference_steps=settings.steps,
+            default_weights={self.model.adapters[0]: 1.0},
         )
-    lines += [f"\n{row}: left out, {why}." for row, why in results["skipped"].items()]
-    return "\n".join(lines)
+
+    def batch(self) -> None:
+        """Put the adapters into one batch, and compile; UNets are copied before."""
+        batched = BatchedAdapters(self.model.pipeline.unet, self.model.adapters)
+        denoiser = replace(self.sampler.denoiser, batched=batched, rows_at_once=self.settings.rows_at_once)
+        self.sampler = replace(self.sampler, denoiser=denoiser)
+        if self.settings.compile:
+            options = {"mode": self.settings.mode} if self.settings.mode else {}
+            rows = self.settings.images * (max(self.settings.adapters) + 1)
+            self.sampler.compile(self.settings.compile, rows=rows, **options)
+
+    def copy_of(self, names: Sequence[str]) -> nn.Module:
+        """A copy of the UNet with some of the adapters alone; the same one for the same names."""
+        if tuple(names) not in self._copies:
+            unet = copy.deepcopy(self.plain)
+            unet.set_adapter(list(names))  # first, for peft warns where an active adapter is deleted
+            unet.delete_adapters([name for name in self.model.adapters if name not in names])
+            self._copies[tuple(names)] = unet
+        return self._copies[tuple(names)]
+
+    def method(self, row: Row) -> Method:
+        """A row's method, which holds only what it needs.
+
+        Raises:
+            DoesNotFit: for a baseline whose copies of the UNet need more memory than is free.
+        """
+        names = self.model.adapters[: row.adapters]
+        if row.method in BASELINES and row.method != SEPARATE:
+            return self._baseline(row.method, names)
+        if row.method != SEPARATE and self.sampler.denoiser.batched is None:
+            self.batch()
+        sampler = self.sampler.with_rule("product" if row.method in (ONE_ADAPTER, SEPARATE) else row.method)
+        if row.method == SEPARATE:
+            sampler = replace(sampler, denoiser=replace(sampler.denoiser, unet=self.plain, batched=None))
+        x_T, conditioning = self.x_T, self.conditioning
+
+        def sample() -> torch.Tensor:
+            plan = sampler.plan(dict.fromkeys(names, 1.0), len(x_T))
+            generators = [torch.Generator().manual_seed(seed) for seed in range(len(x_T))]
+            return sampler.denoise(x_T, plan, conditioning, generators)
+
+        return Method(run=sample, networks=(sampler.denoiser.unet,))
+
+    def _baseline(self, name: str, names: Sequence[str]) -> Method:
+        from stepfuse.scripts.baselines.sampling import BASELINES, denoise
+
+        baseline = BASELINES[name]
+        check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
+        predict, networks = baseline.build(self.plain, self.copy_of, names, self.settings.guidance_scale)
+        scheduler = self.sampler.denoiser.path.scheduler
+        run = partial(denoise, predict, scheduler, self.settings.steps, self.x_T, self.conditioning)
+        return Method(run=run, networks=networks)

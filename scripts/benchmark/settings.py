@@ -65,7 +65,7 @@ class SamplingBenchmark:
         (1, 2, 4, 8), WHAT, "Numbers of adapters to fuse; each rule and baseline is timed with each of them.", "1,2,4,8"
     )
     rules: tuple[str, ...] = setting(("product", "systematic", "soup"), WHAT, "Fusion rules to time.", known=RULES)
-    rivals: tuple[str, ...] = setting(
+    baselines: tuple[str, ...] = setting(
         BASELINES,
         WHAT,
         "Baselines to time, or '' for none. separate: the product with one forward pass per adapter; diffusion_blend: "

@@ -103,6 +103,7 @@ def add_benchmark(actions: argparse._SubParsersAction) -> None:
     )
     completion.complete(rules, completion.benchmark_rules)
     baselines = model.add_argument(
+        "--baselines",
         "--rivals",
         type=names,
         default=BASELINES,

@@ -143,7 +143,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     check_file(arguments.output, overwrite=arguments.overwrite)
     check_device_name(arguments.device)
     check_names(arguments.rules, BENCHMARK_RULES, "--rules")
-    check_names(arguments.rivals, BASELINES, "--rivals")
+    check_names(arguments.baselines, BASELINES, "--baselines")
     if not arguments.adapters or min(arguments.adapters) < 1:
         raise ValueError(f"--adapters {','.join(map(str, arguments.adapters))}; expected numbers of 1 or more")
     if arguments.guidance_scale == 1:
@@ -155,16 +155,12 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.set is not None:
         check_set(arguments.set, instead=("rewards", "training"))
 
-    import torch
-
     from stepfuse.fuse.lora.safe_files import write_json
-    from stepfuse.scripts.benchmark.sampling import benchmark_sampling, markdown_table
+    from stepfuse.scripts.benchmark.sampling import benchmark_sampling, sampling_table
     from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    own = ("adapters", "rules", "rivals", "images", "height", "width", "steps", "repeats", "guidance_scale")
-    names = (*own, "rows_at_once", "compile", "mode", "dtype")
+    own = ("adapters", "rules", "baselines", "images", "height", "width", "steps", "repeats", "guidance_scale")
+    names = (*own, "rows_at_once", "compile", "mode", "threads", "dtype")
     settings = SamplingBenchmark(
         model=arguments.architecture or str(arguments.set),
         device=check_device(arguments.device),
@@ -173,7 +169,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     )
     results = benchmark_sampling(settings, report=lambda results: write_json(arguments.output, results))
     print(results["machine"])
-    print(markdown_table(results))
+    print(sampling_table(results))
     print(arguments.output)
 
 

@@ -1,8 +1,8 @@
-"""What the training loops of ddpo-pytorch and SPO, restated here to be measured against, have in common.
+"""What the restated training loops of ddpo-pytorch and SPO have in common.
 
-What goes through which network, with and without gradient, what is decoded when, and what is kept are theirs. Both get
-what ours has where they are older: SDPA in place of explicit attention scores, LoRAs by peft, the scheduler's table on
-the device. Both are spared logging, progress bars and pictures.
+What goes through which network, with and without gradient, what is decoded when, and what is stored follow the
+published code. Where that is older, both get what stepfuse has: SDPA in place of explicit attention scores, LoRAs by
+peft, and the scheduler's table on the device. Both leave out logging, progress bars and images.
 """
 
 import copy
@@ -24,7 +24,6 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Latents
 from stepfuse.fuse.backbones.unet import encode_prompts, latent_shape
 from stepfuse.rewards.protocol import Reward
-from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.train.lora import add_lora
 
 PerSample = Float[Tensor, " batch"]
@@ -37,15 +36,17 @@ class Task:
 
     Attributes:
         pipeline: frozen and without a LoRA; its UNet is trained.
+        targets: the layers of the LoRA.
         images: of a rollout, all in one micro-batch.
         steps: denoising steps.
-        resolution: pixels; by default the base's own.
+        resolution: pixels; by default the model's.
     """
 
     pipeline: DiffusionPipeline
     accelerator: Accelerator
     reward: Reward
     prompts: Sequence[str]
+    targets: Sequence[str]
     images: int
     steps: int
     resolution: int | None = None
@@ -57,7 +58,7 @@ class Task:
 
 
 class Loop(ABC):
-    """AdamW on a LoRA of the attention, DDIM with eta 1, and guidance by the trained network in rows of its own."""
+    """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows."""
 
     threads: ThreadPoolExecutor | None = None
 
@@ -70,8 +71,8 @@ class Loop(ABC):
         side = task.resolution
         self.shape = latent_shape(self.pipeline, side, side)
         self.blank = encode_prompts(self.pipeline, [""], height=side, width=side, device=self.device)
-        self.chance = random.Random(0)
-        add_lora(self.unet, "rival", rank=task.rank, alpha=task.rank, targets=list(ATTENTION), seed=0)
+        self.random = random.Random(0)
+        add_lora(self.unet, "baseline", rank=task.rank, alpha=task.rank, targets=list(task.targets), seed=0)
         if task.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
@@ -80,11 +81,11 @@ class Loop(ABC):
 
     @property
     def networks(self) -> tuple[nn.Module, ...]:
-        """The UNets that it runs."""
+        """The UNets that the loop runs."""
         return (self.unet,)
 
     def prepared(self) -> nn.Module:
-        """What accelerate makes ready for training."""
+        """The module that accelerate prepares."""
         return self.unet
 
     @abstractmethod
@@ -99,14 +100,14 @@ class Loop(ABC):
         self.optimizer.zero_grad()
 
     def close(self) -> None:
-        """End its threads."""
+        """End the loop's threads."""
         if self.threads is not None:
             self.threads.shutdown()
 
     def begin(self) -> tuple[list[str], Conditioning, Latents]:
-        """Prompts, their embeddings, made anew each time beside the one of "", and x_T."""
+        """Prompts, their embeddings, computed each time, beside the one of "", and x_T."""
         count = self.task.images
-        prompts = self.chance.choices(self.task.prompts, k=count)
+        prompts = self.random.choices(self.task.prompts, k=count)
         positive, _, *pooled = self.pipeline.encode_prompt(
             prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -118,7 +119,7 @@ class Loop(ABC):
         return prompts, conditioning, torch.randn(count, *self.shape, device=self.device, dtype=positive.dtype)
 
     def predict(self, network: nn.Module, x_t: Latents, t: Times, conditioning: Conditioning) -> Latents:
-        """e_u + g (e_c - e_u), both by the network itself, in one forward of two rows an image."""
+        """e_u + g (e_c - e_u), both by the network itself, in one forward pass of two rows an image."""
         times = t.expand(len(x_t)).repeat(2)
         output = network(torch.cat([x_t, x_t]), times, return_dict=False, **conditioning.inputs("-+"))[0]
         negative, positive = output.chunk(2)
@@ -127,7 +128,7 @@ class Loop(ABC):
     def log_prob(
         self, network: nn.Module, x_t: Latents, t: Times, x_s: Latents, conditioning: Conditioning
     ) -> PerSample:
-        """Of the step from x_t to x_s."""
+        """log p(x_s | x_t) by `mean_log_prob`."""
         _, mean, deviation = ddim_step(self.scheduler, self.predict(network, x_t, t, conditioning), t, x_t)
         return mean_log_prob(x_s, mean, deviation)
 

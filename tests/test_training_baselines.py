@@ -16,10 +16,11 @@ from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 from stepfuse.rewards.colourfulness import colourfulness
-from stepfuse.scripts.benchmark.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
-from stepfuse.scripts.benchmark.loops import Task, ddim_step, mean_log_prob
+from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
+from stepfuse.scripts.baselines.spo import SPO, extremes, spo_loss
+from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
+from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.pipelines import with_own_unet
-from stepfuse.scripts.benchmark.spo import SPO, extremes, spo_loss
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import PairedStep, SampledStep
@@ -43,6 +44,7 @@ def task(base):
         accelerator=Accelerator(cpu=True),
         reward=colourfulness,
         prompts=["a red apple", "a cat"],
+        targets=ATTENTION,
         images=IMAGES,
         steps=STEPS,
     )
@@ -67,7 +69,7 @@ def gradients(loop):
 def gaussians(loop, step, conditioning):
     """Policy and reference of a step as ours has them, where each guides itself."""
     denoiser = Denoiser.from_pipeline(loop.pipeline, guidance="full", guidance_scale=loop.task.guidance_scale)
-    policy = Policy(loop.unet, "rival", EtaSchedule(eta=1.0))
+    policy = Policy(loop.unet, "baseline", EtaSchedule(eta=1.0))
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, [None])
     step = replace(step, reference=base.detach())
     (both,) = step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), [step], conditioning)

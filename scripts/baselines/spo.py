@@ -11,7 +11,7 @@ from torch.nn import functional
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Latents
 from stepfuse.fuse.backbones.unet import decode_latents
-from stepfuse.scripts.benchmark.loops import Loop, PerSample, Task, ddim_step
+from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Other ways to sample a blend of adapters, as their authors do it; kept with the benchmark, outside the library.
+"""Other implementations of sampling with several adapters, as their authors have it.
 
 Each predicts the blended noise Σ w_i [e_u,i + g (e_c,i - e_u,i)] of a step.
 """
@@ -6,6 +6,7 @@ Each predicts the blended noise Σ w_i [e_u,i + g (e_c,i - e_u,i)] of a step.
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,13 +17,27 @@ from torch import Tensor, nn
 from stepfuse.fuse.backbones.conditioning import Conditioning, stack_inputs
 
 Blend = Callable[[Tensor, Tensor, Conditioning], Tensor]
-CopyOf = Callable[[Sequence[str]], nn.Module]  # a whole UNet of its own, with these adapters alone, active
+CopyOf = Callable[[Sequence[str]], nn.Module]  # a copy of the UNet, with these adapters alone, active
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """An implementation that the benchmark compares with.
+
+    Attributes:
+        build: from the UNet, its copies, names of adapters and the guidance scale to a prediction of the blended noise,
+            and the networks that it runs.
+        copies: how many copies of the UNet it holds for these adapters.
+    """
+
+    build: Callable[[nn.Module, CopyOf, Sequence[str], float], tuple[Blend, list]]
+    copies: Callable[[Sequence[str]], int] = lambda names: 0
 
 
 def diffusion_blend(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
-    """DB-MPA as published (arXiv:2505.18547): N whole UNets held at once, each run in turn with and without prompt.
+    """DB-MPA as published (arXiv:2505.18547): N whole UNets in memory, each run with and without the prompt.
 
-    Attention is diffusers' present default, not the explicit one of 2022 that the published code ran on.
+    Attention is the present default of diffusers, not the explicit one of 2022 that the published code ran on.
     """
     unets = [copy_of([name]) for name in names]
 
@@ -33,7 +48,7 @@ def diffusion_blend(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scal
 
 
 def set_adapters(unet: Any, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
-    """One UNet, diffusers' `set_adapters` before every forward: N forwards a step, as Multi-LoRA-Composition has it."""
+    """One UNet, diffusers' `set_adapters` before each of N forward passes a step, as in Multi-LoRA-Composition."""
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         outputs = []
@@ -46,20 +61,20 @@ def set_adapters(unet: Any, copy_of: CopyOf, names: Sequence[str], scale: float)
 
 
 def mixed_batch(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: float) -> tuple[Blend, list]:
-    """peft's mixed batch, `adapter_names`: one forward, in which each layer loops over the adapters.
+    """peft's mixed batch, `adapter_names`: one forward pass, in which each layer loops over the adapters.
 
-    The unconditional rows are the base's, shared by all, as in our own batch: N + 1 rows an image.
+    The unconditional rows are the base's, shared by all adapters as in `BatchedAdapters`: N + 1 rows an image.
     """
-    own: Any = copy.deepcopy(copy_of(names))
-    dtype, device = own.dtype, own.device
-    configs, weights = dict(own.peft_config), {k: v for k, v in own.state_dict().items() if ".lora_" in k}
-    own.unload_lora()
+    unet_copy: Any = copy.deepcopy(copy_of(names))
+    dtype, device = unet_copy.dtype, unet_copy.device
+    configs, weights = dict(unet_copy.peft_config), {k: v for k, v in unet_copy.state_dict().items() if ".lora_" in k}
+    unet_copy.unload_lora()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        wrapped = PeftModel(own, configs[names[0]], adapter_name=names[0])  # diffusers leaves this wrapper out
+        wrapped = PeftModel(unet_copy, configs[names[0]], adapter_name=names[0])  # diffusers leaves this wrapper out
         for name in names[1:]:
             wrapped.add_adapter(name, configs[name])
-    own.load_state_dict(weights, strict=False)
+    unet_copy.load_state_dict(weights, strict=False)
     wrapped.to(device, dtype).requires_grad_(False).eval()
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
@@ -70,7 +85,7 @@ def mixed_batch(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: f
         e_u, *e_c = output.float().chunk(1 + len(names))
         return _average([e_u + scale * (e - e_u) for e in e_c])
 
-    return blend, [own]
+    return blend, [unet_copy]
 
 
 def denoise(blend: Blend, scheduler: DDIMScheduler, steps: int, x: Tensor, conditioning: Conditioning) -> Tensor:
@@ -82,7 +97,7 @@ def denoise(blend: Blend, scheduler: DDIMScheduler, steps: int, x: Tensor, condi
 
 
 def _guided(unet: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
-    """e_u + g (e_c - e_u) of one network, in one forward of two rows an image."""
+    """e_u + g (e_c - e_u) of one network, in one forward pass of two rows an image."""
     batch = torch.cat([x, x]).to(conditioning.positive.dtype)
     output = unet(batch, t.expand(len(batch)), return_dict=False, **conditioning.inputs("-+"))[0]
     e_u, e_c = output.float().chunk(2)
@@ -93,8 +108,8 @@ def _average(predictions: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(predictions)).mean(0)
 
 
-RIVALS: dict[str, Callable[[nn.Module, CopyOf, Sequence[str], float], tuple[Blend, list]]] = {
-    "diffusion_blend": diffusion_blend,
-    "set_adapters": set_adapters,
-    "mixed_batch": mixed_batch,
+BASELINES = {
+    "diffusion_blend": Baseline(build=diffusion_blend, copies=len),
+    "set_adapters": Baseline(build=set_adapters),
+    "mixed_batch": Baseline(build=mixed_batch, copies=lambda names: 2),
 }

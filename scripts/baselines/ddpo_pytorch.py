@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.unet import decode_latents
-from stepfuse.scripts.benchmark.loops import Loop, PerSample, Task, ddim_step, mean_log_prob
+from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step, mean_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)

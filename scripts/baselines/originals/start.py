@@ -1,0 +1,44 @@
+"""Start a published reward package in an environment of its own, with random weights in its published layout."""
+
+from pathlib import Path
+from typing import Any
+
+from stepfuse.rewards.image_reward import VOCABULARY
+from stepfuse.rewards.registry import CONFIGS
+from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
+from stepfuse.rewards.worker.environment import environment_python
+from stepfuse.scripts.baselines.originals.clip_vocabulary import write_tokenizer
+
+FOLDER = Path(__file__).parent
+REQUIREMENTS = {
+    "image_reward": CONFIGS / "image_reward_original.txt",
+    "hpsv2": FOLDER / "hpsv2.txt",
+    "pickscore": CONFIGS / "image_reward_original.txt",  # which has transformers 4
+}
+MERGES = "bpe_simple_vocab_16e6.txt.gz"
+
+
+def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> WorkerReward:
+    """The original of a reward; its first call writes random weights in the published layout to the folder.
+
+    Raises:
+        ValueError: where its environment cannot be made.
+    """
+    python = environment_python(REQUIREMENTS[name])
+    arguments: dict[str, Any] = {"folder": str(folder), "size": size, "threads": threads}
+    if name == "image_reward":
+        example = CONFIGS / "image_reward_original.py"
+        arguments |= {"vocabulary": str(VOCABULARY), "example": str(example)}
+    else:
+        found = [*python.parents[1].glob(f"lib/python*/site-packages/*/{MERGES}")]
+        if not found:
+            raise ValueError(f"no {MERGES} in {python.parents[1]}; delete that folder, and it is made again")
+        write_tokenizer(found[0], folder)
+    settings = WorkerSettings(
+        function=f"{name}.py:Original",
+        requirements=str(REQUIREMENTS[name]),
+        arguments=arguments,
+        batch_size=2**20,  # the original scores one image at a time
+        timeout=7200,
+    )
+    return WorkerReward(settings, name=f"{name} as published", folder=FOLDER)

@@ -1,0 +1,228 @@
+"""Run methods in alternation: a warm-up, then several rounds; and what the results of all benchmarks share.
+
+A ratio is of two times of the same round, so that other load on the machine falls on both; the median of all rounds
+counts.
+"""
+
+import importlib.metadata
+import importlib.util
+import statistics
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory, release_memory
+from stepfuse.scripts.evaluation.costs import machine, now
+
+Row = TypeVar("Row")  # a row of the results: hashable, and its text is its name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method that is ready to run.
+
+    Attributes:
+        run: one measurement.
+        warm_up: what runs before the first measurement, by default `run`.
+        networks: networks whose batches are counted in the warm-up.
+        close: releases what the method holds, such as threads.
+    """
+
+    run: Callable[[], Any]
+    warm_up: Callable[[], Any] | None = None
+    networks: Sequence[nn.Module] = ()
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Generic[Row]):
+    """What was measured, by row.
+
+    Attributes:
+        seconds: of each round.
+        batch_rows: batch entries that went through the networks in the warm-up, and those of them whose output has a
+            gradient.
+        skipped: why a row could not be measured, by its text.
+    """
+
+    seconds: dict[Row, list[float]] = field(default_factory=dict)
+    batch_rows: dict[Row, tuple[int, int]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def measure(
+    builders: Mapping[Row, Callable[[], Method]],
+    *,
+    repeats: int,
+    device: torch.device,
+    required: Collection[Row] = (),
+    hint: str = "",
+    progress: bool = True,
+    title: str = "time",
+) -> Measured[Row]:
+    """Build and warm up each method, then time all of them in alternation, `repeats` rounds.
+
+    A method that runs out of memory is left out, with the reason in `skipped`.
+
+    Args:
+        required: rows without which there is nothing to compare.
+        hint: what to do where one of them does not fit in memory.
+
+    Raises:
+        ValueError: where a required row does not fit in memory.
+    """
+    methods: dict[Row, Method] = {}
+    measured: Measured[Row] = Measured()
+
+    def warm_up(row: Row) -> None:
+        method = methods[row] = builders[row]()
+        with _counted_rows(method.networks) as counts:
+            (method.warm_up or method.run)()
+        measured.batch_rows[row] = counts()
+        measured.seconds[row] = []
+
+    def time(row: Row) -> None:
+        begin = now(device)
+        methods[row].run()
+        measured.seconds[row].append(now(device) - begin)
+
+    try:
+        with tqdm(total=(repeats + 1) * len(builders), disable=not progress, desc=title) as bar:
+            for turn in (warm_up, *[time] * repeats):
+                for row in builders:
+                    bar.set_postfix_str(str(row))
+                    if str(row) not in measured.skipped and (reason := _run_in_memory(turn, row)):
+                        if row in required:
+                            raise ValueError(f"{row} does not fit in memory; {hint}")
+                        measured.skipped[str(row)] = reason
+                        measured.seconds.pop(row, None)
+                        if row in methods:
+                            methods.pop(row).close()
+                        release_memory(device)
+                    bar.update()
+    finally:
+        for method in methods.values():
+            method.close()
+    return measured
+
+
+def _run_in_memory(turn: Callable[[Row], None], row: Row) -> str:
+    """Take a row's turn; the reason where it does not fit in memory, else nothing."""
+    try:
+        turn(row)
+    except DoesNotFit as error:
+        return str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "out of memory"
+    return ""
+
+
+@contextmanager
+def _counted_rows(networks: Sequence[nn.Module]) -> Iterator[Callable[[], tuple[int, int]]]:
+    """Count the batch entries that go through networks, and those of them whose output has a gradient."""
+    total, with_gradient = 0, 0
+
+    def count(_: nn.Module, arguments: tuple, output: Any) -> None:
+        nonlocal total, with_gradient
+        total += len(arguments[0])
+        with_gradient += len(output[0]) if output[0].requires_grad else 0
+
+    handles = [network.register_forward_hook(count) for network in networks]
+    try:
+        yield lambda: (total, with_gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def ratios(numerator: list[float] | None, denominator: list[float] | None) -> dict[str, float | None]:
+    """Median and range of the ratio of two methods' seconds in the same round; None where one was not measured."""
+    if numerator is None or denominator is None:
+        return {"ratio": None, "ratio_min": None, "ratio_max": None}
+    rounds = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return {"ratio": statistics.median(rounds), "ratio_min": min(rounds), "ratio_max": max(rounds)}
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with this number of CPU threads; None leaves it as it is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def context(device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
+    """The machine and the versions that results are of."""
+    return {
+        "machine": machine(device),
+        "libraries": {name: importlib.metadata.version(name) for name in libraries},
+    }
+
+
+# Baselines and tables ----------------------------------------------------------------------
+
+
+NEEDS_CHECKOUT = "comparing with other implementations needs a checkout of the repository"
+
+
+def has_baselines() -> bool:
+    """Whether this is a checkout of the repository; a wheel has no `scripts/baselines`."""
+    return importlib.util.find_spec("stepfuse.scripts.baselines") is not None
+
+
+def available(rows: Sequence[Row], baselines: Mapping[Row, str]) -> tuple[list[Row], dict[str, str]]:
+    """The rows that can be measured here, and why baselines cannot, by their names; one line on stderr says so too.
+
+    Args:
+        baselines: rows of other implementations, with the implementation's name.
+    """
+    if not baselines or has_baselines():
+        return list(rows), {}
+    names = ", ".join(dict.fromkeys(baselines.values()))
+    print(f"{names}: left out, {NEEDS_CHECKOUT}.", file=sys.stderr)
+    return [row for row in rows if row not in baselines], {names: NEEDS_CHECKOUT}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table in Markdown.
+
+    Attributes:
+        cell: from a row's entry to a text, or to a number that `form` formats; None is shown as a dash.
+    """
+
+    title: str
+    cell: Callable[[dict[str, Any]], Any]
+    form: str = ""
+    left: bool = False
+
+    def __call__(self, entry: dict[str, Any]) -> str:
+        value = self.cell(entry)
+        return "–" if value is None else format(value, self.form)
+
+
+def ratio_range(entry: dict[str, Any]) -> str | None:
+    """The smallest and the largest ratio of a round."""
+    return None if entry["ratio"] is None else f"{entry['ratio_min']:.2f}–{entry['ratio_max']:.2f}"
+
+
+def markdown_table(columns: Sequence[Column], results: dict[str, Any]) -> str:
+    """A line for each row of the results, and one for each row that could not be measured."""
+    lines = [
+        f"| {' | '.join(column.title for column in columns)} |",
+        f"|{'|'.join('---' if column.left else '--:' for column in columns)}|",
+        *(f"| {' | '.join(column(entry) for column in columns)} |" for entry in results["rows"]),
+        *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items()),
+    ]
+    return "\n".join(lines)

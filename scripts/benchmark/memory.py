@@ -1,0 +1,92 @@
+"""Memory of methods: measured in child processes, and checked before a network is copied."""
+
+import gc
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from stepfuse.scripts.evaluation.costs import free_memory, peak_memory
+
+Report = Callable[[dict[str, Any]], None]
+
+
+class DoesNotFit(Exception):
+    """A method needs more memory than is free."""
+
+
+def add_memory(
+    results: dict[str, Any],
+    entries: Mapping[Any, dict[str, Any]],
+    memory_of: Callable[[Any, Any], dict[str, Any]],
+    settings: Any,
+    *,
+    progress: bool,
+    report: Report,
+) -> None:
+    """Measure the memory of each row in a process of its own, and add it to the row's entry.
+
+    Args:
+        entries: of `results`, by row; they keep what they have where a row does not fit in memory.
+        memory_of: what measures a row; it must be importable by name, since a child process calls it.
+        report: called with the results after each row.
+    """
+    for row, entry in tqdm(entries.items(), disable=not progress, desc="memory"):
+        entry.update(in_child_process(memory_of, settings, row) or {})
+        report(results)
+
+
+def in_child_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a call in a new process; None where it runs out of memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(function, *arguments).result()
+        except BrokenProcessPool:  # ended by the system
+            return None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
+
+
+def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None:
+    """The most memory in use during a call, in MB; None where the system cannot tell."""
+    with peak_memory(device) as peak:
+        run()
+        found = peak()
+    return None if math.isnan(found) else found
+
+
+def size_of(network: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in (*network.parameters(), *network.buffers()))
+
+
+def check_copies(network: nn.Module, copies: int, device: torch.device) -> None:
+    """Check that a method that copies a network has room for the copies.
+
+    Raises:
+        DoesNotFit: where they take four fifths of the free memory or more.
+    """
+    size, free = copies * size_of(network), free_memory(device)
+    if size >= 0.8 * free:
+        raise DoesNotFit(f"copies of the network take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is of memory: a GPU's, or the CPU's, for which torch has no class of error."""
+    texts = ("not enough memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def release_memory(device: torch.device) -> None:
+    """Collect what is no longer referenced, and return it to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
