@@ -1,4 +1,4 @@
-"""The data of the embedded base: concepts, captions, background colours, and the rendering of images.
+"""The data of the embedded base: concepts, captions and background colours. Importing this does not import torch.
 
 An image shows one Noto emoji on a coloured background, and its caption is, for example, "a red apple on a blue
 background". For every concept, two of the twelve background colours are held out: captions with these are not used in
@@ -6,16 +6,9 @@ training, and evaluations use them as prompts.
 """
 
 import csv
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-import torch
-from PIL import Image
-
-from stepfuse.data.images import to_image
 
 FOLDER = Path(__file__).parent / "emoji-base"
 PIPELINE = FOLDER / "pipeline"
@@ -77,42 +70,3 @@ def prompts() -> tuple[EmojiPrompt, ...]:
 def captions(*, held_out: bool) -> list[str]:
     """Return the captions of the training split or of the held-out split."""
     return [prompt.caption for prompt in prompts() if prompt.held_out == held_out]
-
-
-def render(emoji: Image.Image, background: str, generator: torch.Generator) -> Image.Image:
-    """Draw an emoji on a background, with random size, position, shade and texture.
-
-    Args:
-        emoji: RGBA image of the concept.
-        background: A name in `BACKGROUNDS`.
-        generator: Generator of all random numbers.
-
-    Returns:
-        RGB image of 64×64 pixels.
-    """
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * torch.rand((), generator=generator).item()
-
-    canvas = _background(BACKGROUNDS[background], uniform)
-    size = round(uniform(0.66, 0.94) * RESOLUTION)
-    left, top = (round(uniform(0, RESOLUTION - size)) for _ in range(2))
-    scaled = emoji.convert("RGBA").resize((size, size), Image.Resampling.LANCZOS)
-    canvas.paste(scaled, (left, top), scaled)
-    return canvas
-
-
-def _background(colour: tuple[int, int, int], uniform: Callable[[float, float], float]) -> Image.Image:
-    """Draw a plain, graded or striped background around one colour."""
-    shade = uniform(-14, 14)
-    angle, texture = uniform(0, 2 * math.pi), uniform(0, 1)
-    axis = torch.linspace(-1, 1, RESOLUTION)
-    along = math.cos(angle) * axis[None, :] + math.sin(angle) * axis[:, None]
-    if texture < 0.5:
-        wave = torch.zeros_like(along)
-    elif texture < 0.75:
-        wave = uniform(12, 30) * along
-    else:
-        wave = uniform(8, 20) * torch.sin(uniform(8, 16) * along).mul(4).clamp(-1, 1)
-    pixels = torch.tensor(colour, dtype=torch.float32)[:, None, None] + shade + wave
-    return to_image(pixels.div(255).clamp(0, 1))

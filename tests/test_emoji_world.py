@@ -10,6 +10,7 @@ from PIL import Image
 from stepfuse.data import emoji
 from stepfuse.data.images import to_image, to_pixels
 from stepfuse.data.prompts import load_prompts
+from stepfuse.scripts.emoji.images import render
 from tests.fixtures_tiny import refused
 
 # Prompts.
@@ -88,7 +89,7 @@ def test_a_picture_has_the_colour_of_its_background_and_the_emoji_within():
     purple = torch.tensor(emoji.BACKGROUNDS["purple"])[:, None]
     sides = []
     for seed in range(30):
-        image = emoji.render(square, "purple", torch.Generator().manual_seed(seed))
+        image = render(square, "purple", torch.Generator().manual_seed(seed))
         assert image.size == (64, 64)
         pixels = to_pixels(image) * 255
         within = pixels[2] < purple[2] / 2  # blue: 176 around, 0 within
@@ -102,9 +103,7 @@ def test_a_picture_has_the_colour_of_its_background_and_the_emoji_within():
 
 def test_a_picture_is_that_of_its_seed():
     disc = Image.new("RGBA", (72, 72), (0, 255, 0, 255))
-    first, again, other = (
-        emoji.render(disc, "red", torch.Generator().manual_seed(seed)).tobytes() for seed in (0, 0, 1)
-    )
+    first, again, other = (render(disc, "red", torch.Generator().manual_seed(seed)).tobytes() for seed in (0, 0, 1))
     assert first == again != other
 
 

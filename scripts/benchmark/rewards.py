@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -168,46 +169,40 @@ def _batches(settings: RewardBenchmark) -> list[Batch]:
     return [(pixels[i : i + size], prompts[i : i + size]) for i in range(0, settings.count, size)]
 
 
-def _difference_columns() -> list[Column]:
-    """Columns of the largest difference of a score from the original's."""
-    return [
-        Column(title, lambda row, dtype=dtype: row[dtype]["largest_difference"], ".1e")  # type: ignore[misc]
-        for title, dtype in (("largest difference", "float32"), ("in bfloat16", "bfloat16"))
-    ]
+def _speed(dtype: str, row: dict[str, Any]) -> str:
+    return f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"
+
+
+def _bound(dtype: str, speeds: dict[str, float], row: dict[str, Any]) -> str:
+    """The ratio of images a second if stepfuse did nothing but products, at the best speed that a large layer had."""
+    return f"{speeds[dtype] / row['gflop_per_image'] / row['images_per_second']:.1f} ×"
+
+
+def _spread(row: dict[str, Any]) -> str:
+    return f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
+
+
+def _difference(dtype: str, row: dict[str, Any]) -> float:
+    return row[dtype]["largest_difference"]
+
+
+REWARD = Column("reward", itemgetter("reward"), left=True)
+DIFFERENCES = (
+    Column("largest difference", partial(_difference, "float32"), ".1e"),
+    Column("in bfloat16", partial(_difference, "bfloat16"), ".1e"),
+)
 
 
 def reward_table(results: dict[str, Any]) -> str:
-    """The rows as a table in Markdown.
-
-    The bound is the ratio that stepfuse would have if it did nothing but its products, at the best speed that a large
-    layer had.
-    """
-    columns = [
-        Column("reward", lambda row: row["reward"], left=True),
-        Column("original, images/s", lambda row: row["images_per_second"], ".3g"),
-    ]
+    """The rows as a table in Markdown: images a second, their ratio and its bound."""
+    columns = [REWARD, Column("original, images/s", itemgetter("images_per_second"), ".3g")]
     for dtype in DTYPES:
-
-        def speed(row: dict[str, Any], dtype: str = dtype) -> str:
-            return f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"
-
-        def bound(row: dict[str, Any], dtype: str = dtype) -> str:
-            ratio = results["gflop_per_second"][dtype] / row["gflop_per_image"] / row["images_per_second"]
-            return f"{ratio:.1f} ×"
-
-        columns += [Column(dtype, speed), Column("bound", bound)]
-    return markdown_table([*columns, *_difference_columns()], results)
+        columns.append(Column(dtype, partial(_speed, dtype)))
+        columns.append(Column("bound", partial(_bound, dtype, results["gflop_per_second"])))
+    return markdown_table([*columns, *DIFFERENCES], results)
 
 
 def parity_table(results: dict[str, Any]) -> str:
     """The differences of scores, beside the spread of the original's scores over the images."""
-
-    def spread(row: dict[str, Any]) -> str:
-        return f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
-
-    columns = [
-        Column("reward", lambda row: row["reward"], left=True),
-        Column("images", lambda row: row["images"]),
-        Column("scores of the original", spread),
-    ]
-    return markdown_table([*columns, *_difference_columns()], results)
+    columns = [REWARD, Column("images", itemgetter("images")), Column("scores of the original", _spread)]
+    return markdown_table([*columns, *DIFFERENCES], results)

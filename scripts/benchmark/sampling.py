@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -141,14 +142,14 @@ def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
 def sampling_table(results: dict[str, Any]) -> str:
     """The rows as a table: the ratio with its range over the rounds, and the ratio of the rows that networks ran."""
     columns = [
-        Column("method", lambda row: row["way"], left=True),
-        Column("adapters", lambda row: row["adapters"]),
-        Column("time ÷ one adapter", lambda row: row["ratio"], ".2f"),
+        Column("method", itemgetter("way"), left=True),
+        Column("adapters", itemgetter("adapters")),
+        Column("time ÷ one adapter", itemgetter("ratio"), ".2f"),
         Column("range", ratio_range, left=True),
-        Column("rows ÷ its rows", lambda row: row["rows_ratio"], ".2f"),
+        Column("rows ÷ its rows", itemgetter("rows_ratio"), ".2f"),
         Column("ms a step", lambda row: 1e3 * row["seconds_a_step"], ".1f"),
-        Column("weights, MB", lambda row: row["weights_mb"], ",.0f"),
-        Column("peak memory, MB", lambda row: row["peak_memory_mb"], ",.0f"),
+        Column("weights, MB", itemgetter("weights_mb"), ",.0f"),
+        Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
     ]
     return markdown_table(columns, results)
 

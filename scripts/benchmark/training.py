@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -139,13 +140,13 @@ def _prepared(settings: TrainingBenchmark) -> Iterator[None]:
 def training_table(results: dict[str, Any]) -> str:
     """The rows as a table: the baseline's time over each one's, with its range over the rounds."""
     columns = [
-        Column("algorithm", lambda row: row["algorithm"], left=True),
-        Column("method", lambda row: row["name"], left=True),
-        Column("images/s", lambda row: row["images_per_second"], ".3g"),
-        Column("baseline's time ÷ its time", lambda row: row["ratio"], ".2f"),
+        Column("algorithm", itemgetter("algorithm"), left=True),
+        Column("method", itemgetter("name"), left=True),
+        Column("images/s", itemgetter("images_per_second"), ".3g"),
+        Column("baseline's time ÷ its time", itemgetter("ratio"), ".2f"),
         Column("range", ratio_range, left=True),
-        Column("rows of UNets an image", lambda row: row["rows_an_image"], "g"),
-        Column("with gradient", lambda row: row["gradient_rows_an_image"], "g"),
-        Column("peak memory, MB", lambda row: row["peak_memory_mb"], ",.0f"),
+        Column("rows of UNets an image", itemgetter("rows_an_image"), "g"),
+        Column("with gradient", itemgetter("gradient_rows_an_image"), "g"),
+        Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
     ]
     return markdown_table(columns, results)

@@ -1,10 +1,10 @@
-"""Measure the embedded emoji base, and write its model cards and its picture.
+"""Measure the embedded emoji base, and write its model cards and a grid of samples.
 
     python -m stepfuse.scripts.emoji.measure_base --package emoji-datasource-google-16.0.0.tgz \
         --training outputs/emoji-base/training.json
 
-Over 256 held-out prompt and seed pairs, how often does the bundled CLIP rank the true caption
-first among 32 held-out captions, for sampled images and for real ones?
+Over 256 pairs of held-out prompts and seeds: how often the embedded CLIP ranks the true caption first among 32 held-out
+captions, for sampled images and for real ones.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import decode_latents, encode_prompts, latent_shape
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
-from stepfuse.scripts.emoji.build_base import draw_batch, read_package
+from stepfuse.scripts.emoji.images import draw_batch, read_package
 from stepfuse.train.rollout import sample_generator
 from stepfuse.train.samples import save_samples
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, help="the npm package, for the real images")
     parser.add_argument("--training", type=Path, help="training.json of the build; with it, model cards are written")
-    parser.add_argument("--note", default="", help="a sentence for the cards: how the run strayed from the script")
+    parser.add_argument("--note", default="", help="a sentence for the cards, on how the run differed from the script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--picture", type=Path, help="write a grid of sampled images here")
@@ -64,7 +64,7 @@ def main() -> None:
 
 @torch.no_grad()
 def sample_base(prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
-    """Pixels of one image a prompt, by plain diffusers DDIM with eta 1."""
+    """Pixels of one image per prompt, by diffusers' DDIM with eta 1."""
     pipeline = load_pipeline("emoji")
     denoiser = Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=guidance_scale)
     shape, images = latent_shape(pipeline, None, None), []
@@ -97,7 +97,7 @@ def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: 
 
 
 def write_cards(training: dict, figures: dict, note: str) -> None:
-    """Model cards that say what was trained, how long, and what was measured."""
+    """Write model cards with what was trained, for how long, and the measurements."""
     stages = "\n".join(
         f"| {name} | {stage['parameters'] / 1e6:.2f} M | {stage['steps']} | {stage['batch_size']} | "
         f"{stage['learning_rate']:g} | {stage['seconds'] / 60:.0f} min |"
@@ -119,7 +119,7 @@ Measured over {figures["pairs"]} held-out prompt and seed pairs, {figures["steps
 {100 * figures["sampled"]:.1f} % of sampled images and {100 * figures["real"]:.1f} % of real ones.
 
 Rebuilt by `python -m stepfuse.scripts.emoji.build_base` and measured by
-`python -m stepfuse.scripts.emoji.measure_base`; both explain themselves by `--help`.
+`python -m stepfuse.scripts.emoji.measure_base` in a checkout of the repository; see their `--help`.
 
 Limits: 64 pixels, {len(emoji.concepts())} concepts, twelve grounds. It is made to be small and quick, for tests,
 demos and benchmarks; it draws nothing else.
