@@ -7,7 +7,6 @@ from typing import Any
 
 from PIL import Image
 
-from stepfuse.data.images import open_picture
 from stepfuse.data.text_files import file_name, find_file
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
@@ -101,6 +100,8 @@ def read_picture(cell: object, folder: Path, name: str) -> Image.Image:
     Raises:
         ValueError: for a file that is not there, and for anything that is not a picture that can be read.
     """
+    from stepfuse.data.images import open_picture  # imports torch, which names of prompt sets do not need
+
     if isinstance(cell, dict) and {"bytes", "path"} & set(cell):
         cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
     if isinstance(cell, str):

@@ -36,8 +36,26 @@ def load_prompts(
     """
     if dataset_name:
         return _from_dataset(dataset_name, split, column, seed=seed)
+    check_prompts(source)
     if _exists(source):
         return _load(source)
+    name, _, count = source.rpartition(":")
+    prompts = _load(name)
+    if int(count) > len(prompts):
+        raise ValueError(
+            f"prompts {source!r}: the count is {count}; expected at most {len(prompts)}, the size of {name}"
+        )
+    return [prompts[k * len(prompts) // int(count)] for k in range(int(count))]
+
+
+def check_prompts(source: str) -> None:
+    """Check that prompts are a file or the name of a prompt set, either with `:COUNT` or without.
+
+    Raises:
+        ValueError: As `load_prompts`, for what can be known without reading the prompts.
+    """
+    if _exists(source):
+        return
     if Path(source).is_dir():
         raise ValueError(f"prompts {file_name(source)!r} is a folder; expected a text file with one prompt per line")
     name, colon, count = source.rpartition(":")
@@ -47,14 +65,8 @@ def load_prompts(
             f"no prompts {file_name(unknown)!r}; expected a text file with one prompt per line, or one of "
             f"{', '.join(PROMPT_SETS)}{nearest(unknown, PROMPT_SETS)}"
         )
-    if not count.isdecimal() or int(count) < 1:  # checked before anything is downloaded
+    if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a positive integer")
-    prompts = _load(name)
-    if int(count) > len(prompts):
-        raise ValueError(
-            f"prompts {source!r}: the count is {count}; expected at most {len(prompts)}, the size of {name}"
-        )
-    return [prompts[k * len(prompts) // int(count)] for k in range(int(count))]
 
 
 def _exists(source: str) -> bool:

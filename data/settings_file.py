@@ -46,19 +46,17 @@ AT_LEAST_0, AT_LEAST_1, FINITE = Bounds(0), Bounds(1), Bounds()
 SEED = Bounds(0, LIMIT - 1)
 
 
-def setting(
-    default: Any, group: str, help_text: str, *, metavar: str = "", bounds: Bounds | None = None, known: Sequence = ()
-) -> Any:
+def setting(default: Any, group: str, help_text: str, *, bounds: Bounds | None = None, **more: Any) -> Any:
     """Declare a field of a settings dataclass that is also an option of a command.
 
     Args:
         group: Heading that `--help` lists the option under.
         help_text: What `--help` says of the option. The default is added by the parser.
-        metavar: Name of the value in `--help`.
         bounds: Of a number, or of each of several.
-        known: Accepted names, of a text or of each of several. The default may be another text.
+        more: Of these, if any: `known`, the accepted names of a text or of each of several, besides the default;
+            `metavar`, the name of the value in `--help`; `aliases`, other names of the option.
     """
-    metadata = {"group": group, "help": help_text, "metavar": metavar, "bounds": bounds, "known": tuple(known)}
+    metadata = {"group": group, "help": help_text, "bounds": bounds} | more
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepfuse.configs import FOLDER
-from stepfuse.scripts.cli.choices import REWARD_NAMES
+from stepfuse.scripts.cli.names import REWARD_NAMES
 
 STEPFUSE = Path(sys.executable).parent / "stepfuse"
 
@@ -44,6 +44,10 @@ def completions(line, folder):
         ("stepfuse sa", ["sample"]),
         ("stepfuse be", ["benchmark"]),
         ("stepfuse benchmark t", ["training"]),
+        ("stepfuse benchmark ", ["sampling", "rewards", "training", "emoji", "sets/"]),
+        ("stepfuse benchmark emo", ["emoji"]),
+        ("stepfuse benchmark emoji --ad", ["--adapters"]),
+        ("stepfuse benchmark sampling emoji --rules product,sou", ["soup", "soup_factors"]),
         ("stepfuse benchmark training --al", ["--algorithms"]),
         ("stepfuse set ex", ["export"]),
         ("stepfuse sample e", ["emoji"]),

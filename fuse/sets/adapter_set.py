@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data import emoji
 from stepfuse.data.output_folder import complete
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.safe_files import write_json
@@ -21,11 +20,18 @@ from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.sets.adapter import Adapter, check_adapter
 from stepfuse.fuse.sets.entries import adapter_from_entry, adapter_to_entry
 from stepfuse.fuse.sets.hub import fetch_set, parse_id
-from stepfuse.fuse.sets.manifest import FORMAT_VERSION, MANIFEST, check_files, check_schema, inside, read_json
+from stepfuse.fuse.sets.manifest import (
+    EMBEDDED_SETS,
+    FORMAT_VERSION,
+    MANIFEST,
+    check_files,
+    check_schema,
+    inside,
+    read_json,
+)
 from stepfuse.rewards.weighted import Term, parse_terms
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
-EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,13 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
 
+from stepfuse.data import emoji
 from stepfuse.data.text_files import read_text
 from stepfuse.fuse.lora.safe_files import _printable, check_no_pickle, one_line, read_object, short
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
+EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 
 

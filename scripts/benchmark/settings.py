@@ -72,6 +72,7 @@ class SamplingBenchmark:
         "one whole UNet per adapter; set_adapters: diffusers' set_adapters before each forward pass; mixed_batch: "
         "peft's adapter_names.",
         known=BASELINES,
+        aliases=("--rivals",),
     )
     images: int = _count(8, WHAT, "Images denoised at once.")
     height: int | None = _pixels("Height")

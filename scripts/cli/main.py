@@ -1,48 +1,61 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The command line `stepfuse`. Nothing here imports torch: `--help`, completion and refusals answer at once."""
+"""The command line `stepfuse`. Nothing here imports torch or a command that is not run."""
 
 import argparse
-import importlib.metadata
+import importlib
 import os
+import re
 import select
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from stepfuse.data.text_files import print_any_text, printable
-from stepfuse.scripts.cli import commands, completion
-from stepfuse.scripts.cli.arguments import (
-    Parser,
-    add_command,
-    add_device,
-    add_device_alone,
-    add_guidance,
-    add_output,
-    add_overwrite,
-    add_set,
-    add_size,
-    add_trust,
-    number,
-    whole,
-)
-from stepfuse.scripts.cli.benchmark_arguments import add_benchmark, add_reward_benchmark, add_training_benchmark
-from stepfuse.scripts.cli.checks import check_numbers
-from stepfuse.scripts.cli.choices import RULE_NAMES
-from stepfuse.scripts.cli.set_arguments import add_hub, add_set_commands
+from stepfuse.scripts.cli.parser import Parser
+
+COMMANDS = {  # in the order of --help; `set create` is the module set_create in this folder
+    "demo": "train two adapters on the embedded emoji base, fuse them, and plot the trade-off between the rewards",
+    "set": "create, check, show and change adapter sets, and exchange LoRAs with other tools",
+    "set create": "combine trained adapters of one base model into a set",
+    "set validate": "check every file of a set, and with --load that its adapters fit the base model",
+    "set show": "print the base model, the objectives and the measurements of a set",
+    "set profile": "measure at each denoising step how far the soup is from the product",
+    "set card": "write the model card of a set, with a picture of samples and the results of an evaluation",
+    "set import": "add a LoRA of another tool to a set",
+    "set export": "write the adapters of a set as LoRAs for other tools, one file or folder each",
+    "set merge": "write a weighted sum of the adapters, the soup, as one LoRA for other tools",
+    "sample": "generate images with a set, for any weights of its objectives",
+    "evaluate": "measure fusion rules and baselines of a set on the same prompts and seeds",
+    "build": "train the adapters of a set, create the set, profile and evaluate it, and write its card",
+    "publish": "check a set, list the files to upload, ask, and upload them to the Hugging Face Hub in one commit",
+    "pull": "copy a set from the Hugging Face Hub to a folder",
+    "reward": "list rewards, score images with one, serve one",
+    "reward list": "print every reward with its size, its license, and whether it has a gradient",
+    "reward score": "score a folder of images and write a table",
+    "reward serve": "serve a reward over HTTP, for --reward http://HOST:PORT on another machine",
+    "benchmark": "time sampling, rewards or training, beside other implementations of the same",
+    "benchmark sampling": "time fused sampling and other methods, as multiples of one adapter with guidance",
+    "benchmark rewards": "time rewards against the packages they come from, and compare their scores",
+    "benchmark training": "time one optimiser step, sampling and update, against the loops of ddpo-pytorch and SPO",
+}
+GROUPS = {  # commands that have actions, with the example and further sentences of their help pages
+    "set": ("stepfuse set show emoji", ""),
+    "reward": ("stepfuse reward list", ""),
+    "benchmark": (
+        "stepfuse benchmark emoji --output bench.json",
+        "The action may be left out before a set and before options: it is sampling.",
+    ),
+}
+DEFAULT_ACTIONS = {"benchmark": "sampling"}  # `stepfuse benchmark emoji` is `stepfuse benchmark sampling emoji`
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a wrong input ends in one line and exit status 1."""
-    # Before transformers is imported: on import it warns of torchvision, which nothing here needs.
+    """Run one command; an invalid input ends in one line and exit status 1."""
+    # Before transformers is imported: on import it warns about torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     print_any_text()
-    parsed = parse(sys.argv[1:] if arguments is None else arguments)
-    for name in ("prompt", "negative_prompt"):  # texts, unlike paths, need no bytes that the locale cannot decode
-        given = getattr(parsed, name, None)
-        if given:
-            setattr(parsed, name, printable(given) if isinstance(given, str) else [printable(text) for text in given])
+    parsed = argparse.Namespace()
     try:
-        check_numbers(parsed)
+        parsed = parse(sys.argv[1:] if arguments is None else arguments)
         parsed.run(parsed)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -70,21 +83,42 @@ def _how_to_continue(parsed: argparse.Namespace) -> str:
     """What to do after Ctrl-C, for commands that keep what they have done."""
     if not getattr(parsed, "continued", False) or getattr(parsed, "world", None):
         return ""
-    anew = getattr(parsed, "overwrite", False) and hasattr(parsed, "output_dir")  # their folder is cleared
-    return f"; the same command{' without --overwrite' if anew else ''} continues it"
+    cleared = getattr(parsed, "overwrite", False) and hasattr(parsed, "output_dir")
+    return f"; the same command{' without --overwrite' if cleared else ''} continues it"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; its function is the attribute `run`."""
-    parser = _parser()
-    completion.autocomplete(parser)
-    if not arguments:
+    if "_ARGCOMPLETE" in os.environ:
+        _complete()
+    words = list(arguments)
+    action = DEFAULT_ACTIONS.get(words[0] if words else "")
+    if action and not (words[1:] and (words[1] in ("-h", "--help") or f"{words[0]} {words[1]}" in COMMANDS)):
+        words.insert(1, action)
+    parser = make_parser(words)
+    if not words:
         parser.print_help(sys.stderr)
         sys.exit(2)
-    return parser.parse_args(arguments)
+    return parser.parse_args(words)
 
 
-def _parser() -> Parser:
+def _complete() -> None:
+    """Answer the shell, which asks by argcomplete's protocol what may follow on a line, and exit."""
+    import argcomplete
+
+    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
+    for group, action in DEFAULT_ACTIONS.items():
+        actions = "|".join(name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{group} "))
+        start = re.match(rf"\s*\S+\s+{group}\s+(?!({actions})\b)", line)
+        if start:
+            os.environ["COMP_LINE"] = f"{line[: start.end()]}{action} {line[start.end() :]}"
+            os.environ["COMP_POINT"] = str(point + len(action) + 1)
+    parser = make_parser(os.environ["COMP_LINE"].split()[1:])
+    argcomplete.autocomplete(parser, always_complete_options=False)
+
+
+def make_parser(words: Sequence[str] | None = None) -> Parser:
+    """The parser of `stepfuse`. Only the module of the command that `words` begin with is imported; without, all."""
     parser = Parser(
         prog="stepfuse",
         description="Fuse diffusion adapters, one per reward, while denoising, for any weights.\n"
@@ -93,314 +127,30 @@ def _parser() -> Parser:
         '  stepfuse sample emoji --prompt "a fox on a green background" --output fox.png\n'
         'shell completion:\n  eval "$(register-python-argcomplete stepfuse)"',
     )
-    version = importlib.metadata.version("stepfuse")
-    parser.add_argument("--version", action="version", version=f"stepfuse {version}", help="Print the version.")
-    actions = parser.add_subparsers(required=True, metavar="command", title="commands", parser_class=Parser)
-    _add_demo(actions)
-    add_set_commands(actions)
-    _add_sample(actions)
-    _add_evaluate(actions)
-    _add_build(actions)
-    add_hub(actions)
-    _add_reward(actions)
-    add_benchmark(actions)
-    add_reward_benchmark(actions)
-    add_training_benchmark(actions)
+    parser.add_argument("--version", action=_Version, nargs=0, help="Print the version.")
+    options = {"required": True, "parser_class": Parser}
+    actions = {"": parser.add_subparsers(metavar="command", title="commands", **options)}
+    for name, summary in COMMANDS.items():
+        parent, _, last = name.rpartition(" ")
+        command = actions[parent].add_parser(last, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name in GROUPS:
+            command.explain(*GROUPS[name])
+            actions[name] = command.add_subparsers(metavar="action", title="actions", **options)
+        elif words is None or [*words][: len(name.split())] == name.split():
+            module = importlib.import_module(f"stepfuse.scripts.cli.{name.replace(' ', '_')}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
     return parser
 
 
-def _add_demo(actions: argparse._SubParsersAction) -> None:
-    demo = add_command(
-        actions,
-        "demo",
-        "train two adapters on the embedded emoji base, fuse them, and plot the trade-off between the rewards",
-        "stepfuse demo --output_dir outputs/demo",
-        "It takes about 8 minutes on two CPU cores and needs no GPU and no download. An interrupted demo is continued "
-        "by the same command.",
-    )
-    demo.add_argument(
-        "--output_dir",
-        type=Path,
-        metavar="DIR",
-        default=Path("outputs/demo"),
-        help="Output folder for the two adapters, the set of both, the pictures slider.png and front.png, and "
-        "results.json (default: %(default)s).",
-    )
-    add_overwrite(demo, "the demo in the output folder", folder=True)
-    demo.add_argument(
-        "--seed",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="Random seed of training and of sampling (default: %(default)s).",
-    )
-    demo.add_argument(
-        "--quick",
-        action="store_true",
-        help="Train for one step and measure on 8 prompts, to see that everything runs; the rewards are not expected "
-        "to improve (default: the full demo).",
-    )
-    demo.set_defaults(run=commands.demo, continued=True)
+class _Version(argparse.Action):
+    """Prints the version; to look it up costs more than the rest of `--help`."""
 
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        import importlib.metadata
 
-def _add_sample(actions: argparse._SubParsersAction) -> None:
-    sample = add_command(
-        actions,
-        "sample",
-        "generate images with a set, for any weights of its objectives",
-        'stepfuse sample emoji --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
-        "Several weights or prompts make a labelled grid.",
-    )
-    add_set(sample)
-    images = sample.add_argument_group("what to generate")
-    images.add_argument(
-        "--prompt", action="append", required=True, metavar="TEXT", help="Prompt; required, repeat for more rows."
-    )
-    images.add_argument(
-        "--negative_prompt",
-        metavar="TEXT",
-        help="What guidance steers away from (default: none, for which diffusers takes an empty prompt, and zeros for "
-        "Stable Diffusion XL models that ask for them).",
-    )
-    weights = images.add_argument(
-        "--weights",
-        action="append",
-        metavar="A=0.7,B=0.3",
-        help="Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes "
-        "it over the denoising steps, here at half of them (default: the set's default weights).",
-    )
-    completion.complete(weights, completion.weights)
-    images.add_argument(
-        "--seed",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share "
-        "theirs (default: %(default)s).",
-    )
-    images.add_argument(
-        "--steps", type=whole, metavar="N", help="Number of denoising steps, such as 25 (default: that of the set)."
-    )
-    add_size(images)
-    fusion = sample.add_argument_group("fusion")
-    rule = fusion.add_argument(
-        "--rule", metavar="NAME", help=f"Fusion rule, one of {', '.join(RULE_NAMES)} (default: that of the set)."
-    )
-    completion.complete(rule, completion.rules)
-    fusion.add_argument(
-        "--strength",
-        type=number,
-        default=1.0,
-        metavar="S",
-        help="0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates "
-        "(default: %(default)s).",
-    )
-    fusion.add_argument(
-        "--weights_on",
-        choices=("exponents", "rewards"),
-        default="exponents",
-        help="What the weights multiply. exponents: the log-densities of the adapters, so that equal weights mean "
-        "equally much of each adapter; rewards: the rewards, which also takes into account the KL coefficient beta "
-        "that each adapter was trained with (default: %(default)s).",
-    )
-    fusion.add_argument(
-        "--gate",
-        type=number,
-        metavar="NATS",
-        help="For the rule product: at steps where the soup is at most this KL divergence from the product, run one "
-        "merged network in place of all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` "
-        "(default: run all adapters at every step).",
-    )
-    fusion.add_argument(
-        "--candidates", type=whole, metavar="N", help="For the rule code: candidates of each block (default: 20)."
-    )
-    fusion.add_argument(
-        "--block_size", type=whole, metavar="N", help="For the rule code: denoising steps of a block (default: 5)."
-    )
-    add_trust(fusion)
-    guidance = sample.add_argument_group("guidance")
-    add_guidance(guidance)
-    guidance.add_argument(
-        "--guidance_interval",
-        default="0-1",
-        metavar="BEGIN-END",
-        help="Part of the denoising steps that is guided, as shares from 0, the first step, to 1, the end, such as "
-        "0.2-0.8; the other steps cost less (default: %(default)s).",
-    )
-    speed = sample.add_argument_group("speed and memory")
-    speed.add_argument(
-        "--batch_size", type=whole, default=8, metavar="N", help="Images denoised at once (default: %(default)s)."
-    )
-    speed.add_argument(
-        "--forwards",
-        choices=("batched", "separate"),
-        default="batched",
-        help="batched: one forward pass for all adapters; separate: one forward pass per adapter, which is slower and "
-        "takes any kind of LoRA (default: %(default)s).",
-    )
-    speed.add_argument(
-        "--rows_at_once",
-        type=whole,
-        metavar="N",
-        help="Largest batch of one forward pass, in rows: one row per image and adapter, and one per image for "
-        "guidance. Fewer take less memory and more time, such as 4 (default: all at once).",
-    )
-    speed.add_argument(
-        "--compile",
-        choices=("regional", "full"),
-        help="Compile the UNet with torch.compile. regional: each transformer block; full: the whole UNet (default: no "
-        "compilation).",
-    )
-    add_device(speed)
-    output = sample.add_argument_group("output")
-    add_output(output, "out.png", "Picture to write, such as fox.png or fox.jpg")
-    output.add_argument(
-        "--enlarge",
-        type=whole,
-        metavar="N",
-        help="Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single "
-        "image; in a grid, enough to make images at least 128 pixels wide).",
-    )
-    sample.set_defaults(run=commands.sample)
-
-
-def _add_evaluate(actions: argparse._SubParsersAction) -> None:
-    evaluate = add_command(
-        actions,
-        "evaluate",
-        "measure fusion rules and baselines of a set on the same prompts and seeds",
-        "stepfuse evaluate emoji --config eval/emoji --output_dir outputs/evaluation",
-        "It writes tables, plots of the fronts, and a page, report.html. An interrupted evaluation is continued by the "
-        "same command.",
-    )
-    add_set(evaluate, nargs="?")
-    what = evaluate.add_argument_group("what to measure")
-    config = what.add_argument(
-        "--config",
-        metavar="FILE_OR_NAME",
-        help="YAML file with the prompts, seeds, fusion rules, weights and rewards to measure, or the name of a "
-        "packaged one, such as eval/emoji. Required with a set (default with --world: none).",
-    )
-    completion.complete(config, completion.configs("eval"))
-    what.add_argument(
-        "--world",
-        choices=("gmm",),
-        help="Measure the fusion rules on a Gaussian mixture with a known optimum, in place of a set (default: use the "
-        "set).",
-    )
-    what.add_argument(
-        "--seed",
-        type=whole,
-        default=0,
-        metavar="N",
-        help="Random seed with --world; a config states its own (default: %(default)s).",
-    )
-    add_trust(what)
-    add_device(evaluate.add_argument_group("speed and memory"))
-    output = evaluate.add_argument_group("output")
-    output.add_argument(
-        "--output_dir",
-        type=Path,
-        metavar="DIR",
-        default=Path("outputs/evaluation"),
-        help="Output folder; a folder with an unfinished evaluation of the same set and config is continued (default: "
-        "%(default)s).",
-    )
-    add_overwrite(output, "the evaluation in the output folder", folder=True)
-    evaluate.set_defaults(run=commands.evaluate, continued=True)
-
-
-def _add_build(actions: argparse._SubParsersAction) -> None:
-    build = add_command(
-        actions,
-        "build",
-        "train the adapters of a set, create the set, profile and evaluate it, and write its card",
-        "stepfuse build sets/emoji",
-        "An interrupted build is continued by the same command.",
-    )
-    config = build.add_argument(
-        "config",
-        metavar="CONFIG",
-        help="YAML file that lists the trainings, the evaluation and the output folder of the set, or the name of a "
-        "packaged one: sets/emoji, sets/sd15 or sets/sdxl.",
-    )
-    completion.complete(config, completion.configs("sets"))
-    add_device_alone(build)
-    build.set_defaults(run=commands.build, continued=True)
-
-
-def _add_reward(actions: argparse._SubParsersAction) -> None:
-    parent = add_command(actions, "reward", "list rewards, score images with one, serve one", "stepfuse reward list")
-    own = parent.add_subparsers(required=True, metavar="action", title="actions")
-    listing = add_command(
-        own,
-        "list",
-        "print every reward with its size, its license, and whether it has a gradient",
-        "stepfuse reward list",
-    )
-    listing.set_defaults(run=commands.reward_list)
-    name = (
-        "Name of a reward, such as image_reward; NAME:FOLDER with its weights; path/to/file.py:function; "
-        "path/to/file.yaml; or a server, http://HOST:PORT."
-    )
-    score = add_command(
-        own,
-        "score",
-        "score a folder of images and write a table",
-        "stepfuse reward score image_reward --images outputs/images --prompts prompts.txt --output scores.csv",
-        "An interrupted run is continued by the same command.",
-    )
-    completion.complete(score.add_argument("name", metavar="REWARD", help=name), completion.rewards)
-    score.add_argument("--images", type=Path, required=True, metavar="DIR", help="Folder of the images; required.")
-    score.add_argument(
-        "--prompts",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="Text file with one prompt per line, in the order of the image names, or with one line for all images; or "
-        "a .csv or .jsonl file with the columns file_name and prompt. Required.",
-    )
-    score.add_argument(
-        "--batch_size", type=whole, default=16, metavar="N", help="Images scored at once (default: %(default)s)."
-    )
-    add_device_alone(score)
-    add_output(score, "scores.csv", "CSV file with the columns file_name, prompt and score")
-    score.add_argument(
-        "--picture",
-        type=Path,
-        metavar="FILE",
-        help="Picture to write of the best images with their scores, such as best.png (default: none).",
-    )
-    score.set_defaults(run=commands.reward_score, continued=True)
-    serve = add_command(
-        own,
-        "serve",
-        "serve a reward over HTTP, for --reward http://HOST:PORT on another machine",
-        "stepfuse reward serve image_reward --port 8765",
-    )
-    completion.complete(serve.add_argument("name", metavar="REWARD", help=name), completion.rewards)
-    serve.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="ADDRESS",
-        help="Address to listen on; 0.0.0.0 for all networks (default: %(default)s, this machine only).",
-    )
-    serve.add_argument(
-        "--port",
-        type=whole,
-        default=8765,
-        metavar="N",
-        help="Port to listen on, 0 for any free one (default: %(default)s).",
-    )
-    serve.add_argument(
-        "--token_file",
-        type=Path,
-        metavar="FILE",
-        help="File with the token that clients must send (default: the variable STEPFUSE_REWARD_TOKEN, or else a "
-        "random one, which is printed).",
-    )
-    add_device_alone(serve)
-    serve.set_defaults(run=commands.reward_serve)
+        print(f"stepfuse {importlib.metadata.version('stepfuse')}")
+        parser.exit()
 
 
 if __name__ == "__main__":

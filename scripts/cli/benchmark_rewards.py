@@ -1,0 +1,29 @@
+"""`stepfuse benchmark rewards`."""
+
+import argparse
+
+from stepfuse.data.output_folder import check_file
+from stepfuse.scripts.benchmark.settings import RewardBenchmark
+from stepfuse.scripts.cli.arguments import add_output
+from stepfuse.scripts.cli.options import add_settings, settings_of
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse benchmark rewards --rewards image_reward --output rewards.json",
+        "Both have the same random weights. Each package runs in an environment of its own, of several GB, which is "
+        "made at first use.",
+    )
+    add_settings(parser, RewardBenchmark)
+    add_output(parser, "rewards.json", "JSON file for the results.")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = settings_of(RewardBenchmark, arguments)
+    check_file(arguments.output, overwrite=arguments.overwrite)
+
+    from stepfuse.scripts.benchmark.rewards import benchmark_rewards, reward_table
+    from stepfuse.scripts.cli.load import write_results
+
+    write_results(benchmark_rewards, reward_table, settings, arguments.output)

@@ -1,0 +1,48 @@
+"""`stepfuse benchmark sampling`, also `stepfuse benchmark SET`."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from stepfuse.data.output_folder import check_file
+from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import add_output, add_precision, add_set
+from stepfuse.scripts.cli.checks import check_set
+from stepfuse.scripts.cli.options import add_settings, option, settings_of
+from stepfuse.scripts.cli.parser import Parser
+
+KINDS = ("sampling", "rewards", "training")  # of benchmark, which may follow where a set may
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse benchmark sampling emoji --output bench.json", "Give a set, or --architecture for random weights."
+    )
+    text = "Adapter set whose base model is timed, with random LoRAs of the layout of its first adapter."
+    add_set(parser, text, nargs="?", complete=_sets_or_kinds)
+    text = "Architecture with random weights in place of a set: Stable Diffusion 1.5 or XL (default: its base model)."
+    option(parser.group("what to measure"), "--architecture", str, text, choices=tuple(ARCHITECTURES))
+    add_settings(parser, SamplingBenchmark)
+    add_precision(parser.group("how to run"), "the models")
+    add_output(parser.group("output"), "bench.json", "JSON file for the results.")
+
+
+def _sets_or_kinds(prefix: str, **_: Any) -> list[str]:
+    return [*KINDS, *completion.adapter_sets(prefix)]
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if (arguments.set is None) == (arguments.architecture is None):
+        raise ValueError("benchmark needs a set or --architecture, one of them")
+    check_file(arguments.output, overwrite=arguments.overwrite)
+    if arguments.set is not None:
+        check_set(arguments.set, instead=KINDS)
+    model = arguments.architecture or str(arguments.set)
+    settings = settings_of(SamplingBenchmark, arguments, model=model, dtype=arguments.dtype)
+
+    from stepfuse.scripts.benchmark.sampling import benchmark_sampling, sampling_table
+    from stepfuse.scripts.cli.load import prepare_device, write_results
+
+    settings = replace(settings, device=prepare_device(arguments.device))
+    write_results(benchmark_sampling, sampling_table, settings, arguments.output)

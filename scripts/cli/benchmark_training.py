@@ -1,0 +1,28 @@
+"""`stepfuse benchmark training`."""
+
+import argparse
+from dataclasses import replace
+
+from stepfuse.data.output_folder import check_file
+from stepfuse.scripts.benchmark.settings import TrainingBenchmark
+from stepfuse.scripts.cli.arguments import add_output, add_precision
+from stepfuse.scripts.cli.options import add_settings, settings_of
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse benchmark training --model emoji --timestep_fraction 0.5 --output training.json")
+    add_settings(parser, TrainingBenchmark)
+    add_precision(parser.group("how to run"), "the models")
+    add_output(parser.group("output"), "training.json", "JSON file for the results.")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda", dtype=arguments.dtype)
+    check_file(arguments.output, overwrite=arguments.overwrite)
+
+    from stepfuse.scripts.benchmark.training import benchmark_training, training_table
+    from stepfuse.scripts.cli.load import prepare_device, write_results
+
+    settings = replace(settings, device=prepare_device(arguments.device))
+    write_results(benchmark_training, training_table, settings, arguments.output)

@@ -1,0 +1,29 @@
+"""`stepfuse build`."""
+
+import argparse
+
+from stepfuse.data.settings_file import find_config
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import add_device
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse build sets/emoji", "An interrupted build is continued by the same command.")
+    text = (
+        "YAML file that lists the trainings, the evaluation and the output folder of the set, or the name of a "
+        "packaged one: sets/emoji, sets/sd15 or sets/sdxl."
+    )
+    option(parser, "config", str, text, metavar="CONFIG", complete=completion.configs("sets"))
+    add_device(parser)
+    parser.set_defaults(continued=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = find_config(arguments.config, "sets")
+
+    from stepfuse.scripts.cli.load import prepare_device
+    from stepfuse.scripts.recipes.build_set import build
+
+    print(build(config, device=prepare_device(arguments.device)))

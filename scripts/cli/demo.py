@@ -1,0 +1,32 @@
+"""`stepfuse demo`."""
+
+import argparse
+
+from stepfuse.scripts.cli.arguments import add_output_dir, add_seed
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse demo --output_dir outputs/demo",
+        "It takes about 8 minutes on two CPU cores and needs no GPU and no download. An interrupted demo is continued "
+        "by the same command.",
+    )
+    text = (
+        "Output folder for the two adapters, the set of both, the pictures slider.png and front.png, and results.json."
+    )
+    add_output_dir(parser, "outputs/demo", text, replaced="the demo in the output folder")
+    add_seed(parser, "Random seed of training and of sampling.")
+    text = (
+        "Train for one step and measure on 8 prompts, to check that everything runs; the rewards are not expected to "
+        "improve (default: the full demo)."
+    )
+    option(parser, "--quick", bool, text)
+    parser.set_defaults(continued=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from stepfuse.scripts.recipes.demo import demo
+
+    demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)

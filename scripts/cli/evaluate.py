@@ -1,0 +1,82 @@
+"""`stepfuse evaluate`."""
+
+import argparse
+
+from stepfuse.data.output_folder import check_output
+from stepfuse.data.settings_file import find_config
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import add_output_dir, add_precision, add_seed, add_set, add_trust
+from stepfuse.scripts.cli.checks import check_folder, check_set
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse evaluate emoji --config eval/emoji --output_dir outputs/evaluation",
+        "It writes tables, plots of the fronts, and a page, report.html. An interrupted evaluation is continued by the "
+        "same command.",
+    )
+    add_set(parser, nargs="?")
+    what = parser.group("what to measure")
+    text = (
+        "YAML file with the prompts, seeds, fusion rules, weights and rewards to measure, or the name of a packaged "
+        "one, such as eval/emoji. Required with a set (default with --world: none)."
+    )
+    option(what, "--config", str, text, metavar="FILE_OR_NAME", complete=completion.configs("eval"))
+    text = (
+        "Measure the fusion rules on a Gaussian mixture with a known optimum, in place of a set (default: use the set)."
+    )
+    option(what, "--world", str, text, choices=("gmm",))
+    add_seed(what, "Random seed with --world; a config states its own.")
+    add_trust(what)
+    add_precision(parser.group("speed and memory"))
+    text = "Output folder; a folder with an unfinished evaluation of the same set and config is continued."
+    replaced = "the evaluation in the output folder"
+    add_output_dir(parser.group("output"), "outputs/evaluation", text, replaced=replaced)
+    parser.set_defaults(continued=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.world:
+        _measure_world(arguments)
+        return
+    if arguments.set is None or arguments.config is None:
+        raise ValueError("evaluate needs a set and --config FILE_OR_NAME, such as emoji --config eval/emoji")
+    config = find_config(arguments.config, "eval")
+    check_folder(arguments.output_dir, overwrite=arguments.overwrite, continued="evaluation.json")
+    check_set(arguments.set)
+
+    import torch
+
+    from stepfuse.scripts.cli.load import prepare_device
+    from stepfuse.scripts.evaluation.config import read_config
+    from stepfuse.scripts.evaluation.report import sentences
+    from stepfuse.scripts.evaluation.run import evaluate
+
+    device = prepare_device(arguments.device)
+    summary = evaluate(
+        arguments.set,
+        read_config(config),
+        arguments.output_dir,
+        overwrite=arguments.overwrite,
+        device=device,
+        dtype=getattr(torch, arguments.dtype),
+        command=f"stepfuse evaluate {arguments.set} --config {arguments.config}",
+        trust_rewards=arguments.trust_rewards,
+    )
+    if summary:  # the main process
+        print("\n".join(f"- {line}" for line in sentences(summary)))
+        print(arguments.output_dir / "report.html")
+
+
+def _measure_world(arguments: argparse.Namespace) -> None:
+    if arguments.set or arguments.config:
+        raise ValueError("--world needs no set and no --config; give one or the other")
+    check_folder(arguments.output_dir, overwrite=arguments.overwrite)
+
+    from stepfuse.scripts.oracle_world.measure import FILES, measure_world, world_files
+
+    check_output(arguments.output_dir, overwrite=arguments.overwrite, ours=world_files, writes=FILES)
+    measure_world(arguments.output_dir, seed=arguments.seed)
+    print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))

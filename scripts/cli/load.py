@@ -1,0 +1,53 @@
+"""What the bodies of several commands do with torch, which importing this module imports."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepfuse.data.prompts import load_prompts
+from stepfuse.fuse.backbones.loading import EMBEDDED, quiet_libraries
+from stepfuse.fuse.lora.safe_files import write_json
+from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sets.adapter_set import AdapterSet
+
+
+def prepare_device(name: str | None) -> str:
+    """Silence the libraries, and return the name of a device that works; without a name, cuda if available, else cpu.
+
+    Raises:
+        ValueError: If the device cannot be used.
+    """
+    quiet_libraries()
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not part of this build of torch
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+    return name
+
+
+def load_sampler(adapter_set: AdapterSet, arguments: argparse.Namespace, **options: Any) -> FusedSampler:
+    """A sampler of a set on the device and in the precision of the arguments."""
+    device = prepare_device(arguments.device)
+    return FusedSampler.from_pretrained(adapter_set, dtype=getattr(torch, arguments.dtype), device=device, **options)
+
+
+def heldout_prompts(adapter_set: AdapterSet, count: int) -> list[str]:
+    """Prompts that suit the base model of a set and that no embedded adapter was trained on."""
+    kind = "emoji-heldout" if adapter_set.base["name_or_path"] in EMBEDDED else "colours-heldout"
+    return load_prompts(f"{kind}:{count}")
+
+
+def write_results(
+    benchmark: Callable[..., dict[str, Any]], table: Callable[[dict[str, Any]], str], settings: Any, output: Path
+) -> None:
+    """Run a benchmark, write its results to a JSON file while they arrive, and print them as a table."""
+    quiet_libraries()
+    results = benchmark(settings, report=lambda results: write_json(output, results))
+    print(results["machine"])
+    print(table(results))
+    print(output)

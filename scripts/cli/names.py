@@ -1,0 +1,55 @@
+"""Names that the commands accept, each read from where it is declared, without importing torch."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+RULE_NAMES = (  # fuse/rules/registry.py, RULES
+    "base",
+    "product",
+    "average_noise",
+    "kl",
+    "switch",
+    "systematic",
+    "soup",
+    "soup_factors",
+    "code",
+    "rgg",
+    "oracle",
+)
+RULE_OPTIONS = {"product": ("gate",), "code": ("candidates", "block_size")}  # those that `sample` has as flags
+REWARD_NAMES = (  # rewards/registry.py, REWARDS
+    "clip_score",
+    "colourfulness",
+    "compressibility",
+    "emoji_background",
+    "hpsv2",
+    "hpsv2.1",
+    "image_reward",
+    "image_reward_original",
+    "incompressibility",
+    "laion_aesthetic",
+    "pickscore",
+    "vila",
+    "weighted",
+)
+GUIDANCE = ("shared", "full", "off")  # fuse/backbones/denoiser.py, GUIDANCE
+
+
+def rule_names() -> Iterable[str]:
+    return RULE_NAMES
+
+
+def reward_names() -> Iterable[str]:
+    return REWARD_NAMES
+
+
+def prompt_set_names() -> Iterable[str]:
+    from stepfuse.data.prompts import PROMPT_SETS
+
+    return PROMPT_SETS
+
+
+def embedded_sets() -> dict[str, Path]:
+    from stepfuse.fuse.sets.manifest import EMBEDDED_SETS
+
+    return EMBEDDED_SETS

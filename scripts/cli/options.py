@@ -1,0 +1,132 @@
+"""Options of the commands: one function declares an option, another all options of a settings dataclass."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from stepfuse.data.settings_file import AT_LEAST_1, FINITE, Bounds
+from stepfuse.scripts.cli.completion import Completer, one_of, several
+from stepfuse.scripts.cli.parser import Parser
+
+Container = argparse._ActionsContainer  # a parser, or one of its groups
+S = TypeVar("S")
+BOUNDS = {int: AT_LEAST_1, float: FINITE}  # unless an option declares others
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of an option that is a number."""
+
+    name: str
+    kind: type[int] | type[float]
+    bounds: Bounds
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            return self.kind(text)
+        except ValueError:
+            example = "a whole number, such as 4" if self.kind is int else "a number, such as 0.5"
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {example}") from None
+
+    def check(self, value: int | float) -> None:
+        if value not in self.bounds:
+            raise ValueError(f"{self.name} {value}; expected {self.bounds}")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` → ("a", "b")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """`1,2` → (1, 2)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected whole numbers, such as 1,2,4,8") from None
+
+
+def option(
+    parser: Container,
+    name: str,
+    kind: Callable[[str], Any],
+    text: str,
+    *,
+    aliases: Sequence[str] = (),
+    metavar: str | None = None,
+    default: Any = None,
+    bounds: Bounds | None = None,
+    complete: Completer | None = None,
+    check: Callable[[Any], object] | None = None,
+    **more: Any,
+) -> None:
+    """Add an option `--name`, or a positional argument.
+
+    Args:
+        kind: Converts the value: `int` for a whole number of 1 or more, `float` for a finite number, `bool` for a flag
+            without a value, or a function.
+        aliases: Other names of the option.
+        text: What `--help` says. A default that it does not mention is appended.
+        bounds: Other bounds of a number.
+        complete: What the shell offers as values.
+        check: Raises a ValueError for an invalid value. It is called after all arguments are parsed, so that a missing
+            argument is reported first.
+        more: Further arguments of `add_argument`, such as `required=True` or `choices=…`.
+    """
+    if default is not None and "(default" not in text:
+        text = f"{text.removesuffix('.')} (default: %(default)s)."
+    if kind is bool:
+        more["action"] = "store_false" if default else "store_true"
+    else:
+        if kind in (int, float):
+            kind = Number(name, kind, bounds or BOUNDS[kind])
+            check, metavar = kind.check, metavar or "N"
+        more["type"] = kind
+        more["metavar"] = metavar or None
+        more["default"] = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    action = parser.add_argument(name, *aliases, help=text, **more)
+    action.check = check  # type: ignore[attr-defined]
+    if complete is not None:
+        action.completer = complete  # type: ignore[attr-defined]
+
+
+def add_settings(parser: Parser, settings: type) -> None:
+    """Add an option for each field of a settings dataclass that is declared with `setting`, under its heading.
+
+    A field of type bool that is on by default becomes `--no_NAME`.
+    """
+    hints = get_type_hints(settings)
+    for field in fields(settings):
+        if not field.metadata:
+            continue
+        declared, hint, name = field.metadata, hints[field.name], f"--{field.name}"
+        more = {key: declared[key] for key in ("metavar", "aliases", "bounds") if key in declared}
+        kind, *_ = (part for part in (*get_args(hint), hint) if part is not type(None))
+        if get_origin(hint) is Literal:
+            kind, more["choices"] = str, tuple(choice for choice in get_args(hint) if choice)
+        elif get_origin(hint) is tuple:
+            kind = numbers if kind is int else names
+            more.setdefault("metavar", "A,B")
+        elif field.default is True:
+            name, more["dest"] = f"--no_{field.name}", field.name
+        if known := declared.get("known"):
+            more["complete"] = several(known) if kind is names else one_of(known)
+        option(parser.group(declared["group"]), name, kind, declared["help"], default=field.default, **more)
+
+
+def settings_of(settings: type[S], arguments: argparse.Namespace, **more: Any) -> S:
+    """A settings dataclass from the options that `add_settings` adds.
+
+    Args:
+        more: Fields that are not options.
+
+    Raises:
+        ValueError: For an invalid value, with the name of its option.
+    """
+    values = {field.name: getattr(arguments, field.name) for field in fields(settings) if field.metadata}  # type: ignore
+    try:
+        return settings(**values | more)
+    except ValueError as error:
+        is_option = str(error).partition(" ")[0] in values | more
+        raise ValueError(f"--{error}" if is_option else str(error)) from error

@@ -1,0 +1,115 @@
+"""The argument parser of `stepfuse`: short usage lines, two spellings of flags, and errors with suggestions."""
+
+import argparse
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from stepfuse.data.names import nearest
+from stepfuse.data.settings_file import NEGATIVE_NUMBER
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` with short usage lines, and errors that name the nearest flag or command.
+
+    Flags may be written with dashes or with underscores. Abbreviations are not accepted. After all arguments are
+    parsed, a value is passed to the `check` of its action, if there is one, whose ValueError names the value.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        super().__init__(**defaults | options)
+        self._negative_number_matcher = NEGATIVE_NUMBER
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        end = given.index("--") if "--" in given else len(given)
+        words = [*map(_with_underscores, given[:end]), *given[end:]]
+        if "_ARGCOMPLETE" in os.environ:  # the line to complete may have errors
+            return super().parse_known_args(words, namespace)
+        self._check_flags(words)
+        found, rest = super().parse_known_args(words, namespace)
+        for action in self._actions:
+            value, check = getattr(found, action.dest, None), getattr(action, "check", None)
+            if check is not None and value is not None:
+                check(value)
+        return found, rest
+
+    def explain(self, example: str, about: str = "") -> None:
+        """Complete the help page of a command.
+
+        Args:
+            example: A command line that works as it stands.
+            about: Further sentences after the summary.
+        """
+        self.epilog = f"example:\n  {example}"
+        text = f"{self.description} {about}".strip()
+        self.description = textwrap.fill(text, width=shutil.get_terminal_size().columns - 2, break_on_hyphens=False)
+
+    def group(self, title: str) -> "argparse._ArgumentGroup | Parser":
+        """The group of options with this title, which is created if there is none; without a title, the parser."""
+        found = [group for group in self._action_groups if group.title == title]
+        return found[0] if found else self.add_argument_group(title) if title else self
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage line of this command and the error, and exit with status 2."""
+        self.exit(2, f"{self.format_usage()}error: {message}\nAll options: {self.prog} --help\n")
+
+    def format_usage(self) -> str:
+        self.usage = self._short_usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self.usage = self._short_usage()
+        return super().format_help()
+
+    def _short_usage(self) -> str:
+        """The positional arguments, the required options, and `[options]` for the others."""
+        parts = ["%(prog)s"]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parts.append(f"{action.metavar} …")
+            elif not action.option_strings:
+                name = str(action.metavar or action.dest)
+                parts.append(f"[{name}]" if action.nargs == "?" else name)
+        for action in self._actions:
+            if action.option_strings and action.required:
+                parts.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
+        return " ".join([*parts, "[options]"])
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Refuse unknown flags before argparse looks for missing arguments, which may be missing for that reason."""
+        known = self._option_string_actions
+        before_command = self._subparsers is not None
+        for word in words:
+            if word == "--" or (before_command and not word.startswith("-")):
+                return
+            name = word.partition("=")[0]
+            if not word.startswith("-") or word == "-" or " " in name or name in known or _is_number(word):
+                continue
+            self.error(f"unknown flag {name}{nearest(name, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            expected = f"expected one of {', '.join(known)}{nearest(value, known)}"
+            raise argparse.ArgumentError(action, f"{value!r}; {expected}")
+
+
+def _with_underscores(word: str) -> str:
+    """`--dry-run=x-y` → `--dry_run=x-y`; words that are no flags stay as they are."""
+    name, equals, value = word.partition("=")
+    if not name.startswith("--") or " " in name or name == "--":
+        return word
+    return "--" + name.removeprefix("--").replace("-", "_") + equals + value
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""`stepfuse publish`."""
+
+import argparse
+
+from stepfuse.scripts.cli.arguments import SET_FOLDER, add_set
+from stepfuse.scripts.cli.checks import check_set
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse publish outputs/set OWNER/NAME --private")
+    add_set(parser, SET_FOLDER)
+    text = "Repository on the hub; it is created if it does not exist."
+    option(parser, "repository", str, text, metavar="OWNER/NAME")
+    option(parser, "--private", bool, "Create the repository as a private one (default: public).")
+    text = "Branch to upload to; it is created if it does not exist (default: main)."
+    option(parser, "--revision", str, text, metavar="BRANCH")
+    option(parser, "--dry_run", bool, "Only list what would be uploaded; needs no token (default: upload).")
+    option(parser, "--yes", bool, "Upload without asking (default: ask first).")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_set(arguments.set)
+
+    from stepfuse.fuse.sets.publish import check_token, confirmed, prepare, publish
+
+    if not arguments.dry_run:
+        check_token()
+    publication = prepare(
+        arguments.set,
+        arguments.repository,
+        revision=arguments.revision,
+        private=arguments.private,
+        ask_hub=not arguments.dry_run,
+    )
+    print(publication)
+    if not arguments.dry_run and (arguments.yes or confirmed(publication)):
+        print(publish(publication))
+    else:
+        print("nothing was sent")

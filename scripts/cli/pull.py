@@ -1,0 +1,28 @@
+"""`stepfuse pull`."""
+
+import argparse
+from pathlib import Path
+
+from stepfuse.scripts.cli.arguments import add_overwrite, add_set
+from stepfuse.scripts.cli.checks import check_folder, check_set
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse pull OWNER/NAME@REVISION outputs/set")
+    text = "Repository on the hub; OWNER/NAME@REVISION for a branch, tag or commit."
+    add_set(parser, text, metavar="OWNER/NAME")
+    option(parser, "output", Path, "Output folder (default: NAME).", metavar="FOLDER", nargs="?")
+    add_overwrite(parser, "the set in the output folder", folder=True)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
+    check_set(arguments.set)
+    check_folder(output, overwrite=arguments.overwrite)
+
+    from stepfuse.fuse.sets.create import copy_set
+
+    loaded = copy_set(arguments.set, output, overwrite=arguments.overwrite)
+    print(f"{output}: {', '.join(loaded.names)}")

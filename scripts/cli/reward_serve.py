@@ -1,0 +1,34 @@
+"""`stepfuse reward serve`."""
+
+import argparse
+from pathlib import Path
+
+from stepfuse.data.settings_file import Bounds
+from stepfuse.scripts.cli.arguments import add_device, add_reward
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse reward serve image_reward --port 8765")
+    add_reward(parser)
+    text = "Address to listen on; 0.0.0.0 for all networks (default: %(default)s, this machine only)."
+    option(parser, "--host", str, text, metavar="ADDRESS", default="127.0.0.1")
+    option(parser, "--port", int, "Port to listen on, 0 for any free one.", default=8765, bounds=Bounds(0, 65535))
+    text = (
+        "File with the token that clients must send (default: the variable STEPFUSE_REWARD_TOKEN, or else a random "
+        "one, which is printed)."
+    )
+    option(parser, "--token_file", Path, text, metavar="FILE")
+    add_device(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+
+    import torch
+
+    from stepfuse.scripts.cli.load import prepare_device
+    from stepfuse.scripts.recipes.rewards import serve
+
+    device = torch.device(prepare_device(arguments.device))
+    serve(arguments.name, host=arguments.host, port=arguments.port, token_file=arguments.token_file, device=device)

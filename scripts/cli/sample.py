@@ -1,0 +1,189 @@
+"""`stepfuse sample`."""
+
+import argparse
+import re
+import sys
+
+from stepfuse.data.output_folder import written_file
+from stepfuse.data.settings_file import AT_LEAST_0, Bounds
+from stepfuse.data.text_files import printable
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import (
+    add_batch_size,
+    add_guidance,
+    add_output,
+    add_precision,
+    add_prompt,
+    add_seed,
+    add_set,
+    add_steps,
+    add_strength,
+    add_trust,
+    add_weights,
+)
+from stepfuse.scripts.cli.checks import (
+    check_picture,
+    check_rule,
+    check_set,
+    check_weights,
+)
+from stepfuse.scripts.cli.names import RULE_OPTIONS, rule_names
+from stepfuse.scripts.cli.options import Container, option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        'stepfuse sample emoji --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
+        "Several weights or prompts make a labelled grid.",
+    )
+    add_set(parser)
+    _add_images(parser.group("what to generate"))
+    _add_fusion(parser.group("fusion"))
+    guidance = parser.group("guidance")
+    add_guidance(guidance)
+    text = (
+        "Part of the denoising steps that is guided, as shares from 0, the first step, to 1, the end, such as 0.2-0.8; "
+        "the other steps cost less."
+    )
+    option(guidance, "--guidance_interval", str, text, metavar="BEGIN-END", default="0-1")
+    _add_speed(parser.group("speed and memory"))
+    output = parser.group("output")
+    add_output(output, "out.png", "Picture to write, such as fox.png or fox.jpg.")
+    text = (
+        "Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single image; "
+        "in a grid, enough to make images at least 128 pixels wide)."
+    )
+    option(output, "--enlarge", int, text, bounds=Bounds(1, 64))
+
+
+def _add_images(images: Container) -> None:
+    add_prompt(images, "Prompt; required, repeat for more rows.", required=True)
+    text = (
+        "What guidance steers away from (default: none, for which diffusers takes an empty prompt, and zeros for "
+        "Stable Diffusion XL models that ask for them)."
+    )
+    option(images, "--negative_prompt", printable, text, metavar="TEXT")
+    text = (
+        "Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes it "
+        "over the denoising steps, here at half of them (default: the set's default weights)."
+    )
+    add_weights(images, text, several=True)
+    text = (
+        "Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share theirs."
+    )
+    add_seed(images, text)
+    add_steps(images, "Number of denoising steps, such as 25 (default: that of the set).")
+    for name in ("height", "width"):
+        text = f"{name.capitalize()} of the images in pixels, such as 512 (default: that of the base model)."
+        option(images, f"--{name}", int, text, metavar="PIXELS")
+
+
+def _add_fusion(fusion: Container) -> None:
+    text = f"Fusion rule, one of {', '.join(rule_names())} (default: that of the set)."
+    option(fusion, "--rule", str, text, metavar="NAME", complete=completion.one_of(rule_names))
+    text = "0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates."
+    add_strength(fusion, text)
+    text = (
+        "What the weights multiply. exponents: the log-densities of the adapters, so that equal weights mean equally "
+        "much of each adapter; rewards: the rewards, which also takes into account the KL coefficient beta that each "
+        "adapter was trained with."
+    )
+    option(fusion, "--weights_on", str, text, choices=("exponents", "rewards"), default="exponents")
+    text = (
+        "For the rule product: at steps where the soup is at most this KL divergence from the product, run one merged "
+        "network in place of all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` (default: "
+        "run all adapters at every step)."
+    )
+    option(fusion, "--gate", float, text, metavar="NATS", bounds=AT_LEAST_0)
+    option(fusion, "--candidates", int, "For the rule code: candidates of each block (default: 20).")
+    option(fusion, "--block_size", int, "For the rule code: denoising steps of a block (default: 5).")
+    add_trust(fusion)
+
+
+def _add_speed(speed: Container) -> None:
+    add_batch_size(speed)
+    text = (
+        "batched: one forward pass for all adapters; separate: one forward pass per adapter, which is slower and takes "
+        "any kind of LoRA."
+    )
+    option(speed, "--forwards", str, text, choices=("batched", "separate"), default="batched")
+    text = (
+        "Largest batch of one forward pass, in rows: one row per image and adapter, and one per image for guidance. "
+        "Fewer take less memory and more time, such as 4 (default: all at once)."
+    )
+    option(speed, "--rows_at_once", int, text)
+    text = (
+        "Compile the UNet with torch.compile. regional: each transformer block; full: the whole UNet (default: no "
+        "compilation)."
+    )
+    option(speed, "--compile", str, text, choices=("regional", "full"))
+    add_precision(speed)
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """`0.2-0.8` → (0.2, 0.8)."""
+    match = re.fullmatch(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*", text)
+    try:
+        begin, end = (float(part) for part in match.groups()) if match else (1.0, 0.0)
+    except ValueError:
+        begin, end = 1.0, 0.0
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"--guidance_interval {text!r}; expected two shares of the steps in order, such as 0.2-0.8")
+    return begin, end
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_picture(arguments.output, overwrite=arguments.overwrite)
+    options = {name: getattr(arguments, name) for known in RULE_OPTIONS.values() for name in known}
+    options = {name: value for name, value in options.items() if value is not None}
+    check_rule(arguments.rule, options)
+    interval = parse_interval(arguments.guidance_interval)
+    if arguments.compile and arguments.forwards == "separate":
+        raise ValueError("--compile needs --forwards batched: separate forwards would compile once for each adapter")
+    columns = check_weights(arguments.weights or [], check_set(arguments.set))
+
+    from stepfuse.data.lettering import enlargement
+    from stepfuse.data.seeds import numbered_generator
+    from stepfuse.fuse.rules.registry import get_rule
+    from stepfuse.fuse.sampling.pictures import sampled_picture
+    from stepfuse.fuse.sets.adapter_set import load_set
+    from stepfuse.scripts.cli.load import load_sampler
+
+    loaded = load_set(arguments.set)
+    columns = columns or [loaded.default_weights]
+    sampler = load_sampler(
+        loaded,
+        arguments,
+        rule=get_rule(arguments.rule or loaded.default_rule, **options),
+        guidance=arguments.guidance,
+        guidance_scale=arguments.guidance_scale,
+        forwards=arguments.forwards,
+        rows_at_once=arguments.rows_at_once,
+        trust_rewards=arguments.trust_rewards,
+    )
+    if arguments.compile:
+        sampler.compile(arguments.compile)
+    rows = [row for row in range(len(arguments.prompt)) for _ in columns]
+    images = sampler.sample(
+        [arguments.prompt[row] for row in rows],
+        columns * len(arguments.prompt),
+        strength=arguments.strength,
+        weights_on=arguments.weights_on,
+        num_inference_steps=arguments.steps,
+        guidance_interval=interval,
+        generator=[numbered_generator(arguments.seed, row) for row in rows],
+        negative_prompt=arguments.negative_prompt,
+        height=arguments.height,
+        width=arguments.width,
+        batch_size=arguments.batch_size,
+    )
+    assert isinstance(images, list)
+    grid = [images[i : i + len(columns)] for i in range(0, len(images), len(columns))]
+    picture = sampled_picture(grid, arguments.prompt, columns, factor=arguments.enlarge)
+    with written_file(arguments.output) as temporary:
+        picture.save(temporary)
+    print(arguments.output)
+    if len(images) == 1 and arguments.enlarge is None and picture.width < 256:
+        factor = enlargement(picture, 256)
+        print(f"{picture.width} × {picture.height} pixels; --enlarge {factor} writes it larger", file=sys.stderr)

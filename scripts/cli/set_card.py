@@ -1,0 +1,63 @@
+"""`stepfuse set card`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from stepfuse.data.output_folder import written_file
+from stepfuse.data.text_files import read_text
+from stepfuse.scripts.cli.arguments import (
+    SET_FOLDER,
+    add_base_license,
+    add_license,
+    add_precision,
+    add_prompt,
+    add_seed,
+    add_set,
+)
+from stepfuse.scripts.cli.checks import check_set_folder
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse set card outputs/set --evaluation outputs/evaluation --license apache-2.0")
+    add_set(parser, SET_FOLDER)
+    text = (
+        "Output folder of `stepfuse evaluate` for this set, whose results go into the card (default: the results "
+        "stored in the set, if any)."
+    )
+    option(parser, "--evaluation", Path, text, metavar="DIR")
+    add_license(parser, "adapters that do not record one", "none")
+    add_base_license(parser, "as the set records it")
+    add_prompt(parser, "Prompt of a row of the picture; repeat for more rows (default: three held-out prompts).")
+    option(parser, "--no_strip", bool, "Draw no picture; an existing one stays in the set (default: draw one).")
+    add_seed(parser, "Random seed of the picture.")
+    add_precision(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_set_folder(arguments.set)
+
+    from stepfuse.fuse.sampling.strip import ROWS, draw_strip
+    from stepfuse.fuse.sets.adapter_set import load_set
+    from stepfuse.fuse.sets.card import STRIP, check_card, write_card
+    from stepfuse.fuse.sets.create import add_evaluation, check_writable, set_licences
+    from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
+
+    folder = check_writable(arguments.set).parent
+    loaded = load_set(folder)
+    check_card(folder)  # before minutes go into the picture
+    evaluation = arguments.evaluation
+    if evaluation is not None and not (evaluation / "summary.json").is_file():
+        raise ValueError(f"no summary.json in {evaluation}; expected the output of stepfuse evaluate")
+    if not arguments.no_strip:
+        prompts = arguments.prompt or heldout_prompts(loaded, ROWS)
+        strip = draw_strip(load_sampler(loaded, arguments), prompts, seed=arguments.seed, progress=True)
+        with written_file(folder / STRIP) as temporary:
+            strip.save(temporary)
+    if arguments.license or arguments.base_license:
+        loaded = set_licences(folder, license=arguments.license, base_license=arguments.base_license)
+    if evaluation is not None:
+        loaded = add_evaluation(folder, json.loads(read_text(evaluation / "summary.json")))
+    print(write_card(folder, loaded, evaluation))

@@ -1,0 +1,76 @@
+"""`stepfuse set create`."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from stepfuse.data.names import nearest
+from stepfuse.scripts.cli.arguments import add_base_license, add_eta, add_license, add_overwrite
+from stepfuse.scripts.cli.checks import check_folder, siblings
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse set create outputs/set --adapter outputs/alignment --adapter outputs/compressibility",
+    )
+    option(parser, "output", Path, "Output folder of the set.", metavar="FOLDER")
+    text = "Folder of an adapter, as written by training or found in another set. Required; repeat for each adapter."
+    option(parser, "--adapter", Path, text, metavar="DIR", action="append", required=True)
+    text = (
+        "Folder of an adapter trained on a weighted sum of the rewards (--reward weighted:…), which evaluations "
+        "compare fusion with; repeat for several (default: none)."
+    )
+    option(parser, "--oracle", Path, text, metavar="DIR", action="append", default=[])
+    text = (
+        "Variance of the base policy's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). It is used "
+        "where the strength is not 1."
+    )
+    add_eta(parser, "--reference_eta", text, default=1.0)
+    text = (
+        "Hub id of the base model, recorded in place of the local folder that the adapters were trained from (default: "
+        "as the adapters record it)."
+    )
+    option(parser, "--base", str, text, metavar="OWNER/NAME")
+    add_base_license(parser, "none")
+    add_license(parser, "the adapters", "as the adapters record it")
+    text = "Store the weights in float16, which halves their size (default: in the type they have)."
+    option(parser, "--half", bool, text)
+    add_overwrite(parser, "the set in the output folder", folder=True)
+
+
+def check_adapters(folders: Iterable[Path]) -> None:
+    """Check that adapters were written by training, or belong to a set."""
+    from stepfuse.fuse.sets.manifest import MANIFEST
+
+    for folder in folders:
+        if not folder.is_dir():
+            near = nearest(str(folder), siblings(folder))
+            raise ValueError(f"no adapter in {folder}; expected a folder, as written by training{near}")
+        if not (folder / "objective.json").is_file() and not (folder.parent / MANIFEST).is_file():
+            raise ValueError(
+                f"no adapter in {folder}: it has no objective.json, which training writes; `stepfuse set import` takes "
+                "a LoRA of another tool"
+            )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_folder(arguments.output, overwrite=arguments.overwrite)
+    check_adapters([*arguments.adapter, *arguments.oracle])
+
+    from stepfuse.fuse.diffusion.variance import EtaSchedule
+    from stepfuse.fuse.sets.create import create_set
+
+    created = create_set(
+        arguments.output,
+        arguments.adapter,
+        oracles=arguments.oracle,
+        reference=EtaSchedule(eta=arguments.reference_eta),
+        half=arguments.half,
+        base=arguments.base,
+        base_license=arguments.base_license,
+        license=arguments.license,
+        overwrite=arguments.overwrite,
+    )
+    print(f"{arguments.output}: {', '.join(adapter.name for adapter in created.everyone)}")

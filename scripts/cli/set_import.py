@@ -1,0 +1,78 @@
+"""`stepfuse set import`."""
+
+import argparse
+import re
+from pathlib import Path
+
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import add_eta, add_license
+from stepfuse.scripts.cli.names import GUIDANCE
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse set import style.safetensors --objective style --eta 1.0 --set outputs/set --base OWNER/BASE",
+        "The layouts of kohya, peft and diffusers are recognised. A set that does not exist yet is created.",
+    )
+    text = "Safetensors file, folder of a peft adapter, or Hugging Face Hub id."
+    option(parser, "lora", str, text, metavar="FILE_OR_HUB_ID")
+    text = "Folder of the set, required; it is created if it does not exist."
+    option(parser, "--set", Path, text, metavar="DIR", required=True, complete=completion.adapter_sets)
+    text = "Name of the adapter in --weights, such as style; required."
+    option(parser, "--objective", str, text, metavar="NAME", required=True, check=check_objective_name)
+    text = (
+        "Variance of the adapter's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). A LoRA file "
+        "does not state it, and the product weighs each adapter by the inverse of its variance; 1.0 treats it like an "
+        "adapter trained with DDPM sampling. Required."
+    )
+    add_eta(parser, "--eta", text, required=True)
+    text = "Reward that the LoRA is meant to increase, which `stepfuse evaluate` measures."
+    option(parser, "--reward", str, text, metavar="NAME", default="unknown", complete=completion.rewards)
+    text = "Base model of a new set, a hub id or a folder; required for a new set (default: that of the set)."
+    option(parser, "--base", str, text, metavar="MODEL")
+    text = "Variant of the weight files of --base, such as fp16 (default: none, or the only one there is)."
+    option(parser, "--variant", str, text, metavar="NAME")
+    text = (
+        "Guidance of a new set, and it must be that of an existing one. full: each adapter makes its own unconditional "
+        "prediction, as LoRAs of other tools expect; shared: the base makes it for all; off: none (default: full)."
+    )
+    option(parser, "--guidance", str, text, choices=GUIDANCE)
+    text = "Scale of classifier-free guidance (default: that of the set, or 7.5)."
+    option(parser, "--guidance_scale", float, text, metavar="G")
+    option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
+    add_license(parser, "the LoRA", "none")
+    text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
+    option(parser, "--unet_only", bool, text)
+    text = "File to take from a folder or repository with several (default: the only one)."
+    option(parser, "--weight_name", str, text, metavar="FILE")
+
+
+def check_lora(source: str) -> None:
+    """Check that a LoRA is a file or folder, or may be on the hub."""
+    from stepfuse.fuse.sets.hub import parse_id
+
+    if not Path(source).exists() and parse_id(source) is None:
+        raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
+
+
+def check_objective_name(name: str) -> None:
+    """Check that a name can be written in weights and be the name of a folder."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"--objective {name!r}; expected letters, digits, '_' and '-'")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_lora(arguments.lora)
+
+    from stepfuse.fuse.backbones.loading import quiet_libraries
+    from stepfuse.fuse.sets.exchange import import_lora
+
+    quiet_libraries()
+    names = (
+        *("objective", "eta", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
+        *("weight_name", "variant"),
+    )
+    loaded = import_lora(arguments.lora, arguments.set, **{name: getattr(arguments, name) for name in names})
+    print(f"{arguments.set}: {', '.join(loaded.names)}")

@@ -1,0 +1,58 @@
+"""`stepfuse set profile`."""
+
+import argparse
+
+from stepfuse.scripts.cli import completion
+from stepfuse.scripts.cli.arguments import (
+    SET_FOLDER,
+    add_batch_size,
+    add_guidance,
+    add_precision,
+    add_seed,
+    add_set,
+    add_steps,
+)
+from stepfuse.scripts.cli.checks import check_set_folder
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain(
+        "stepfuse set profile outputs/set --prompts prompts.txt",
+        "The result, a KL divergence in nats, is stored in the set; `stepfuse sample --gate` uses it.",
+    )
+    add_set(parser, SET_FOLDER)
+    text = (
+        "Text file with one prompt per line, or a prompt set such as partiprompts:32 for 32 of its prompts (default: "
+        "colours-heldout:16, or emoji-heldout:16 for the embedded base)."
+    )
+    option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=completion.prompt_sets)
+    add_steps(parser)
+    add_guidance(parser)
+    add_seed(parser)
+    add_batch_size(parser)
+    add_precision(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from stepfuse.data.prompts import check_prompts, load_prompts
+
+    if arguments.prompts is not None:
+        check_prompts(arguments.prompts)
+    check_set_folder(arguments.set)
+
+    from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
+    from stepfuse.fuse.sets.adapter_set import load_set
+    from stepfuse.fuse.sets.create import add_profile, check_writable
+    from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
+
+    loaded = load_set(arguments.set)
+    check_writable(arguments.set)  # before minutes go into measuring
+    prompts = load_prompts(arguments.prompts) if arguments.prompts else heldout_prompts(loaded, 16)
+    sampler = load_sampler(loaded, arguments, guidance=arguments.guidance, guidance_scale=arguments.guidance_scale)
+    measured = measure_gaps(
+        sampler, prompts, num_inference_steps=arguments.steps, seed=arguments.seed, batch_size=arguments.batch_size
+    )
+    add_profile(arguments.set, measured)
+    print(describe_gaps(measured))

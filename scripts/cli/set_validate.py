@@ -1,0 +1,29 @@
+"""`stepfuse set validate`."""
+
+import argparse
+
+from stepfuse.scripts.cli.arguments import add_set
+from stepfuse.scripts.cli.checks import check_set
+from stepfuse.scripts.cli.options import option
+from stepfuse.scripts.cli.parser import Parser
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.explain("stepfuse set validate emoji")
+    add_set(parser)
+    option(parser, "--load", bool, "Load the base model and every adapter too (default: check the files only).")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check_set(arguments.set)
+
+    from stepfuse.fuse.sets.adapter_set import load_set
+
+    loaded = load_set(arguments.set)
+    if arguments.load:
+        from stepfuse.fuse.backbones.loading import quiet_libraries
+        from stepfuse.fuse.sampling.sampler import FusedSampler
+
+        quiet_libraries()
+        FusedSampler.from_pretrained(loaded)
+    print(f"{arguments.set}: valid; {len(loaded.adapters)} adapters of base {loaded.base['name_or_path']!r}")
