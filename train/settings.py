@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.seeds import LIMIT
+from stepfuse.data.settings_fields import setting as _setting
 from stepfuse.data.settings_file import check_types, require
-from stepfuse.data.settings_file import setting as _setting
 
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule

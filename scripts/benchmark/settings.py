@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stepfuse.data.settings_file import AT_LEAST_1, FINITE, Bounds, check_fields, setting
+from stepfuse.data.settings_fields import AT_LEAST_1, FINITE, Bounds, check_fields, setting
 
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.settings_file import AT_LEAST_0, SEED, Bounds
+from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from stepfuse.data.settings_file import AT_LEAST_1, FINITE, Bounds
+from stepfuse.data.settings_fields import AT_LEAST_1, FINITE, Bounds
 from stepfuse.scripts.cli.completion import Completer, one_of, several
 from stepfuse.scripts.cli.parser import Parser
 

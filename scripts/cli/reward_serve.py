@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from stepfuse.data.settings_file import Bounds
+from stepfuse.data.settings_fields import Bounds
 from stepfuse.scripts.cli.arguments import add_device, add_reward
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser

@@ -5,7 +5,7 @@ import re
 import sys
 
 from stepfuse.data.output_folder import written_file
-from stepfuse.data.settings_file import AT_LEAST_0, Bounds
+from stepfuse.data.settings_fields import AT_LEAST_0, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.arguments import (
