@@ -282,6 +282,33 @@ def test_the_example_metric_is_in_the_table_the_summary_and_the_page(
     assert 'aria-label="weighted gain against edges' in page
 
 
+def test_the_example_subcommand_is_a_file_and_a_line(tmp_path: Path) -> None:
+    """Both are added to a copy of `scripts/cli`, which a process then runs."""
+    folder = shutil.copytree(ROOT / "scripts/cli", tmp_path / "cli")
+    code, line = (block for block in blocks("CONTRIBUTING.md", "python") if "count" in block)
+    (folder / "count.py").write_text(code)
+    registry = (folder / "main.py").read_text()
+    assert registry.count("COMMANDS = {  # ") == 1
+    (folder / "main.py").write_text(re.sub(r"COMMANDS = {.*\n", rf"\g<0>{line}", registry))
+    start = f"import stepfuse.scripts.cli as cli; cli.__path__[:] = [{str(folder)!r}]; "
+    start += "from stepfuse.scripts.cli.main import main; main()"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", start, *words], capture_output=True, text=True)
+
+    assert "    count     print the number of adapters of a set" in run("--help").stdout.splitlines()
+    assert "--at_least N  Fail if the set has fewer adapters (default: 1)." in run("count", "--help").stdout
+    assert run("count", "emoji").stdout == "3\n"
+    for words, status, error in (
+        (("count", "emoji", "--at_least", "4"), 1, "error: set emoji has 3 adapters; expected 4 or more"),
+        (("count", "emoji", "--at_least", "0"), 1, "error: --at_least 0; expected 1 or more"),
+        (("count", "emoji", "--atleast", "2"), 2, "error: unknown flag --atleast; did you mean '--at_least'?"),
+    ):
+        done = run(*words)
+        assert (done.returncode, done.stdout) == (status, "")
+        assert error in done.stderr.splitlines()
+
+
 def test_the_embedded_base_is_small_enough_to_ship() -> None:
     files = [file for folder in ("pipeline", "clip") for file in (ROOT / "data/emoji-base" / folder).rglob("*")]
     assert sum(file.stat().st_size for file in files if file.is_file()) < 40e6
