@@ -7,6 +7,7 @@ from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
+from stepfuse.scripts.cli.completion import Completer
 from stepfuse.scripts.cli.names import GUIDANCE
 from stepfuse.scripts.cli.options import Container, option
 
@@ -19,9 +20,16 @@ LICENSE = "an identifier of the Hugging Face Hub, such as apache-2.0 or creative
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_set(parser: Container, text: str = SET, *, metavar: str = "SET", **more: Any) -> None:
+def add_set(
+    parser: Container,
+    text: str = SET,
+    *,
+    metavar: str = "SET",
+    complete: Completer = completion.adapter_sets,
+    **more: Any,
+) -> None:
     """The adapter set that a command reads."""
-    option(parser, "set", Path, text, **{"metavar": metavar, "complete": completion.adapter_sets} | more)
+    option(parser, "set", Path, text, metavar=metavar, complete=complete, **more)
 
 
 def add_prompt(parser: Container, text: str, *, required: bool = False) -> None:
@@ -29,9 +37,8 @@ def add_prompt(parser: Container, text: str, *, required: bool = False) -> None:
     option(parser, "--prompt", printable, text, metavar="TEXT", action="append", required=required, check=check_texts)
 
 
-def add_weights(parser: Container, text: str, *, several: bool = False) -> None:
-    """Weights of the objectives of a set; several of them with `several`."""
-    more = {"action": "append"} if several else {}
+def add_weights(parser: Container, text: str, **more: Any) -> None:
+    """Weights of the objectives of a set."""
     option(parser, "--weights", str, text, metavar="A=0.7,B=0.3", complete=completion.weights, **more)
 
 

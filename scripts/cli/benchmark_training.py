@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import replace
+from typing import Any
 
 from stepfuse.data.output_folder import check_file
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
@@ -24,5 +25,6 @@ def run(arguments: argparse.Namespace) -> None:
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.cli.load import prepare_device, write_results
 
-    settings = replace(settings, device=prepare_device(arguments.device))
+    device: Any = prepare_device(arguments.device)
+    settings = replace(settings, device=device)
     write_results(benchmark_training, training_table, settings, arguments.output)

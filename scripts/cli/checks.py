@@ -156,7 +156,7 @@ def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> "list[We
     """
     from stepfuse.fuse.rules.weights import WeightSchedule, label_weights, parse_weights
 
-    parsed = [parse_weights(text) for text in texts]
+    parsed: list[Weights] = [parse_weights(text) for text in texts]
     for weights in parsed:
         for name in weights:
             if names is not None and name not in names:

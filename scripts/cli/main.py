@@ -128,14 +128,13 @@ def make_parser(words: Sequence[str] | None = None) -> Parser:
         'shell completion:\n  eval "$(register-python-argcomplete stepfuse)"',
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="Print the version.")
-    options = {"required": True, "parser_class": Parser}
-    actions = {"": parser.add_subparsers(metavar="command", title="commands", **options)}
+    actions = {"": parser.add_subparsers(metavar="command", title="commands", required=True, parser_class=Parser)}
     for name, summary in COMMANDS.items():
         parent, _, last = name.rpartition(" ")
         command = actions[parent].add_parser(last, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name in GROUPS:
             command.explain(*GROUPS[name])
-            actions[name] = command.add_subparsers(metavar="action", title="actions", **options)
+            actions[name] = command.add_subparsers(metavar="action", title="actions", required=True)
         elif words is None or [*words][: len(name.split())] == name.split():
             module = importlib.import_module(f"stepfuse.scripts.cli.{name.replace(' ', '_')}")
             module.add_arguments(command)

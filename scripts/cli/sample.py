@@ -68,7 +68,7 @@ def _add_images(images: Container) -> None:
         "Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes it "
         "over the denoising steps, here at half of them (default: the set's default weights)."
     )
-    add_weights(images, text, several=True)
+    add_weights(images, text, action="append")
     text = (
         "Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share theirs."
     )

@@ -24,13 +24,13 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     check_safetensors(arguments.output, overwrite=arguments.overwrite)
     texts = [] if arguments.weights is None else [arguments.weights]
-    (weights,) = check_weights(texts, check_set(arguments.set)) or [None]
+    weights = check_weights(texts, check_set(arguments.set))
 
     from stepfuse.fuse.sets.exchange import merge
 
     rank, error = merge(
         arguments.set,
-        weights,
+        weights[0] if weights else None,
         arguments.output,
         strength=arguments.strength,
         rank=arguments.rank,
