@@ -2,15 +2,17 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_fields import literal_choices
 from stepfuse.data.text_files import file_name
-from stepfuse.data.yaml_file import Word, read_yaml
+
+# For argparse, whose own pattern does not match -1e-3 and treats it as a flag.
+NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
 
 
 def find_config(name: str, folder: str) -> Path:
@@ -55,6 +57,8 @@ def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) ->
     Raises:
         ValueError: If the file is missing or malformed, or a name is unknown. The message suggests a known name.
     """
+    from stepfuse.data.yaml_file import read_yaml  # imports PyYAML, which the options of a command do not need
+
     if not file.is_file():
         raise ValueError(f"no config file {file_name(file)}")
     values = read_yaml(file)
@@ -76,6 +80,8 @@ def _resolve_words(value: Any, hint: Any) -> Any:
 
     In mappings without type hints, such as the arguments of a worker, they become booleans.
     """
+    from stepfuse.data.yaml_file import Word
+
     if isinstance(value, Word):
         types = {type(choice) if get_origin(hint) is Literal else choice for choice in (hint, *get_args(hint))}
         return str(value) if str in types or not types & {bool, Any, dict, list} else value.boolean
@@ -100,19 +106,27 @@ def check_types(settings: Any) -> None:
     for name, hint in get_type_hints(type(settings)).items():
         value = getattr(settings, name)
         if not _matches(value, hint):
-            if choices := literal_choices(hint):
+            if choices := _choices(hint):
                 expected = f"one of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}"
                 raise ValueError(f"{name} is {value!r}; expected {expected}")
             expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
             raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
 
 
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The values that a Literal, or an optional Literal, allows."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for inner in get_args(hint) if get_origin(inner) is Literal for choice in get_args(inner))
+
+
 def _matches(value: object, hint: Any) -> bool:
+    """Whether a value has the type of a hint. An int is also a float, and a bool is not an int."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Literal:
         return value in inner
-    if origin is list:
-        return isinstance(value, list) and all(_matches(item, inner[0]) for item in value)
+    if origin in (list, tuple):
+        return isinstance(value, origin) and all(_matches(item, inner[0]) for item in value)
     if inner:  # a union
         return any(_matches(value, choice) for choice in inner)
     if hint in (int, float):

@@ -11,8 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args
 from trl import TrlParser
 
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_fields import NEGATIVE_NUMBER
-from stepfuse.data.settings_file import find_config, read_settings
+from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
 from stepfuse.train.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)

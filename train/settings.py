@@ -1,13 +1,12 @@
 """Settings of a training run: YAML by `--config`, any field as a flag. Importing this module does not import torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.seeds import LIMIT
-from stepfuse.data.settings_fields import setting as _setting
 from stepfuse.data.settings_file import check_types, require
 
 if TYPE_CHECKING:
@@ -29,6 +28,17 @@ PAIRS = "preference pairs of a data set (Diffusion-DPO)"
 DDPO = "DDPO"
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+
+
+def _setting(default: Any, group: str, help_text: str) -> Any:
+    """Declare a field, with the heading that `--help` lists it under and what it says there.
+
+    The default is added to the help by the parser.
+    """
+    metadata = {"group": group, "help": help_text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)

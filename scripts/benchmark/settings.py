@@ -1,9 +1,10 @@
 """Settings of the three benchmarks, whose fields are options of `stepfuse benchmark`. Nothing here imports torch."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from stepfuse.data.settings_fields import AT_LEAST_1, FINITE, Bounds, check_fields, setting
+from stepfuse.data.settings_fields import check_settings, setting
 
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -31,21 +32,20 @@ ORIGINALS = ("image_reward", "hpsv2", "pickscore")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DType = Literal["float32", "float16", "bfloat16"]
 
-WHAT = "what to measure"
-HOW = "how to run"
-NO_MEMORY = "Do not measure peak memory, which starts a process for each row (default: measure it)."
-THREADS = "Number of CPU threads (default: as many as torch chooses)."
-
-
-def _count(default: int | tuple[int, ...] | None, group: str, help_text: str, metavar: str = "") -> Any:
-    """A number of 1 or more, or several."""
-    return setting(default, group, help_text, metavar=metavar, bounds=AT_LEAST_1)
+_what, _how = partial(setting, group="what to measure"), partial(setting, group="how to run")
 
 
 def _pixels(name: str) -> Any:
-    return _count(
-        None, WHAT, f"{name} of the images in pixels, such as 512 (default: that of the base model).", "PIXELS"
-    )
+    text = f"{name} of the images in pixels, such as 512 (default: that of the base model)."
+    return _what(None, text, metavar="PIXELS", least=1)
+
+
+def _memory() -> Any:
+    return _how(True, "Do not measure peak memory, which starts a process for each row (default: measure it).")
+
+
+def _threads(**group: str) -> Any:
+    return setting(None, "Number of CPU threads (default: as many as torch chooses).", least=1, **group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,54 +61,52 @@ class SamplingBenchmark:
     """
 
     model: str
-    adapters: tuple[int, ...] = _count(
-        (1, 2, 4, 8), WHAT, "Numbers of adapters to fuse; each rule and baseline is timed with each of them.", "1,2,4,8"
+    adapters: tuple[int, ...] = _what(
+        (1, 2, 4, 8),
+        "Numbers of adapters to fuse; each rule and baseline is timed with each of them.",
+        metavar="1,2,4,8",
+        least=1,
     )
-    rules: tuple[str, ...] = setting(("product", "systematic", "soup"), WHAT, "Fusion rules to time.", known=RULES)
-    baselines: tuple[str, ...] = setting(
+    rules: tuple[str, ...] = _what(("product", "systematic", "soup"), "Fusion rules to time.", choices=RULES)
+    baselines: tuple[str, ...] = _what(
         BASELINES,
-        WHAT,
         "Baselines to time, or '' for none. separate: the product with one forward pass per adapter; diffusion_blend: "
         "one whole UNet per adapter; set_adapters: diffusers' set_adapters before each forward pass; mixed_batch: "
         "peft's adapter_names.",
-        known=BASELINES,
+        choices=BASELINES,
         aliases=("--rivals",),
     )
-    images: int = _count(8, WHAT, "Images denoised at once.")
+    images: int = _what(8, "Images denoised at once.", least=1)
     height: int | None = _pixels("Height")
     width: int | None = _pixels("Width")
-    steps: int = _count(10, WHAT, "Denoising steps of one measurement.")
-    guidance_scale: float = setting(
-        5.0, WHAT, "Scale of classifier-free guidance, anything but 1.", metavar="G", bounds=FINITE
-    )
-    repeats: int = _count(5, HOW, "Rounds of measurements, of which the median counts.")
-    rows_at_once: int | None = _count(
+    steps: int = _what(10, "Denoising steps of one measurement.", least=1)
+    guidance_scale: float = _what(5.0, "Scale of classifier-free guidance, anything but 1.", metavar="G")
+    repeats: int = _how(5, "Rounds of measurements, of which the median counts.", least=1)
+    rows_at_once: int | None = _how(
         None,
-        HOW,
         "Largest batch of one forward pass of stepfuse, in rows: one row per image and adapter, and one per image for "
         "guidance (default: all at once).",
+        least=1,
     )
-    compile: Literal["", "regional", "full"] = setting(
+    compile: Literal["", "regional", "full"] = _how(
         "",
-        HOW,
         "Compile the UNet of stepfuse and of the reference with torch.compile. regional: each transformer block; full: "
         "the whole UNet. The baselines are not compiled (default: no compilation).",
     )
-    mode: str = setting(
+    mode: str = _how(
         "",
-        HOW,
         "Mode of torch.compile, such as reduce-overhead for CUDA graphs; it needs --compile (default: torch's default "
         "mode).",
         metavar="NAME",
-        known=COMPILE_MODES,
+        choices=COMPILE_MODES,
     )
-    memory: bool = setting(True, HOW, NO_MEMORY)
-    threads: int | None = _count(None, HOW, THREADS)
+    memory: bool = _memory()
+    threads: int | None = _threads(group="how to run")
     device: str = "cpu"
     dtype: DType = "float32"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
         if not self.adapters:
             raise ValueError("adapters is empty; expected numbers of 1 or more")
         if self.guidance_scale == 1:
@@ -133,43 +131,40 @@ class TrainingBenchmark:
         ValueError: For numbers out of bounds and unknown names.
     """
 
-    model: str = setting(
-        "emoji", WHAT, "Base model: emoji, or sd15 or sdxl with random weights.", metavar="NAME", known=MODELS
+    model: str = _what(
+        "emoji", "Base model: emoji, or sd15 or sdxl with random weights.", metavar="NAME", choices=MODELS
     )
-    algorithms: tuple[str, ...] = setting(
-        (*REFERENCES,),
-        WHAT,
-        "Algorithms to time: ddpo against ddpo-pytorch, dpo against SPO.",
-        known=REFERENCES,
+    algorithms: tuple[str, ...] = _what(
+        (*REFERENCES,), "Algorithms to time: ddpo against ddpo-pytorch, dpo against SPO.", choices=REFERENCES
     )
-    images: int = _count(8, WHAT, "Images of one optimiser step.")
-    steps: int = _count(20, WHAT, "Denoising steps.")
-    candidates: int = setting(4, WHAT, "Candidates of each step of dpo and SPO, 2 or more.", bounds=Bounds(2))
+    images: int = _what(8, "Images of one optimiser step.", least=1)
+    steps: int = _what(20, "Denoising steps.", least=1)
+    candidates: int = _what(4, "Candidates of each step of dpo and SPO, 2 or more.", least=2)
     resolution: int | None = _pixels("Height and width")
-    timestep_fraction: float = setting(
+    timestep_fraction: float = _what(
         1.0,
-        WHAT,
         "Below 1, add rows that train on this share of the denoising steps, such as 0.5.",
         metavar="SHARE",
-        bounds=Bounds(0, 1, above=True),
+        above=0,
+        most=1,
     )
-    timesteps_per_forward: int = _count(
-        1, WHAT, "Above 1, add rows that compute the loss of this many denoising steps in one forward pass."
+    timesteps_per_forward: int = _what(
+        1, "Above 1, add rows that compute the loss of this many denoising steps in one forward pass.", least=1
     )
-    compile: Literal["no", "regional", "full"] = setting(
-        "no", WHAT, "Add rows of stepfuse with torch.compile. regional: each transformer block; full: the whole UNet."
+    compile: Literal["no", "regional", "full"] = _what(
+        "no", "Add rows of stepfuse with torch.compile. regional: each transformer block; full: the whole UNet."
     )
-    gradient_checkpointing: bool = setting(
-        False, WHAT, "Recompute activations in the backward pass, in all rows (default: keep them)."
+    gradient_checkpointing: bool = _what(
+        False, "Recompute activations in the backward pass, in all rows (default: keep them)."
     )
-    repeats: int = _count(3, HOW, "Rounds of measurements after one to warm up, of which the median counts.")
-    memory: bool = setting(True, HOW, NO_MEMORY)
-    threads: int | None = _count(None, HOW, THREADS)
+    repeats: int = _how(3, "Rounds of measurements after one to warm up, of which the median counts.", least=1)
+    memory: bool = _memory()
+    threads: int | None = _threads(group="how to run")
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: DType = "float32"
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
         if not self.algorithms:
             raise ValueError(f"algorithms is empty; expected some of {', '.join(REFERENCES)}")
         if self.dtype == "float16" and self.device == "cpu":
@@ -189,25 +184,24 @@ class RewardBenchmark:
         ValueError: For numbers out of bounds and unknown names.
     """
 
-    rewards: tuple[str, ...] = setting(ORIGINALS, "", "Rewards to time.", known=ORIGINALS)
+    rewards: tuple[str, ...] = setting(ORIGINALS, "Rewards to time.", choices=ORIGINALS)
     images: str = setting(
-        "", "", "Folder of images to score; it needs --prompts (default: generated images).", metavar="DIR"
+        "", "Folder of images to score; it needs --prompts (default: generated images).", metavar="DIR"
     )
     prompts: str = setting(
-        "",
         "",
         "Prompts of the images, in the format of `stepfuse reward score --prompts` (default: generated prompts).",
         metavar="FILE",
     )
-    count: int = _count(16, "", "Number of images.")
-    batch_size: int = _count(16, "", "Images that stepfuse scores at once; the packages score one at a time.")
-    repeats: int = _count(3, "", "Rounds of measurements, of which the median counts.")
+    count: int = setting(16, "Number of images.", least=1)
+    batch_size: int = setting(16, "Images that stepfuse scores at once; the packages score one at a time.", least=1)
+    repeats: int = setting(3, "Rounds of measurements, of which the median counts.", least=1)
     size: Literal["published", "small"] = setting(
-        "published", "", "Size of the models: published, or small with two layers for a quick trial."
+        "published", "Size of the models: published, or small with two layers for a quick trial."
     )
-    threads: int | None = _count(None, "", THREADS)
+    threads: int | None = _threads()
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_settings(self)
         if bool(self.images) != bool(self.prompts):
             raise ValueError("--images and --prompts go together; give both or neither")

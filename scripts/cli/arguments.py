@@ -56,7 +56,15 @@ def add_steps(parser: Container, text: str = "Number of denoising steps (default
 
 def add_eta(parser: Container, name: str, text: str, **more: Any) -> None:
     """A variance as DDIM's eta."""
-    option(parser, name, float, text, metavar="ETA", bounds=Bounds(0, 1), **more)
+    option(
+        parser,
+        name,
+        float,
+        text,
+        metavar="ETA",
+        bounds=Bounds(least=0, most=1, expected="a number from 0 to 1"),
+        **more,
+    )
 
 
 def add_batch_size(parser: Container, text: str = "Images denoised at once.", default: int = 8) -> None:

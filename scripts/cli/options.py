@@ -30,7 +30,7 @@ class Number:
             raise argparse.ArgumentTypeError(f"{text!r}; expected {example}") from None
 
     def check(self, value: int | float) -> None:
-        if value not in self.bounds:
+        if not self.bounds.allow(value):
             raise ValueError(f"{self.name} {value}; expected {self.bounds}")
 
 
@@ -54,7 +54,7 @@ def option(
     text: str,
     *,
     aliases: Sequence[str] = (),
-    metavar: str | None = None,
+    metavar: str = "",
     default: Any = None,
     bounds: Bounds | None = None,
     complete: Completer | None = None,
@@ -92,27 +92,26 @@ def option(
 
 
 def add_settings(parser: Parser, settings: type) -> None:
-    """Add an option for each field of a settings dataclass that is declared with `setting`, under its heading.
+    """Add an option for each field of a settings dataclass whose `setting` has a text, under its heading.
 
     A field of type bool that is on by default becomes `--no_NAME`.
     """
     hints = get_type_hints(settings)
     for field in fields(settings):
-        if not field.metadata:
-            continue
         declared, hint, name = field.metadata, hints[field.name], f"--{field.name}"
-        more = {key: declared[key] for key in ("metavar", "aliases", "bounds") if key in declared}
+        if not declared.get("text"):
+            continue
+        more = {key: declared[key] for key in ("metavar", "aliases", "bounds")}
         kind, *_ = (part for part in (*get_args(hint), hint) if part is not type(None))
         if get_origin(hint) is Literal:
             kind, more["choices"] = str, tuple(choice for choice in get_args(hint) if choice)
         elif get_origin(hint) is tuple:
-            kind = numbers if kind is int else names
-            more.setdefault("metavar", "A,B")
+            kind, more["metavar"] = numbers if kind is int else names, declared["metavar"] or "A,B"
         elif field.default is True:
             name, more["dest"] = f"--no_{field.name}", field.name
-        if known := declared.get("known"):
-            more["complete"] = several(known) if kind is names else one_of(known)
-        option(parser.group(declared["group"]), name, kind, declared["help"], default=field.default, **more)
+        if choices := declared["choices"]:
+            more["complete"] = several(choices) if kind is names else one_of(choices)
+        option(parser.group(declared["group"]), name, kind, declared["text"], default=field.default, **more)
 
 
 def settings_of(settings: type[S], arguments: argparse.Namespace, **more: Any) -> S:
@@ -124,7 +123,7 @@ def settings_of(settings: type[S], arguments: argparse.Namespace, **more: Any) -
     Raises:
         ValueError: For an invalid value, with the name of its option.
     """
-    values = {field.name: getattr(arguments, field.name) for field in fields(settings) if field.metadata}  # type: ignore
+    values = {field.name: getattr(arguments, field.name) for field in fields(settings) if field.metadata.get("text")}  # type: ignore
     try:
         return settings(**values | more)
     except ValueError as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_fields import NEGATIVE_NUMBER
+from stepfuse.data.settings_file import NEGATIVE_NUMBER
 
 
 class Parser(argparse.ArgumentParser):

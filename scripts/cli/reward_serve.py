@@ -8,13 +8,15 @@ from stepfuse.scripts.cli.arguments import add_device, add_reward
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
+PORTS = Bounds(least=0, most=65535, expected="a whole number from 0 to 65535")
+
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse reward serve image_reward --port 8765")
     add_reward(parser)
     text = "Address to listen on; 0.0.0.0 for all networks (default: %(default)s, this machine only)."
     option(parser, "--host", str, text, metavar="ADDRESS", default="127.0.0.1")
-    option(parser, "--port", int, "Port to listen on, 0 for any free one.", default=8765, bounds=Bounds(0, 65535))
+    option(parser, "--port", int, "Port to listen on, 0 for any free one.", default=8765, bounds=PORTS)
     text = (
         "File with the token that clients must send (default: the variable STEPFUSE_REWARD_TOKEN, or else a random "
         "one, which is printed)."

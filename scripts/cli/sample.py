@@ -54,7 +54,7 @@ def add_arguments(parser: Parser) -> None:
         "Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single image; "
         "in a grid, enough to make images at least 128 pixels wide)."
     )
-    option(output, "--enlarge", int, text, bounds=Bounds(1, 64))
+    option(output, "--enlarge", int, text, bounds=Bounds(least=1, most=64, expected="a whole number from 1 to 64"))
 
 
 def _add_images(images: Container) -> None:
