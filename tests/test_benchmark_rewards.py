@@ -68,7 +68,7 @@ def test_each_reward_is_compared_with_its_original_on_the_weights_that_it_wrote(
 
 
 def test_rewards_are_compared_in_a_checkout_only(monkeypatch):
-    monkeypatch.setattr(rewards, "has_baselines", lambda: False)
+    assert harness.has_baselines()
+    monkeypatch.setattr(harness, "has_baselines", lambda: False)
     with refused("needs a checkout of the repository"):
         benchmark_rewards(RewardBenchmark(count=1), progress=False)
-    assert harness.has_baselines()

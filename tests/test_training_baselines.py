@@ -19,8 +19,7 @@ from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
 from stepfuse.scripts.baselines.spo import SPO, extremes, spo_loss
 from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
-from stepfuse.scripts.benchmark.models import ATTENTION
-from stepfuse.scripts.benchmark.pipelines import with_own_unet
+from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import PairedStep, SampledStep
@@ -40,7 +39,7 @@ def base(tiny_base):
 @pytest.fixture
 def task(base):
     return Task(
-        pipeline=with_own_unet(base),
+        pipeline=with_copied_unet(base),
         accelerator=Accelerator(cpu=True),
         reward=colourfulness,
         prompts=["a red apple", "a cat"],
@@ -185,7 +184,7 @@ def test_the_reward_says_which_candidate_of_spo_wins(task):
 
 def test_a_reward_that_is_one_for_all_leaves_spo_nothing_to_learn_from(task):
     loop = SPO(replace(task, reward=lambda pixels, prompts: torch.zeros(len(pixels))), candidates=2)
-    with refused("one reward"):
+    with refused("the same reward"):
         loop.learn(loop.rollout())
 
 
@@ -203,7 +202,7 @@ def test_prompts_are_embedded_as_the_pipeline_does_it(task, tmp_path, save):
 
 def test_an_optimiser_step_moves_the_lora_alone(task, base):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
-    for loop in (DDPOPyTorch(task), SPO(replace(task, pipeline=with_own_unet(base)), skip_first_steps=SKIPPED)):
+    for loop in (DDPOPyTorch(task), SPO(replace(task, pipeline=with_copied_unet(base)), skip_first_steps=SKIPPED)):
         start = [parameter.clone() for parameter in loop.trainable]
         loop.step()
         assert any(not torch.equal(a, b) for a, b in zip(start, loop.trainable, strict=True))
@@ -216,6 +215,6 @@ def test_spo_holds_a_second_unet_and_ddpo_pytorch_none(task, base):
     trained, reference = ({p.data_ptr() for p in network.parameters()} for network in spo.networks)
     assert not trained & reference
     assert_close(dict(spo.reference.named_parameters()), dict(base.unet.named_parameters()))
-    loop = DDPOPyTorch(replace(task, pipeline=with_own_unet(base)))
+    loop = DDPOPyTorch(replace(task, pipeline=with_copied_unet(base)))
     assert loop.networks == (loop.unet,)
     loop.close()

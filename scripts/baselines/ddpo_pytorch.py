@@ -15,7 +15,7 @@ from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A rollout: all its latents, by image and then step."""
+    """A rollout: all latents, by image and then step."""
 
     x_t: Float[Tensor, "images steps channels height width"]
     x_s: Float[Tensor, "images steps channels height width"]
@@ -26,9 +26,9 @@ class Samples:
 
 
 class DDPOPyTorch(Loop):
-    """A LoRA, with classifier-free guidance in training as well.
+    """PPO on a LoRA, with classifier-free guidance in training as well.
 
-    Advantages are normalised over the whole rollout, as its tracker does until it has seen a prompt 16 times.
+    Advantages are normalised over the whole rollout, as its tracker does until a prompt has 16 rewards.
 
     Args:
         timestep_fraction: share of each image's steps that are trained on, its `train.timestep_fraction`.
@@ -40,14 +40,11 @@ class DDPOPyTorch(Loop):
         self.scoring = self.threads = ThreadPoolExecutor(2)
 
     def prepared(self) -> nn.Module:
-        return Wrapped(self.unet)  # its autocast is of training alone: rollouts call the UNet itself
-
-    def accumulate(self) -> None:
-        self.learn(self.rollout())
+        return Wrapped(self.unet)  # accelerate adds autocast to this module alone; rollouts call the UNet
 
     @torch.no_grad()
     def rollout(self) -> Samples:
-        """Every step in one forward of two rows an image, the LoRA on all of them."""
+        """Each step in one forward pass of two rows an image, with the LoRA on both."""
         self.unet.eval()
         prompts, conditioning, x_t = self.begin()
         latents, log_probs = [x_t], []
@@ -70,21 +67,21 @@ class DDPOPyTorch(Loop):
         )
 
     def learn(self, samples: Samples) -> None:
-        """The gradient: a forward and a backward of two rows an image, in an order of steps of each image's own."""
+        """The gradient: a forward and backward pass of two rows an image, with the steps of each image shuffled."""
         self.unet.train()
         images, steps = samples.times.shape
         rows = torch.randperm(images, device=self.device)
-        places = torch.stack([torch.randperm(steps, device=self.device) for _ in range(images)])
-        shuffled = {n: getattr(samples, n)[rows[:, None], places] for n in ("x_t", "times", "x_s", "log_prob")}
+        order = torch.stack([torch.randperm(steps, device=self.device) for _ in range(images)])
+        shuffled = {n: getattr(samples, n)[rows[:, None], order] for n in ("x_t", "times", "x_s", "log_prob")}
         conditioning, advantage = samples.conditioning[rows], samples.advantage[rows]
-        for place in range(self.learned):
-            x_t, t, x_s, old = (part[:, place] for part in shuffled.values())
+        for i in range(self.learned):
+            x_t, t, x_s, old = (part[:, i] for part in shuffled.values())
             loss = ddpo_pytorch_loss(self.log_prob(self.trained, x_t, t, x_s, conditioning), old, advantage)
             self.task.accelerator.backward(loss / self.learned)
 
 
 class Wrapped(nn.Module):
-    """A UNet in a module of its own."""
+    """A module that contains the UNet."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

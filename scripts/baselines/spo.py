@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
@@ -16,7 +16,7 @@ from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """Steps and their best and worst candidate, a row each."""
+    """A batch of steps, each with its best and worst candidate."""
 
     x_t: Latents
     winner: Latents
@@ -25,42 +25,30 @@ class Pairs:
     conditioning: Conditioning
 
     def __getitem__(self, rows: Tensor) -> "Pairs":
-        return Pairs(
-            x_t=self.x_t[rows],
-            winner=self.winner[rows],
-            loser=self.loser[rows],
-            times=self.times[rows],
-            conditioning=self.conditioning[rows],
-        )
+        return Pairs(**{name: value[rows] for name, value in vars(self).items()})
 
 
 class SPO(Loop):
-    """Step by step, the best of k candidates against the worst, with a second UNet for the reference.
+    """At each step the best of k candidates against the worst, with a second UNet for the reference.
 
-    Its reward knows the time of a step and sees x_0 as predicted there; here it is the one that all share. It takes an
-    optimiser step after every micro-batch; here one for all of them, as ours does.
+    The published reward is given the time of a step; here it is the reward that all methods share, of the x_0 predicted
+    at the step. The published loop takes an optimiser step after every micro-batch; here there is one for all of them.
 
     Args:
         candidates: k.
-        skip_first_steps: steps before the first that branches.
-        threshold: what the rewards of a pair must differ by.
+        skip_first_steps: steps before the first one with candidates.
+        threshold: least difference between the rewards of a pair.
     """
 
     def __init__(self, task: Task, *, candidates: int = 4, skip_first_steps: int = 4, threshold: float = 0.0) -> None:
         self.reference = copy.deepcopy(task.pipeline.unet)
         super().__init__(task)
+        self.networks += (self.reference,)
         self.candidates, self.skip_first_steps, self.threshold = candidates, skip_first_steps, threshold
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        return (self.unet, self.reference)
-
-    def accumulate(self) -> None:
-        self.learn(self.rollout())
 
     @torch.no_grad()
     def rollout(self) -> Pairs:
-        """After the first step that branches, all k candidates of an image go through the UNet, in 2 k rows."""
+        """After the first step with candidates, all k of an image go through the UNet, in 2 k rows."""
         self.unet.eval()
         prompts, conditioning, x = self.begin()
         images, k, dtype = len(x), self.candidates, x.dtype
@@ -68,7 +56,7 @@ class SPO(Loop):
         wide = conditioning[rows.repeat(k)]
         found = []
         start, drawn, before = x, None, self.scheduler.timesteps[:1]
-        for place, t in enumerate(self.scheduler.timesteps[:, None]):
+        for step_index, t in enumerate(self.scheduler.timesteps[:, None]):
             prediction = self.predict(self.unet, x, t, conditioning if drawn is None else wide)
             x_0, mean, deviation = ddim_step(self.scheduler, prediction, t, x)
             if drawn is None:
@@ -77,7 +65,7 @@ class SPO(Loop):
                 found.append((start, before.expand(images), *self._compare(drawn, x_0, prompts)))
                 picks = torch.randint(k, (images,), device=self.device)
                 start, mean = drawn[picks, rows], mean.unflatten(0, (k, images))[picks, rows]
-            if place < self.skip_first_steps:
+            if step_index < self.skip_first_steps:
                 x = (mean + deviation * torch.randn_like(mean)).to(dtype)
             else:
                 drawn = (mean + deviation * torch.randn(k, *mean.shape, device=self.device)).to(dtype)
@@ -85,22 +73,22 @@ class SPO(Loop):
         assert drawn is not None
         found.append((start, before.expand(images), *self._compare(drawn, x, prompts)))
         x_t, times, winner, loser, kept = (torch.cat(parts) for parts in zip(*found, strict=True))
-        everyone = conditioning[rows.repeat(len(found))]
-        return Pairs(x_t=x_t, winner=winner, loser=loser, times=times, conditioning=everyone)[kept]
+        repeated = conditioning[rows.repeat(len(found))]
+        return Pairs(x_t=x_t, winner=winner, loser=loser, times=times, conditioning=repeated)[kept]
 
     def _compare(
         self, drawn: Float[Tensor, "candidates images channels height width"], clean: Latents, prompts: list[str]
     ) -> tuple[Latents, Latents, Bool[Tensor, " images"]]:
-        """Winners and losers by the reward of their clean latents, and which pairs are kept."""
+        """Winners and losers by the reward of their clean latents, and which pairs differ enough."""
         rewards = self.task.reward(decode_latents(self.pipeline, clean), prompts * self.candidates)
         best, worst, kept = extremes(rewards.to(self.device).reshape(drawn.shape[:2]), self.threshold)
         rows = torch.arange(len(best), device=self.device)
         return drawn[best, rows], drawn[worst, rows], kept
 
     def learn(self, pairs: Pairs) -> None:
-        """The gradient: four forwards of two rows a pair, though winner and loser start from one x_t."""
+        """The gradient: four forward passes of two rows a pair, although winner and loser have the same x_t."""
         if not len(pairs.times):
-            raise ValueError("the candidates of every step have one reward; expected rewards that differ")
+            raise ValueError("the candidates of every step have the same reward; expected different rewards")
         self.unet.train()
         order = torch.randperm(len(pairs.times), device=self.device)
         batches = order.split(self.task.images)
@@ -117,7 +105,7 @@ class SPO(Loop):
 def extremes(
     rewards: Float[Tensor, "candidates images"], threshold: float
 ) -> tuple[Int[Tensor, " images"], Int[Tensor, " images"], Bool[Tensor, " images"]]:
-    """The places of the highest and the lowest reward of each image, and whether they differ by more."""
+    """Indices of the highest and lowest reward of each image, and whether these differ by more than the threshold."""
     (highest, best), (lowest, worst) = rewards.max(0), rewards.min(0)
     return best, worst, highest - lowest > threshold
 

@@ -78,23 +78,23 @@ class Loop(ABC):
         self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self.trainable, lr=task.learning_rate, weight_decay=1e-4)
         self.trained, self.optimizer = task.accelerator.prepare(self.prepared(), optimizer)
-
-    @property
-    def networks(self) -> tuple[nn.Module, ...]:
-        """The UNets that the loop runs."""
-        return (self.unet,)
+        self.networks: tuple[nn.Module, ...] = (self.unet,)
 
     def prepared(self) -> nn.Module:
         """The module that accelerate prepares."""
         return self.unet
 
     @abstractmethod
-    def accumulate(self) -> None:
-        """A rollout, and the gradient of the mean loss on it."""
+    def rollout(self) -> Any:
+        """Sample images, and return what is learned from."""
+
+    @abstractmethod
+    def learn(self, samples: Any) -> None:
+        """Accumulate the gradient of the mean loss on a rollout."""
 
     def step(self) -> None:
         """All the work of one optimiser step."""
-        self.accumulate()
+        self.learn(self.rollout())
         self.task.accelerator.clip_grad_norm_(self.trainable, self.task.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()

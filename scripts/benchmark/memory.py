@@ -30,29 +30,22 @@ def add_memory(
     progress: bool,
     report: Report,
 ) -> None:
-    """Measure the memory of each row in a process of its own, and add it to the row's entry.
+    """Measure the memory of each row in a new process, and add it to the row's entry, which else keeps its None.
 
     Args:
-        entries: of `results`, by row; they keep what they have where a row does not fit in memory.
-        memory_of: what measures a row; it must be importable by name, since a child process calls it.
+        entries: of `results`, by row.
+        memory_of: measures a row; importable by its name, since a child process calls it.
         report: called with the results after each row.
     """
     for row, entry in tqdm(entries.items(), disable=not progress, desc="memory"):
-        entry.update(in_child_process(memory_of, settings, row) or {})
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            try:
+                entry.update(process.submit(memory_of, settings, row).result())
+            except (MemoryError, RuntimeError) as error:
+                # A broken pool: the system has ended the process.
+                if not isinstance(error, BrokenProcessPool) and not is_out_of_memory(error):
+                    raise
         report(results)
-
-
-def in_child_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a call in a new process; None where it runs out of memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(function, *arguments).result()
-        except BrokenProcessPool:  # ended by the system
-            return None
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
 
 
 def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None:

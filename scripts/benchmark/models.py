@@ -1,4 +1,4 @@
-"""UNets to measure on: a set's base, or an architecture with random weights where none can be loaded."""
+"""Models to measure on: a set's base, or an architecture of random weights where none can be loaded."""
 
 import copy
 import warnings
@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from stepfuse.data import emoji
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
@@ -18,6 +27,30 @@ from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES
 
+# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have beside the libraries' defaults. Of both:
+AUTOENCODER: dict[str, Any] = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+)
+TEXT_ENCODER: dict[str, Any] = dict(
+    vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
+# Further settings of each:
+AUTOENCODERS: dict[str, dict[str, Any]] = {
+    "sd15": dict(sample_size=512, scaling_factor=0.18215),
+    "sdxl": dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
+}
+SECOND_TEXT_ENCODER: dict[str, Any] = dict(
+    vocab_size=49408,
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    projection_dim=1280,
+    hidden_act="gelu",
+)
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -26,13 +59,11 @@ class Model:
     """A UNet with LoRAs of random weights on it, in a pipeline.
 
     Attributes:
-        name: `sd15`, `sdxl`, or the set whose base it is.
         pipeline: with a text encoder and an autoencoder only where it is a set's base.
         adapters: names of the LoRAs.
         lora: the configuration of each.
     """
 
-    name: str
     pipeline: StableDiffusionPipeline
     adapters: tuple[str, ...]
     lora: LoraConfig
@@ -41,45 +72,63 @@ class Model:
 def random_model(
     architecture: str, count: int, *, rank: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Model:
-    """An architecture of random weights with LoRAs on its attention.
+    """A UNet of random weights with LoRAs on its attention.
 
     Raises:
-        ValueError: for an architecture that is not known.
+        ValueError: for an unknown architecture.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"architecture {architecture!r}; expected one of {', '.join(ARCHITECTURES)}"
-            f"{nearest(architecture, ARCHITECTURES)}"
-        )
+        expected = f"expected one of {', '.join(ARCHITECTURES)}{nearest(architecture, ARCHITECTURES)}"
+        raise ValueError(f"architecture {architecture!r}; {expected}")
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(**ARCHITECTURES[architecture]).to(dtype).requires_grad_(False).eval()
-    scheduler = DDIMScheduler(**STABLE_DIFFUSION)
-    parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler)
-    pipeline = (
-        StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
-        if architecture == "sdxl"
-        else StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    )
+    parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(**STABLE_DIFFUSION))
+    if architecture == "sdxl":
+        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+    else:
+        unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipeline = StableDiffusionPipeline(**parts, **unchecked)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION))
-    return Model(name=architecture, pipeline=pipeline, adapters=_add_loras(unet, count, config), lora=config)
+    return Model(pipeline=pipeline, adapters=_add_loras(unet, count, config), lora=config)
+
+
+def random_pipeline(architecture: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
+    """A pipeline of random weights, with the tokenizer of the embedded base, which has fewer tokens than published.
+
+    Raises:
+        ValueError: for an unknown architecture.
+    """
+    pipeline = random_model(architecture, 0, dtype=dtype, device=device).pipeline
+    tokenizer = CLIPTokenizer.from_pretrained(emoji.PIPELINE / "tokenizer", model_max_length=77)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    with torch.device(device), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        parts = {
+            "vae": AutoencoderKL(**AUTOENCODER, **AUTOENCODERS[architecture]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER, **ids)),
+        }
+        if architecture == "sdxl":
+            config = CLIPTextConfig(**SECOND_TEXT_ENCODER, **ids)
+            parts["text_encoder_2"] = CLIPTextModelWithProjection(config)
+    pipeline.register_modules(**{name: part.to(dtype).requires_grad_(False).eval() for name, part in parts.items()})
+    pipeline.register_modules(tokenizer=tokenizer, **({"tokenizer_2": tokenizer} if architecture == "sdxl" else {}))
+    return pipeline
 
 
 def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """A set's base, with LoRAs of random weights configured as its first adapter is: as many as are wanted."""
+    """A set's base, with this number of LoRAs of random weights, configured as its first adapter."""
     adapter_set = load_set(folder)
     pipeline = load_base(adapter_set.base, dtype=dtype).to(device)
     first = adapter_set.adapters[0]
     load_adapter(pipeline, first, base_fingerprint(pipeline.unet))
     config = pipeline.unet.peft_config[first.name]
     pipeline.unload_lora_weights()
-    return Model(name=str(folder), pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
+    return Model(pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
 
 
 def _add_loras(unet: Any, count: int, config: LoraConfig) -> tuple[str, ...]:
-    """LoRAs that are not zero, in the UNet's precision; how long they take does not depend on their values."""
+    """Add LoRAs that are not zero, in the UNet's precision; their time does not depend on their values."""
     names = tuple(f"adapter{i + 1}" for i in range(count))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
@@ -96,7 +145,7 @@ def _add_loras(unet: Any, count: int, config: LoraConfig) -> tuple[str, ...]:
 
 
 def random_conditioning(model: Model, images: int) -> Conditioning:
-    """Embeddings of prompts nobody wrote, of the model's own shape."""
+    """Random embeddings of the model's shape."""
     unet, generator = model.pipeline.unet, torch.Generator().manual_seed(1)
     tokens = 77 if model.pipeline.tokenizer is None else model.pipeline.tokenizer.model_max_length
 
@@ -111,3 +160,12 @@ def random_conditioning(model: Model, images: int) -> Conditioning:
         added = {"text_embeds": (noise(pooled), noise(pooled)), "time_ids": (ids, ids)}
     width = unet.config.cross_attention_dim
     return Conditioning(positive=noise(tokens, width), negative=noise(tokens, width), added=added)
+
+
+def with_copied_unet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The same parts, with a copy of the UNet that can have another LoRA: other modules, the same frozen weights."""
+    unet = pipeline.unet
+    shared = {id(tensor): tensor for tensor in (*unet.parameters(), *unet.buffers())}
+    copied = copy.copy(pipeline)
+    copied.unet = copy.deepcopy(unet, shared)
+    return copied

@@ -24,18 +24,8 @@ from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import ImageReward
 from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
-from stepfuse.scripts.benchmark.harness import (
-    NEEDS_CHECKOUT,
-    Column,
-    Method,
-    context,
-    cpu_threads,
-    has_baselines,
-    markdown_table,
-    measure,
-    ratios,
-)
-from stepfuse.scripts.benchmark.memory import Report
+from stepfuse.scripts.benchmark import harness, memory
+from stepfuse.scripts.benchmark.harness import Column, Method
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
 OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
@@ -45,7 +35,7 @@ Batch = tuple[Tensor, list[str]]
 
 
 def benchmark_rewards(
-    settings: RewardBenchmark, *, progress: bool = True, report: Report = lambda results: None
+    settings: RewardBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
 ) -> dict[str, Any]:
     """Each reward: the original one image at a time, and stepfuse in batches, in alternation.
 
@@ -56,15 +46,15 @@ def benchmark_rewards(
         ValueError: for images that cannot be read, an environment that cannot be made, and where this is not a checkout
             of the repository.
     """
-    if not has_baselines():
+    if not harness.has_baselines():
         raise ValueError(f"{NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")
     batches = _batches(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
-    with cpu_threads(settings.threads):
+    with harness.cpu_threads(settings.threads):
         results: dict[str, Any] = {
             "format_version": 1,
             "gflop_per_second": dict.fromkeys(DTYPES, 0.0),
-            **context(torch.device("cpu"), LIBRARIES),
+            **harness.context(torch.device("cpu"), LIBRARIES),
             "settings": asdict(settings)
             | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
             "rows": [],
@@ -111,7 +101,7 @@ def _compare(
         # The warm-up of the original writes the weights, which the others load.
         builders = {"original": original} | {dtype: partial(ours, dtype) for dtype in DTYPES}
         builders |= {f"products in {dtype}": partial(products, dtype) for dtype in DTYPES}
-        measured = measure(
+        measured = harness.measure(
             builders,
             repeats=settings.repeats,
             device=torch.device("cpu"),
@@ -138,7 +128,7 @@ def _compare(
         row[dtype] = {
             "seconds": seconds[dtype],
             "images_per_second": len(expected) / statistics.median(seconds[dtype]),
-            "ratio": ratios(seconds["original"], seconds[dtype])["ratio"],
+            "ratio": harness.ratios(seconds["original"], seconds[dtype])["ratio"],
             "largest_difference": (scores[dtype] - expected).abs().max().item(),
         }
     return row, speeds
@@ -199,10 +189,10 @@ def reward_table(results: dict[str, Any]) -> str:
     for dtype in DTYPES:
         columns.append(Column(dtype, partial(_speed, dtype)))
         columns.append(Column("bound", partial(_bound, dtype, results["gflop_per_second"])))
-    return markdown_table([*columns, *DIFFERENCES], results)
+    return harness.markdown_table([*columns, *DIFFERENCES], results)
 
 
 def parity_table(results: dict[str, Any]) -> str:
     """The differences of scores, beside the spread of the original's scores over the images."""
     columns = [REWARD, Column("images", itemgetter("images")), Column("scores of the original", _spread)]
-    return markdown_table([*columns, *DIFFERENCES], results)
+    return harness.markdown_table([*columns, *DIFFERENCES], results)

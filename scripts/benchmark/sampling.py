@@ -19,26 +19,8 @@ from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.scripts.benchmark.harness import (
-    Column,
-    Measured,
-    Method,
-    available,
-    context,
-    cpu_threads,
-    markdown_table,
-    measure,
-    ratio_range,
-    ratios,
-)
-from stepfuse.scripts.benchmark.memory import (
-    Report,
-    add_memory,
-    check_copies,
-    peak_megabytes,
-    release_memory,
-    size_of,
-)
+from stepfuse.scripts.benchmark import harness, memory
+from stepfuse.scripts.benchmark.harness import Column, Measured, Method
 from stepfuse.scripts.benchmark.models import random_conditioning, random_model, set_model
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
 
@@ -68,7 +50,7 @@ def rows_of(settings: SamplingBenchmark) -> list[Row]:
 
 @torch.no_grad()
 def benchmark_sampling(
-    settings: SamplingBenchmark, *, progress: bool = True, report: Report = lambda results: None
+    settings: SamplingBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
 ) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory in a process of its own.
 
@@ -80,10 +62,10 @@ def benchmark_sampling(
     """
     device = torch.device(settings.device)
     wanted = rows_of(settings)
-    rows, missing = available(wanted, {row: row.method for row in wanted if row.method in BASELINES[1:]})
-    with cpu_threads(settings.threads):
+    rows, missing = harness.available(wanted, {row: row.method for row in wanted if row.method in BASELINES[1:]})
+    with harness.cpu_threads(settings.threads):
         bench = Bench(settings)
-        measured = measure(
+        measured = harness.measure(
             # Baselines first: they copy the UNet as it is before adapters are put into one batch.
             {row: partial(bench.method, row) for row in sorted(rows, key=lambda row: row.method not in BASELINES)},
             repeats=settings.repeats,
@@ -94,11 +76,11 @@ def benchmark_sampling(
         )
         lora = {"rank": bench.model.lora.r, "targets": sorted(bench.model.lora.target_modules)}
         del bench
-        release_memory(device)  # each row's own process loads the model anew
+        memory.release_memory(device)  # each row's own process loads the model anew
         described = asdict(settings)
         described["rivals"] = described.pop("baselines")  # their key in published results
         entries = {row: _entry(row, settings, measured) for row in rows if row in measured.seconds}
-        results = context(device, LIBRARIES) | {
+        results = harness.context(device, LIBRARIES) | {
             "settings": described,
             "lora": lora,
             "skipped": missing | measured.skipped,
@@ -106,7 +88,7 @@ def benchmark_sampling(
         }
         report(results)
         if settings.memory:
-            add_memory(results, entries, memory_of, settings, progress=progress, report=report)
+            memory.add_memory(results, entries, memory_of, settings, progress=progress, report=report)
     return results
 
 
@@ -116,7 +98,7 @@ def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> di
     return {
         "way": row.method,
         "adapters": row.adapters,
-        **ratios(seconds[row], seconds[REFERENCE]),
+        **harness.ratios(seconds[row], seconds[REFERENCE]),
         "seconds_a_step": statistics.median(seconds[row]) / settings.steps,
         "rows_an_image": batch_rows[row][0] / settings.images / settings.steps,
         "rows_ratio": batch_rows[row][0] / batch_rows[REFERENCE][0],
@@ -130,13 +112,13 @@ def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> di
 def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
     """MB of weights, LoRAs and their copies included, and at the peak of one step, in this process."""
     device = torch.device(settings.device)
-    with cpu_threads(settings.threads):
+    with harness.cpu_threads(settings.threads):
         bench = Bench(replace(settings, adapters=(row.adapters,), steps=1, compile="", mode=""))
         method = bench.method(row)
-        weights = sum(size_of(network) for network in method.networks)
+        weights = sum(memory.size_of(network) for network in method.networks)
         del bench  # a baseline that has copied the UNet does not need the first
-        release_memory(device)
-        return {"weights_mb": weights / 1e6, "peak_memory_mb": peak_megabytes(method.run, device)}
+        memory.release_memory(device)
+        return {"weights_mb": weights / 1e6, "peak_memory_mb": memory.peak_megabytes(method.run, device)}
 
 
 def sampling_table(results: dict[str, Any]) -> str:
@@ -145,13 +127,13 @@ def sampling_table(results: dict[str, Any]) -> str:
         Column("method", itemgetter("way"), left=True),
         Column("adapters", itemgetter("adapters")),
         Column("time ÷ one adapter", itemgetter("ratio"), ".2f"),
-        Column("range", ratio_range, left=True),
+        Column("range", harness.ratio_range, left=True),
         Column("rows ÷ its rows", itemgetter("rows_ratio"), ".2f"),
         Column("ms a step", lambda row: 1e3 * row["seconds_a_step"], ".1f"),
         Column("weights, MB", itemgetter("weights_mb"), ",.0f"),
         Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
     ]
-    return markdown_table(columns, results)
+    return harness.markdown_table(columns, results)
 
 
 class Bench:
@@ -231,7 +213,7 @@ class Bench:
         from stepfuse.scripts.baselines.sampling import BASELINES, denoise
 
         baseline = BASELINES[name]
-        check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
+        memory.check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
         predict, networks = baseline.build(self.plain, self.copy_of, names, self.settings.guidance_scale)
         scheduler = self.sampler.denoiser.path.scheduler
         run = partial(denoise, predict, scheduler, self.settings.steps, self.x_T, self.conditioning)

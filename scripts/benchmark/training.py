@@ -17,21 +17,9 @@ from accelerate.utils import patch_environment
 from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.loading import quiet_libraries
-from stepfuse.scripts.benchmark.harness import (
-    Column,
-    Measured,
-    Method,
-    available,
-    context,
-    cpu_threads,
-    markdown_table,
-    measure,
-    ratio_range,
-    ratios,
-)
-from stepfuse.scripts.benchmark.memory import Report, add_memory, peak_megabytes, release_memory
-from stepfuse.scripts.benchmark.models import ATTENTION
-from stepfuse.scripts.benchmark.pipelines import with_own_unet
+from stepfuse.scripts.benchmark import harness, memory
+from stepfuse.scripts.benchmark.harness import Column, Measured, Method
+from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
 from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
 from stepfuse.scripts.benchmark.training_methods import OURS, REWARD, Row, base_pipeline, method_of
 
@@ -56,7 +44,7 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
 
 
 def benchmark_training(
-    settings: TrainingBenchmark, *, progress: bool = True, report: Report = lambda results: None
+    settings: TrainingBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
 ) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory in a process of its own.
 
@@ -65,21 +53,21 @@ def benchmark_training(
     """
     device = torch.device(settings.device)
     wanted = rows_of(settings)
-    rows, missing = available(wanted, {row: row.method for row in wanted if row.method != OURS})
+    rows, missing = harness.available(wanted, {row: row.method for row in wanted if row.method != OURS})
     with _prepared(settings):
         base = base_pipeline(settings)
-        measured = measure(
+        measured = harness.measure(
             {row: partial(_method_on_copy, row, settings, base) for row in rows},
             repeats=settings.repeats,
             device=device,
             progress=progress,
         )
         del base
-        release_memory(device)  # each row's own process loads the model anew
+        memory.release_memory(device)  # each row's own process loads the model anew
         entries = {row: _entry(row, measured, settings.images) for row in measured.seconds}
         results = {
             "format_version": 1,
-            **context(device, LIBRARIES),
+            **harness.context(device, LIBRARIES),
             "settings": asdict(settings) | {"skip_first_steps": settings.skip_first_steps, "reward": REWARD},
             "lora": {"rank": 4, "targets": list(ATTENTION)},
             "skipped": missing | measured.skipped,
@@ -88,12 +76,12 @@ def benchmark_training(
         report(results)
         if settings.memory:
             eager = {row: entry for row, entry in entries.items() if row.compile == "no"}
-            add_memory(results, eager, memory_of, settings, progress=progress, report=report)
+            memory.add_memory(results, eager, memory_of, settings, progress=progress, report=report)
     return results
 
 
 def _method_on_copy(row: Row, settings: TrainingBenchmark, base: DiffusionPipeline) -> Method:
-    return method_of(row, settings, with_own_unet(base))
+    return method_of(row, settings, with_copied_unet(base))
 
 
 def _entry(row: Row, measured: Measured[Row], images: int) -> dict[str, Any]:
@@ -109,7 +97,7 @@ def _entry(row: Row, measured: Measured[Row], images: int) -> dict[str, Any]:
         "name": row.name,
         "seconds": measured.seconds[row],
         "images_per_second": images / statistics.median(measured.seconds[row]),
-        **ratios(measured.seconds.get(baseline), measured.seconds[row]),
+        **harness.ratios(measured.seconds.get(baseline), measured.seconds[row]),
         "rows_an_image": batch_rows and batch_rows / images,
         "gradient_rows_an_image": with_gradient and with_gradient / images,
         "peak_memory_mb": None,
@@ -121,7 +109,7 @@ def memory_of(settings: TrainingBenchmark, row: Row) -> dict[str, float | None]:
     with _prepared(settings):
         method = method_of(row, settings, base_pipeline(settings))
         try:
-            return {"peak_memory_mb": peak_megabytes(method.run, torch.device(settings.device))}
+            return {"peak_memory_mb": memory.peak_megabytes(method.run, torch.device(settings.device))}
         finally:
             method.close()
 
@@ -131,7 +119,7 @@ def _prepared(settings: TrainingBenchmark) -> Iterator[None]:
     """Run with the threads and on the device of the settings; accelerate takes a GPU wherever there is one."""
     quiet_libraries()
     with (
-        cpu_threads(settings.threads),
+        harness.cpu_threads(settings.threads),
         patch_environment(**({"ACCELERATE_USE_CPU": "true"} if settings.device == "cpu" else {})),
     ):
         yield
@@ -144,9 +132,9 @@ def training_table(results: dict[str, Any]) -> str:
         Column("method", itemgetter("name"), left=True),
         Column("images/s", itemgetter("images_per_second"), ".3g"),
         Column("baseline's time ÷ its time", itemgetter("ratio"), ".2f"),
-        Column("range", ratio_range, left=True),
+        Column("range", harness.ratio_range, left=True),
         Column("rows of UNets an image", itemgetter("rows_an_image"), "g"),
         Column("with gradient", itemgetter("gradient_rows_an_image"), "g"),
         Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
     ]
-    return markdown_table(columns, results)
+    return harness.markdown_table(columns, results)

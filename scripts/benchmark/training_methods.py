@@ -9,10 +9,9 @@ from diffusers import DiffusionPipeline
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.rewards.registry import load_reward
+from stepfuse.scripts.benchmark import memory
 from stepfuse.scripts.benchmark.harness import Method
-from stepfuse.scripts.benchmark.memory import check_copies
-from stepfuse.scripts.benchmark.models import ATTENTION
-from stepfuse.scripts.benchmark.pipelines import random_pipeline
+from stepfuse.scripts.benchmark.models import ATTENTION, random_pipeline
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.health import Health
@@ -138,6 +137,6 @@ def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
     if row.algorithm == "ddpo":
         loop = DDPOPyTorch(task, timestep_fraction=row.fraction)
     else:
-        check_copies(pipeline.unet, 1, accelerator.device)
+        memory.check_copies(pipeline.unet, 1, accelerator.device)
         loop = SPO(task, candidates=settings.candidates, skip_first_steps=settings.skip_first_steps)
     return Method(run=loop.step, networks=loop.networks, close=loop.close)

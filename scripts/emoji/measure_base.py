@@ -17,9 +17,7 @@ from tqdm import tqdm
 
 from stepfuse.data import emoji
 from stepfuse.data.text_files import read_text, write_text
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import decode_latents, encode_prompts, latent_shape
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.scripts.emoji.images import draw_batch, read_package
@@ -62,24 +60,15 @@ def main() -> None:
         write_cards(json.loads(read_text(arguments.training)), figures, arguments.note)
 
 
-@torch.no_grad()
 def sample_base(prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
     """Pixels of one image per prompt, by diffusers' DDIM with eta 1."""
-    pipeline = load_pipeline("emoji")
-    denoiser = Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=guidance_scale)
-    shape, images = latent_shape(pipeline, None, None), []
+    pipeline, images = load_pipeline("emoji"), []
+    pipeline.set_progress_bar_config(disable=True)
     for start in tqdm(range(0, len(prompts), 64), desc="sample"):
         batch = prompts[start : start + 64]
         generators = [sample_generator(seed, "measure", start + i) for i in range(len(batch))]
-        x_t = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        conditioning = encode_prompts(pipeline, batch)
-        scheduler = pipeline.scheduler
-        scheduler.set_timesteps(STEPS)
-        for t in scheduler.timesteps:
-            (prediction,) = denoiser.predictions(x_t, t, conditioning, [None])
-            noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-            x_t = scheduler.step(prediction, t, x_t, eta=1.0, variance_noise=noise).prev_sample
-        images.append(decode_latents(pipeline, x_t))
+        options = dict(guidance_scale=guidance_scale, num_inference_steps=STEPS, eta=1.0, output_type="pt")
+        images.append(pipeline(batch, generator=generators, **options).images)
     return torch.cat(images)
 
 

@@ -1,5 +1,6 @@
 """PickScore as its authors' README uses it, on transformers 4 with random weights, one image at a time."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -22,15 +23,18 @@ class Original:
 
     Args:
         folder: where the published layout goes.
+        example: image_reward_original.py of the reward configurations.
         size: `published` or `small`.
         threads: of torch.
     """
 
-    def __init__(self, folder: str, size: str, threads: int) -> None:
+    def __init__(self, folder: str, example: str, size: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        import preparing  # it lies beside this file, where the worker looks last
+        sys.path.append(str(Path(example).parent))
+        import image_reward_original
+        import preparing  # beside this file, where the worker looks last
 
-        preparing.define_operators()
+        image_reward_original.define_operators()
         from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
         sizes = PUBLISHED if size == "published" else SMALL

@@ -1,25 +1,14 @@
-"""What the originals need before they can run. Needs torch alone, for it runs beside old packages."""
+"""Random weights of the originals. It imports torch alone, since it runs beside old packages."""
 
 import zlib
 
 import torch
 
-DEFINED: list = []  # a library that is forgotten takes its definitions along
-
-
-def define_operators() -> None:
-    """torchvision's build for CUDA cannot load its operators beside a torch for CPUs; nothing here calls them."""
-    if DEFINED or torch.cuda.is_available():
-        return
-    DEFINED.append(torch.library.Library("torchvision", "DEF"))
-    for name in ("nms", "qnms"):
-        DEFINED[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 
 def fill(model: torch.nn.Module) -> None:
     """Random weights by name, the same on every machine: matrices keep the size of what they multiply.
 
-    As they come, some heads score every image the same; these tell images apart.
+    With default weights some heads score all images alike; these distinguish images.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -25,10 +25,10 @@ def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> W
         ValueError: where its environment cannot be made.
     """
     python = environment_python(REQUIREMENTS[name])
-    arguments: dict[str, Any] = {"folder": str(folder), "size": size, "threads": threads}
+    example = CONFIGS / "image_reward_original.py"
+    arguments: dict[str, Any] = {"folder": str(folder), "example": str(example), "size": size, "threads": threads}
     if name == "image_reward":
-        example = CONFIGS / "image_reward_original.py"
-        arguments |= {"vocabulary": str(VOCABULARY), "example": str(example)}
+        arguments["vocabulary"] = str(VOCABULARY)
     else:
         found = [*python.parents[1].glob(f"lib/python*/site-packages/*/{MERGES}")]
         if not found:
