@@ -47,7 +47,7 @@ def benchmark_rewards(
             of the repository.
     """
     if not harness.has_baselines():
-        raise ValueError(f"{NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")
+        raise ValueError(f"{harness.NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")
     batches = _batches(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     with harness.cpu_threads(settings.threads):
