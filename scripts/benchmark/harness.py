@@ -20,6 +20,7 @@ from tqdm import tqdm
 from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory, release_memory
 from stepfuse.scripts.evaluation.costs import machine, now
 
+Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]  # of a table: the title, and an entry's cell
 Row = TypeVar("Row")  # a row of the results: hashable, and its text is its name
 
 
@@ -171,8 +172,7 @@ def context(device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
 
 
 # Baselines and tables ----------------------------------------------------------------------
-
-
+LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
 NEEDS_CHECKOUT = "comparing with other implementations needs a checkout of the repository"
 
 
@@ -194,35 +194,22 @@ def available(rows: Sequence[Row], baselines: Mapping[Row, str]) -> tuple[list[R
     return [row for row in rows if row not in baselines], {names: NEEDS_CHECKOUT}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table in Markdown.
-
-    Attributes:
-        cell: from a row's entry to a text, or to a number that `form` formats; None is shown as a dash.
-    """
-
-    title: str
-    cell: Callable[[dict[str, Any]], Any]
-    form: str = ""
-    left: bool = False
-
-    def __call__(self, entry: dict[str, Any]) -> str:
-        value = self.cell(entry)
-        return "–" if value is None else format(value, self.form)
+def cell(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    """A cell of a table: a number of a row's entry, or a dash in place of None."""
+    return lambda entry: "–" if entry[key] is None else format(entry[key], form)
 
 
-def ratio_range(entry: dict[str, Any]) -> str | None:
+def ratio_range(entry: dict[str, Any]) -> str:
     """The smallest and the largest ratio of a round."""
-    return None if entry["ratio"] is None else f"{entry['ratio_min']:.2f}–{entry['ratio_max']:.2f}"
+    return "–" if entry["ratio"] is None else f"{entry['ratio_min']:.2f}–{entry['ratio_max']:.2f}"
 
 
-def markdown_table(columns: Sequence[Column], results: dict[str, Any]) -> str:
+def markdown_table(columns: Columns, results: dict[str, Any]) -> str:
     """A line for each row of the results, and one for each row that could not be measured."""
     lines = [
-        f"| {' | '.join(column.title for column in columns)} |",
-        f"|{'|'.join('---' if column.left else '--:' for column in columns)}|",
-        *(f"| {' | '.join(column(entry) for column in columns)} |" for entry in results["rows"]),
+        f"| {' | '.join(title for title, _ in columns)} |",
+        f"|{'|'.join('---' if title in LEFT_ALIGNED else '--:' for title, _ in columns)}|",
+        *(f"| {' | '.join(str(text(entry)) for _, text in columns)} |" for entry in results["rows"]),
         *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items()),
     ]
     return "\n".join(lines)

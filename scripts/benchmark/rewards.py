@@ -25,7 +25,7 @@ from stepfuse.rewards.image_reward import ImageReward
 from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
 from stepfuse.scripts.benchmark import harness, memory
-from stepfuse.scripts.benchmark.harness import Column, Method
+from stepfuse.scripts.benchmark.harness import Method, cell
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
 OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
@@ -159,40 +159,39 @@ def _batches(settings: RewardBenchmark) -> list[Batch]:
     return [(pixels[i : i + size], prompts[i : i + size]) for i in range(0, settings.count, size)]
 
 
-def _speed(dtype: str, row: dict[str, Any]) -> str:
-    return f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"
-
-
-def _bound(dtype: str, speeds: dict[str, float], row: dict[str, Any]) -> str:
-    """The ratio of images a second if stepfuse did nothing but products, at the best speed that a large layer had."""
-    return f"{speeds[dtype] / row['gflop_per_image'] / row['images_per_second']:.1f} ×"
-
-
-def _spread(row: dict[str, Any]) -> str:
-    return f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"
-
-
-def _difference(dtype: str, row: dict[str, Any]) -> float:
-    return row[dtype]["largest_difference"]
-
-
-REWARD = Column("reward", itemgetter("reward"), left=True)
-DIFFERENCES = (
-    Column("largest difference", partial(_difference, "float32"), ".1e"),
-    Column("in bfloat16", partial(_difference, "bfloat16"), ".1e"),
-)
+DIFFERENCES: harness.Columns = [
+    ("largest difference", lambda row: f"{row['float32']['largest_difference']:.1e}"),
+    ("in bfloat16", lambda row: f"{row['bfloat16']['largest_difference']:.1e}"),
+]
 
 
 def reward_table(results: dict[str, Any]) -> str:
-    """The rows as a table in Markdown: images a second, their ratio and its bound."""
-    columns = [REWARD, Column("original, images/s", itemgetter("images_per_second"), ".3g")]
+    """The rows as a table in Markdown.
+
+    A bound is the ratio of images a second if stepfuse did nothing but products, at the best speed of a large layer.
+    """
+
+    def speed(dtype: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"
+
+    def bound(dtype: str) -> Callable[[dict[str, Any]], str]:
+        best = results["gflop_per_second"][dtype]
+        return lambda row: f"{best / row['gflop_per_image'] / row['images_per_second']:.1f} ×"
+
+    columns: harness.Columns = [
+        ("reward", itemgetter("reward")),
+        ("original, images/s", cell("images_per_second", ".3g")),
+    ]
     for dtype in DTYPES:
-        columns.append(Column(dtype, partial(_speed, dtype)))
-        columns.append(Column("bound", partial(_bound, dtype, results["gflop_per_second"])))
+        columns += [(dtype, speed(dtype)), ("bound", bound(dtype))]
     return harness.markdown_table([*columns, *DIFFERENCES], results)
 
 
 def parity_table(results: dict[str, Any]) -> str:
     """The differences of scores, beside the spread of the original's scores over the images."""
-    columns = [REWARD, Column("images", itemgetter("images")), Column("scores of the original", _spread)]
+    columns: harness.Columns = [
+        ("reward", itemgetter("reward")),
+        ("images", itemgetter("images")),
+        ("scores of the original", lambda row: f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"),
+    ]
     return harness.markdown_table([*columns, *DIFFERENCES], results)

@@ -20,7 +20,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.scripts.benchmark import harness, memory
-from stepfuse.scripts.benchmark.harness import Column, Measured, Method
+from stepfuse.scripts.benchmark.harness import Measured, Method, cell, ratio_range
 from stepfuse.scripts.benchmark.models import random_conditioning, random_model, set_model
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
 
@@ -123,15 +123,15 @@ def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
 
 def sampling_table(results: dict[str, Any]) -> str:
     """The rows as a table: the ratio with its range over the rounds, and the ratio of the rows that networks ran."""
-    columns = [
-        Column("method", itemgetter("way"), left=True),
-        Column("adapters", itemgetter("adapters")),
-        Column("time ÷ one adapter", itemgetter("ratio"), ".2f"),
-        Column("range", harness.ratio_range, left=True),
-        Column("rows ÷ its rows", itemgetter("rows_ratio"), ".2f"),
-        Column("ms a step", lambda row: 1e3 * row["seconds_a_step"], ".1f"),
-        Column("weights, MB", itemgetter("weights_mb"), ",.0f"),
-        Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
+    columns: harness.Columns = [
+        ("method", itemgetter("way")),
+        ("adapters", itemgetter("adapters")),
+        ("time ÷ one adapter", cell("ratio", ".2f")),
+        ("range", ratio_range),
+        ("rows ÷ its rows", cell("rows_ratio", ".2f")),
+        ("ms a step", lambda row: f"{1e3 * row['seconds_a_step']:.1f}"),
+        ("weights, MB", cell("weights_mb", ",.0f")),
+        ("peak memory, MB", cell("peak_memory_mb", ",.0f")),
     ]
     return harness.markdown_table(columns, results)
 

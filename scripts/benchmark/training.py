@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
-from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.scripts.benchmark import harness, memory
-from stepfuse.scripts.benchmark.harness import Column, Measured, Method
-from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
+from stepfuse.scripts.benchmark.harness import Measured, cell, ratio_range
+from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
 from stepfuse.scripts.benchmark.training_methods import OURS, REWARD, Row, base_pipeline, method_of
 
@@ -57,7 +56,7 @@ def benchmark_training(
     with _prepared(settings):
         base = base_pipeline(settings)
         measured = harness.measure(
-            {row: partial(_method_on_copy, row, settings, base) for row in rows},
+            {row: partial(method_of, row, settings, base) for row in rows},
             repeats=settings.repeats,
             device=device,
             progress=progress,
@@ -78,10 +77,6 @@ def benchmark_training(
             eager = {row: entry for row, entry in entries.items() if row.compile == "no"}
             memory.add_memory(results, eager, memory_of, settings, progress=progress, report=report)
     return results
-
-
-def _method_on_copy(row: Row, settings: TrainingBenchmark, base: DiffusionPipeline) -> Method:
-    return method_of(row, settings, with_copied_unet(base))
 
 
 def _entry(row: Row, measured: Measured[Row], images: int) -> dict[str, Any]:
@@ -127,14 +122,14 @@ def _prepared(settings: TrainingBenchmark) -> Iterator[None]:
 
 def training_table(results: dict[str, Any]) -> str:
     """The rows as a table: the baseline's time over each one's, with its range over the rounds."""
-    columns = [
-        Column("algorithm", itemgetter("algorithm"), left=True),
-        Column("method", itemgetter("name"), left=True),
-        Column("images/s", itemgetter("images_per_second"), ".3g"),
-        Column("baseline's time ÷ its time", itemgetter("ratio"), ".2f"),
-        Column("range", harness.ratio_range, left=True),
-        Column("rows of UNets an image", itemgetter("rows_an_image"), "g"),
-        Column("with gradient", itemgetter("gradient_rows_an_image"), "g"),
-        Column("peak memory, MB", itemgetter("peak_memory_mb"), ",.0f"),
+    columns: harness.Columns = [
+        ("algorithm", itemgetter("algorithm")),
+        ("method", itemgetter("name")),
+        ("images/s", cell("images_per_second", ".3g")),
+        ("baseline's time ÷ its time", cell("ratio", ".2f")),
+        ("range", ratio_range),
+        ("rows of UNets an image", cell("rows_an_image", "g")),
+        ("with gradient", cell("gradient_rows_an_image", "g")),
+        ("peak memory, MB", cell("peak_memory_mb", ",.0f")),
     ]
     return harness.markdown_table(columns, results)

@@ -11,7 +11,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark import memory
 from stepfuse.scripts.benchmark.harness import Method
-from stepfuse.scripts.benchmark.models import ATTENTION, random_pipeline
+from stepfuse.scripts.benchmark.models import ATTENTION, random_pipeline, with_copied_unet
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.health import Health
@@ -65,13 +65,14 @@ def base_pipeline(settings: TrainingBenchmark) -> DiffusionPipeline:
     return random_pipeline(settings.model, dtype=dtype, device=settings.device)
 
 
-def method_of(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> Method:
-    """A row's method; it trains the pipeline's UNet.
+def method_of(row: Row, settings: TrainingBenchmark, base: DiffusionPipeline) -> Method:
+    """A row's method; it trains a UNet that shares the frozen weights of the base model.
 
     Raises:
         DoesNotFit: for a baseline whose copies of the UNet need more memory than is free.
     """
-    return _stepfuse(row, settings, pipeline) if row.method == OURS else _baseline(row, settings, pipeline)
+    build = _stepfuse if row.method == OURS else _baseline
+    return build(row, settings, with_copied_unet(base))
 
 
 def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> Method:
