@@ -1,1 +1,1 @@
-"""`stepfuse benchmark`: what fusion costs, beside other ways to do the same."""
+"""`stepfuse benchmark`: the cost of sampling, training and rewards, beside baselines."""

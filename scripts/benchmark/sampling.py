@@ -76,7 +76,7 @@ def benchmark_sampling(
         )
         lora = {"rank": bench.model.lora.r, "targets": sorted(bench.model.lora.target_modules)}
         del bench
-        memory.release_memory(device)  # each row's own process loads the model anew
+        memory.release_memory(device)  # each row loads the model again in its process
         described = asdict(settings)
         described["rivals"] = described.pop("baselines")  # their key in published results
         entries = {row: _entry(row, settings, measured) for row in rows if row in measured.seconds}
@@ -150,7 +150,7 @@ class Bench:
         shape = latent_shape(pipeline, settings.height, settings.width)
         x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
         self.x_T = x_T.to(settings.device)
-        # Adapters are put into one batch, and compiled, in place: what runs beside that has a UNet of its own.
+        # Adapters are put into one batch, and compiled, in place: other methods then need a copy of the UNet.
         self.plain = copy.deepcopy(pipeline.unet) if settings.compile else pipeline.unet
         self._copies: dict[tuple[str, ...], nn.Module] = {}
         etas = torch.linspace(0.8, 1.0, most).tolist()

@@ -62,7 +62,7 @@ def benchmark_training(
             progress=progress,
         )
         del base
-        memory.release_memory(device)  # each row's own process loads the model anew
+        memory.release_memory(device)  # each row loads the model again in its process
         entries = {row: _entry(row, measured, settings.images) for row in measured.seconds}
         results = {
             "format_version": 1,

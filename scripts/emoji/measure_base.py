@@ -79,9 +79,9 @@ def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: 
     similarity = clip.embed_images(images) @ clip.embed_prompts(captions).T
     hits = 0
     for row, prompt in zip(similarity, prompts, strict=True):
-        own = captions.index(prompt)
-        others = [i for i in torch.randperm(len(captions), generator=generator).tolist() if i != own]
-        hits += bool((row[own] > row[others[: CHOICES - 1]]).all())
+        true = captions.index(prompt)
+        others = [i for i in torch.randperm(len(captions), generator=generator).tolist() if i != true]
+        hits += bool((row[true] > row[others[: CHOICES - 1]]).all())
     return hits / len(prompts)
 
 

@@ -1,1 +1,1 @@
-"""Published reward packages, each in an environment of its own, with random weights: what ours are measured against."""
+"""Published reward packages, each in an environment of its own, with random weights."""
