@@ -19,7 +19,7 @@ from stepfuse.scripts.baselines import sampling
 from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
-from stepfuse.scripts.cli import arguments, names
+from stepfuse.scripts.cli import declare, names
 from stepfuse.scripts.cli.checks import check_folder
 from stepfuse.scripts.cli.main import make_parser, parse
 from stepfuse.scripts.cli.options import Number
@@ -54,7 +54,7 @@ def test_names_that_are_known_without_torch_are_those_of_the_library():
     assert ("separate", *sampling.BASELINES) == settings.BASELINES
     assert tuple(OURS) == settings.ORIGINALS
     assert names.GUIDANCE == GUIDANCE
-    assert get_args(settings.DType) == arguments.DTYPES
+    assert get_args(settings.DType) == declare.DTYPES
 
 
 def test_the_options_of_a_rule_are_fields_of_it_and_flags():

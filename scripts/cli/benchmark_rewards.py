@@ -4,7 +4,7 @@ import argparse
 
 from stepfuse.data.output_folder import check_file
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
-from stepfuse.scripts.cli.arguments import add_output
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
 from stepfuse.scripts.cli.parser import Parser
 
@@ -16,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
         "made at first use.",
     )
     add_settings(parser, RewardBenchmark)
-    add_output(parser, "rewards.json", "JSON file for the results.")
+    declare.output(parser, "rewards.json", "JSON file for the results.")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 from stepfuse.data.output_folder import check_file
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import add_output, add_precision, add_set
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import add_settings, option, settings_of
 from stepfuse.scripts.cli.parser import Parser
@@ -20,12 +19,12 @@ def add_arguments(parser: Parser) -> None:
         "stepfuse benchmark sampling emoji --output bench.json", "Give a set, or --architecture for random weights."
     )
     text = "Adapter set whose base model is timed, with random LoRAs of the layout of its first adapter."
-    add_set(parser, text, nargs="?", complete=_sets_or_kinds)
+    declare.adapter_set(parser, text, nargs="?", complete=_sets_or_kinds)
     text = "Architecture with random weights in place of a set: Stable Diffusion 1.5 or XL (default: its base model)."
     option(parser.group("what to measure"), "--architecture", str, text, choices=tuple(ARCHITECTURES))
     add_settings(parser, SamplingBenchmark)
-    add_precision(parser.group("how to run"), "the models")
-    add_output(parser.group("output"), "bench.json", "JSON file for the results.")
+    declare.precision(parser.group("how to run"), "the models")
+    declare.output(parser.group("output"), "bench.json", "JSON file for the results.")
 
 
 def _sets_or_kinds(prefix: str, **_: Any) -> list[str]:

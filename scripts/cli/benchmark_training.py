@@ -6,7 +6,7 @@ from typing import Any
 
 from stepfuse.data.output_folder import check_file
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
-from stepfuse.scripts.cli.arguments import add_output, add_precision
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
 from stepfuse.scripts.cli.parser import Parser
 
@@ -14,8 +14,8 @@ from stepfuse.scripts.cli.parser import Parser
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse benchmark training --model emoji --timestep_fraction 0.5 --output training.json")
     add_settings(parser, TrainingBenchmark)
-    add_precision(parser.group("how to run"), "the models")
-    add_output(parser.group("output"), "training.json", "JSON file for the results.")
+    declare.precision(parser.group("how to run"), "the models")
+    declare.output(parser.group("output"), "training.json", "JSON file for the results.")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -3,8 +3,7 @@
 import argparse
 
 from stepfuse.data.settings_file import find_config
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import add_device
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -16,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
         "packaged one: sets/emoji, sets/sd15 or sets/sdxl."
     )
     option(parser, "config", str, text, metavar="CONFIG", complete=completion.configs("sets"))
-    add_device(parser)
+    declare.device(parser)
     parser.set_defaults(continued=True)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stepfuse.scripts.cli.arguments import add_output_dir, add_seed
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -16,8 +16,8 @@ def add_arguments(parser: Parser) -> None:
     text = (
         "Output folder for the two adapters, the set of both, the pictures slider.png and front.png, and results.json."
     )
-    add_output_dir(parser, "outputs/demo", text, replaced="the demo in the output folder")
-    add_seed(parser, "Random seed of training and of sampling.")
+    declare.output_dir(parser, "outputs/demo", text, replaced="the demo in the output folder")
+    declare.seed(parser, "Random seed of training and of sampling.")
     text = (
         "Train for one step and measure on 8 prompts, to check that everything runs; the rewards are not expected to "
         "improve (default: the full demo)."

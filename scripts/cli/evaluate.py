@@ -4,8 +4,7 @@ import argparse
 
 from stepfuse.data.output_folder import check_output
 from stepfuse.data.settings_file import find_config
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import add_output_dir, add_precision, add_seed, add_set, add_trust
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_folder, check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -17,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
         "It writes tables, plots of the fronts, and a page, report.html. An interrupted evaluation is continued by the "
         "same command.",
     )
-    add_set(parser, nargs="?")
+    declare.adapter_set(parser, nargs="?")
     what = parser.group("what to measure")
     text = (
         "YAML file with the prompts, seeds, fusion rules, weights and rewards to measure, or the name of a packaged "
@@ -28,12 +27,12 @@ def add_arguments(parser: Parser) -> None:
         "Measure the fusion rules on a Gaussian mixture with a known optimum, in place of a set (default: use the set)."
     )
     option(what, "--world", str, text, choices=("gmm",))
-    add_seed(what, "Random seed with --world; a config states its own.")
-    add_trust(what)
-    add_precision(parser.group("speed and memory"))
+    declare.seed(what, "Random seed with --world; a config states its own.")
+    declare.trust(what)
+    declare.precision(parser.group("speed and memory"))
     text = "Output folder; a folder with an unfinished evaluation of the same set and config is continued."
     replaced = "the evaluation in the output folder"
-    add_output_dir(parser.group("output"), "outputs/evaluation", text, replaced=replaced)
+    declare.output_dir(parser.group("output"), "outputs/evaluation", text, replaced=replaced)
     parser.set_defaults(continued=True)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stepfuse.scripts.cli.arguments import SET_FOLDER, add_set
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -10,7 +10,7 @@ from stepfuse.scripts.cli.parser import Parser
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse publish outputs/set OWNER/NAME --private")
-    add_set(parser, SET_FOLDER)
+    declare.adapter_set(parser, declare.SET_FOLDER)
     text = "Repository on the hub; it is created if it does not exist."
     option(parser, "repository", str, text, metavar="OWNER/NAME")
     option(parser, "--private", bool, "Create the repository as a private one (default: public).")

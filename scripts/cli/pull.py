@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from stepfuse.scripts.cli.arguments import add_overwrite, add_set
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_folder, check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -12,9 +12,9 @@ from stepfuse.scripts.cli.parser import Parser
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse pull OWNER/NAME@REVISION outputs/set")
     text = "Repository on the hub; OWNER/NAME@REVISION for a branch, tag or commit."
-    add_set(parser, text, metavar="OWNER/NAME")
+    declare.adapter_set(parser, text, metavar="OWNER/NAME")
     option(parser, "output", Path, "Output folder (default: NAME).", metavar="FOLDER", nargs="?")
-    add_overwrite(parser, "the set in the output folder", folder=True)
+    declare.overwrite(parser, "the set in the output folder", folder=True)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from stepfuse.data.output_folder import check_file
-from stepfuse.scripts.cli.arguments import add_batch_size, add_device, add_output, add_reward
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_picture
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -15,16 +15,16 @@ def add_arguments(parser: Parser) -> None:
         "stepfuse reward score image_reward --images outputs/images --prompts prompts.txt --output scores.csv",
         "An interrupted run is continued by the same command.",
     )
-    add_reward(parser)
+    declare.reward(parser)
     option(parser, "--images", Path, "Folder of the images; required.", metavar="DIR", required=True)
     text = (
         "Text file with one prompt per line, in the order of the image names, or with one line for all images; or a "
         ".csv or .jsonl file with the columns file_name and prompt. Required."
     )
     option(parser, "--prompts", Path, text, metavar="FILE", required=True)
-    add_batch_size(parser, "Images scored at once.", 16)
-    add_device(parser)
-    add_output(parser, "scores.csv", "CSV file with the columns file_name, prompt and score.")
+    declare.batch_size(parser, "Images scored at once.", 16)
+    declare.device(parser)
+    declare.output(parser, "scores.csv", "CSV file with the columns file_name, prompt and score.")
     text = "Picture to write of the best images with their scores, such as best.png (default: none)."
     option(parser, "--picture", Path, text, metavar="FILE")
     parser.set_defaults(continued=True)

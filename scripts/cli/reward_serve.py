@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from stepfuse.data.settings_fields import Bounds
-from stepfuse.scripts.cli.arguments import add_device, add_reward
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -13,7 +13,7 @@ PORTS = Bounds(least=0, most=65535, expected="a whole number from 0 to 65535")
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse reward serve image_reward --port 8765")
-    add_reward(parser)
+    declare.reward(parser)
     text = "Address to listen on; 0.0.0.0 for all networks (default: %(default)s, this machine only)."
     option(parser, "--host", str, text, metavar="ADDRESS", default="127.0.0.1")
     option(parser, "--port", int, "Port to listen on, 0 for any free one.", default=8765, bounds=PORTS)
@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
         "one, which is printed)."
     )
     option(parser, "--token_file", Path, text, metavar="FILE")
-    add_device(parser)
+    declare.device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

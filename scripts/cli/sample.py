@@ -7,26 +7,8 @@ import sys
 from stepfuse.data.output_folder import written_file
 from stepfuse.data.settings_fields import AT_LEAST_0, Bounds
 from stepfuse.data.text_files import printable
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import (
-    add_batch_size,
-    add_guidance,
-    add_output,
-    add_precision,
-    add_prompt,
-    add_seed,
-    add_set,
-    add_steps,
-    add_strength,
-    add_trust,
-    add_weights,
-)
-from stepfuse.scripts.cli.checks import (
-    check_picture,
-    check_rule,
-    check_set,
-    check_weights,
-)
+from stepfuse.scripts.cli import completion, declare
+from stepfuse.scripts.cli.checks import check_picture, check_rule, check_set, check_weights
 from stepfuse.scripts.cli.names import RULE_OPTIONS, rule_names
 from stepfuse.scripts.cli.options import Container, option
 from stepfuse.scripts.cli.parser import Parser
@@ -37,11 +19,11 @@ def add_arguments(parser: Parser) -> None:
         'stepfuse sample emoji --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
         "Several weights or prompts make a labelled grid.",
     )
-    add_set(parser)
+    declare.adapter_set(parser)
     _add_images(parser.group("what to generate"))
     _add_fusion(parser.group("fusion"))
     guidance = parser.group("guidance")
-    add_guidance(guidance)
+    declare.guidance(guidance)
     text = (
         "Part of the denoising steps that is guided, as shares from 0, the first step, to 1, the end, such as 0.2-0.8; "
         "the other steps cost less."
@@ -49,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
     option(guidance, "--guidance_interval", str, text, metavar="BEGIN-END", default="0-1")
     _add_speed(parser.group("speed and memory"))
     output = parser.group("output")
-    add_output(output, "out.png", "Picture to write, such as fox.png or fox.jpg.")
+    declare.output(output, "out.png", "Picture to write, such as fox.png or fox.jpg.")
     text = (
         "Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single image; "
         "in a grid, enough to make images at least 128 pixels wide)."
@@ -58,7 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _add_images(images: Container) -> None:
-    add_prompt(images, "Prompt; required, repeat for more rows.", required=True)
+    declare.prompt(images, "Prompt; required, repeat for more rows.", required=True)
     text = (
         "What guidance steers away from (default: none, for which diffusers takes an empty prompt, and zeros for "
         "Stable Diffusion XL models that ask for them)."
@@ -68,12 +50,12 @@ def _add_images(images: Container) -> None:
         "Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes it "
         "over the denoising steps, here at half of them (default: the set's default weights)."
     )
-    add_weights(images, text, action="append")
+    declare.weights(images, text, action="append")
     text = (
         "Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share theirs."
     )
-    add_seed(images, text)
-    add_steps(images, "Number of denoising steps, such as 25 (default: that of the set).")
+    declare.seed(images, text)
+    declare.steps(images, "Number of denoising steps, such as 25 (default: that of the set).")
     for name in ("height", "width"):
         text = f"{name.capitalize()} of the images in pixels, such as 512 (default: that of the base model)."
         option(images, f"--{name}", int, text, metavar="PIXELS")
@@ -83,7 +65,7 @@ def _add_fusion(fusion: Container) -> None:
     text = f"Fusion rule, one of {', '.join(rule_names())} (default: that of the set)."
     option(fusion, "--rule", str, text, metavar="NAME", complete=completion.one_of(rule_names))
     text = "0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates."
-    add_strength(fusion, text)
+    declare.strength(fusion, text)
     text = (
         "What the weights multiply. exponents: the log-densities of the adapters, so that equal weights mean equally "
         "much of each adapter; rewards: the rewards, which also takes into account the KL coefficient beta that each "
@@ -98,11 +80,11 @@ def _add_fusion(fusion: Container) -> None:
     option(fusion, "--gate", float, text, metavar="NATS", bounds=AT_LEAST_0)
     option(fusion, "--candidates", int, "For the rule code: candidates of each block (default: 20).")
     option(fusion, "--block_size", int, "For the rule code: denoising steps of a block (default: 5).")
-    add_trust(fusion)
+    declare.trust(fusion)
 
 
 def _add_speed(speed: Container) -> None:
-    add_batch_size(speed)
+    declare.batch_size(speed)
     text = (
         "batched: one forward pass for all adapters; separate: one forward pass per adapter, which is slower and takes "
         "any kind of LoRA."
@@ -118,7 +100,7 @@ def _add_speed(speed: Container) -> None:
         "compilation)."
     )
     option(speed, "--compile", str, text, choices=("regional", "full"))
-    add_precision(speed)
+    declare.precision(speed)
 
 
 def parse_interval(text: str) -> tuple[float, float]:

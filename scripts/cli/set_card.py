@@ -6,15 +6,7 @@ from pathlib import Path
 
 from stepfuse.data.output_folder import written_file
 from stepfuse.data.text_files import read_text
-from stepfuse.scripts.cli.arguments import (
-    SET_FOLDER,
-    add_base_license,
-    add_license,
-    add_precision,
-    add_prompt,
-    add_seed,
-    add_set,
-)
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -22,18 +14,18 @@ from stepfuse.scripts.cli.parser import Parser
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set card outputs/set --evaluation outputs/evaluation --license apache-2.0")
-    add_set(parser, SET_FOLDER)
+    declare.adapter_set(parser, declare.SET_FOLDER)
     text = (
         "Output folder of `stepfuse evaluate` for this set, whose results go into the card (default: the results "
         "stored in the set, if any)."
     )
     option(parser, "--evaluation", Path, text, metavar="DIR")
-    add_license(parser, "adapters that do not record one", "none")
-    add_base_license(parser, "as the set records it")
-    add_prompt(parser, "Prompt of a row of the picture; repeat for more rows (default: three held-out prompts).")
+    declare.license(parser, "adapters that do not record one", "none")
+    declare.base_license(parser, "as the set records it")
+    declare.prompt(parser, "Prompt of a row of the picture; repeat for more rows (default: three held-out prompts).")
     option(parser, "--no_strip", bool, "Draw no picture; an existing one stays in the set (default: draw one).")
-    add_seed(parser, "Random seed of the picture.")
-    add_precision(parser)
+    declare.seed(parser, "Random seed of the picture.")
+    declare.precision(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

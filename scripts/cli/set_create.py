@@ -5,16 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stepfuse.data.names import nearest
-from stepfuse.scripts.cli.arguments import add_base_license, add_eta, add_license, add_overwrite
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_folder, siblings
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.explain(
-        "stepfuse set create outputs/set --adapter outputs/alignment --adapter outputs/compressibility",
-    )
+    parser.explain("stepfuse set create outputs/set --adapter outputs/alignment --adapter outputs/compressibility")
     option(parser, "output", Path, "Output folder of the set.", metavar="FOLDER")
     text = "Folder of an adapter, as written by training or found in another set. Required; repeat for each adapter."
     option(parser, "--adapter", Path, text, metavar="DIR", action="append", required=True)
@@ -27,17 +25,17 @@ def add_arguments(parser: Parser) -> None:
         "Variance of the base policy's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). It is used "
         "where the strength is not 1."
     )
-    add_eta(parser, "--reference_eta", text, default=1.0)
+    declare.eta(parser, "--reference_eta", text, default=1.0)
     text = (
         "Hub id of the base model, recorded in place of the local folder that the adapters were trained from (default: "
         "as the adapters record it)."
     )
     option(parser, "--base", str, text, metavar="OWNER/NAME")
-    add_base_license(parser, "none")
-    add_license(parser, "the adapters", "as the adapters record it")
+    declare.base_license(parser, "none")
+    declare.license(parser, "the adapters", "as the adapters record it")
     text = "Store the weights in float16, which halves their size (default: in the type they have)."
     option(parser, "--half", bool, text)
-    add_overwrite(parser, "the set in the output folder", folder=True)
+    declare.overwrite(parser, "the set in the output folder", folder=True)
 
 
 def check_adapters(folders: Iterable[Path]) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import resolve_folder
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import add_overwrite, add_set
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -14,14 +13,14 @@ from stepfuse.scripts.cli.parser import Parser
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set export emoji alignment --format kohya --output alignment.safetensors")
-    add_set(parser)
+    declare.adapter_set(parser)
     text = "Name of the adapter to export (default: all adapters)."
     option(parser, "objective", str, text, metavar="OBJECTIVE", nargs="?", complete=completion.objectives)
     text = "kohya: a file for ComfyUI and AUTOMATIC1111; peft: a folder; diffusers: a file."
     option(parser, "--format", str, text, choices=("kohya", "peft", "diffusers"), default="kohya")
     text = "Output file of one adapter, or output folder for all (default: in the folder FORMAT-loras)."
     option(parser, "--output", Path, text, metavar="PATH")
-    add_overwrite(parser, "output files")
+    declare.overwrite(parser, "output files")
 
 
 def check_output(output: Path, objective: str | None, form: str, *, overwrite: bool) -> None:

@@ -4,8 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import add_eta, add_license
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.names import GUIDANCE
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -27,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
         "does not state it, and the product weighs each adapter by the inverse of its variance; 1.0 treats it like an "
         "adapter trained with DDPM sampling. Required."
     )
-    add_eta(parser, "--eta", text, required=True)
+    declare.eta(parser, "--eta", text, required=True)
     text = "Reward that the LoRA is meant to increase, which `stepfuse evaluate` measures."
     option(parser, "--reward", str, text, metavar="NAME", default="unknown", complete=completion.rewards)
     text = "Base model of a new set, a hub id or a folder; required for a new set (default: that of the set)."
@@ -42,7 +41,7 @@ def add_arguments(parser: Parser) -> None:
     text = "Scale of classifier-free guidance (default: that of the set, or 7.5)."
     option(parser, "--guidance_scale", float, text, metavar="G")
     option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
-    add_license(parser, "the LoRA", "none")
+    declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
     option(parser, "--unet_only", bool, text)
     text = "File to take from a folder or repository with several (default: the only one)."

@@ -2,7 +2,7 @@
 
 import argparse
 
-from stepfuse.scripts.cli.arguments import add_output, add_set, add_strength, add_weights
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set, check_weights
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -10,15 +10,15 @@ from stepfuse.scripts.cli.parser import Parser
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set merge emoji --weights alignment=0.7,compressibility=0.3 --output lora.safetensors")
-    add_set(parser)
+    declare.adapter_set(parser)
     text = "Weight of each objective; they are normalised to sum to 1 (default: the set's default weights)."
-    add_weights(parser, text)
-    add_strength(parser, "Factor of the whole LoRA: 0 is the base model, 1 the strength of training.")
+    declare.weights(parser, text)
+    declare.strength(parser, "Factor of the whole LoRA: 0 is the base model, 1 the strength of training.")
     text = "Truncate each layer to this rank by its singular values (default: the sum of the ranks, which is exact)."
     option(parser, "--rank", int, text)
     text = "Layout of the file; kohya for ComfyUI and AUTOMATIC1111."
     option(parser, "--format", str, text, choices=("diffusers", "kohya"), default="diffusers")
-    add_output(parser, "lora.safetensors", "Output file, a name that ends in .safetensors.")
+    declare.output(parser, "lora.safetensors", "Output file, a name that ends in .safetensors.")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,16 +2,7 @@
 
 import argparse
 
-from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.arguments import (
-    SET_FOLDER,
-    add_batch_size,
-    add_guidance,
-    add_precision,
-    add_seed,
-    add_set,
-    add_steps,
-)
+from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set_folder
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -22,17 +13,17 @@ def add_arguments(parser: Parser) -> None:
         "stepfuse set profile outputs/set --prompts prompts.txt",
         "The result, a KL divergence in nats, is stored in the set; `stepfuse sample --gate` uses it.",
     )
-    add_set(parser, SET_FOLDER)
+    declare.adapter_set(parser, declare.SET_FOLDER)
     text = (
         "Text file with one prompt per line, or a prompt set such as partiprompts:32 for 32 of its prompts (default: "
         "colours-heldout:16, or emoji-heldout:16 for the embedded base)."
     )
     option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=completion.prompt_sets)
-    add_steps(parser)
-    add_guidance(parser)
-    add_seed(parser)
-    add_batch_size(parser)
-    add_precision(parser)
+    declare.steps(parser)
+    declare.guidance(parser)
+    declare.seed(parser)
+    declare.batch_size(parser)
+    declare.precision(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from stepfuse.scripts.cli.arguments import add_set
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Parser
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set show emoji")
-    add_set(parser)
+    declare.adapter_set(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

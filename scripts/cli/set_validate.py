@@ -2,7 +2,7 @@
 
 import argparse
 
-from stepfuse.scripts.cli.arguments import add_set
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
@@ -10,7 +10,7 @@ from stepfuse.scripts.cli.parser import Parser
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set validate emoji")
-    add_set(parser)
+    declare.adapter_set(parser)
     option(parser, "--load", bool, "Load the base model and every adapter too (default: check the files only).")
 
 

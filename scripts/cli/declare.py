@@ -7,7 +7,6 @@ from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
-from stepfuse.scripts.cli.completion import Completer
 from stepfuse.scripts.cli.names import GUIDANCE
 from stepfuse.scripts.cli.options import Container, option
 
@@ -20,58 +19,45 @@ LICENSE = "an identifier of the Hugging Face Hub, such as apache-2.0 or creative
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_set(
-    parser: Container,
-    text: str = SET,
-    *,
-    metavar: str = "SET",
-    complete: Completer = completion.adapter_sets,
-    **more: Any,
-) -> None:
+def adapter_set(parser: Container, text: str = SET, **more: Any) -> None:
     """The adapter set that a command reads."""
-    option(parser, "set", Path, text, metavar=metavar, complete=complete, **more)
+    given: dict[str, Any] = {"metavar": "SET", "complete": completion.adapter_sets} | more
+    option(parser, "set", Path, text, **given)
 
 
-def add_prompt(parser: Container, text: str, *, required: bool = False) -> None:
+def prompt(parser: Container, text: str, *, required: bool = False) -> None:
     """`--prompt`, once or more."""
     option(parser, "--prompt", printable, text, metavar="TEXT", action="append", required=required, check=check_texts)
 
 
-def add_weights(parser: Container, text: str, **more: Any) -> None:
+def weights(parser: Container, text: str, **more: Any) -> None:
     """Weights of the objectives of a set."""
     option(parser, "--weights", str, text, metavar="A=0.7,B=0.3", complete=completion.weights, **more)
 
 
-def add_strength(parser: Container, text: str) -> None:
+def strength(parser: Container, text: str) -> None:
     option(parser, "--strength", float, text, metavar="S", default=1.0, bounds=AT_LEAST_0)
 
 
-def add_seed(parser: Container, text: str = "Random seed.") -> None:
+def seed(parser: Container, text: str = "Random seed.") -> None:
     option(parser, "--seed", int, text, default=0, bounds=SEED)
 
 
-def add_steps(parser: Container, text: str = "Number of denoising steps (default: that of the set).") -> None:
+def steps(parser: Container, text: str = "Number of denoising steps (default: that of the set).") -> None:
     option(parser, "--steps", int, text)
 
 
-def add_eta(parser: Container, name: str, text: str, **more: Any) -> None:
+def eta(parser: Container, name: str, text: str, **more: Any) -> None:
     """A variance as DDIM's eta."""
-    option(
-        parser,
-        name,
-        float,
-        text,
-        metavar="ETA",
-        bounds=Bounds(least=0, most=1, expected="a number from 0 to 1"),
-        **more,
-    )
+    bounds = Bounds(least=0, most=1, expected="a number from 0 to 1")
+    option(parser, name, float, text, metavar="ETA", bounds=bounds, **more)
 
 
-def add_batch_size(parser: Container, text: str = "Images denoised at once.", default: int = 8) -> None:
+def batch_size(parser: Container, text: str = "Images denoised at once.", default: int = 8) -> None:
     option(parser, "--batch_size", int, text, default=default)
 
 
-def add_guidance(parser: Container) -> None:
+def guidance(parser: Container) -> None:
     """Classifier-free guidance, where it is not that of the set."""
     text = (
         "Which model makes the unconditional prediction of classifier-free guidance. shared: the base, once for all "
@@ -82,7 +68,7 @@ def add_guidance(parser: Container) -> None:
     option(parser, "--guidance_scale", float, text, metavar="G")
 
 
-def add_trust(parser: Container) -> None:
+def trust(parser: Container) -> None:
     """Permission to load rewards of a set that are code or servers."""
     text = (
         "Load rewards of the set that are Python files, which run their code, or servers, which are sent the images "
@@ -91,7 +77,7 @@ def add_trust(parser: Container) -> None:
     option(parser, "--trust_rewards", bool, text)
 
 
-def add_reward(parser: Container) -> None:
+def reward(parser: Container) -> None:
     """The reward that a command loads."""
     text = (
         "Name of a reward, such as image_reward; NAME:FOLDER with its weights; path/to/file.py:function; "
@@ -100,40 +86,40 @@ def add_reward(parser: Container) -> None:
     option(parser, "name", str, text, metavar="REWARD", complete=completion.rewards, check=check_reward)
 
 
-def add_base_license(parser: Container, default: str) -> None:
+def base_license(parser: Container, default: str) -> None:
     text = f"License of the base model, {LICENSE} (default: {default})."
     option(parser, "--base_license", str, text, metavar="ID")
 
 
-def add_license(parser: Container, what: str, default: str) -> None:
+def license(parser: Container, what: str, default: str) -> None:
     option(parser, "--license", str, f"License of {what}, {LICENSE} (default: {default}).", metavar="ID")
 
 
-def add_device(parser: Container) -> None:
+def device(parser: Container) -> None:
     """Where models run."""
     text = "Torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)."
     option(parser, "--device", str, text, metavar="NAME", complete=completion.one_of(DEVICES), check=check_device_name)
 
 
-def add_precision(parser: Container, of: str = "the base model") -> None:
+def precision(parser: Container, of: str = "the base model") -> None:
     """Where models run, and in what precision."""
-    add_device(parser)
+    device(parser)
     option(parser, "--dtype", str, f"Floating-point type of {of}.", default="float32", choices=DTYPES)
 
 
-def add_output(parser: Container, default: str, text: str) -> None:
+def output(parser: Container, default: str, text: str) -> None:
     """A file to write."""
     option(parser, "--output", Path, text, metavar="FILE", default=Path(default))
-    add_overwrite(parser, "the output file")
+    overwrite(parser, "the output file")
 
 
-def add_output_dir(parser: Container, default: str, text: str, *, replaced: str) -> None:
+def output_dir(parser: Container, default: str, text: str, *, replaced: str) -> None:
     """A folder to write, and what is replaced in it with `--overwrite`."""
     option(parser, "--output_dir", Path, text, metavar="DIR", default=Path(default))
-    add_overwrite(parser, replaced, folder=True)
+    overwrite(parser, replaced, folder=True)
 
 
-def add_overwrite(parser: Container, what: str, *, folder: bool = False) -> None:
+def overwrite(parser: Container, what: str, *, folder: bool = False) -> None:
     """Whether existing output is replaced; of a folder, the files that stepfuse wrote."""
     kept = "; files that stepfuse did not write stay" if folder else ""
     option(parser, "--overwrite", bool, f"Replace {what} if it exists{kept} (default: stop with an error).")
