@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from stepfuse.data.text_files import file_name, find_file
+from stepfuse.data.text_files import file_name, find_file, first_line, short_repr
 
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
@@ -41,7 +41,7 @@ def reason(error: BaseException) -> str:
     """The first line of an error of `datasets`, or of the error that it wraps."""
     if type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         return reason(error.__cause__)
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return first_line(error)
 
 
 def read_caption(cell: object, *, draw: str) -> str | None:
@@ -60,7 +60,7 @@ def read_caption(cell: object, *, draw: str) -> str | None:
         if isinstance(text, str):
             filled += [text] if text.strip() else []
         elif not is_missing(text):
-            raise ValueError(f"holds {_shown(cell)}, where a text or a list of texts is expected,")
+            raise ValueError(f"holds {short_repr(cell)}, where a text or a list of texts is expected,")
     return random.Random(draw).choice(filled) if filled else None
 
 
@@ -73,7 +73,7 @@ def read_label(cell: object) -> float | None:
     if is_missing(cell):
         return None
     if not isinstance(cell, int | float):
-        raise ValueError(f"holds {_shown(cell)}, where a number is expected,")
+        raise ValueError(f"holds {short_repr(cell)}, where a number is expected,")
     return float(cell)
 
 
@@ -83,7 +83,7 @@ def is_missing(cell: object) -> bool:
 
 
 def has_picture(cell: object) -> bool:
-    """Whether a cell holds a picture, or says where one lies."""
+    """Whether a cell holds a picture or the path of one."""
     if isinstance(cell, dict):
         return cell.get("bytes") is not None or bool(cell.get("path"))
     return not is_missing(cell) and cell not in ("", b"")
@@ -111,9 +111,4 @@ def read_picture(cell: object, folder: Path, name: str) -> Image.Image:
         return open_picture(file, f"{name} ({file_name(file)})")
     if isinstance(cell, bytes | Image.Image):
         return open_picture(cell, name)
-    raise ValueError(f"{name} holds {_shown(cell)}; expected a picture, encoded bytes or a path")
-
-
-def _shown(cell: object) -> str:
-    text = " ".join(repr(cell).split())
-    return f"{text[:60]}…" if len(text) > 60 else text
+    raise ValueError(f"{name} holds {short_repr(cell)}; expected a picture, encoded bytes or a path")

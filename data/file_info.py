@@ -24,3 +24,8 @@ def size_label(size: int) -> str:
             value = size / unit
             return f"{value:.2g} {name}" if value < 99.5 else f"{value:.0f} {name}"
     return f"{size} B" if size else "–"
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hexadecimal."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

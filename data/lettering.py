@@ -19,7 +19,7 @@ _covering: dict[str, Path | None] = {}  # character → an installed font that h
 class Lettering:
     """Text of one size in DejaVu Sans; characters it lacks are drawn with an installed font that has them.
 
-    A character that no font has is replaced by `printable`, so that nothing is drawn as an empty box.
+    A character that no font has is replaced by `drawable`, so that nothing is drawn as an empty box.
 
     Args:
         size: of the font, in pixels.
@@ -41,7 +41,7 @@ class Lettering:
         one character, with what a no-break space joins to it, is.
         """
         lines: list[str] = []
-        for word in SPACES.split(printable(text).strip()):
+        for word in SPACES.split(drawable(text).strip()):
             if lines and self.width(f"{lines[-1]} {word}") <= width:
                 lines[-1] += f" {word}"
                 continue
@@ -83,7 +83,7 @@ class Lettering:
         return [(_font(file, self.size), run) for file, run in runs]
 
 
-def printable(text: str) -> str:
+def drawable(text: str) -> str:
     """The text with what no font can draw replaced: a symbol by its name in brackets, a letter by its escape.
 
     `a 🦊` becomes `a [fox face]` on a machine without a font for it, and `中` becomes `\\u4e2d`.

@@ -113,6 +113,30 @@ def printable(text: object) -> str:
         return str(text).encode("utf-8", "backslashreplace").decode()
 
 
+def one_line(text: object) -> str:
+    """A text, such as that of an error, in one line of printable characters, and its middle left out if it is long."""
+    text = str(text)
+    text = text if len(text) <= 1000 else f"{text[:700]} … {text[-290:]}"
+    text = " ".join(without_control_characters(text).split())
+    return text if len(text) <= 300 else f"{text[:200]} … {text[-90:]}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def short_repr(value: object) -> str:
+    """A value as Python writes it, on one line, its end left out if it is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def without_control_characters(text: object) -> str:
+    """A text with a space for each character that is not printable."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
 def print_any_text() -> None:
     """Have standard output and standard error print characters that their encoding lacks as \\u591c and the like."""
     for stream in (sys.stdout, sys.stderr):

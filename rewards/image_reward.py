@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_json
+from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_published_json
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -70,7 +70,7 @@ class ImageReward(NetworkReward):
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        vision_config, text_config = _configs(file, vision, read_json(files[MED_CONFIG.name]))
+        vision_config, text_config = _configs(file, vision, read_published_json(files[MED_CONFIG.name]))
         self.size = vision_config.image_size
         self.vision = load_model(BlipVisionModel, vision_config, {_rename(k): v for k, v in vision.items()}, file)
         self.text = load_model(BlipTextModel, text_config, text, file, add_pooling_layer=False)

@@ -1,6 +1,5 @@
 """Rewards computed by networks: scoring in batches, and loading networks from published files."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepfuse.data.text_files import read_text
+from stepfuse.data.json_file import read_json
 from stepfuse.rewards.protocol import Pixels, Scores
 
 # Indices of the linear layers in a published head; the indices between them belong to dropout layers.
@@ -51,19 +50,16 @@ class NetworkReward(ABC):
         """Score images and their prompts in one forward."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_published_json(file: Path) -> dict[str, Any]:
     """Read a published JSON file that holds an object.
 
     Raises:
         ValueError: If the file is not JSON, or does not hold an object.
     """
     try:
-        values = json.loads(read_text(file))
-    except ValueError as error:  # JSONDecodeError is a ValueError
-        raise ValueError(f"{file} is not JSON ({error}); delete it and download it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object; delete it and download it again")
-    return values
+        return read_json(file, "a published configuration")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete it and download it again") from error
 
 
 def read_config(file: Path, config_class: Any) -> Any:
@@ -72,7 +68,7 @@ def read_config(file: Path, config_class: Any) -> Any:
     Raises:
         ValueError: If the file does not hold such a configuration.
     """
-    values = read_json(file)
+    values = read_published_json(file)
     try:
         return config_class.from_dict(values)
     except Exception as error:  # transformers raises many types of exception

@@ -169,7 +169,7 @@ def adapter_set(adapters: Path, tmp_path: Path) -> Path:
     from stepfuse.fuse.diffusion.variance import EtaSchedule
     from stepfuse.fuse.sets.create import create_set
 
-    create_set(tmp_path / "set", [adapters / "a", adapters / "b"], reference=EtaSchedule(eta=0.6))
+    create_set(tmp_path / "set", [adapters / "a", adapters / "b"], base_schedule=EtaSchedule(eta=0.6))
     return tmp_path / "set"
 
 

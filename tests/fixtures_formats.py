@@ -9,12 +9,13 @@ from torch import nn
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.factors import state_factors
-from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.export import save_as
+from stepfuse.fuse.lora.factors import read_factors, state_factors
 from stepfuse.fuse.lora.load import adapter_state
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
-from stepfuse.fuse.sets.exchange import export_adapter
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl
 from tests.fixtures_zoo import KINDS, add
 
@@ -88,5 +89,6 @@ def layers(unet):
 
 def export(adapters, base, kind, form, place):
     adapter, unet = adapters[base, kind]
-    export_adapter(adapter, place, form=form, config=unet.config, prediction="epsilon")
+    factors = read_factors(adapter.folder / WEIGHTS, adapter.sha256)
+    save_as(form, place, factors, base=base, config=unet.config, title=adapter.name, prediction="epsilon")
     return place

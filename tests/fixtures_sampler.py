@@ -42,7 +42,7 @@ def save_three_adapters(root: Path, base: Path) -> dict[str, Path]:
 
 
 def save_set(output: Path, folders: dict[str, Path]) -> Path:
-    create_set(output, list(folders.values()), reference=EtaSchedule(eta=REFERENCE))
+    create_set(output, list(folders.values()), base_schedule=EtaSchedule(eta=REFERENCE))
     return output
 
 

@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter

@@ -22,8 +22,10 @@ from stepfuse.data import emoji
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.sets.adapter import Adapter, write_adapter
+from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.lora import add_lora
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
@@ -143,6 +145,12 @@ def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha:
         for key, value in pipeline.unet.named_parameters():
             if f"lora_B.{name}." in key:
                 value.normal_(std=0.1, generator=generator)
+
+
+def read_lora(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a LoRA file under peft's names."""
+    with open_lora(file) as lora:
+        return lora.read()
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

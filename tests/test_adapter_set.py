@@ -76,7 +76,7 @@ def test_a_set_holds_copies_of_its_adapters_with_their_guidance_and_the_most_ste
     assert read.base["name_or_path"] == str(bases["first"])
     assert (read.guidance, read.guidance_scale, read.num_inference_steps) == ("shared", 3.0, 4)
     assert read.default_weights == {"a": 0.5, "b": 0.5}
-    assert read.reference == EtaSchedule(eta=0.6)
+    assert read.base_schedule == EtaSchedule(eta=0.6)
     assert [o.variance for o in read.objectives] == [TableSchedule(etas=(0.2, 0.4)), EtaSchedule(eta=0.7)]
 
 

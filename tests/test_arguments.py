@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 
 from stepfuse.data.names import nearest
+from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.rewards.registry import REWARDS
@@ -20,7 +21,6 @@ from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import declare, names
-from stepfuse.scripts.cli.checks import check_folder
 from stepfuse.scripts.cli.main import make_parser, parse
 from stepfuse.scripts.cli.options import Number
 
@@ -380,9 +380,8 @@ def test_suggestions_are_made_for_names_in_settings_and_files():
 
 def test_an_output_folder_that_is_a_new_volume_counts_as_empty(tmp_path):
     (tmp_path / "lost+found").mkdir()
-    check_folder(tmp_path, overwrite=False)
+    require_empty_dir(tmp_path, overwrite=False)
     (tmp_path / "mine.txt").touch()
     with pytest.raises(ValueError, match="--overwrite"):
-        check_folder(tmp_path, overwrite=False)
-    check_folder(tmp_path, overwrite=False, continued="mine.txt")
-    check_folder(tmp_path, overwrite=True)
+        require_empty_dir(tmp_path, overwrite=False)
+    require_empty_dir(tmp_path, overwrite=True)

@@ -253,8 +253,8 @@ def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
 
 def test_a_card_says_what_is_not_known(tmp_path):
     loaded = load_set("emoji")
-    assert "No evaluation was made" not in card(loaded, place="emoji", shown=[])
-    text = card(replace(loaded, evaluation=None), place="emoji", shown=[])
+    assert "No evaluation was made" not in card(loaded, source="emoji", shown=[])
+    text = card(replace(loaded, evaluation=None), source="emoji", shown=[])
     front = yaml.safe_load(text.split("---")[1])
     assert "base_model" not in front  # the embedded base has no hub id
     assert "No evaluation was made of this set." in text

@@ -84,7 +84,7 @@ def test_set_create_gathers_adapters(adapters, tmp_path, capsys):
     assert capsys.readouterr().out == f"{output}: small, bright\n"
     created = load_set(output)
     assert created.names == ["small", "bright"]
-    assert created.reference == EtaSchedule(eta=0.5)
+    assert created.base_schedule == EtaSchedule(eta=0.5)
 
 
 def test_set_create_keeps_a_folder_that_is_not_empty(adapters, tmp_path):

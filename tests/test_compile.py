@@ -22,7 +22,7 @@ def set_folder(tmp_path_factory):
     base = save_stable_diffusion(root / "base")
     for seed, (name, eta) in enumerate(ETAS.items()):
         save_adapter(root / name, base, name, seed=seed, variance=EtaSchedule(eta=eta), rank=1 + seed)
-    create_set(root / "set", [root / name for name in ETAS], reference=EtaSchedule(eta=0.6))
+    create_set(root / "set", [root / name for name in ETAS], base_schedule=EtaSchedule(eta=0.6))
     return root / "set"
 
 

@@ -457,7 +457,7 @@ def test_an_evaluation_is_not_written_over_files_of_a_set(desk, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(reference=EtaSchedule(eta=0.5)), dict(oracles=[])], ids=["reference", "oracles"]
+    "change", [dict(base_schedule=EtaSchedule(eta=0.5)), dict(oracles=[])], ids=["reference", "oracles"]
 )
 def test_parts_of_another_set_are_not_gone_on_with(desk, tmp_path, change):
     """The adapters' weights are the same; what is fused with them is not."""

@@ -16,7 +16,8 @@ from stepfuse.fuse.rules.product import Product, gated, soup_weights
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps, mixtures_of
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
-from stepfuse.fuse.sets.create import add_profile, create_set
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.edit import add_profile
 from stepfuse.scripts.evaluation.costs import counted_rows
 from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
 
@@ -31,7 +32,7 @@ def set_folder(tmp_path_factory):
     base = save_stable_diffusion(root / "base")
     for seed, (name, eta) in enumerate(ETAS.items()):
         save_adapter(root / name, base, name, seed=seed, variance=EtaSchedule(eta=eta))
-    create_set(root / "set", [root / name for name in ETAS], reference=EtaSchedule(eta=0.6))
+    create_set(root / "set", [root / name for name in ETAS], base_schedule=EtaSchedule(eta=0.6))
     return root / "set"
 
 

@@ -12,9 +12,10 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_kohya
-from stepfuse.fuse.lora.file import METADATA, check_fits
+from stepfuse.fuse.lora.file import check_fits
 from stepfuse.fuse.lora.kohya import kohya_name, sgm_path
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers

@@ -73,7 +73,8 @@ def test_float8_is_read_with_its_values(lora_bases, lora_factors, dtype, tmp_pat
         assert torch.equal(layer.up.float(), state[f"{name}.lora_up.weight"].float())
         assert layer.alpha == float(state[f"{name}.alpha"])
     save_lora(tmp_path / "written.safetensors", read)
-    open_lora(tmp_path / "written.safetensors")
+    with open_lora(tmp_path / "written.safetensors") as written:
+        assert written.as_written
 
 
 def test_the_only_file_of_a_folder_is_taken_and_of_several_one_must_be_chosen(lora_bases, lora_factors, tmp_path):

@@ -10,8 +10,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
-from stepfuse.fuse.lora.file import METADATA, check_fits, open_lora
+from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.keys import LayerTable, parse_key
 from stepfuse.fuse.lora.kohya import sgm_path
 from stepfuse.fuse.lora.load import put_on
@@ -36,8 +37,8 @@ def imported(file, base, *, unet_only=False):
     written = file.parent / "written.safetensors"
     save_lora(written, factors)
     pipeline = copy.deepcopy(base)
-    opened = open_lora(written)
-    put_on(pipeline, "imported", opened, opened.read())
+    with open_lora(written) as opened:
+        put_on(pipeline, "imported", opened, opened.read())
     return predict(pipeline.unet)
 
 

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save
 
 from stepfuse.data import emoji
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import read_factors
-from stepfuse.fuse.lora.file import METADATA, open_lora
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.kohya import sgm_path
 from stepfuse.fuse.lora.layers import lora_layers
 from stepfuse.fuse.lora.load import adapter_state
@@ -34,7 +35,7 @@ from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.train.checkpoints import read_state, write_state
 from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
 from tests.fixtures_strangers import LAYER, A, B, put_weights
-from tests.fixtures_tiny import refused
+from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
 # peft 0.21 takes the bias of a factor B for a factor that lost a dimension.
@@ -192,7 +193,7 @@ def test_the_embedded_adapters_are_read_completely_by_diffusers_and_comfyui():
         assert (len(added), left) == (92, 0)
     pipeline.load_lora_weights(files[0])
     (name,) = pipeline.unet.peft_config
-    loaded, read = adapter_state(pipeline.unet, name), open_lora(files[0]).read()
+    loaded, read = adapter_state(pipeline.unet, name), read_lora(files[0])
     assert len(loaded) == len(read) == 2 * 92
     assert all(torch.equal(loaded[key.removeprefix("unet.")], value.float()) for key, value in read.items())
     assert {layer.scaling[name] for layer in lora_layers(pipeline.unet)} == {1}
@@ -203,8 +204,9 @@ import sys
 from pathlib import Path
 from diffusers import UNet2DConditionModel
 from stepfuse.data.file_info import file_hash
-from stepfuse.fuse.lora.export import FORMATS
-from stepfuse.fuse.sets.exchange import export_adapter
+from stepfuse.fuse.lora.export import FORMATS, save_as
+from stepfuse.fuse.lora.factors import read_factors
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import save_adapter
 
@@ -212,7 +214,8 @@ base, root = map(Path, sys.argv[1:])
 adapter = save_adapter(root / "a", base, "a", rank=2, alpha=3)
 config = UNet2DConditionModel.load_config(base, subfolder="unet")
 for form in FORMATS:
-    export_adapter(adapter, root / f"{form}.safetensors", form=form, config=config, prediction="epsilon")
+    file, factors = root / f"{form}.safetensors", read_factors(adapter.folder / WEIGHTS)
+    save_as(form, file, factors, base=str(base), config=config, title="a", prediction="epsilon")
 for half in (False, True):
     create_set(root / f"set-{half}", [root / "a"], half=half)
 for file in sorted(file for file in root.rglob("*") if file.is_file()):
@@ -242,12 +245,12 @@ def test_a_set_in_the_former_layout_is_read_and_is_pulled_in_todays(stranger, tm
     state = {A: torch.randn(2, 32), B: torch.randn(32, 2)}
     header = json.dumps({"unet.r": 2, "unet.lora_alpha": 3})
     put_weights(stranger, save(state, metadata={METADATA: header}))
-    former = read_factors(open_lora(load_set(stranger).adapters[0].folder / WEIGHTS))
+    former = read_factors(load_set(stranger).adapters[0].folder / WEIGHTS)
     assert former[LAYER].scaling == 1.5
     copy_set(str(stranger), tmp_path / "pulled")
-    lora = open_lora(tmp_path / "pulled" / "a" / WEIGHTS)
-    assert lora.as_written
-    assert_same(read_factors(lora), former)
+    with open_lora(tmp_path / "pulled" / "a" / WEIGHTS) as lora:
+        assert lora.as_written
+    assert_same(read_factors(tmp_path / "pulled" / "a" / WEIGHTS), former)
     before, after = (json.loads((folder / MANIFEST).read_text()) for folder in (stranger, tmp_path / "pulled"))
     entries = zip(before["adapters"], after["adapters"], strict=True)
     changed = [one.pop("weights") != other.pop("weights") for one, other in entries]

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepfuse.data.file_info import file_hash
-from stepfuse.data.output_folder import WORK
+from stepfuse.data.folder_swap import WORK
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE

@@ -24,7 +24,7 @@ def set_folder(base, tmp_path_factory):
     root = tmp_path_factory.mktemp("set")
     for seed, (name, eta) in enumerate(ETAS.items()):
         save_adapter(root / name, base, name, seed=seed, variance=EtaSchedule(eta=eta))
-    create_set(root / "set", [root / name for name in ETAS], reference=EtaSchedule(eta=0.6))
+    create_set(root / "set", [root / name for name in ETAS], base_schedule=EtaSchedule(eta=0.6))
     return root / "set"
 
 

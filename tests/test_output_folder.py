@@ -12,19 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from stepfuse.data.folder_files import files_below
+from stepfuse.data.folder_swap import NEW, OLD, PLAN, WORK
+from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.output_folder import (
-    NEW,
-    OLD,
-    PLAN,
-    WORK,
-    check_file,
-    check_output,
-    clear,
-    complete,
-    files_below,
-    replaced,
+    atomic_output_dir,
+    complete_interrupted,
+    delete_files,
+    require_empty_dir,
     resolve_folder,
-    written_file,
 )
 from tests.fixtures_tiny import refused
 
@@ -48,7 +44,7 @@ def ours(folder):
 
 
 def replace(output, files=AFTER, **options):
-    with replaced(output, **{"ours": ours} | options) as temporary:
+    with atomic_output_dir(output, **{"ours": ours} | options) as temporary:
         fill(temporary, files)
 
 
@@ -103,7 +99,7 @@ def test_an_output_may_be_named_in_any_way(tmp_path, monkeypatch, kind):
     elif kind == "relative":
         monkeypatch.chdir(tmp_path)
         output = Path("deep/target")
-    assert check_output(output, overwrite=False) == target
+    assert require_empty_dir(output, overwrite=False) == target
     replace(output)
     assert contents(target) == AFTER
     assert output.is_symlink() == ("link" in kind)
@@ -127,14 +123,14 @@ def test_a_folder_is_filled_though_its_parent_is_read_only(tmp_path):
             replace(output)
             assert contents(output) == AFTER
             with refused("parent", "read-only"):
-                check_output(parent / "other", overwrite=False)
+                require_empty_dir(parent / "other", overwrite=False)
             with refused("parent", "read-only"):
-                check_file(parent / "file.txt", overwrite=True)
+                require_new_file(parent / "file.txt", overwrite=True)
 
 
 def test_a_volumes_lost_and_found_is_no_content(tmp_path):
     (tmp_path / "lost+found").mkdir()
-    check_output(tmp_path, overwrite=False)
+    require_empty_dir(tmp_path, overwrite=False)
 
 
 # Nothing is lost
@@ -155,7 +151,7 @@ def test_a_folder_that_is_a_link_is_not_written_through(folder, tmp_path):
     before = contents(tmp_path / "elsewhere")
     with refused("sub"):
         replace(folder)
-    clear(folder, ours(folder))
+    delete_files(folder, ours(folder))
     assert contents(tmp_path / "elsewhere") == before
 
 
@@ -218,7 +214,7 @@ def test_a_swap_that_fails_half_way_is_undone(folder):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from stepfuse.data.output_folder import replaced
+from stepfuse.data.output_folder import atomic_output_dir
 
 left = int(sys.argv[2])
 
@@ -230,7 +226,7 @@ def rename(source, target):
     move(source, target)
 
 move, os.rename = os.rename, rename
-with replaced(Path(sys.argv[1]), ours=lambda _: [Path(name) for name in sys.argv[3].split()]) as temporary:
+with atomic_output_dir(Path(sys.argv[1]), ours=lambda _: [Path(name) for name in sys.argv[3].split()]) as temporary:
     for name in ("a.txt", "sub/d.txt"):
         (temporary / name).parent.mkdir(exist_ok=True)
         (temporary / name).write_text("new " + name[-5])
@@ -242,14 +238,14 @@ def test_a_process_killed_while_it_replaces_is_completed_by_the_next(folder, mov
     done = subprocess.run([sys.executable, "-c", KILLED, folder, str(moves), " ".join(BEFORE)])
     assert done.returncode == -signal.SIGKILL
     assert (folder / WORK / PLAN).exists()
-    complete(folder)
+    complete_interrupted(folder)
     assert contents(folder) == AFTER | FOREIGN
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_and_the_next_cleans_up(folder):
     (folder / WORK / NEW).mkdir(parents=True)
     (folder / WORK / NEW / "a.txt").write_text("hal")
-    complete(folder)
+    complete_interrupted(folder)
     assert (folder / "a.txt").read_text() == "old a"
     replace(folder)
     assert contents(folder) == AFTER | FOREIGN
@@ -257,7 +253,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_and_the_next_cleans_up(
 
 def test_what_a_killed_process_left_in_a_new_folder_is_no_content(tmp_path):
     (tmp_path / "out" / WORK / NEW).mkdir(parents=True)
-    check_output(tmp_path / "out", overwrite=False)
+    require_empty_dir(tmp_path / "out", overwrite=False)
 
 
 @pytest.mark.parametrize("name", ["../stolen", "/stolen", ".", f"{WORK}/{NEW}/x"])
@@ -267,7 +263,7 @@ def test_a_plan_by_another_hand_moves_nothing_out_of_the_folder(folder, tmp_path
     (folder / WORK / PLAN).write_text(f'{{"old": ["{name}"], "new": []}}')
     (tmp_path / "stolen").write_text("mine")
     with refused(str(folder / WORK)):
-        complete(folder)
+        complete_interrupted(folder)
     assert (tmp_path / "stolen").exists()
     assert not contents(folder / WORK / OLD)
 
@@ -278,12 +274,12 @@ def test_a_plan_whose_files_are_elsewhere_is_refused(folder, tmp_path):
     (folder / WORK / NEW).symlink_to(tmp_path / "elsewhere")
     (folder / WORK / PLAN).write_text('{"old": [], "new": ["x"]}')
     with refused(str(folder / WORK)):
-        complete(folder)
+        complete_interrupted(folder)
     assert contents(tmp_path / "elsewhere") == {"x": "mine"}
 
 
 def test_two_processes_do_not_replace_one_folder_together(folder):
-    with replaced(folder, ours=ours) as temporary:
+    with atomic_output_dir(folder, ours=ours) as temporary:
         fill(temporary, AFTER)
         with refused(str(folder), "another process"):
             replace(folder)
@@ -295,12 +291,12 @@ def test_two_processes_do_not_replace_one_folder_together(folder):
 
 def test_a_folder_that_holds_something_is_refused_unless_overwritten(folder):
     with refused(str(folder), "--overwrite"):
-        check_output(folder, overwrite=False)
-    check_output(folder, overwrite=True, ours=ours, writes=["a.txt"])
+        require_empty_dir(folder, overwrite=False)
+    require_empty_dir(folder, overwrite=True, ours=ours, writes=["a.txt"])
     with refused("notes.md"):
-        check_output(folder, overwrite=True, ours=ours, writes=["notes.md"])
+        require_empty_dir(folder, overwrite=True, ours=ours, writes=["notes.md"])
     with refused("sub/mine.txt"):
-        check_output(folder, overwrite=True, ours=ours, writes=["sub"])
+        require_empty_dir(folder, overwrite=True, ours=ours, writes=["sub"])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt/below", "a.txt/below/deeper"])
@@ -311,7 +307,7 @@ def test_a_path_that_is_or_lies_below_a_file_is_no_folder(folder, name):
 
 @pytest.mark.parametrize("name", ["nowhere/../out", "nowhere/../../out/file.txt"])
 def test_a_path_that_leads_back_from_nowhere_is_named(folder, tmp_path, name):
-    for check in (lambda path: replace(path), lambda path: check_file(path, overwrite=True)):
+    for check in (lambda path: replace(path), lambda path: require_new_file(path, overwrite=True)):
         with refused("no folder", "nowhere"):
             check(tmp_path / name)
     assert contents(tmp_path / "out") == BEFORE | FOREIGN
@@ -334,10 +330,10 @@ def test_a_name_too_long_is_one_line(tmp_path):
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     file = tmp_path / "new" / "table.csv"
-    with written_file(file) as temporary:
+    with atomic_file(file) as temporary:
         assert temporary.suffix == ".csv"
         temporary.write_text("first")
-    block = written_file(file)
+    block = atomic_file(file)
     block.__enter__().write_text("hal")
     assert block.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None) is False
     assert contents(tmp_path) == {"new/table.csv": "first"}
@@ -347,7 +343,7 @@ def test_a_file_keeps_its_mode_and_a_link_leads_to_the_new_one(tmp_path):
     (tmp_path / "target.txt").write_text("old")
     (tmp_path / "target.txt").chmod(0o640)
     (tmp_path / "link.txt").symlink_to(tmp_path / "target.txt")
-    with written_file(tmp_path / "link.txt") as temporary:
+    with atomic_file(tmp_path / "link.txt") as temporary:
         temporary.write_text("new")
     assert (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "target.txt").read_text() == "new"
@@ -355,7 +351,7 @@ def test_a_file_keeps_its_mode_and_a_link_leads_to_the_new_one(tmp_path):
 
 
 def test_a_device_is_written_and_not_replaced():
-    with written_file(Path("/dev/null")) as temporary:
+    with atomic_file(Path("/dev/null")) as temporary:
         temporary.write_text("nothing")
     assert Path("/dev/null").is_char_device()
 
@@ -366,7 +362,7 @@ def test_a_device_is_written_and_not_replaced():
 )
 def test_a_file_that_cannot_be_written_is_named(folder, name, overwrite, culprit):
     with refused(name, culprit):
-        check_file(folder / name, overwrite=overwrite)
+        require_new_file(folder / name, overwrite=overwrite)
     assert contents(folder) == BEFORE | FOREIGN
 
 
@@ -375,7 +371,7 @@ def test_a_file_that_cannot_be_written_is_named(folder, name, overwrite, culprit
 
 def test_clearing_deletes_the_files_of_the_command_alone(folder, tmp_path):
     (folder / "link").symlink_to(tmp_path)
-    clear(folder, files_below(folder, "a.txt", "sub/deep", "link"))
+    delete_files(folder, files_below(folder, "a.txt", "sub/deep", "link"))
     assert contents(folder) == {"sub/b.txt": "old b"} | FOREIGN
     assert tmp_path.exists()
     assert not (folder / "sub" / "deep").exists()

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from stepfuse.data import lettering
 from stepfuse.data.grid import labelled_grid
-from stepfuse.data.lettering import Lettering, printable
+from stepfuse.data.lettering import Lettering, drawable
 from stepfuse.fuse.rules.weights import parse_weights
 from stepfuse.fuse.sampling.pictures import sampled_picture, weights_heading
 from stepfuse.rewards.image_files import PromptedImage
@@ -219,13 +219,13 @@ def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_font_has_is_drawn_as_it_is(only_dejavu):
     for text in ("Füchse", "Лиса на зелёном фоне", "ἀλεπού", "é", "50 % → ½ σ²", "a\u00a00.5"):
-        assert printable(text) == text
+        assert drawable(text) == text
 
 
 def test_what_no_font_has_is_named_and_what_cannot_be_seen_is_left_out(only_dejavu):
-    assert printable("a 🦊 on 中") == "a [fox face] on \\u4e2d"
-    assert printable("a\U000e0100b") == "ab"  # a variation selector
-    assert printable("a\x00b\udcffc") == "a\\x00b\\udcffc"
+    assert drawable("a 🦊 on 中") == "a [fox face] on \\u4e2d"
+    assert drawable("a\U000e0100b") == "ab"  # a variation selector
+    assert drawable("a\x00b\udcffc") == "a\\x00b\\udcffc"
 
 
 def test_an_installed_font_is_used_for_what_the_first_lacks(monkeypatch, drawn):

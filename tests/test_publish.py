@@ -336,7 +336,7 @@ def test_rewards_that_are_not_sent_are_told(tmp_path, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if "not sent" in line]
     unsent = ["rewards/mine.py:sharpness", "recipes/style.yaml", "clip_score:models/clip", "http://127.0.0.1:8765"]
     assert len(told) == len(unsent)
-    limits = card(load_set(tmp_path / "set"), place="x", shown=[]).split("## Limits")[1]
+    limits = card(load_set(tmp_path / "set"), source="x", shown=[]).split("## Limits")[1]
     for name, reward, line in zip(rewards, unsent, told, strict=False):
         assert name in line
         assert reward in line

@@ -10,7 +10,6 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.registry import RULES
@@ -22,7 +21,7 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.registry import load_reward
-from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
+from tests.fixtures_tiny import ddim, generators, read_lora, refused, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
 ETA = {"a": 0.4, "b": 0.9}
@@ -149,7 +148,7 @@ def test_weights_of_one_image_do_not_touch_the_others(sampler):
 def merged_by_hand(base, folders, delta, names):
     """A plain pipeline whose layers hold W + delta of their LoRA factors (alpha is the rank, so no scale)."""
     pipeline = load_pipeline(str(base))
-    files = {name: open_lora(folders / name / WEIGHTS).read() for name in names}
+    files = {name: read_lora(folders / name / WEIGHTS) for name in names}
     layers = {key.removesuffix(".lora_A.weight") for key in files[names[0]] if key.endswith(".lora_A.weight")}
     for layer in layers:
         module = pipeline.unet.get_submodule(layer.removeprefix("unet."))

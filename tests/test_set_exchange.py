@@ -265,7 +265,7 @@ def test_what_a_stranger_wrote_is_text_on_a_card(mine):
     cell = {"rule": EVIL[:60], "weights": EVIL, "strength": 1.0, "gains": {"a": gain}}
     values["evaluation"] = {"prompts": 1, "seeds": 1, "objectives": {"a": EVIL}, "cells": [cell]}
     (mine / MANIFEST).write_text(json.dumps(values))
-    text = card(load_set(mine), place="owner/name", shown=[])
+    text = card(load_set(mine), source="owner/name", shown=[])
     front, body = text.split("---\n", 2)[1:]
     assert yaml.safe_load(front)["model-index"][0]["results"]
     assert "<script" not in body

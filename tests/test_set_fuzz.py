@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
-from stepfuse.fuse.lora.file import METADATA
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.weight_table import weight_table
@@ -258,7 +258,7 @@ def made_or_told(make):
 
 def check_values(loaded):
     numbers = [loaded.guidance_scale, *loaded.reward_scales.values()]
-    for adapter in loaded.everyone:
+    for adapter in loaded.all_adapters:
         objective = adapter.objective
         numbers += [objective.temperature, objective.shaping.shift, *objective.shaping.clip, adapter.guidance_scale]
         assert objective.temperature >= 0
@@ -270,7 +270,7 @@ def check_values(loaded):
     assert all(math.isfinite(number) for number in numbers)
     assert torch.isfinite(table).all()
     assert ((table.sum(1) - 1).abs() <= 1e-9 * table.abs().sum(1)).all()
-    assert len({adapter.name for adapter in loaded.everyone}) == len(loaded.everyone)
+    assert len({adapter.name for adapter in loaded.all_adapters}) == len(loaded.all_adapters)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from stepfuse.fuse.lora import safe_files
+from stepfuse.data import json_file
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.manifest import MANIFEST
@@ -161,7 +161,7 @@ def test_a_huge_manifest_is_refused_unread(stranger):
     os.truncate(stranger / MANIFEST, 2**36)
     with frugal(seconds=1.0), refused(str(stranger / MANIFEST), "bytes"):
         load_set(stranger)
-    assert safe_files.MOST_BYTES <= 2**24
+    assert json_file.MAX_BYTES <= 2**24
 
 
 def test_no_depth_of_nesting_is_too_much(stranger):

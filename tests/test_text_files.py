@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import stepfuse.data
+from stepfuse.data.json_file import read_json
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import read_settings
 from stepfuse.data.text_files import decode_text, file_name, find_file, printable, read_lines, read_text, write_text
 from stepfuse.data.yaml_file import yaml_text
-from stepfuse.fuse.lora.safe_files import read_object
 from stepfuse.rewards.image_files import pair_prompts
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cli.main import main
@@ -74,7 +74,7 @@ def test_what_is_no_utf8_text_is_refused_by_file_and_line(content, culprits, tmp
     with refused("a.yaml", *culprits):
         load_reward(str(tmp_path / "a.yaml"))
     with refused("a.json", *culprits):
-        read_object(tmp_path / "a.json", "an object")
+        read_json(tmp_path / "a.json", "an object")
 
 
 def test_files_that_are_folders_missing_empty_or_of_old_macintoshes_are_named(tmp_path):
@@ -98,7 +98,7 @@ def test_yaml_and_json_may_begin_with_a_byte_order_mark(tmp_path):
     parsed = parse_settings(DPOSettings, ["--config", str(tmp_path / "a.yaml")], "")
     assert (parsed.objective_name, parsed.seed) == ("Zoë", 3)
     (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + '{"name": "Zoë"}'.encode())
-    assert read_object(tmp_path / "a.json", "an object") == {"name": "Zoë"}
+    assert read_json(tmp_path / "a.json", "an object") == {"name": "Zoë"}
 
 
 def test_a_table_may_have_a_byte_order_mark_and_lines_within_its_cells(tmp_path):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import list_checkpoints, read_state
 from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails
+from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import refused_by
 
 REWARDS = """
@@ -64,7 +64,7 @@ def record(folder="out"):
 
 
 def weights(folder="out"):
-    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
+    return read_lora(Path(folder) / "pytorch_lora_weights.safetensors")
 
 
 # Not finite

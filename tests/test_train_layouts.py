@@ -14,10 +14,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train.checkpoints import read_state
+from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
@@ -108,7 +108,7 @@ def tensors(folder, step=None):
     """The adapter, or the policy of a checkpoint."""
     if step:
         return read_state(folder / f"checkpoint-{step}/policy.safetensors")
-    return open_lora(folder / "pytorch_lora_weights.safetensors").read()
+    return read_lora(folder / "pytorch_lora_weights.safetensors")
 
 
 def assert_same(found, expected, atol):

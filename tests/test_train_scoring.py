@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.rewards.compressibility import compressibility
 from stepfuse.rewards.scoring_queue import ScoringQueue
@@ -18,7 +17,7 @@ from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_rewards import photographs
-from tests.fixtures_tiny import refused
+from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_training import forget_accelerator, save_tiny_pipeline
 
 ALGORITHMS = {"dpo": (DPO, DPOSettings), "ddpo": (DDPO, DDPOSettings)}
@@ -74,7 +73,7 @@ def run(tmp_path, monkeypatch, base):
 
 
 def weights(folder):
-    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
+    return read_lora(Path(folder) / "pytorch_lora_weights.safetensors")
 
 
 # While it goes on sampling.

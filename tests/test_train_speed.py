@@ -10,7 +10,6 @@ import torch
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.create import create_set
@@ -19,7 +18,7 @@ from stepfuse.train.collect import learnable_steps, learned_steps
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.loop import train
 from stepfuse.train.settings import DDPOSettings
-from tests.fixtures_tiny import refused
+from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_training import (
     COMMON,
     forget_accelerator,
@@ -33,7 +32,7 @@ def slope(images, prompts):
 
 
 def weights(folder="out"):
-    return open_lora(Path(folder) / "pytorch_lora_weights.safetensors").read()
+    return read_lora(Path(folder) / "pytorch_lora_weights.safetensors")
 
 
 def assert_near(found, expected, atol):

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train
 from stepfuse.train.lora import LastRows, step_gaussians
 from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
-from tests.fixtures_tiny import refused
+from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_training import BENT, COMMON, ETA, PolicyWorld, Watched, forget_accelerator, two_epochs
 
 REWARDS = """
@@ -150,7 +149,7 @@ def test_ratios_are_to_log_probs_of_the_first_update_which_are_the_rollouts(run_
 def trained(algorithm, settings):
     forget_accelerator()
     train(settings, algorithm(settings))
-    return open_lora(Path(settings.output_dir) / "pytorch_lora_weights.safetensors").read()
+    return read_lora(Path(settings.output_dir) / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])

@@ -18,9 +18,10 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.config import METADATA, UNUSED_SETTINGS, USED_SETTINGS
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import peft_config, peft_state
-from stepfuse.fuse.lora.file import IDLE, KNOWN, METADATA, check_fits, open_lora
+from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -248,7 +249,7 @@ def test_settings_that_compute_something_else_are_refused_by_name(places, tmp_pa
     packed = json.dumps({f"unet.{key}": own for key, own in config.items()})
     save_file(load_file(places[PARTNER]), tmp_path / "x.safetensors", metadata={METADATA: packed})
     with refused(str(tmp_path / "x.safetensors"), setting if setting != "init_lora_weights" else repr(value)):
-        open_lora(tmp_path / "x.safetensors")
+        open_lora(tmp_path / "x.safetensors").__enter__()
 
 
 def test_every_setting_of_peft_is_taken_or_known_to_be_refused():
@@ -268,7 +269,7 @@ def test_every_setting_of_peft_is_taken_or_known_to_be_refused():
         "use_qalora",
         "velora_config",
     }
-    assert {field.name for field in fields(LoraConfig)} - {*IDLE, *KNOWN} == refused_above
+    assert {field.name for field in fields(LoraConfig)} - {*UNUSED_SETTINGS, *USED_SETTINGS} == refused_above
 
 
 # Names

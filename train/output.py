@@ -11,8 +11,8 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from stepfuse.data.output_folder import check_output, files_below, files_named, resolve_folder
-from stepfuse.data.output_folder import clear as clear_files
+from stepfuse.data.folder_files import files_below, files_named
+from stepfuse.data.output_folder import delete_files, require_empty_dir, resolve_folder
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import OBJECTIVE
@@ -97,7 +97,7 @@ def check_free(folder: Path, *, overwrite: bool) -> None:
     """
     checkpoints = [place.name for place in list_checkpoints(folder)]
     writes = (CONFIG, OBJECTIVE, WEIGHTS, *checkpoints)
-    check_output(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
+    require_empty_dir(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
 
 
 def training_files(folder: Path) -> set[Path]:
@@ -124,7 +124,7 @@ def training_files(folder: Path) -> set[Path]:
 
 def clear(folder: Path) -> None:
     """Delete the files of an earlier run in a folder; all others stay."""
-    clear_files(folder, training_files(folder))
+    delete_files(folder, training_files(folder))
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 """What an adapter was made from: its settings and the local files they name, as one hash."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 
-from stepfuse.data.file_info import file_hash
+from stepfuse.data.file_info import file_hash, text_hash
 from stepfuse.train.settings import TrainSettings
 
 # They say where a run writes, how fast it is, or what is looked at: not what comes out.
@@ -30,4 +29,4 @@ def config_hash(settings: TrainSettings) -> str:
     """SHA-256 of all that decides what a training makes; the same for the same adapter."""
     values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in ASIDE}
     text = json.dumps({"settings": values, "files": input_files(settings)}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_hash(text)

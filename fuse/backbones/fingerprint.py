@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from stepfuse.data.file_info import text_hash
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.weight_files import (
     cached_folder,
@@ -30,7 +31,7 @@ def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
     shapes = "\n".join(f"{name} {list(state[name].shape)}" for name in names)
     chosen = [names[i * (len(names) - 1) // 63] for i in range(64)]
     probe = [state[name].flatten()[state[name].numel() // 2].item() for name in chosen]
-    return {"architecture": hashlib.sha256(shapes.encode()).hexdigest(), "probe": probe}
+    return {"architecture": text_hash(shapes), "probe": probe}
 
 
 def describe_base(

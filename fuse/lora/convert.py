@@ -1,4 +1,4 @@
-"""LoRAs from elsewhere: every layout that states layer, factor and scale without doubt.
+"""LoRAs from elsewhere: every layout that states layer, factor and scale unambiguously.
 
 One pass names every tensor (`stepfuse.fuse.lora.keys`), then one reader checks shapes, scale and fit. The scale of a
 layer is `alpha / r`, alpha being
@@ -9,29 +9,21 @@ layer is `alpha / r`, alpha being
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from stepfuse.data.json_file import read_json
+from stepfuse.fuse.lora.config import check_config, read_configs
 from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS
 from stepfuse.fuse.lora.factors import Factors
-from stepfuse.fuse.lora.file import (
-    DTYPES,
-    SMALL_DTYPES,
-    LoRALayer,
-    check_config,
-    check_fits,
-    check_layers,
-    plain_modules,
-    read_configs,
-    read_header,
-)
-from stepfuse.fuse.lora.keys import ALPHA, BIAS, DOWN, MAGNITUDE, TEXT, UP, LayerTable, LoRAKey, parse_key
-from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle, read_object
+from stepfuse.fuse.lora.file import check_fits, check_layers, plain_modules
+from stepfuse.fuse.lora.keys import ALPHA, DOWN, TEXT, UP, LayerTable, LoRAKey, parse_key
+from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
+from stepfuse.fuse.lora.tensor_file import FLOATS, SMALL_FLOATS, open_tensors
 
 Found = dict[str, dict[str, LoRAKey]]  # by the layer's path, then by kind
 
@@ -54,28 +46,37 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
     if file.is_dir():
         file = _file_in(file)
     check_no_pickle(file)
-    if not file.is_file():
-        raise ValueError(f"no LoRA weights at {file}")
-    shapes, metadata = read_header(file, lambda key: parse_key(key).part != TEXT, dtypes=DTYPES + SMALL_DTYPES)
-    names = [parse_key(key) for key in shapes]
-    beside = _config_beside(file, names)
-    own = _of_unet(file, names, unet_only=unet_only)
-    if not own:
-        raise ValueError(f"{file} has no layers of a UNet; nothing of it can be fused")
-    modules = dict(plain_modules(unet))
-    found = _by_layer(file, own, LayerTable(modules, unet.config))
-    config = read_configs(file, metadata, ("unet",), bare=True).get("unet")
-    if config is None:
-        config = beside
+    with open_tensors(file, lambda key: parse_key(key).part != TEXT, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
+        names = [parse_key(key) for key in tensors.tensors]
+        beside = _config_beside(file, names)
+        of_unet = _of_unet(file, names, unet_only=unet_only)
+        if not of_unet:
+            raise ValueError(f"{file} has no layers of a UNet; nothing of it can be fused")
+        modules = dict(plain_modules(unet))
+        found = _by_layer(file, of_unet, LayerTable(modules, unet.config))
+        config = read_configs(file, tensors.metadata, ("unet",), bare=True).get("unet", beside)
         if config is None:
             _check_wrapped(file, found)
-    stated = {
-        module: {kind: _shape_for(modules[module], shapes[name.key], kind) for kind, name in kinds.items()}
-        for module, kinds in found.items()
-    }
-    layers = check_layers(file, "unet", {m: _without_alpha(kinds) for m, kinds in stated.items()}, config)
-    check_fits(file, layers, unet)
-    return _read(file, found, layers, stated, config)
+        shapes = {
+            module: {
+                kind: _shape_for(modules[module], tensors.tensors[name.key].shape, kind)
+                for kind, name in kinds.items()
+                if kind != ALPHA
+            }
+            for module, kinds in found.items()
+        }
+        layers = check_layers(file, "unet", shapes, config)
+        check_fits(file, layers, unet)
+        factors = {}
+        for module, kinds in found.items():
+            layer = layers[module]
+            state = {kind: tensors.tensor(kinds[kind].key).reshape(shape) for kind, shape in shapes[module].items()}
+            alpha = layer.scaling * layer.rank
+            if ALPHA in kinds:
+                key = kinds[ALPHA].key
+                alpha = _alpha(file, key, tensors.tensor(key), None if config is None else alpha)
+            factors[module] = Factors.of(state, alpha)
+    return factors
 
 
 def _file_in(folder: Path) -> Path:
@@ -87,23 +88,24 @@ def _file_in(folder: Path) -> Path:
     usual = folder / (PEFT_WEIGHTS if (folder / PEFT_CONFIG).is_file() else WEIGHTS)
     if usual.is_file():
         return usual
-    check_no_pickle(next((pickle for pickle in [usual.with_suffix(".bin")] if pickle.is_file()), usual))
-    found = sorted(place for pattern in ("*", "*/*") for place in folder.glob(f"{pattern}.safetensors"))
-    found = [place for place in found if not any(part.startswith(".") for part in place.relative_to(folder).parts)]
+    if (pickle := usual.with_suffix(".bin")).is_file():
+        check_no_pickle(pickle)
+    found = sorted(file for pattern in ("*", "*/*") for file in folder.glob(f"{pattern}.safetensors"))
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     if len(found) > 1:
-        names = ", ".join(str(place.relative_to(folder)) for place in found[:10])
+        names = ", ".join(str(file.relative_to(folder)) for file in found[:10])
         raise ValueError(f"{folder} has several safetensors files, {names}; choose one with --weight_name")
     return found[0] if found else usual
 
 
 def _of_unet(file: Path, names: Sequence[LoRAKey], *, unet_only: bool) -> list[LoRAKey]:
     """The tensors of the UNet, all of one adapter."""
-    own = [name for name in names if name.part != TEXT]
-    strange = [name for name in own if name.refusal]
-    if strange:
+    others = [name for name in names if name.part != TEXT]
+    refused = [name for name in others if name.refusal]
+    if refused:
         # Weights and biases that are named so plainly may be part of another kind of adapter.
         plain = (parse_key("x.weight").refusal, parse_key("x").refusal)
-        worst = next((name for name in strange if name.refusal not in plain), strange[0])
+        worst = next((name for name in refused if name.refusal not in plain), refused[0])
         raise ValueError(f"{file}: tensor {worst.key[:100]!r} is of {worst.refusal}")
     texts = [name.key for name in names if name.part == TEXT]
     if texts and not unet_only:
@@ -111,11 +113,11 @@ def _of_unet(file: Path, names: Sequence[LoRAKey], *, unet_only: bool) -> list[L
             f"{file} has tensors of a text_encoder or an embedding too ({texts[0][:100]!r}), and fused adapters share "
             "one embedding of the prompt: --unet_only leaves them out, which changes what the LoRA does"
         )
-    adapters = {name.adapter or "" for name in own if name.kind != ALPHA}
+    adapters = {name.adapter or "" for name in others if name.kind != ALPHA}
     if len(adapters) > 1:
-        told = ", ".join(repr(name) for name in sorted(adapters))
-        raise ValueError(f"{file} holds several adapters, {told}; save each of them to a separate file")
-    return own
+        listed = ", ".join(repr(name) for name in sorted(adapters))
+        raise ValueError(f"{file} holds several adapters, {listed}; save each of them to a separate file")
+    return others
 
 
 def _by_layer(file: Path, names: Sequence[LoRAKey], table: LayerTable) -> Found:
@@ -144,17 +146,17 @@ def _by_layer(file: Path, names: Sequence[LoRAKey], table: LayerTable) -> Found:
 
 def _config_beside(file: Path, names: Sequence[LoRAKey]) -> dict[str, Any] | None:
     """peft's configuration in a file beside the weights, for keys that have peft's wrapper in them."""
-    place = file.parent / PEFT_CONFIG
-    if not place.is_file() or not any("base_model.model." in name.key for name in names):
+    beside = file.parent / PEFT_CONFIG
+    if not beside.is_file() or not any("base_model.model." in name.key for name in names):
         return None
-    values = read_object(place, "the configuration peft saves beside the weights")
+    values = read_json(beside, "the configuration peft saves beside the weights")
     config = {key: value for key, value in values.items() if value}
-    check_config(place, config)
+    check_config(beside, config)
     return config
 
 
 def _check_wrapped(file: Path, found: Found) -> None:
-    """See that weights as peft alone writes them, which come without its configuration, state their alpha."""
+    """Check that weights as peft alone writes them, which come without its configuration, state their alpha."""
     for kinds in found.values():
         if kinds[DOWN].wrapped and ALPHA not in kinds:
             raise ValueError(
@@ -173,42 +175,6 @@ def _shape_for(module: nn.Module, shape: tuple[int, ...], kind: str) -> tuple[in
         return (shape[0], math.prod(shape[1:]))
     inputs = tuple(weight.shape[1:])
     return (shape[0], *inputs) if kind == DOWN and shape[1] == math.prod(inputs) else (*shape, 1, 1)
-
-
-def _without_alpha(kinds: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    return {kind: shape for kind, shape in kinds.items() if kind != ALPHA}
-
-
-def _read(
-    file: Path,
-    found: Found,
-    layers: Mapping[str, LoRALayer],
-    stated: Mapping[str, Mapping[str, tuple[int, ...]]],
-    config: Mapping[str, Any] | None,
-) -> dict[str, Factors]:
-    """Tensors and scales of layers that were checked."""
-    factors = {}
-    with safe_open(file, framework="pt") as tensors:
-        for module, kinds in found.items():
-            state = {kind: _computable(tensors.get_tensor(name.key)) for kind, name in kinds.items()}
-            shaped = {kind: value.reshape(stated[module][kind]) for kind, value in state.items()}
-            layer = layers[module]
-            alpha = layer.scaling * layer.rank
-            if ALPHA in state:
-                alpha = _alpha(file, kinds[ALPHA].key, state[ALPHA], None if config is None else alpha)
-            factors[module] = Factors(
-                down=shaped[DOWN],
-                up=shaped[UP],
-                alpha=alpha,
-                magnitude=shaped.get(MAGNITUDE),
-                bias=shaped.get(BIAS),
-            )
-    return factors
-
-
-def _computable(value: Tensor) -> Tensor:
-    """float8 as float16, which holds each of its values; torch computes with few operations in float8."""
-    return value.half() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def _alpha(file: Path, key: str, value: Tensor, configured: float | None) -> float:

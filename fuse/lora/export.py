@@ -1,8 +1,7 @@
 """LoRAs in other tools' formats."""
 
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,61 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepfuse.data.text_files import write_text
+from stepfuse.data.json_file import write_json
+from stepfuse.data.names import nearest
 from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state
 from stepfuse.fuse.lora.kohya import file_metadata, kohya_name
-from stepfuse.fuse.lora.write import sort_metadata
+from stepfuse.fuse.lora.write import save_lora, sort_metadata
 
 FORMATS = ("diffusers", "peft", "kohya")
 PEFT_PREFIX = "base_model.model."
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
+def save_as(
+    form: str,
+    output: Path,
+    factors: Mapping[str, Factors],
+    *,
+    base: str,
+    config: Mapping[str, Any],
+    title: str,
+    prediction: str,
+) -> None:
+    """Write a LoRA in another tool's format.
+
+    Args:
+        form: one of `FORMATS`.
+        output: a file; for `peft` a folder, which `PeftModel.from_pretrained` reads.
+        base: its name, for peft.
+        config: of the base's UNet, on which kohya's names depend.
+        title, prediction: of the LoRA and of the base, for kohya.
+
+    Raises:
+        ValueError: for another format, and an adapter that the format does not hold.
+    """
+    check_format(form)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if form == "diffusers":
+        save_lora(output, factors)
+    elif form == "peft":
+        save_peft(output, factors, base)
+    else:
+        save_kohya(output, factors, config, title=title, prediction=prediction)
+
+
+def check_format(form: str, known: Sequence[str] = FORMATS) -> None:
+    if form not in known:
+        raise ValueError(f"format {form!r}; expected one of {', '.join(known)}{nearest(form, known)}")
+
+
 def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
     """A folder as peft saves one."""
-    output.mkdir(parents=True, exist_ok=True)
+    output.mkdir(exist_ok=True)
     state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
     save_file(state, output / PEFT_WEIGHTS, metadata={"format": "pt"})
     config = peft_config(factors) | {"base_model_name_or_path": base, "inference_mode": True}
-    write_text(output / PEFT_CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(output / PEFT_CONFIG, config, sort_keys=True)
 
 
 def save_kohya(
@@ -40,12 +77,12 @@ def save_kohya(
     state: dict[str, Tensor] = {}
     alpha = Counter(float(layer.alpha) for layer in factors.values()).most_common(1)[0][0]
     for module, layer in factors.items():
-        if layer.magnitude is not None:
+        if layer.dora:
             raise ValueError(
                 f"{title!r} is a DoRA, which tools that read kohya's files compute otherwise than it was trained; "
                 "export it as diffusers or peft"
             )
-        if layer.bias is not None:
+        if layer.has_bias:
             raise ValueError(f"{title!r} has a bias, which kohya's files do not hold; export it as diffusers or peft")
         name, up = kohya_name(module, config), layer.up
         if layer.alpha != alpha:  # diffusers 0.42 gives attention layers the alpha that most layers have
@@ -55,6 +92,5 @@ def save_kohya(
         state[f"{name}.alpha"] = torch.tensor(alpha)
     first = next(iter(factors.values()))
     metadata = file_metadata(config, title=title, rank=first.rank, alpha=alpha, prediction=prediction)
-    output.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, output, metadata=metadata)
     sort_metadata(output)

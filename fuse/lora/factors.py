@@ -1,14 +1,15 @@
 """The factors of a LoRA, layer by layer, and peft's tensors and configuration made of them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
 
-from stepfuse.fuse.lora.file import LoRAFile, LoRALayer, check_config, check_layers
+from stepfuse.fuse.lora.config import check_config, layer_settings
+from stepfuse.fuse.lora.file import LoRALayer, check_layers, open_lora
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, set_key
 
 
@@ -30,29 +31,54 @@ class Factors:
     magnitude: Tensor | None = None
     bias: Tensor | None = None
 
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], alpha: float) -> "Factors":
+        """By the kinds of tensors, as `tensors` has them."""
+        return cls(
+            down=tensors[DOWN], up=tensors[UP], alpha=alpha, magnitude=tensors.get(MAGNITUDE), bias=tensors.get(BIAS)
+        )
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those there are, by their kind in `stepfuse.fuse.lora.keys`."""
+        found = {DOWN: self.down, UP: self.up, MAGNITUDE: self.magnitude, BIAS: self.bias}
+        return {kind: value for kind, value in found.items() if value is not None}
+
     @property
     def rank(self) -> int:
         return len(self.down)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the layer it is of."""
+        """Of the weight it is added to."""
         return (len(self.up), *self.down.shape[1:])
 
     @property
     def scaling(self) -> float:
         return self.alpha / self.rank
 
-    def half(self) -> "Factors":
-        """The same layer in float16."""
-        magnitude, bias = (None if value is None else value.half() for value in (self.magnitude, self.bias))
-        return replace(self, down=self.down.half(), up=self.up.half(), magnitude=magnitude, bias=bias)
+    @property
+    def dora(self) -> bool:
+        return self.magnitude is not None
+
+    @property
+    def has_bias(self) -> bool:
+        return self.bias is not None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
+        """The same layer with each of its tensors changed."""
+        return Factors.of({kind: change(value) for kind, value in self.tensors.items()}, self.alpha)
 
 
-def read_factors(lora: LoRAFile, sha256: str | None = None) -> dict[str, Factors]:
-    """The UNet's layers of a checked file, by the module's path."""
-    state = lora.read(sha256)
-    return _from_layers(lora.layers.get("unet", {}), {key.removeprefix("unet."): value for key, value in state.items()})
+def read_factors(file: Path, sha256: str | None = None) -> dict[str, Factors]:
+    """The UNet's layers of a file, by the module's path; with a hash, those of exactly that file.
+
+    Raises:
+        ValueError: as `open_lora` does, for another hash, and for numbers that are not finite.
+    """
+    with open_lora(file) as lora:
+        state = {key.removeprefix("unet."): value for key, value in lora.read(sha256).items()}
+        return _from_layers(lora.layers.get("unet", {}), state)
 
 
 def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Factors]:
@@ -77,13 +103,10 @@ def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, 
 
 
 def _from_layers(layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -> dict[str, Factors]:
+    kinds = (DOWN, UP, MAGNITUDE, BIAS)
     return {
-        name: Factors(
-            down=state[f"{name}.{DOWN}"],
-            up=state[f"{name}.{UP}"],
-            alpha=layer.scaling * layer.rank,
-            magnitude=state.get(f"{name}.{MAGNITUDE}"),
-            bias=state.get(f"{name}.{BIAS}"),
+        name: Factors.of(
+            {kind: state[f"{name}.{kind}"] for kind in kinds if f"{name}.{kind}" in state}, layer.scaling * layer.rank
         )
         for name, layer in layers.items()
     }
@@ -91,26 +114,14 @@ def _from_layers(layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -
 
 def peft_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Tensors under peft's keys."""
-    state: dict[str, Tensor] = {}
-    for module, layer in factors.items():
-        state[f"{module}.lora_A.weight"] = layer.down.contiguous()
-        state[f"{module}.lora_B.weight"] = layer.up.contiguous()
-        if layer.magnitude is not None:
-            state[f"{module}.lora_magnitude_vector"] = layer.magnitude.contiguous()
-        if layer.bias is not None:
-            state[f"{module}.lora_B.bias"] = layer.bias.contiguous()
-    return state
+    return {
+        f"{module}.{kind}": value.contiguous()
+        for module, layer in factors.items()
+        for kind, value in layer.tensors.items()
+    }
 
 
 def peft_config(factors: Mapping[str, Factors]) -> dict[str, Any]:
     """peft's configuration of these layers, each with a rank and an alpha of its own."""
-    first = next(iter(factors.values()))
-    return LoraConfig(
-        r=first.rank,
-        lora_alpha=first.alpha,
-        rank_pattern={f"^{m}": layer.rank for m, layer in factors.items() if layer.rank != first.rank},
-        alpha_pattern={f"^{m}": layer.alpha for m, layer in factors.items() if layer.alpha != first.alpha},
-        target_modules=sorted(factors),
-        use_dora=first.magnitude is not None,
-        lora_bias=first.bias is not None,
-    ).to_dict() | {"target_modules": sorted(factors)}  # peft makes a set of them, in any order
+    settings = layer_settings(factors)
+    return LoraConfig(**settings).to_dict() | {"target_modules": settings["target_modules"]}  # peft makes a set of them

@@ -53,20 +53,20 @@ def sgm_path(module: str, config: Mapping[str, Any]) -> str:
     try:
         level = int(rest.pop(0)) if block != "mid_block" else 0
         kind, number, *rest = rest
-        place = int(number)
+        index = int(number)
         inner = ".".join(rest)
         if kind == "resnets":
             inner = RESNET[inner]
         if (block, kind) == ("mid_block", "resnets"):
-            return f"middle_block.{2 * place}.{inner}"
+            return f"middle_block.{2 * index}.{inner}"
         if (block, kind) == ("mid_block", "attentions"):
             return f"middle_block.1.{inner}"
         if block == "down_blocks" and kind in ("resnets", "attentions"):
-            return f"input_blocks.{1 + _blocks_before(level, layers) + place}.{int(kind == 'attentions')}.{inner}"
+            return f"input_blocks.{1 + _blocks_before(level, layers) + index}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("down_blocks", "downsamplers", "conv"):
             return f"input_blocks.{_blocks_before(level + 1, layers)}.0.op"
         if block == "up_blocks" and kind in ("resnets", "attentions"):
-            return f"output_blocks.{_blocks_before(level, layers, up=True) + place}.{int(kind == 'attentions')}.{inner}"
+            return f"output_blocks.{_blocks_before(level, layers, up=True) + index}.{int(kind == 'attentions')}.{inner}"
         if (block, kind, inner) == ("up_blocks", "upsamplers", "conv"):
             attends = "CrossAttn" in config["up_block_types"][level]
             return f"output_blocks.{_blocks_before(level + 1, layers, up=True) - 1}.{2 if attends else 1}.conv"

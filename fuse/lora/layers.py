@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def active_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
-    """Run the UNet with one adapter, or with none: then it is the reference."""
+    """Run the UNet with one adapter, or with none, as the base."""
     layers = lora_layers(unet)
     if name is not None and not any(name in layer.r for layer in layers):
         raise ValueError(f"the UNet has no adapter {name!r}")
@@ -26,15 +26,15 @@ def adapter_on_last_rows(unet: nn.Module, name: str, first: int) -> Iterator[Non
     Without gradients: the rows of an output are changed in place.
 
     Raises:
-        ValueError: for an adapter that is not there, or a DoRA, which is no sum of two outputs.
+        ValueError: for an adapter that does not exist, or a DoRA, which is no sum of two outputs.
     """
     layers = lora_layers(unet)
     check_mergeable(layers, [name])
 
     def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         down, up = layer.lora_A[name], layer.lora_B[name]
-        own = up(down(inputs[0][first:].to(down.weight.dtype)))
-        output[first:] += (own * layer.scaling[name]).to(output.dtype)
+        added = up(down(inputs[0][first:].to(down.weight.dtype)))
+        output[first:] += (added * layer.scaling[name]).to(output.dtype)
 
     hooks = [layer.register_forward_hook(add) for layer in layers if name in layer.scaling]
     try:
@@ -50,7 +50,7 @@ def merged_adapters(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[N
     """Run the UNet with the LoRA Σ w_i B_i A_i: every adapter's output, scaled, in one forward.
 
     Raises:
-        ValueError: for an adapter that is not there, or a DoRA, which is not linear in its weight.
+        ValueError: for an adapter that does not exist, or a DoRA, which is not linear in its weight.
     """
     layers = lora_layers(unet)
     used = {name: weight for name, weight in weights.items() if weight != 0}
@@ -74,7 +74,7 @@ def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[
         with _active(layers, []):
             yield
         return
-    first = next(iter(used))  # its place holds the average meanwhile
+    first = next(iter(used))  # its factors hold the average meanwhile
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
     try:
         for layer in layers:
@@ -96,7 +96,7 @@ def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
 
 
 def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
-    """See that adapters are there, and linear in their weights."""
+    """Check that adapters exist, and are linear in their weights."""
     for name in names:
         if not any(name in layer.scaling for layer in layers):
             raise ValueError(f"the UNet has no adapter {name!r}")
@@ -105,11 +105,11 @@ def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> N
 
 
 def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
-    """See that adapters have factors of one shape and scale."""
+    """Check that adapters have factors of one shape and scale."""
     check_mergeable(layers, names)
     for name in names:
         if any(layer.lora_bias.get(name, False) for layer in layers):
-            raise ValueError(f"adapter {name!r} has a bias, which is of neither factor; use the rule soup")
+            raise ValueError(f"adapter {name!r} has a bias, which belongs to neither factor; use the rule soup")
     for layer in layers:
         made = {name: (layer.r[name], layer.scaling[name]) if name in layer.scaling else None for name in names}
         if len(set(made.values())) > 1:
@@ -122,7 +122,7 @@ def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> Non
 
 @contextmanager
 def _scaled(layers: Sequence[BaseTunerLayer], weights: Mapping[str, float]) -> Iterator[None]:
-    """Multiply the output of adapters meanwhile."""
+    """Multiply the output of adapters within the block."""
     before = [dict(layer.scaling) for layer in layers]
     try:
         for layer in layers:

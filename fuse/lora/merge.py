@@ -9,14 +9,14 @@ from stepfuse.fuse.lora.factors import Factors
 
 
 def merge_factors(
-    everyone: Sequence[tuple[str, float, Mapping[str, Factors]]], rank: int | None = None
+    adapters: Sequence[tuple[str, float, Mapping[str, Factors]]], rank: int | None = None
 ) -> tuple[dict[str, Factors], float]:
     """The soup Σ w_i s_i B_i A_i as one LoRA of scaling 1, and how far rounding it to a rank takes it.
 
         B = [w_1 s_1 B_1, …, w_N s_N B_N],  A = [A_1; …; A_N]:  B A = Σ w_i s_i B_i A_i,  of rank Σ r_i
 
     Args:
-        everyone: names, weights and layers.
+        adapters: names, weights and layers.
         rank: keep so many singular values a layer (the nearest of that rank, Eckart and Young 1936); by default all.
 
     Returns:
@@ -27,23 +27,23 @@ def merge_factors(
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank {rank}; expected 1 or more")
-    used = [(name, weight, factors) for name, weight, factors in everyone if weight]
+    used = [(name, weight, factors) for name, weight, factors in adapters if weight]
     for name, _, factors in used:
         for layer in factors.values():
-            if layer.magnitude is not None or layer.bias is not None:
-                what = "a DoRA" if layer.bias is None else "a LoRA with a bias"
+            if layer.dora or layer.has_bias:
+                what = "a LoRA with a bias" if layer.has_bias else "a DoRA"
                 raise ValueError(f"adapter {name!r} is {what}, which cannot be merged by weight; give it weight 0")
-    merged, missed, whole = {}, 0.0, 0.0
+    merged, dropped, total = {}, 0.0, 0.0
     for module in sorted({module for _, _, factors in used for module in factors}):
-        own = [(weight, factors[module]) for _, weight, factors in used if module in factors]
-        down = torch.cat([layer.down.double() for _, layer in own])
-        up = torch.cat([weight * layer.scaling * layer.up.double() for weight, layer in own], dim=1)
+        layers = [(weight, factors[module]) for _, weight, factors in used if module in factors]
+        down = torch.cat([layer.down.double() for _, layer in layers])
+        up = torch.cat([weight * layer.scaling * layer.up.double() for weight, layer in layers], dim=1)
         if rank is not None:
             down, up, values = _truncate(down, up, rank)
-            missed += values[rank:].square().sum().item()
-            whole += values.square().sum().item()
+            dropped += values[rank:].square().sum().item()
+            total += values.square().sum().item()
         merged[module] = Factors(down=down.float(), up=up.float(), alpha=float(len(down)))
-    return merged, (missed / whole) ** 0.5 if whole else 0.0
+    return merged, (dropped / total) ** 0.5 if total else 0.0
 
 
 def _truncate(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

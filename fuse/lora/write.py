@@ -1,4 +1,4 @@
-"""The files of LoRAs that stepfuse writes: whole in diffusers and ComfyUI, or refused whole.
+"""The files of LoRAs that stepfuse writes: diffusers and ComfyUI read every layer of one, or none.
 
 diffusers' plain layout, `unet.….to_q.lora_A.weight`, is one of which ComfyUI reads convolutions and feed-forward layers
 and none of the attention, and no alpha at all. Written is diffusers' layout from before peft,
@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from stepfuse.data.library_messages import StableDiffusionPipeline
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.fuse.lora.factors import Factors, peft_config
-from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, written_key
+from stepfuse.fuse.lora.keys import written_key
 
 
 def save_lora(
@@ -33,11 +33,11 @@ def save_lora(
         pipeline_class: any with diffusers' `save_lora_weights`.
     """
     scaled = {module: scale_to_one(factors[module]) for module in sorted(factors)}
-    guarded = any(layer.magnitude is not None or layer.bias is not None for layer in scaled.values())
+    guarded = any(layer.dora or layer.has_bias for layer in scaled.values())
     state = {
         written_key(module, kind, guarded=guarded): value.contiguous()
         for module, layer in scaled.items()
-        for kind, value in _tensors(layer).items()
+        for kind, value in layer.tensors.items()
     }
     pipeline_class.save_lora_weights(
         file.parent,
@@ -71,14 +71,5 @@ def sort_metadata(file: Path) -> None:
     header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with written_file(file) as temporary:
+    with atomic_file(file) as temporary:
         temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-
-
-def _tensors(layer: Factors) -> dict[str, Tensor]:
-    tensors = {DOWN: layer.down, UP: layer.up}
-    if layer.magnitude is not None:
-        tensors[MAGNITUDE] = layer.magnitude
-    if layer.bias is not None:
-        tensors[BIAS] = layer.bias
-    return tensors

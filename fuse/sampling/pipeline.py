@@ -61,7 +61,7 @@ class FusedPipeline:
             ValueError: for a faulty set, and a pipeline that is not the set's base.
         """
         if not isinstance(adapter_set, AdapterSet):
-            adapter_set = load_set(adapter_set)
+            adapter_set = load_set(adapter_set, read_weights=False)
         device = "cpu" if pipeline is None else pipeline.device
         chosen = dtype or torch_dtype or torch.float32
         options = {"device": device} | options

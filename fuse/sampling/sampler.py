@@ -127,7 +127,7 @@ class FusedSampler:
         if forwards not in ("batched", "separate"):
             raise ValueError(f"forwards {forwards!r}; expected batched or separate")
         if not isinstance(adapter_set, AdapterSet):
-            adapter_set = load_set(adapter_set)
+            adapter_set = load_set(adapter_set, read_weights=False)
         chosen_rule = rule or get_rule(adapter_set.default_rule)
         if pipeline is None:
             pipeline = load_base(adapter_set.base, dtype=dtype)
@@ -140,7 +140,7 @@ class FusedSampler:
         if not same_base(adapter_set.base, fingerprint):
             raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
         check_path(adapter_set.base, pipeline)
-        adapters = adapter_set.everyone
+        adapters = adapter_set.all_adapters
         for adapter in adapters:
             load_adapter(pipeline, adapter, fingerprint)
         sampler = cls(
@@ -153,7 +153,7 @@ class FusedSampler:
                 batched=BatchedAdapters(pipeline.unet, [a.name for a in adapters]) if forwards == "batched" else None,
                 rows_at_once=rows_at_once,
             ),
-            reference=adapter_set.reference,
+            reference=adapter_set.base_schedule,
             rule=chosen_rule,
             num_inference_steps=adapter_set.num_inference_steps,
             default_weights=adapter_set.default_weights,

@@ -2,36 +2,41 @@
 
 SET/
   adapter_set.json                        all that is known of it; docs/adapter-set.md
-  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it (`lora_write`)
+  NAME/pytorch_lora_weights.safetensors   one LoRA an objective, as `pipe.load_lora_weights` reads it
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.output_folder import complete
+from stepfuse.data.json_file import write_json
+from stepfuse.data.output_folder import complete_interrupted
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.rules.weight_table import weight_table
-from stepfuse.fuse.sets.adapter import Adapter, check_adapter
-from stepfuse.fuse.sets.entries import adapter_from_entry, adapter_to_entry
+from stepfuse.fuse.sets.adapter import check_adapter, check_size
+from stepfuse.fuse.sets.entries import (
+    Adapter,
+    adapter_from_entry,
+    adapter_to_entry,
+    sampling_from_dict,
+    sampling_to_dict,
+)
 from stepfuse.fuse.sets.hub import fetch_set, parse_id
 from stepfuse.fuse.sets.manifest import (
     EMBEDDED_SETS,
     FORMAT_VERSION,
     MANIFEST,
+    adapter_entries,
     check_files,
+    check_path_in_set,
     check_schema,
-    inside,
-    read_json,
+    read_versioned,
 )
 from stepfuse.rewards.weighted import Term, parse_terms
-
-PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +61,7 @@ class AdapterSet:
     Attributes:
         base: `name_or_path` and fingerprint.
         adapters: in the order of the manifest.
-        reference: variance schedule of the base policy, which counts where the strength is not 1.
+        base_schedule: variance schedule of the base policy, which counts where the strength is not 1.
         guidance: `shared`, `full` or `off`.
         guidance_scale: g.
         num_inference_steps: default number of denoising steps.
@@ -70,7 +75,7 @@ class AdapterSet:
 
     base: dict[str, Any]
     adapters: tuple[Adapter, ...]
-    reference: VarianceSchedule
+    base_schedule: VarianceSchedule
     guidance: str
     guidance_scale: float
     num_inference_steps: int
@@ -98,8 +103,13 @@ class AdapterSet:
     def names(self) -> list[str]:
         return [adapter.name for adapter in self.adapters]
 
+    def map_adapters(self, change: Callable[[Adapter], Adapter]) -> "AdapterSet":
+        """The set with each of its adapters changed, the oracles' too."""
+        oracles = tuple(replace(oracle, adapter=change(oracle.adapter)) for oracle in self.oracles)
+        return replace(self, adapters=tuple(map(change, self.adapters)), oracles=oracles)
+
     @property
-    def everyone(self) -> tuple[Adapter, ...]:
+    def all_adapters(self) -> tuple[Adapter, ...]:
         """The adapters, and then the oracles."""
         return (*self.adapters, *(oracle.adapter for oracle in self.oracles))
 
@@ -113,10 +123,8 @@ def save_manifest(folder: Path, loaded: AdapterSet) -> None:
     values = {
         "format_version": FORMAT_VERSION,
         "base": loaded.base,
-        "reference": schedule_to_dict(loaded.reference),
-        "guidance": loaded.guidance,
-        "guidance_scale": loaded.guidance_scale,
-        "num_inference_steps": loaded.num_inference_steps,
+        "reference": schedule_to_dict(loaded.base_schedule),
+        **sampling_to_dict(loaded),
         "default_weights": loaded.default_weights,
         "default_rule": loaded.default_rule,
         "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
@@ -132,12 +140,14 @@ def save_manifest(folder: Path, loaded: AdapterSet) -> None:
     write_json(folder / MANIFEST, values)
 
 
-def load_set(folder: str | Path) -> AdapterSet:
+def load_set(folder: str | Path, *, read_weights: bool = True) -> AdapterSet:
     """Read and check a set: every file whole, every hash right, one base.
 
     Args:
-        folder: where it lies; `emoji`, the set of the embedded base; or a hub id, `owner/name` or
+        folder: where it is; `emoji`, the set of the embedded base; or a hub id, `owner/name` or
             `owner/name@revision`.
+        read_weights: False where the weights are put on a base next, which reads and checks them: then their files are
+            looked up, and not opened, here.
 
     Raises:
         ValueError: naming the file at fault.
@@ -145,32 +155,30 @@ def load_set(folder: str | Path) -> AdapterSet:
     folder = set_folder(folder)
     loaded = read_manifest(folder)
     check_files(folder)
-    for adapter in loaded.everyone:
-        check_adapter(adapter)
+    for adapter in loaded.all_adapters:
+        check_adapter(adapter) if read_weights else check_size(adapter)
     return loaded
 
 
 def read_manifest(folder: Path) -> AdapterSet:
-    """What the manifest of a set says; no weights are looked at.
+    """The manifest of a set; no weights are looked at.
 
     Raises:
         ValueError: naming the manifest and the value at fault.
     """
-    file = inside(folder, MANIFEST)
-    values = read_json(file, "an adapter set, as `stepfuse set create` leaves it")
+    file = check_path_in_set(folder, MANIFEST)
+    values = read_versioned(file, "an adapter set, as `stepfuse set create` writes it")
     check_schema(file, values)
     mixed = values.get("oracles", [])
-    entries = [*values["adapters"], *(entry["adapter"] for entry in mixed)]
+    entries = adapter_entries(values)
     try:
-        everyone = [adapter_from_entry(folder, entry, values["base"]) for entry in entries]
-        adapters, oracles = everyone[: len(values["adapters"])], everyone[len(values["adapters"]) :]
+        read = [adapter_from_entry(folder, entry, values["base"]) for entry in entries]
+        adapters, oracles = read[: len(values["adapters"])], read[len(values["adapters"]) :]
         loaded = AdapterSet(
             base=values["base"],
             adapters=tuple(adapters),
-            reference=schedule_from_dict(values["reference"]),
-            guidance=values["guidance"],
-            guidance_scale=float(values["guidance_scale"]),
-            num_inference_steps=int(values["num_inference_steps"]),
+            base_schedule=schedule_from_dict(values["reference"]),
+            **sampling_from_dict(values),
             default_weights=values["default_weights"],
             default_rule=values.get("default_rule", "product"),
             oracles=tuple(
@@ -189,15 +197,15 @@ def read_manifest(folder: Path) -> AdapterSet:
             if len({entry[key] for entry in entries}) < len(entries):
                 raise ValueError(f"two adapters have one {key}")
         measured = [mixture for profile in loaded.profiles for mixture in profile.mixtures]
-        weight_table([loaded.default_weights, *(own.weights for own in loaded.oracles), *measured], loaded.names)
+        weight_table([loaded.default_weights, *(oracle.weights for oracle in loaded.oracles), *measured], loaded.names)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        told = str(error)
-        raise ValueError(told if told.startswith(str(folder)) else f"{file} is malformed: {told}") from error
+        reason = str(error)
+        raise ValueError(reason if reason.startswith(str(folder)) else f"{file} is malformed: {reason}") from error
     return loaded
 
 
 def set_folder(folder: str | Path) -> Path:
-    """Where a set lies: a folder, one of `EMBEDDED_SETS` by its name, or one of the hub by its id.
+    """The folder of a set: a folder itself, one of `EMBEDDED_SETS` by its name, or one of the hub by its id.
 
     Raises:
         ValueError: for a hub id of which there is none.
@@ -206,7 +214,7 @@ def set_folder(folder: str | Path) -> Path:
         return EMBEDDED_SETS[str(folder)]
     if not Path(folder).exists() and parse_id(str(folder)) is not None:
         return fetch_set(str(folder))
-    complete(Path(folder))  # where a process was killed while it replaced the set
+    complete_interrupted(Path(folder))  # where a process was killed while it replaced the set
     return Path(folder)
 
 

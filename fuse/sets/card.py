@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.rules.weights import label_weights
-from stepfuse.fuse.sets.adapter import Adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
 from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.rewards.registry import local_parts
@@ -27,31 +27,31 @@ import torch
 
 from stepfuse import FusedPipeline
 
-pipe = FusedPipeline.from_pretrained("{place}")
+pipe = FusedPipeline.from_pretrained("{source}")
 image = pipe("{prompt}", weights={weights}, generator=torch.Generator().manual_seed(0)).images[0]
 ```"""
-ALONE = """```python
-pipe.load_lora_weights("{place}", subfolder="{name}", weight_name="{file}")
+LOAD_ONE = """```python
+pipe.load_lora_weights("{source}", subfolder="{name}", weight_name="{file}")
 ```"""
 
 
-def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, place: str | None = None) -> Path:
+def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, source: str | None = None) -> Path:
     """Write the set's README.md.
 
     Args:
         pictures: an evaluation's folder, whose plot of the fronts goes along.
-        place: what users of the card load the set by; by default the folder.
+        source: what users of the card load the set by; by default the folder.
 
     Raises:
-        ValueError: for a README.md of other origin, which is kept.
+        ValueError: for a README.md that stepfuse did not write, which is kept.
     """
     file = check_card(folder)
     if pictures is not None and (pictures / FRONTS).is_file():
-        with written_file(folder / FRONTS) as picture:
+        with atomic_file(folder / FRONTS) as picture:
             shutil.copyfile(pictures / FRONTS, picture)
     shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
-    with written_file(file) as temporary:
-        write_text(temporary, card(loaded, place=place or file_name(folder), shown=shown))
+    with atomic_file(file) as temporary:
+        write_text(temporary, card(loaded, source=source or file_name(folder), shown=shown))
     return file
 
 
@@ -59,7 +59,7 @@ def check_card(folder: Path) -> Path:
     """Check that a set's README.md may be written.
 
     Raises:
-        ValueError: for one of other origin.
+        ValueError: for one that stepfuse did not write.
     """
     file = folder / CARD
     if file.exists() and not is_card(file):
@@ -76,29 +76,29 @@ def is_card(file: Path) -> bool:
         return False
 
 
-def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
+def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
     """The card as Markdown with the hub's front matter; every figure is of the set.
 
     Args:
-        place: a hub id, or a folder.
-        shown: pictures that lie beside it.
+        source: a hub id, or a folder.
+        shown: pictures beside it.
     """
     objectives = ", ".join(loaded.names)
     weights = json.dumps({name: float(f"{weight:g}") for name, weight in loaded.default_weights.items()})
     parts = [
-        f"---\n{front_matter(loaded, place)}---",
-        f"# {plain(place.rpartition('/')[2])}",
+        f"---\n{front_matter(loaded, source)}---",
+        f"# {plain(source.rpartition('/')[2])}",
         f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
         f"where images are drawn. Guidance is {loaded.guidance}, scale {loaded.guidance_scale:g}; "
         f"{loaded.num_inference_steps} steps; rule {code(loaded.default_rule)}.",
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
-        CODE.format(place=place, prompt="a lighthouse at dusk", weights=weights),
+        CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
-        ALONE.format(place=place, name=loaded.adapters[0].folder.name, file=WEIGHTS),
+        LOAD_ONE.format(source=source, name=loaded.adapters[0].folder.name, file=WEIGHTS),
         "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
-        f"`stepfuse set export {place} {loaded.names[0]} --format kohya`; a mixture as "
-        f'one file: `stepfuse set merge {place} --weights "{label_weights(loaded.default_weights)}"`.',
+        f"`stepfuse set export {source} {loaded.names[0]} --format kohya`; a mixture as "
+        f'one file: `stepfuse set merge {source} --weights "{label_weights(loaded.default_weights)}"`.',
         "## Adapters",
         _adapters(loaded),
         "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "
@@ -114,9 +114,9 @@ def card(loaded: AdapterSet, *, place: str, shown: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(loaded: AdapterSet, place: str) -> str:
+def front_matter(loaded: AdapterSet, source: str) -> str:
     """The hub's metadata, with what was measured as its model-index."""
-    licences = sorted({adapter.license for adapter in loaded.everyone if adapter.license})
+    licences = sorted({adapter.license for adapter in loaded.all_adapters if adapter.license})
     named: dict[str, Any] = {"license": licences[0]} if len(licences) == 1 else {"license": "other"} if licences else {}
     base = loaded.base["name_or_path"]
     relation: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if parse_id(base) else {}
@@ -126,14 +126,14 @@ def front_matter(loaded: AdapterSet, place: str) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["stepfuse", "lora", "text-to-image", "multi-objective", "reinforcement-learning"],
-        model_name=place.rpartition("/")[2],
+        model_name=source.rpartition("/")[2],
         eval_results=_results(loaded) or None,
     )
     return data.to_yaml(line_break="\n") + "\n"
 
 
 def plain(text: object) -> str:
-    """Anybody's text as text in Markdown: no HTML, no link, no table cell, no line and no code of its own."""
+    """Any text as plain text in Markdown: no HTML, link, table cell, line or code comes of it."""
     escaped = html.escape(" ".join(str(text).split()), quote=False)
     for mark in "\\|`[]*":
         escaped = escaped.replace(mark, f"&#{ord(mark)};")
@@ -141,7 +141,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """Anybody's text as code in Markdown, where entities are not read: its brackets and marks become other ones."""
+    """Any text as code in Markdown, where entities are not read: its brackets and marks are replaced."""
     return f"`{' '.join(str(text).split()).translate(CODE_MARKS)}`"
 
 
@@ -216,14 +216,14 @@ def _measured(loaded: AdapterSet) -> str:
         f"| rule | weights | {' | '.join(names)} |",
         f"|---|---|{'--:|' * len(names)}",
     ]
-    own, mixture = loaded.default_rule, label_weights(loaded.default_weights)
-    shown = [cell for cell in evaluation["cells"] if cell["rule"] == own or cell["weights"] == mixture]
+    mixture = label_weights(loaded.default_weights)
+    shown = [cell for cell in evaluation["cells"] if cell["rule"] == loaded.default_rule or cell["weights"] == mixture]
     for cell in shown:
         strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
         gains = " | ".join(_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names)
         lines.append(f"| {code(cell['rule'])}{strength} | {plain(cell['weights'])} | {gains} |")
-    if left := len(evaluation["cells"]) - len(shown):
-        lines += ["", f"{_count(left, 'row')} more, other rules at other weights, in `{MANIFEST}`."]
+    if hidden := len(evaluation["cells"]) - len(shown):
+        lines += ["", f"{_count(hidden, 'row')} more, other rules at other weights, in `{MANIFEST}`."]
     return "\n".join(lines)
 
 
@@ -234,7 +234,7 @@ def _interval(gain: dict[str, Any]) -> str:
 
 
 def _limits(loaded: AdapterSet) -> str:
-    """What is known against it."""
+    """Known limitations."""
     lines = ["Fused images are of the base: its licence, and what it must not be used for, hold for them too."]
     lines += ["A reward is what was optimised, not what was meant: what it does not see, it does not keep."]
     for adapter in loaded.adapters:
@@ -254,7 +254,7 @@ def _licences(loaded: AdapterSet) -> str:
     """Of every part."""
     base = loaded.base.get("license") or "not stated here: see its own page"
     lines = ["| part | licence |", "|---|---|", f"| base, {_base(loaded)} | {plain(base)} |"]
-    lines += [f"| {adapter.name} | {plain(adapter.license or 'not stated')} |" for adapter in loaded.everyone]
+    lines += [f"| {adapter.name} | {plain(adapter.license or 'not stated')} |" for adapter in loaded.all_adapters]
     return "\n".join(lines)
 
 

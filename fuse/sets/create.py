@@ -1,24 +1,25 @@
-"""Making sets: of trained adapters, with what was measured of them, and copies of others' sets."""
+"""Making sets: of trained adapters, and copies of other sets."""
 
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.output_folder import check_output, files_named, replaced
+from stepfuse.data.folder_files import files_named
+from stepfuse.data.json_file import read_json, write_json
+from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
-from stepfuse.fuse.lora.safe_files import WEIGHTS, read_object
-from stepfuse.fuse.rules.gap_profile import GapProfile
-from stepfuse.fuse.sets.adapter import OBJECTIVE, Adapter, copy_weights, read_adapter
+from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.sets.adapter import OBJECTIVE, copy_weights, read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, OracleAdapter, load_set, oracle_terms, save_manifest, set_folder
 from stepfuse.fuse.sets.card import CARD, is_card
-from stepfuse.fuse.sets.entries import record_weights
+from stepfuse.fuse.sets.edit import add_license, check_writable
+from stepfuse.fuse.sets.entries import Adapter, describe_weights
 from stepfuse.fuse.sets.hub import PICTURES
-from stepfuse.fuse.sets.manifest import MANIFEST, check_files
+from stepfuse.fuse.sets.manifest import MANIFEST, adapter_entries, check_files, check_path_in_set, read_versioned
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 
@@ -28,7 +29,7 @@ def create_set(
     folders: Sequence[str | Path],
     *,
     oracles: Sequence[str | Path] = (),
-    reference: VarianceSchedule | None = None,
+    base_schedule: VarianceSchedule | None = None,
     half: bool = False,
     base: str | None = None,
     base_license: str | None = None,
@@ -44,7 +45,8 @@ def create_set(
     sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
 
     Args:
-        folders, oracles: folders that training left, or those of adapters in other sets.
+        folders, oracles: folders that training wrote, or those of adapters in other sets.
+        base_schedule: variance schedule of the base policy; by default eta 1.
         base: how others call the base, where the adapters were trained from a folder.
         base_license, license: of the base, and of adapters that do not state theirs, as the hub abbreviates them.
 
@@ -54,40 +56,41 @@ def create_set(
     """
     output = Path(output)
     check_set_output(output, overwrite=overwrite)
-    adapters = [_licensed(find_adapter(folder), license) for folder in folders]
+    adapters = [add_license(find_adapter(folder), license) for folder in folders]
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
-    extra = [_licensed(find_adapter(folder), license) for folder in oracles]
+    extra = [add_license(find_adapter(folder), license) for folder in oracles]
     weights = [{name: term.weight for name, term in oracle_terms(oracle, adapters).items()} for oracle in extra]
-    everyone = [*adapters, *extra]
-    for adapter in everyone[1:]:
-        if adapter.name in [a.name for a in everyone if a is not adapter]:
+    all_adapters = [*adapters, *extra]
+    for adapter in all_adapters[1:]:
+        if adapter.name in [a.name for a in all_adapters if a is not adapter]:
             raise ValueError(f"two adapters are named {adapter.name!r}; train one under another --objective_name")
         check_same(adapter, first)
-    known = _richest(everyone) | _stated(license=base_license)
+    known = _merge_bases(all_adapters)
+    if base_license is not None:
+        known["license"] = base_license
     if base:
         known |= {"name_or_path": base, "revision": None}
-    with replaced(output, ours=set_files, check=load_set) as temporary:
-        for adapter in everyone:
-            (temporary / adapter.name).mkdir()
-            copy_weights(adapter, temporary / adapter.name, half=half)
+    with atomic_output_dir(output, ours=set_files, check=load_set) as temporary:
+        for adapter in all_adapters:
+            _copy(adapter, temporary / adapter.name, half=half)
         created = AdapterSet(
             base=known,
             adapters=tuple(adapters),
-            reference=reference or EtaSchedule(eta=1.0),
+            base_schedule=base_schedule or EtaSchedule(eta=1.0),
             guidance=first.guidance,
             guidance_scale=first.guidance_scale,
             num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
             default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
             oracles=tuple(
-                OracleAdapter(adapter=oracle, weights=own, scales={})
-                for oracle, own in zip(extra, weights, strict=True)
+                OracleAdapter(adapter=oracle, weights=mixture, scales={})
+                for oracle, mixture in zip(extra, weights, strict=True)
             ),
             versions={name: version(name) for name in PACKAGES},
         )
         save_manifest(temporary, created)
-    return load_set(output)
+    return load_set(output, read_weights=False)
 
 
 def check_set_output(output: Path, *, overwrite: bool) -> None:
@@ -96,7 +99,7 @@ def check_set_output(output: Path, *, overwrite: bool) -> None:
     Raises:
         ValueError: for a folder that is not empty, unless `overwrite`, and for a pickle or a link to elsewhere in it.
     """
-    folder = check_output(output, overwrite=overwrite, ours=set_files, writes=[MANIFEST])
+    folder = require_empty_dir(output, overwrite=overwrite, ours=set_files, writes=[MANIFEST])
     check_files(folder, besides=set_files(folder))
 
 
@@ -109,44 +112,26 @@ def set_files(folder: Path) -> set[Path]:
     if not (folder / MANIFEST).is_file():
         return set()
     try:
-        values = read_object(folder / MANIFEST, "an adapter set")
-        entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
-        names = [str(entry["folder"]) for entry in entries]
+        values = read_json(folder / MANIFEST, "an adapter set")
+        names = [str(entry["folder"]) for entry in adapter_entries(values)]
     except (ValueError, KeyError, TypeError):
-        names = [place.name for place in folder.iterdir() if (place / WEIGHTS).is_file()]
+        names = [inner.name for inner in folder.iterdir() if (inner / WEIGHTS).is_file()]
     shown = [name for name in PICTURES if name != CARD or is_card(folder / CARD)]
     return files_named(folder, MANIFEST, *shown, *(Path(name, WEIGHTS) for name in names))
 
 
 def find_adapter(folder: str | Path) -> Adapter:
-    """An adapter in a folder of its own, as training leaves it, or in that of a set.
+    """An adapter in a folder, as training writes it, or in the subfolder of a set.
 
     Raises:
         ValueError: naming the file at fault.
     """
     folder = Path(folder)
     if not (folder / OBJECTIVE).exists() and (folder.parent / MANIFEST).is_file():
-        for adapter in load_set(folder.parent).everyone:
+        for adapter in load_set(folder.parent).all_adapters:
             if adapter.folder.name == folder.name:
                 return adapter
     return read_adapter(folder)
-
-
-def set_licences(folder: str | Path, *, license: str | None, base_license: str | None) -> AdapterSet:
-    """State the licence of the adapters that have none stated, and of the base.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
-    changed = replace(
-        loaded,
-        base=loaded.base | _stated(license=base_license),
-        adapters=tuple(_licensed(adapter, license) for adapter in loaded.adapters),
-        oracles=tuple(replace(own, adapter=_licensed(own.adapter, license)) for own in loaded.oracles),
-    )
-    save_manifest(file.parent, changed)
-    return load_set(file.parent)
 
 
 def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
@@ -157,28 +142,22 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
     """
     loaded, file = load_set(folder), check_writable(folder)
     adapter, first = find_adapter(source), loaded.adapters[0]
-    if adapter.name in [own.name for own in loaded.everyone] or (file.parent / adapter.name).exists():
+    if adapter.name in [known.name for known in loaded.all_adapters] or (file.parent / adapter.name).exists():
         raise ValueError(f"set {file.parent} has {adapter.name!r} already; choose another name")
     check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
     pictures = {Path(name) for name in PICTURES}  # they stay
-    with replaced(file.parent, ours=lambda there: set_files(there) - pictures, check=load_set) as temporary:
-
-        def copied(own: Adapter, name: str) -> Adapter:
-            (temporary / name).mkdir()
-            copy_weights(own, temporary / name)
-            return replace(own, folder=temporary / name)
-
-        everyone = (*(copied(own, own.folder.name) for own in loaded.adapters), copied(adapter, adapter.name))
-        oracles = tuple(replace(o, adapter=copied(o.adapter, o.adapter.folder.name)) for o in loaded.oracles)
-        weights = {own.name: 1 / len(everyone) for own in everyone}
-        save_manifest(temporary, replace(loaded, adapters=everyone, oracles=oracles, default_weights=weights))
-    return load_set(file.parent)
+    with atomic_output_dir(file.parent, ours=lambda folder: set_files(folder) - pictures, check=load_set) as temporary:
+        changed = loaded.map_adapters(lambda known: _copy(known, temporary / known.folder.name))
+        adapters = (*changed.adapters, _copy(adapter, temporary / adapter.name))
+        weights = {known.name: 1 / len(adapters) for known in adapters}
+        save_manifest(temporary, replace(changed, adapters=adapters, default_weights=weights))
+    return load_set(file.parent, read_weights=False)
 
 
 def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> AdapterSet:
-    """Copy a set, fetched from the hub where it is there, to a folder of one's own; written whole or not at all.
+    """Copy a set, fetched from the hub where it is there, to another folder; written whole or not at all.
 
-    Weights in a former layout are written in today's, and the manifest says their hashes.
+    Weights in an earlier layout are written in the current one, and their hashes in the manifest follow.
 
     Raises:
         ValueError: for a faulty set, and an output folder that is not empty.
@@ -186,80 +165,19 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     check_set_output(output, overwrite=overwrite)
     source = set_folder(name)
     loaded = load_set(source)
-    with replaced(output, ours=set_files, check=load_set) as temporary:
+    with atomic_output_dir(output, ours=set_files, check=load_set) as temporary:
         shutil.copyfile(source / MANIFEST, temporary / MANIFEST)
-        for adapter in loaded.everyone:
-            (temporary / adapter.folder.name).mkdir()
-            copy_weights(adapter, temporary / adapter.folder.name)
-        record_weights(temporary)
+        for adapter in loaded.all_adapters:
+            _copy(adapter, temporary / adapter.folder.name)
+        _record_weights(temporary)
         for picture in PICTURES:
             if (source / picture).is_file():
                 shutil.copyfile(source / picture, temporary / picture)
-    return load_set(output)
-
-
-def add_profile(folder: str | Path, profile: GapProfile) -> None:
-    """Keep a gap profile with a set, in place of one of the same steps and guidance.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
-    same = ("num_inference_steps", "guidance", "guidance_scale")
-    others = [p for p in loaded.profiles if any(getattr(p, key) != getattr(profile, key) for key in same)]
-    save_manifest(file.parent, replace(loaded, profiles=(*others, profile)))
-
-
-def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
-    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its own reward.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
-    evaluation = shorten(summary)
-    alone = {
-        name: cell["gains"].get(name)
-        for name in loaded.names
-        for cell in evaluation["cells"]
-        if cell["rule"] == "product" and cell["strength"] == 1 and cell["weights"] == f"{name}=1"
-    }
-    adapters = tuple(replace(a, gain=alone.get(a.name) or a.gain) for a in loaded.adapters)
-    save_manifest(file.parent, replace(loaded, adapters=adapters, evaluation=evaluation))
-    return load_set(file.parent)
-
-
-def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an evaluation's summary what a manifest keeps: the gain of each cell in each objective's reward."""
-    rewards = summary["objectives"]
-    cells = []
-    for cell in summary["cells"]:
-        gains = {name: cell["rewards"].get(reward, {}).get("gain") for name, reward in rewards.items()}
-        known = {name: {key: gain[key] for key in ("mean", "low", "high")} for name, gain in gains.items() if gain}
-        if known:
-            kept = {key: cell[key] for key in ("rule", "weights", "strength")}
-            cells.append(kept | {"gains": known})
-    return {"prompts": summary["prompts"], "seeds": summary["seeds"], "objectives": dict(rewards), "cells": cells}
-
-
-def check_writable(folder: str | Path) -> Path:
-    """The manifest of a set, to be written.
-
-    Raises:
-        ValueError: where it cannot be.
-    """
-    file = set_folder(folder) / MANIFEST
-    if not (Path(folder) / MANIFEST).exists():
-        raise ValueError(
-            f"set {str(folder)!r} is not in a folder of yours; `stepfuse pull {folder} FOLDER` copies it to one"
-        )
-    if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
-        raise ValueError(f"{file} cannot be written; copy the set to a folder of your own")
-    return file
+    return load_set(output, read_weights=False)
 
 
 def check_same(adapter: Adapter, first: Adapter) -> None:
-    """See that an adapter is of the base and the guidance of another.
+    """Check that an adapter is of the base and the guidance of another.
 
     Raises:
         ValueError: naming both.
@@ -269,7 +187,7 @@ def check_same(adapter: Adapter, first: Adapter) -> None:
             f"adapter {adapter.name!r} belongs to base {adapter.base.get('name_or_path')!r} and "
             f"{first.name!r} to {first.base.get('name_or_path')!r}; a set has one base"
         )
-    paths = [own.base.get("noise_path") for own in (adapter, first)]
+    paths = [known.base.get("noise_path") for known in (adapter, first)]
     if all(paths) and paths[0] != paths[1]:
         raise ValueError(
             f"adapter {adapter.name!r} was trained on the noise path {paths[0]} and {first.name!r} on {paths[1]}; "
@@ -282,18 +200,27 @@ def check_same(adapter: Adapter, first: Adapter) -> None:
         )
 
 
-def _richest(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """What all of them know of their base."""
+def _merge_bases(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """All that adapters record of their common base; of what several record, that of the first."""
     base: dict[str, Any] = {}
     for adapter in reversed(adapters):
         base |= {key: value for key, value in adapter.base.items() if value is not None}
     return base
 
 
-def _stated(**values: str | None) -> dict[str, str]:
-    """What is not None."""
-    return {key: value for key, value in values.items() if value is not None}
+def _copy(adapter: Adapter, folder: Path, *, half: bool = False) -> Adapter:
+    """An adapter with its weights copied to a new folder."""
+    folder.mkdir()
+    copy_weights(adapter, folder, half=half)
+    return replace(adapter, folder=folder, size=None, rank=None)
 
 
-def _licensed(adapter: Adapter, license: str | None) -> Adapter:
-    return replace(adapter, license=adapter.license or license)
+def _record_weights(folder: Path) -> None:
+    """Put hash, size and rank of a set's files into its manifest, where they differ; nothing else of it changes."""
+    values = read_versioned(folder / MANIFEST, "the manifest of an adapter set")
+    entries = adapter_entries(values)
+    before = [entry["weights"] for entry in entries]
+    for entry in entries:
+        entry["weights"] = describe_weights(check_path_in_set(folder, entry["folder"], WEIGHTS))
+    if [entry["weights"] for entry in entries] != before:
+        write_json(folder / MANIFEST, values)

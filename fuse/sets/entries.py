@@ -1,43 +1,156 @@
-"""An adapter's entry in a set's manifest, and back."""
+"""An adapter and its JSON: `objective.json` in an adapter's folder, and its entry in the manifest of a set.
+
+Both are made of the same parts: an objective, and how the adapter was sampled in its training.
+"""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.file_info import file_hash
+from stepfuse.data.names import nearest
+from stepfuse.fuse.backbones.denoiser import GUIDANCE
 from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.safe_files import WEIGHTS, write_json
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
-from stepfuse.fuse.sets.adapter import Adapter
-from stepfuse.fuse.sets.manifest import MANIFEST, inside, read_json
+from stepfuse.fuse.sets.manifest import check_path_in_set
 from stepfuse.rewards.shaping import Shaping
 
 
-def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """What a manifest says of an adapter whose weights lie in a subfolder of the set, by default of its own name."""
-    here = adapter.folder.parent.resolve() == folder.resolve()
-    place = adapter.folder.name if here else adapter.name
-    file = folder / place / WEIGHTS
-    objective = adapter.objective
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """An adapter that was read and checked; the weights stay on disk until a pipeline loads them.
+
+    Attributes:
+        folder: where its weights are.
+        objective: what it was aligned to.
+        base: `name_or_path` and the fingerprint of the base it belongs to.
+        guidance: `shared`, `full` or `off`, as it was trained.
+        guidance_scale: g of that guidance.
+        num_inference_steps: denoising steps of its training.
+        sha256: hash of the weights file.
+        record: algorithm, reward before and after, KL spent, configuration, versions.
+        gain: of the mean reward over the base, `mean` and the bounds of its 95 % interval `low` and `high`.
+        reward_version: of the reward it was trained on.
+        license: of its weights, as the hub abbreviates it.
+        source: where it came from, if it was not trained here.
+        size, rank: of the weights file in bytes, and the largest of its layers', where a manifest says so.
+    """
+
+    folder: Path
+    objective: Objective
+    base: dict[str, Any]
+    guidance: str
+    guidance_scale: float
+    num_inference_steps: int
+    sha256: str
+    record: dict[str, Any] = field(default_factory=dict)
+    gain: dict[str, Any] | None = None
+    reward_version: str | None = None
+    license: str | None = None
+    source: str | None = None
+    size: int | None = None
+    rank: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.objective.name
+
+
+SAMPLING = ("guidance", "guidance_scale", "num_inference_steps")
+
+
+def sampling_to_dict(of: Any) -> dict[str, Any]:
+    """Guidance and steps of an adapter, a set or a gap profile."""
+    return {key: getattr(of, key) for key in SAMPLING}
+
+
+def sampling_from_dict(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `sampling_to_dict`, as keyword arguments.
+
+    Raises:
+        KeyError, TypeError, ValueError: for a value that is missing or of another kind.
+    """
+    steps = int(values["num_inference_steps"])
+    if steps < 1:
+        raise ValueError(f"num_inference_steps {steps}; expected 1 or more")
+    return {
+        "guidance": check_guidance(values["guidance"]),
+        "guidance_scale": float(values["guidance_scale"]),
+        "num_inference_steps": steps,
+    }
+
+
+def objective_to_dict(objective: Objective) -> dict[str, Any]:
     shaping = objective.shaping
     return {
-        "name": adapter.name,
-        "folder": place,
-        "weights": describe_weights(file),
-        "reward": {
-            "name": objective.reward,
-            "version": adapter.reward_version or reward_version(adapter),
-            "shift": shaping.shift,
-            "scale": shaping.scale,
-            "clip": list(shaping.clip),
-        },
+        "name": objective.name,
+        "reward": objective.reward,
         "beta": objective.beta,
+        "shaping": {"shift": shaping.shift, "scale": shaping.scale, "clip": list(shaping.clip)},
         "variance": schedule_to_dict(objective.variance),
-        "guidance": adapter.guidance,
-        "guidance_scale": adapter.guidance_scale,
-        "num_inference_steps": adapter.num_inference_steps,
+    }
+
+
+def objective_from_dict(values: Mapping[str, Any]) -> Objective:
+    """The inverse of `objective_to_dict`; without `shaping` there is none.
+
+    Raises:
+        KeyError, TypeError, ValueError: for values that make no objective.
+    """
+    return Objective(
+        name=values["name"],
+        reward=values["reward"],
+        variance=schedule_from_dict(values["variance"]),
+        beta=float(values["beta"]),
+        shaping=Shaping(**values.get("shaping", {})),
+    )
+
+
+def adapter_to_dict(adapter: Adapter) -> dict[str, Any]:
+    """The values of `objective.json`."""
+    return {
+        **objective_to_dict(adapter.objective),
+        **sampling_to_dict(adapter),
+        "base": adapter.base,
+        "sha256": adapter.sha256,
+        "record": adapter.record,
+        "license": adapter.license,
+        "source": adapter.source,
+    }
+
+
+def adapter_from_dict(folder: Path, values: Mapping[str, Any]) -> Adapter:
+    """The inverse of `adapter_to_dict`; the weights are not read.
+
+    Raises:
+        KeyError, TypeError, ValueError: for values that make no adapter.
+    """
+    record = values.get("record", {})
+    if not isinstance(record, dict) or not isinstance(record.get("validation") or {}, dict):
+        raise ValueError(f"record {record!r}; expected an object")
+    return _adapter(folder, values, base=_check_base(values["base"]), sha256=values["sha256"], record=record)
+
+
+def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
+    """The entry of an adapter in the manifest of a set in `folder`, where its weights have a subfolder."""
+    in_set = adapter.folder.parent.resolve() == folder.resolve()
+    subfolder = adapter.folder.name if in_set else adapter.name
+    weights = {"sha256": adapter.sha256, "bytes": adapter.size, "rank": adapter.rank}
+    if not in_set or adapter.size is None:
+        weights = describe_weights(folder / subfolder / WEIGHTS)
+    objective = objective_to_dict(adapter.objective)
+    version = adapter.reward_version or reward_version(adapter)
+    return {
+        "name": objective["name"],
+        "folder": subfolder,
+        "weights": weights,
+        "reward": {"name": objective["reward"], "version": version, **objective["shaping"]},
+        "beta": objective["beta"],
+        "variance": objective["variance"],
+        **sampling_to_dict(adapter),
         "gain": adapter.gain or validation_gain(adapter.record.get("validation") or {}),
         "training": adapter.record,
         "license": adapter.license,
@@ -45,66 +158,69 @@ def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
     }
 
 
-def record_weights(folder: Path) -> None:
-    """Put hash, size and rank of a set's files into its manifest, where they differ; nothing else of it changes."""
-    file = folder / MANIFEST
-    values = read_json(file, "the manifest of an adapter set")
-    entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
-    before = [entry["weights"] for entry in entries]
-    for entry in entries:
-        entry["weights"] = describe_weights(inside(folder, entry["folder"], WEIGHTS))
-    if [entry["weights"] for entry in entries] != before:
-        write_json(file, values)
-
-
-def describe_weights(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file of weights."""
-    return {"sha256": file_hash(file), "bytes": file.stat().st_size, "rank": open_lora(file).rank}
-
-
 def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, Any]) -> Adapter:
-    """The inverse of `adapter_to_entry`; the weights are not looked at.
+    """The inverse of `adapter_to_entry`; the weights are not read.
 
     Raises:
         ValueError: for a folder that is not of the set, and values that make no objective.
     """
-    reward = entry["reward"]
-    place = inside(folder, entry["folder"])
-    inside(folder, entry["folder"], WEIGHTS)
-    return Adapter(
-        folder=place,
-        objective=Objective(
-            name=entry["name"],
-            reward=reward["name"],
-            variance=schedule_from_dict(entry["variance"]),
-            beta=float(entry["beta"]),
-            shaping=Shaping(
-                shift=reward.get("shift", 0.0), scale=reward.get("scale", 1.0), clip=tuple(reward.get("clip", ()))
-            ),
-        ),
+    path = check_path_in_set(folder, entry["folder"])
+    check_path_in_set(folder, entry["folder"], WEIGHTS)
+    reward, weights = entry["reward"], entry["weights"]
+    shaping = {key: reward[key] for key in ("shift", "scale", "clip") if key in reward}
+    return _adapter(
+        path,
+        {**entry, "reward": reward["name"], "shaping": shaping},
         base=base,
-        guidance=entry["guidance"],
-        guidance_scale=float(entry["guidance_scale"]),
-        num_inference_steps=int(entry["num_inference_steps"]),
-        sha256=entry["weights"]["sha256"],
+        sha256=weights["sha256"],
         record=dict(entry.get("training", {})),
         gain=entry.get("gain"),
         reward_version=reward.get("version"),
-        license=entry.get("license"),
-        source=entry.get("source"),
-        size=entry["weights"]["bytes"],
-        rank=entry["weights"]["rank"],
+        size=weights["bytes"],
+        rank=weights["rank"],
     )
 
 
+def _adapter(folder: Path, values: Mapping[str, Any], **others: Any) -> Adapter:
+    """The parts that `objective.json` and a manifest's entry have in common, and others."""
+    return Adapter(
+        folder=folder,
+        objective=objective_from_dict(values),
+        license=values.get("license"),
+        source=values.get("source"),
+        **sampling_from_dict(values),
+        **others,
+    )
+
+
+def describe_weights(file: Path) -> dict[str, Any]:
+    """Hash, size and rank of a file of weights, as a manifest says them."""
+    with open_lora(file) as lora:
+        return {"sha256": lora.tensors.sha256(), "bytes": lora.tensors.size, "rank": lora.rank}
+
+
+def check_guidance(guidance: Any) -> str:
+    if guidance not in GUIDANCE:
+        raise ValueError(f"guidance {guidance!r}; expected one of {', '.join(GUIDANCE)}{nearest(guidance, GUIDANCE)}")
+    return guidance
+
+
+def _check_base(base: Any) -> dict[str, Any]:
+    keys = ("name_or_path", "architecture", "probe")
+    probe = base.get("probe") if isinstance(base, dict) and all(key in base for key in keys) else None
+    if not isinstance(probe, list) or not all(isinstance(value, int | float) for value in probe):
+        raise ValueError(f"base {base!r}; expected {', '.join(keys)}")
+    return base
+
+
 def reward_version(adapter: Adapter) -> str | None:
-    """Which reward it was: the hash of the file it came from, or the version of stepfuse, whose own it is."""
+    """The version of the reward: the hash of the file it came from, or the version of stepfuse that brings it."""
     files = adapter.record.get("inputs") or {}
     for name in (adapter.objective.reward, adapter.objective.reward.rpartition(":")[0]):
         if name in files:
             return f"sha256:{files[name]}"
-    own = (adapter.record.get("versions") or {}).get("stepfuse")
-    return f"stepfuse {own}" if own else None
+    version = (adapter.record.get("versions") or {}).get("stepfuse")
+    return f"stepfuse {version}" if version else None
 
 
 def validation_gain(validation: Mapping[str, Any]) -> dict[str, Any] | None:

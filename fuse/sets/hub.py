@@ -17,8 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from stepfuse.data.text_files import first_line
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
-from stepfuse.fuse.sets.manifest import MANIFEST, check_schema, read_json
+from stepfuse.fuse.sets.manifest import MANIFEST, adapter_entries, check_schema, read_versioned
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 PICTURES = ("README.md", "fronts.png", "strip.png")
@@ -31,19 +32,19 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
 
 
 def fetch_set(name: str) -> Path:
-    """The folder of a set in the hub's cache, fetched if it is not there; interrupted, it goes on where it was.
+    """The folder of a set in the hub's cache, downloaded if it is not there; an interrupted download is resumed.
 
-    What the repository holds is looked at first: a pickle in it, or a manifest that is none, ends it before any weights
-    are fetched. Without a connection a set fetched before is found again.
+    The list of the repository's files is checked first: a pickle in it, or a malformed manifest, is refused before any
+    weights are downloaded. Without a connection a set downloaded before is found again.
 
     Raises:
-        ValueError: for a repository, revision or manifest that is not there or not ours to see, or a pickle.
+        ValueError: for a repository, revision or manifest that is not there or may not be read, or a pickle.
     """
     parsed = parse_id(name)
     if parsed is None:
         raise ValueError(f"{name!r} is no hub id; expected owner/name or owner/name@revision")
     repository, revision = parsed
-    with explained_hub(name):
+    with hub_errors(name):
         try:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
         except (OfflineModeIsEnabled, HTTPError) as error:
@@ -52,7 +53,7 @@ def fetch_set(name: str) -> Path:
             cached = try_to_load_from_cache(repository, MANIFEST, revision=revision)
             if not isinstance(cached, str):
                 raise ValueError(
-                    f"{name!r} is no folder here, and the hub cannot be asked for it ({_first_line(error)})"
+                    f"{name!r} is no folder here, and the hub cannot be asked for it ({first_line(error)})"
                 ) from error
             return Path(cached).parent
         sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
@@ -68,20 +69,19 @@ def fetch_set(name: str) -> Path:
 
 
 def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> list[str]:
-    """The weights that a manifest names, seen to be there and as large as it says.
+    """The weights that a manifest names, checked to be there and as large as it says.
 
     Raises:
         ValueError: for a manifest that is none, and a file that is not what it says.
     """
-    values = read_json(manifest, "an adapter set")
+    values = read_versioned(manifest, "an adapter set")
     check_schema(manifest, values)
-    entries = [*values["adapters"], *(oracle["adapter"] for oracle in values.get("oracles", []))]
-    said = {f"{entry['folder']}/{WEIGHTS}": entry["weights"]["bytes"] for entry in entries}
-    for file, size in said.items():
+    expected = {f"{entry['folder']}/{WEIGHTS}": entry["weights"]["bytes"] for entry in adapter_entries(values)}
+    for file, size in expected.items():
         if sizes.get(file) != size:
             there = f"{sizes[file]:,} bytes" if sizes.get(file) else "nothing"
             raise ValueError(f"{name!r} has {there} at {file}, and its manifest says {size:,} bytes: it is damaged")
-    return list(said)
+    return list(expected)
 
 
 def fetch_lora(name: str, weight_name: str | None) -> Path:
@@ -91,7 +91,7 @@ def fetch_lora(name: str, weight_name: str | None) -> Path:
         ValueError: for several without a name, for none, and for a repository that is not there.
     """
     repository, revision = parse_id(name) or (name, None)
-    with explained_hub(name):
+    with hub_errors(name):
         info = HfApi().model_info(repository, revision=revision)
         names = [sibling.rfilename for sibling in info.siblings or []]
         found = [file for file in names if file.endswith(".safetensors")]
@@ -108,8 +108,8 @@ def fetch_lora(name: str, weight_name: str | None) -> Path:
 
 
 @contextmanager
-def explained_hub(name: str) -> Iterator[None]:
-    """What goes wrong with the hub, in one line."""
+def hub_errors(name: str) -> Iterator[None]:
+    """Turn errors of the hub into a ValueError of one line."""
     try:
         yield
     except RevisionNotFoundError as error:
@@ -122,19 +122,14 @@ def explained_hub(name: str) -> Iterator[None]:
             "private, log in: `hf auth login`"
         ) from error
     except EntryNotFoundError as error:
-        raise ValueError(f"{name!r}: {_first_line(error)}") from error
+        raise ValueError(f"{name!r}: {first_line(error)}") from error
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is no hub id: {_first_line(error)}") from error
+        raise ValueError(f"{name!r} is no hub id: {first_line(error)}") from error
     except HfHubHTTPError as error:
-        raise ValueError(f"{name!r}: the hub answers: {_first_line(error)}") from error
+        raise ValueError(f"{name!r}: the hub answers: {first_line(error)}") from error
     except RuntimeError as error:  # of huggingface_hub, for uploads that fail again and again
         if "uploading" not in str(error):
             raise
-        raise ValueError(f"{name!r}: {_first_line(error)} Try again: what arrived whole is not sent again") from error
+        raise ValueError(f"{name!r}: {first_line(error)} Try again: what arrived whole is not sent again") from error
     except (ConnectionError, HTTPError) as error:  # hf_xet raises the former, and OfflineModeIsEnabled is one
-        raise ValueError(f"{name!r}: the hub cannot be reached ({_first_line(error)}); try again") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise ValueError(f"{name!r}: the hub cannot be reached ({first_line(error)}); try again") from error

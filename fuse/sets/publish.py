@@ -14,7 +14,7 @@ from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, set_folder
 from stepfuse.fuse.sets.card import CARD, FRONTS, STRIP, card
-from stepfuse.fuse.sets.hub import explained_hub, parse_id
+from stepfuse.fuse.sets.hub import hub_errors, parse_id
 from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.rewards.registry import local_parts
 
@@ -23,7 +23,7 @@ DEFAULT = "main"
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
-    """What will be sent, and where.
+    """The files that will be sent, and where.
 
     Attributes:
         repository: `owner/name`.
@@ -31,8 +31,8 @@ class Publication:
         private: of a repository that is made.
         exists: the repository is there already.
         files: contents by the path they will have.
-        stale: weights of adapters that are there and no longer of the set.
-        notes: what others will miss, a line each.
+        stale: weights in the repository of adapters that are no longer in the set.
+        notes: on what is not sent, a line each.
     """
 
     repository: str
@@ -65,14 +65,14 @@ def prepare(
     private: bool = False,
     ask_hub: bool = True,
 ) -> Publication:
-    """Check a set and gather what will be sent; nothing is.
+    """Check a set and collect the files to send; nothing is sent.
 
     Args:
-        ask_hub: look whether the repository is there, and what it holds.
+        ask_hub: look up whether the repository exists, and what it holds.
 
     Raises:
         ValueError: for a faulty set, a base that others cannot load, licences that are not stated, a name that is no
-            hub id, and a repository that is public where a private one is wanted.
+            hub id, and a public repository where a private one is wanted.
     """
     parsed = parse_id(repository)
     if parsed is None or parsed[1] is not None:
@@ -83,14 +83,14 @@ def prepare(
     check_secrets(folder / MANIFEST)
     shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
     files: dict[str, bytes | Path] = {
-        CARD: card(loaded, place=repository, shown=shown).encode(),
+        CARD: card(loaded, source=repository, shown=shown).encode(),
         MANIFEST: folder / MANIFEST,
         **{name: folder / name for name in shown},
-        **{f"{a.folder.name}/{WEIGHTS}": a.folder / WEIGHTS for a in loaded.everyone},
+        **{f"{a.folder.name}/{WEIGHTS}": a.folder / WEIGHTS for a in loaded.all_adapters},
     }
     branch = revision or DEFAULT
-    exists, there = _remote(repository, branch, private) if ask_hub else (False, [])
-    stale = [name for name in there if PurePosixPath(name).name == WEIGHTS and name not in files]
+    exists, in_repository = _remote(repository, branch, private) if ask_hub else (False, [])
+    stale = [name for name in in_repository if PurePosixPath(name).name == WEIGHTS and name not in files]
     return Publication(
         repository=repository,
         revision=branch,
@@ -107,13 +107,13 @@ def unsent_rewards(loaded: AdapterSet) -> list[str]:
     return [
         f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
         "set, and cannot evaluate it by this reward unless you give it to them"
-        for adapter in loaded.everyone
+        for adapter in loaded.all_adapters
         for name, what in local_parts(adapter.objective.reward)
     ]
 
 
 def check_publishable(loaded: AdapterSet) -> None:
-    """See that others can load the base, and know under what terms they have each part.
+    """Check that others can load the base, and that the licence of each part is stated.
 
     Raises:
         ValueError: naming what is not so.
@@ -124,7 +124,7 @@ def check_publishable(loaded: AdapterSet) -> None:
             f"the set's base is {base!r}, a folder that others do not have; publish the base, and create the set anew "
             "with --base OWNER/NAME"
         )
-    for adapter in loaded.everyone:
+    for adapter in loaded.all_adapters:
         if not adapter.license:
             raise ValueError(
                 f"the licence of adapter {adapter.name!r} is not stated; say it: stepfuse set card SET --license ID"
@@ -132,7 +132,7 @@ def check_publishable(loaded: AdapterSet) -> None:
 
 
 def check_secrets(manifest: Path) -> None:
-    """See that no address with a password in it goes along with what training recorded.
+    """Check that no address with a password is in what training recorded.
 
     Raises:
         ValueError: naming the host.
@@ -145,7 +145,7 @@ def check_secrets(manifest: Path) -> None:
 
 
 def publish(publication: Publication) -> str:
-    """Send it, in one commit; its address.
+    """Send it in one commit, and return the address of the commit.
 
     The weights go first, a file at a time, and then the commit. Repeated after an interruption, it does not send again
     what had arrived whole.
@@ -155,7 +155,7 @@ def publish(publication: Publication) -> str:
     """
     api = HfApi()
     repository, branch = publication.repository, publication.revision
-    with explained_hub(repository):
+    with hub_errors(repository):
         if not publication.exists:
             api.create_repo(repository, private=publication.private, exist_ok=True)
         if branch != DEFAULT:
@@ -184,7 +184,7 @@ def confirmed(publication: Publication) -> bool:
 
 
 def check_token() -> None:
-    """See that there is a token, before anything is prepared; it is never shown.
+    """Check that there is a token, before anything is prepared; it is never shown.
 
     Raises:
         ValueError: where there is none.
@@ -196,7 +196,7 @@ def check_token() -> None:
 def _remote(repository: str, branch: str, private: bool) -> tuple[bool, list[str]]:
     """Whether the repository is there, and the files of its branch."""
     api = HfApi()
-    with explained_hub(repository):
+    with hub_errors(repository):
         try:
             info = api.model_info(repository)
         except RepositoryNotFoundError:

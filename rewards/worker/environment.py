@@ -1,7 +1,6 @@
 """Python environments of workers, created once per requirements file and cached."""
 
 import fcntl
-import hashlib
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from stepfuse.data.file_info import text_hash
 from stepfuse.data.text_files import read_text
 
 COMPLETE = "stepfuse-complete"
@@ -35,7 +35,7 @@ def environment_folder(requirements: Path, python: str | None = None) -> Path:
         raise ValueError(f"no requirements file {requirements}")
     version = python or ".".join(map(str, sys.version_info[:3]))
     identity = "\0".join([read_text(requirements), version, platform.machine()])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    key = text_hash(identity)[:12]
     return cache_folder() / "environments" / f"{requirements.stem}-{key}"
 
 

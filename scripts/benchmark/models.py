@@ -117,8 +117,8 @@ def random_pipeline(architecture: str, *, dtype: torch.dtype = torch.float32, de
 
 
 def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
-    """A set's base, with this number of LoRAs of random weights, configured as its first adapter."""
-    adapter_set = load_set(folder)
+    """A set's base, with LoRAs of random weights configured as its first adapter is: as many as are wanted."""
+    adapter_set = load_set(folder, read_weights=False)
     pipeline = load_base(adapter_set.base, dtype=dtype).to(device)
     first = adapter_set.adapters[0]
     load_adapter(pipeline, first, base_fingerprint(pipeline.unet))

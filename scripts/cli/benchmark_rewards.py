@@ -2,7 +2,7 @@
 
 import argparse
 
-from stepfuse.data.output_folder import check_file
+from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     settings = settings_of(RewardBenchmark, arguments)
-    check_file(arguments.output, overwrite=arguments.overwrite)
+    require_new_file(arguments.output, overwrite=arguments.overwrite)
 
     from stepfuse.scripts.benchmark.rewards import benchmark_rewards, reward_table
     from stepfuse.scripts.cli.load import write_results

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from stepfuse.data.output_folder import check_file
+from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
@@ -34,7 +34,7 @@ def _sets_or_kinds(prefix: str, **_: Any) -> list[str]:
 def run(arguments: argparse.Namespace) -> None:
     if (arguments.set is None) == (arguments.architecture is None):
         raise ValueError("benchmark needs a set or --architecture, one of them")
-    check_file(arguments.output, overwrite=arguments.overwrite)
+    require_new_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.set is not None:
         check_set(arguments.set, instead=KINDS)
     model = arguments.architecture or str(arguments.set)

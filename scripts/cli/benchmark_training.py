@@ -4,7 +4,7 @@ import argparse
 from dataclasses import replace
 from typing import Any
 
-from stepfuse.data.output_folder import check_file
+from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -20,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda", dtype=arguments.dtype)
-    check_file(arguments.output, overwrite=arguments.overwrite)
+    require_new_file(arguments.output, overwrite=arguments.overwrite)
 
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.cli.load import prepare_device, write_results

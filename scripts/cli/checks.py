@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
-from stepfuse.data.output_folder import check_file, check_output, resolve_folder
+from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.cli.names import RULE_OPTIONS, embedded_sets, reward_names, rule_names
 
 if TYPE_CHECKING:
@@ -19,23 +19,11 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "xla")
 
 
-def check_folder(folder: Path, *, overwrite: bool, continued: str = "") -> None:
-    """Check that an output folder is new, empty, or may be replaced.
-
-    Args:
-        continued: Name of a file that marks a run which the command continues.
-    """
-    if overwrite or (continued and (folder / continued).exists()):
-        resolve_folder(folder)
-    else:
-        check_output(folder, overwrite=False)
-
-
 def check_picture(file: Path, *, overwrite: bool, flag: str = "--output") -> None:
     """Check that a picture can be saved under this name."""
     from PIL import Image
 
-    check_file(file, overwrite=overwrite, option=flag)
+    require_new_file(file, overwrite=overwrite, option=flag)
     known = Image.registered_extensions()
     if known.get(file.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"{flag} {file}; expected the name of a picture, such as out.png or out.jpg")
@@ -45,7 +33,7 @@ def check_safetensors(file: Path, *, overwrite: bool) -> None:
     """Check that a safetensors file can be written under this name."""
     if file.suffix != ".safetensors":
         raise ValueError(f"--output {file}; expected a name that ends in .safetensors")
-    check_file(file, overwrite=overwrite)
+    require_new_file(file, overwrite=overwrite)
 
 
 def check_device_name(name: str) -> None:
@@ -106,7 +94,7 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
         The names of its adapters, as far as they can be read here; None for a set on the hub, which is not downloaded.
     """
     from stepfuse.fuse.sets.hub import parse_id
-    from stepfuse.fuse.sets.manifest import MANIFEST, read_json
+    from stepfuse.fuse.sets.manifest import MANIFEST, read_versioned
 
     name, folder = str(given), given
     if name in embedded_sets() and not (folder / MANIFEST).exists():
@@ -120,7 +108,7 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
         if near and folder.parent.is_dir() and "@" not in name:
             raise ValueError(f"no folder {name!r}{near} (for a repository of the hub: {name}@main)")
         return None
-    values = read_json(folder / MANIFEST, "an adapter set, as written by `stepfuse set create`")
+    values = read_versioned(folder / MANIFEST, "an adapter set, as written by `stepfuse set create`")
     try:
         entries = [*values["adapters"]]
         if oracles:

@@ -2,10 +2,10 @@
 
 import argparse
 
-from stepfuse.data.output_folder import check_output
+from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.data.settings_file import find_config
 from stepfuse.scripts.cli import completion, declare
-from stepfuse.scripts.cli.checks import check_folder, check_set
+from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -43,7 +43,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.set is None or arguments.config is None:
         raise ValueError("evaluate needs a set and --config FILE_OR_NAME, such as emoji --config eval/emoji")
     config = find_config(arguments.config, "eval")
-    check_folder(arguments.output_dir, overwrite=arguments.overwrite, continued="evaluation.json")
+    begun = (arguments.output_dir / "evaluation.json").exists()
+    require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite or begun, option="--output_dir")
     check_set(arguments.set)
 
     import torch
@@ -72,10 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _measure_world(arguments: argparse.Namespace) -> None:
     if arguments.set or arguments.config:
         raise ValueError("--world needs no set and no --config; give one or the other")
-    check_folder(arguments.output_dir, overwrite=arguments.overwrite)
+    require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite, option="--output_dir")
 
     from stepfuse.scripts.oracle_world.measure import FILES, measure_world, world_files
 
-    check_output(arguments.output_dir, overwrite=arguments.overwrite, ours=world_files, writes=FILES)
+    require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite, ours=world_files, writes=FILES)
     measure_world(arguments.output_dir, seed=arguments.seed)
     print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))

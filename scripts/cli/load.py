@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from stepfuse.data.json_file import write_json
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED, quiet_libraries
-from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 

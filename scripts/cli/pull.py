@@ -3,8 +3,9 @@
 import argparse
 from pathlib import Path
 
+from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.checks import check_folder, check_set
+from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -20,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
     check_set(arguments.set)
-    check_folder(output, overwrite=arguments.overwrite)
+    require_empty_dir(output, overwrite=arguments.overwrite)
 
     from stepfuse.fuse.sets.create import copy_set
 

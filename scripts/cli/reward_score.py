@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from stepfuse.data.output_folder import check_file
+from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_picture
 from stepfuse.scripts.cli.options import option
@@ -31,7 +31,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_file(arguments.output, overwrite=arguments.overwrite)
+    require_new_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.picture is not None:
         check_picture(arguments.picture, overwrite=arguments.overwrite, flag="--picture")
         if arguments.picture.resolve() == arguments.output.resolve():

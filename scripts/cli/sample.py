@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.data.settings_fields import AT_LEAST_0, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion, declare
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.scripts.cli.load import load_sampler
 
-    loaded = load_set(arguments.set)
+    loaded = load_set(arguments.set, read_weights=False)
     columns = columns or [loaded.default_weights]
     sampler = load_sampler(
         loaded,
@@ -163,7 +163,7 @@ def run(arguments: argparse.Namespace) -> None:
     assert isinstance(images, list)
     grid = [images[i : i + len(columns)] for i in range(0, len(images), len(columns))]
     picture = sampled_picture(grid, arguments.prompt, columns, factor=arguments.enlarge)
-    with written_file(arguments.output) as temporary:
+    with atomic_file(arguments.output) as temporary:
         picture.save(temporary)
     print(arguments.output)
     if len(images) == 1 and arguments.enlarge is None and picture.width < 256:

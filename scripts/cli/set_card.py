@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.sampling.strip import ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.fuse.sets.card import STRIP, check_card, write_card
-    from stepfuse.fuse.sets.create import add_evaluation, check_writable, set_licences
+    from stepfuse.fuse.sets.edit import add_evaluation, check_writable, set_licences
     from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
 
     folder = check_writable(arguments.set).parent
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.no_strip:
         prompts = arguments.prompt or heldout_prompts(loaded, ROWS)
         strip = draw_strip(load_sampler(loaded, arguments), prompts, seed=arguments.seed, progress=True)
-        with written_file(folder / STRIP) as temporary:
+        with atomic_file(folder / STRIP) as temporary:
             strip.save(temporary)
     if arguments.license or arguments.base_license:
         loaded = set_licences(folder, license=arguments.license, base_license=arguments.base_license)

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from stepfuse.data.names import nearest
+from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.checks import check_folder, siblings
+from stepfuse.scripts.cli.checks import siblings
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -54,7 +55,7 @@ def check_adapters(folders: Iterable[Path]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    check_folder(arguments.output, overwrite=arguments.overwrite)
+    require_empty_dir(arguments.output, overwrite=arguments.overwrite)
     check_adapters([*arguments.adapter, *arguments.oracle])
 
     from stepfuse.fuse.diffusion.variance import EtaSchedule
@@ -64,11 +65,11 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.output,
         arguments.adapter,
         oracles=arguments.oracle,
-        reference=EtaSchedule(eta=arguments.reference_eta),
+        base_schedule=EtaSchedule(eta=arguments.reference_eta),
         half=arguments.half,
         base=arguments.base,
         base_license=arguments.base_license,
         license=arguments.license,
         overwrite=arguments.overwrite,
     )
-    print(f"{arguments.output}: {', '.join(adapter.name for adapter in created.everyone)}")
+    print(f"{arguments.output}: {', '.join(adapter.name for adapter in created.all_adapters)}")

@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
     check_lora(arguments.lora)
 
     from stepfuse.fuse.backbones.loading import quiet_libraries
-    from stepfuse.fuse.sets.exchange import import_lora
+    from stepfuse.fuse.sets.import_lora import import_lora
 
     quiet_libraries()
     names = (

@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts = [] if arguments.weights is None else [arguments.weights]
     weights = check_weights(texts, check_set(arguments.set))
 
-    from stepfuse.fuse.sets.exchange import merge
+    from stepfuse.fuse.sets.export import merge
 
     rank, error = merge(
         arguments.set,

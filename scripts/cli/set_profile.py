@@ -35,10 +35,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
     from stepfuse.fuse.sets.adapter_set import load_set
-    from stepfuse.fuse.sets.create import add_profile, check_writable
+    from stepfuse.fuse.sets.edit import add_profile, check_writable
     from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
 
-    loaded = load_set(arguments.set)
+    loaded = load_set(arguments.set, read_weights=False)
     check_writable(arguments.set)  # before minutes go into measuring
     prompts = load_prompts(arguments.prompts) if arguments.prompts else heldout_prompts(loaded, 16)
     sampler = load_sampler(loaded, arguments, guidance=arguments.guidance, guidance_scale=arguments.guidance_scale)

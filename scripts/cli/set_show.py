@@ -9,7 +9,7 @@ from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Parser
 
 if TYPE_CHECKING:
-    from stepfuse.fuse.sets.adapter import Adapter
+    from stepfuse.fuse.sets.entries import Adapter
 
 
 def add_arguments(parser: Parser) -> None:
@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"guidance    {loaded.guidance}, scale {loaded.guidance_scale:g}")
     print(f"steps       {loaded.num_inference_steps}")
     print(f"rule        {loaded.default_rule}")
-    print(f"reference   {json.dumps(schedule_to_dict(loaded.reference))}")
+    print(f"reference   {json.dumps(schedule_to_dict(loaded.base_schedule))}")
     for adapter in loaded.adapters:
         print(f"\n{adapter.name}  (default weight {loaded.default_weights.get(adapter.name, 0):g})")
         for title, value in adapter_lines(adapter).items():

@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from stepfuse.fuse.sets.adapter_set import load_set
 
-    loaded = load_set(arguments.set)
+    loaded = load_set(arguments.set, read_weights=not arguments.load)
     if arguments.load:
         from stepfuse.fuse.backbones.loading import quiet_libraries
         from stepfuse.fuse.sampling.sampler import FusedSampler

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from stepfuse.data.intervals import half_lengths
-from stepfuse.data.lettering import GLUE, printable
+from stepfuse.data.lettering import GLUE, drawable
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.evaluation.metric import Metric
 from stepfuse.scripts.evaluation.metrics import METRICS
@@ -130,7 +130,7 @@ def save_fronts(file: Path, summary: dict) -> None:
         for axes in grid.flat[len(pairs) :]:
             axes.remove()
         for axes, pair in zip(grid.flat, pairs, strict=False):
-            _draw_front(axes, summary, pair, writable=printable)
+            _draw_front(axes, summary, pair, writable=drawable)
         _add_legend(figure, summary)
         figure.savefig(file, dpi=110, metadata={"Software": None})
         pyplot.close(figure)
@@ -154,7 +154,7 @@ def _add_legend(figure: Any, summary: dict) -> None:
     from matplotlib.lines import Line2D
 
     marks: list[Any] = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=printable(rule))
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=drawable(rule))
         for rule, (colour, marker) in styles(list(summary["rules"])).items()
     ]
     if has_faint(summary):

@@ -1,7 +1,6 @@
 """An evaluation, loaded and checked before anything is sampled."""
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.data import emoji
+from stepfuse.data.file_info import text_hash
 from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED
@@ -182,7 +182,7 @@ class Evaluation:
             "steps": self.steps,
             "scales": dict(self.config.scales),
             "dtype": str(dtype),
-            "prompts": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "prompts": text_hash("\n".join(self.prompts)),
         }
         if any(cell.gated for cell in self.cells):
             identity["profiles"] = [profile_to_dict(profile) for profile in sampler.profiles]

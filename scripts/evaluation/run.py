@@ -18,12 +18,14 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from stepfuse.data.output_folder import check_output, clear, files_below, files_named, written_file
+from stepfuse.data.folder_files import files_below, files_named
+from stepfuse.data.json_file import write_json
+from stepfuse.data.output_file import atomic_file
+from stepfuse.data.output_folder import delete_files, require_empty_dir
 from stepfuse.fuse.backbones.loading import quiet_libraries
-from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.sampling.rewards import check_trusted
 from stepfuse.fuse.sets.adapter_set import load_set
-from stepfuse.fuse.sets.manifest import read_json
+from stepfuse.fuse.sets.manifest import read_versioned
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.plots import save_fronts
@@ -68,7 +70,7 @@ def evaluate(
             f"launched as {os.environ['WORLD_SIZE']} processes that do not see each other; on CPU launch with "
             "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu"
         )
-    loaded = load_set(adapter_set)
+    loaded = load_set(adapter_set, read_weights=False)
     for objective in loaded.objectives:
         check_trusted(objective, trusted=trust_rewards)
     evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
@@ -96,12 +98,12 @@ def write_results(output: Path, results: pd.DataFrame, setup: Setup) -> dict[str
     """Write the table of all images, its figures, the page and the fronts; the figures are returned."""
     table, figures, page, fronts = (output / name for name in RESULTS)
     summary = summarise(results, setup)
-    with written_file(table) as temporary:
+    with atomic_file(table) as temporary:
         results.to_parquet(temporary)
     write_json(figures, summary)
-    with written_file(page) as temporary:
+    with atomic_file(page) as temporary:
         write_report(temporary, results, summary, setup)
-    with written_file(fronts) as temporary:
+    with atomic_file(fronts) as temporary:
         save_fronts(temporary, summary)
     return summary
 
@@ -109,7 +111,7 @@ def write_results(output: Path, results: pd.DataFrame, setup: Setup) -> dict[str
 def evaluation_files(folder: Path) -> set[Path]:
     """The files of the evaluation in a folder, which --overwrite replaces; none where there is no evaluation."""
     try:
-        read_json(folder / DESCRIPTION, "an evaluation")
+        read_versioned(folder / DESCRIPTION, "an evaluation")
     except ValueError:
         return set()
     parts = {file for file in files_below(folder, PARTS) if file.suffix in (".parquet", ".tmp")}
@@ -118,13 +120,13 @@ def evaluation_files(folder: Path) -> set[Path]:
 
 def _claim(output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
     """Accept an empty folder, one that an earlier run of the same evaluation began, or with `overwrite` any."""
-    folder = check_output(output, overwrite=True, ours=evaluation_files)
+    folder = require_empty_dir(output, overwrite=True, ours=evaluation_files)
     if overwrite:
-        check_output(output, overwrite=True, ours=evaluation_files, writes=(DESCRIPTION, PARTS, *RESULTS))
-        clear(output, evaluation_files(folder))
+        require_empty_dir(output, overwrite=True, ours=evaluation_files, writes=(DESCRIPTION, PARTS, *RESULTS))
+        delete_files(output, evaluation_files(folder))
     file = folder / DESCRIPTION
     if file.is_file():
-        stored = read_json(file, "an evaluation")
+        stored = read_versioned(file, "an evaluation")
         stored.pop(MEASURED, None)
         if stored != json.loads(json.dumps(identity)):
             raise ValueError(
@@ -133,6 +135,6 @@ def _claim(output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
             )
         return
     if not overwrite:
-        check_output(output, overwrite=False)
+        require_empty_dir(output, overwrite=False)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(file, identity)

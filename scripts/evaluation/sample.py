@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.images import to_image
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.scripts.evaluation.batch import Batch, sample_batch
 from stepfuse.scripts.evaluation.config import PlannedCell, shares_of
 from stepfuse.scripts.evaluation.metrics import all_metrics
@@ -50,7 +50,7 @@ def sample_cells(
                     table = measure(sample_batch(evaluation, cell, evaluation.batches[j]))
                 except ValueError as error:
                     raise ValueError(f"{cell}: {error}; run again to resume, the finished batches are kept") from error
-                with written_file(file) as temporary:
+                with atomic_file(file) as temporary:
                     table.to_parquet(temporary)
             bar.update()
     return [(cell, files[first[cell.images], j]) for cell in cells for j in range(len(evaluation.batches))]

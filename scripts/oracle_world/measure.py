@@ -26,9 +26,10 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm import tqdm
 
-from stepfuse.data.output_folder import files_named, written_file
+from stepfuse.data.folder_files import files_named
+from stepfuse.data.json_file import read_json, write_json
+from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import write_text
-from stepfuse.fuse.lora.safe_files import read_object, write_json
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.registry import get_rule
@@ -58,7 +59,7 @@ WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
 def world_files(folder: Path) -> set[Path]:
     """The files that `measure_world` wrote in a folder, which --overwrite replaces; none where there is no world."""
     try:
-        values = read_object(folder / FILES[0], "the figures of a world")
+        values = read_json(folder / FILES[0], "the figures of a world")
     except ValueError:
         return set()
     return files_named(folder, *FILES) if "verdicts" in values else set()
@@ -129,7 +130,7 @@ def measure_world(
     }
     result["verdicts"] = list(verdicts(cells))
     write_json(output_dir / FILES[0], result)
-    with written_file(output_dir / FILES[1]) as temporary:
+    with atomic_file(output_dir / FILES[1]) as temporary:
         write_text(temporary, page(result))
     return result
 

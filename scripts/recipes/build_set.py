@@ -1,6 +1,5 @@
 """`stepfuse build`: from raw rewards to a set that can be published, in one command that can be resumed."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -11,21 +10,24 @@ from typing import Any
 
 import torch
 
+from stepfuse.data.file_info import text_hash
+from stepfuse.data.json_file import write_json
 from stepfuse.data.names import nearest
-from stepfuse.data.output_folder import written_file
+from stepfuse.data.output_file import atomic_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
 from stepfuse.data.text_files import read_text, write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.safe_files import write_json
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sampling.strip import ROWS, draw_strip
-from stepfuse.fuse.sets.adapter import Adapter, read_adapter
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.card import STRIP, write_card
-from stepfuse.fuse.sets.create import add_evaluation, add_profile, create_set
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.edit import add_evaluation, add_profile
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.scripts.evaluation.run import evaluate
@@ -167,7 +169,7 @@ def build(file: Path, *, device: str) -> Path:
         if not (folder / STRIP).exists():
             sampler = FusedSampler.from_pretrained(loaded, device=device)
             strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS])
-            with written_file(folder / STRIP) as temporary:
+            with atomic_file(folder / STRIP) as temporary:
                 strip.save(temporary)
         write_card(folder, loaded, pictures)
     return folder
@@ -182,7 +184,7 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     program, _ = PROGRAMS[training.algorithm]
     file = training.folder.with_name(training.folder.name + ".yaml")
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
-    with written_file(file) as temporary:
+    with atomic_file(file) as temporary:
         write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
     launch(program, ["--config", str(file)], launcher, training.settings.name)
     if not training.finished:
@@ -240,7 +242,7 @@ def assemble(
         folder,
         [training.folder for training in objectives],
         oracles=[training.folder for training in oracles],
-        reference=reference,
+        base_schedule=reference,
         half=config.half,
         overwrite=True,
     )
@@ -284,4 +286,4 @@ def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:
     """Eight hexadecimal digits for these adapters and this evaluation, so that another has another folder."""
     adapters = [adapter.sha256 for adapter in (*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles))]
     text = json.dumps([adapters, asdict(evaluation)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return text_hash(text)[:8]

@@ -1,6 +1,5 @@
 """`stepfuse demo`: train two adapters from raw rewards, fuse them, measure the mixtures and plot the front."""
 
-import json
 import time
 from pathlib import Path
 
@@ -8,12 +7,14 @@ import torch
 
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
+from stepfuse.data.folder_files import files_named
 from stepfuse.data.grid import labelled_grid
 from stepfuse.data.images import to_image
-from stepfuse.data.output_folder import check_output, clear, files_named, written_file
+from stepfuse.data.json_file import read_json, write_json
+from stepfuse.data.output_file import atomic_file
+from stepfuse.data.output_folder import delete_files, require_empty_dir
 from stepfuse.data.settings_file import read_settings
 from stepfuse.fuse.backbones.loading import quiet_libraries
-from stepfuse.fuse.lora.safe_files import read_object, write_json
 from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set, set_files
@@ -53,7 +54,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
         claim(output, state, overwrite=overwrite)
         if (output / RESULTS).is_file():
             print(f"finished before; --overwrite starts again: {output}")
-            return report(output, json.loads((output / RESULTS).read_text(encoding="utf-8")))
+            return report(output, read_json(output / RESULTS, "the results of a demo"))
         for one in trainings:
             if one.finished:
                 print(f"\nTraining {one.settings.name!r}: finished, {one.folder}", flush=True)
@@ -88,11 +89,11 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
     """
     if overwrite:
         writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
-        check_output(output, overwrite=True, ours=demo_files, writes=writes, besides=(LOCK,))
-        clear(output, demo_files(output))
+        require_empty_dir(output, overwrite=True, ours=demo_files, writes=writes, besides=(LOCK,))
+        delete_files(output, demo_files(output))
     known = read_state(output)
     if known is None:
-        check_output(output, overwrite=overwrite, besides=(LOCK,))
+        require_empty_dir(output, overwrite=overwrite, besides=(LOCK,))
         write_json(output / STATE, state)
     elif known != state:
         begun = f"--seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
@@ -105,7 +106,7 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
 def read_state(output: Path) -> dict | None:
     """The settings of the demo that was begun in a folder; None where there is none."""
     try:
-        return read_object(output / STATE, "the state of a demo")
+        return read_json(output / STATE, "the state of a demo")
     except ValueError:
         return None
 
@@ -148,7 +149,7 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     heads = ["base", *[weights_heading({first: 1 - w, second: w}) for w in SLIDER]]
     rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
     slider, front = (output / name for name in PICTURES)
-    with written_file(slider) as temporary:
+    with atomic_file(slider) as temporary:
         labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(temporary)
     scores = {weight: values for weight, (_, values) in drawn.items()}
     means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
@@ -167,7 +168,7 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
             for weight in SLIDER
         },
     }
-    with written_file(front) as temporary:
+    with atomic_file(front) as temporary:
         draw_front(temporary, results)
     return results
 

@@ -1,7 +1,6 @@
 """`stepfuse reward`: list them, score a folder with one, serve one."""
 
 import csv
-import hashlib
 import json
 import secrets
 import sys
@@ -12,10 +11,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from stepfuse.data.file_info import text_hash
 from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge
-from stepfuse.data.output_folder import check_file, written_file
+from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.catalogue import table
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
@@ -58,9 +58,9 @@ def score_folder(
     Raises:
         ValueError: for images, prompts or a reward that cannot be loaded, and for a table that exists.
     """
-    table = check_file(output, overwrite=overwrite)
+    table = require_new_file(output, overwrite=overwrite)
     if picture is not None:
-        check_file(picture, overwrite=overwrite, option="--picture")
+        require_new_file(picture, overwrite=overwrite, option="--picture")
     items = pair_prompts(folder, prompts)
     try:
         table.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> 
     """The images in order of their scores, the best first, as one picture."""
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
     tiles = [_tile(to_image(read_pixels(items[i].file)[0])) for i in order]
-    with written_file(file) as temporary:
+    with atomic_file(file) as temporary:
         captioned_grid(tiles, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8).save(temporary)
 
 
@@ -157,7 +157,7 @@ def _partial_file(output: Path, name: str, items: list[PromptedImage]) -> Path:
     is_code = file.suffix in (".py", ".yaml", ".yml") and file.is_file()
     code = file.read_text(encoding="utf-8", errors="replace") if is_code else ""
     images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
-    digest = hashlib.sha256("\0".join([name, code, *images]).encode(errors="surrogateescape")).hexdigest()
+    digest = text_hash("\0".join([name, code, *images]))
     return output.with_name(f".{output.name}.{digest[:12]}.partial")
 
 

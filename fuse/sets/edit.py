@@ -1,0 +1,88 @@
+"""Changes of what the manifest of a set says: licences, and what was measured."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stepfuse.fuse.rules.gap_profile import GapProfile
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest, set_folder
+from stepfuse.fuse.sets.entries import Adapter, sampling_to_dict
+from stepfuse.fuse.sets.manifest import MANIFEST
+
+
+def set_licences(folder: str | Path, *, license: str | None, base_license: str | None) -> AdapterSet:
+    """State the licence of the adapters that have none stated, and of the base.
+
+    Raises:
+        ValueError: for what is no set, or cannot be written.
+    """
+    loaded, file = load_set(folder), check_writable(folder)
+    base = loaded.base if base_license is None else loaded.base | {"license": base_license}
+    changed = replace(loaded, base=base).map_adapters(lambda adapter: add_license(adapter, license))
+    save_manifest(file.parent, changed)
+    return load_set(file.parent, read_weights=False)
+
+
+def add_license(adapter: Adapter, license: str | None) -> Adapter:
+    """The adapter with a licence, if it states none."""
+    return replace(adapter, license=adapter.license or license)
+
+
+def add_profile(folder: str | Path, profile: GapProfile) -> None:
+    """Keep a gap profile with a set, in place of one of the same steps and guidance.
+
+    Raises:
+        ValueError: for what is no set, or cannot be written.
+    """
+    loaded, file = load_set(folder), check_writable(folder)
+    settings = sampling_to_dict(profile)
+    others = [other for other in loaded.profiles if sampling_to_dict(other) != settings]
+    save_manifest(file.parent, replace(loaded, profiles=(*others, profile)))
+
+
+def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
+    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its own reward.
+
+    Raises:
+        ValueError: for what is no set, or cannot be written.
+    """
+    loaded, file = load_set(folder), check_writable(folder)
+    evaluation = shorten(summary)
+    alone = {
+        name: cell["gains"].get(name)
+        for name in loaded.names
+        for cell in evaluation["cells"]
+        if cell["rule"] == "product" and cell["strength"] == 1 and cell["weights"] == f"{name}=1"
+    }
+    adapters = tuple(replace(a, gain=alone.get(a.name) or a.gain) for a in loaded.adapters)
+    save_manifest(file.parent, replace(loaded, adapters=adapters, evaluation=evaluation))
+    return load_set(file.parent, read_weights=False)
+
+
+def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an evaluation's summary that a manifest keeps: the gain of each cell in each objective's reward."""
+    rewards = summary["objectives"]
+    cells = []
+    for cell in summary["cells"]:
+        gains = {name: cell["rewards"].get(reward, {}).get("gain") for name, reward in rewards.items()}
+        known = {name: {key: gain[key] for key in ("mean", "low", "high")} for name, gain in gains.items() if gain}
+        if known:
+            kept = {key: cell[key] for key in ("rule", "weights", "strength")}
+            cells.append(kept | {"gains": known})
+    return {"prompts": summary["prompts"], "seeds": summary["seeds"], "objectives": dict(rewards), "cells": cells}
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The manifest of a set, to be written.
+
+    Raises:
+        ValueError: where it cannot be.
+    """
+    file = set_folder(folder) / MANIFEST
+    if not (Path(folder) / MANIFEST).exists():
+        raise ValueError(f"set {str(folder)!r} is not in a folder; `stepfuse pull {folder} FOLDER` copies it to one")
+    if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written; copy the set to another folder")
+    return file

@@ -1,0 +1,116 @@
+"""LoRAs that other tools trained, as adapters of a set."""
+
+import tempfile
+from pathlib import Path
+
+from stepfuse.fuse.backbones.fingerprint import describe_base, same_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.convert import read_foreign
+from stepfuse.fuse.lora.factors import peft_config, peft_state
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
+from stepfuse.fuse.sets.create import add_adapter, create_set
+from stepfuse.fuse.sets.edit import check_writable
+from stepfuse.fuse.sets.entries import check_guidance
+from stepfuse.fuse.sets.hub import fetch_lora, parse_id
+from stepfuse.fuse.sets.manifest import MANIFEST
+
+UNKNOWN = "unknown"  # the reward of a LoRA that was not trained on one
+
+
+def import_lora(
+    source: str,
+    folder: Path,
+    *,
+    objective: str,
+    eta: float,
+    reward: str = UNKNOWN,
+    base: str | None = None,
+    guidance: str | None = None,
+    guidance_scale: float | None = None,
+    steps: int | None = None,
+    license: str | None = None,
+    unet_only: bool = False,
+    weight_name: str | None = None,
+    variant: str | None = None,
+) -> AdapterSet:
+    """Add a LoRA of another tool to a set, which is made if it does not exist.
+
+    Args:
+        source: a safetensors file, a folder as peft saves one, or a hub id.
+        folder: of the set.
+        objective: its name there.
+        eta: of its transitions: declared, for it cannot be measured.
+        reward: what it is meant to raise.
+        base: of a set that is to be made.
+        guidance: `full` by default, for published LoRAs expect an unconditional prediction of their own; in a set it is
+            the set's.
+        guidance_scale, steps: by default the set's, or 7.5 and 50.
+        license: of its weights.
+        unet_only: leave out what is of text encoders.
+        weight_name: which file of a repository.
+        variant: of the weight files of the base of a set that is to be made, `fp16` for instance.
+
+    Raises:
+        ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
+    """
+    loaded = load_set(folder) if (folder / MANIFEST).is_file() else None
+    guidance, revision = check_guidance(guidance or "full"), None
+    if loaded is not None:
+        check_writable(folder)
+        guidance_scale = loaded.guidance_scale if guidance_scale is None else guidance_scale
+        _check_settings(folder, loaded, base, variant, guidance, guidance_scale)
+        base, revision, variant = (loaded.base.get(key) for key in ("name_or_path", "revision", "variant"))
+        steps = steps or loaded.num_inference_steps
+    if base is None:
+        raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
+    path = Path(source)
+    if not path.exists():
+        if parse_id(source) is None:
+            raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of peft's, or a hub id")
+        path = fetch_lora(source, weight_name)
+    elif weight_name is not None:
+        path /= weight_name
+    pipeline = load_pipeline(base, revision=revision, variant=variant, safe=True)
+    described = describe_base(pipeline, base, revision, variant=variant)
+    if loaded is not None and not same_base(loaded.base, described):
+        raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
+    factors = read_foreign(path, pipeline.unet, unet_only=unet_only)
+    with tempfile.TemporaryDirectory() as temporary:
+        adapter = Path(temporary, objective)
+        write_adapter(
+            adapter,
+            None,
+            Objective(name=objective, reward=reward, variance=EtaSchedule(eta=eta), beta=0.0),
+            state=peft_state(factors),
+            config=peft_config(factors),
+            base=described,
+            guidance=guidance,
+            guidance_scale=7.5 if guidance_scale is None else guidance_scale,
+            num_inference_steps=steps or 50,
+            record={},
+            pipeline_class=type(pipeline),
+            license=license,
+            source=source if parse_id(source) else Path(source).name,
+        )
+        return create_set(folder, [adapter]) if loaded is None else add_adapter(folder, adapter)
+
+
+def _check_settings(
+    folder: Path, loaded: AdapterSet, base: str | None, variant: str | None, guidance: str, guidance_scale: float
+) -> None:
+    """Check what is given of a LoRA against the set that it is added to."""
+    if base is not None and base != loaded.base["name_or_path"]:
+        raise ValueError(f"set {folder} is of base {loaded.base['name_or_path']!r}; leave out --base")
+    if variant is not None and variant != loaded.base.get("variant"):
+        raise ValueError(
+            f"set {folder} is of the base's variant {loaded.base.get('variant') or 'none'}; leave out --variant"
+        )
+    if (guidance, guidance_scale) != (loaded.guidance, loaded.guidance_scale):
+        raise ValueError(
+            f"set {folder} has guidance {loaded.guidance} {loaded.guidance_scale:g} and a LoRA of another tool "
+            f"{guidance} {guidance_scale:g}; a set has one: pass --guidance {loaded.guidance} --guidance_scale "
+            f"{loaded.guidance_scale:g} to have it guided so"
+        )
