@@ -103,8 +103,9 @@ def check_names(values: Mapping[str, Any], settings: type, *, besides: Sequence[
 
 def check_types(settings: Any) -> None:
     """Raise ValueError if a field of a settings dataclass has a value of another type than its annotation."""
-    for name, hint in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
+    hints = get_type_hints(type(settings))
+    for name in (field.name for field in dataclasses.fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
         if not _matches(value, hint):
             if choices := _choices(hint):
                 expected = f"one of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}"

@@ -22,7 +22,7 @@ class NamedReward:
     Attributes:
         build: Function of the argument after the name's colon (or None), a device and a data type that creates it.
         source: The paper or repository it comes from.
-        licence: Licence of the weights, or of the code if there are no weights.
+        licence: Licence of the weights, or of the code if there are no weights; by default stepfuse's.
         differentiable: Whether it is differentiable in the pixels, as `rgg` requires.
         unit: Unit of its scores, for axes and tables.
         weights: Size of its networks in memory, in bytes of float32.
@@ -33,8 +33,8 @@ class NamedReward:
 
     build: Build
     source: str
-    licence: str
-    differentiable: bool
+    licence: str = "Apache-2.0"
+    differentiable: bool = True
     unit: str = ""
     weights: int = 0
     files: tuple[Published, ...] = ()

@@ -16,8 +16,9 @@ from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
+from stepfuse.rewards.reward_name import RewardName, parse_reward, parse_terms
 from stepfuse.rewards.user_code import load_function
-from stepfuse.rewards.weighted import Weighted, parse_terms
+from stepfuse.rewards.weighted import Weighted
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
 
@@ -57,32 +58,18 @@ REWARDS: dict[str, NamedReward] = {
         build=_clip_score,
         source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
         licence="Apache-2.0; of a hub id, its own",
-        differentiable=True,
         unit="100 × cosine",
         weights=14_000_000,
     ),
-    "colourfulness": NamedReward(
-        build=_plain(colourfulness),
-        source="Hasler and Süsstrunk 2003",
-        licence="Apache-2.0",
-        differentiable=True,
-        unit="8-bit levels",
-    ),
+    "colourfulness": NamedReward(build=_plain(colourfulness), source="Hasler and Süsstrunk 2003", unit="8-bit levels"),
     "compressibility": NamedReward(
-        build=_plain(compressibility), source="arXiv:2305.13301", licence="Apache-2.0", differentiable=False, unit="kB"
+        build=_plain(compressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
     ),
-    "emoji_background": NamedReward(
-        build=_plain(emoji_background),
-        source="stepfuse",
-        licence="Apache-2.0",
-        differentiable=True,
-        unit="8-bit levels",
-    ),
+    "emoji_background": NamedReward(build=_plain(emoji_background), source="stepfuse", unit="8-bit levels"),
     "hpsv2": NamedReward(
         build=hpsv2.hpsv2,
         source="arXiv:2306.09341, xswu/HPSv2",
         licence="Apache-2.0",
-        differentiable=True,
         unit="cosine",
         weights=3_944_000_000,
         files=(hpsv2.VERSIONS["2"], TOKENIZER),
@@ -91,7 +78,6 @@ REWARDS: dict[str, NamedReward] = {
         build=_hpsv2_1,
         source="arXiv:2306.09341, xswu/HPSv2",
         licence="Apache-2.0",
-        differentiable=True,
         unit="cosine",
         weights=3_944_000_000,
         files=(hpsv2.VERSIONS["2.1"], TOKENIZER),
@@ -100,7 +86,6 @@ REWARDS: dict[str, NamedReward] = {
         build=image_reward.ImageReward,
         source="arXiv:2304.05977, THUDM/ImageReward",
         licence="Apache-2.0",
-        differentiable=True,
         unit="standard deviations",
         weights=1_786_000_000,
         files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
@@ -115,17 +100,12 @@ REWARDS: dict[str, NamedReward] = {
         requirements=CONFIGS / "image_reward_original.txt",
     ),
     "incompressibility": NamedReward(
-        build=_plain(incompressibility),
-        source="arXiv:2305.13301",
-        licence="Apache-2.0",
-        differentiable=False,
-        unit="kB",
+        build=_plain(incompressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
     ),
     "laion_aesthetic": NamedReward(
         build=laion_aesthetic.LAIONAesthetic,
         source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
         licence="Apache-2.0 (head), MIT (CLIP)",
-        differentiable=True,
         unit="1 to 10",
         weights=1_216_000_000,
         files=(laion_aesthetic.CONFIG, laion_aesthetic.WEIGHTS, laion_aesthetic.HEAD),
@@ -134,7 +114,6 @@ REWARDS: dict[str, NamedReward] = {
         build=pickscore.pickscore,
         source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
         licence="not stated for the weights; MIT for its code",
-        differentiable=True,
         unit="scaled cosine",
         weights=3_944_000_000,
         files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
@@ -151,7 +130,6 @@ REWARDS: dict[str, NamedReward] = {
         build=_weighted,
         source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
         licence="those of its terms",
-        differentiable=True,
         unit="weighted sum",
         needs="its terms",
     ),
@@ -159,69 +137,71 @@ REWARDS: dict[str, NamedReward] = {
 
 
 def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """A reward by name, `image_reward`; with an argument, a folder with its weights, `image_reward:weights/`; a
-    weighted sum of several, `weighted:0.5*compressibility/0.2 + 0.5*clip_score/6`; a function of one's own,
-    `path/to/file.py:function`; a reward file, `path/to/file.yaml`; or a server, `http://127.0.0.1:8765`.
+    """Load a reward by its name (`parse_reward`).
+
+    That is a name of the catalogue, `image_reward`; with an argument, a folder of its weights, `image_reward:weights/`;
+    a weighted sum, `weighted:0.5*compressibility/0.2 + 0.5*clip_score/6`; a function, `path/to/file.py:function`; a
+    reward file, `path/to/file.yaml`; or a server, `http://127.0.0.1:8765`.
 
     Args:
-        device: where it runs.
-        dtype: of networks; scores are float32.
+        device: device that it runs on.
+        dtype: precision of its networks; scores are float32.
 
     Raises:
-        ValueError: for an unknown name, a file or function that is not there, and weights that cannot be had.
+        ValueError: for an unknown name, a file or function that does not exist, and weights that cannot be loaded.
     """
-    kind, _, argument = name.partition(":")
-    device = torch.device(device)
-    if kind in REWARDS:
-        return REWARDS[kind].build(argument or None, device, dtype)
-    if kind in ("http", "https"):
-        return HTTPReward(HTTPSettings(url=name))
-    if ".py:" in name:
-        return load_function(*name.rsplit(":", 1))
-    if name.endswith((".yaml", ".yml")):
-        return read_reward_file(Path(name), load_reward, device)
+    parsed, device = parse_reward(name), torch.device(device)
+    match parsed.kind:
+        case "server":
+            return HTTPReward(HTTPSettings(url=name))
+        case "function":
+            return load_function(parsed.path, parsed.argument)
+        case "file":
+            return read_reward_file(Path(name), load_reward, device)
+    if parsed.head in REWARDS:
+        return REWARDS[parsed.head].build(parsed.argument or None, device, dtype)
     if name.endswith(".py"):
         raise ValueError(f"reward {name!r} names no function; expected {name}:function")
     raise ValueError(
-        f"no reward {kind!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or path/to/file.yaml"
-        f"{nearest(kind, REWARDS)}"
+        f"no reward {parsed.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or "
+        f"path/to/file.yaml{nearest(parsed.head, REWARDS)}"
     )
 
 
 def reward_unit(name: str) -> str:
-    """The unit of a reward's values, such as "kB"; empty where the catalogue does not state one."""
-    info = REWARDS.get(name.partition(":")[0])
+    """The unit of a reward's values, such as "kB"; empty if the catalogue does not state one."""
+    info = REWARDS.get(parse_reward(name).head)
     return info.unit if info else ""
 
 
-def is_catalogued(name: str) -> bool:
-    """Whether a reward is one of `REWARDS`, a sum's terms included: no file of anybody's code, and no server.
+def _summands(name: str) -> list[RewardName]:
+    """The rewards of a sum, also of sums in it, or the reward itself; none if a sum is malformed."""
+    parsed = parse_reward(name)
+    if parsed.kind != "sum":
+        return [parsed]
+    try:
+        return [part for term in parsed.terms for part in _summands(term.name)]
+    except ValueError:
+        return []  # it cannot be loaded
 
-    A set that came from elsewhere may name any reward; this tells those that are only data from the others.
+
+def is_catalogued(name: str) -> bool:
+    """Whether a reward, or every term of a sum, is in the catalogue: it runs no other code and asks no server.
+
+    A set from elsewhere may name any reward; this finds those that are safe to load.
     """
-    kind, _, argument = name.partition(":")
-    if kind == "weighted":
-        try:
-            return all(is_catalogued(term.name) for term in parse_terms(argument))
-        except ValueError:
-            return True  # it cannot be loaded anyhow
-    return kind in REWARDS
+    return all(part.kind == "catalogue" and part.head in REWARDS for part in _summands(name))
 
 
 def local_parts(name: str) -> list[tuple[str, str]]:
-    """The parts of a reward that only its author has, those of a sum's terms included.
+    """The parts of a reward, terms of a sum included, that only its author has.
 
     Returns:
-        Of each the name, and what it is: a local file, a local folder, or a server.
+        The name of each, and what it is: a local file, a local folder, or a server.
     """
-    kind, _, argument = name.partition(":")
-    if kind == "weighted":
-        try:
-            return [part for term in parse_terms(argument) for part in local_parts(term.name)]
-        except ValueError:
-            return []
-    if name.startswith(("http://", "https://")):
-        return [(name, "a server")]
-    if ".py:" in name or name.endswith((".yaml", ".yml")):
-        return [(name, "a local file")]
-    return [(name, "a local folder")] if kind in REWARDS and argument else []
+    what = {"server": "a server", "function": "a local file", "file": "a local file", "catalogue": "a local folder"}
+    return [
+        (part.text, what[part.kind])
+        for part in _summands(name)
+        if part.kind != "catalogue" or (part.argument and part.head in REWARDS)
+    ]

@@ -11,6 +11,7 @@ import torch
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.shaping import Shaped, Shaping
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
 
@@ -59,7 +60,7 @@ def read_reward_file(
         sources = [name for name in ("reward", "worker", "http") if getattr(settings, name)]
         if len(sources) != 1:
             raise ValueError(f"{' and '.join(sources) or 'no reward'}; expected exactly one of reward, worker and http")
-        if settings.reward.endswith((".yaml", ".yml")):
+        if parse_reward(settings.reward).kind == "file":
             raise ValueError(f"reward {settings.reward!r} is another reward file; expected a name or a function")
         if settings.dtype != "float32" and not settings.reward:
             raise ValueError(f"dtype {settings.dtype} is given for a worker or server; expected it with reward only")

@@ -1,4 +1,4 @@
-"""A reward in another unit: shifted, scaled and clipped."""
+"""Shaped rewards: shifted, scaled and clipped."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ class Shaping:
     """r → clip((r - shift) / scale, low, high).
 
     Attributes:
-        shift: a number of the reward's own unit; its mean over images of the base, say.
-        scale: likewise; its standard deviation there, say.
-        clip: low and high, or nothing.
+        shift: in the unit of the reward; for example its mean over images of the base.
+        scale: in the unit of the reward; for example its standard deviation over these images.
+        clip: low and high, or empty.
 
     Raises:
-        ValueError: for a scale that is not positive, or bounds that bound nothing.
+        ValueError: for a shift that is not finite, a scale that is not positive, or bounds that are not two in order.
     """
 
     shift: float = 0.0
@@ -39,10 +39,10 @@ class Shaping:
 
 
 def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
-    """Mean 0 and standard deviation 1 over these scores.
+    """The shaping to mean 0 and standard deviation 1 over these scores.
 
     Raises:
-        ValueError: where all are equal.
+        ValueError: if all are equal.
     """
     scale = scores.double().std(correction=0).item()
     if not scale > 0:
@@ -51,7 +51,7 @@ def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
 
 
 class Shaped:
-    """A reward and its shaping; differentiable where the reward is, and its score within the bounds."""
+    """A reward with its shaping; differentiable if the reward is, and its score is within the bounds."""
 
     def __init__(self, reward: Reward, shaping: Shaping, name: str) -> None:
         self.reward, self.shaping, self.name = reward, shaping, name

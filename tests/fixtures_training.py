@@ -21,8 +21,9 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
+from stepfuse.train.algorithms import DDPO
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
-from stepfuse.train.rollout import branching_rollout, sample_generator
+from stepfuse.train.rollout import Sampling, branching_rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
@@ -127,7 +128,8 @@ class PolicyWorld:
         self.conditioning = Conditioning(positive=words[0], negative=words[1])
         generators = [sample_generator(0, "rollout", i) for i in range(2)]
         steps = self.denoiser.path.steps(3)
-        self.place = (self.denoiser, "mine", schedule, steps, self.conditioning, SHAPE, generators)
+        sampling = Sampling(denoiser=self.denoiser, adapter="mine", schedule=schedule, steps=steps, shape=SHAPE)
+        self.place = (sampling, self.conditioning, generators)
 
     def factors(self, kind):
         return [p for name, p in self.unet.named_parameters() if kind in name]
@@ -141,19 +143,17 @@ class PolicyWorld:
         return both
 
 
-class Watched:
-    """An algorithm that keeps the log-ratio to the rollout, and to the reference, of each loss."""
+class Watched(DDPO):
+    """DDPO that keeps the log-ratio to the rollout, and to the reference, of each loss."""
 
-    def __init__(self, algorithm):
-        self.algorithm, self.ratios, self.kl = algorithm, [], []
-
-    def __getattr__(self, name):
-        return getattr(self.algorithm, name)
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.ratios, self.kl = [], []
 
     def loss(self, policy, reference, step):
         self.ratios.append((policy.log_prob(step.x_s) - step.log_prob).tolist())
         self.kl.append(policy.kl(reference).mean().item())
-        return self.algorithm.loss(policy, reference, step)
+        return super().loss(policy, reference, step)
 
 
 def two_epochs(base: Path, **own) -> DDPOSettings:

@@ -8,8 +8,9 @@ from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility
 from stepfuse.rewards.emoji_background import emoji_background
-from stepfuse.rewards.registry import load_reward
-from stepfuse.rewards.weighted import Term, Weighted, parse_terms
+from stepfuse.rewards.registry import is_catalogued, load_reward, local_parts
+from stepfuse.rewards.reward_name import Term, parse_reward, parse_terms
+from stepfuse.rewards.weighted import Weighted, as_sum
 from tests.fixtures_tiny import refused
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]
@@ -123,3 +124,61 @@ def test_another_background_scores_its_distance() -> None:
 def test_a_prompt_without_a_background_of_the_world_is_refused(prompt: str) -> None:
     with refused(repr(prompt), *BACKGROUNDS):
         emoji_background(noise()[:1], [prompt])
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "head", "argument", "path", "objective"),
+    [
+        ("hpsv2.1", "catalogue", "hpsv2.1", "", "", "hpsv2_1"),
+        (
+            "clip_score:openai/clip-vit-base-patch32",
+            "catalogue",
+            "clip_score",
+            "openai/clip-vit-base-patch32",
+            "",
+            None,
+        ),
+        ("clip_score:weights/of.py:mine", "catalogue", "clip_score", "weights/of.py:mine", "", None),
+        ("http://127.0.0.1:8765", "server", "http", "", "", "http"),
+        ("mine.py:brightness", "function", "mine.py", "brightness", "mine.py", "brightness"),
+        ("../a b/mine.py:brightness", "function", "../a b/mine.py", "brightness", "../a b/mine.py", "brightness"),
+        ("C:/rewards/mine.py:brightness", "function", "C", "brightness", "C:/rewards/mine.py", "brightness"),
+        ("rewards/mine.yaml", "file", "rewards/mine.yaml", "", "rewards/mine.yaml", "mine"),
+        ("weighted:1*mine.py:f + 1*b", "sum", "weighted", "1*mine.py:f + 1*b", "", "weighted"),
+        ("mine.py", "catalogue", "mine.py", "", "", None),
+    ],
+)
+def test_a_name_is_parsed_to_its_kind_and_parts(text, kind, head, argument, path, objective):
+    name = parse_reward(text)
+    assert (name.kind, name.head, name.argument, name.path) == (kind, head, argument, path)
+    assert objective in (None, name.objective)
+
+
+def test_any_reward_is_a_sum_of_terms():
+    assert parse_reward("mine.py:f").terms == (Term(name="mine.py:f", weight=1),)
+    assert [term.name for term in parse_reward("weighted:3*a/2 + 1*mine.py:f").terms] == ["a", "mine.py:f"]
+    one = as_sum(colourfulness, "colourfulness")
+    assert torch.equal(one.terms_of(noise(), PROMPTS)[:, 0], colourfulness(noise(), PROMPTS))
+    assert list(one.rewards.values()) == [colourfulness]
+    two = Weighted(parse_terms("1*a + 1*b"), {"a": colourfulness, "b": compressibility}.__getitem__)
+    assert as_sum(two, "two") is two
+
+
+@pytest.mark.parametrize(
+    ("name", "catalogued", "local"),
+    [
+        ("colourfulness", True, []),
+        ("image_reward:weights/", True, [("image_reward:weights/", "a local folder")]),
+        ("mine.py:f", False, [("mine.py:f", "a local file")]),
+        ("weighted:1*colourfulness + 1*mine.py:f", False, [("mine.py:f", "a local file")]),
+        ("weighted:1*colourfulness + 1*http://host:1", False, [("http://host:1", "a server")]),
+        ("unknown", False, []),
+        ("weighted:malformed", True, []),  # it cannot be loaded
+    ],
+)
+def test_what_of_a_reward_is_not_in_the_catalogue(name, catalogued, local):
+    assert is_catalogued(name) == catalogued
+    assert local_parts(name) == local

@@ -21,7 +21,8 @@ from stepfuse.train import loop
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.display import ProgressDisplay, describe_gain
-from stepfuse.train.settings import TRACKERS, DPOSettings
+from stepfuse.train.run_settings import TRACKERS
+from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import refused_by
 
 REWARDS = """

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.train.advantages import best_and_worst
 from stepfuse.train.checkpoints import list_checkpoints, read_state
-from stepfuse.train.credit import best_and_worst
 from stepfuse.train.health import diversity, thumbnails
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import refused_by

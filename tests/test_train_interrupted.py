@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.checkpoints import ASIDE, MANIFEST, damage, list_checkpoints
+from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage, list_checkpoints
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 KILLS = 20
@@ -135,14 +135,14 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
                 wait_for(called.exists)
                 called.unlink()
             if kind == "checkpoint":
-                wait_for((output / ASIDE).exists)
+                wait_for((output / TEMPORARY).exists)
                 time.sleep(moments.uniform(0, 0.004))
             else:
                 time.sleep(moments.uniform(0, 0.02))
         training.kill()
         assert training.ended() == -signal.SIGKILL, (desk / "child.log").read_text()[-4000:]
         where[kind] += 1
-        aside += (output / ASIDE).exists()
+        aside += (output / TEMPORARY).exists()
         assert len(list_checkpoints(output)) <= 3  # one more than is kept, until the oldest is gone
         assert not [folder for folder in list_checkpoints(output) if damage(folder)]
     assert sum(where.values()) == KILLS
@@ -153,7 +153,7 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
     assert training.ended() == 0, (desk / "child.log").read_text()[-4000:]
     same(output, straight)
     assert [p.name for p in list_checkpoints(output)] == [f"checkpoint-{step}" for step in (STEPS - 2, STEPS)]
-    assert not [p for p in output.iterdir() if p.name in (ASIDE, "checkpoint.old", ".lock")]
+    assert not [p for p in output.iterdir() if p.name in (TEMPORARY, "checkpoint.old", ".lock")]
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest", "a bit"])

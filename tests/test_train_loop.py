@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.algorithms import DDPO, DPO
+from stepfuse.train.algorithms import DPO
 from stepfuse.train.checkpoints import read_state
-from stepfuse.train.loop import train
+from stepfuse.train.loop import train_adapter
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import (
     COMMON,
@@ -245,9 +245,9 @@ def test_every_update_that_follows_its_rollout_starts_from_a_ratio_of_exactly_1(
     run_training, tiny_base, precision, guidance
 ):
     settings = two_epochs(tiny_base, mixed_precision=precision, guidance=guidance, variance="learned")
-    watched = Watched(DDPO(settings))
+    watched = Watched(settings)
     forget_accelerator()
-    train(settings, watched)
+    train_adapter(settings, watched)
     updates = [watched.ratios[i : i + 3] for i in range(0, 12, 3)]  # three denoising steps each
     assert updates[0] == updates[2] == [[0.0] * 4] * 3
     assert max(abs(ratio) for update in (updates[1], updates[3]) for step in update for ratio in step) > 1e-4
@@ -262,7 +262,7 @@ def test_bf16_adapter_is_saved_in_float32(run_training, tiny_base):
         **COMMON, pretrained_model_name_or_path=str(tiny_base), mixed_precision="bf16", max_train_steps=2
     )
     forget_accelerator()
-    train(settings, DPO(settings))
+    train_adapter(settings, DPO(settings))
     state = load_file("out/pytorch_lora_weights.safetensors")
     assert {value.dtype for value in state.values()} == {torch.float32}
     learned = torch.cat([value.flatten() for name, value in state.items() if "lora_B" in name or ".up." in name])

@@ -19,8 +19,9 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.offline import DiffusionDPO, PreferencePairs, noise_pairs
+from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import refused_by
 
@@ -104,8 +105,10 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
     denoiser = Denoiser.from_pipeline(loaded, guidance="full", guidance_scale=5.0)
     policy = Policy(unet, "mine", EtaSchedule())
     noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
-    (both,) = step_gaussians(policy, denoiser, EtaSchedule(), [noised], conditioning)
-    ours = DiffusionDPO(settings).loss(*both, noised)
+    sampling = Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=[], shape=(4, 8, 8))
+    algorithm = DiffusionDPO(settings)
+    (both,) = algorithm.gaussians(policy, sampling, [noised], conditioning)
+    ours = algorithm.loss(*both, noised)
     ours.mean().backward()
     found = {name: value.grad.clone() for name, value in unet.named_parameters() if value.grad is not None}
     assert len(found) > 0
@@ -223,7 +226,7 @@ def test_micro_batches_of_pairs_are_one_batch(run_dpo):
         ({"pairs": "pairs.parquet", "label_column": "preferred"}, "no column 'preferred'; they have jpg_0, jpg_1"),
         ({"pairs": "pairs.parquet", "image_columns": "jpg_0"}, "image_columns is ['jpg_0']; expected two names"),
         ({"pairs": "pairs.parquet", "max_kl": 1.0}, "max_kl is 1.0; expected none with pairs"),
-        ({"pairs": "pairs.parquet", "variance": "learned"}, "variance is learned; expected eta or table"),
+        ({"pairs": "pairs.parquet", "variance": "learned"}, "variance is learned; expected one that is not trained"),
         ({"pairs": "ties.parquet"}, "hold no pair whose label_0 is 0 or 1"),
         ({"pairs": "broken.parquet"}, "the image for the prompt 'prompt 0' in column 'jpg_1' is no picture"),
     ],

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, step_variance
-from stepfuse.train.credit import group_advantages
+from stepfuse.train.advantages import group_advantages
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 
 T, S, ETA, BETA = 700, 500, 0.9, 0.5

@@ -11,7 +11,7 @@ from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.train.lora import add_lora
-from stepfuse.train.rollout import branching_rollout, rollout, sample_generator, with_advantages
+from stepfuse.train.rollout import Sampling, branching_rollout, rollout, sample_generator, with_advantages
 from tests.fixtures_training import at_once, tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
@@ -40,17 +40,20 @@ class World:
         self.rows = []  # of each forward
         self.unet.register_forward_hook(lambda module, inputs, output: self.rows.append(len(output[0])))
 
-    def place(self, rows):
+    def place(self, rows, learned=None):
         generators = [sample_generator(0, "rollout", i) for i in range(4)][rows]
-        conditioning = self.conditioning[rows]
-        return self.denoiser, "mine", EtaSchedule(eta=ETA), self.steps, conditioning, SHAPE, generators
+        schedule, learned = EtaSchedule(eta=ETA), None if learned is None else frozenset(learned)
+        sampling = Sampling(
+            denoiser=self.denoiser, adapter="mine", schedule=schedule, steps=self.steps, shape=SHAPE, learned=learned
+        )
+        return sampling, self.conditioning[rows], generators
 
     def rollout(self, rows=slice(0, 4), **options):
         return rollout(*self.place(rows), **options)
 
     def branch(self, rows=slice(0, 4), *, score=None, margin=0.0, learned=None):
-        options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin, learned=learned)
-        return branching_rollout(*self.place(rows), **options)
+        options = dict(score_latents=at_once(score or roughness), candidates=K, margin=margin)
+        return branching_rollout(*self.place(rows, learned), **options)
 
     def guided(self, x, t):
         """The policy's prediction, worked from single forwards: e_u of the base, e_c of the adapter."""

@@ -10,11 +10,12 @@ import torch
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.rewards.compressibility import compressibility
+from stepfuse.rewards.reward_name import label_terms, parse_reward
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping, fit_shaping
-from stepfuse.rewards.weighted import Weighted, fit_scales, label_terms, parse_terms
+from stepfuse.rewards.weighted import Weighted
 from stepfuse.train.algorithms import DDPO, DPO
-from stepfuse.train.loop import train
+from stepfuse.train.loop import train_adapter
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_rewards import photographs
 from tests.fixtures_tiny import read_lora, refused
@@ -67,7 +68,7 @@ def run(tmp_path, monkeypatch, base):
         values |= changes
         forget_accelerator()
         own = settings(**values)
-        return read_adapter(train(own, kind(own)))
+        return read_adapter(train_adapter(own, kind(own)))
 
     return go
 
@@ -149,7 +150,7 @@ def test_a_batch_is_scored_while_the_next_is_sampled(run, monkeypatch):
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
-    monkeypatch.setattr("stepfuse.train.loop.load_reward", lambda name, device: waits)
+    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: waits)
     run(max_train_steps=1)
     assert ran_again.is_set()
 
@@ -175,7 +176,7 @@ def test_a_reward_that_fails_names_the_step_that_caused_it(algorithm, aside, run
     calls = []
     # One call for the validation and, in DDPO, two a step: the fourth is in step 2; in DPO all are in step 1.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepfuse.train.loop.load_reward", lambda name, device: broken)
+        patch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: broken)
         with refused("step 2" if algorithm == "ddpo" else "step 1", "no such colour"):
             run(algorithm, async_scoring=aside)
     assert not Path("out/objective.json").exists()
@@ -225,7 +226,7 @@ def test_a_reward_is_fitted_on_images_of_the_base_and_a_resumed_run_keeps_it(run
         calls.append(values.tolist())
         return values
 
-    monkeypatch.setattr("stepfuse.train.loop.load_reward", lambda name, device: recording)
+    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: recording)
     options = dict(fit_reward=6, checkpointing_steps=1)
     straight = run(output_dir="straight", **options)
     fitted = calls[0] + calls[1]  # before anything else, a micro-batch at a time
@@ -252,7 +253,7 @@ def test_a_run_is_not_resumed_with_another_fit(run):
 
 def test_the_terms_of_a_weighted_reward_are_fitted_one_by_one(run):
     adapter = run(reward="weighted:3*rewards.py:slope + 1*rewards.py:thousands", fit_reward=6)
-    terms = parse_terms(adapter.objective.reward.partition(":")[2])
+    terms = parse_reward(adapter.objective.reward).terms
     assert [(term.name, term.weight) for term in terms] == [("rewards.py:slope", 0.75), ("rewards.py:thousands", 0.25)]
     assert terms[1].scale > 100 * terms[0].scale > 0
     assert adapter.objective.shaping == Shaping()
@@ -267,17 +268,19 @@ def test_the_terms_of_a_weighted_reward_are_fitted_one_by_one(run):
 def test_fitted_scales_are_the_deviations_of_each_term():
     pixels, prompts = photographs(8)[0]
     rewards = {"a": compressibility, "b": lambda images, prompts: images.mean((1, 2, 3))}
-    weighted = Weighted(parse_terms("2*a + 6*b"), rewards.__getitem__)
-    fitted = fit_scales(weighted.terms, weighted.terms_of(pixels, prompts))
+    weighted = Weighted(parse_reward("weighted:2*a + 6*b").terms, rewards.__getitem__)
+    name, shaping = weighted.fit(weighted.terms_of(pixels, prompts), Shaping(scale=2))
+    assert shaping == Shaping(scale=2)
+    fitted = parse_reward(name).terms
     for term, weight in zip(fitted, (0.25, 0.75), strict=True):
         values = rewards[term.name](pixels, prompts).tolist()
         assert term.scale == pytest.approx(statistics.pstdev(values), rel=1e-5)
         assert term.weight == weight
-    assert parse_terms(label_terms(fitted).removeprefix("weighted:")) == fitted
+    assert label_terms(fitted) == name
     with refused("'a'", "scale"):
-        fit_scales(fitted, weighted.terms_of(pixels, prompts))
+        weighted.with_terms(fitted).fit(weighted.terms_of(pixels, prompts), Shaping())
     with refused("'a'", "8 images"):
-        fit_scales(weighted.terms, torch.ones(8, 2))
+        weighted.fit(torch.ones(8, 2), Shaping())
 
 
 def test_decoupled_advantages_learn_from_the_small_term_too(run):

@@ -1,6 +1,7 @@
 """A setting that cannot work ends a run with one line that names it, before anything is written."""
 
 import dataclasses
+import math
 import os
 import re
 import subprocess
@@ -119,7 +120,8 @@ def test_config_that_is_no_yaml_mapping_is_named(desk, monkeypatch, text):
 @pytest.mark.parametrize("eta", ["1.5", "-0.1", "nan", "inf"])
 def test_eta_outside_the_unit_interval_is_refused(desk, monkeypatch, eta):
     line = refusal(monkeypatch, "dpo", "--sample_eta", eta)
-    assert f"sample_eta is {float(eta)}; expected a number in (0, 1]" in line
+    expected = "a number in (0, 1]" if math.isfinite(float(eta)) else "a finite number"
+    assert f"sample_eta is {float(eta)}; expected {expected}" in line
 
 
 @pytest.mark.parametrize("kind", ["eta", "learned"])
@@ -129,10 +131,21 @@ def test_eta_0_cannot_be_trained_with(desk, monkeypatch, kind):
     assert "no log-prob" in line
 
 
-@pytest.mark.parametrize(("etas", "culprit"), [("1.0 0.0 0.5", "0.0"), ("0.5 1.25", "1.25")])
-def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas, culprit):
+@pytest.mark.parametrize("etas", ["1.0 0.0 0.5", "0.5 1.25", ""])
+def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas):
     line = refusal(monkeypatch, "dpo", "--variance", "table", "--sample_etas", *etas.split())
-    assert f"is {culprit}; expected" in line
+    assert f"sample_etas is {[float(eta) for eta in etas.split()]}; expected one number in (0, 1] per step" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        ("--variance_options eta=0.5", "variance_options has 'eta'; expected none for variance eta"),
+        ("--variance_options eta", "'eta'; expected NAME=NUMBER"),
+    ],
+)
+def test_options_that_a_variance_does_not_have_are_refused(desk, monkeypatch, words, culprit):
+    assert culprit in refusal(monkeypatch, "ddpo", *words.split())
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,7 @@ def test_missing_prompt_file_is_named(desk, monkeypatch):
 def test_group_that_does_not_divide_the_batch_is_refused(desk, monkeypatch):
     arguments = "--train_batch_size 3 --gradient_accumulation_steps 2 --num_generations 4"
     line = refusal(monkeypatch, "ddpo", *arguments.split())
-    assert line.startswith("error: 6 images a step")
+    assert line.startswith("error: 6 images per step")
     assert "num_generations = 4" in line
 
 
@@ -421,7 +434,7 @@ def test_program_prints_one_line_and_exits_with_1(tmp_path):
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-1] == "error: sample_eta is 1.5; expected a number in (0, 1]"
+    assert done.stderr.splitlines()[-1].startswith("error: sample_eta is 1.5; expected a number in (0, 1]")
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -13,12 +13,13 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.create import create_set
-from stepfuse.train.algorithms import DDPO, Sampling
-from stepfuse.train.collect import learnable_steps, learned_steps
+from stepfuse.train.algorithms import DDPO
 from stepfuse.train.conditioning import Embeddings
-from stepfuse.train.loop import train
+from stepfuse.train.loop import train_adapter
+from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import read_lora, refused
+from stepfuse.train.timesteps import learnable_steps, learned_steps
 from tests.fixtures_training import (
     COMMON,
     forget_accelerator,
@@ -61,23 +62,21 @@ def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywh
     assert learned_steps(DDPOSettings(sample_num_steps=10), sampling, 5) == frozenset(range(10))
 
 
-class Counted:
+class Counted(DDPO):
     """DDPO that keeps what it was given."""
 
     def __init__(self, settings):
-        self.algorithm, self.steps, self.modes = DDPO(settings), [], []
-
-    def __getattr__(self, name):
-        return getattr(self.algorithm, name)
+        super().__init__(settings)
+        self.steps, self.modes = [], []
 
     def collect(self, *arguments):
         self.modes.append(torch.is_inference_mode_enabled())
-        return self.algorithm.collect(*arguments)
+        return super().collect(*arguments)
 
-    def credit(self, trajectory, *arguments):
-        credited = self.algorithm.credit(trajectory, *arguments)
-        self.steps.append(credited.steps)
-        return credited
+    def assign_advantages(self, trajectory, advantages):
+        assigned = super().assign_advantages(trajectory, advantages)
+        self.steps.append(assigned.steps)
+        return assigned
 
 
 def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(run_training, tiny_base):
@@ -85,7 +84,7 @@ def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(run_tr
     settings = DDPOSettings(**own, pretrained_model_name_or_path=str(tiny_base), num_generations=4)
     counted = Counted(settings)
     forget_accelerator()
-    train(settings, counted)
+    train_adapter(settings, counted)
     assert [len(steps) for steps in counted.steps] == [3, 3, 3]
     assert counted.modes == [True] * 3
     tensors = [value for steps in counted.steps for step in steps for value in vars(step).values()]
@@ -102,7 +101,7 @@ def test_the_kl_of_a_fraction_estimates_that_of_all_steps(run_training, tiny_bas
         values = own | {"train_timestep_fraction": fraction, "output_dir": f"out-{fraction}"}
         settings = DDPOSettings(**values, pretrained_model_name_or_path=str(tiny_base), num_generations=4)
         forget_accelerator()
-        train(settings, DDPO(settings))
+        train_adapter(settings, DDPO(settings))
         kl[fraction] = read_adapter(f"out-{fraction}").record["kl"]
     assert kl[0.5] == pytest.approx(kl[1.0], rel=0.6)
     assert kl[1.0] > 0

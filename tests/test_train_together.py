@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from stepfuse.train.algorithms import DDPO, DPO
-from stepfuse.train.loop import train
-from stepfuse.train.lora import LastRows, step_gaussians
+from stepfuse.train.loop import train_adapter
+from stepfuse.train.lora import SharedForward, step_gaussians
 from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import read_lora, refused
@@ -22,7 +22,12 @@ def slope(images, prompts):
 
 def together(world):
     """The same denoiser with base and policy in one forward."""
-    return replace(world.denoiser, batched=LastRows(world.unet, "mine"))
+    return replace(world.denoiser, batched=SharedForward(world.unet, "mine"))
+
+
+def together_place(world):
+    sampling, *others = world.place
+    return replace(sampling, denoiser=together(world)), *others
 
 
 def calls(network):
@@ -67,7 +72,7 @@ def test_a_rollout_with_base_and_policy_in_one_forward_is_the_same(guidance):
     worlds = [PolicyWorld(guidance=guidance, trained=True) for _ in range(2)]
     apart = rollout(*worlds[0].place)
     rows = calls(worlds[1].unet)
-    joined = rollout(together(worlds[1]), *worlds[1].place[1:])
+    joined = rollout(*together_place(worlds[1]))
     assert rows == [2 * {"shared": 3, "full": 4, "off": 2}[guidance]] * 3
     for one, two in zip(apart.steps, joined.steps, strict=True):
         assert (one.negative is None) == (two.negative is None) == (guidance != "shared")
@@ -120,13 +125,13 @@ def test_another_adapter_is_refused():
 class WatchedRollout(Watched):
     """And sees that the first log-probs it starts from are near those that were drawn."""
 
-    def __init__(self, algorithm):
-        super().__init__(algorithm)
+    def __init__(self, settings):
+        super().__init__(settings)
         self.drawn = []
 
-    def credit(self, trajectory, *arguments):
+    def assign_advantages(self, trajectory, advantages):
         self.drawn += [step.log_prob.clone() for step in trajectory.steps]
-        return self.algorithm.credit(trajectory, *arguments)
+        return super().assign_advantages(trajectory, advantages)
 
     def loss(self, policy, reference, step):
         if len(self.ratios) < 3:
@@ -137,9 +142,9 @@ class WatchedRollout(Watched):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_ratios_are_to_log_probs_of_the_first_update_which_are_the_rollouts(run_training, tiny_base, precision):
     settings = two_epochs(tiny_base, mixed_precision=precision, timesteps_per_forward=2)
-    watched = WatchedRollout(DDPO(settings))
+    watched = WatchedRollout(settings)
     forget_accelerator()
-    train(settings, watched)
+    train_adapter(settings, watched)
     updates = [watched.ratios[i : i + 3] for i in range(0, 12, 3)]  # three denoising steps each
     assert updates[0] == updates[2] == [[0.0] * 4] * 3
     for update in (updates[1], updates[3]):
@@ -148,7 +153,7 @@ def test_ratios_are_to_log_probs_of_the_first_update_which_are_the_rollouts(run_
 
 def trained(algorithm, settings):
     forget_accelerator()
-    train(settings, algorithm(settings))
+    train_adapter(settings, algorithm(settings))
     return read_lora(Path(settings.output_dir) / "pytorch_lora_weights.safetensors")
 
 

@@ -1,1 +1,1 @@
-"""Step-level training: rollouts, credit, losses and the loop that DPO and DDPO share."""
+"""Step-level training: rollouts, advantages, losses and the loop that DPO and DDPO share."""

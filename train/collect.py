@@ -1,121 +1,124 @@
-"""What a step learns from: micro-batches rolled out and credited, shared out over the processes by prompt."""
+"""The images that a step trains on: drawn by the policy, scored, and given their advantages."""
 
-import dataclasses
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
-from stepfuse.train.algorithms import RolloutAlgorithm, Sampling
-from stepfuse.train.conditioning import Embeddings, prompt_order
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.conditioning import prompt_order
 from stepfuse.train.health import Health, diversity
-from stepfuse.train.rollout import Trajectory, out_of_inference, sample_generator
-from stepfuse.train.scoring import Scorer, TrainingReward
-from stepfuse.train.settings import TrainSettings
+from stepfuse.train.lora import step_gaussians
+from stepfuse.train.rollout import D, Sampling, Trajectory, out_of_inference, sample_generator
+from stepfuse.train.scoring import Scorer
+from stepfuse.train.setup import Setup
+from stepfuse.train.timesteps import learned_steps
+
+ScoreLatents = Callable[[Latents, int], "Future[Float[Tensor, ' images']]"]
+
+
+class RolloutAlgorithm(Algorithm[D]):
+    """An algorithm that trains on denoising steps of images that the policy draws."""
+
+    @abstractmethod
+    def collect(
+        self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
+    ) -> Trajectory[D]:
+        """Roll out one micro-batch; `score(latents, copies)` gives future rewards of `copies` latents per prompt."""
+
+    def advantages(
+        self,
+        rewards: Float[Tensor, "all terms"],
+        weights: Float[Tensor, " terms"],
+        groups: Int[Tensor, " all"],
+        prompts: Sequence[str],
+        history: MutableMapping[str, list[float]],
+    ) -> Float[Tensor, " all"] | None:
+        """Advantages of all samples of a step; None if the algorithm does not use them.
+
+        Args:
+            rewards: Final rewards of all processes' samples. A weighted reward has a column for each of its terms,
+                which sum to it; any other has one.
+            weights: Weight of each term.
+            groups: Group of each sample: the samples of one prompt of this step.
+            prompts: Prompt of each sample.
+            history: Rewards of earlier steps by prompt, which is updated.
+        """
+        return None
+
+    def assign_advantages(self, trajectory: Trajectory[D], advantages: Float[Tensor, " batch"]) -> Trajectory[D]:
+        """The trajectory with the advantages of its samples."""
+        return trajectory
+
+    def source(self, setup: Setup, progress: Progress, health: Health) -> "Rollouts[D]":
+        return Rollouts(setup=setup, algorithm=self, history=progress.prompt_rewards, health=health)
+
+    def gaussians(
+        self, policy: nn.Module, sampling: Sampling, steps: Sequence[D], conditioning: Conditioning
+    ) -> Sequence[StepGaussians]:
+        return step_gaussians(policy, sampling.denoiser, sampling.schedule, steps, conditioning)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A micro-batch: what is learned from, and the prompt of each row."""
+class Rollouts(Generic[D]):
+    """Images drawn by the policy, of which every process draws its share.
 
-    prompts: Sequence[str]
-    trajectory: Trajectory
+    Every image has an index in the step, from 0, and a generator that depends on seed, step and index only; so numbers
+    do not depend on the number of processes, nor on micro-batches.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Rollouts:
-    """Images drawn by the policy.
-
-    Every image has a place in the step, from 0, and generators of its own derived from seed, step and place; so numbers
-    do not depend on how many processes share the places, nor on micro-batches.
+    Attributes:
+        history: rewards of earlier steps by prompt, which advantages may need.
     """
 
-    settings: TrainSettings
-    algorithm: RolloutAlgorithm
-    accelerator: Accelerator
-    pipeline: DiffusionPipeline
-    sampling: Sampling
-    embed: Embeddings
-    prompts: Sequence[str]
-    reward: TrainingReward
+    setup: Setup
+    algorithm: RolloutAlgorithm[D]
+    history: dict[str, list[float]]
     health: Health
-    inference: bool
-    history: dict[str, list[float]]  # rewards of earlier steps by prompt, as advantages may need them
 
-    def collect(self, step: int, schedule: VarianceSchedule) -> tuple[list[Batch], dict[str, float]]:
-        """This process's micro-batches of one step, and what was measured of all processes'."""
-        settings, accelerator = self.settings, self.accelerator
-        own = settings.train_batch_size * settings.gradient_accumulation_steps
-        first = accelerator.process_index * own
-        total = own * accelerator.num_processes
-        groups = [i // self.algorithm.group_size for i in range(total)]
-        order = prompt_order(settings.seed, len(self.prompts), step, groups[-1] + 1)
-        prompts = [self.prompts[order[group]] for group in groups]
-        sampling = dataclasses.replace(
-            self.sampling, schedule=schedule, learned=learned_steps(settings, self.sampling, step)
-        )
-        drawn: list[tuple[slice, Trajectory]] = []
+    def collect(self, step: int) -> tuple[list[Batch[D]], dict[str, float]]:
+        """This process's micro-batches of one step, and values that were measured over all processes."""
+        setup, settings, accelerator = self.setup, self.setup.settings, self.setup.accelerator
+        groups = [i // self.algorithm.group_size for i in range(setup.total_batch_size)]
+        order = prompt_order(settings.seed, len(setup.prompts), step, groups[-1] + 1)
+        prompts = [setup.prompts[order[group]] for group in groups]
+        sampling = setup.current_sampling(learned=learned_steps(settings, setup.sampling, step))
+        drawn: list[tuple[slice, Trajectory[D]]] = []
         rewards: list[Future[Tensor]] = []
-        images: list[Tensor] = []
         scorers: list[Scorer] = []
-        for start in range(first, first + own, settings.train_batch_size):
-            rows = slice(start, start + settings.train_batch_size)
-            generators = [sample_generator(settings.seed, "rollout", step, i) for i in range(rows.start, rows.stop)]
-            scorer = Scorer(self.reward, self.pipeline, prompts[rows], step)
+        for indices in setup.micro_batches():
+            rows = slice(indices.start, indices.stop)
+            generators = [sample_generator(settings.seed, "rollout", step, i) for i in indices]
+            scorer = Scorer(setup.reward, setup.pipeline, prompts[rows], step)
             scorers.append(scorer)
-            conditioning = self.embed(prompts[rows])
-            with accelerator.autocast(), torch.inference_mode(self.inference):
+            conditioning = setup.embed(prompts[rows])
+            with accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):
                 trajectory = self.algorithm.collect(sampling, conditioning, generators, scorer)
             trajectory = out_of_inference(trajectory)
             rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
-            images.append(scorer.thumbnails)
             drawn.append((rows, trajectory))
-        everyone = accelerator.gather(torch.cat([future.result() for future in rewards]))
-        finite = torch.isfinite(everyone).all(1)
+        all_rewards = accelerator.gather(torch.cat([future.result() for future in rewards]))
+        finite = torch.isfinite(all_rewards).all(1)
         if self.health.skips and (bad := gather_object([prompt for scorer in scorers for prompt in scorer.faulty])):
             self.health.not_finite("a reward that is not finite", step + 1, bad)
-        index = torch.tensor(groups, device=everyone.device)
-        spread = diversity(accelerator.gather(torch.cat(images)), index if self.algorithm.group_size > 1 else index * 0)
+        index = torch.tensor(groups, device=all_rewards.device)
+        images = accelerator.gather(torch.cat([scorer.thumbnails for scorer in scorers]))
+        spread = diversity(images, index if self.algorithm.group_size > 1 else index * 0)
         self.health.measure_diversity(spread, step + 1, settings.min_diversity)
-        weights = self.reward.term_weights()
-        advantages = self.algorithm.advantages(everyone, weights, index, prompts, self.history)
-        batches = [
-            Batch(
-                prompts=prompts[rows],
-                trajectory=self.algorithm.credit(trajectory, None if advantages is None else advantages[rows]),
-            )
-            for rows, trajectory in drawn
-        ]
-        mean = everyone[finite].sum(1).mean().item() if bool(finite.any()) else float("nan")
+        weights = setup.reward.term_weights()
+        advantages = self.algorithm.advantages(all_rewards, weights, index, prompts, self.history)
+        batches = []
+        for rows, trajectory in drawn:
+            if advantages is not None:
+                trajectory = self.algorithm.assign_advantages(trajectory, advantages[rows])
+            batches.append(Batch(prompts=prompts[rows], trajectory=trajectory))
+        mean = all_rewards[finite].sum(1).mean().item() if bool(finite.any()) else float("nan")
         return batches, {"reward": mean, "diversity": spread}
-
-
-def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
-    """Places of the denoising steps that can be learned from: random ones, after the first that are skipped."""
-    like = torch.zeros(1, 1, 1, 1)
-    path, schedule = sampling.denoiser.path, sampling.schedule
-    return [
-        place
-        for place, (t, s) in enumerate(sampling.steps)
-        if place >= settings.skip_first_steps and bool((step_variance(schedule, path, t, s, like) > 0).all())
-    ]
-
-
-def learned_steps(settings: TrainSettings, sampling: Sampling, step: int) -> frozenset[int]:
-    """`train_timestep_fraction` of the learnable steps, drawn anew for each rollout, the same on every process.
-
-    Gradients through some steps only, as Flow-GRPO-Fast (arXiv:2505.05470) and MixGRPO (arXiv:2507.21802) have them;
-    here every step stays random, since fusion needs each transition of the policy.
-    """
-    places = learnable_steps(settings, sampling)
-    if settings.train_timestep_fraction == 1:
-        return frozenset(places)
-    count = max(1, round(settings.train_timestep_fraction * len(places)))
-    drawn = torch.randperm(len(places), generator=sample_generator(settings.seed, "timesteps", step))
-    return frozenset(places[i] for i in drawn[:count].tolist())

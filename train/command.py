@@ -1,35 +1,28 @@
-"""What the training programs do beside training: settings, one line for what goes wrong, and exit status.
+"""The training programs: they parse settings, report errors in one line, and set the exit status.
 
-Importing this module does not import torch: wrong arguments are refused, and `--help` is shown, without it.
+Importing this module does not import torch: most wrong arguments are refused, and `--help` is shown, without it.
 """
 
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from stepfuse.data.text_files import print_any_text, printable, write_text
-from stepfuse.train.arguments import S, parse_settings
-
-if TYPE_CHECKING:
-    from stepfuse.train.algorithms import Algorithm
+from stepfuse.train.arguments import parse_settings
+from stepfuse.train.settings import TrainSettings
 
 
 def run_training(
-    settings_type: type[S],
-    make_algorithm: "Callable[[S], Algorithm]",
-    *,
-    description: str,
-    arguments: Sequence[str] | None = None,
+    settings_type: type[TrainSettings], *, description: str, arguments: Sequence[str] | None = None
 ) -> None:
     """Parse the command line and train; end with one line and a non-zero exit status if that fails.
 
     Args:
         settings_type: Settings of the algorithm.
-        make_algorithm: The algorithm by its settings. It is called after parsing, and may import torch.
         description: Text at the beginning of `--help`.
         arguments: Command line; by default that of the process.
     """
@@ -40,10 +33,10 @@ def run_training(
         settings = parse_settings(settings_type, sys.argv[1:] if arguments is None else arguments, description)
         output = settings.output_dir
         from stepfuse.fuse.backbones.loading import quiet_libraries
-        from stepfuse.train.loop import train
+        from stepfuse.train.loop import train_adapter
 
         quiet_libraries()
-        train(settings, make_algorithm(settings))
+        train_adapter(settings)
     except ValueError as error:
         _fail(f"error: {printable(error)}")
     except KeyboardInterrupt:
@@ -53,15 +46,15 @@ def run_training(
 
 
 def _fail(line: str) -> NoReturn:
-    """Exit with a line on stderr, and give it to torchrun for the summary that it prints last, if it launched us."""
+    """Exit with a line on stderr; if torchrun launched this process, it also prints the line in its summary."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        details = {"py_callstack": line, "timestamp": str(int(time.time()))}  # torchrun shows this for the traceback
+        details = {"py_callstack": line, "timestamp": str(int(time.time()))}  # shown as the traceback
         write_text(Path(file), json.dumps({"message": {"message": line, "extraInfo": details}}))
     sys.exit(line)
 
 
 def _interrupted(output: str | None) -> str:
-    """How to go on after Ctrl-C."""
+    """How to resume after Ctrl-C."""
     if output is None or "stepfuse.train.checkpoints" not in sys.modules:
         return "interrupted before training began; nothing was written"
     from stepfuse.train.checkpoints import list_checkpoints

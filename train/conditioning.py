@@ -1,4 +1,4 @@
-"""Which prompts a step trains on, and their embeddings."""
+"""The prompts that a step trains on, and their embeddings."""
 
 import logging
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from stepfuse.fuse.backbones.prompt_length import cut_prompts, warn_of_cuts
 from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.train.rollout import sample_generator
 
-KEPT = 4096  # prompts
+CACHED = 4096  # most prompts
 logger = logging.getLogger(__name__)
 
 
 class Embeddings:
-    """Embeddings of prompts by a pipeline's text encoders, computed once each.
+    """Embeddings of prompts by a pipeline's text encoders, which are cached.
 
     Args:
-        pipeline: whose they are; its parts are moved to the device.
-        resolution: of its images in pixels, which some bases are told; None is their own.
-        device: where embeddings are wanted.
-        offload: leave the text encoders in the memory of the CPU, and have them compute there.
-        report_cuts: log that prompts are longer than the text encoders take.
+        pipeline: the pipeline; its parts are moved to the device.
+        resolution: height and width of its images in pixels, an input of some models; None is the default.
+        device: device of the embeddings.
+        offload: keep and run the text encoders on the CPU.
+        report_cuts: log prompts that are truncated by the text encoders.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Embeddings:
         self._known: dict[str, Conditioning] = {}
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
-        """One row a prompt."""
+        """One row per prompt."""
         for prompt in prompts:
             if prompt not in self._known:
-                if len(self._known) > KEPT:
+                if len(self._known) > CACHED:
                     self._known.clear()
                 self._known[prompt] = self._encode(prompt)
         rows = [self._known[prompt] for prompt in prompts]
@@ -61,13 +61,13 @@ class Embeddings:
         )
 
     def report(self, prompts: Sequence[str]) -> None:
-        """Log, once, how many of the prompts that are known beforehand are cut, and the first of them."""
+        """Log how many of these prompts are truncated, and the first of them."""
         if self.report_cuts:
             warn_of_cuts(self.pipeline, prompts, counted=True)
             self._checked.update(prompts)
 
     def report_streamed(self) -> None:
-        """Log how many other prompts were cut, of a data set that is streamed."""
+        """Log how many other prompts, of a data set that is streamed, were truncated."""
         if len(self._cut) > 1:
             logger.warning("%d prompts of the data set were longer than the text encoder takes", len(self._cut))
 
@@ -86,10 +86,10 @@ class Embeddings:
 
 
 def prompt_order(seed: int, size: int, step: int, count: int) -> list[int]:
-    """The places of a step's `count` prompts among `size`, by shuffled passes over all of them."""
-    places = range(step * count, (step + 1) * count)
+    """The indices of a step's `count` prompts among `size`, by shuffled passes over all of them."""
+    positions = range(step * count, (step + 1) * count)
     passes = {
         p: torch.randperm(size, generator=sample_generator(seed, "prompts", p)).tolist()
-        for p in {place // size for place in places}
+        for p in {position // size for position in positions}
     }
-    return [passes[place // size][place % size] for place in places]
+    return [passes[position // size][position % size] for position in positions]

@@ -1,4 +1,4 @@
-"""What a run tells the user: where it starts, how it goes, and what came out of it. On the main process only."""
+"""Messages of a run to the user: its start, its progress and its result. On the main process only."""
 
 import math
 import shlex

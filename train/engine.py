@@ -1,4 +1,4 @@
-"""What steps the policy: backward, clipping, optimiser and learning rate, with DeepSpeed or without."""
+"""Backward pass, clipping, optimiser and learning rate of the policy, with or without DeepSpeed."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,11 +15,11 @@ from stepfuse.train.settings import TrainSettings
 
 
 class Engine:
-    """A policy made ready for this run's processes.
+    """A policy and its optimiser, prepared for the processes of this run.
 
     Attributes:
         policy: the module itself.
-        wrapped: what is called for a loss: the policy within DistributedDataParallel, or DeepSpeed's engine.
+        wrapped: the module that is called for a loss: the policy in DistributedDataParallel, or DeepSpeed's engine.
     """
 
     def __init__(self, accelerator: Accelerator, policy: Policy, settings: TrainSettings) -> None:
@@ -37,11 +37,11 @@ class Engine:
 
     @property
     def partitioned(self) -> bool:
-        """Whether parameters lie in parts on the processes (ZeRO-3), and forwards are a matter of all."""
+        """Whether parameters are partitioned (ZeRO-3), so that all processes take part in each forward pass."""
         return self.deepspeed and self.wrapped.zero_optimization_stage() == 3
 
     def synchronised(self, last: bool) -> Any:
-        """For forward and backward: gradients are averaged over processes with the last backward of a step only."""
+        """A context for forward and backward: only the last backward of a step averages gradients over processes."""
         return nullcontext() if last or self.deepspeed else self.accelerator.no_sync(self.wrapped)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -52,7 +52,7 @@ class Engine:
             self.accelerator.backward(loss)
 
     def clip(self) -> float | None:
-        """Norm of the gradient, before it is clipped; DeepSpeed knows it after its step only."""
+        """Clip the gradient; its norm before that, which DeepSpeed knows after its step only."""
         if self.deepspeed:
             return None
         return float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
@@ -69,40 +69,41 @@ class Engine:
         if self.deepspeed:
             self.wrapped.step()
             norm = float(self.wrapped.get_global_grad_norm())
-        self.optimizer.step()  # nothing with DeepSpeed, which has its own
+        self.optimizer.step()  # no effect with DeepSpeed, which has its own
         self.optimizer.zero_grad()
         self.rate.step()
         assert norm is not None
         return norm
 
     def drop(self) -> None:
-        """Pass this step's gradient over."""
+        """Discard this step's gradient."""
         self.optimizer.zero_grad()
         self.rate.step()
 
     @property
     def scaled(self) -> bool:
-        """Whether gradients are scaled (fp16), and infinite ones are the scaler's business."""
+        """Whether gradients are scaled (fp16), and infinite ones are left to the scaler."""
         return self.accelerator.scaler is not None
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """LoRA tensors and offsets by name, whole, in float32, on the CPU. Of all processes."""
-        values = {name: self._whole(p) for name, p in self.policy.named_parameters() if p.requires_grad}
+        """LoRA tensors and schedule parameters by name, in float32, on the CPU. All processes take part."""
+        values = {name: self._gather(p) for name, p in self.policy.named_parameters() if p.requires_grad}
         state = self.policy.trainable_state(values)
         return {name: value.detach().float().contiguous().cpu().clone() for name, value in state.items()}
 
-    def offsets(self) -> Tensor | None:
-        """Of a learned schedule, as the policy's forward uses them. Of all processes."""
-        parameter = self.policy.offsets
-        if parameter is None or not self.partitioned:
-            return None if parameter is None else parameter.detach().float().clone()
-        import deepspeed
+    def schedule_parameters(self) -> dict[str, Tensor]:
+        """The trained parameters of the schedule by name. All processes take part."""
+        parameters = self.policy.schedule_parameters()
+        gathered: Any = nullcontext()
+        if parameters and self.partitioned:
+            import deepspeed
 
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().float().clone()
+            gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+        with gathered:
+            return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
     def save(self, folder: Path) -> None:
-        """Optimiser, learning rate and generators; DeepSpeed also what it trains of the model, in parts."""
+        """Save optimiser, learning rate and generators; DeepSpeed also saves its part of the trained parameters."""
         if self.deepspeed:
             self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)
             return
@@ -113,7 +114,7 @@ class Engine:
             hook.remove()
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
-        """The inverse of `save`; `state` is what `trainable_state` returned then."""
+        """The inverse of `save`; `state` is the `trainable_state` at that time."""
         if self.deepspeed:
             self.accelerator.load_state(str(folder), load_module_strict=False)
             return
@@ -124,26 +125,26 @@ class Engine:
             hook.remove()
         self.policy.load_trainable_state(state)
 
-    def _whole(self, parameter: nn.Parameter) -> Tensor:
+    def _gather(self, parameter: nn.Parameter) -> Tensor:
         if not self.deepspeed:
             return parameter
         from deepspeed.utils import safe_get_full_fp32_param
 
-        whole = safe_get_full_fp32_param(parameter)
-        return parameter if whole is None else whole
+        gathered = safe_get_full_fp32_param(parameter)
+        return parameter if gathered is None else gathered
 
 
 def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW for the LoRA, with a rate of their own for variance offsets.
+    """AdamW for the LoRA, and with another learning rate for the parameters of the schedule.
 
     Raises:
-        ValueError: for 8 bits where bitsandbytes is missing.
+        ValueError: for 8 bits if bitsandbytes is not installed.
     """
-    offsets = [] if policy.offsets is None else [policy.offsets]
-    lora = [p for p in policy.parameters() if p.requires_grad and not any(p is o for o in offsets)]
+    variance = policy.schedule_parameters()
+    lora = [p for name, p in policy.named_parameters() if p.requires_grad and name not in variance]
     groups: list[dict[str, Any]] = [{"params": lora, "lr": settings.learning_rate}]
-    if offsets:
-        groups.append({"params": offsets, "lr": settings.variance_learning_rate, "weight_decay": 0.0})
+    if variance:
+        groups.append({"params": list(variance.values()), "lr": settings.variance_learning_rate, "weight_decay": 0.0})
     kind: Any = torch.optim.AdamW
     if settings.use_8bit_adam:
         try:

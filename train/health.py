@@ -1,4 +1,4 @@
-"""Whether a run is well: numbers that are not finite, a KL that runs away, images that all become one."""
+"""Health of a run: numbers that are not finite, and the diversity of its images."""
 
 import logging
 from collections.abc import Sequence
@@ -14,31 +14,33 @@ from stepfuse.train.checkpoints import Progress
 logger = logging.getLogger(__name__)
 
 SIDE = 8  # pixels of the thumbnails that diversity is measured on
-ENTRIES = 200  # of the record
+ENTRIES = 200  # most entries in the record
+COLLAPSED = "diversity has collapsed"
+STOPPED = "stopped: KL beyond max_kl"
 
 
 class Health:
-    """What went wrong in a run, told where it happens and kept in its progress.
+    """Logs what goes wrong in a run, and records it in the progress.
 
     Args:
-        progress: whose `health` list it writes.
-        skips: leave out what is not finite; otherwise it is an error.
-        main: whether this process speaks.
+        progress: progress of the run, whose `health` is extended.
+        skips: skip what is not finite; otherwise it is an error.
+        main: whether this process logs.
     """
 
     def __init__(self, progress: Progress, *, skips: bool, main: bool) -> None:
         self.progress, self.skips, self.main = progress, skips, main
 
     def note(self, what: str, step: int, **values: Any) -> None:
-        """Tell of it in the log and keep it."""
+        """Log and record an event."""
         if self.main:
-            told = ", ".join(f"{name} {value}" for name, value in values.items())
-            logger.warning("step %d: %s%s", step, what, f" ({told})" if told else "")
+            details = ", ".join(f"{name} {value}" for name, value in values.items())
+            logger.warning("step %d: %s%s", step, what, f" ({details})" if details else "")
         if len(self.progress.health) < ENTRIES:
             self.progress.health.append({"what": what, "step": step} | values)
 
     def not_finite(self, what: str, step: int, prompts: Sequence[str]) -> None:
-        """Something that is not finite: left out, or an error that names step and prompts.
+        """Record something that is not finite and is skipped; otherwise an error that names step and prompts.
 
         Raises:
             ValueError: unless it is to be skipped.
@@ -46,21 +48,17 @@ class Health:
         if not self.skips:
             raise ValueError(
                 f"step {step}: {what} for {listed(prompts)}; training stopped, checkpoints are kept. "
-                "--nonfinite skip goes on without them"
+                "--nonfinite skip skips them"
             )
         self.note(f"skipped: {what}", step, prompts=sorted(set(prompts)))
 
     def measure_diversity(self, value: float, step: int, floor: float) -> None:
-        """Compare the diversity of a rollout with the first one's, which is the base's."""
+        """Compare the diversity of a rollout with that of the first one, which is the base's."""
         base = self.progress.base_diversity
         if base is None:
             self.progress.base_diversity = value
         elif value < floor * base and not any(entry["what"] == COLLAPSED for entry in self.progress.health):
             self.note(COLLAPSED, step, diversity=value, base=base)
-
-
-COLLAPSED = "diversity has collapsed"
-STOPPED = "stopped: KL beyond max_kl"
 
 
 def thumbnails(pixels: Pixels) -> Float[Tensor, "batch 3 8 8"]:
@@ -72,12 +70,12 @@ def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -
 
         D = sqrt( mean over groups and pixels of  Σ_i (x_i - mean)² / n )
 
-    0 where all images of a prompt are the same. Twice its square is the mean squared distance of two images of a group,
-    each pair counted both ways and each image with itself.
+    It is 0 if all images of a prompt are the same. Twice its square is the mean squared distance of two images of a
+    group, with each pair counted both ways and each image with itself.
 
     Args:
-        images: thumbnails, so that noise in single pixels does not count.
-        groups: a number an image.
+        images: thumbnails, so that noise in single pixels has no effect.
+        groups: index of the group of each image.
     """
     flat = images.flatten(1).double()
     names, index = groups.unique(return_inverse=True)
@@ -88,7 +86,7 @@ def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -
 
 
 def listed(prompts: Sequence[str], most: int = 3) -> str:
-    """Prompts for one line, the first few by name."""
+    """Prompts in one line: the first few, and the number of others."""
     names = sorted(set(prompts))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name) for name in names[:most]) + more

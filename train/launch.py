@@ -1,4 +1,4 @@
-"""The accelerator of a run, as `accelerate launch` configured it: one process or several, DeepSpeed or not."""
+"""The accelerator of a run, as configured by `accelerate launch`: one process or several, with DeepSpeed or not."""
 
 import os
 from pathlib import Path
@@ -12,11 +12,11 @@ from stepfuse.train.trackers import check_trackers
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
-    """One for any launcher; several processes without a GPU talk by gloo.
+    """The accelerator for any launcher; several processes without a GPU communicate by gloo.
 
     Raises:
-        ValueError: where what was launched is not what runs: DeepSpeed asked for and switched off or not installed,
-            processes that do not know of each other, a tracker that is not installed.
+        ValueError: if DeepSpeed is configured and switched off or not installed, if the processes are not connected, or
+            if a tracker is not installed.
     """
     output = Path(settings.output_dir)
     check_trackers(settings.trackers)
@@ -27,7 +27,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     on_cpu = not torch.accelerator.is_available() and (processes > 1 or deepspeed)
     try:
         accelerator = Accelerator(
-            # DeepSpeed is passed over where `cpu` is set, other launchers are where it is not
+            # accelerate ignores DeepSpeed if `cpu` is set, and other launchers if it is not
             cpu=on_cpu and not deepspeed,
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
             mixed_precision=settings.mixed_precision,
@@ -42,20 +42,20 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         raise ValueError(f"DeepSpeed cannot be used: {error}; pip install 'stepfuse[deepspeed]'") from error
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise ValueError(
-            "the launcher asks for DeepSpeed and for the CPU, and accelerate then leaves DeepSpeed out; "
-            "set use_cpu to false: without a GPU it runs on the CPU all the same"
+            "DeepSpeed and use_cpu are both configured, and accelerate then ignores DeepSpeed; set use_cpu to false: "
+            "without a GPU it runs on the CPU anyway"
         )
     if accelerator.num_processes != processes:
         raise ValueError(
-            f"{processes} processes were launched and each would train alone; take configs/accelerate/cpu-2.yaml, "
+            f"{processes} processes were launched and each would train alone; use configs/accelerate/cpu-2.yaml, "
             "or set use_cpu to false in yours"
         )
     if deepspeed:
         from transformers.integrations import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # or transformers would load text encoders and rewards in parts, as ZeRO-3 has it
+        unset_hf_deepspeed_config()  # else transformers partitions text encoders and rewards (ZeRO-3)
         config = accelerator.deepspeed_plugin.deepspeed_config
-        # Micro-batches are the loop's own: it says itself which backward is a step's last.
+        # The loop handles micro-batches: it marks the last backward pass of a step.
         config["train_micro_batch_size_per_gpu"] = settings.train_batch_size
         config["gradient_accumulation_steps"] = accelerator.deepspeed_plugin.gradient_accumulation_steps = 1
         config["gradient_clipping"] = settings.max_grad_norm

@@ -1,4 +1,4 @@
-"""Losses on log-probabilities. No loss sees a model; each returns one value a sample."""
+"""Losses on log-probabilities. No loss sees a model; each returns one value per sample."""
 
 import math
 from typing import Literal
@@ -33,18 +33,18 @@ def dpo_loss(
 
         h = log clamp(r_w, 1 - c, 1 + c) - log clamp(r_l, 1 - c, 1 + c)
 
-    so that a pair has no gradient through a ratio beyond these bounds.
+    so that a ratio beyond these bounds has no gradient.
 
     Args:
         chosen, rejected: log p_θ of winner and loser, in nats.
-        reference_chosen, reference_rejected: log p_ref of the same stored tensors.
+        reference_chosen, reference_rejected: log p_ref of the same tensors, in nats.
         beta: temperature of the implied KL.
         label_smoothing: ε, the assumed share of flipped labels.
         loss_type: as in trl.
         clip_range: c; 0 does not clamp.
 
     Returns:
-        One loss a pair.
+        One loss per pair.
     """
     winner, loser = chosen - reference_chosen, rejected - reference_rejected
     if clip_range:
@@ -64,12 +64,12 @@ def ddpo_loss(log_prob: PerSample, old_log_prob: PerSample, advantage: PerSample
 
     Args:
         log_prob: log p_θ of the stored x_s, in nats.
-        old_log_prob: the same tensor's when it was drawn.
-        advantage: A, of the image it led to.
+        old_log_prob: log p_old of the same x_s, when it was drawn.
+        advantage: A of the image at the end of the trajectory.
         clip_range: ε.
 
     Returns:
-        One loss a sample.
+        One loss per sample.
     """
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)

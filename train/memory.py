@@ -1,4 +1,4 @@
-"""A run that needs more memory than there is, as one line that says what would lower it."""
+"""Hints for a run that is out of memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,8 +9,12 @@ from stepfuse.train.settings import TrainSettings
 
 
 @contextmanager
-def explained_memory(settings: TrainSettings) -> Iterator[None]:
-    """An allocation that failed, on a GPU or the CPU, as the settings that lower what is needed."""
+def oom_hints(settings: TrainSettings) -> Iterator[None]:
+    """Turn a failed allocation, on a GPU or the CPU, into an error that names the settings that need less memory.
+
+    Raises:
+        ValueError: if an allocation fails.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -22,27 +26,19 @@ def explained_memory(settings: TrainSettings) -> Iterator[None]:
 
 
 def _advice(settings: TrainSettings, error: BaseException) -> str:
-    """What was asked for, and every knob with its present value, the one that costs least first."""
+    """The error, and every setting that helps with its present value, the one that costs least first."""
     first = " ".join(str(error).split()).split(". ")[0]
     knobs = [
         f"--train_batch_size (now {settings.train_batch_size}; --gradient_accumulation_steps, "
         f"now {settings.gradient_accumulation_steps}, makes up for it)"
     ]
-    if hasattr(settings, "num_candidates"):
-        knobs.append(f"--num_candidates (now {settings.num_candidates}, of every image together)")
+    knobs += [f"--{name} (now {getattr(settings, name)}, {why})" for name, why in settings.memory_settings.items()]
     if settings.timesteps_per_forward > 1:
         knobs.append(f"--timesteps_per_forward 1 (now {settings.timesteps_per_forward})")
-    for name, better in (
-        ("gradient_checkpointing", True),
-        ("offload_text_encoders", True),
-        ("use_8bit_adam", True),
-    ):
-        if getattr(settings, name) != better:
-            knobs.append(f"--{name} (now off)")
+    switches = ("gradient_checkpointing", "offload_text_encoders", "use_8bit_adam")
+    knobs += [f"--{name} (now off)" for name in switches if not getattr(settings, name)]
     if settings.mixed_precision in (None, "no"):
-        knobs.append(f"--mixed_precision bf16 (now {settings.mixed_precision or 'as the launcher says'})")
-    knobs.append(f"--resolution (now {settings.resolution or 'the base’s own'})")
-    knobs.append(
-        "several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in the CPU's memory"
-    )
-    return f"out of memory ({first}); what lowers it: {'; '.join(knobs)}"
+        knobs.append(f"--mixed_precision bf16 (now {settings.mixed_precision or 'as accelerate is configured'})")
+    knobs.append(f"--resolution (now {settings.resolution or 'the default of the base model'})")
+    knobs.append("several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in CPU memory")
+    return f"out of memory ({first}); these settings reduce it: {'; '.join(knobs)}"

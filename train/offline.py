@@ -5,14 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from jaxtyping import Float, Int
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfuse.data.data_set import has_picture, open_data_set, read_caption, read_label, read_picture, reason
 from stepfuse.data.images import to_pixels
@@ -21,12 +19,12 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
 from stepfuse.fuse.backbones.unet import encode_pixels, image_size
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.train.collect import Batch
-from stepfuse.train.conditioning import Embeddings
-from stepfuse.train.losses import dpo_loss
-from stepfuse.train.rollout import NoisedPairs, Trajectory, sample_generator
+from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians, preference_loss
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.health import Health
+from stepfuse.train.rollout import Sampling, Trajectory, sample_generator
 from stepfuse.train.settings import DPOSettings
+from stepfuse.train.setup import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +32,9 @@ class Pair:
     """Two images for one prompt, as they are in the data set.
 
     Attributes:
-        winner, loser: the preferred one and the other; what a column holds.
-        winner_column, loser_column: those columns.
-        folder: what paths of images are relative to.
+        winner, loser: the values of the columns of the preferred image and of the other.
+        winner_column, loser_column: names of these columns.
+        folder: folder that paths of images are relative to.
     """
 
     prompt: str
@@ -62,15 +60,14 @@ class PreferencePairs:
     """The pairs of a Pick-a-Pic-shaped data set, streamed, shuffled within a buffer, over and over.
 
     `label_0` is 1 where the first image is preferred and 0 where the second is. Other values are ties, which are
-    dropped. A row that lacks its caption, label or one of its images is passed over, and a line says so: the first
-    time, and how many there are at the end of the first pass. Of a list of captions one is drawn. Images are decoded by
-    `Pair.picture`.
+    dropped. A row without its caption, label or one of its images is skipped, with a message the first time, and with
+    their number at the end of the first pass. Of a list of captions one is drawn. Images are decoded by `Pair.picture`.
 
     Args:
-        source: a hub data set, a parquet file, or a folder of either parquet files or images with a metadata file.
+        source: a hub data set, a parquet file, or a folder of parquet files, or of images with a metadata file.
 
     Raises:
-        ValueError: for a source that is not there, a column that it lacks, or no pair in it.
+        ValueError: for a source that does not exist, lacks a column, or contains no pair.
     """
 
     def __init__(self, source: str, settings: DPOSettings) -> None:
@@ -96,23 +93,23 @@ class PreferencePairs:
         self.rows = rows.shuffle(seed=settings.seed, buffer_size=settings.pairs_shuffle_buffer)
 
     def __call__(self, start: int) -> Iterator[Pair]:
-        """From a place on; pairs before it are read and passed over."""
-        epoch, place = 0, 0
+        """The pairs from an index on; those before it are read and skipped."""
+        epoch, index = 0, 0
         while True:
             self.rows.set_epoch(epoch)
-            before, lacking = place, Counter[str]()
+            before, lacking = index, Counter[str]()
             for row in self._read():
-                pair = self._pair(row, place)
+                pair = self._pair(row, index)
                 if isinstance(pair, Pair):
-                    if place >= start:
+                    if index >= start:
                         yield pair
-                    place += 1
+                    index += 1
                 elif pair is not None:
                     if epoch == 0 and not lacking:
                         note(f"{self.name}: a row without a value in column {pair!r} is passed over, as others are")
                     lacking[pair] += 1
             counted = ", ".join(f"{count} rows without a value in column {name!r}" for name, count in lacking.items())
-            if place == before:
+            if index == before:
                 raise ValueError(
                     f"{self.name} hold no pair whose {self.settings.label_column} is 0 or 1"
                     + (f" besides {counted}" if counted else "")
@@ -124,17 +121,17 @@ class PreferencePairs:
     def _read(self) -> Iterator[dict[str, Any]]:
         try:
             yield from self.rows
-        except Exception as error:  # of damaged files, the readers of data sets raise errors of many kinds
+        except Exception as error:  # readers of data sets raise errors of many kinds for damaged files
             raise ValueError(f"{self.name} cannot be read: {reason(error)}") from error
 
-    def _pair(self, row: dict[str, Any], place: int) -> Pair | str | None:
-        """The pair of a row, None for a tie, or the column that the row lacks a value of."""
+    def _pair(self, row: dict[str, Any], index: int) -> Pair | str | None:
+        """The pair of a row, None for a tie, or the name of the column without a value."""
         first, second, label, caption = self.columns
         column = label
         try:
             preferred = read_label(row[label])
             column = caption
-            prompt = read_caption(row[caption], draw=f"{self.settings.seed} {place}")
+            prompt = read_caption(row[caption], draw=f"{self.settings.seed} {index}")
         except ValueError as error:
             raise ValueError(f"{self.name}: a row {error} in column {column!r}") from error
         if preferred is None or prompt is None:
@@ -146,56 +143,62 @@ class PreferencePairs:
             return None
         one, other = (first, second) if preferred == 1 else (second, first)
         return Pair(
-            prompt=prompt,
-            winner=row[one],
-            loser=row[other],
-            winner_column=one,
-            loser_column=other,
-            folder=self.folder,
+            prompt=prompt, winner=row[one], loser=row[other], winner_column=one, loser_column=other, folder=self.folder
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSource:
-    """What the loop learns from: noised pairs, shared out over the processes."""
+class NoisedPairs:
+    """Images of a data set at one noise level each, the winners of all pairs before their losers.
 
-    settings: DPOSettings
-    accelerator: Accelerator
-    pipeline: DiffusionPipeline
-    denoiser: Denoiser
-    embed: Embeddings
+    Attributes:
+        x_t: the noised latents.
+        times: t of each image.
+        target: what a network that knew the image would predict.
+        reference: what the base predicts.
+    """
+
+    x_t: Latents
+    times: Int[Tensor, " batch"]
+    target: Latents
+    reference: Latents
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Noised pairs, of which every process decodes its share."""
+
+    setup: Setup
     pairs: Iterator[Pair]
 
     @torch.no_grad()
-    def collect(self, step: int, schedule: VarianceSchedule) -> tuple[list[Batch], dict[str, float]]:
-        """This process's micro-batches of one step; every process reads all pairs and decodes its own."""
-        settings = self.settings
-        size = settings.train_batch_size
-        own = size * settings.gradient_accumulation_steps
-        first = self.accelerator.process_index * own
-        everyone = list(islice(self.pairs, own * self.accelerator.num_processes))
+    def collect(self, step: int) -> tuple[list[Batch[NoisedPairs]], dict[str, float]]:
+        """This process's micro-batches of one step; every process reads all pairs."""
+        setup, denoiser = self.setup, self.setup.sampling.denoiser
+        all_pairs = list(islice(self.pairs, setup.total_batch_size))
         batches = []
-        for start in range(first, first + own, size):
-            rows = range(start, start + size)
-            pairs = [everyone[i] for i in rows]
-            generators = [sample_generator(settings.seed, "pairs", step, i) for i in rows]
+        for rows in setup.micro_batches():
+            pairs = [all_pairs[i] for i in rows]
+            generators = [sample_generator(setup.settings.seed, "pairs", step, i) for i in rows]
             winner, loser = (self._latents(pairs, side, generators) for side in ("winner", "loser"))
-            # one noise and one time a pair: what differs between winner and loser is the image alone
+            # one noise and one time per pair, so that winner and loser differ by the image alone
             noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators]).to(winner)
-            times = torch.cat([torch.randint(self.denoiser.path.length, (1,), generator=g) for g in generators])
+            times = torch.cat([torch.randint(denoiser.path.length, (1,), generator=g) for g in generators])
             prompts = [pair.prompt for pair in pairs]
-            with self.accelerator.autocast():
-                noised = noise_pairs(self.denoiser, winner, loser, noise, times, self.embed(prompts))
-            trajectory = Trajectory(steps=(noised,), latents=winner, conditioning=self.embed(prompts))
+            with setup.accelerator.autocast():
+                conditioning = setup.embed(prompts)
+                noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
+            trajectory = Trajectory(steps=(noised,), latents=winner, conditioning=conditioning)
             batches.append(Batch(prompts=prompts, trajectory=trajectory))
         return batches, {}
 
     def _latents(self, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
         """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
-        height, width = image_size(self.pipeline, self.settings.resolution, self.settings.resolution)
+        resolution = self.setup.settings.resolution
+        height, width = image_size(self.setup.pipeline, resolution, resolution)
         opened = [pair.picture(side) for pair in pairs]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
-        return encode_pixels(self.pipeline, torch.stack([to_pixels(image) for image in fitted]), generators)
+        return encode_pixels(self.setup.pipeline, torch.stack([to_pixels(image) for image in fitted]), generators)
 
 
 @torch.no_grad()
@@ -204,61 +207,68 @@ def noise_pairs(
     winner: Latents,
     loser: Latents,
     noise: Latents,
-    times: Int[Tensor, " batch"],
+    times: Int[Tensor, " pairs"],
     conditioning: Conditioning,
 ) -> NoisedPairs:
-    """x_t = alpha_t x_0 + sigma_t e of both images of each pair, and what the base predicts there.
+    """x_t = alpha_t x_0 + sigma_t e of both images of each pair, and the base's prediction there.
 
     Args:
         winner, loser: clean latents.
-        noise: e, one a pair.
-        times: t, one a pair.
+        noise: e, one per pair.
+        times: t, one per pair.
     """
     path = denoiser.path
     clean, e, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([times, times])
     x_t = path.noised(clean, e, t)
-    both = conditioning[torch.arange(len(noise)).repeat(2)]
-    (reference,) = denoiser.forward(x_t, t, both, "+", None)
+    (reference,) = denoiser.forward(x_t, t, twice(conditioning), "+", None)
     return NoisedPairs(x_t=x_t, times=t, target=path.target(clean, e, t), reference=reference)
 
 
+def twice(conditioning: Conditioning) -> Conditioning:
+    """The conditioning of winners and losers, from that of the pairs."""
+    return conditioning[torch.arange(len(conditioning.positive)).repeat(2)]
+
+
 @dataclass(frozen=True)
-class DiffusionDPO:
-    """Diffusion-DPO on noised pairs: each prediction is taken for a Gaussian of variance 1 about it.
+class DiffusionDPO(Algorithm[NoisedPairs]):
+    """Diffusion-DPO on noised pairs: each prediction is the mean of a Gaussian of variance 1.
 
         log p(target) = -|target - prediction|² / 2,    L = dpo_loss of winner and loser
 
-    With `log_prob_reduction: mean` that is, of mean squared errors l,
+    With `log_prob_reduction: mean` that is, for mean squared errors l,
 
         L = -log sigmoid(-beta/2 [(l_winner - l_winner,ref) - (l_loser - l_loser,ref)])
 
-    as the code of arXiv:2311.12908 and diffusers' script for SDXL have it; the script for SD 1.5 leaves the 1/2 out, so
+    as in the code of arXiv:2311.12908 and in diffusers' script for SDXL; the script for SD 1.5 leaves out the 1/2, so
     its beta_dpo is half of this beta.
     """
 
     settings: DPOSettings
-    name: str = "diffusion-dpo"
-    group_size: int = 1
-    updates_per_rollout: int = 1
-    beta: float = 0.0
-    measures_kl: bool = False
+    name: ClassVar[str] = "diffusion-dpo"
 
-    def temperature(self, dimensions: int) -> float:
-        """Of the loss on noise predictions; the temperature of denoising steps is not known."""
-        return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+    @property
+    def measures_kl(self) -> bool:
+        return False
 
-    def loss(self, policy: Gaussian, reference: Gaussian | None, step: NoisedPairs) -> Float[Tensor, " batch"]:
-        """One value a pair."""
-        assert reference is not None
-        scale = 1 / step.x_t[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
-        chosen, rejected = (policy.log_prob(step.target) * scale).chunk(2)
-        reference_chosen, reference_rejected = (reference.log_prob(step.target) * scale).chunk(2)
-        return dpo_loss(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
-            beta=self.settings.beta,
-            label_smoothing=self.settings.label_smoothing,
-            loss_type=self.settings.loss_type,
-        )
+    def source(self, setup: Setup, progress: Progress, health: Health) -> PairSource:
+        pairs = PreferencePairs(self.settings.pairs, self.settings)
+        return PairSource(setup=setup, pairs=pairs(progress.step * setup.total_batch_size))
+
+    def gaussians(
+        self, policy: nn.Module, sampling: Sampling, steps: Sequence[NoisedPairs], conditioning: Conditioning
+    ) -> Sequence[StepGaussians]:
+        """Policy and base of the one step of a batch, without guidance, as in pre-training."""
+        (step,) = steps
+        times = sampling.denoiser.path.network_time(step.times).to(step.x_t.device)
+        output, _ = policy(step.x_t.to(conditioning.positive.dtype), times, **twice(conditioning).inputs("+"))
+        variance = step.x_t.new_ones(1, 1, 1, 1)
+        means = (output.to(torch.float32), step.reference)
+        ours, reference = (Gaussian(mean=mean, variance=variance) for mean in means)
+        return [(ours, reference)]
+
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: NoisedPairs) -> Float[Tensor, " pairs"]:
+        """One value per pair."""
+        assert reference is not None  # every pair has one
+        scale = self.log_prob_scale(step.x_t)
+        log_probs = [part for p in (policy, reference) for part in (p.log_prob(step.target) * scale).chunk(2)]
+        return preference_loss(self.settings, *log_probs)

@@ -1,14 +1,14 @@
-"""Rollouts: denoise with the current policy, and keep what a loss will need of every step."""
+"""Rollouts: denoise with the current policy, and store for every step what the loss needs of it."""
 
 import hashlib
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
@@ -16,9 +16,31 @@ from stepfuse.fuse.backbones.denoiser import Branch, Denoiser, Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
-from stepfuse.train.credit import best_and_worst
+from stepfuse.train.advantages import best_and_worst
 
-Steps = Sequence[tuple[int, int]]
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled during training.
+
+    Attributes:
+        denoiser: the network and its guidance.
+        adapter: name of the policy's LoRA; None samples with the base model.
+        schedule: variance schedule of the denoising steps.
+        steps: pairs (t, s) of the noise path, noisiest first.
+        shape: shape of one latent.
+        learned: indices of the steps to train on; None is all of them.
+    """
+
+    denoiser: Denoiser
+    adapter: str | None
+    schedule: VarianceSchedule
+    steps: list[tuple[int, int]]
+    shape: tuple[int, int, int]
+    learned: frozenset[int] | None = None
+
+    def trains_on(self, index: int) -> bool:
+        return self.learned is None or index in self.learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +48,10 @@ class Step:
     """One denoising step of a batch.
 
     Attributes:
-        x_t: where it starts, as stored; log-probs are only ever taken on these tensors.
-        t, s: its positions on the path.
-        negative: e_u of the base, None where guidance does not share it.
-        reference: the guided prediction of the base, None where no loss asks for it.
+        x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
+        t, s: times of the step on the noise path.
+        negative: e_u of the base; None unless guidance shares it.
+        reference: the guided prediction of the base; None if no loss needs it.
     """
 
     x_t: Latents
@@ -41,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class SampledStep(Step):
-    """A step of DDPO: x_s as drawn, its log-prob then, and later its advantage."""
+    """A step of DDPO: x_s as it was drawn, its log-probability then, and later its advantage."""
 
     x_s: Latents
     log_prob: Float[Tensor, " batch"]
@@ -50,35 +72,22 @@ class SampledStep(Step):
 
 @dataclass(frozen=True, kw_only=True)
 class PairedStep(Step):
-    """A step of DPO: the best and the worst candidate x_s, and whether they differ enough to learn from."""
+    """A step of DPO: the best and the worst candidate x_s, and whether their rewards differ by more than the margin."""
 
     chosen: Latents
     rejected: Latents
     kept: Bool[Tensor, " batch"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoisedPairs:
-    """Images of a data set at one noise level each, the winners of all pairs before their losers.
-
-    Attributes:
-        x_t: noised.
-        times: t of each.
-        target: what a network that knew the image would predict.
-        reference: what the base predicts.
-    """
-
-    x_t: Latents
-    times: Int[Tensor, " batch"]
-    target: Latents
-    reference: Latents
+S = TypeVar("S")  # whatever an algorithm stores of a step
+D = TypeVar("D", bound=Step)  # a denoising step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectory:
-    """The steps of one batch, noisiest first, its final latents, and the prompts' embeddings."""
+class Trajectory(Generic[S]):
+    """The steps of one batch, noisiest first, its final latents, and the embeddings of its prompts."""
 
-    steps: tuple[Step | NoisedPairs, ...]
+    steps: tuple[S, ...]
     latents: Latents
     conditioning: Conditioning
 
@@ -96,92 +105,70 @@ class _Predictions:
         return _Predictions(negative=negative, policy=self.policy[rows])
 
 
-def sample_generator(seed: int, *place: int | str) -> torch.Generator:
-    """A generator for one sample at one place of the run, the same however the batch is split."""
-    key = "/".join(map(str, (seed, *place))).encode()
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest()))
+def sample_generator(seed: int, *key: int | str) -> torch.Generator:
+    """A generator that depends on the seed and this key only, so that numbers do not depend on how a batch is split."""
+    text = "/".join(map(str, (seed, *key))).encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(text, digest_size=7).digest()))
 
 
 @torch.no_grad()
 def rollout(
-    denoiser: Denoiser,
-    adapter: str | None,
-    schedule: VarianceSchedule,
-    steps: Steps,
-    conditioning: Conditioning,
-    shape: tuple[int, int, int],
-    generators: list[torch.Generator],
-    *,
-    learned: Container[int] | None = None,
-    reference: bool = True,
-) -> Trajectory:
-    """Denoise with the policy and store every random step with its log-prob.
+    sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], *, reference: bool = True
+) -> Trajectory[SampledStep]:
+    """Denoise with the policy, and store each random step that is trained on with its log-probability.
 
     Args:
-        adapter: name of the policy's LoRA; None denoises with the base model.
-        learned: places of the steps to store; by default all.
-        reference: predict with the base too, as a KL to it needs.
+        generators: one per image.
+        reference: also predict with the base, as a KL to it needs.
     """
-    x_t = _start(denoiser, shape, generators)
-    stored: list[Step] = []
-    for number, (t, s) in enumerate(steps):
+    x_t = _start(sampling, generators)
+    stored = []
+    for index, (t, s) in enumerate(sampling.steps):
         # the last step of some schedulers is deterministic
-        random = bool((step_variance(schedule, denoiser.path, t, s, x_t) > 0).all())
-        wanted = random and (learned is None or number in learned)
-        now = _predict(denoiser, adapter, x_t, t, conditioning, reference=wanted and reference)
-        gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
+        random = bool((step_variance(sampling.schedule, sampling.denoiser.path, t, s, x_t) > 0).all())
+        wanted = random and sampling.trains_on(index)
+        now = _predict(sampling.denoiser, sampling.adapter, x_t, t, conditioning, reference=wanted and reference)
+        gaussian = _gaussian(sampling, x_t, now.policy, t, s)
         x_s = gaussian.sample(generators)
         if wanted:
-            stored.append(
-                SampledStep(
-                    x_t=x_t,
-                    t=t,
-                    s=s,
-                    negative=now.negative,
-                    reference=now.reference,
-                    x_s=x_s,
-                    log_prob=gaussian.log_prob(x_s),
-                )
-            )
+            step = Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=now.reference)
+            stored.append(SampledStep(**vars(step), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
         x_t = x_s
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
 
 
 @torch.no_grad()
 def branching_rollout(
-    denoiser: Denoiser,
-    adapter: str | None,
-    schedule: VarianceSchedule,
-    steps: Steps,
+    sampling: Sampling,
     conditioning: Conditioning,
-    shape: tuple[int, int, int],
     generators: list[torch.Generator],
     *,
     score_latents: Callable[[Latents], "Future[Float[Tensor, ' images']]"],
     candidates: int,
     margin: float,
-    learned: Container[int] | None = None,
-) -> Trajectory:
-    """Denoise with the policy; at each step draw k candidates, keep the best and worst, go on from a random one.
+) -> Trajectory[PairedStep]:
+    """Denoise with the policy; at each step draw candidates, store the best and worst, continue from a random one.
 
-    A candidate's score is the reward of its predicted x_0 (MSDDA; SPO, arXiv:2406.04314). Its
-    prediction is the one the next step starts from, so nothing is computed twice. Rewards are waited for when all is
-    drawn: which candidate it goes on from does not depend on them.
+    The score of a candidate is the reward of its predicted x_0 (MSDDA; SPO, arXiv:2406.04314). The next step starts
+    from the same prediction, so nothing is computed twice. Rewards are waited for after the last step: the choice of
+    the candidate to continue from does not depend on them.
 
     Args:
-        score_latents: clean latents (b·k) → rewards to be, sample-major: the candidates of one sample lie together.
-        learned: places of the steps with candidates; by default all.
+        generators: one per image.
+        score_latents: clean latents → their future rewards; the candidates of one image are consecutive.
+        candidates: number of candidates per image and step.
+        margin: a pair is kept if its rewards differ by more than this.
     """
-    x_t = _start(denoiser, shape, generators)
+    denoiser, adapter, steps = sampling.denoiser, sampling.adapter, sampling.steps
+    x_t = _start(sampling, generators)
     now = _predict(denoiser, adapter, x_t, steps[0][0], conditioning)
     wide = conditioning.repeat(candidates)
     rows = torch.arange(len(x_t), device=x_t.device)
-    asked: list[tuple[Step, Latents, Future[Tensor]]] = []
-    for number, (t, s) in enumerate(steps):
-        following = steps[number + 1][0] if number + 1 < len(steps) else None
-        gaussian = _gaussian(denoiser, schedule, x_t, now.policy, t, s)
-        branches = learned is None or number in learned
-        if not branches or not bool((gaussian.variance > 0).all()):
+    pending: list[tuple[Step, Latents, Future[Tensor]]] = []
+    for index, (t, s) in enumerate(steps):
+        following = steps[index + 1][0] if index + 1 < len(steps) else None
+        gaussian = _gaussian(sampling, x_t, now.policy, t, s)
+        if not sampling.trains_on(index) or not bool((gaussian.variance > 0).all()):
             x_t = gaussian.sample(generators)
             if following is not None:
                 now = _predict(denoiser, adapter, x_t, following, conditioning)
@@ -195,12 +182,12 @@ def branching_rollout(
             clean, _ = denoiser.path.clean_and_noise(flat, ahead.policy, following)
         rewards = score_latents(clean)
         reference = _reference(denoiser, x_t, t, conditioning, now.negative)
-        asked.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
+        pending.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
         if ahead is not None:
             now = ahead[rows * candidates + picks]
-    stored = tuple(_paired(step, drawn, rewards.result(), margin) for step, drawn, rewards in asked)
+    stored = tuple(_paired(step, drawn, rewards.result(), margin) for step, drawn, rewards in pending)
     return Trajectory(steps=stored, latents=x_t, conditioning=conditioning)
 
 
@@ -209,12 +196,11 @@ def _paired(
 ) -> PairedStep:
     winner, loser, kept = best_and_worst(rewards.reshape(drawn.shape[:2]), margin)
     rows = torch.arange(len(drawn), device=drawn.device)
-    own = {field.name: getattr(step, field.name) for field in fields(step)}
-    return PairedStep(**own, chosen=drawn[rows, winner], rejected=drawn[rows, loser], kept=kept)
+    return PairedStep(**vars(step), chosen=drawn[rows, winner], rejected=drawn[rows, loser], kept=kept)
 
 
-def out_of_inference(trajectory: Trajectory) -> Trajectory:
-    """The same with tensors that autograd takes; those that are one stay one."""
+def out_of_inference(trajectory: Trajectory[D]) -> Trajectory[D]:
+    """The same trajectory with tensors that autograd accepts; tensors that are shared stay shared."""
     copies: dict[int, Tensor] = {}
 
     def copy(value: Any) -> Any:
@@ -225,23 +211,22 @@ def out_of_inference(trajectory: Trajectory) -> Trajectory:
         return copies[id(value)]
 
     steps = tuple(
-        replace(cast(Any, step), **{field.name: copy(getattr(step, field.name)) for field in fields(step)})
-        for step in trajectory.steps
+        replace(step, **{name: copy(value) for name, value in vars(step).items()}) for step in trajectory.steps
     )
     return replace(trajectory, steps=steps, latents=copy(trajectory.latents))
 
 
-def with_advantages(trajectory: Trajectory, advantages: Float[Tensor, " batch"]) -> Trajectory:
-    """Every step of a trajectory gets the advantage of the image it led to."""
-    return replace(
-        trajectory,
-        steps=tuple(replace(step, advantage=advantages) for step in cast(tuple[SampledStep, ...], trajectory.steps)),
-    )
+def with_advantages(
+    trajectory: Trajectory[SampledStep], advantages: Float[Tensor, " batch"]
+) -> Trajectory[SampledStep]:
+    """The trajectory, with the advantages of its images on every step."""
+    return replace(trajectory, steps=tuple(replace(step, advantage=advantages) for step in trajectory.steps))
 
 
-def _start(denoiser: Denoiser, shape: tuple[int, int, int], generators: list[torch.Generator]) -> Latents:
-    device = next(denoiser.unet.parameters()).device
-    return randn_tensor((len(generators), *shape), generator=generators, device=device, dtype=torch.float32)
+def _start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
+    device = next(sampling.denoiser.unet.parameters()).device
+    shape = (len(generators), *sampling.shape)
+    return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
 
 
 def _predict(
@@ -277,7 +262,6 @@ def _reference(
     return denoiser.guide(negative, denoiser.forward(x_t, t, conditioning, "+", None)[0])
 
 
-def _gaussian(
-    denoiser: Denoiser, schedule: VarianceSchedule, x_t: Latents, prediction: Latents, t: int, s: int
-) -> Gaussian:
-    return transition(denoiser.path, x_t, prediction, t, s, step_variance(schedule, denoiser.path, t, s, x_t))
+def _gaussian(sampling: Sampling, x_t: Latents, prediction: Latents, t: int, s: int) -> Gaussian:
+    path = sampling.denoiser.path
+    return transition(path, x_t, prediction, t, s, step_variance(sampling.schedule, path, t, s, x_t))

@@ -1,6 +1,9 @@
-"""Experiment trackers: which are installed, and validation images as each of them takes images."""
+"""Experiment trackers: which are installed, and how each of them takes images."""
 
-from collections.abc import Callable
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -8,32 +11,24 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from stepfuse.data.grid import CELL, captioned_grid
-from stepfuse.data.images import to_image
-from stepfuse.data.lettering import enlarge, enlargement
-from stepfuse.data.names import nearest
-from stepfuse.train.samples import beside
-from stepfuse.train.settings import TRACKERS
-from stepfuse.train.validation import Validation
+from stepfuse.data.grid import captioned_grid
+from stepfuse.train.settings import TrainSettings
 
 TAG = "validation"
-SHOWN = 16  # validation images that are logged
 PACKAGES = {"comet_ml": "comet-ml"}  # names on PyPI, where they differ
 
 
 def check_trackers(names: list[str]) -> None:
-    """Check that trackers are installed; accelerate passes over missing ones silently.
+    """Check that trackers are installed; accelerate ignores missing ones silently.
 
     Args:
         names: Trackers as accelerate calls them, or `all`.
 
     Raises:
-        ValueError: For one that is not installed or not known.
+        ValueError: For one that is not installed.
     """
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
-        if name not in (*TRACKERS, "all"):
-            raise ValueError(f"report_to is {name!r}{nearest(name, TRACKERS)}")
         if name not in (*installed, "all"):
             raise ValueError(
                 f"report_to {name} needs a package that is not installed: pip install {PACKAGES.get(name, name)}, or "
@@ -41,45 +36,28 @@ def check_trackers(names: list[str]) -> None:
             )
 
 
-def start_trackers(accelerator: Accelerator, names: list[str], config: dict[str, Any]) -> None:
-    """Start the accelerator's trackers, on the main process.
-
-    Args:
-        names: Trackers that were asked for.
-        config: Settings of the run, as numbers and strings.
+def start_trackers(accelerator: Accelerator, settings: TrainSettings) -> None:
+    """Start the trackers of the settings, unless they run already, with the configuration of the run.
 
     Raises:
         ValueError: If a tracker cannot start, for example without a login.
     """
+    if accelerator.trackers or not settings.trackers:
+        return
+    plain = dataclasses.asdict(settings)  # tensorboard takes numbers and strings only
+    config = {k: v if isinstance(v, int | float | str) else json.dumps(v) for k, v in plain.items()}
     try:
         accelerator.init_trackers("stepfuse", config=config)
     except Exception as error:  # each tracker has its own exceptions
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(
-            f"report_to {', '.join(names)}: a tracker cannot start ({reason}); choose others or none"
+            f"report_to {', '.join(settings.trackers)}: a tracker cannot start ({reason}); choose others or none"
         ) from error
 
 
-def log_validation(accelerator: Accelerator, step: int, validation: Validation, base: Validation | None) -> None:
-    """Send the first validation images to every tracker that takes images.
-
-    Each has its reward in its caption. Next to it, on the left, is the image of the base model from the same prompt
-    and noise.
-
-    Args:
-        base: Images of the base model; None before training, when the policy is the base model.
-    """
-    images, captions = [], []
-    factor = enlargement(to_image(validation.pixels[0]), CELL)
-    for i, prompt in enumerate(validation.prompts[:SHOWN]):
-        image = enlarge(to_image(validation.pixels[i]), factor)
-        caption = f"{prompt}\nreward {validation.rewards[i]:.4g}"
-        if base is not None:
-            image = beside(enlarge(to_image(base.pixels[i]), factor), image)
-            caption = f"{prompt}\nbase, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
-        images.append(image)
-        captions.append(caption)
-    for tracker in accelerator.trackers:
+def log_images(trackers: Sequence[Any], step: int, images: list[Image.Image], captions: list[str]) -> None:
+    """Send images to every tracker that takes images."""
+    for tracker in trackers:
         LOGGERS.get(tracker.name, _other)(tracker, images, captions, step)
 
 
@@ -88,17 +66,9 @@ def _tensorboard(tracker: Any, images: list[Image.Image], captions: list[str], s
     tracker.writer.add_image(TAG, np.asarray(captioned_grid(images, captions)), step, dataformats="HWC")
 
 
-def _wandb(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    import wandb
-
-    pictures = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-    tracker.log({TAG: pictures}, step=step)
-
-
-def _swanlab(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    import swanlab
-
-    pictures = [swanlab.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
+def _captioned(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
+    library = import_module(tracker.name)
+    pictures = [library.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
     tracker.log({TAG: pictures}, step=step)
 
 
@@ -111,15 +81,15 @@ def _clearml(tracker: Any, images: list[Image.Image], captions: list[str], step:
 
 
 def _other(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    """By accelerate's own `log_images`, where a tracker has it."""
+    """By accelerate's `log_images`, if a tracker has it."""
     if hasattr(tracker, "log_images"):
         tracker.log_images({TAG: [np.asarray(captioned_grid(images, captions))]}, step=step)
 
 
 LOGGERS: dict[str, Callable[[Any, list[Image.Image], list[str], int], None]] = {
     "tensorboard": _tensorboard,
-    "wandb": _wandb,
-    "swanlab": _swanlab,
+    "wandb": _captioned,
+    "swanlab": _captioned,
     "aim": _aim,
     "clearml": _clearml,
 }

@@ -1,19 +1,27 @@
-"""Images of the policy as it stands, drawn by all processes together, and their reward."""
+"""The validation images of a run: drawn by all processes together, scored, saved and compared."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
+from stepfuse.data.grid import CELL
+from stepfuse.data.images import to_image
+from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import printable
 from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.samples import beside, save_samples
 from stepfuse.train.settings import TrainSettings
+from stepfuse.train.setup import Draw, Setup
+from stepfuse.train.trackers import log_images
 
-Draw = Callable[[Sequence[str], Sequence[int]], Pixels]
+SHOWN = 16  # images that are logged
 DRAWN_BY = (
     *("seed", "reward", "sample_num_steps", "guidance", "sample_guidance_scale", "resolution"),
     *("variance", "sample_eta", "sample_etas"),
@@ -29,7 +37,7 @@ class Validation:
     rewards: Scores
 
     def first(self, count: int) -> "Validation":
-        """The first images only, in memory of their own."""
+        """A copy of the first images."""
         pixels, rewards = self.pixels[:count].clone(), self.rewards[:count].clone()
         return Validation(prompts=self.prompts[:count], pixels=pixels, rewards=rewards)
 
@@ -41,13 +49,102 @@ class Validation:
         }
 
 
+class Validator:
+    """Draws and records the validation images of the policy.
+
+    Attributes:
+        base: images of the base model, to show beside those of the policy in trackers.
+    """
+
+    def __init__(self, setup: Setup, progress: Progress) -> None:
+        self.setup, self.progress = setup, progress
+        self.prompts = validation_prompts(setup.settings, setup.prompts)
+        self.base: Validation | None = None
+        self._drawn: tuple[int, Validation] | None = None
+
+    def current(self) -> Validation:
+        """The images of the policy at this step, which are drawn once."""
+        if self._drawn is None or self._drawn[0] != self.progress.step:
+            self._drawn = (self.progress.step, self._draw(self.prompts))
+        return self._drawn[1]
+
+    def draw_base(self) -> None:
+        """Draw the base model's images for trackers; before training, they are those of the policy."""
+        drawn = self._draw(self.prompts[:SHOWN], base=True) if self.progress.step else self.current()
+        self.base = drawn.first(SHOWN)
+
+    def save(self) -> Validation:
+        """Save the images of the policy as a picture, and log them and their reward."""
+        setup, step, validation = self.setup, self.progress.step, self.current()
+        reward = validation.summary()["reward"]
+        if setup.accelerator.is_main_process:
+            labels = [f"{p}\nreward {r:.4g}" for p, r in zip(validation.prompts, validation.rewards, strict=True)]
+            save_samples(setup.output / "samples" / f"step-{step:06d}.png", validation.pixels, labels)
+            log_images(setup.accelerator.trackers, step, *captioned(validation, self.base))
+        setup.accelerator.log({"validation_reward": reward}, step=step)
+        return validation
+
+    def record(self, moment: str) -> None:
+        """Save the images, and keep their mean reward and their rewards, `before` or `after` training."""
+        self.progress.validation[moment] = self.save().summary()
+        self.keep_rewards(moment)
+
+    def keep_rewards(self, moment: str) -> None:
+        """Keep the rewards of the images `before` training, of the `best` checkpoint, or `after` training.
+
+        With other prompts, another seed or other settings of sampling than those before, which a resumed run may have,
+        the images are not comparable, and none are kept.
+        """
+        progress, validation, drawn_by = self.progress, self.current(), validation_settings(self.setup.settings)
+        if moment == "before":
+            progress.validation_prompts, progress.validation_settings = validation.prompts, drawn_by
+        same = drawn_by == (progress.validation_settings or drawn_by)  # earlier versions did not keep them
+        if same and validation.prompts == progress.validation_prompts:
+            progress.validation_rewards[moment] = validation.rewards.tolist()
+        else:
+            progress.validation_rewards.pop(moment, None)
+
+    @torch.no_grad()
+    def _draw(self, prompts: list[str], *, base: bool = False) -> Validation:
+        setup = self.setup
+        pixels, rewards = [], []
+        for batch, images in draw_together(setup, prompts, setup.drawer("validation", base=base)):
+            rewards.append(setup.reward.raw(images, batch))
+            pixels.append(images)
+        return Validation(
+            prompts=prompts,
+            pixels=gathered(setup.accelerator, torch.cat(pixels), len(prompts)),
+            rewards=gathered(setup.accelerator, torch.cat(rewards), len(prompts)),
+        )
+
+
+def captioned(validation: Validation, base: Validation | None) -> tuple[list[Image.Image], list[str]]:
+    """The first validation images, to the right of those of the base, and captions with prompt and reward.
+
+    Args:
+        base: images of the base model from the same prompts and noise; None before training, when they are the same.
+    """
+    images, captions = [], []
+    factor = enlargement(to_image(validation.pixels[0]), CELL)
+    for i, prompt in enumerate(validation.prompts[:SHOWN]):
+        image = enlarge(to_image(validation.pixels[i]), factor)
+        caption = f"{prompt}\nreward {validation.rewards[i]:.4g}"
+        if base is not None:
+            image = beside(enlarge(to_image(base.pixels[i]), factor), image)
+            caption = f"{prompt}\nbase, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
+        images.append(image)
+        captions.append(caption)
+    return images, captions
+
+
 def validation_settings(settings: TrainSettings) -> dict[str, Any]:
     """The settings that validation images and their rewards depend on, besides the prompts."""
-    return {name: getattr(settings, name) for name in DRAWN_BY}
+    options = {"variance_options": settings.variance_options} if settings.variance_options else {}
+    return {name: getattr(settings, name) for name in DRAWN_BY} | options
 
 
-def validation_prompts(settings: TrainSettings, training: list[str]) -> list[str]:
-    """As many prompts as there are to be images: given ones, those of a set, or some of the training ones."""
+def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list[str]:
+    """The prompts of the validation images: those of the settings or of a set, or some of the training prompts."""
     wanted = [printable(text) for text in settings.validation_prompts] or training  # they may be arguments
     if settings.validation_set:
         wanted = load_prompts(settings.validation_set)
@@ -55,45 +152,42 @@ def validation_prompts(settings: TrainSettings, training: list[str]) -> list[str
     return [wanted[i * len(wanted) // count if count < len(wanted) else i % len(wanted)] for i in range(count)]
 
 
-def draw_together(
-    accelerator: Accelerator, prompts: Sequence[str], batch_size: int, draw: Draw
-) -> Iterator[tuple[list[str], Pixels]]:
-    """This process's share, a batch at a time: prompts and pixels.
+def draw_together(setup: Setup, prompts: Sequence[str], draw: Draw) -> Iterator[tuple[list[str], Pixels]]:
+    """This process's share of images, one micro-batch at a time: prompts and pixels.
 
-    Every process has as many batches as any other, for with ZeRO-3 a forward is a matter of all; where prompts do not
-    divide, the last processes draw some of the first again.
+    Every process has as many batches as any other, since with ZeRO-3 all take part in each forward pass; if prompts do
+    not divide, the last processes draw some of the first again.
 
     Args:
-        draw: prompts and their places → pixels, the same for a place whoever draws it.
+        draw: prompts and their indices → pixels, the same for an index on every process.
     """
-    each = -(-len(prompts) // accelerator.num_processes)
-    first = accelerator.process_index * each
-    for start in range(first, first + each, batch_size):
-        places = [place % len(prompts) for place in range(start, min(start + batch_size, first + each))]
-        batch = [prompts[place] for place in places]
-        yield batch, draw(batch, places)
+    each = -(-len(prompts) // setup.accelerator.num_processes)
+    first = setup.accelerator.process_index * each
+    for start in range(first, first + each, setup.settings.train_batch_size):
+        end = min(start + setup.settings.train_batch_size, first + each)
+        indices = [index % len(prompts) for index in range(start, end)]
+        batch = [prompts[index] for index in indices]
+        yield batch, draw(batch, indices)
 
 
-def gathered(accelerator: Accelerator, own: Tensor, count: int) -> Tensor:
-    """The shares of all processes, in order, without what was drawn twice; on the CPU."""
-    return accelerator.gather(own.contiguous())[:count].cpu()
+def gathered(accelerator: Accelerator, share: Tensor, count: int) -> Tensor:
+    """The shares of all processes, in order, without those that were drawn twice; on the CPU."""
+    return accelerator.gather(share.contiguous())[:count].cpu()
 
 
-@torch.no_grad()
-def validate(
-    accelerator: Accelerator,
-    prompts: list[str],
-    batch_size: int,
-    draw: Draw,
-    score: Callable[[Pixels, Sequence[str]], Scores],
-) -> Validation:
-    """Draw and score the validation images."""
-    pixels, rewards = [], []
-    for batch, images in draw_together(accelerator, prompts, batch_size, draw):
-        rewards.append(score(images, batch))
-        pixels.append(images)
-    return Validation(
-        prompts=prompts,
-        pixels=gathered(accelerator, torch.cat(pixels), len(prompts)),
-        rewards=gathered(accelerator, torch.cat(rewards), len(prompts)),
-    )
+def fit_reward(setup: Setup, progress: Progress) -> None:
+    """Fit the reward on images of the base if the settings ask for it and it has not been fitted; on all processes.
+
+    Raises:
+        ValueError: for a run that was begun without.
+    """
+    count = setup.settings.fit_reward
+    if count and not progress.reward:
+        if progress.step:
+            raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
+        prompts = [setup.prompts[i * len(setup.prompts) // count] for i in range(count)]
+        shares = draw_together(setup, prompts, setup.drawer("fit"))
+        columns = torch.cat([setup.reward.columns(pixels, batch) for batch, pixels in shares])
+        progress.reward = setup.reward.fit(gathered(setup.accelerator, columns, count))
+    if progress.reward:
+        setup.reward.restore(progress.reward)

@@ -1,13 +1,15 @@
 """Variance schedules: how random each objective's denoising steps are.
 
 A schedule gives r, the variance of a step relative to the ancestral one (`NoisePath.ancestral_variance`):
-v = r · ancestral. Its limit where variances vanish is then well defined, and one schedule serves
-every number of steps.
+v = r · ancestral. Its limit as variances vanish is then well defined, and one schedule can be used with
+any number of steps.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
@@ -17,10 +19,66 @@ from stepfuse.fuse.diffusion.gaussian import at_least_float32
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 
-class VarianceSchedule(Protocol):
-    """One method: the relative variance r of the step from t to s, broadcastable against `like`."""
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An argument of a schedule in training: a number, or a list of numbers.
 
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor: ...
+    Attributes:
+        help: what it is.
+        valid: whether a value can be trained with.
+        expected: in words, which values can.
+        setting: the training setting that it is; by default it is an entry of `variance_options`.
+    """
+
+    help: str = ""
+    valid: Callable[[Any], bool] = lambda value: True
+    expected: str = "another value"
+    setting: str = ""
+
+
+class VarianceSchedule(ABC):
+    """A variance schedule: a frozen dataclass whose fields, which are stored, are numbers, tuples of them, or tensors.
+
+    Attributes:
+        options: the arguments of `initial` by name; by default the fields.
+    """
+
+    options: ClassVar[Mapping[str, Option]] = {}
+
+    @abstractmethod
+    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+        """The relative variance r of the step from t to s, broadcastable against `like`."""
+
+    @classmethod
+    def initial(cls, **options: Any) -> "VarianceSchedule":
+        """The schedule that training starts from."""
+        return cls(**options)
+
+    @property
+    def base(self) -> "VarianceSchedule":
+        """The schedule of the base model in training: this one before it was trained."""
+        return self
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The fields that are trained with the LoRA, by name."""
+        return {}
+
+    def with_parameters(self, parameters: Mapping[str, Tensor]) -> "VarianceSchedule":
+        """This schedule with other values of its trainable fields."""
+        return replace(cast(Any, self), **parameters) if parameters else self
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [field.name for field in fields(cast(Any, cls))]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {name: _plain(getattr(self, name)) for name in self.field_names()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "VarianceSchedule":
+        """The inverse of `to_json`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def step_variance(
@@ -30,13 +88,23 @@ def step_variance(
     return schedule.relative(path, t, s, like) * path.ancestral_variance(t, s, like)
 
 
+TRAINED_ETA = Option(
+    help="DDIM's eta; 1 is ancestral sampling.",
+    valid=lambda eta: 0 < eta <= 1,
+    expected="a number in (0, 1]: a deterministic step has no log-probability to train with",
+    setting="sample_eta",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EtaSchedule:
+class EtaSchedule(VarianceSchedule):
     """r = eta² (DDIM, arXiv:2010.02502, eq. 16): 0 is deterministic, 1 ancestral sampling.
 
     Raises:
         ValueError: for eta outside [0, 1].
     """
+
+    options: ClassVar[Mapping[str, Option]] = {"eta": TRAINED_ETA}
 
     eta: float = 1.0
 
@@ -48,15 +116,24 @@ class EtaSchedule:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableSchedule:
-    """r = eta_k², one eta a step of equal share of the time, the noisiest first.
+class TableSchedule(VarianceSchedule):
+    """r = eta_k², one eta for each of equal intervals of the time, the noisiest first.
 
     With as many sampling steps as entries, each step has its own; with another number, a step
-    takes the entry of the table's own step that it starts in.
+    takes the entry of the interval that it starts in.
 
     Raises:
         ValueError: for an empty table or an eta outside [0, 1].
     """
+
+    options: ClassVar[Mapping[str, Option]] = {
+        "etas": Option(
+            help="One eta per step, noisiest step first.",
+            valid=lambda etas: len(etas) > 0 and all(0 < eta <= 1 for eta in etas),
+            expected="one number in (0, 1] per step: a deterministic step has no log-probability to train with",
+            setting="sample_etas",
+        )
+    }
 
     etas: tuple[float, ...]
 
@@ -68,16 +145,16 @@ class TableSchedule:
             _check_eta(eta)
 
     def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
-        position = torch.as_tensor(t, device="cpu").reshape(-1)
+        times = torch.as_tensor(t, device="cpu").reshape(-1)
         starts = torch.tensor([start for start, _ in path.steps(len(self.etas))])
-        row = (starts[None] >= position[:, None]).sum(1) - 1
+        row = (starts[None] >= times[:, None]).sum(1) - 1
         etas = torch.tensor(self.etas, dtype=torch.float64)[row.clamp(0, len(self.etas) - 1)]
         return etas.square().reshape(-1, *[1] * (like.ndim - 1)).to(like.device, at_least_float32(like).dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnedSchedule:
-    """Log-variance offsets at knots over the time, trained with the LoRA.
+class LearnedSchedule(VarianceSchedule):
+    """Log-variance offsets at knots over the time, which are trained with the LoRA.
 
         v = sigma_s² E p / (1 - p + E p),   E = exp(offset(t)),   p = eta² · ancestral / sigma_s²
 
@@ -89,8 +166,34 @@ class LearnedSchedule:
         ValueError: for fewer than two knots, offsets that are not finite, or eta outside (0, 1].
     """
 
+    options: ClassVar[Mapping[str, Option]] = {
+        "eta": TRAINED_ETA,
+        "knots": Option(
+            help="Number of offsets, evenly spaced over time and interpolated linearly.",
+            valid=lambda knots: knots >= 2,
+            expected="2 or more",
+            setting="variance_knots",
+        ),
+    }
+
     offsets: Float[Tensor, " knots"]
     eta: float = 1.0
+
+    @classmethod
+    def initial(cls, **options: Any) -> "LearnedSchedule":
+        return cls(offsets=torch.zeros(options["knots"]), eta=options["eta"])
+
+    @property
+    def base(self) -> EtaSchedule:
+        return EtaSchedule(eta=self.eta)
+
+    def trainable(self) -> dict[str, Tensor]:
+        return {"offsets": self.offsets}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LearnedSchedule":
+        offsets = torch.tensor(values["offsets"], dtype=torch.float32)
+        return cls(**{**values, "offsets": offsets})
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)
@@ -105,10 +208,10 @@ class LearnedSchedule:
 
     def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
         dtype, like = at_least_float32(like).dtype, like.double()  # 1 - (...)² cancels in short steps
-        place = torch.as_tensor(t, device="cpu").reshape(-1).double() / (path.length - 1)
-        place = (place.clamp(0, 1) * (len(self.offsets) - 1)).to(like)
-        low = place.floor().clamp(max=len(self.offsets) - 2).long()
-        fraction = place - low
+        time = torch.as_tensor(t, device="cpu").reshape(-1).double() / (path.length - 1)
+        position = (time.clamp(0, 1) * (len(self.offsets) - 1)).to(like)
+        low = position.floor().clamp(max=len(self.offsets) - 2).long()
+        fraction = position - low
         offsets = self.offsets.to(like)
         offset = offsets[low] * (1 - fraction) + offsets[low + 1] * fraction
         growth = offset.exp().reshape(-1, *[1] * (like.ndim - 1))
@@ -117,6 +220,12 @@ class LearnedSchedule:
         ancestral_share = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2  # ancestral / sigma_s²
         p = self.eta**2 * ancestral_share
         return (growth * self.eta**2 / (1 - p + growth * p)).to(dtype)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_eta(eta: float) -> None:

@@ -1,69 +1,98 @@
-"""Variance schedules by their kind, and as JSON values."""
+"""Variance schedules by their kind, as JSON values and as training settings. Importing this does not import torch."""
 
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule, VarianceSchedule
 
-SCHEDULES: dict[str, type] = {
-    "eta": EtaSchedule,
-    "table": TableSchedule,
-    "learned": LearnedSchedule,
+if TYPE_CHECKING:
+    from stepfuse.fuse.diffusion.variance import VarianceSchedule
+
+# A class, or the module and name of one, which is imported when it is used.
+SCHEDULES: "dict[str, str | type[VarianceSchedule]]" = {
+    "eta": "stepfuse.fuse.diffusion.variance:EtaSchedule",
+    "table": "stepfuse.fuse.diffusion.variance:TableSchedule",
+    "learned": "stepfuse.fuse.diffusion.variance:LearnedSchedule",
 }
 
 
-FROM_JSON: dict[str, Callable[[Any], Any]] = {  # fields whose values JSON cannot hold
-    "etas": tuple,
-    "offsets": lambda values: torch.tensor(values, dtype=torch.float32),
-}
+def schedule_class(kind: Any) -> "type[VarianceSchedule]":
+    """The class of a kind of schedule.
+
+    Raises:
+        ValueError: for an unknown kind, with the nearest one.
+    """
+    if not isinstance(kind, str) or kind not in SCHEDULES:
+        raise ValueError(f"variance {kind!r}; expected one of {', '.join(SCHEDULES)}{nearest(str(kind), SCHEDULES)}")
+    found = SCHEDULES[kind]
+    if isinstance(found, str):
+        module, _, name = found.partition(":")
+        found = getattr(import_module(module), name)
+    return found
 
 
-def schedule_to_dict(schedule: VarianceSchedule) -> dict[str, Any]:
-    """A schedule as plain JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`."""
-    for kind, build in SCHEDULES.items():
-        if type(schedule) is build:
-            values = {name: getattr(schedule, name) for name in _field_names(build)}
-            return {"kind": kind} | {name: _plain(value) for name, value in values.items()}
+def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
+    """A schedule as JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`.
+
+    Raises:
+        ValueError: for a schedule whose class is not in `SCHEDULES`.
+    """
+    for kind in SCHEDULES:
+        if type(schedule) is schedule_class(kind):
+            return {"kind": kind} | schedule.to_json()
     raise ValueError(f"{type(schedule).__name__} is not in SCHEDULES; expected one of {', '.join(SCHEDULES)}")
 
 
-def schedule_from_dict(values: dict[str, Any]) -> VarianceSchedule:
+def schedule_from_dict(values: Any) -> "VarianceSchedule":
     """The inverse of `schedule_to_dict`.
 
     Raises:
-        ValueError: for an unknown kind, or fields it does not have.
+        ValueError: for an unknown kind, and for fields that the kind does not have or that are out of range.
     """
-    if not isinstance(values, dict) or values.get("kind") not in SCHEDULES:
-        kind = values.get("kind") if isinstance(values, dict) else values
+    kind = values.get("kind") if isinstance(values, dict) else values
+    if not isinstance(values, dict) or kind not in SCHEDULES:
         raise ValueError(
             f"variance schedule {values!r}; expected a `kind` of {', '.join(SCHEDULES)}{nearest(kind, SCHEDULES)}"
         )
-    build = SCHEDULES[values["kind"]]
+    schedule = schedule_class(kind)
     given = {name: value for name, value in values.items() if name != "kind"}
-    unknown = sorted(set(given) - set(_field_names(build)))
-    if unknown:
-        known = _field_names(build)
-        raise ValueError(
-            f"variance schedule {values['kind']!r} has no {unknown[0]!r}; it has {', '.join(known)}"
-            f"{nearest(unknown[0], known)}"
-        )
+    known = schedule.field_names()
+    for name in sorted(set(given) - set(known)):
+        raise ValueError(f"variance schedule {kind!r} has no {name!r}; it has {', '.join(known)}{nearest(name, known)}")
     try:
-        return build(**{name: FROM_JSON.get(name, lambda v: v)(value) for name, value in given.items()})
-    except (TypeError, RuntimeError) as error:
+        return schedule.from_json(given)
+    except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"variance schedule {values!r}: {error}") from error
 
 
-def _field_names(build: type) -> list[str]:
-    return [field.name for field in fields(build)]
+def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> "VarianceSchedule":
+    """The schedule that training starts from.
 
+    Args:
+        settings: settings of the run, of which some kinds have their own.
+        options: `variance_options`.
 
-def _plain(value: object) -> object:
-    """Tensors and tuples as lists."""
-    if isinstance(value, Tensor):
-        return value.tolist()
-    return list(value) if isinstance(value, tuple) else value
+    Raises:
+        ValueError: for options that the kind does not have, that are missing or that cannot be trained with.
+    """
+    from stepfuse.fuse.diffusion.variance import Option
+
+    schedule = schedule_class(kind)
+    known = schedule.options or dict.fromkeys(schedule.field_names(), Option())
+    free = [name for name, option in known.items() if not option.setting]
+    for name in sorted(set(options) - set(free)):
+        raise ValueError(
+            f"variance_options has {name!r}; expected {', '.join(free) or 'none'} for variance {kind}"
+            f"{nearest(name, free)}"
+        )
+    given = {name: settings[option.setting] for name, option in known.items() if option.setting} | dict(options)
+    try:
+        for name, value in given.items():
+            option = known[name]
+            if not option.valid(value):
+                raise ValueError(f"{option.setting or name} is {value}; expected {option.expected}")
+        return schedule.initial(**given)
+    except TypeError as error:  # a missing option, or a text for a number
+        described = [f"{name} ({known[name].help})" if known[name].help else name for name in free]
+        raise ValueError(f"variance_options of variance {kind}: {error}; expected {', '.join(described)}") from error

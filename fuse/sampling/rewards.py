@@ -9,7 +9,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import is_catalogued, load_reward
-from stepfuse.rewards.weighted import Weighted
+from stepfuse.rewards.weighted import as_sum
 
 GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there for all prompts or for none
 
@@ -69,9 +69,7 @@ def check_gradients(
     for place, objective in enumerate(objectives):
         if not bool((plan.weights[:, place] != 0).any()):
             continue
-        reward = rewards[objective.name]
-        terms = reward.rewards if isinstance(reward, Weighted) else {objective.reward: reward}
-        for name, term in terms.items():
+        for name, term in as_sum(rewards[objective.name], objective.reward).rewards.items():
             pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
             with torch.enable_grad():
                 value = score(term, pixels, [GRADIENT_PROMPT], name=name)

@@ -36,7 +36,7 @@ from stepfuse.fuse.sets.manifest import (
     check_schema,
     read_versioned,
 )
-from stepfuse.rewards.weighted import Term, parse_terms
+from stepfuse.rewards.reward_name import Term, parse_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +220,14 @@ def set_folder(folder: str | Path) -> Path:
 
 def oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term]:
     """The terms of the reward an oracle was trained on, by objective, matched by the objectives' rewards."""
-    kind, _, sum_of = oracle.objective.reward.partition(":")
-    if kind != "weighted":
+    reward = parse_reward(oracle.objective.reward)
+    if reward.kind != "sum":
         raise ValueError(
             f"oracle {oracle.name!r} was trained on {oracle.objective.reward!r}; expected a weighted:… reward"
         )
     names = {adapter.objective.reward: adapter.name for adapter in adapters}
     terms = {}
-    for term in parse_terms(sum_of):
+    for term in reward.terms:
         if term.name not in names:
             raise ValueError(
                 f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "

@@ -16,6 +16,7 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.sets.manifest import check_path_in_set
+from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.shaping import Shaping
 
 
@@ -216,9 +217,9 @@ def _check_base(base: Any) -> dict[str, Any]:
 def reward_version(adapter: Adapter) -> str | None:
     """The version of the reward: the hash of the file it came from, or the version of stepfuse that brings it."""
     files = adapter.record.get("inputs") or {}
-    for name in (adapter.objective.reward, adapter.objective.reward.rpartition(":")[0]):
-        if name in files:
-            return f"sha256:{files[name]}"
+    path = parse_reward(adapter.objective.reward).path
+    if path in files:
+        return f"sha256:{files[path]}"
     version = (adapter.record.get("versions") or {}).get("stepfuse")
     return f"stepfuse {version}" if version else None
 

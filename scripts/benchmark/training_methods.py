@@ -13,12 +13,14 @@ from stepfuse.scripts.benchmark import memory
 from stepfuse.scripts.benchmark.harness import Method
 from stepfuse.scripts.benchmark.models import ATTENTION, random_pipeline, with_copied_unet
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
-from stepfuse.train.algorithms import DDPO, DPO
+from stepfuse.train.algorithms import ALGORITHMS
+from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
 from stepfuse.train.launch import make_accelerator
-from stepfuse.train.loop import Run
 from stepfuse.train.scoring import TrainingReward
-from stepfuse.train.settings import DDPOSettings, DPOSettings
+from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
+from stepfuse.train.setup import prepare
+from stepfuse.train.update import Update
 
 OURS = "stepfuse"
 PRECISIONS: dict[str, Any] = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -92,26 +94,26 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
         lora_target_modules=list(ATTENTION),
         log_prob_reduction="mean",  # as the baselines'
     )
-    algorithm: DDPO | DPO
+    training: TrainSettings
     if row.algorithm == "ddpo":
         compared = settings.images > 1  # one image has no group
         beta = DDPOSettings.beta if row.kl else 0.0
-        ddpo = DDPOSettings(**common, num_generations=settings.images, per_prompt_stat_tracking=compared, beta=beta)
-        algorithm = DDPO(ddpo)
+        training = DDPOSettings(**common, num_generations=settings.images, per_prompt_stat_tracking=compared, beta=beta)
     else:
         skipped = settings.skip_first_steps
-        algorithm = DPO(DPOSettings(**common, num_candidates=settings.candidates, skip_first_steps=skipped))
-    training = algorithm.settings
+        training = DPOSettings(**common, num_candidates=settings.candidates, skip_first_steps=skipped)
+    algorithm = ALGORITHMS[training.algorithm](training)
     accelerator = make_accelerator(training)
-    reward = TrainingReward(load_reward(REWARD, accelerator.device), training, accelerator.device)
-    run = Run(training, algorithm, accelerator, reward, load_prompts(PROMPTS), pipeline)
-    run.health = Health(run.progress, skips=False, main=True)
-    rollouts, update = run.rollouts(), run.update()
+    reward, progress = TrainingReward(training, accelerator.device), Progress()
+    setup = prepare(training, accelerator, reward, load_prompts(PROMPTS), pipeline)
+    health = Health(progress, skips=False, main=True)
+    source = algorithm.source(setup, progress, health)
+    update = Update(setup=setup, algorithm=algorithm, health=health)
 
     def step() -> None:
-        batches, _ = rollouts.collect(run.progress.step, run.current_schedule())
-        update(batches, run.progress.step + 1)
-        run.progress.step += 1
+        batches, _ = source.collect(progress.step)
+        update(batches, progress.step + 1)
+        progress.step += 1
 
     return Method(run=step, networks=() if row.compile != "no" else (pipeline.unet,), close=reward.close)
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import require_new_file
+from stepfuse.data.output_folder import resolve_folder
+from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.scripts.cli.names import RULE_OPTIONS, embedded_sets, reward_names, rule_names
 
 if TYPE_CHECKING:
@@ -65,21 +67,17 @@ def check_rule(name: str | None, options: Mapping[str, Any]) -> None:
 
 def check_reward(name: str) -> None:
     """Check that a reward's name is known, or that its file exists."""
-    kind, known = name.partition(":")[0], list(reward_names())
-    if kind in (*known, "http", "https"):
-        return
-    is_code, is_settings = ".py:" in name, name.endswith((".yaml", ".yml"))
-    if is_code or is_settings:
-        file = Path(name.rsplit(":", 1)[0] if is_code else name)
-        if not file.is_file():
-            raise ValueError(f"no reward {name!r}: no file {str(file)!r}")
-        return
-    if name.endswith(".py"):
+    reward, known = parse_reward(name), list(reward_names())
+    if reward.path:
+        if not Path(reward.path).is_file():
+            raise ValueError(f"no reward {name!r}: no file {reward.path!r}")
+    elif name.endswith(".py"):
         raise ValueError(f"no reward {name!r}; expected the function too: {name}:FUNCTION")
-    raise ValueError(
-        f"no reward {kind!r}; expected one of {', '.join(known)}, path/to/file.py:function, path/to/file.yaml or "
-        f"http://HOST:PORT{nearest(kind, known)}"
-    )
+    elif reward.kind == "catalogue" and reward.head not in known:
+        raise ValueError(
+            f"no reward {reward.head!r}; expected one of {', '.join(known)}, path/to/file.py:function, "
+            f"path/to/file.yaml or http://HOST:PORT{nearest(reward.head, known)}"
+        )
 
 
 def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()) -> tuple[str, ...] | None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stepfuse.rewards.protocol import Reward as Reward
     from stepfuse.rewards.registry import REWARDS as REWARDS
     from stepfuse.rewards.registry import load_reward as load_reward
-    from stepfuse.train.loop import train as train_adapter
+    from stepfuse.train.loop import train_adapter as train_adapter
     from stepfuse.train.settings import DDPOSettings as DDPOSettings
     from stepfuse.train.settings import DPOSettings as DPOSettings
 
@@ -43,8 +43,8 @@ _MODULES = {
     "create_set": "stepfuse.fuse.sets.create",
     "load_reward": "stepfuse.rewards.registry",
     "load_set": "stepfuse.fuse.sets.adapter_set",
+    "train_adapter": "stepfuse.train.loop",
 }
-_RENAMED = {"train_adapter": ("stepfuse.train.loop", "train")}
 
 __all__ = [
     "REWARDS",
@@ -75,9 +75,6 @@ def __getattr__(name: str) -> Any:
             value = "unknown"
     elif name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)
-    elif name in _RENAMED:
-        module, original = _RENAMED[name]
-        value = getattr(import_module(module), original)
     else:
         raise AttributeError(f"module 'stepfuse' has no attribute {name!r}")
     globals()[name] = value

@@ -134,7 +134,7 @@ BASE_ETA = {"equal": 0.8, "distinct": 1.0}
 
 
 @dataclass(frozen=True)
-class AlignedSchedule:
+class AlignedSchedule(VarianceSchedule):
     """r_i = 1 / (P_i v_ancestral): the variance of an aligned policy, which a quadratic reward narrows."""
 
     world: "World"

@@ -22,6 +22,7 @@ from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
 from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.server import RewardServer
 
 COLUMNS = ("file_name", "prompt", "score")
@@ -153,9 +154,8 @@ def _score_rest(
 
 def _partial_file(output: Path, name: str, items: list[PromptedImage]) -> Path:
     """The unfinished table of this reward on these images; another name where the reward's code or an image differs."""
-    file = Path(name.rsplit(":", 1)[0] if ".py:" in name else name)
-    is_code = file.suffix in (".py", ".yaml", ".yml") and file.is_file()
-    code = file.read_text(encoding="utf-8", errors="replace") if is_code else ""
+    path = parse_reward(name).path
+    code = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
     images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
     digest = text_hash("\0".join([name, code, *images]))
     return output.with_name(f".{output.name}.{digest[:12]}.partial")

@@ -24,4 +24,4 @@ assert_type(FusedPipeline.from_pretrained("emoji"), FusedPipeline)
 assert_type(__version__, str)
 make_rule: Callable[[], FusionRule] = RULES["soup"]
 reward: Reward = load_reward("compressibility")
-folder: Path = train_adapter(DDPOSettings(), algorithm=None)  # type: ignore[arg-type]  # of another type than its own
+folder: Path = train_adapter(DDPOSettings())

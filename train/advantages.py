@@ -1,4 +1,4 @@
-"""From rewards to what a loss learns from: preference pairs, or advantages."""
+"""From rewards to preference pairs or advantages."""
 
 from collections.abc import MutableMapping, Sequence
 
@@ -10,9 +10,9 @@ from torch import Tensor
 def best_and_worst(
     rewards: Float[Tensor, "batch candidates"], margin: float
 ) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
-    """Winner and loser among the candidates of each step, and whether they differ by more than the margin.
+    """The best and the worst candidate of each sample, and whether their rewards differ by more than the margin.
 
-    A tie is dropped, never invented; so is a step with a candidate whose reward is not finite.
+    Ties are dropped, and so are samples with a candidate whose reward is not finite.
     """
     winner, loser = rewards.argmax(1), rewards.argmin(1)
     gap = rewards.gather(1, winner[:, None]) - rewards.gather(1, loser[:, None])
@@ -25,9 +25,9 @@ def group_advantages(
     """A = (r - mean of its group) / (standard deviation of its group), clipped (DDPO, arXiv:2305.13301, section 5).
 
     Args:
-        rewards: of the whole step, all processes together.
-        groups: the group of each: its prompt, or one number for all.
-        scale: divide by the standard deviation; a group whose rewards are all equal gets 0.
+        rewards: rewards of the whole step, of all processes.
+        groups: index of the group of each reward: its prompt, or the same for all.
+        scale: divide by the standard deviation; advantages are 0 in a group of equal rewards.
         clip: advantages are clipped to ± this.
     """
     names, index = groups.unique(return_inverse=True)
@@ -36,7 +36,7 @@ def group_advantages(
     mean = zeros.index_add(0, index, rewards) / count
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
-    # A mean of equal numbers may round: their deviation is 0 all the same.
+    # The mean of equal numbers may be rounded; their deviation is 0 nevertheless.
     centred = torch.where((highest > lowest)[index], rewards - mean[index], 0.0)
     if scale:
         deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
@@ -92,16 +92,16 @@ def decoupled_advantages(
     scale: bool,
     clip: float,
 ) -> Float[Tensor, " batch"]:
-    """A = z over all of Σ w_i z_g(r_i): each reward normalised in its group before it is weighted, then their sum.
+    """A = z(Σ w_i z_g(r_i)): each reward is normalised in its group, and then their weighted sum over all samples.
 
-    So a reward that varies much within a prompt does not drown one that varies little (GDPO, arXiv:2601.05242, eq. 4
-    to 7; trl's `normalize_then_sum`).
+    A reward that varies much within a prompt then has no more weight than one that varies little (GDPO,
+    arXiv:2601.05242, eq. 4 to 7; `normalize_then_sum` of trl).
 
     Args:
-        terms: each reward's scores over the whole step; a positive factor of a column changes nothing.
+        terms: scores of each reward over the whole step; a positive factor of a column has no effect.
         weights: w_i.
-        groups, scale, clip: as in `group_advantages`; the last two are of the sum.
+        groups, scale, clip: as in `group_advantages`; the last two apply to the sum.
     """
-    own = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in terms.unbind(1)]
-    total = (torch.stack(own, dim=1) * weights.to(terms)).sum(1)
+    normalised = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in terms.unbind(1)]
+    total = (torch.stack(normalised, dim=1) * weights.to(terms)).sum(1)
     return group_advantages(total, torch.zeros_like(groups), scale=scale, clip=clip)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from stepfuse.train.advantages import best_and_worst, decoupled_advantages, group_advantages, tracked_advantages
 from stepfuse.train.algorithms import DDPO
-from stepfuse.train.credit import best_and_worst, decoupled_advantages, group_advantages, tracked_advantages
 from stepfuse.train.rollout import SampledStep, Trajectory
 from stepfuse.train.settings import DDPOSettings
 
@@ -69,7 +69,7 @@ def test_shifting_and_scaling_rewards_leaves_advantages_alone():
 
 
 @pytest.mark.parametrize("per_prompt", [True, False])
-def test_ddpo_credits_each_micro_batch_with_the_statistics_of_the_whole_step(per_prompt):
+def test_ddpo_assigns_each_micro_batch_advantages_by_the_statistics_of_the_whole_step(per_prompt):
     settings = DDPOSettings(num_generations=4, per_prompt_stat_tracking=per_prompt)
     x = torch.zeros(2, 1, 1, 1)
     step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
@@ -77,9 +77,9 @@ def test_ddpo_credits_each_micro_batch_with_the_statistics_of_the_whole_step(per
     rewards, groups = REWARDS[:8], torch.arange(8) // 4
     halves = torch.stack([0.25 * rewards, 0.75 * rewards], 1)  # terms of a weighted reward: advantages are of their sum
     advantages = DDPO(settings).advantages(halves, torch.ones(2), groups, PROMPTS[:8], {})
-    credited = DDPO(settings).credit(trajectory, advantages[2:4])
+    assigned = DDPO(settings).assign_advantages(trajectory, advantages[2:4])
     expected = z_scores(rewards, groups if per_prompt else torch.zeros(8))[2:4]
-    for step in credited.steps:
+    for step in assigned.steps:
         np.testing.assert_allclose(step.advantage.numpy(), expected, rtol=1e-6)
 
 
@@ -119,9 +119,9 @@ def test_ddpo_takes_decoupled_advantages_of_a_weighted_reward_where_asked():
     trajectory = Trajectory(steps=(step,), latents=x, conditioning=None)
     terms, groups = torch.stack([REWARDS[:8], torch.cos(REWARDS[:8])], 1), torch.arange(8) // 4
     advantages = DDPO(settings).advantages(terms, torch.tensor([0.25, 0.75]), groups, PROMPTS[:8], {})
-    credited = DDPO(settings).credit(trajectory, advantages[2:4])
+    assigned = DDPO(settings).assign_advantages(trajectory, advantages[2:4])
     expected = gdpo_by_hand(terms, [0.25, 0.75], groups)[2:4]
-    np.testing.assert_allclose(credited.steps[0].advantage.numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(assigned.steps[0].advantage.numpy(), expected, rtol=1e-5)
 
 
 # Statistics over the steps, as ddpo-pytorch and trl 0.23.1 track them

@@ -1,0 +1,123 @@
+"""What every training algorithm declares: the steps it stores, their densities, and its loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.health import Health
+from stepfuse.train.losses import dpo_loss
+from stepfuse.train.rollout import Sampling, Trajectory
+from stepfuse.train.settings import DPOSettings, TrainSettings
+from stepfuse.train.setup import Setup
+
+S = TypeVar("S")  # the step that an algorithm stores
+StepGaussians = tuple[Gaussian, Gaussian | None]  # of the policy and of the base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Generic[S]):
+    """A micro-batch: the steps to train on, and the prompt of each row."""
+
+    prompts: Sequence[str]
+    trajectory: Trajectory[S]
+
+
+class Source(Protocol[S]):
+    """Where the micro-batches of an optimiser step come from."""
+
+    def collect(self, step: int) -> tuple[list[Batch[S]], dict[str, float]]:
+        """This process's micro-batches of one step, and values that were measured over all processes."""
+        ...
+
+
+class Algorithm(ABC, Generic[S]):
+    """A training algorithm, by the steps that it stores.
+
+    Attributes:
+        name: name in an adapter's record.
+        settings: settings of the run.
+    """
+
+    name: ClassVar[str]
+    settings: TrainSettings
+
+    @property
+    def group_size(self) -> int:
+        """Number of consecutive samples that share a prompt."""
+        return 1
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Number of optimiser steps on each rollout."""
+        return 1
+
+    @property
+    def beta(self) -> float:
+        """Weight of the KL term that is added to the loss; 0 if the loss contains the KL already."""
+        return 0.0
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether the KL of its Gaussians is the KL of denoising steps."""
+        return True
+
+    @abstractmethod
+    def source(self, setup: Setup, progress: Progress, health: Health) -> Source[S]:
+        """Where its micro-batches come from."""
+
+    @abstractmethod
+    def gaussians(
+        self, policy: nn.Module, sampling: Sampling, steps: Sequence[S], conditioning: Conditioning
+    ) -> Sequence[StepGaussians]:
+        """p_θ, with gradients, and p_ref of stored steps of one batch, from one forward pass.
+
+        Args:
+            policy: the `Policy`, wrapped or not.
+            sampling: denoiser and initial schedule.
+        """
+
+    @abstractmethod
+    def loss(self, policy: Gaussian, reference: Gaussian | None, step: S) -> Float[Tensor, " batch"]:
+        """One value per sample; the reference is None if `measures_kl` is False and no step has one."""
+
+    def temperature(self, dimensions: int) -> float:
+        """The beta of the loss's optimum p ∝ p_ref exp(r / beta), for densities over that many dimensions.
+
+        With `log_prob_reduction: mean` the loss of DPO has beta / dimensions times the difference of log-densities.
+        """
+        return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+
+    def update_log_probs(self, step: S, policy: Gaussian) -> None:
+        """Replace stored log-probabilities by those of the policy, which has not been updated since the rollout."""
+
+    def kept(self, step: S) -> Bool[Tensor, " batch"] | None:
+        """The samples of a step that count in the loss; None if all do."""
+        return None
+
+    def log_prob_scale(self, x: Latents) -> float:
+        """1, or with `log_prob_reduction: mean` 1 / dimensions of a latent."""
+        return 1 / x[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
+
+
+def preference_loss(
+    settings: DPOSettings, chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
+) -> Float[Tensor, " batch"]:
+    """`dpo_loss` of these log-probabilities, as the settings configure it."""
+    return dpo_loss(
+        chosen,
+        rejected,
+        reference_chosen,
+        reference_rejected,
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        loss_type=settings.loss_type,
+        clip_range=settings.train_clip_range,
+    )

@@ -1,0 +1,178 @@
+"""What a run trains with: base model, policy, optimiser and reward, loaded and checked before anything is written."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.fingerprint import describe_base
+from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet import decode_unclamped, latent_shape
+from stepfuse.fuse.sampling.finite import check_latents, check_pixels
+from stepfuse.rewards.protocol import Pixels
+from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.engine import Engine
+from stepfuse.train.lora import Policy, SharedForward, add_lora
+from stepfuse.train.provenance import provenance
+from stepfuse.train.rollout import Sampling, rollout, sample_generator
+from stepfuse.train.scoring import TrainingReward
+from stepfuse.train.settings import TrainSettings
+from stepfuse.train.timesteps import learnable_steps
+
+Draw = Callable[[Sequence[str], Sequence[int]], Pixels]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What stays the same during a run.
+
+    Attributes:
+        pipeline: the base model, whose UNet has the policy's LoRA.
+        embed: embeddings of prompts.
+        engine: policy and optimiser.
+        sampling: how the policy is sampled, with the initial schedule.
+        learnable: number of denoising steps of an image that can be trained on.
+        base: fingerprint of the base model.
+        record: configuration, input files and versions at the start of the run.
+    """
+
+    settings: TrainSettings
+    accelerator: Accelerator
+    reward: TrainingReward
+    prompts: Sequence[str]
+    pipeline: DiffusionPipeline
+    embed: Embeddings
+    engine: Engine
+    sampling: Sampling
+    learnable: int
+    base: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def output(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def batch_size(self) -> int:
+        """Number of images, or pairs of images, of this process in an optimiser step."""
+        return self.settings.train_batch_size * self.settings.gradient_accumulation_steps
+
+    @property
+    def total_batch_size(self) -> int:
+        """Number of images, or pairs of images, of all processes in an optimiser step."""
+        return self.batch_size * self.accelerator.num_processes
+
+    def micro_batches(self) -> list[range]:
+        """The indices that this process's images have among those of an optimiser step, by micro-batch."""
+        first, size = self.accelerator.process_index * self.batch_size, self.settings.train_batch_size
+        return [range(start, start + size) for start in range(first, first + self.batch_size, size)]
+
+    def current_sampling(self, **changes: Any) -> Sampling:
+        """How the policy is sampled now, with the parameters of its schedule. All processes take part."""
+        schedule = self.sampling.schedule.with_parameters(self.engine.schedule_parameters())
+        return dataclasses.replace(self.sampling, schedule=schedule, **changes)
+
+    def drawer(self, key: str, *, base: bool = False) -> Draw:
+        """A function that draws images of the policy, or of the base model, from prompts and their indices.
+
+        Args:
+            key: images with the same key and index have the same noise.
+        """
+        sampling = dataclasses.replace(self.sampling, adapter=None) if base else self.current_sampling()
+        sampling = dataclasses.replace(sampling, learned=frozenset())
+
+        @torch.no_grad()
+        def draw(prompts: Sequence[str], indices: Sequence[int]) -> Pixels:
+            generators = [sample_generator(self.settings.seed, key, index) for index in indices]
+            with self.accelerator.autocast():
+                latents = rollout(sampling, self.embed(prompts), generators).latents
+            check_latents(latents, prompts)
+            pixels = decode_unclamped(self.pipeline, latents)
+            check_pixels(pixels, prompts)
+            return VaeImageProcessor.denormalize(pixels)
+
+        return draw
+
+
+def prepare(
+    settings: TrainSettings,
+    accelerator: Accelerator,
+    reward: TrainingReward,
+    prompts: Sequence[str],
+    pipeline: DiffusionPipeline | None = None,
+) -> Setup:
+    """Load the base model, add the LoRA and make the optimiser.
+
+    Args:
+        pipeline: the base model; by default it is loaded as the settings say.
+
+    Raises:
+        ValueError: for settings that do not fit the base model.
+    """
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
+    pipeline = pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant)
+    main = accelerator.is_main_process
+    embed = Embeddings(
+        pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
+    )
+    base = describe_base(pipeline, name, revision, variant=variant, hashed=main)
+    schedule = settings.initial_schedule()
+    engine = Engine(accelerator, make_policy(pipeline, settings).to(accelerator.device), settings)
+    # Hooks would be compiled anew each time, and gather partitioned weights in another order.
+    shared = settings.timesteps_per_forward > 1 and settings.compile == "no" and not engine.partitioned
+    denoiser = Denoiser.from_pipeline(
+        pipeline,
+        guidance=settings.guidance,
+        guidance_scale=settings.sample_guidance_scale,
+        batched=SharedForward(pipeline.unet, settings.name) if shared else None,
+    )
+    sampling = Sampling(
+        denoiser=denoiser,
+        adapter=settings.name,
+        schedule=schedule,
+        steps=denoiser.path.steps(settings.sample_num_steps),
+        shape=latent_shape(pipeline, settings.resolution, settings.resolution),
+    )
+    learnable = len(learnable_steps(settings, sampling))
+    if not learnable:
+        raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
+    return Setup(
+        settings=settings,
+        accelerator=accelerator,
+        reward=reward,
+        prompts=prompts,
+        pipeline=pipeline,
+        embed=embed,
+        engine=engine,
+        sampling=sampling,
+        learnable=learnable,
+        base=base,
+        record=provenance(settings),
+    )
+
+
+def make_policy(pipeline: DiffusionPipeline, settings: TrainSettings) -> Policy:
+    """The policy: the pipeline's UNet with a new LoRA, and the schedule's parameters."""
+    unet = pipeline.unet
+    add_lora(
+        unet,
+        settings.name,
+        rank=settings.rank,
+        alpha=settings.lora_alpha,
+        targets=settings.lora_target_modules,
+        seed=settings.seed,
+    )
+    if settings.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if settings.compile != "no":
+        unet.compile() if settings.compile == "full" else unet.compile_repeated_blocks()
+    unet.train()
+    return Policy(unet, settings.name, settings.initial_schedule())

@@ -1,0 +1,103 @@
+"""Which policy becomes the adapter: the last one, or the checkpoint with the highest validation reward."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.train.algorithm import Algorithm
+from stepfuse.train.checkpoints import Progress
+from stepfuse.train.health import STOPPED, Health
+from stepfuse.train.lora import split_state
+from stepfuse.train.settings import TrainSettings
+from stepfuse.train.setup import Setup
+from stepfuse.train.validation import Validator
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPolicy:
+    """A policy: its tensors by `Policy.trainable_state`, its step, and its KL in nats per image, if it is measured."""
+
+    state: State
+    step: int
+    kl: float | None
+
+
+def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> bool:
+    """Whether the KL of the last step is above `max_kl`, which is noted."""
+    limit, kl = settings.max_kl, progress.kl
+    if limit is None or kl is None or kl <= limit:
+        return False
+    health.note(STOPPED, progress.step, kl=kl, max_kl=limit)
+    return True
+
+
+def update_best(best: State | None, setup: Setup, progress: Progress, validator: Validator) -> State | None:
+    """The best policy so far: this one, if its validation reward is higher than that of the best one before it."""
+    if not setup.settings.keeps_best:
+        return best
+    summary = validator.current().summary()
+    if progress.best and summary["reward"] <= progress.best["validation"]["reward"]:
+        return best
+    progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
+    validator.keep_rewards("best")
+    return setup.engine.trainable_state()
+
+
+def select_policy(best: State | None, setup: Setup, progress: Progress, *, stopped: bool) -> TrainedPolicy:
+    """The policy that becomes the adapter; its validation is that after training.
+
+    Args:
+        stopped: whether the KL limit stopped training.
+
+    Raises:
+        ValueError: if training was stopped before the first checkpoint.
+    """
+    settings = setup.settings
+    if not (stopped or settings.load_best_model_at_end):
+        return TrainedPolicy(state=setup.engine.trainable_state(), step=progress.step, kl=progress.kl)
+    if best is None:
+        raise ValueError(
+            f"step {progress.step}: the KL is {progress.kl:.4g} nats per image, above max_kl {settings.max_kl:g}, and "
+            f"there is no checkpoint yet; lower checkpointing_steps ({settings.checkpointing_steps}) or learning_rate "
+            f"({settings.learning_rate:g})"
+        )
+    progress.validation["after"] = progress.best["validation"]
+    progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
+    return TrainedPolicy(state=best, step=progress.best["step"], kl=progress.best["kl"])
+
+
+def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, progress: Progress) -> None:
+    """Write a policy to the output folder as an adapter, with its objective and the record of its training."""
+    settings = setup.settings
+    lora, parameters = split_state(policy.state)
+    write_adapter(
+        setup.output,
+        setup.pipeline.unet,
+        Objective(
+            name=settings.name,
+            reward=setup.reward.name,
+            variance=setup.sampling.schedule.with_parameters(parameters),
+            beta=algorithm.temperature(math.prod(setup.sampling.shape)),
+            shaping=setup.reward.shaping,
+        ),
+        state=lora,
+        base=setup.base,
+        guidance=settings.guidance,
+        guidance_scale=settings.sample_guidance_scale,
+        num_inference_steps=settings.sample_num_steps,
+        record={
+            "algorithm": algorithm.name,
+            "steps": policy.step,
+            "kl": policy.kl,
+            "validation": progress.validation,
+            "best": progress.best,
+            "health": progress.health,
+        }
+        | setup.record,
+        pipeline_class=type(setup.pipeline),
+    )
