@@ -87,7 +87,9 @@ def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(ru
     assert [read_adapter("out").record[key] for key in ("steps", "algorithm")] == [3, "ddpo"]
 
 
-@pytest.mark.parametrize(("reward", "culprit"), [("one_for_all", "returned () for"), ("a_list", "returned list for")])
+@pytest.mark.parametrize(
+    ("reward", "culprit"), [("one_for_all", "returned shape () for"), ("a_list", "returned a list for")]
+)
 @pytest.mark.parametrize("algorithm", MAIN)
 def test_reward_of_the_wrong_shape_is_named(run_training, algorithm, reward, culprit):
     line = refused_by(run_training, algorithm, reward=f"rewards.py:{reward}")

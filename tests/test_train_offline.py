@@ -228,7 +228,7 @@ def test_micro_batches_of_pairs_are_one_batch(run_dpo):
         ({"pairs": "pairs.parquet", "max_kl": 1.0}, "max_kl is 1.0; expected none with pairs"),
         ({"pairs": "pairs.parquet", "variance": "learned"}, "variance is learned; expected one that is not trained"),
         ({"pairs": "ties.parquet"}, "hold no pair whose label_0 is 0 or 1"),
-        ({"pairs": "broken.parquet"}, "the image for the prompt 'prompt 0' in column 'jpg_1' is no picture"),
+        ({"pairs": "broken.parquet"}, "the image for the prompt 'prompt 0' in column 'jpg_1' is not a readable image"),
     ],
 )
 def test_pairs_that_cannot_be_learned_from_are_named(run_dpo, change, culprit):
