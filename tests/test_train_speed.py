@@ -18,8 +18,8 @@ from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.loop import train_adapter
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
-from tests.fixtures_tiny import read_lora, refused
 from stepfuse.train.timesteps import learnable_steps, learned_steps
+from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_training import (
     COMMON,
     forget_accelerator,

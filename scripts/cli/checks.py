@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.output_folder import resolve_folder
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.scripts.cli.names import RULE_OPTIONS, embedded_sets, reward_names, rule_names
 
