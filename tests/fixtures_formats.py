@@ -8,8 +8,10 @@ from torch import nn
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet_names import UNetNames
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_as
 from stepfuse.fuse.lora.factors import read_factors, state_factors
 from stepfuse.fuse.lora.load import adapter_state
@@ -44,10 +46,15 @@ def make_adapters(bases, root):
             guidance_scale=3.0,
             num_inference_steps=3,
             record={},
-            pipeline_class=type(pipeline),
+            part="unet",
         )
         made[base, kind] = adapter, pipeline.unet
     return made
+
+
+def read_any(file, unet, *, unet_only=False):
+    """The layers of a LoRA in any layout, for a UNet."""
+    return read_foreign(file, unet, UNetNames(config=unet.config), unet_only=unet_only)
 
 
 def factors_of(adapters):
@@ -89,6 +96,8 @@ def layers(unet):
 
 def export(adapters, base, kind, form, place):
     adapter, unet = adapters[base, kind]
-    factors = read_factors(adapter.folder / WEIGHTS, adapter.sha256)
-    save_as(form, place, factors, base=base, config=unet.config, title=adapter.name, prediction="epsilon")
+    factors = read_factors(adapter.folder / WEIGHTS, ["unet"], adapter.sha256)
+    save_as(
+        form, place, factors, base=base, names=UNetNames(config=unet.config), title=adapter.name, prediction="epsilon"
+    )
     return place

@@ -57,13 +57,14 @@ def counted_forwards(sampler: FusedSampler) -> Iterator[Callable[[], int]]:
 
 def changed(sampler, *, reference=None, guidance=None, path=None, **schedules):
     """A sampler of the same models with other schedules, guidance or path."""
+    denoiser = replace(sampler.denoiser, path=path or sampler.denoiser.path)
+    if guidance is not None:
+        denoiser = replace(denoiser, guidance=replace(denoiser.guidance, source=guidance))
     return replace(
         sampler,
         objectives=tuple(replace(o, variance=schedules.get(o.name, o.variance)) for o in sampler.objectives),
         reference=reference or sampler.reference,
-        denoiser=replace(
-            sampler.denoiser, guidance=guidance or sampler.denoiser.guidance, path=path or sampler.denoiser.path
-        ),
+        denoiser=denoiser,
     )
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
@@ -43,7 +42,7 @@ def small_set(base, root):
             guidance_scale=3.0,
             num_inference_steps=3,
             record={},
-            pipeline_class=StableDiffusionPipeline,
+            part="unet",
         )
     create_set(root / "set", [root / "a", root / "b"])
     return root / "set"

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.rules.objective import Objective
@@ -34,6 +39,23 @@ LATENT = (4, 8, 8)  # of 16×16 pixels: one level of the autoencoder halves them
 
 def ddim(**config: object) -> DDIMScheduler:
     return DDIMScheduler(**BETAS | dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1) | config)
+
+
+def denoiser_of(
+    unet: UNet2DConditionModel, scheduler: SchedulerMixin, *, guidance: str, guidance_scale: float = 5.0, **options: Any
+) -> Denoiser:
+    """A denoiser of a UNet without text encoders and autoencoder."""
+    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+    backbone = backbone_of(
+        StableDiffusionPipeline(**parts, unet=unet, scheduler=scheduler, requires_safety_checker=False)
+    )
+    chosen = Guidance(source=guidance, scale=guidance_scale)
+    return Denoiser(backbone=backbone, path=backbone.path(), guidance=chosen, **options)
+
+
+def prompt_embeds(positive: torch.Tensor, negative: torch.Tensor) -> Conditioning:
+    """Embeddings of prompts and negative prompts, as Stable Diffusion takes them."""
+    return Conditioning(positive={"prompt_embeds": positive}, negative={"prompt_embeds": negative})
 
 
 def save_stable_diffusion(
@@ -133,7 +155,7 @@ def save_adapter(
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
         record={},
-        pipeline_class=type(pipeline),
+        part="unet",
     )
 
 
@@ -149,7 +171,7 @@ def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha:
 
 def read_lora(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA file under peft's names."""
-    with open_lora(file) as lora:
+    with open_lora(file, ["unet"]) as lora:
         return lora.read()
 
 

@@ -14,9 +14,6 @@ from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, U
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
-from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
@@ -25,6 +22,7 @@ from stepfuse.train.algorithms import DDPO
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.rollout import Sampling, branching_rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
+from tests.fixtures_tiny import denoiser_of, prompt_embeds
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
 COMMON = {
@@ -115,17 +113,15 @@ class PolicyWorld:
         add_lora(self.unet, "mine", rank=4, alpha=8, targets=PROJECTIONS, seed=1)
         self.unet.train()
         self.schedule = schedule
-        self.policy = Policy(self.unet, "mine", schedule)
+        scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
+        self.denoiser = denoiser_of(self.unet, scheduler, guidance=guidance, guidance_scale=3.0)
+        self.policy = Policy(self.denoiser.backbone, "mine", schedule)
         if trained:
             generator = torch.Generator().manual_seed(2)
             for factor in self.factors("lora_B"):
                 factor.data.normal_(std=0.1, generator=generator)
-        scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
-        self.denoiser = Denoiser(
-            unet=self.unet, path=NoisePath.from_scheduler(scheduler), guidance=guidance, guidance_scale=3.0
-        )
         words = torch.randn(2, 2, 6, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
-        self.conditioning = Conditioning(positive=words[0], negative=words[1])
+        self.conditioning = prompt_embeds(words[0], words[1])
         generators = [sample_generator(0, "rollout", i) for i in range(2)]
         steps = self.denoiser.path.steps(3)
         sampling = Sampling(denoiser=self.denoiser, adapter="mine", schedule=schedule, steps=steps, shape=SHAPE)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, describe_base
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -198,7 +199,7 @@ def test_weights_other_than_those_recorded_are_named(adapters):
 def test_an_adapter_of_another_base_is_refused(bases, adapters, adapter_set, other):
     pipeline = load_pipeline(str(bases[other]))
     with refused("'a'", str(adapters / "a"), str(bases["first"])):
-        load_adapter(pipeline, read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
+        load_adapter(backbone_of(pipeline), read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
     with refused(str(bases["first"])):
         FusedSampler.from_pretrained(adapter_set, pipeline=pipeline)
     assert not hasattr(pipeline.unet, "peft_config")
@@ -213,7 +214,7 @@ def test_tensors_that_did_not_arrive_are_named(bases, adapters):
     replace_weights(adapters / "a", tensors | {stray: tensors[culprit].clone()})
     pipeline = load_pipeline(str(bases["first"]))
     with refused(str(adapters / "a" / WEIGHTS), "attn9"):
-        load_adapter(pipeline, read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
+        load_adapter(backbone_of(pipeline), read_adapter(adapters / "a"), base_fingerprint(pipeline.unet))
 
 
 # A manifest that is broken.
@@ -268,7 +269,7 @@ def test_a_set_that_names_another_base_is_refused(adapters, adapter_set):
 def test_a_set_whose_base_has_another_noise_path_is_refused(adapter_set, bases):
     base = json.loads((adapter_set / MANIFEST).read_text())["base"]
     pipeline = load_pipeline(str(bases["first"]))
-    path = describe_base(pipeline, "first")["noise_path"]
+    path = describe_base(backbone_of(pipeline), "first")["noise_path"]
     assert (path["beta_schedule"], path["prediction_type"]) == ("scaled_linear", "epsilon")
     edit(adapter_set / MANIFEST, base=base | {"noise_path": path})
     assert FusedSampler.from_pretrained(adapter_set).names == ["a", "b"]

@@ -13,7 +13,7 @@ import pytest
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
-from stepfuse.fuse.backbones.denoiser import GUIDANCE
+from stepfuse.fuse.backbones.guidance import GUIDANCE
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.rewards.registry import REWARDS
 from stepfuse.scripts.baselines import sampling

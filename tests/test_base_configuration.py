@@ -18,9 +18,9 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from stepfuse.fuse.backbones.checks import UNET_EXPECTED, UNET_HANDLED, check_base
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import decode_latents, encode_pixels, encode_prompts
+from stepfuse.fuse.backbones.registry import backbone_of
+from stepfuse.fuse.backbones.unet_checks import UNET_EXPECTED, UNET_HANDLED
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.pipeline import FusedPipeline
@@ -84,28 +84,29 @@ def test_xl_whose_pipeline_forces_no_zeros_embeds_an_empty_text(tmp_path):
     expected, got = draw_both(tmp_path, base)
     assert_near(got, expected)
     pipeline = load_pipeline(str(base))
-    assert torch.equal(encode_prompts(pipeline, PROMPTS).negative, encode_prompts(pipeline, PROMPTS, ["", ""]).negative)
+    encode = backbone_of(pipeline).encode
+    none, empty = (encode(PROMPTS, negatives).negative["prompt_embeds"] for negatives in (None, ["", ""]))
+    assert torch.equal(none, empty)
 
 
 def test_a_list_may_have_negative_prompts_for_some(xl, sd):
     """Each row is what its negative prompt gives alone."""
     for folder in (xl, sd):
         pipeline = load_pipeline(str(folder))
-        mixed = encode_prompts(pipeline, ["a fox"] * 3, [None, "", "a dog"])
+        mixed = backbone_of(pipeline).encode(["a fox"] * 3, [None, "", "a dog"])
         for row, negative in enumerate([None, "", "a dog"]):
-            alone = encode_prompts(pipeline, ["a fox"], [negative])
-            assert_near(mixed.negative[row], alone.negative[0], 1e-6)
-            if alone.added:
-                assert_near(mixed.added["text_embeds"][1][row], alone.added["text_embeds"][1][0], 1e-6)
-        assert bool(mixed.negative[0].any()) == (folder == sd)
+            alone = backbone_of(pipeline).encode(["a fox"], [negative])
+            for name, value in alone.negative.items():
+                assert_near(mixed.negative[name][row], value[0], 1e-6)
+        assert bool(mixed.negative["prompt_embeds"][0].any()) == (folder == sd)
 
 
 def test_training_takes_the_negative_embeddings_of_sampling(xl, sd):
     for folder in (xl, sd):
         pipeline = load_pipeline(str(folder))
-        given = Embeddings(pipeline, None, torch.device("cpu"))(PROMPTS)
+        given = Embeddings(backbone_of(pipeline), None, torch.device("cpu"))(PROMPTS)
         expected = pipeline.encode_prompt(PROMPTS, "cpu", 1, True) if folder == sd else pipeline.encode_prompt(PROMPTS)
-        assert_near(given.negative, expected[1], 1e-6)
+        assert_near(given.negative["prompt_embeds"], expected[1], 1e-6)
 
 
 # The autoencoder
@@ -123,11 +124,11 @@ def test_encoding_is_the_inverse_of_what_decoding_does_to_latents(tmp_path, vae)
     """latents = (z - mean) · scaling_factor / std of the autoencoder's own sample z."""
     pipeline = load_pipeline(str(save_stable_diffusion_xl(tmp_path, vae=vae)))
     pixels = torch.rand(2, 3, 16, 16, generator=generators(0)[0])
-    latents = encode_pixels(pipeline, pixels, generators(1, 2))
+    latents = backbone_of(pipeline).encode_pixels(pixels, generators(1, 2))
     with torch.no_grad():
         z = pipeline.vae.encode(pixels * 2 - 1).latent_dist.sample(generators(1, 2))
         plain = (pipeline.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
-        assert_near(decode_latents(pipeline, latents), plain)
+        assert_near(backbone_of(pipeline).decode(latents), plain)
     mean, std = (
         torch.tensor(vae.get(key, [value] * 4)) for key, value in (("latents_mean", 0.0), ("latents_std", 1.0))
     )
@@ -136,7 +137,7 @@ def test_encoding_is_the_inverse_of_what_decoding_does_to_latents(tmp_path, vae)
 
 def test_an_autoencoder_that_overflows_is_upcast_for_encoding_too(tmp_path):
     pipeline = load_pipeline(str(save_stable_diffusion_xl(tmp_path, vae={"force_upcast": True})), dtype=torch.float16)
-    latents = encode_pixels(pipeline, torch.rand(1, 3, 16, 16), generators(0))
+    latents = backbone_of(pipeline).encode_pixels(torch.rand(1, 3, 16, 16), generators(0))
     assert pipeline.vae.dtype == torch.float32
     assert latents.dtype == torch.float32
 
@@ -260,18 +261,18 @@ def test_texts_that_do_not_go_with_the_network_are_refused(sd, xl):
     pipeline = load_pipeline(str(sd))
     pipeline.tokenizer.model_max_length = 77
     with refused("model_max_length 77", "16"):
-        check_base(pipeline)
+        backbone_of(pipeline).check()
     pipeline.tokenizer = None
     with refused("no tokenizer"):
-        check_base(pipeline)
+        backbone_of(pipeline).check()
     pipeline.text_encoder = None
-    check_base(pipeline)
+    backbone_of(pipeline).check()
     with refused("no tokenizer", "prompt_embeds"):
-        encode_prompts(pipeline, ["a fox"])
+        backbone_of(pipeline).encode(["a fox"])
     pipeline = load_pipeline(str(xl))
     pipeline.text_encoder_2 = pipeline.text_encoder
     with refused("text_encoder_2", "CLIPTextModelWithProjection"):
-        check_base(pipeline)
+        backbone_of(pipeline).check()
 
 
 def test_xl_with_its_second_text_encoder_alone_is_drawn_as_in_diffusers(tmp_path):
@@ -298,7 +299,6 @@ def test_xl_with_its_second_text_encoder_alone_is_drawn_as_in_diffusers(tmp_path
         (EulerDiscreteScheduler(**BETAS, timestep_type="continuous", sigma_min=0.1, sigma_max=2.0), "timestep_type"),
         (DPMSolverMultistepScheduler(**BETAS, use_flow_sigmas=True), "use_flow_sigmas True"),
         (DPMSolverMultistepScheduler(**BETAS, prediction_type="flow_prediction"), "flow_prediction"),
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting True"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas True"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

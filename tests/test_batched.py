@@ -9,15 +9,14 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig
 
-from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.mixture import Merge
 from stepfuse.fuse.lora.stack import LoRAStack
-from tests.fixtures_tiny import LATENT, ddim, refused, save_stable_diffusion
+from tests.fixtures_tiny import LATENT, ddim, denoiser_of, prompt_embeds, refused, save_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -63,8 +62,7 @@ def base(tmp_path_factory):
 def denoiser(base):
     """Guidance `off`: predictions are what the UNet says."""
     unet = unet_with(base, ZOO)
-    path = NoisePath.from_scheduler(ddim())
-    return Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
+    return denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
 
 
 def one_by_one(denoiser):
@@ -75,7 +73,7 @@ def inputs(images, *, dtype=torch.float32):
     generator = torch.Generator().manual_seed(5)
     x_t = torch.randn(images, *LATENT, generator=generator)
     states = torch.randn(2, images, 7, 32, generator=generator).to(dtype)
-    return x_t, 500, Conditioning(positive=states[0], negative=states[1])
+    return x_t, 500, prompt_embeds(states[0], states[1])
 
 
 def assert_near(got, expected, atol=1e-5):
@@ -96,7 +94,7 @@ def test_every_kind_of_lora_in_one_forward_is_what_peft_says_of_each(denoiser):
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])
 def test_rows_of_their_own_adapters_are_guided_alike(denoiser, guidance):
     """Five images, each adapter for some of them, in no order, one of them for none."""
-    chosen = replace(denoiser, guidance=guidance, guidance_scale=3.0)
+    chosen = replace(denoiser, guidance=Guidance(source=guidance, scale=3.0))
     names = ["dora", None, "wide", "attention", None]
     rows = [torch.tensor([4, 0]), None, torch.tensor([1]), torch.tensor([0, 1, 2, 4]), torch.tensor([3])]
     given = inputs(5)
@@ -126,10 +124,10 @@ def test_soups_of_their_own_run_together_with_the_base(denoiser):
         Merge((("attention", 1.5), ("everything", -0.5))),
     ]
     rows = [torch.tensor([0, 2]), torch.tensor([1])]
-    chosen = replace(denoiser, guidance="shared", guidance_scale=3.0)
+    chosen = replace(denoiser, guidance=Guidance(source="shared", scale=3.0))
     given = inputs(3)
     calls = []
-    hook = denoiser.unet.register_forward_hook(lambda *_: calls.append(1))
+    hook = denoiser.network.register_forward_hook(lambda *_: calls.append(1))
     got = chosen.predictions(*given, soups, rows)
     hook.remove()
     assert len(calls) == 1
@@ -141,8 +139,7 @@ def test_averaged_factors_are_those_of_peft(base, own):
     """Alike for all images, or with one of its own for each of two."""
     zoo = {name: dict(r=2, lora_alpha=3, target_modules=[*ATTENTION, "conv1"]) for name in "ab"}
     unet = unet_with(base, zoo)
-    path = NoisePath.from_scheduler(ddim())
-    denoiser = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, "ab"))
+    denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, "ab"))
     averages = [
         Merge((("a", 0.9), ("b", 0.4)), factors=True),
         Merge((("a", 0.2), ("b", 0.8)), factors=True),
@@ -166,11 +163,11 @@ def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 100])
 def test_fewer_rows_at_once_change_no_number_and_bound_every_forward(denoiser, rows_at_once):
-    chosen = replace(denoiser, guidance="shared", guidance_scale=3.0, rows_at_once=rows_at_once)
+    chosen = replace(denoiser, guidance=Guidance(source="shared", scale=3.0), rows_at_once=rows_at_once)
     given = inputs(2)
     names = ["thin", "everything", "dora"]
     sizes = []
-    hook = denoiser.unet.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    hook = denoiser.network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     got = chosen.predictions(*given, names)
     hook.remove()
     assert sum(sizes) == 2 * (3 + 1)
@@ -182,9 +179,7 @@ def test_fewer_rows_at_once_change_no_number_and_bound_every_forward(denoiser, r
 def test_half_precision_is_near_what_peft_says_of_each(base, dtype, unit):
     """bfloat16 rounds at 2⁻⁸, float16 at 2⁻¹¹; the order of sums differs from peft's, so some roundings do."""
     unet = unet_with(base, ZOO).to(dtype)
-    denoiser = Denoiser(
-        unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, list(ZOO))
-    )
+    denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
     given = inputs(2, dtype=dtype)
     soup = Merge((("attention", 0.5), ("everything", 0.5)), lasting=True)
     wanted = [*ZOO, soup]
@@ -197,21 +192,18 @@ def test_half_precision_is_near_what_peft_says_of_each(base, dtype, unit):
 def test_outside_a_batch_peft_goes_on_as_before(base):
     unet = unet_with(base, {"a": ZOO["attention"]})
     x_t, t, conditioning = inputs(2)
-    before = unet(x_t, t, conditioning.positive).sample
+    before = unet(x_t, t, conditioning.positive["prompt_embeds"]).sample
     fingerprint, keys = base_fingerprint(unet), list(unet.state_dict())
-    denoiser = Denoiser(
-        unet=unet, path=NoisePath.from_scheduler(ddim()), guidance="off", batched=BatchedAdapters(unet, ["a"])
-    )
+    denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a"]))
     denoiser.predictions(x_t, t, conditioning, [None])
     denoiser.predictions(x_t, t, conditioning, [Merge((("a", 0.5),), lasting=True)])
-    assert torch.equal(unet(x_t, t, conditioning.positive).sample, before)
+    assert torch.equal(unet(x_t, t, conditioning.positive["prompt_embeds"]).sample, before)
     assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
 
 
 def test_a_copy_of_the_unet_is_a_unet_of_its_own(base):
     unet = unet_with(base, {"a": ZOO["attention"]})
-    path = NoisePath.from_scheduler(ddim())
-    denoiser = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["a"]))
+    denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a"]))
     copied = copy.deepcopy(denoiser)
     given = inputs(2)
     (expected,) = denoiser.predictions(*given, ["a"])
@@ -224,9 +216,8 @@ def test_a_copy_of_the_unet_is_a_unet_of_its_own(base):
 def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
     """Each has stacks of its own, whatever adapters the other knows."""
     unet = unet_with(base, {"a": ZOO["attention"], "b": ZOO["everything"]})
-    path = NoisePath.from_scheduler(ddim())
-    first = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["a", "b"]))
-    second = Denoiser(unet=unet, path=path, guidance="off", batched=BatchedAdapters(unet, ["b"]))
+    first = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a", "b"]))
+    second = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["b"]))
     given = inputs(2)
     expected = one_by_one(first).predictions(*given, ["a", "b"])
     assert_near(first.predictions(*given, ["a", "b"]), expected)
@@ -237,7 +228,7 @@ def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser
     given = inputs(1)
     first, second = (Merge((("thin", weight), ("wide", 1.0)), lasting=True) for weight in (0.5, 1.5))
     passing = replace(first, lasting=False)
-    stacks = [module for module in denoiser.unet.modules() if isinstance(module, LoRAStack)]
+    stacks = [module for module in denoiser.network.modules() if isinstance(module, LoRAStack)]
     expected = dict(zip([first, second], one_by_one(denoiser).predictions(*given, [first, second]), strict=True))
     denoiser.batched.release()
     assert_near(denoiser.predictions(*given, [passing]), [expected[first]])
@@ -256,7 +247,7 @@ def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
     rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
     given = inputs(4)
     for most in (1, 2, 3):
-        chosen = replace(denoiser, guidance="shared", guidance_scale=3.0, rows_at_once=most)
+        chosen = replace(denoiser, guidance=Guidance(source="shared", scale=3.0), rows_at_once=most)
         assert_near(
             chosen.predictions(*given, soups, rows), one_by_one(chosen).predictions(*given, soups, rows), atol=3e-5
         )
@@ -270,7 +261,7 @@ def test_a_mixture_of_a_dora_is_refused(denoiser):
 def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
     """Their weights are elsewhere between forwards; the stacks stay."""
     unet = unet_with(base, ZOO)
-    offloaded = replace(denoiser, unet=unet, batched=BatchedAdapters(unet, list(ZOO)))
+    offloaded = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
     cpu_offload(unet, execution_device=torch.device("cpu"))
     soup = Merge((("thin", 0.5), ("everything", 0.5)), lasting=True)
     given = inputs(2)
@@ -295,6 +286,6 @@ def test_a_lora_that_cannot_be_batched_is_refused_by_name(base, config, culprits
 
 def test_adapters_that_are_not_there_or_of_another_unet_are_refused(base, denoiser):
     with refused("'absent'"):
-        BatchedAdapters(denoiser.unet, ["thin", "absent"])
-    with refused("another UNet"):
-        replace(denoiser, unet=load_pipeline(str(base)).unet)
+        BatchedAdapters(denoiser.network, ["thin", "absent"])
+    with refused("another network"):
+        replace(denoiser, backbone=backbone_of(load_pipeline(str(base))))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.baselines.sampling import BASELINES
 from stepfuse.scripts.benchmark import harness
@@ -56,7 +57,7 @@ def test_a_baseline_predicts_the_average_of_what_each_adapter_predicts(settings,
     bench = Bench(settings)
     names = bench.model.adapters
     guidance = "shared" if baseline == "mixed_batch" else "full"
-    denoiser = replace(bench.sampler.denoiser, guidance=guidance, guidance_scale=SCALE)
+    denoiser = replace(bench.sampler.denoiser, guidance=Guidance(source=guidance, scale=SCALE))
     t = torch.tensor(500)
     each = denoiser.predictions(bench.x_T, t, bench.conditioning, names)
     blend, _ = BASELINES[baseline].build(bench.plain, bench.copy_of, names, SCALE)
@@ -235,8 +236,8 @@ def test_conditioning_of_sdxl_has_its_pooled_text_and_sizes():
     unet = SimpleNamespace(config=unet.config, device="cpu", dtype=torch.float32)  # its weights need 10 GB
     model = SimpleNamespace(pipeline=SimpleNamespace(unet=unet, tokenizer=None))
     conditioning = random_conditioning(model, 2)
-    assert conditioning.positive.shape == (2, 77, 2048)
-    assert {name: pair[0].shape for name, pair in conditioning.added.items()} == {
+    assert {name: value.shape for name, value in conditioning.positive.items()} == {
+        "prompt_embeds": (2, 77, 2048),
         "text_embeds": (2, 1280),
         "time_ids": (2, 6),
     }

@@ -1,5 +1,8 @@
 """Noise paths and the transition against the steps of diffusers' schedulers, and against Bayes' rule."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -89,15 +92,19 @@ def test_a_path_that_starts_in_pure_noise_equals_ddim(prediction_type):
     assert_trajectory_equals_ddim(config, 0.3, count=10)
 
 
-def test_one_time_a_sample_equals_separate_calls():
-    path = NoisePath.from_scheduler(ddim())
+@pytest.mark.parametrize(
+    ("scheduler", "t", "s"),
+    [(ddim(), [900, 300], [800, FINAL]), (FlowMatchEulerDiscreteScheduler(), [0.9, 0.3], [0.8, 0.0])],
+)
+def test_one_time_a_sample_equals_separate_calls(scheduler, t, s):
+    path = NoisePath.from_scheduler(scheduler)
     x_t, prediction = random(0), random(1)
-    t, s = torch.tensor([900, 300]), torch.tensor([800, FINAL])
+    t, s = (torch.tensor(times, dtype=torch.float64 if isinstance(times[0], float) else None) for times in (t, s))
     v = step_variance(EtaSchedule(eta=0.7), path, t, s, x_t)
     together = transition(path, x_t, prediction, t, s, v)
     for row in range(2):
         one = slice(row, row + 1)
-        alone = transition(path, x_t[one], prediction[one], int(t[row]), int(s[row]), v[one])
+        alone = transition(path, x_t[one], prediction[one], t[row].item(), s[row].item(), v[one])
         assert torch.equal(together.mean[one], alone.mean)
 
 
@@ -121,54 +128,77 @@ def test_ddpm_is_eta_one():
 # Flow matching
 
 
-def test_a_deterministic_flow_step_equals_euler():
-    """28 steps from sigma 1 to 0.001 are 0.037 apart: on the grid of 1000 positions. Euler's sigmas are float32."""
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler())
-    steps = path.steps(28)
-    scheduler.set_timesteps(28)
-    assert len(steps) == 28
-    assert steps[0][0] == 999
-    assert steps[-1][1] == FINAL
-    x_t = random(0)
+def assert_flow_equals_euler(scheduler, path, count, mu=None):
+    """Every step of a run with the velocity of a network that depends on x_t and on the time it is given."""
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / count, count), mu=mu)
+    steps = path.steps(count)
+    assert len(steps) == count
+    assert (steps[0][0], steps[-1][1]) == (1.0, 0.0)
+    ours = theirs = random(0).float()
     for k, (t, s) in enumerate(steps):
-        velocity = random(k + 1)
-        v = step_variance(EtaSchedule(eta=0.0), path, t, s, x_t)
-        expected = scheduler.step(velocity, scheduler.timesteps[k], x_t).prev_sample
-        assert_near(transition(path, x_t, velocity, t, s, v).mean, expected, 1e-6)
-        assert path.network_time(t).item() == pytest.approx(scheduler.timesteps[k].item(), rel=1e-6)
-        x_t = expected
+        assert path.network_time(t).item() == pytest.approx(scheduler.timesteps[k].item(), rel=2e-7)
+        velocity = [(x * scheduler.timesteps[k] / 1000).sin() for x in (ours, theirs)]
+        v = step_variance(EtaSchedule(eta=0.0), path, t, s, ours)
+        ours = transition(path, ours, velocity[0], t, s, v).mean
+        theirs = scheduler.step(velocity[1], scheduler.timesteps[k], theirs).prev_sample
+    assert (ours - theirs).norm() <= 2e-6 * theirs.norm()  # float32: 6e-8 a step, 400 steps
 
 
-@pytest.mark.parametrize(("shift", "bound"), [(3.0, 0.001), (0.5, 0.0015)])
-def test_a_flow_step_off_the_grid_is_within_half_a_position_of_euler(shift, bound):
-    """Both ends of a step are rounded to the nearest of 1000 positions, so dt is wrong by 2 · 0.0005 at most.
-
-    A shift of 0.5 ends on sigma 0.00025, which no position is near: the lowest, 0.001, is 0.00075 away.
-    """
+@pytest.mark.parametrize("count", [10, 28, 50, 400])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5])
+def test_a_deterministic_flow_run_equals_euler_for_any_number_of_steps(shift, count):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift))
-    steps = path.steps(28)
-    scheduler.set_timesteps(28)
-    assert all(t >= 0 for t, _ in steps)  # FINAL is an end, never a start
-    for k, (t, s) in enumerate(steps):
-        x_t, velocity = random(0), random(k + 1)
-        v = step_variance(EtaSchedule(eta=0.0), path, t, s, x_t)
-        expected = scheduler.step(velocity, scheduler.timesteps[k], x_t).prev_sample
-        difference = (transition(path, x_t, velocity, t, s, v).mean - expected).abs()
-        assert (difference <= 1.0001 * bound * velocity.abs() + 1e-6).all()
+    assert_flow_equals_euler(scheduler, NoisePath.from_scheduler(scheduler), count)
+
+
+@pytest.mark.parametrize("count", [10, 50, 400])
+@pytest.mark.parametrize("options", [{}, {"shift_terminal": 0.02}, {"time_shift_type": "linear"}])
+def test_a_flow_run_with_a_shift_by_size_equals_euler(count, options):
+    """FLUX.1's mu at 512 pixels is 0.63, and exponential: sigma' = e^mu / (e^mu + 1 / sigma - 1)."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **options)
+    path = replace(NoisePath.from_scheduler(scheduler), mu=0.63)
+    assert_flow_equals_euler(scheduler, path, count, mu=0.63)
+
+
+def test_a_shift_by_size_without_the_size_is_refused():
+    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    with pytest.raises(ValueError, match="depend on the size of images; expected mu"):
+        path.steps(10)
+
+
+def test_the_times_of_a_flow_are_evenly_spaced_sigmas_shifted_once():
+    """sigma' = a sigma / (1 + (a - 1) sigma): 3 · 0.5 / (1 + 2 · 0.5) = 0.75 of shift 3."""
+    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
+    assert path.steps(2) == [(1.0, 0.75), (0.75, 0.0)]
+
+
+def test_shares_run_from_the_least_to_the_most_noise():
+    flow, table = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler()), NoisePath.from_scheduler(ddim())
+    assert flow.share(torch.tensor([0.25, 1.0])).tolist() == [0.25, 1.0]
+    assert table.share(torch.tensor([0, 333, 999, FINAL])).tolist() == [0, 333 / 999, 1, 0]
+
+
+def test_random_times_are_those_of_a_network():
+    flow, table = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler()), NoisePath.from_scheduler(ddim())
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.cat([flow.draw(generator) for _ in range(1000)])
+    assert ((drawn > 0) & (drawn <= 1)).all()
+    assert drawn.mean().item() == pytest.approx(0.5, abs=4 / 12**0.5 / 1000**0.5)
+    whole = torch.cat([table.draw(generator) for _ in range(1000)])
+    assert not whole.is_floating_point()
+    assert 0 <= whole.min() <= whole.max() <= 999
 
 
 def flow_path():
-    return NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler()), lambda t: (1 - (t + 1) / 1000, (t + 1) / 1000)
+    """Times are sigmas: index t of the table of 1000 stands for (t + 1) / 1000."""
+    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler())
+    return path, lambda t: (t + 1) / 1000, lambda t: (1 - (t + 1) / 1000, (t + 1) / 1000)
 
 
 def ddim_path():
     squares = ddim().alphas_cumprod
-    return NoisePath.from_scheduler(ddim(prediction_type="sample")), lambda t: (
-        squares[t].item() ** 0.5,
-        (1 - squares[t].item()) ** 0.5,
-    )
+    path = NoisePath.from_scheduler(ddim(prediction_type="sample"))
+    return path, lambda t: t, lambda t: (squares[t].item() ** 0.5, (1 - squares[t].item()) ** 0.5)
 
 
 @pytest.mark.parametrize("family", [flow_path, ddim_path])
@@ -178,7 +208,7 @@ def test_eta_one_is_the_posterior_of_a_markov_chain(family, t, s):
 
     The posterior precision is 1/s_s² + c²/q, the mean the precision-weighted one. It holds for any noise path.
     """
-    path, coefficients = family()
+    path, time, coefficients = family()
     (a_t, s_t), (a_s, s_s) = coefficients(t), coefficients(s)
     x_0, e = random(1), random(2)
     x_t = a_t * x_0 + s_t * e
@@ -187,6 +217,7 @@ def test_eta_one_is_the_posterior_of_a_markov_chain(family, t, s):
     variance = 1 / (1 / s_s**2 + c**2 / q)
     mean = variance * (a_s * x_0 / s_s**2 + c * x_t / q)
 
+    t, s = time(t), time(s)
     v = step_variance(EtaSchedule(eta=1.0), path, t, s, x_t)
     prediction = e - x_0 if path.prediction_type == "flow" else x_0
     gaussian = transition(path, x_t, prediction, t, s, v)
@@ -199,10 +230,11 @@ def test_eta_one_is_the_posterior_of_a_markov_chain(family, t, s):
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_every_eta_keeps_the_marginals(family, eta):
     """Given the true (x_0, e), x_s has mean a_s x_0 and variance (coefficient of e)² + v = s_s²: any eta, same law."""
-    path, coefficients = family()
+    path, time, coefficients = family()
     t, s = 600, 400
     (a_t, s_t), (a_s, s_s) = coefficients(t), coefficients(s)
     x_0 = random(1)
+    t, s = time(t), time(s)
 
     def mean(e):
         x_t = a_t * x_0 + s_t * e
@@ -297,12 +329,10 @@ def test_a_count_of_steps_beyond_the_table_is_refused(count):
         NoisePath.from_scheduler(ddim()).steps(count)
 
 
-def test_flow_steps_that_round_onto_one_position_are_refused():
-    """Shift 3 puts sigmas near 1 a third as far apart: 1000 steps do not fit on 1000 positions, and a step from 999
-    to 999 has the ancestral variance 0 / 0."""
-    path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
-    with pytest.raises(ValueError, match="1000"):
-        path.steps(1000)
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_flow_without_steps_is_refused(count):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler()).steps(count)
 
 
 def test_an_offset_that_leaves_the_table_is_refused():

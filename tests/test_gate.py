@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
 from stepfuse.fuse.lora.layers import lora_layers
@@ -292,7 +293,7 @@ def test_outside_its_interval_guidance_costs_nothing_and_the_prediction_is_the_c
 
     def observe(step, gaussian, conditioning, rows):
         guided = step.number == 1
-        denoiser = sampler.denoiser if guided else sampler.denoiser.unguided()
+        denoiser = sampler.denoiser if guided else replace(sampler.denoiser, guidance=Guidance(source="off"))
         (prediction,) = denoiser.predictions(step.x_t, step.t, conditioning, ["a"])
         expected = step.transition(prediction, step.variance(0)).mean
         torch.testing.assert_close(gaussian.mean, expected, atol=1e-5, rtol=1e-5)
@@ -304,8 +305,8 @@ def test_outside_its_interval_guidance_costs_nothing_and_the_prediction_is_the_c
 
 def test_a_whole_interval_is_the_default_and_scale_1_is_no_guidance(sampler):
     assert torch.equal(draw(sampler, THIRDS, guidance_interval=(0.0, 1.0)), draw(sampler, THIRDS))
-    one = replace(sampler, denoiser=replace(sampler.denoiser, guidance_scale=1.0))
-    off = replace(sampler, denoiser=sampler.denoiser.unguided())
+    one = replace(sampler, denoiser=replace(sampler.denoiser, guidance=Guidance(scale=1.0)))
+    off = replace(sampler, denoiser=replace(sampler.denoiser, guidance=Guidance(source="off")))
     with counted_rows(sampler.pipeline.unet) as count:
         assert torch.equal(draw(one, THIRDS), draw(off, THIRDS))
     assert count() == 2 * 3 * 3 * len(PROMPTS)

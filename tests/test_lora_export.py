@@ -12,13 +12,12 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from stepfuse.fuse.backbones.unet_names import UNetNames, sgm_path
 from stepfuse.fuse.lora.config import METADATA
-from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_kohya
 from stepfuse.fuse.lora.file import check_fits
-from stepfuse.fuse.lora.kohya import kohya_name, sgm_path
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, read_any
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
@@ -65,7 +64,7 @@ def test_the_file_of_a_set_loads_in_diffusers_and_by_its_header_in_peft(lora_bas
 )
 def test_what_was_written_is_read_back(lora_bases, lora_adapters, lora_factors, base, form, kind, tmp_path):
     place = export(lora_adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
-    read = read_foreign(place, lora_bases[base].unet, unet_only=False)
+    read = read_any(place, lora_bases[base].unet, unet_only=False)
     check_fits(place, read, lora_bases[base].unet)
     assert_same(read, lora_factors[base, kind])
 
@@ -100,7 +99,13 @@ def test_what_kohyas_files_do_not_hold_is_refused(lora_adapters, kind, what, tmp
 def test_a_kohya_file_says_what_it_is_of(lora_factors, config, prediction, version, second, architecture, tmp_path):
     """As sd-scripts does (library/train_util.py, sai_model_spec.py); diffusers refuses alphas beside peft's header."""
     own = {name: layer for name, layer in lora_factors["sd", "plain"].items() if "attentions" in name}
-    save_kohya(tmp_path / "x.safetensors", own, {"layers_per_block": 1} | config, title="x", prediction=prediction)
+    save_kohya(
+        tmp_path / "x.safetensors",
+        own,
+        UNetNames(config={"layers_per_block": 1} | config),
+        title="x",
+        prediction=prediction,
+    )
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         metadata = file.metadata()
     expected = dict(ss_base_model_version=version, ss_v2=second, ss_network_module="networks.lora")
@@ -202,9 +207,9 @@ def test_names_of_published_files(lora_bases):
     unet = full_size(SDXL)
     assert published.keys() < set(layers(unet))
     for name, expected in published.items():
-        assert kohya_name(name, unet.config) == f"lora_unet_{expected}"
+        assert UNetNames(config=unet.config).kohya(name) == f"lora_unet_{expected}"
     for unet in (full_size(SD15), full_size(SDXL), full_size(REFINER), lora_bases["sd"].unet, lora_bases["xl"].unet):
-        names = [kohya_name(name, unet.config) for name in layers(unet)]
+        names = [UNetNames(config=unet.config).kohya(name) for name in layers(unet)]
         assert len(set(names)) == len(names)
 
 

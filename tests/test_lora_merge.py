@@ -51,7 +51,7 @@ def test_an_exact_merge_predicts_what_the_soup_does(lora_bases, lora_adapters, l
     assert error == 0
     assert merged[FIRST].rank == 4 + 6 + 4
     assert merged["time_embedding.linear_1"].rank == 4 + 4
-    save_lora(tmp_path / "x.safetensors", merged)
+    save_lora(tmp_path / "x.safetensors", merged, "unet")
     alone = copy.deepcopy(lora_bases["sd"])
     alone.load_lora_weights(tmp_path / "x.safetensors")
     with merged_adapters(pipeline.unet, WEIGHTED):

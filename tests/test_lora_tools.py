@@ -19,11 +19,10 @@ from safetensors.torch import load_file, save
 
 from stepfuse.data import emoji
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.unet_names import sgm_path
 from stepfuse.fuse.lora.config import METADATA
-from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import read_factors
 from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.kohya import sgm_path
 from stepfuse.fuse.lora.layers import lora_layers
 from stepfuse.fuse.lora.load import adapter_state
 from stepfuse.fuse.lora.merge import merge_factors
@@ -33,7 +32,7 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import copy_set
 from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.train.checkpoints import read_state, write_state
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states, read_any
 from tests.fixtures_strangers import LAYER, A, B, put_weights
 from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
@@ -127,7 +126,7 @@ def test_the_policy_of_a_checkpoint_is_nothing_to_other_tools(lora_bases, lora_a
     write_state({key.removeprefix("unet."): value for key, value in state.items()}, file)
     assert_nothing(load_file(file), unet)
     with refused(str(file), "checkpoint"):
-        read_foreign(file, unet, unet_only=False)
+        read_any(file, unet, unet_only=False)
     assert {f"unet.{key}" for key in read_state(file)} == set(state)
 
 
@@ -179,7 +178,7 @@ def test_a_merged_file_is_read_completely(lora_bases, lora_factors, tmp_path):
     merged, _ = merge_factors(
         [(kind, 0.5, lora_factors["sd", kind]) for kind in ("plain", "rank_stabilised", "patterns")]
     )
-    save_lora(tmp_path / "x.safetensors", merged)
+    save_lora(tmp_path / "x.safetensors", merged, "unet")
     assert_whole(load_file(tmp_path / "x.safetensors"), lora_bases["sd"].unet, merged)
 
 
@@ -204,18 +203,21 @@ import sys
 from pathlib import Path
 from diffusers import UNet2DConditionModel
 from stepfuse.data.file_info import file_hash
+from stepfuse.fuse.backbones.unet_names import UNetNames
 from stepfuse.fuse.lora.export import FORMATS, save_as
 from stepfuse.fuse.lora.factors import read_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.exchange import export_adapter
 from tests.fixtures_tiny import save_adapter
 
 base, root = map(Path, sys.argv[1:])
 adapter = save_adapter(root / "a", base, "a", rank=2, alpha=3)
-config = UNet2DConditionModel.load_config(base, subfolder="unet")
+names = UNetNames(config=UNet2DConditionModel.load_config(base, subfolder="unet"))
+names = UNetNames(config=config)
 for form in FORMATS:
-    file, factors = root / f"{form}.safetensors", read_factors(adapter.folder / WEIGHTS)
-    save_as(form, file, factors, base=str(base), config=config, title="a", prediction="epsilon")
+    file, factors = root / f"{form}.safetensors", read_factors(adapter.folder / WEIGHTS, ["unet"])
+    save_as(form, file, factors, base=str(base), names=names, title="a", prediction="epsilon")
 for half in (False, True):
     create_set(root / f"set-{half}", [root / "a"], half=half)
 for file in sorted(file for file in root.rglob("*") if file.is_file()):
@@ -245,12 +247,12 @@ def test_a_set_in_the_former_layout_is_read_and_is_pulled_in_todays(stranger, tm
     state = {A: torch.randn(2, 32), B: torch.randn(32, 2)}
     header = json.dumps({"unet.r": 2, "unet.lora_alpha": 3})
     put_weights(stranger, save(state, metadata={METADATA: header}))
-    former = read_factors(load_set(stranger).adapters[0].folder / WEIGHTS)
+    former = read_factors(load_set(stranger).adapters[0].folder / WEIGHTS, ["unet"])
     assert former[LAYER].scaling == 1.5
     copy_set(str(stranger), tmp_path / "pulled")
-    with open_lora(tmp_path / "pulled" / "a" / WEIGHTS) as lora:
+    with open_lora(tmp_path / "pulled" / "a" / WEIGHTS, ["unet"]) as lora:
         assert lora.as_written
-    assert_same(read_factors(tmp_path / "pulled" / "a" / WEIGHTS), former)
+    assert_same(read_factors(tmp_path / "pulled" / "a" / WEIGHTS, ["unet"]), former)
     before, after = (json.loads((folder / MANIFEST).read_text()) for folder in (stranger, tmp_path / "pulled"))
     entries = zip(before["adapters"], after["adapters"], strict=True)
     changed = [one.pop("weights") != other.pop("weights") for one, other in entries]

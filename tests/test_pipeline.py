@@ -15,7 +15,7 @@ from diffusers import (
 from stepfuse.data import emoji
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, same_base
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts, image_size
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.layers import active_adapter
@@ -119,7 +119,7 @@ def test_the_base_is_frozen_and_in_the_dtype_asked_for(base):
 def test_the_embedded_base_is_a_stable_diffusion_pipeline_of_64_pixels():
     pipeline = load_pipeline("emoji")
     assert type(pipeline) is StableDiffusionPipeline
-    assert image_size(pipeline, None, None) == (64, 64)
+    assert backbone_of(pipeline).size(None, None) == (64, 64)
     plain = StableDiffusionPipeline.from_pretrained(emoji.PIPELINE)
     assert NoisePath.from_scheduler(pipeline.scheduler).prediction_type == plain.scheduler.config.prediction_type
     assert same_base(base_fingerprint(pipeline.unet), base_fingerprint(plain.unet))
@@ -128,8 +128,8 @@ def test_the_embedded_base_is_a_stable_diffusion_pipeline_of_64_pixels():
 def test_sizes_are_multiples_of_what_the_levels_of_both_networks_halve(base):
     """One halving in the autoencoder and one in the UNet: multiples of 4 pixels."""
     pipeline = load_pipeline(str(base))
-    assert image_size(pipeline, None, None) == (16, 16)
-    assert image_size(pipeline, 20, None) == (20, 16)
+    assert backbone_of(pipeline).size(None, None) == (16, 16)
+    assert backbone_of(pipeline).size(20, None) == (20, 16)
     for height, width, culprit in (
         (18, 16, "height is 18"),
         (16, 2, "width is 2"),
@@ -137,7 +137,7 @@ def test_sizes_are_multiples_of_what_the_levels_of_both_networks_halve(base):
         (16, 0, "width is 0"),
     ):
         with refused(culprit, "multiple of 4"):
-            image_size(pipeline, height, width)
+            backbone_of(pipeline).size(height, width)
 
 
 def test_a_base_with_another_ddpm_scheduler_is_sampled_by_ddim_on_its_path(tmp_path):
@@ -182,7 +182,7 @@ def test_xl_is_told_what_its_own_pipeline_tells_it(xl, xl_sampler, size):
     positive, negative, pooled, negative_pooled = pipeline.encode_prompt(PROMPTS, negative_prompt=NEGATIVES)
     height, width = (side or 16 for side in size)
     ids = torch.tensor([[height, width, 0, 0, height, width]] * 2, dtype=torch.float32)
-    conditioning = encode_prompts(xl_sampler.pipeline, PROMPTS, NEGATIVES, height=size[0], width=size[1])
+    conditioning = xl_sampler.backbone.encode(PROMPTS, NEGATIVES, height=size[0], width=size[1])
     x_t, t = noise(), 501
     with torch.no_grad():
         got = xl_sampler.denoiser.predictions(x_t, t, conditioning, [None])[0]
@@ -224,7 +224,7 @@ def test_a_fused_step_of_xl_is_the_precision_weighted_mean_of_ddim_steps(xl_samp
     scheduler = ddim()
     scheduler.set_timesteps(4)
     x_t = noise()
-    conditioning = encode_prompts(xl_sampler.pipeline, PROMPTS, NEGATIVES)
+    conditioning = xl_sampler.backbone.encode(PROMPTS, NEGATIVES)
     with torch.no_grad():
         fused = xl_sampler.step(x_t, 1, xl_sampler.plan({"a": 1, "b": 3}, 2, num_inference_steps=4), conditioning)
         predictions = xl_sampler.denoiser.predictions(x_t, 501, conditioning, ["a", "b"])
@@ -287,7 +287,7 @@ def test_switching_adapters_restores_what_was_active_and_what_is_trained(base):
     assert {name for name, trained in before[1].items() if trained} == {
         name for name, _ in unet.named_parameters() if ".lora_" in name
     }
-    embeddings = encode_prompts(pipeline, PROMPTS, NEGATIVES).positive
+    embeddings = backbone_of(pipeline).encode(PROMPTS, NEGATIVES).positive["prompt_embeds"]
 
     def predict():
         with torch.no_grad():

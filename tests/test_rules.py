@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.best_of_n import CoDe
@@ -171,12 +172,12 @@ def test_a_soup_predicts_as_weights_merged_by_hand(sampler, base, folders, rule,
     soup = sampler.with_rule(rule)
     plan = soup.plan({"a": 0.3, "b": 0.7}, 3, strength=strength, num_inference_steps=STEPS)
     x_t = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    conditioning = encode_prompts(sampler.pipeline, PROMPTS, [""] * 3)
+    conditioning = sampler.backbone.encode(PROMPTS, [""] * 3)
     with torch.no_grad():
         got = soup.step(x_t, 1, plan, conditioning)
         # guidance "shared": e_u of the base, at 3
         unconditional = sampler.denoiser.forward(x_t, plan.steps[1][0], conditioning, "-", None)[0]
-        conditional = plain.unet(x_t, plan.steps[1][0], encoder_hidden_states=conditioning.positive).sample
+        conditional = plain.unet(x_t, plan.steps[1][0], conditioning.positive["prompt_embeds"]).sample
     # v = Σ a_i eta_i² of the ancestral variance, the base's eta being 1
     eta = math.sqrt(strength * (0.3 * 0.4**2 + 0.7 * 0.9**2) + 1 - strength)
     scheduler = ddim()
@@ -222,7 +223,7 @@ def test_factors_of_different_rank_are_refused_before_anything_runs(folders, tmp
 )
 def test_network_evaluations_an_image(sampler, rule, options, forwards):
     """Without guidance, so that only conditional forwards count; 3 images, 4 steps."""
-    plain = replace(sampler, denoiser=replace(sampler.denoiser, guidance="off"))
+    plain = replace(sampler, denoiser=replace(sampler.denoiser, guidance=Guidance(source="off")))
     rows = []
     hook = sampler.pipeline.unet.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     try:
@@ -258,7 +259,7 @@ def test_weights_over_the_steps_are_those_of_each_step(sampler):
     """All on a for the first half of 4 steps, then all on b: steps 0 and 1 of one plan, 2 and 3 of the other."""
     over = {"a": WeightSchedule(((1.0, 0, 0.5),)), "b": WeightSchedule(((1.0, 0.5, 1.0),))}
     got = draw(sampler, "product", over)
-    conditioning = encode_prompts(sampler.pipeline, PROMPTS, [""] * 3)
+    conditioning = sampler.backbone.encode(PROMPTS, [""] * 3)
     own = generators(0, 1, 2)
     x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in own])
     with torch.no_grad():
@@ -275,14 +276,13 @@ def test_the_oracle_of_a_mixture_is_the_adapter_trained_on_it(sampler, folders, 
     """Weights 3 : 1 name it, as its reward does."""
     pipeline = load_pipeline(str(base))
     adapter = read_adapter(folders / "mix")
-    load_adapter(pipeline, adapter, base_fingerprint(pipeline.unet))
+    load_adapter(backbone_of(pipeline), adapter, base_fingerprint(pipeline.unet))
     single = replace(
         sampler,
-        pipeline=pipeline,
         objectives=(adapter.objective,),
         oracles=(),
         oracle_weights=(),
-        denoiser=replace(sampler.denoiser, unet=pipeline.unet, batched=None),
+        denoiser=replace(sampler.denoiser, backbone=backbone_of(pipeline), batched=None),
     )
     got = draw(sampler, "oracle", {"a": 0.75, "b": 0.25})
     torch.testing.assert_close(got, draw(single, "product", {"mix": 1}), rtol=0, atol=1e-6)
@@ -365,7 +365,7 @@ def test_units_are_those_the_oracles_were_trained_in(sampler):
 def test_a_single_step_has_no_rewards_to_go_by(sampler, rule):
     own = sampler.with_rule(rule)
     plan = own.plan({"a": 1}, 1, num_inference_steps=STEPS)
-    conditioning = encode_prompts(sampler.pipeline, PROMPTS[:1], [""])
+    conditioning = sampler.backbone.encode(PROMPTS[:1], [""])
     with refused("sample", "rewards"):
         own.step(torch.zeros(1, 4, 8, 8), 0, plan, conditioning)
 

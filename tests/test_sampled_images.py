@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stepfuse.data.seeds import numbered_generator
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.prompt_length import cut_prompts
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
@@ -60,7 +61,7 @@ def error_of(*arguments):
 def test_latents_that_overflow_are_refused_with_the_step(sampler, rule, output_type):
     """e_u + g (e_c - e_u) is infinite at the first step, at time 667 of 3, for a g near the largest float32."""
     options = dict(generator=generators(0, 1), output_type=output_type, progress=False)
-    huge = replace(sampler.with_rule(rule), denoiser=replace(sampler.denoiser, guidance_scale=3e38))
+    huge = replace(sampler.with_rule(rule), denoiser=replace(sampler.denoiser, guidance=Guidance(scale=3e38)))
     with refused("2 images", PROMPTS[0], "step 1 of 3", "667", "guidance"):
         huge.sample(PROMPTS, WEIGHTS, **options)
 
@@ -133,7 +134,7 @@ def test_prompts_that_fit_are_not_reported(sampler, caplog):
 
 
 def test_training_counts_cut_prompts_once(sampler, caplog):
-    embed = Embeddings(sampler.pipeline, None, torch.device("cpu"))
+    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
         embed.report(["a fox", LONG, LONG + "!"])
         for _ in range(3):
@@ -143,7 +144,7 @@ def test_training_counts_cut_prompts_once(sampler, caplog):
 
 
 def test_streamed_prompts_are_reported_at_the_first_and_counted_at_the_end(sampler, caplog):
-    embed = Embeddings(sampler.pipeline, None, torch.device("cpu"))
+    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
         for number in range(5):
             embed(["a fox", f"{LONG} {number}"])

@@ -8,10 +8,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.objective import Objective
@@ -118,7 +117,7 @@ def diffusers_trajectory(predict: Callable, *, eta: float, seed: int, steps: int
 @pytest.mark.parametrize("adapters", [["a", "b", "c", None], ["c", "a"], [None]])
 def test_adapters_on_one_unet_predict_what_separate_pipelines_predict(sampler, separate, adapters, guidance):
     x_t, t = noise(0), 501
-    conditioning = encode_prompts(sampler.pipeline, PROMPTS, [NEGATIVE] * 2)
+    conditioning = sampler.backbone.encode(PROMPTS, [NEGATIVE] * 2)
     with torch.no_grad():
         got = changed(sampler, guidance=guidance).denoiser.predictions(x_t, t, conditioning, adapters)
     expected = [direct_prediction(separate, name, x_t, t, PROMPTS, guidance) for name in adapters]
@@ -287,13 +286,13 @@ def test_an_adapter_saved_and_loaded_draws_the_bits_it_drew_before(base, tmp_pat
         guidance_scale=SCALE,
         num_inference_steps=3,
         record={},
-        pipeline_class=type(pipeline),
+        part="unet",
     )
     create_set(tmp_path / "set", [tmp_path / "fresh"])
     loaded = FusedSampler.from_pretrained(tmp_path / "set")
     batched = BatchedAdapters(pipeline.unet, ["fresh"])
-    denoiser = Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=SCALE, batched=batched)
-    in_memory = replace(loaded, pipeline=pipeline, denoiser=denoiser)
+    denoiser = replace(loaded.denoiser, backbone=backbone_of(pipeline), batched=batched)
+    in_memory = replace(loaded, denoiser=denoiser)
     for strength in (1.0, 0.5):
         before = latents(in_memory, PROMPTS, strength=strength)
         assert torch.equal(latents(loaded, PROMPTS, strength=strength), before)
@@ -304,7 +303,7 @@ def test_a_base_in_bfloat16_takes_the_same_set_and_predicts_nearly_the_same(samp
     assert half.pipeline.unet.conv_in.weight.dtype == torch.bfloat16
     predictions = []
     for each in (sampler, half):
-        conditioning = encode_prompts(each.pipeline, PROMPTS, [""] * 2)
+        conditioning = each.backbone.encode(PROMPTS, [""] * 2)
         with torch.no_grad():
             predictions.append(torch.stack(each.denoiser.predictions(noise(1), 501, conditioning, ["a", "b", "c"])))
     exact, rounded = predictions

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -70,7 +69,7 @@ def test_a_fused_step_is_the_precision_weighted_mean_of_ddim_steps(sampler, pred
     """1/v* = Σ a_i / v_i, m* = v* Σ a_i m_i / v_i (MSDDA, arXiv:2604.14379) over etas 0.3, 0.7, 1 and the base's."""
     ours = changed(sampler, path=NoisePath.from_scheduler(ddim(prediction_type=prediction_type)))
     x_t = noise(2)
-    conditioning = encode_prompts(ours.pipeline, PROMPTS, [""] * 2)
+    conditioning = ours.backbone.encode(PROMPTS, [""] * 2)
     plan = ours.plan(WEIGHTS, 2, strength=strength, num_inference_steps=4)
     names = ["a", "b", "c", None]
     with torch.no_grad():
@@ -92,7 +91,7 @@ def test_a_last_step_onto_alpha_1_is_the_limit_of_vanishing_variances(sampler):
     """x_s = x_0 for each expert, and v_i = eta_i² v with v → 0: a mean by a_i / eta_i²."""
     ours = changed(sampler, path=NoisePath.from_scheduler(ddim(set_alpha_to_one=True)))
     x_t, t = noise(3), 1
-    conditioning = encode_prompts(ours.pipeline, PROMPTS, [""] * 2)
+    conditioning = ours.backbone.encode(PROMPTS, [""] * 2)
     with torch.no_grad():
         fused = ours.step(x_t, 3, ours.plan(WEIGHTS, 2, num_inference_steps=4), conditioning)
         predictions = ours.denoiser.predictions(x_t, t, conditioning, ["a", "b", "c"])

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors import safe_open
 
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -121,7 +120,7 @@ def test_a_lora_from_elsewhere_makes_a_set_and_joins_one(root, stranger, tmp_pat
 
 
 def sampler_conditioning(sampler):
-    return encode_prompts(sampler.pipeline, PROMPTS, ["", ""])
+    return sampler.backbone.encode(PROMPTS, ["", ""])
 
 
 def test_a_set_remembers_the_variant_of_its_base(root, stranger, tmp_path):

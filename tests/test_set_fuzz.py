@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from hypothesis import HealthCheck, event, given, reject, settings
 from hypothesis import strategies as st
 
@@ -136,7 +135,7 @@ def target(tmp_path_factory):
             guidance_scale=3.0,
             num_inference_steps=3,
             record={"steps": 5, "validation": {"before": {"reward": 0.5, "deviation": 0.1, "images": 8}}},
-            pipeline_class=StableDiffusionPipeline,
+            part="unet",
         )
     create_set(root / "set", [root / "a", root / "b"], oracles=[root / "both"])
     manifest = json.loads((root / "set" / MANIFEST).read_text())

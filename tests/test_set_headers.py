@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -49,7 +50,7 @@ def test_a_header_of_a_billion_elements_a_thousand_times_is_refused_unread(stran
         edit(stranger, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
         with refused(str(stranger / MANIFEST), "bytes"):
             load_set(stranger)
-        with refused(str(file), "bytes"), open_lora(file):
+        with refused(str(file), "bytes"), open_lora(file, ["unet"]):
             pass
 
 
@@ -103,7 +104,7 @@ def test_long_names_and_many_patterns_take_no_time(stranger):
     for shapes, config in ((long, {"unet.r": 1}), (many, patterns)):
         header, size = tensors(shapes, metadata=json.dumps(config))
         file.write_bytes(packed(header, bytes(size)))
-        with frugal(seconds=1.0), suppress(ValueError), open_lora(file):
+        with frugal(seconds=1.0), suppress(ValueError), open_lora(file, ["unet"]):
             pass
 
 
@@ -187,7 +188,7 @@ def test_tensors_of_another_layer_are_refused_by_the_base_unread(stranger, small
     file = enlarged(stranger / "a" / WEIGHTS, *tensors(shapes, dtype="F16"))
     with frugal():
         with refused(str(file), LAYER, "shape"):
-            load_adapter(pipeline, loaded.adapters[0], base_fingerprint(pipeline.unet))
+            load_adapter(backbone_of(pipeline), loaded.adapters[0], base_fingerprint(pipeline.unet))
         with refused(str(file), LAYER, "shape"):
             FusedSampler.from_pretrained(loaded, pipeline=pipeline)
     assert not hasattr(pipeline.unet, "peft_config")

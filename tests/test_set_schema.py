@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonschema import Draft202012Validator
 
-from stepfuse.fuse.backbones.denoiser import GUIDANCE
+from stepfuse.fuse.backbones.guidance import GUIDANCE
 from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_class
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, SCHEMA
 

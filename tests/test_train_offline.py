@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.offline import DiffusionDPO, PreferencePairs, noise_pairs
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DPOSettings
+from tests.fixtures_tiny import denoiser_of
 from tests.fixtures_training import refused_by
 
 REWARDS = """
@@ -99,11 +99,11 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
     winner, loser, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
     times = torch.tensor([3, 500, 980])
     prompts = ["a red apple", "a cat", "two keys"]
-    conditioning = encode_prompts(loaded, prompts, [""] * 3)
+    conditioning = backbone_of(loaded).encode(prompts, [""] * 3)
     beta = 500.0
     settings = DPOSettings(pairs="x", beta=beta, log_prob_reduction="mean", guidance="full")
-    denoiser = Denoiser.from_pipeline(loaded, guidance="full", guidance_scale=5.0)
-    policy = Policy(unet, "mine", EtaSchedule())
+    denoiser = denoiser_of(unet, loaded.scheduler, guidance="full")
+    policy = Policy(denoiser.backbone, "mine", EtaSchedule())
     noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
     sampling = Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=[], shape=(4, 8, 8))
     algorithm = DiffusionDPO(settings)
@@ -122,7 +122,7 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
         target = scheduler.get_velocity(clean, noise.repeat(2, 1, 1, 1), times.repeat(2))
 
     def errors():
-        predicted = unet(x_t, times.repeat(2), conditioning.positive.repeat(2, 1, 1)).sample
+        predicted = unet(x_t, times.repeat(2), conditioning.positive["prompt_embeds"].repeat(2, 1, 1)).sample
         return functional.mse_loss(predicted, target, reduction="none").mean((1, 2, 3)).chunk(2)
 
     unet.set_adapter("mine")

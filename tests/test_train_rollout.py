@@ -6,12 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.train.lora import add_lora
 from stepfuse.train.rollout import Sampling, branching_rollout, rollout, sample_generator, with_advantages
+from tests.fixtures_tiny import denoiser_of, prompt_embeds
 from tests.fixtures_training import at_once, tiny_unet
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
@@ -33,10 +32,10 @@ class World:
                 parameter.data.normal_(std=0.1, generator=generator)
         self.scheduler = DDIMScheduler(**BETAS, clip_sample=False, **end)
         path = NoisePath.from_scheduler(self.scheduler)
-        self.denoiser = Denoiser(unet=self.unet, path=path, guidance=guidance, guidance_scale=G)
+        self.denoiser = denoiser_of(self.unet, self.scheduler, guidance=guidance, guidance_scale=G)
         self.steps = path.steps(N)
         words = torch.randn(2, 4, 6, 32, generator=torch.Generator().manual_seed(3))
-        self.conditioning = Conditioning(positive=words[0], negative=words[1])
+        self.conditioning = prompt_embeds(words[0], words[1])
         self.rows = []  # of each forward
         self.unet.register_forward_hook(lambda module, inputs, output: self.rows.append(len(output[0])))
 
@@ -59,9 +58,9 @@ class World:
         """The policy's prediction, worked from single forwards: e_u of the base, e_c of the adapter."""
         with torch.no_grad():
             self.unet.disable_adapters()
-            negative = self.unet(x, t, self.conditioning.negative).sample
+            negative = self.unet(x, t, self.conditioning.negative["prompt_embeds"]).sample
             self.unet.enable_adapters()
-            return negative + G * (self.unet(x, t, self.conditioning.positive).sample - negative)
+            return negative + G * (self.unet(x, t, self.conditioning.positive["prompt_embeds"]).sample - negative)
 
 
 def roughness(latents):
@@ -141,8 +140,8 @@ def test_reference_is_the_guided_base():
     for step in world.rollout().steps:
         with torch.no_grad():
             world.unet.disable_adapters()
-            negative = world.unet(step.x_t, step.t, world.conditioning.negative).sample
-            positive = world.unet(step.x_t, step.t, world.conditioning.positive).sample
+            negative = world.unet(step.x_t, step.t, world.conditioning.negative["prompt_embeds"]).sample
+            positive = world.unet(step.x_t, step.t, world.conditioning.positive["prompt_embeds"]).sample
             world.unet.enable_adapters()
         torch.testing.assert_close(step.negative, negative, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(step.reference, (1 - G) * negative + G * positive, rtol=1e-5, atol=1e-5)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
@@ -19,7 +19,7 @@ from stepfuse.train.loop import train_adapter
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
 from stepfuse.train.timesteps import learnable_steps, learned_steps
-from tests.fixtures_tiny import read_lora, refused
+from tests.fixtures_tiny import denoiser_of, read_lora, refused
 from tests.fixtures_training import (
     COMMON,
     forget_accelerator,
@@ -46,7 +46,8 @@ def assert_near(found, expected, atol):
 
 
 def ten_steps(tiny_base):
-    denoiser = Denoiser.from_pipeline(load_pipeline(str(tiny_base)), guidance="off", guidance_scale=1.0)
+    pipeline = load_pipeline(str(tiny_base))
+    denoiser = denoiser_of(pipeline.unet, pipeline.scheduler, guidance="off")
     steps = denoiser.path.steps(10)
     return Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=steps, shape=(4, 8, 8))
 
@@ -162,10 +163,10 @@ def test_a_compiled_unet_trains_to_the_same_adapter(run_training):
 @pytest.mark.gpu
 def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(tiny_base):
     loaded = load_pipeline(str(tiny_base))
-    embed = Embeddings(loaded, None, torch.device("cuda"), offload=True)
+    embed = Embeddings(backbone_of(loaded), None, torch.device("cuda"), offload=True)
     assert next(loaded.text_encoder.parameters()).device.type == "cpu"
     assert next(loaded.unet.parameters()).device.type == "cuda"
-    assert embed(["a cat"]).positive.device.type == "cuda"
+    assert embed(["a cat"]).positive["prompt_embeds"].device.type == "cuda"
 
 
 # 8 bits

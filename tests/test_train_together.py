@@ -200,7 +200,7 @@ def test_there_are_as_few_forwards_as_that(run_training, tiny_base):
 
         class Counting(DDPO):
             def collect(self, sampling, *arguments, seen=rows[number]):
-                sampling.denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+                sampling.denoiser.network.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
                 return super().collect(sampling, *arguments)
 
         trained(Counting, settings)

@@ -10,8 +10,9 @@ from diffusers import DDIMScheduler
 from torch.testing import assert_close
 
 from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import decode_latents, encode_prompts, latent_shape
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
@@ -67,8 +68,12 @@ def gradients(loop):
 
 def gaussians(loop, step, conditioning):
     """Policy and reference of a step as ours has them, where each guides itself."""
-    denoiser = Denoiser.from_pipeline(loop.pipeline, guidance="full", guidance_scale=loop.task.guidance_scale)
-    policy = Policy(loop.unet, "baseline", EtaSchedule(eta=1.0))
+    denoiser = Denoiser(
+        backbone=loop.backbone,
+        path=loop.backbone.path(),
+        guidance=Guidance(source="full", scale=loop.task.guidance_scale),
+    )
+    policy = Policy(loop.backbone, "baseline", EtaSchedule(eta=1.0))
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, [None])
     step = replace(step, reference=base.detach())
     (both,) = step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), [step], conditioning)
@@ -178,7 +183,7 @@ def test_the_reward_says_which_candidate_of_spo_wins(task):
     last = pairs[pairs.times == pairs.times.min()]
     for latents, extreme in ((last.winner, torch.amax), (last.loser, torch.amin)):
         with torch.no_grad():
-            found = colourfulness(decode_latents(loop.pipeline, latents), [])
+            found = colourfulness(loop.backbone.decode(latents), [])
         assert_close(found, extreme(scored[-1].reshape(3, IMAGES), 0))
 
 
@@ -194,9 +199,9 @@ def test_prompts_are_embedded_as_the_pipeline_does_it(task, tmp_path, save):
     pipeline = load_pipeline(str(tmp_path / "base"))
     loop = SPO(replace(task, pipeline=pipeline), candidates=2, skip_first_steps=SKIPPED)
     prompts, found, x_T = loop.begin()
-    wanted = encode_prompts(pipeline, prompts)
+    wanted = backbone_of(pipeline).encode(prompts)
     assert_close(vars(found), vars(wanted))
-    assert x_T.shape == (IMAGES, *latent_shape(pipeline, None, None))
+    assert x_T.shape == (IMAGES, *backbone_of(pipeline).shape())
     loop.step()
 
 

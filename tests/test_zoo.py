@@ -9,17 +9,14 @@ from functools import cache
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA, UNUSED_SETTINGS, USED_SETTINGS
-from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import peft_config, peft_state
 from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -27,6 +24,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
+from tests.fixtures_formats import read_any
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion
 from tests.fixtures_zoo import FUSES, SEPARATE, UNET_ONLY, ZOO, load_alone, make
@@ -69,7 +67,7 @@ def adapters(base, places, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     fingerprint = base_fingerprint(base.unet)
     for name in FUSING:
-        factors = read_foreign(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
+        factors = read_any(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
         check_fits(places[name], factors, base.unet)
         eta = ETAS[name == PARTNER]
         write_adapter(
@@ -83,7 +81,7 @@ def adapters(base, places, tmp_path_factory):
             guidance_scale=SCALE,
             num_inference_steps=STEPS,
             record={},
-            pipeline_class=StableDiffusionPipeline,
+            part="unet",
         )
     for name in AS_WRITTEN:
         put(root / "imported" / name, root / "as written" / name, places[name])
@@ -149,7 +147,7 @@ def ddim_step(prediction, eta):
 def fused_step(sampler, name, rule):
     plan = sampler.with_rule(rule).plan({name: SHARES[0], PARTNER: SHARES[1]}, 2, num_inference_steps=STEPS)
     with torch.no_grad():
-        conditioning = encode_prompts(sampler.pipeline, PROMPTS, [""] * 2)
+        conditioning = sampler.backbone.encode(PROMPTS, [""] * 2)
         return sampler.with_rule(rule).step(noise(2), NUMBER, plan, conditioning)
 
 
@@ -205,7 +203,7 @@ def test_what_has_no_batched_form_says_which_has(adapters, name, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_lora_of_a_unet_is_refused_for_what_it_is(base, places, name):
     with refused(*ZOO[name].refused):
-        read_foreign(places[name], base.unet, unet_only=False)
+        read_any(places[name], base.unet, unet_only=False)
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if ZOO[name].layout != "peft"])
@@ -216,8 +214,8 @@ def test_a_set_does_not_take_it_either(adapters, places, name, tmp_path):
 
 
 def test_a_text_encoder_alone_leaves_nothing_of_a_unet(base, places):
-    with refused(str(places["text_alone"]), "no layers of a UNet"):
-        read_foreign(places["text_alone"], base.unet, unet_only=True)
+    with refused(str(places["text_alone"]), "no layers of the network"):
+        read_any(places["text_alone"], base.unet, unet_only=True)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +247,7 @@ def test_settings_that_compute_something_else_are_refused_by_name(places, tmp_pa
     packed = json.dumps({f"unet.{key}": own for key, own in config.items()})
     save_file(load_file(places[PARTNER]), tmp_path / "x.safetensors", metadata={METADATA: packed})
     with refused(str(tmp_path / "x.safetensors"), setting if setting != "init_lora_weights" else repr(value)):
-        open_lora(tmp_path / "x.safetensors").__enter__()
+        open_lora(tmp_path / "x.safetensors", ["unet"]).__enter__()
 
 
 def test_every_setting_of_peft_is_taken_or_known_to_be_refused():

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Latents
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.conditioning import prompt_order
@@ -97,7 +97,7 @@ class Rollouts(Generic[D]):
         for indices in setup.micro_batches():
             rows = slice(indices.start, indices.stop)
             generators = [sample_generator(settings.seed, "rollout", step, i) for i in indices]
-            scorer = Scorer(setup.reward, setup.pipeline, prompts[rows], step)
+            scorer = Scorer(setup.reward, setup.backbone, prompts[rows], step)
             scorers.append(scorer)
             conditioning = setup.embed(prompts[rows])
             with accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):

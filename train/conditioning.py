@@ -4,11 +4,10 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline
 
-from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.conditioning import Conditioning, join
 from stepfuse.fuse.backbones.prompt_length import cut_prompts, warn_of_cuts
-from stepfuse.fuse.backbones.unet import encode_prompts
 from stepfuse.train.rollout import sample_generator
 
 CACHED = 4096  # most prompts
@@ -16,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class Embeddings:
-    """Embeddings of prompts by a pipeline's text encoders, which are cached.
+    """Embeddings of prompts by a base model's text encoders, which are cached.
 
     Args:
-        pipeline: the pipeline; its parts are moved to the device.
+        backbone: the base model; the parts of its pipeline are moved to the device.
         resolution: height and width of its images in pixels, an input of some models; None is the default.
         device: device of the embeddings.
         offload: keep and run the text encoders on the CPU.
@@ -28,17 +27,17 @@ class Embeddings:
 
     def __init__(
         self,
-        pipeline: DiffusionPipeline,
+        backbone: Backbone,
         resolution: int | None,
         device: torch.device,
         *,
         offload: bool = False,
         report_cuts: bool = True,
     ) -> None:
-        self.pipeline, self.resolution, self.device = pipeline, resolution, device
+        self.backbone, self.resolution, self.device = backbone, resolution, device
         self.report_cuts, self._checked, self._cut = report_cuts, set[str](), set[str]()
         self.encoders_on = torch.device("cpu") if offload else device
-        for name, part in pipeline.components.items():
+        for name, part in backbone.pipeline.components.items():
             if isinstance(part, torch.nn.Module):
                 part.to(self.encoders_on if name.startswith("text_encoder") else device)
         self._known: dict[str, Conditioning] = {}
@@ -50,20 +49,12 @@ class Embeddings:
                 if len(self._known) > CACHED:
                     self._known.clear()
                 self._known[prompt] = self._encode(prompt)
-        rows = [self._known[prompt] for prompt in prompts]
-        return Conditioning(
-            positive=torch.cat([row.positive for row in rows]),
-            negative=torch.cat([row.negative for row in rows]),
-            added={
-                name: (torch.cat([r.added[name][0] for r in rows]), torch.cat([r.added[name][1] for r in rows]))
-                for name in rows[0].added
-            },
-        )
+        return join([self._known[prompt] for prompt in prompts])
 
     def report(self, prompts: Sequence[str]) -> None:
         """Log how many of these prompts are truncated, and the first of them."""
         if self.report_cuts:
-            warn_of_cuts(self.pipeline, prompts, counted=True)
+            warn_of_cuts(self.backbone.pipeline, prompts, counted=True)
             self._checked.update(prompts)
 
     def report_streamed(self) -> None:
@@ -72,7 +63,10 @@ class Embeddings:
             logger.warning("%d prompts of the data set were longer than the text encoder takes", len(self._cut))
 
     def _report_first(self, prompt: str) -> None:
-        if not self.report_cuts or prompt in self._checked or not (cut := cut_prompts(self.pipeline, [prompt])):
+        if not self.report_cuts or prompt in self._checked:
+            return
+        cut = cut_prompts(self.backbone.pipeline, [prompt])
+        if not cut:
             return
         if not self._cut:
             logger.warning("%s; others are counted", cut[0])
@@ -81,7 +75,7 @@ class Embeddings:
     def _encode(self, prompt: str) -> Conditioning:
         self._report_first(prompt)
         size = self.resolution
-        found = encode_prompts(self.pipeline, [prompt], height=size, width=size, device=self.encoders_on)
+        found = self.backbone.encode([prompt], height=size, width=size, device=self.encoders_on)
         return found.to(self.device)
 
 

@@ -1,4 +1,4 @@
-"""The policy: a base UNet with one trainable LoRA, and the trainable parameters of its variance schedule."""
+"""The policy: a base model with one trainable LoRA, and the trainable parameters of its variance schedule."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,8 +11,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
@@ -20,25 +22,27 @@ from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
 from stepfuse.train.rollout import Step
 
 VARIANCE = "variance_"  # before the names of the schedule's parameters in a checkpoint
+POLICY = "policy"  # the network that is trained, among the branches of guidance
 
 
 class Policy(nn.Module):
-    """The trainable module: a UNet with its LoRA, and the trainable parameters of its schedule.
+    """The trainable module: a network with its LoRA, and the trainable parameters of its schedule.
 
     Its forward returns these parameters too, so that a distributed wrapper sees every parameter used.
     """
 
-    def __init__(self, unet: nn.Module, adapter: str, schedule: VarianceSchedule) -> None:
+    def __init__(self, backbone: Backbone, adapter: str, schedule: VarianceSchedule) -> None:
         super().__init__()
-        self.unet = unet
+        self.backbone = backbone
+        self.network = backbone.network
         self.adapter = adapter
         self.schedule_names = tuple(schedule.trainable())
         for name, value in schedule.trainable().items():
             self.register_parameter(name, nn.Parameter(value.clone()))
 
-    def forward(self, x: Tensor, times: Tensor, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        with active_adapter(self.unet, self.adapter):
-            output = self.unet(x, times, return_dict=False, **inputs)[0]
+    def forward(self, x: Tensor, times: Tensor, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        with active_adapter(self.network, self.adapter):
+            output = self.backbone.predict(x, times, inputs, network=self.network)
         # Not the parameters themselves: with ZeRO-3 they may be partitioned again after this forward.
         return output, {name: value * 1 for name, value in self.schedule_parameters().items()}
 
@@ -51,14 +55,15 @@ class Policy(nn.Module):
         Args:
             values: of the trainable parameters, by their names in this module.
         """
-        lora = {name.removeprefix("unet."): value for name, value in values.items() if name not in self.schedule_names}
-        state = dict(get_peft_model_state_dict(self.unet, state_dict=lora, adapter_name=self.adapter))
+        others = {name: value for name, value in values.items() if name not in self.schedule_names}
+        lora = {name.removeprefix("network."): value for name, value in others.items()}
+        state = dict(get_peft_model_state_dict(self.network, state_dict=lora, adapter_name=self.adapter))
         return state | {VARIANCE + name: values[name] for name in self.schedule_names}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `trainable_state`."""
         lora, parameters = split_state(state)
-        set_peft_model_state_dict(self.unet, lora, adapter_name=self.adapter)
+        set_peft_model_state_dict(self.network, lora, adapter_name=self.adapter)
         with torch.no_grad():
             for name, parameter in self.schedule_parameters().items():
                 parameter.copy_(parameters[name])
@@ -70,24 +75,24 @@ def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     return lora, {name.removeprefix(VARIANCE): value for name, value in state.items() if name not in lora}
 
 
-def add_lora(unet: nn.Module, name: str, *, rank: int, alpha: int | None, targets: list[str], seed: int) -> None:
-    """Add a new float32 LoRA to the UNet; its B is zero, so that the policy starts as the base.
+def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, targets: list[str], seed: int) -> None:
+    """Add a new float32 LoRA to a network; its B is zero, so that the policy starts as the base.
 
     Raises:
-        ValueError: if no layer of the UNet matches the targets.
+        ValueError: if no layer of the network matches the targets.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cast(Any, unet).add_adapter(config, adapter_name=name)
-    cast_training_params(unet, dtype=torch.float32)
+        cast(Any, network).add_adapter(config, adapter_name=name)
+    cast_training_params(network, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
 class SharedForward:
     """Base and policy in one forward pass, without gradients: a `Router` with the LoRA's present weights."""
 
-    unet: nn.Module
+    network: nn.Module
     adapter: str
 
     def route_of(self, adapters: Sequence[str | None], device: torch.device) -> int:
@@ -101,7 +106,7 @@ class SharedForward:
         return list(adapters).index(self.adapter) if self.adapter in adapters else len(adapters)
 
     def routed(self, route: int) -> AbstractContextManager[None]:
-        return adapter_on_last_rows(self.unet, self.adapter, route)
+        return adapter_on_last_rows(self.network, self.adapter, route)
 
 
 def step_gaussians(
@@ -121,36 +126,29 @@ def step_gaussians(
         steps: one or more steps of one batch.
         conditioning: of the batch.
     """
-    kinds = "-+" if denoiser.guidance == "full" else "+"
+    branches = denoiser.guidance.branches([POLICY])
+    kinds = "".join(branch.kind for branch in branches if branch.network == POLICY)  # those of the base are stored
     x_t = torch.cat([step.x_t for step in steps])
     times = torch.cat([denoiser.path.network_time(step.t).expand(len(step.x_t)) for step in steps])
     repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
     output, parameters = policy(
-        torch.cat([x_t] * len(kinds)).to(conditioning.positive.dtype),
-        times.to(x_t.device).repeat(len(kinds)),
-        **repeated.inputs(kinds),
+        torch.cat([x_t] * len(kinds)), times.to(x_t.device).repeat(len(kinds)), **repeated.inputs(kinds)
     )
     parts = [part.chunk(len(steps)) for part in output.to(torch.float32).chunk(len(kinds))]
     current = schedule.with_parameters(parameters)
-    return [
-        _gaussians(denoiser, current, step, outputs)
-        for step, outputs in zip(steps, zip(*parts, strict=True), strict=True)
-    ]
+    gaussians = []
+    for step, outputs in zip(steps, zip(*parts, strict=True), strict=True):
+        known = [] if step.negative is None else [step.negative]
+        (prediction,) = denoiser.combine(branches, [*known, *outputs])
+        gaussians.append(_gaussians(denoiser, current, step, prediction))
+    return gaussians
 
 
 def _gaussians(
-    denoiser: Denoiser, schedule: VarianceSchedule, step: Step, outputs: Sequence[Latents]
+    denoiser: Denoiser, schedule: VarianceSchedule, step: Step, prediction: Latents
 ) -> tuple[Gaussian, Gaussian | None]:
-    """Policy and reference of one step, from the outputs of the policy's network for each kind of prompt."""
+    """Policy and reference of one step, from the guided prediction of the policy."""
     path = denoiser.path
-    match denoiser.guidance:
-        case "shared":
-            assert step.negative is not None
-            prediction = denoiser.guide(step.negative, outputs[0])
-        case "full":
-            prediction = denoiser.guide(*outputs)
-        case _:
-            prediction = outputs[0]
     variance = step_variance(schedule, path, step.t, step.s, step.x_t)
     ours = transition(path, step.x_t, prediction, step.t, step.s, variance)
     if step.reference is None:

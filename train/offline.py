@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -16,8 +16,8 @@ from stepfuse.data.data_set import has_picture, open_data_set, read_caption, rea
 from stepfuse.data.images import to_pixels
 from stepfuse.data.text_files import file_name, note
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
-from stepfuse.fuse.backbones.unet import encode_pixels, image_size
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians, preference_loss
 from stepfuse.train.checkpoints import Progress
@@ -159,7 +159,7 @@ class NoisedPairs:
     """
 
     x_t: Latents
-    times: Int[Tensor, " batch"]
+    times: Real[Tensor, " batch"]
     target: Latents
     reference: Latents
 
@@ -183,7 +183,7 @@ class PairSource:
             winner, loser = (self._latents(pairs, side, generators) for side in ("winner", "loser"))
             # one noise and one time per pair, so that winner and loser differ by the image alone
             noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators]).to(winner)
-            times = torch.cat([torch.randint(denoiser.path.length, (1,), generator=g) for g in generators])
+            times = torch.cat([denoiser.path.draw(g) for g in generators])
             prompts = [pair.prompt for pair in pairs]
             with setup.accelerator.autocast():
                 conditioning = setup.embed(prompts)
@@ -195,10 +195,10 @@ class PairSource:
     def _latents(self, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
         """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
         resolution = self.setup.settings.resolution
-        height, width = image_size(self.setup.pipeline, resolution, resolution)
+        height, width = self.setup.backbone.size(resolution, resolution)
         opened = [pair.picture(side) for pair in pairs]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
-        return encode_pixels(self.setup.pipeline, torch.stack([to_pixels(image) for image in fitted]), generators)
+        return self.setup.backbone.encode_pixels(torch.stack([to_pixels(image) for image in fitted]), generators)
 
 
 @torch.no_grad()
@@ -207,7 +207,7 @@ def noise_pairs(
     winner: Latents,
     loser: Latents,
     noise: Latents,
-    times: Int[Tensor, " pairs"],
+    times: Real[Tensor, " pairs"],
     conditioning: Conditioning,
 ) -> NoisedPairs:
     """x_t = alpha_t x_0 + sigma_t e of both images of each pair, and the base's prediction there.
@@ -226,7 +226,7 @@ def noise_pairs(
 
 def twice(conditioning: Conditioning) -> Conditioning:
     """The conditioning of winners and losers, from that of the pairs."""
-    return conditioning[torch.arange(len(conditioning.positive)).repeat(2)]
+    return conditioning[torch.arange(len(conditioning)).repeat(2)]
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class DiffusionDPO(Algorithm[NoisedPairs]):
         """Policy and base of the one step of a batch, without guidance, as in pre-training."""
         (step,) = steps
         times = sampling.denoiser.path.network_time(step.times).to(step.x_t.device)
-        output, _ = policy(step.x_t.to(conditioning.positive.dtype), times, **twice(conditioning).inputs("+"))
+        output, _ = policy(step.x_t, times, **twice(conditioning).inputs("+"))
         variance = step.x_t.new_ones(1, 1, 1, 1)
         means = (output.to(torch.float32), step.reference)
         ours, reference = (Gaussian(mean=mean, variance=variance) for mean in means)

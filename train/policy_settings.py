@@ -17,7 +17,7 @@ class LoRASettings:
     Attributes:
         rank: Rank of the LoRA matrices.
         lora_alpha: LoRA alpha; the update is scaled by alpha / rank. Unset, alpha is the rank.
-        lora_target_modules: Names, or ends of names, of the UNet's modules that get a LoRA. The default is all
+        lora_target_modules: Names, or ends of names, of the network's modules that get a LoRA. The default is all
             attention projections.
     """
 

@@ -1,7 +1,7 @@
 """Rollouts: denoise with the current policy, and store for every step what the loss needs of it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -12,8 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Branch, Denoiser, Latents
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
 from stepfuse.train.advantages import best_and_worst
@@ -35,7 +37,7 @@ class Sampling:
     denoiser: Denoiser
     adapter: str | None
     schedule: VarianceSchedule
-    steps: list[tuple[int, int]]
+    steps: Sequence[tuple[Time, Time]]
     shape: tuple[int, int, int]
     learned: frozenset[int] | None = None
 
@@ -50,13 +52,13 @@ class Step:
     Attributes:
         x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
         t, s: times of the step on the noise path.
-        negative: e_u of the base; None unless guidance shares it.
+        negative: e_u of the base; None unless all guided predictions have it in common.
         reference: the guided prediction of the base; None if no loss needs it.
     """
 
     x_t: Latents
-    t: int
-    s: int
+    t: Time
+    s: Time
     negative: Latents | None
     reference: Latents | None
 
@@ -181,7 +183,7 @@ def branching_rollout(
             ahead = _predict(denoiser, adapter, flat, following, wide)
             clean, _ = denoiser.path.clean_and_noise(flat, ahead.policy, following)
         rewards = score_latents(clean)
-        reference = _reference(denoiser, x_t, t, conditioning, now.negative)
+        (reference,) = denoiser.guided(x_t, t, conditioning, [None], negative=now.negative).predictions
         pending.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
@@ -224,7 +226,7 @@ def with_advantages(
 
 
 def _start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
-    device = next(sampling.denoiser.unet.parameters()).device
+    device = next(sampling.denoiser.network.parameters()).device
     shape = (len(generators), *sampling.shape)
     return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
 
@@ -233,35 +235,20 @@ def _predict(
     denoiser: Denoiser,
     adapter: str | None,
     x_t: Latents,
-    t: int,
+    t: Time,
     conditioning: Conditioning,
     *,
     reference: bool = False,
 ) -> _Predictions:
-    """The guided prediction of the policy; with `reference` the base's too, in one forward with its e_u.
+    """The guided prediction of the policy; with `reference` the base's too.
 
-    Where the denoiser is batched, all in one.
+    Where the denoiser is batched, all in one forward.
     """
-    if denoiser.guidance != "shared":
-        policy, *base = denoiser.predictions(x_t, t, conditioning, [adapter, None] if reference else [adapter])
-        return _Predictions(negative=None, policy=policy, reference=base[0] if base else None)
-    wanted = [Branch(None, kind) for kind in ("-+" if reference else "-")]
-    negative, *base, positive = denoiser.run(x_t, t, conditioning, [*wanted, Branch(adapter, "+")])
-    return _Predictions(
-        negative=negative,
-        policy=denoiser.guide(negative, positive),
-        reference=denoiser.guide(negative, base[0]) if base else None,
-    )
+    guided = denoiser.guided(x_t, t, conditioning, [adapter, None] if reference else [adapter])
+    policy, *base = guided.predictions
+    return _Predictions(negative=guided.negative, policy=policy, reference=base[0] if base else None)
 
 
-def _reference(
-    denoiser: Denoiser, x_t: Latents, t: int, conditioning: Conditioning, negative: Latents | None
-) -> Latents:
-    if negative is None:
-        return denoiser.predictions(x_t, t, conditioning, [None])[0]
-    return denoiser.guide(negative, denoiser.forward(x_t, t, conditioning, "+", None)[0])
-
-
-def _gaussian(sampling: Sampling, x_t: Latents, prediction: Latents, t: int, s: int) -> Gaussian:
+def _gaussian(sampling: Sampling, x_t: Latents, prediction: Latents, t: Time, s: Time) -> Gaussian:
     path = sampling.denoiser.path
     return transition(path, x_t, prediction, t, s, step_variance(sampling.schedule, path, t, s, x_t))

@@ -119,7 +119,7 @@ class OutputSettings:
         report_to: Experiment trackers, separated by commas: aim, clearml, comet_ml, dvclive, mlflow, swanlab,
             tensorboard, trackio, wandb; `all` for those that are installed, or `none`.
         gradient_checkpointing: Recompute activations in the backward pass, which takes less memory and more time.
-        compile: Compile the UNet's repeated blocks (`regional`) or the whole UNet (`full`) with torch.compile.
+        compile: Compile the network's repeated blocks (`regional`) or all of it (`full`) with torch.compile.
         offload_text_encoders: Keep the text encoders in CPU memory and encode the prompts there.
         allow_tf32: Use TF32 for float32 matrix products on Ampere and newer GPUs.
     """

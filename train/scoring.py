@@ -6,12 +6,11 @@ from concurrent.futures import Future
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.backbones.denoiser import Latents
-from stepfuse.fuse.backbones.unet import decode_latents
+from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.rewards.protocol import Pixels, Scores, close
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.reward_name import parse_reward
@@ -97,8 +96,8 @@ class Scorer:
         faulty: prompts of images whose reward is not finite, if that is no error.
     """
 
-    def __init__(self, reward: TrainingReward, pipeline: DiffusionPipeline, prompts: Sequence[str], step: int) -> None:
-        self.reward, self.pipeline, self.prompts, self.step = reward, pipeline, prompts, step
+    def __init__(self, reward: TrainingReward, backbone: Backbone, prompts: Sequence[str], step: int) -> None:
+        self.reward, self.backbone, self.prompts, self.step = reward, backbone, prompts, step
         self.faulty: list[str] = []
 
     def __call__(self, latents: Latents, copies: int) -> "Future[Tensor]":
@@ -115,7 +114,7 @@ class Scorer:
     @torch.no_grad()
     def _decode(self, latents: Latents) -> Pixels:
         with torch.inference_mode(False):  # a reward may be code of the user that computes gradients
-            return decode_latents(self.pipeline, latents.clone())
+            return self.backbone.decode(latents.clone())
 
     def _submit(self, pixels: Pixels, prompts: Sequence[str], reduce: Callable[[Tensor], Tensor]) -> "Future[Tensor]":
         def call() -> Tensor:

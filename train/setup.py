@@ -11,10 +11,13 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
+from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.compiled import compile_network
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import describe_base
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.unet import decode_unclamped, latent_shape
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.sampling.finite import check_latents, check_pixels
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.conditioning import Embeddings
@@ -34,7 +37,7 @@ class Setup:
     """What stays the same during a run.
 
     Attributes:
-        pipeline: the base model, whose UNet has the policy's LoRA.
+        backbone: the base model, whose network has the policy's LoRA.
         embed: embeddings of prompts.
         engine: policy and optimiser.
         sampling: how the policy is sampled, with the initial schedule.
@@ -47,7 +50,7 @@ class Setup:
     accelerator: Accelerator
     reward: TrainingReward
     prompts: Sequence[str]
-    pipeline: DiffusionPipeline
+    backbone: Backbone
     embed: Embeddings
     engine: Engine
     sampling: Sampling
@@ -94,7 +97,7 @@ class Setup:
             with self.accelerator.autocast():
                 latents = rollout(sampling, self.embed(prompts), generators).latents
             check_latents(latents, prompts)
-            pixels = decode_unclamped(self.pipeline, latents)
+            pixels = self.backbone.decode_unclamped(latents)
             check_pixels(pixels, prompts)
             return VaeImageProcessor.denormalize(pixels)
 
@@ -118,28 +121,30 @@ def prepare(
     """
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
-    pipeline = pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant)
+    backbone = backbone_of(pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant))
     main = accelerator.is_main_process
     embed = Embeddings(
-        pipeline, settings.resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
+        backbone, settings.resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
     )
-    base = describe_base(pipeline, name, revision, variant=variant, hashed=main)
+    base = describe_base(backbone, name, revision, variant=variant, hashed=main)
     schedule = settings.initial_schedule()
-    engine = Engine(accelerator, make_policy(pipeline, settings).to(accelerator.device), settings)
+    engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
     # Hooks would be compiled anew each time, and gather partitioned weights in another order.
     shared = settings.timesteps_per_forward > 1 and settings.compile == "no" and not engine.partitioned
-    denoiser = Denoiser.from_pipeline(
-        pipeline,
-        guidance=settings.guidance,
-        guidance_scale=settings.sample_guidance_scale,
-        batched=SharedForward(pipeline.unet, settings.name) if shared else None,
+    shared = shared and not backbone.unbatched
+    shape = backbone.shape(settings.resolution, settings.resolution)
+    denoiser = Denoiser(
+        backbone=backbone,
+        path=backbone.path(shape),
+        guidance=Guidance(source=settings.guidance, scale=settings.sample_guidance_scale),
+        batched=SharedForward(backbone.network, settings.name) if shared else None,
     )
     sampling = Sampling(
         denoiser=denoiser,
         adapter=settings.name,
         schedule=schedule,
         steps=denoiser.path.steps(settings.sample_num_steps),
-        shape=latent_shape(pipeline, settings.resolution, settings.resolution),
+        shape=shape,
     )
     learnable = len(learnable_steps(settings, sampling))
     if not learnable:
@@ -149,7 +154,7 @@ def prepare(
         accelerator=accelerator,
         reward=reward,
         prompts=prompts,
-        pipeline=pipeline,
+        backbone=backbone,
         embed=embed,
         engine=engine,
         sampling=sampling,
@@ -159,11 +164,11 @@ def prepare(
     )
 
 
-def make_policy(pipeline: DiffusionPipeline, settings: TrainSettings) -> Policy:
-    """The policy: the pipeline's UNet with a new LoRA, and the schedule's parameters."""
-    unet = pipeline.unet
+def make_policy(backbone: Backbone, settings: TrainSettings) -> Policy:
+    """The policy: the base model's network with a new LoRA, and the schedule's parameters."""
+    network = backbone.network
     add_lora(
-        unet,
+        network,
         settings.name,
         rank=settings.rank,
         alpha=settings.lora_alpha,
@@ -171,8 +176,8 @@ def make_policy(pipeline: DiffusionPipeline, settings: TrainSettings) -> Policy:
         seed=settings.seed,
     )
     if settings.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     if settings.compile != "no":
-        unet.compile() if settings.compile == "full" else unet.compile_repeated_blocks()
-    unet.train()
-    return Policy(unet, settings.name, settings.initial_schedule())
+        compile_network(backbone, settings.compile)
+    network.train()
+    return Policy(backbone, settings.name, settings.initial_schedule())

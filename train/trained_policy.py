@@ -77,7 +77,7 @@ def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, prog
     lora, parameters = split_state(policy.state)
     write_adapter(
         setup.output,
-        setup.pipeline.unet,
+        setup.backbone.network,
         Objective(
             name=settings.name,
             reward=setup.reward.name,
@@ -99,5 +99,5 @@ def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, prog
             "health": progress.health,
         }
         | setup.record,
-        pipeline_class=type(setup.pipeline),
+        part=setup.backbone.part,
     )

@@ -1,16 +1,14 @@
-"""A UNet and its adapters, compiled once for all weights and adapters."""
+"""A network and its adapters, compiled once for all weights and adapters."""
 
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
+from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.lora.batched import BatchedAdapters
 
 
-def compile_unet(
-    unet: UNet2DConditionModel, batched: object, how: str, rows: int, device: torch.device, **options: Any
-) -> None:
+def compile_batched(backbone: Backbone, batched: object, how: str, rows: int, **options: Any) -> None:
     """Compile in place. Weights, strengths, schedules and adapters in use are values to it: other ones compile nothing
     anew. A soup is another network than adapters one a row; and a second number of rows in a batch compiles once more,
     as a single row does, but no third.
@@ -19,8 +17,7 @@ def compile_unet(
 
     Args:
         batched: what runs the adapters, which must be `BatchedAdapters`.
-        how: `regional`, the transformer blocks, once each width: in seconds; or `full`, the whole UNet: in minutes, and
-            faster on a GPU with mode="reduce-overhead" (CUDA graphs).
+        how: `regional` or `full`, see `compile_network`; faster on a GPU with mode="reduce-overhead" (CUDA graphs).
         rows: the most rows of a batch foreseen; more compile once more.
         options: for `torch.compile`.
 
@@ -31,9 +28,26 @@ def compile_unet(
         raise ValueError(f"compile {how!r}; expected regional or full")
     if not isinstance(batched, BatchedAdapters):
         raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
-    batched.fix(rows, device)
+    batched.fix(rows, backbone.device)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    if how == "regional":
-        unet.compile_repeated_blocks(fullgraph=True, **options)
-    else:
-        unet.compile(fullgraph=True, **options)
+    compile_network(backbone, how, fullgraph=True, **options)
+
+
+def compile_network(backbone: Backbone, how: str, **options: Any) -> None:
+    """Compile a network in place.
+
+    Args:
+        how: `regional`, the blocks that it repeats, once for each width: in seconds; or `full`, all of it: in minutes.
+        options: for `torch.compile`.
+
+    Raises:
+        ValueError: where the network has none of the blocks.
+    """
+    if how == "full":
+        backbone.network.compile(**options)
+        return
+    blocks = [module for module in backbone.network.modules() if type(module).__name__ in backbone.blocks]
+    if not blocks:
+        raise ValueError(f"the network has no blocks to compile ({', '.join(backbone.blocks)}); compile it in full")
+    for block in blocks:
+        block.compile(**options)

@@ -1,70 +1,74 @@
-"""What a network is told besides the latent."""
+"""What a network is given besides the latent and the time."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+Inputs = Mapping[str, Tensor]  # by name, a row an image
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
-    """What the UNet is told besides the latent: a row a sample, positive and negative.
+    """Embeddings of prompts and of negative prompts, and whatever else a network is given: a row an image.
+
+    The names are those of the backbone that encoded the prompts, which alone reads them.
 
     Attributes:
-        positive: prompt embeddings.
-        negative: embeddings of the negative prompts.
-        added: SDXL's pooled embeddings and size ids, positive and negative; empty elsewhere.
+        positive: tensors by name, of the prompts.
+        negative: tensors of the same names, of the negative prompts.
     """
 
-    positive: Float[Tensor, "batch tokens width"]
-    negative: Float[Tensor, "batch tokens width"]
-    added: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    positive: Inputs
+    negative: Inputs
+
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
 
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
-        return Conditioning(
-            positive=self.positive[rows],
-            negative=self.negative[rows],
-            added={k: (p[rows], n[rows]) for k, (p, n) in self.added.items()},
-        )
+        return Conditioning(positive=input_rows(self.positive, rows), negative=input_rows(self.negative, rows))
 
     def to(self, device: torch.device) -> "Conditioning":
         return Conditioning(
-            positive=self.positive.to(device),
-            negative=self.negative.to(device),
-            added={k: (p.to(device), n.to(device)) for k, (p, n) in self.added.items()},
+            positive={name: value.to(device) for name, value in self.positive.items()},
+            negative={name: value.to(device) for name, value in self.negative.items()},
         )
 
     def repeat(self, count: int) -> "Conditioning":
-        """Every row `count` times, in place: a a b b."""
-        return self[torch.arange(len(self.positive)).repeat_interleave(count)]
+        """Every row `count` times, one after the other: a a b b."""
+        return self[torch.arange(len(self)).repeat_interleave(count)]
 
-    def inputs(self, kinds: str) -> dict[str, Any]:
-        """UNet arguments for `+` (positive), `-` (negative), or `-+` (both, stacked in that order)."""
-        pick = {"+": 0, "-": 1}
-        states = (self.positive, self.negative)
-        inputs: dict[str, Any] = {"encoder_hidden_states": torch.cat([states[pick[k]] for k in kinds])}
-        if self.added:
-            inputs["added_cond_kwargs"] = {
-                name: torch.cat([pair[pick[k]] for k in kinds]) for name, pair in self.added.items()
-            }
-        return inputs
+    def inputs(self, kinds: str) -> dict[str, Tensor]:
+        """The tensors under `+` (positive), `-` (negative), or `-+` (both, stacked in that order)."""
+        return stack([self.positive if kind == "+" else self.negative for kind in kinds])
 
 
-def stack_inputs(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """UNet arguments of several batches as those of one."""
-    return {
-        name: stack_inputs([part[name] for part in parts])
-        if isinstance(value, Mapping)
-        else torch.cat([part[name] for part in parts])
-        for name, value in parts[0].items()
-    }
+def join(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of several as those of one."""
+    return Conditioning(
+        positive=stack([part.positive for part in parts]), negative=stack([part.negative for part in parts])
+    )
 
 
-def input_rows(inputs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """UNet arguments of some rows of a batch."""
-    return {
-        name: input_rows(value, rows) if isinstance(value, Mapping) else value[rows] for name, value in inputs.items()
-    }
+def stack(parts: Sequence[Inputs]) -> dict[str, Tensor]:
+    """Rows of several batches as those of one.
+
+    Where the second dimension, that of tokens, differs, the shorter ones are padded with zeros at their end; a mask is
+    padded so too, and says which tokens count.
+    """
+    return {name: _cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def input_rows(inputs: Inputs, rows: slice | Tensor) -> dict[str, Tensor]:
+    """The tensors of some rows of a batch."""
+    return {name: value[rows] for name, value in inputs.items()}
+
+
+def _cat(values: Sequence[Tensor]) -> Tensor:
+    if len({value.shape[1:] for value in values}) > 1:
+        longest = max(value.shape[1] for value in values)
+        values = [
+            nn.functional.pad(value, [0, 0] * (value.ndim - 2) + [0, longest - value.shape[1]]) for value in values
+        ]
+    return torch.cat(list(values))

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from stepfuse.data.file_info import text_hash
+from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.weight_files import (
     cached_folder,
@@ -19,13 +19,13 @@ from stepfuse.fuse.backbones.weight_files import (
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 
-def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
+def base_fingerprint(network: torch.nn.Module) -> dict[str, Any]:
     """What tells one base from another: a hash of names and shapes, and 64 weights to compare within bf16.
 
     The weights are compared, not hashed, so that one base in float32, float16 and bfloat16 is one base.
     """
     state = {
-        name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): value for name, value in network.state_dict().items() if ".lora_" not in name
     }
     names = sorted(state)
     shapes = "\n".join(f"{name} {list(state[name].shape)}" for name in names)
@@ -35,28 +35,27 @@ def base_fingerprint(unet: torch.nn.Module) -> dict[str, Any]:
 
 
 def describe_base(
-    pipeline: DiffusionPipeline,
+    backbone: Backbone,
     name_or_path: str,
     revision: str | None = None,
     *,
     variant: str | None = None,
     hashed: bool = True,
 ) -> dict[str, Any]:
-    """What an adapter says of the base it belongs to.
+    """What an adapter's files record of the base it belongs to.
 
-    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the UNet as it was loaded: its
+    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the network as it was loaded: its
     tensors' names and bytes, in the order of names; in another precision it is another. It is left out unless `hashed`,
     for it takes seconds of large ones. `variant` is that of the weight files, if they are of one.
     """
-    path = NoisePath.from_scheduler(pipeline.scheduler)
-    variant = variant or loaded_variant(pipeline, name_or_path, revision)
+    variant = variant or loaded_variant(backbone, name_or_path, revision)
     return {
         "name_or_path": name_or_path,
         "revision": cached_commit(name_or_path, revision) or revision,
-        "weights_sha256": weights_hash(pipeline.unet) if hashed else None,
-        "noise_path": path.describe(),
+        "weights_sha256": weights_hash(backbone.network) if hashed else None,
+        "noise_path": backbone.path().describe(),
         **({"variant": variant} if variant else {}),
-    } | base_fingerprint(pipeline.unet)
+    } | base_fingerprint(backbone.network)
 
 
 def cached_commit(repository: str, revision: str | None) -> str | None:
@@ -65,11 +64,11 @@ def cached_commit(repository: str, revision: str | None) -> str | None:
     return None if folder is None or folder == Path(repository) else folder.name
 
 
-def loaded_variant(pipeline: DiffusionPipeline, name_or_path: str, revision: str | None) -> str | None:
+def loaded_variant(backbone: Backbone, name_or_path: str, revision: str | None) -> str | None:
     """The variant that a pipeline was loaded under when none was asked for, by its files on this machine."""
     files = file_names(str(EMBEDDED.get(name_or_path, name_or_path)), revision, ask=False)
     try:
-        return only_variant(component_variants(files, pipeline.components))
+        return only_variant(component_variants(files, backbone.pipeline.components))
     except ValueError:
         return None
 
@@ -83,17 +82,18 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_path(base: Mapping[str, Any], pipeline: DiffusionPipeline) -> None:
-    """See that a pipeline's noise path is the one an adapter was trained on, where that is recorded.
+def check_path(base: Mapping[str, Any], path: NoisePath) -> None:
+    """Check that a noise path is the one an adapter was trained on, where that is recorded.
 
     Raises:
-        ValueError: naming what is otherwise.
+        ValueError: naming what differs.
     """
-    own = NoisePath.from_scheduler(pipeline.scheduler).describe()
+    described = path.describe()
     for key, value in (base.get("noise_path") or {}).items():
-        if own.get(key) != value:
+        if described.get(key) != value:
             raise ValueError(
-                f"the scheduler has {key} {own.get(key)!r} and the set's base {value!r}; load the base's own scheduler"
+                f"the scheduler has {key} {described.get(key)!r} and the set's base {value!r}; load the base's own "
+                "scheduler"
             )
 
 
@@ -101,5 +101,5 @@ def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:
     """Whether two fingerprints are of one base, up to the rounding of half precision."""
     if a["architecture"] != b["architecture"]:
         return False
-    first, second = (torch.tensor(own["probe"], dtype=torch.float64) for own in (a, b))
+    first, second = (torch.tensor(base["probe"], dtype=torch.float64) for base in (a, b))
     return first.shape == second.shape and bool(torch.allclose(first, second, rtol=2**-6, atol=1e-6))

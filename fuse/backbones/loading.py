@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
-from stepfuse.data.library_messages import (
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    quiet_loading,
-)
-from stepfuse.fuse.backbones.checks import check_base, check_has_texts
+from stepfuse.data.library_messages import quiet_loading
+from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
+from stepfuse.fuse.lora.names import LayerNames
 
 EMBEDDED = {"emoji": emoji.PIPELINE}
 
@@ -35,10 +32,10 @@ def load_pipeline(
     safe: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
-    """Load a Stable Diffusion (1.x, 2.x or XL) pipeline from the hub, a folder, or `emoji`, the embedded base.
+    """Load a pipeline of one of the families in `BACKBONES` from the hub, a folder, or `emoji`, the embedded base.
 
-    The safety checker and the invisible watermark are not loaded: rewards see every image as it was drawn. Everything
-    else in its configuration is supported or refused, see `check_base`.
+    Safety checkers and invisible watermarks are not loaded: rewards see every image as it was drawn. Everything else in
+    its configuration is supported or refused, see `Backbone.check`.
 
     Args:
         name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
@@ -49,8 +46,8 @@ def load_pipeline(
         options: passed on to `DiffusionPipeline.from_pretrained`.
 
     Raises:
-        ValueError: for a pipeline that is neither Stable Diffusion nor Stable Diffusion XL or that has an unsupported
-            configuration, a folder without one, and weights that are not there in this variant.
+        ValueError: for a pipeline of another family or with an unsupported configuration, a folder without one, and
+            weights that are not there in this variant.
     """
     path = str(EMBEDDED.get(name_or_path, name_or_path))
     try:
@@ -60,30 +57,30 @@ def load_pipeline(
             f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
             f"to {Path.cwd()} unless it is absolute, or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
         ) from error
+    try:
+        family = backbone_class(str(index.get("_class_name")))
+    except ValueError as error:
+        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:
         options |= {"use_safetensors": True}
-    if "safety_checker" in index:
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    if index.get("_class_name") == "StableDiffusionXLPipeline":
-        options |= {"add_watermarker": False}
+    options |= family.load_options(index)
     with quiet_loading(progress=name_or_path not in EMBEDDED):
         try:
             pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, **options)
         except (OSError, ValueError, NotImplementedError) as error:
             found = _other_variant(name_or_path, index, revision, variant, error, safe=safe)
             pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
-    if not isinstance(pipeline, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise ValueError(
-            f"{name_or_path!r} is a {type(pipeline).__name__}; expected StableDiffusionPipeline or "
-            "StableDiffusionXLPipeline"
-        )
     try:
         check_complete(pipeline, path, revision, options)
     except ValueError as error:
         raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
-    check_base(pipeline, repr(name_or_path))
-    check_has_texts(pipeline, repr(name_or_path))
+    backbone = family(pipeline)
+    try:
+        backbone.check()
+        backbone.check_can_encode()
+    except ValueError as error:
+        raise ValueError(f"{name_or_path!r}: {error}") from error
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
@@ -126,6 +123,21 @@ def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) ->
     return load_pipeline(
         base["name_or_path"], dtype=dtype, revision=base.get("revision"), variant=base.get("variant"), safe=True
     )
+
+
+def layer_names(base: Mapping[str, Any]) -> LayerNames:
+    """Names of the layers of a base's network in other tools' files, by its configuration; no weights are loaded.
+
+    Raises:
+        ValueError: where the configuration is not found.
+    """
+    name, revision = base["name_or_path"], base.get("revision")
+    path = str(EMBEDDED.get(name, name))
+    try:
+        family = backbone_class(DiffusionPipeline.load_config(path, revision=revision)["_class_name"])
+        return family.names(AutoModel.load_config(path, subfolder=family.part, revision=revision))
+    except OSError as error:
+        raise ValueError(f"the configuration of base {name!r} cannot be had: {str(error).splitlines()[0]}") from error
 
 
 def quiet_libraries() -> None:

@@ -1,186 +1,215 @@
-"""Base models as diffusers pipelines: loading them, prompts to embeddings, latents to pixels and back."""
+"""Stable Diffusion 1.x, 2.x and XL: a UNet, CLIP's text encoders and a convolutional autoencoder."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from stepfuse.data.library_messages import (
-    TRUNCATION,
-    StableDiffusionXLPipeline,
-    retrieve_latents,
-    without_messages,
-)
-from stepfuse.fuse.backbones.checks import check_has_texts
-from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.data.library_messages import TRUNCATION, retrieve_latents, without_messages
+from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
+from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
+from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.unet_checks import check_pipeline
+from stepfuse.fuse.backbones.unet_names import UNetNames
+from stepfuse.fuse.diffusion.gaussian import Generators
 
 
-def execution_device(pipeline: DiffusionPipeline) -> torch.device:
-    """Where the pipeline computes; with offloading its modules lie elsewhere meanwhile."""
-    return pipeline._execution_device
+class StableDiffusion(Backbone):
+    """Stable Diffusion 1.x and 2.x. Inputs: `prompt_embeds`."""
 
+    part = "unet"
+    blocks = ("BasicTransformerBlock",)
+    xl: ClassVar[bool] = False
 
-@torch.no_grad()
-def encode_prompts(
-    pipeline: DiffusionPipeline,
-    prompts: Sequence[str] | None,
-    negative_prompts: Sequence[str | None] | None = None,
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    device: torch.device | None = None,
-    prompt_embeds: Float[Tensor, "batch tokens width"] | None = None,
-    negative_prompt_embeds: Float[Tensor, "batch tokens width"] | None = None,
-    pooled_prompt_embeds: Float[Tensor, "batch pooled"] | None = None,
-    negative_pooled_prompt_embeds: Float[Tensor, "batch pooled"] | None = None,
-) -> Conditioning:
-    """Embed prompts as the pipeline itself does; height and width matter to SDXL only.
+    @classmethod
+    def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """The safety checker is not loaded: rewards see every image as it was drawn."""
+        return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
 
-    Args:
-        prompts: None where embeddings are given.
-        negative_prompts: one a prompt. None stands for no negative prompt, which is not the same as "": where SDXL's
-            `force_zeros_for_empty_prompt` is set, its embedding is zero; elsewhere it is that of "".
-        device: of the text encoders; by default that on which the pipeline computes.
-        prompt_embeds, negative_prompt_embeds, pooled_prompt_embeds, negative_pooled_prompt_embeds: embeddings to take
-            instead, the pooled ones of SDXL only; as in diffusers' pipelines.
+    @classmethod
+    def names(cls, config: Mapping[str, Any]) -> UNetNames:
+        return UNetNames(config=config)
 
-    Raises:
-        ValueError: for prompts without a text encoder.
-    """
-    xl = isinstance(pipeline, StableDiffusionXLPipeline)
-    if prompt_embeds is None or (negative_prompt_embeds is None and not _zeros_without(pipeline, negative_prompts)):
-        check_has_texts(pipeline)
-    count = len(prompts) if prompts is not None else len(cast(Tensor, prompt_embeds))
-    negatives = [None] * count if negative_prompts is None else list(negative_prompts)
-    absent = torch.tensor([negative is None for negative in negatives])
-    arguments: dict[str, Any] = dict(
-        prompt=None if prompts is None else list(prompts),
-        device=device or execution_device(pipeline),
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=True,
-        negative_prompt=None if bool(absent.all()) else [negative or "" for negative in negatives],
-        prompt_embeds=prompt_embeds,
-        negative_prompt_embeds=negative_prompt_embeds,
-    )
-    with without_messages(*TRUNCATION):  # `prompt_length` reports it
-        if not xl:
-            positive, negative = pipeline.encode_prompt(**arguments)
-            return Conditioning(positive=positive, negative=negative)
-        positive, negative, pooled, negative_pooled = pipeline.encode_prompt(
-            **arguments,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+    def check(self) -> None:
+        check_pipeline(self.pipeline, xl=self.xl)
+        self.path()
+
+    def check_can_encode(self) -> None:
+        suffix = "_2" if self.xl else ""
+        for part in (f"tokenizer{suffix}", f"text_encoder{suffix}"):
+            if getattr(self.pipeline, part) is None:
+                raise ValueError(
+                    f"the pipeline has no {part}; load it, or give prompt_embeds and negative_prompt_embeds"
+                )
+
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        factor = self.pipeline.vae_scale_factor
+        native = self.network.config.sample_size
+        if native is None:
+            if height is None or width is None:
+                raise ValueError(
+                    "the base's UNet has sample_size None; give height and width, or resolution in training"
+                )
+            native = (0, 0)
+        native_height, native_width = native if isinstance(native, list | tuple) else (native, native)
+        size = (
+            native_height * factor if height is None else height,
+            native_width * factor if width is None else width,
         )
-    pooled, negative_pooled = pooled.to(positive), negative_pooled.to(positive)
-    if negative_prompt_embeds is None and pipeline.config.force_zeros_for_empty_prompt:
-        zeros = absent.to(positive.device)  # of a list that has some, the others were embedded
-        negative = torch.where(zeros[:, None, None], 0, negative)
-        negative_pooled = torch.where(zeros[:, None], 0, negative_pooled)
-    height, width = image_size(pipeline, height, width)
-    encoder = pipeline.text_encoder_2
-    ids = pipeline._get_add_time_ids(
-        (height, width),
-        (0, 0),
-        (height, width),
-        dtype=positive.dtype,
-        text_encoder_projection_dim=pooled.shape[-1] if encoder is None else encoder.config.projection_dim,
-    ).to(positive.device)
-    ids = ids.expand(count, -1)
-    return Conditioning(
-        positive=positive,
-        negative=negative,
-        added={"text_embeds": (pooled, negative_pooled), "time_ids": (ids, ids)},
-    )
+        step = factor * 2 ** (len(self.network.config.block_out_channels) - 1)
+        for name, pixels in zip(("height", "width"), size, strict=True):
+            if pixels <= 0 or pixels % step:
+                raise ValueError(f"{name} is {pixels}; expected a positive multiple of {step} for this model")
+        return size
+
+    def shape(self, height: int | None = None, width: int | None = None) -> Shape:
+        size, factor = self.size(height, width), self.pipeline.vae_scale_factor
+        return (self.network.config.in_channels, size[0] // factor, size[1] // factor)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str] | None,
+        negative_prompts: Sequence[str | None] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        device: torch.device | None = None,
+        **embeds: Tensor | None,
+    ) -> Conditioning:
+        """See `Backbone.encode`.
+
+        No negative prompt is not the same as "": where SDXL's `force_zeros_for_empty_prompt` is set, its embedding is
+        zero; elsewhere it is that of "".
+        """
+        positive, negative = embeds.get("prompt_embeds"), embeds.get("negative_prompt_embeds")
+        if positive is None or (negative is None and not self._zeros_without(negative_prompts)):
+            self.check_can_encode()
+        count = len(prompts) if prompts is not None else len(cast(Tensor, positive))
+        negatives = [None] * count if negative_prompts is None else list(negative_prompts)
+        absent = torch.tensor([text is None for text in negatives])
+        with without_messages(*TRUNCATION):  # `prompt_length` reports it
+            found = self.pipeline.encode_prompt(
+                prompt=None if prompts is None else list(prompts),
+                device=device or self.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+                negative_prompt=None if bool(absent.all()) else [text or "" for text in negatives],
+                **{name: embeds.get(name) for name in self.embeds},
+            )
+        if self.xl:
+            return self._with_pooled(found, absent, negative is None, height, width)
+        return Conditioning(positive={"prompt_embeds": found[0]}, negative={"prompt_embeds": found[1]})
+
+    def _zeros_without(self, negative_prompts: Sequence[str | None] | None) -> bool:
+        """Whether the embedding without a negative prompt is zero, so that no text is embedded for it."""
+        none = negative_prompts is None or all(negative is None for negative in negative_prompts)
+        return none and bool(self.pipeline.config.get("force_zeros_for_empty_prompt"))
+
+    def _with_pooled(
+        self,
+        found: Sequence[Tensor],
+        absent: Tensor,
+        encoded: bool,
+        height: int | None,
+        width: int | None,
+    ) -> Conditioning:
+        """Conditioning of SDXL.
+
+        Args:
+            found: embeddings of the prompts and of the negative prompts, then the pooled ones.
+            absent: which negative prompts are None.
+            encoded: the negative embeddings are of the pipeline's text encoders, not given.
+        """
+        positive, negative, pooled, negative_pooled = found
+        pooled, negative_pooled = pooled.to(positive), negative_pooled.to(positive)
+        if encoded and self.pipeline.config.force_zeros_for_empty_prompt:
+            zeros = absent.to(positive.device)  # of a list that has some, the others were embedded
+            negative = torch.where(zeros[:, None, None], 0, negative)
+            negative_pooled = torch.where(zeros[:, None], 0, negative_pooled)
+        size = self.size(height, width)
+        encoder = self.pipeline.text_encoder_2
+        ids = self.pipeline._get_add_time_ids(
+            size,
+            (0, 0),
+            size,
+            dtype=positive.dtype,
+            text_encoder_projection_dim=pooled.shape[-1] if encoder is None else encoder.config.projection_dim,
+        ).to(positive.device)
+        ids = ids.expand(len(positive), -1)
+        return Conditioning(
+            positive={"prompt_embeds": positive, "text_embeds": pooled, "time_ids": ids},
+            negative={"prompt_embeds": negative, "text_embeds": negative_pooled, "time_ids": ids},
+        )
+
+    def check_embeds(self, given: Sequence[str]) -> None:
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            pooled = name.replace("prompt", "pooled_prompt")
+            if self.xl and (name in given) != (pooled in given):
+                missing, other = (pooled, name) if name in given else (name, pooled)
+                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
+            if not self.xl and pooled in given:
+                raise ValueError(f"{pooled} is given, which Stable Diffusion XL alone takes")
+
+    def predict(self, x: Latents, times: Tensor, inputs: Inputs, *, network: nn.Module | None = None) -> Latents:
+        arguments = unet_arguments(inputs)
+        x_t = x.to(arguments["encoder_hidden_states"].dtype)
+        output = (self.network if network is None else network)(x_t, times, return_dict=False, **arguments)[0]
+        # a copy, for the next forward may reuse the memory of this one's output
+        return output.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+    def decode_unclamped(self, latents: Latents) -> Pixels:
+        """See `Backbone.decode_unclamped`.
+
+        z = latents / scaling_factor; where the autoencoder has `latents_mean` and `latents_std`, as some of SDXL,
+        z = latents · latents_std / scaling_factor + latents_mean.
+        """
+        vae = self._autoencoder()
+        mean, deviation = self._latent_statistics(latents)
+        z = latents * deviation / vae.config.scaling_factor + mean
+        return vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+
+    def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
+        vae = self._autoencoder()
+        encoded = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)))
+        z = retrieve_latents(encoded, generator=generators).float()
+        mean, deviation = self._latent_statistics(z)
+        return (z - mean) * vae.config.scaling_factor / deviation
+
+    def _autoencoder(self) -> Any:
+        """The autoencoder, in float32 where half precision would overflow, as in SDXL's."""
+        vae = self.pipeline.vae
+        if vae.config.get("force_upcast", False) and vae.dtype == torch.float16:
+            vae.to(torch.float32)
+        return vae
+
+    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the autoencoder's latents by channel; 0 and 1 where it states none, as most do."""
+        config = self.pipeline.vae.config
+        values = [config.get("latents_mean"), config.get("latents_std")]
+        if any(value is None for value in values):
+            return like.new_zeros(()), like.new_ones(())
+        mean, deviation = (
+            torch.tensor(value, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for value in values
+        )
+        return mean, deviation
 
 
-def _zeros_without(pipeline: DiffusionPipeline, negative_prompts: Sequence[str | None] | None) -> bool:
-    """Whether the negative embedding is zero, so that no text is embedded for it."""
-    none = negative_prompts is None or all(negative is None for negative in negative_prompts)
-    return none and bool(pipeline.config.get("force_zeros_for_empty_prompt"))
+class StableDiffusionXL(StableDiffusion):
+    """Stable Diffusion XL. Inputs: `prompt_embeds`, `text_embeds` (pooled) and `time_ids` (the image size)."""
+
+    embeds = (*Backbone.embeds, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    xl = True
+
+    @classmethod
+    def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """The invisible watermark is not loaded either."""
+        return super().load_options(index) | {"add_watermarker": False}
 
 
-def image_size(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int]:
-    """Height and width in pixels, by default those the UNet was trained at.
-
-    Raises:
-        ValueError: for a size the pipeline cannot draw, or none where the UNet does not state one.
-    """
-    factor = pipeline.vae_scale_factor
-    native = pipeline.unet.config.sample_size
-    if native is None:
-        if height is None or width is None:
-            raise ValueError("the base's UNet has sample_size None; give height and width, or resolution in training")
-        native = (0, 0)
-    native_height, native_width = native if isinstance(native, list | tuple) else (native, native)
-    size = (
-        native_height * factor if height is None else height,
-        native_width * factor if width is None else width,
-    )
-    step = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    for name, pixels in zip(("height", "width"), size, strict=True):
-        if pixels <= 0 or pixels % step:
-            raise ValueError(f"{name} is {pixels}; expected a positive multiple of {step} for this model")
-    return size
-
-
-def latent_shape(pipeline: DiffusionPipeline, height: int | None, width: int | None) -> tuple[int, int, int]:
-    """Channels, height and width of one latent."""
-    pixels = image_size(pipeline, height, width)
-    factor = pipeline.vae_scale_factor
-    return (pipeline.unet.config.in_channels, pixels[0] // factor, pixels[1] // factor)
-
-
-def decode_latents(
-    pipeline: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]
-) -> Float[Tensor, "batch 3 height width"]:
-    """Latents → float32 pixels in [0, 1], differentiable."""
-    return VaeImageProcessor.denormalize(decode_unclamped(pipeline, latents))
-
-
-def decode_unclamped(
-    pipeline: DiffusionPipeline, latents: Float[Tensor, "batch channels h w"]
-) -> Float[Tensor, "batch 3 height width"]:
-    """Latents → what the autoencoder makes of them, in float32 and for the most part in [-1, 1].
-
-    z = latents / scaling_factor; where the autoencoder has `latents_mean` and `latents_std`, as some of SDXL,
-    z = latents · latents_std / scaling_factor + latents_mean.
-    """
-    vae = _upcast_autoencoder(pipeline)
-    mean, deviation = _latent_statistics(pipeline, latents)
-    z = latents * deviation / vae.config.scaling_factor + mean
-    return vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
-
-
-def encode_pixels(
-    pipeline: DiffusionPipeline,
-    pixels: Float[Tensor, "batch 3 height width"],
-    generators: torch.Generator | list[torch.Generator] | None,
-) -> Float[Tensor, "batch channels h w"]:
-    """Pixels in [0, 1] → float32 latents, a sample of what the autoencoder encodes; the inverse of `decode_latents`."""
-    vae = _upcast_autoencoder(pipeline)
-    encoded = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)))
-    z = retrieve_latents(encoded, generator=generators).float()
-    mean, deviation = _latent_statistics(pipeline, z)
-    return (z - mean) * vae.config.scaling_factor / deviation
-
-
-def _upcast_autoencoder(pipeline: DiffusionPipeline) -> Any:
-    """The autoencoder, in float32 where half precision would overflow, as in SDXL's."""
-    vae = pipeline.vae
-    if getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
-        vae.to(torch.float32)
-    return vae
-
-
-def _latent_statistics(pipeline: DiffusionPipeline, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the autoencoder's latents by channel; 0 and 1 where it states none, as most do."""
-    config = pipeline.vae.config
-    values = [config.get("latents_mean"), config.get("latents_std")]
-    if any(value is None for value in values):
-        return like.new_zeros(()), like.new_ones(())
-    mean, deviation = (torch.tensor(value, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for value in values)
-    return mean, deviation
+def unet_arguments(inputs: Inputs) -> dict[str, Any]:
+    """The arguments of diffusers' `UNet2DConditionModel.forward`."""
+    added = {name: value for name, value in inputs.items() if name != "prompt_embeds"}
+    return {"encoder_hidden_states": inputs["prompt_embeds"]} | ({"added_cond_kwargs": added} if added else {})

@@ -28,7 +28,7 @@ def check_configuration(
     of a later diffusers for instance, must have its default.
 
     Args:
-        name: what the component is called in errors, `unet` for instance.
+        name: what the component is called in errors, `vae` for instance.
         component: a model or scheduler with a `config`.
         handled: keys of which every value is supported.
         expected: keys of which only some values are.

@@ -1,11 +1,8 @@
-"""Noise paths x_t = alpha_t x_0 + sigma_t e, and what a network's prediction says on them.
-
-Nothing outside this file knows of which family a model is.
-"""
+"""Noise paths x_t = alpha_t x_0 + sigma_t e, and the meaning of a network's prediction on them."""
 
 import copy
 import hashlib
-import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,11 +13,12 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerM
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.gaussian import at_least_float32
+from stepfuse.fuse.diffusion.schedulers import as_ddim, check_scheduler
 
-FINAL = -1  # the position after the last step
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+Time = int | float | Tensor  # one for all samples, or a tensor of one a sample
+FINAL = -1  # the time at the end of the last step of a `TablePath`
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 # What diffusers' DDIMScheduler takes for the schedule of Stable Diffusion.
@@ -34,81 +32,107 @@ STABLE_DIFFUSION = dict(
 )
 
 
-# Keys that decide the path or the spacing of steps, and are taken over, and keys of how other samplers integrate: which
-# sampler a base comes with does not change its network.
-SCHEDULER_HANDLED = frozenset(
-    {
-        "algorithm_type",
-        "base_image_seq_len",
-        "base_shift",
-        "beta_end",
-        "beta_schedule",
-        "beta_start",
-        "clip_sample_range",
-        "corrector_order",
-        "disable_corrector",
-        "dynamic_thresholding_ratio",
-        "euler_at_final",
-        "final_sigmas_type",
-        "flow_shift",
-        "interpolation_type",
-        "lambda_min_clipped",
-        "lower_order_final",
-        "max_image_seq_len",
-        "max_shift",
-        "num_train_timesteps",
-        "original_inference_steps",
-        "predict_x0",
-        "prediction_type",  # checked below
-        "predictor_order",
-        "rescale_betas_zero_snr",  # checked below
-        "sample_max_value",
-        "set_alpha_to_one",
-        "shift",
-        "shift_terminal",
-        "sigma_max",
-        "sigma_min",
-        "skip_prk_steps",
-        "solver_order",
-        "solver_p",
-        "solver_type",
-        "steps_offset",
-        "stochastic_sampling",
-        "tau_func",
-        "time_shift_type",
-        "timestep_scaling",
-        "timestep_spacing",
-        "trained_betas",
-        "use_beta_sigmas",
-        "use_exponential_sigmas",
-        "use_karras_sigmas",
-        "use_lu_lambdas",
-        "variance_type",
-    }
-)
-CLIPS = "its steps would not be Gaussian in the prediction; set it to False in the scheduler's configuration"
-SCHEDULER_EXPECTED = {
-    "clip_sample": Expected((False,), CLIPS),
-    "thresholding": Expected((False,), CLIPS),
-    "invert_sigmas": Expected((False,), "noise must come first"),
-    "timestep_type": Expected(("discrete",), "the network must be told positions of the training table"),
-    "use_flow_sigmas": Expected((False,), "take FlowMatchEulerDiscreteScheduler for flow matching"),
-    "use_dynamic_shifting": Expected((False,), "the shift must not depend on the size of images; set shift instead"),
-}
+class NoisePath(ABC):
+    """The coefficients alpha_t and sigma_t by time, and the times of a sampler's steps.
+
+    Attributes:
+        scheduler: the diffusers scheduler that spaces the steps.
+        prediction_type: what the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`.
+    """
+
+    scheduler: SchedulerMixin
+    prediction_type: str
+
+    @staticmethod
+    def from_scheduler(scheduler: SchedulerMixin) -> "NoisePath":
+        """The path of a diffusers scheduler: `FlowPath` for flow matching, `TablePath` for DDPM-type schedulers.
+
+        A DDPM-type scheduler that is not DDIM is replaced by the DDIM scheduler on the same path; how it would have
+        integrated (`use_karras_sigmas`, `solver_order`, …) is ignored, and its spacing of steps is kept.
+
+        Raises:
+            ValueError: for a scheduler of another family, one that clips predictions, a network that predicts noise
+                where the path holds nothing else (`rescale_betas_zero_snr`), and options that are not known.
+        """
+        scheduler = copy.deepcopy(scheduler)  # `steps` sets its time steps
+        check_scheduler(scheduler)
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            return FlowPath(scheduler=scheduler)
+        if not hasattr(scheduler, "alphas_cumprod"):
+            raise ValueError(
+                f"{type(scheduler).__name__} has no noise path known here; expected a DDPM-type scheduler "
+                "(with alphas_cumprod) or FlowMatchEulerDiscreteScheduler"
+            )
+        return TablePath.from_scheduler(scheduler)
+
+    @abstractmethod
+    def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), shaped to broadcast against `like`, in its precision and at least float32."""
+
+    @abstractmethod
+    def share(self, t: Time) -> Float[Tensor, " times"]:
+        """Where times lie on the path, in float64 on the CPU: 0 is the least noisy time, 1 the noisiest."""
+
+    @abstractmethod
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """One random time of shape (1,), as networks are trained at; uniform."""
+
+    @abstractmethod
+    def network_time(self, t: Time) -> Tensor:
+        """The time that the network is given, as in the scheduler's `timesteps`."""
+
+    @abstractmethod
+    def steps(self, count: int) -> list[tuple[Time, Time]]:
+        """The (t, s) of a sampler with `count` steps, noisiest first.
+
+        Raises:
+            ValueError: for a count that the path does not have.
+        """
+
+    @abstractmethod
+    def target(
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
+    ) -> Float[Tensor, "batch *shape"]:
+        """The prediction that stands for (x_0, e): the inverse of `clean_and_noise`."""
+
+    @abstractmethod
+    def clean_and_noise(
+        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
+    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+        """The (x_0, e) that a prediction stands for, with x_t = alpha_t x_0 + sigma_t e."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What decides alpha_t, sigma_t and the steps, and what is predicted, as plain JSON values."""
+
+    def ancestral_variance(self, t: Time, s: Time, like: Tensor) -> Tensor:
+        """sigma_s² / sigma_t² (sigma_t² - alpha_t² / alpha_s² sigma_s²): the step variance of DDIM with eta 1.
+
+        On a DDPM-type path this is (1 - ᾱ_s) / (1 - ᾱ_t) (1 - ᾱ_t / ᾱ_s), the posterior variance (DDIM, eq. 16).
+        """
+        alpha_t, sigma_t = self.at(t, like.double())
+        alpha_s, sigma_s = self.at(s, like.double())
+        variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
+        return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
+
+    def noised(
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
+    ) -> Float[Tensor, "batch *shape"]:
+        """x_t = alpha_t x_0 + sigma_t e."""
+        alpha, sigma = self.at(t, x_0)
+        return alpha * x_0 + sigma * e
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoisePath:
-    """The coefficients of one diffusers scheduler, and its rule for choosing time steps.
+class TablePath(NoisePath):
+    """A DDPM-type path, alpha_t² = `alphas_cumprod` (DDIM, arXiv:2010.02502).
 
-    A time is a position in the scheduler's training table. `FINAL` (-1) is the end of the last
-    step, with the scheduler's own final alpha.
+    A time is an index into the scheduler's training table. `FINAL` (-1) is the end of the last step, with the
+    scheduler's own final alpha.
 
     Attributes:
-        alpha: alpha_t by position, float64, the final one last (so that position -1 finds it).
-        sigma: sigma_t by position, likewise.
-        prediction_type: what the network predicts.
-        scheduler: the scheduler that spaces the steps.
+        alpha: alpha_t by time, float64, the final one last (so that index -1 finds it).
+        sigma: sigma_t by time, likewise.
     """
 
     alpha: Float[Tensor, " times"]
@@ -116,36 +140,14 @@ class NoisePath:
     prediction_type: PredictionType
     scheduler: SchedulerMixin
 
-    @classmethod
-    def from_scheduler(cls, scheduler: SchedulerMixin) -> "NoisePath":
-        """The path of a diffusers scheduler.
-
-        DDPM-type schedulers give alpha_t² = `alphas_cumprod` (DDIM, arXiv:2010.02502), flow
-        matching alpha_t = 1 - sigma_t. A DDPM-type scheduler that is not DDIM is replaced by the
-        DDIM scheduler on the same path; how it would have integrated (`use_karras_sigmas`, `solver_order`, …) is
-        ignored, and its spacing of steps is kept.
-
-        Raises:
-            ValueError: for a scheduler of another family, one that clips predictions, a network that predicts noise
-                where the path holds nothing else (`rescale_betas_zero_snr`), and options that are not known.
-        """
-        scheduler = copy.deepcopy(scheduler)  # `steps` sets its time steps
-        check_configuration("the scheduler", scheduler, handled=SCHEDULER_HANDLED, expected=SCHEDULER_EXPECTED)
-        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            # Position i is sigma = (i + 1) / 1000; `steps` rounds the scheduler's sigmas onto it.
-            sigma = torch.linspace(0, 1, scheduler.config.num_train_timesteps + 1, dtype=torch.float64)[1:]
-            sigma = torch.cat([sigma, torch.zeros(1, dtype=torch.float64)])
-            return cls(alpha=1 - sigma, sigma=sigma, prediction_type="flow", scheduler=scheduler)
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no noise path known here; expected a DDPM-type scheduler "
-                "(with alphas_cumprod) or FlowMatchEulerDiscreteScheduler"
-            )
+    @staticmethod
+    def from_scheduler(scheduler: SchedulerMixin) -> "TablePath":
+        """See `NoisePath.from_scheduler`."""
         kind = scheduler.config.get("prediction_type", "epsilon")
         if kind not in get_args(PredictionType):
             raise ValueError(f"prediction_type {kind!r}; expected one of {', '.join(get_args(PredictionType))}")
         if not isinstance(scheduler, DDIMScheduler):
-            scheduler = _ddim(scheduler)
+            scheduler = as_ddim(scheduler)
         count = scheduler.config.num_train_timesteps
         if len(scheduler.alphas_cumprod) != count:
             raise ValueError(
@@ -160,56 +162,14 @@ class NoisePath:
                 "noise says nothing of the image; expected prediction_type 'v_prediction', or rescale_betas_zero_snr "
                 "False, whichever the network was trained with"
             )
-        return cls(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
-
-    def describe(self) -> dict[str, Any]:
-        """What decides alpha_t and sigma_t, and what is predicted, as plain JSON values."""
-        config = self.scheduler.config
-        names = ["num_train_timesteps"]
-        if self.prediction_type != "flow":
-            names += ["beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr", "set_alpha_to_one"]
-        values = {name: config.get(name) for name in names}
-        table = torch.cat([self.alpha, self.sigma]).to(torch.float32).numpy().tobytes()
-        own = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if config.get("trained_betas") else {}
-        family = "flow" if self.prediction_type == "flow" else "variance_preserving"
-        return {"family": family, "prediction_type": self.prediction_type} | values | own
+        return TablePath(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
 
     @property
     def length(self) -> int:
-        """The number of positions, the final one not counted."""
+        """The number of times, the final one not counted."""
         return len(self.alpha) - 1
 
-    def steps(self, count: int) -> list[tuple[int, int]]:
-        """The (t, s) of a sampler with `count` steps, as the scheduler spaces them; s is FINAL past the table.
-
-        Raises:
-            ValueError: for a count outside [1, number of training steps].
-        """
-        if not 1 <= count <= self.length:
-            raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
-        if self.prediction_type == "flow":
-            self.scheduler.set_timesteps(count)
-            times = [max(round(float(sigma) * self.length) - 1, 0) for sigma in self.scheduler.sigmas]
-            times[-1] = FINAL
-            if len(set(times)) < len(times):
-                raise ValueError(
-                    f"{count} sampling steps round onto fewer of the {self.length} positions; take fewer steps"
-                )
-            return list(pairwise(times))
-        self.scheduler.set_timesteps(count)
-        first = int(self.scheduler.timesteps.max())
-        if first >= self.length:
-            raise ValueError(f"{count} sampling steps start at time {first}; expected {self.length - 1} at most")
-        stride = self.length // count
-        # DDIM steps from t to t - stride, whatever comes next in the list of times.
-        return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]
-
-    def network_time(self, t: Tensor | int) -> Tensor:
-        """The time a network is told: the position itself, or 1000 sigma for flow matching."""
-        return torch.as_tensor(t) + (1 if self.prediction_type == "flow" else 0)
-
-    def at(self, t: Tensor | int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t), shaped to broadcast against `like`; t is one position or one a sample."""
+    def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self._tables_on(like.device, at_least_float32(like).dtype)
         index: int | Tensor
         if isinstance(t, int):
@@ -231,27 +191,34 @@ class NoisePath:
     def _tables(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
         return {}
 
-    def ancestral_variance(self, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
-        """sigma_s² / sigma_t² (sigma_t² - alpha_t² / alpha_s² sigma_s²): the step variance of DDIM with eta 1.
+    def share(self, t: Time) -> Float[Tensor, " times"]:
+        return (torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1) / (self.length - 1)).clamp(0, 1)
 
-        On a DDPM-type path this is (1 - ᾱ_s) / (1 - ᾱ_t) (1 - ᾱ_t / ᾱ_s), the posterior variance (DDIM, eq. 16).
+    def draw(self, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.length, (1,), generator=generator)
+
+    def network_time(self, t: Time) -> Tensor:
+        return torch.as_tensor(t)
+
+    def steps(self, count: int) -> list[tuple[Time, Time]]:
+        """As DDIM spaces them; s is FINAL where it lies before the table.
+
+        Raises:
+            ValueError: for a count outside [1, number of training times].
         """
-        alpha_t, sigma_t = self.at(t, like.double())
-        alpha_s, sigma_s = self.at(s, like.double())
-        variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
-        return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
-
-    def noised(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Tensor | int
-    ) -> Float[Tensor, "batch *shape"]:
-        """x_t = alpha_t x_0 + sigma_t e."""
-        alpha, sigma = self.at(t, x_0)
-        return alpha * x_0 + sigma * e
+        if not 1 <= count <= self.length:
+            raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
+        self.scheduler.set_timesteps(count)
+        first = int(self.scheduler.timesteps.max())
+        if first >= self.length:
+            raise ValueError(f"{count} sampling steps start at time {first}; expected {self.length - 1} at most")
+        stride = self.length // count
+        # DDIM steps from t to t - stride, whatever comes next in the list of times.
+        return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]
 
     def target(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Tensor | int
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
     ) -> Float[Tensor, "batch *shape"]:
-        """The prediction that stands for (x_0, e): the inverse of `clean_and_noise`."""
         alpha, sigma = self.at(t, x_0)
         match self.prediction_type:
             case "epsilon":
@@ -260,16 +227,14 @@ class NoisePath:
                 return alpha * e - sigma * x_0
             case "sample":
                 return x_0
-            case "flow":
-                return e - x_0
 
     def clean_and_noise(
-        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Tensor | int
+        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
     ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
-        """The (x_0, e) that a prediction stands for, with x_t = alpha_t x_0 + sigma_t e.
+        """See `NoisePath`.
 
         epsilon: e = prediction. v (arXiv:2202.00512): x_0 = alpha x_t - sigma v, e = sigma x_t + alpha v.
-        sample: x_0 = prediction. flow: v = e - x_0.
+        sample: x_0 = prediction.
         """
         x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
         alpha, sigma = self.at(t, x_t)
@@ -280,33 +245,87 @@ class NoisePath:
                 return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
             case "sample":
                 return prediction, (x_t - alpha * prediction) / sigma
-            case "flow":
-                return x_t - sigma * prediction, x_t + alpha * prediction
+
+    def describe(self) -> dict[str, Any]:
+        config = self.scheduler.config
+        names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"]
+        values = {name: config.get(name) for name in (*names, "set_alpha_to_one")}
+        table = torch.cat([self.alpha, self.sigma]).to(torch.float32).numpy().tobytes()
+        trained = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if config.get("trained_betas") else {}
+        return {"family": "variance_preserving", "prediction_type": self.prediction_type} | values | trained
 
 
-def _ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
-    """The DDIM scheduler on the noise path of another DDPM-type scheduler.
+@dataclass(frozen=True, kw_only=True)
+class FlowPath(NoisePath):
+    """Flow matching (rectified flow, arXiv:2209.03003): x_t = (1 - t) x_0 + t e, and the prediction is e - x_0.
 
-    Raises:
-        ValueError: for a scheduler whose path DDIM does not have.
+    A time is sigma itself, a number in (0, 1]; 0.0 is the end of the last step. There is no table, so any number of
+    steps is exact.
+
+    The steps are linspace(1, 1/N), shifted as the scheduler says. The scheduler's default grid ends on a sigma near 0,
+    and a step from there to 0 dominates every ratio of densities and every KL.
+
+    Attributes:
+        mu: the shift of a scheduler whose shift depends on the size of images (`use_dynamic_shifting`); the backbone
+            knows it (`Backbone.bind`).
     """
-    # Bare from_config would fill in DDIM's defaults for whatever was left at its class's default.
-    taken = inspect.signature(DDIMScheduler.__init__).parameters
-    config = {"clip_sample": False} | {k: v for k, v in scheduler.config.items() if k in taken}
-    betas = getattr(scheduler, "betas", None)
-    choices = [config]
-    if betas is not None:  # a schedule that DDIM has no name for
-        known = {"beta_schedule": "linear", "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
-        choices.append(config | known)
-    for choice in choices:
-        try:
-            found = DDIMScheduler.from_config(choice)
-        except NotImplementedError:
-            continue
-        got, wanted = found.alphas_cumprod.double(), scheduler.alphas_cumprod.double()
-        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-6):
-            return found
-    raise ValueError(
-        f"{type(scheduler).__name__} has a noise path that DDIM does not have; expected the scheduler's betas to give "
-        "its alphas_cumprod"
-    )
+
+    scheduler: SchedulerMixin
+    mu: float | None = None
+    prediction_type: Literal["flow"] = "flow"
+
+    def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = (-1, *[1] * (like.ndim - 1)), at_least_float32(like).dtype
+        if isinstance(t, Tensor):
+            sigma = t.to(like.device, torch.float64).reshape(shape)
+            return (1 - sigma).to(dtype), sigma.to(dtype)
+        # filled in on the device: a copy from the host at every step would keep a GPU waiting
+        alpha, sigma = (like.new_full([1] * like.ndim, value, dtype=dtype) for value in (1.0 - t, float(t)))
+        return alpha, sigma
+
+    def share(self, t: Time) -> Float[Tensor, " times"]:
+        return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1).clamp(0, 1)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        return 1 - torch.rand(1, generator=generator)
+
+    def network_time(self, t: Time) -> Tensor:
+        """num_train_timesteps · sigma, in float32."""
+        return torch.as_tensor(t, dtype=torch.float32) * self.scheduler.config.num_train_timesteps
+
+    def steps(self, count: int) -> list[tuple[Time, Time]]:
+        """linspace(1, 1/N), shifted by the scheduler.
+
+        Raises:
+            ValueError: for a count below 1, and a shift that depends on the size of images where `mu` is None.
+        """
+        if count < 1:
+            raise ValueError(f"{count} sampling steps; expected 1 or more")
+        if self.scheduler.config.use_dynamic_shifting and self.mu is None:
+            raise ValueError(
+                "the scheduler has use_dynamic_shifting True, so its steps depend on the size of images; expected mu"
+            )
+        sigmas = torch.linspace(1, 1 / count, count, dtype=torch.float64).tolist()
+        self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu)
+        return list(pairwise(self.scheduler.sigmas.tolist()))
+
+    def target(
+        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
+    ) -> Float[Tensor, "batch *shape"]:
+        return e - x_0
+
+    def clean_and_noise(
+        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
+    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
+        """x_0 = x_t - t v, e = x_t + (1 - t) v."""
+        x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
+        alpha, sigma = self.at(t, x_t)
+        return x_t - sigma * prediction, x_t + alpha * prediction
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the path and the grid of steps; not `mu`, which follows from the image size."""
+        names = ["num_train_timesteps", "shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"]
+        names += ["base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"]
+        names += ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
+        values = {name: self.scheduler.config.get(name) for name in names}
+        return {"family": "flow", "prediction_type": self.prediction_type, "grid": "linspace(1, 1/N)"} | values

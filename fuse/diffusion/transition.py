@@ -4,15 +4,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian, at_least_float32, root
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
 def transition(
     path: NoisePath,
     x_t: Float[Tensor, "batch *shape"],
     prediction: Float[Tensor, "batch *shape"],
-    t: Tensor | int,
-    s: Tensor | int,
+    t: Time,
+    s: Time,
     variance: Tensor,
 ) -> Gaussian:
     """p(x_s | x_t) = N( alpha_s x_0 + sqrt(sigma_s² - v) e,  v ), with (x_0, e) from the prediction.
@@ -23,7 +23,7 @@ def transition(
         path: the model's noise path.
         x_t: the latent at t.
         prediction: the network's output at (x_t, t), guidance applied.
-        t, s: positions on the path, one or one a sample; s = FINAL is the end of the last step.
+        t, s: times of the path, one or one a sample.
         variance: v, broadcastable against x_t, 0 ≤ v ≤ sigma_s².
 
     Raises:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import at_least_float32
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class VarianceSchedule(ABC):
     options: ClassVar[Mapping[str, Option]] = {}
 
     @abstractmethod
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+    def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         """The relative variance r of the step from t to s, broadcastable against `like`."""
 
     @classmethod
@@ -81,9 +81,7 @@ class VarianceSchedule(ABC):
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
-def step_variance(
-    schedule: VarianceSchedule, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor
-) -> Tensor:
+def step_variance(schedule: VarianceSchedule, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
     """v = r · ancestral variance, in squared latent units, broadcastable against `like`."""
     return schedule.relative(path, t, s, like) * path.ancestral_variance(t, s, like)
 
@@ -111,7 +109,7 @@ class EtaSchedule(VarianceSchedule):
     def __post_init__(self) -> None:
         _check_eta(self.eta)
 
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+    def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         return _constant(self.eta**2, like)
 
 
@@ -144,10 +142,9 @@ class TableSchedule(VarianceSchedule):
         for eta in self.etas:
             _check_eta(eta)
 
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
-        times = torch.as_tensor(t, device="cpu").reshape(-1)
-        starts = torch.tensor([start for start, _ in path.steps(len(self.etas))])
-        row = (starts[None] >= times[:, None]).sum(1) - 1
+    def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
+        starts = torch.cat([path.share(start) for start, _ in path.steps(len(self.etas))])
+        row = (starts[None] >= path.share(t)[:, None]).sum(1) - 1
         etas = torch.tensor(self.etas, dtype=torch.float64)[row.clamp(0, len(self.etas) - 1)]
         return etas.square().reshape(-1, *[1] * (like.ndim - 1)).to(like.device, at_least_float32(like).dtype)
 
@@ -206,10 +203,9 @@ class LearnedSchedule(VarianceSchedule):
         if self.eta == 0:
             raise ValueError("learned schedule on eta 0: there is no variance to scale; use an eta above 0")
 
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+    def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         dtype, like = at_least_float32(like).dtype, like.double()  # 1 - (...)² cancels in short steps
-        time = torch.as_tensor(t, device="cpu").reshape(-1).double() / (path.length - 1)
-        position = (time.clamp(0, 1) * (len(self.offsets) - 1)).to(like)
+        position = (path.share(t) * (len(self.offsets) - 1)).to(like)
         low = position.floor().clamp(max=len(self.offsets) - 2).long()
         fraction = position - low
         offsets = self.offsets.to(like)

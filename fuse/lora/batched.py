@@ -1,6 +1,6 @@
-"""One forward for all adapters of a UNet: each row of a batch has a LoRA of its own, or a mixture of several."""
+"""One forward for all adapters of a network: each row of a batch has a LoRA of its own, or a mixture of several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -15,38 +15,39 @@ from stepfuse.fuse.lora.stack import LoRAStack, Route
 
 
 class BatchedAdapters:
-    """The adapters of a UNet, ready to run together: a stack beside each of peft's LoRA layers.
+    """The adapters of a network, ready to run together: a stack beside each of peft's LoRA layers.
 
     Without a route the layers do what they did before. The stacks are copies: adapters changed later are not seen.
 
     Args:
-        unet: with LoRAs on it, by peft.
+        network: with LoRAs on it, by peft.
         names: of the adapters, in the order that places refer to.
+        unbatched: names of layers that do not keep the rows of a batch apart (`Backbone.unbatched`).
 
     Raises:
         ValueError: naming the adapter and the layer, for kinds of LoRA that have no batched form here.
     """
 
-    def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
-        self.unet = unet
+    def __init__(self, network: nn.Module, names: Sequence[str], unbatched: Collection[str] = ()) -> None:
+        self.network = network
         self.names = tuple(names)
         self.route: Route | None = None
         self._merged: Merge | None = None
         self._fixed: Route | None = None
-        layers = {k: m for k, m in unet.named_modules() if isinstance(m, LoraLayer)}
+        layers = {k: m for k, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name in names:
             if not any(name in layer.r for layer in layers.values()):
-                raise ValueError(f"the UNet has no adapter {name!r}")
+                raise ValueError(f"the network has no adapter {name!r}")
             for place, layer in layers.items():
                 if name in layer.r:
-                    _check_layer(layer, place, name)
+                    _check_layer(layer, place, name, unbatched)
         used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
         self._doras = {name for name in names for layer in used if layer.use_dora.get(name, False)}
         self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
-        """Run the UNet with these LoRAs on the rows of its batch."""
+        """Run the network with these LoRAs on the rows of its batch."""
         self.route = route
         try:
             yield
@@ -168,12 +169,14 @@ def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> L
     return stack
 
 
-def _check_layer(layer: LoraLayer, place: str, name: str) -> None:
+def _check_layer(layer: LoraLayer, place: str, name: str, unbatched: Collection[str]) -> None:
     """See that an adapter of a layer has a batched form."""
     variant = layer.lora_variant.get(name)
     base = layer.get_base_layer()
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
         why = f"is a {type(layer).__name__} of peft"
+    elif set(unbatched) & set(place.split(".")):
+        why = "is of a layer that does not keep images apart"
     elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"
     elif layer.lora_bias.get(name, False):

@@ -3,12 +3,12 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from stepfuse.data.text_files import short_repr
-from stepfuse.fuse.lora.keys import PARTS
+from stepfuse.fuse.lora.keys import TEXT_PARTS
 
 METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration in a file's header
 USED_SETTINGS = (
@@ -58,13 +58,13 @@ def layer_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
 
 
 def read_configs(
-    file: Path, metadata: Mapping[str, str], parts: tuple[str, ...] = PARTS, *, bare: bool = False
+    file: Path, metadata: Mapping[str, str], parts: Sequence[str], *, bare: str = ""
 ) -> dict[str, dict[str, Any]]:
     """peft's configuration by part, where the header has one.
 
     Args:
-        parts: those that are of interest; the configurations of others are not looked at.
-        bare: settings without a part are the UNet's, as `UNet2DConditionModel.save_lora_adapter` writes them.
+        parts: of the pipeline; configurations of text encoders that are not among them are not looked at.
+        bare: the part of settings without one, as `save_lora_adapter` of a network writes them.
 
     Raises:
         ValueError: for metadata that is malformed, or of something else than a LoRA.
@@ -78,13 +78,14 @@ def read_configs(
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata is malformed: {error}") from error
     configs: dict[str, dict[str, Any]] = {}
+    known = tuple(dict.fromkeys((*parts, *TEXT_PARTS)))
     for key, value in settings.items():
         part, _, name = key.partition(".")
         if bare and not name:
-            part, name = "unet", part
-        if part not in PARTS or not name:
+            part, name = bare, part
+        if part not in known or not name:
             raise ValueError(
-                f"{file}: its metadata has {key[:100]!r}; expected keys that begin with {', '.join(PARTS)}"
+                f"{file}: its metadata has {key[:100]!r}; expected keys that begin with {', '.join(known)}"
             )
         if part in parts:
             configs.setdefault(part, {})[name] = value

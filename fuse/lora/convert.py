@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from stepfuse.data.json_file import read_json
@@ -22,39 +21,42 @@ from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS
 from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.file import check_fits, check_layers, plain_modules
 from stepfuse.fuse.lora.keys import ALPHA, DOWN, TEXT, UP, LayerTable, LoRAKey, parse_key
+from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
 from stepfuse.fuse.lora.tensor_file import FLOATS, SMALL_FLOATS, open_tensors
 
 Found = dict[str, dict[str, LoRAKey]]  # by the layer's path, then by kind
 
 
-def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> dict[str, Factors]:
-    """The layers of a LoRA in any layout that names layers and factors, for a UNet.
+def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only: bool) -> dict[str, Factors]:
+    """The layers of a LoRA in any layout that names layers and factors, for a network.
 
     Args:
         file: a safetensors file, a folder as peft or diffusers saves one, or a folder that holds no other such file.
-        unet: of the base, with or without LoRAs.
+        network: of the base, with or without LoRAs.
+        names: of its layers in other tools' files.
         unet_only: leave out what is of text encoders.
 
     Returns:
-        Factors by the layer's path in the UNet.
+        Factors by the layer's path in the network.
 
     Raises:
-        ValueError: for a pickle, another kind of adapter, layers that the UNet does not have, parts of text encoders,
-            and anything whose layer or scale is in doubt.
+        ValueError: for a pickle, another kind of adapter, layers that the network does not have, parts of text
+            encoders, and anything whose layer or scale is in doubt.
     """
     if file.is_dir():
         file = _file_in(file)
     check_no_pickle(file)
-    with open_tensors(file, lambda key: parse_key(key).part != TEXT, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
-        names = [parse_key(key) for key in tensors.tensors]
-        beside = _config_beside(file, names)
-        of_unet = _of_unet(file, names, unet_only=unet_only)
-        if not of_unet:
-            raise ValueError(f"{file} has no layers of a UNet; nothing of it can be fused")
-        modules = dict(plain_modules(unet))
-        found = _by_layer(file, of_unet, LayerTable(modules, unet.config))
-        config = read_configs(file, tensors.metadata, ("unet",), bare=True).get("unet", beside)
+    part = names.part
+    with open_tensors(file, lambda key: parse_key(key, names).part != TEXT, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
+        keys = [parse_key(key, names) for key in tensors.tensors]
+        beside = _config_beside(file, keys)
+        of_network = _of_network(file, keys, names, unet_only=unet_only)
+        if not of_network:
+            raise ValueError(f"{file} has no layers of the network ({part}); nothing of it can be fused")
+        modules = dict(plain_modules(network))
+        found = _by_layer(file, of_network, LayerTable(modules, names))
+        config = read_configs(file, tensors.metadata, (part,), bare=part).get(part, beside)
         if config is None:
             _check_wrapped(file, found)
         shapes = {
@@ -65,8 +67,8 @@ def read_foreign(file: Path, unet: UNet2DConditionModel, *, unet_only: bool) -> 
             }
             for module, kinds in found.items()
         }
-        layers = check_layers(file, "unet", shapes, config)
-        check_fits(file, layers, unet)
+        layers = check_layers(file, part, shapes, config)
+        check_fits(file, layers, network)
         factors = {}
         for module, kinds in found.items():
             layer = layers[module]
@@ -98,16 +100,16 @@ def _file_in(folder: Path) -> Path:
     return found[0] if found else usual
 
 
-def _of_unet(file: Path, names: Sequence[LoRAKey], *, unet_only: bool) -> list[LoRAKey]:
-    """The tensors of the UNet, all of one adapter."""
-    others = [name for name in names if name.part != TEXT]
+def _of_network(file: Path, keys: Sequence[LoRAKey], names: LayerNames, *, unet_only: bool) -> list[LoRAKey]:
+    """The tensors of the network, all of one adapter."""
+    others = [name for name in keys if name.part != TEXT]
     refused = [name for name in others if name.refusal]
     if refused:
         # Weights and biases that are named so plainly may be part of another kind of adapter.
-        plain = (parse_key("x.weight").refusal, parse_key("x").refusal)
+        plain = (parse_key("x.weight", names).refusal, parse_key("x", names).refusal)
         worst = next((name for name in refused if name.refusal not in plain), refused[0])
         raise ValueError(f"{file}: tensor {worst.key[:100]!r} is of {worst.refusal}")
-    texts = [name.key for name in names if name.part == TEXT]
+    texts = [name.key for name in keys if name.part == TEXT]
     if texts and not unet_only:
         raise ValueError(
             f"{file} has tensors of a text_encoder or an embedding too ({texts[0][:100]!r}), and fused adapters share "

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +11,7 @@ from torch import Tensor
 from stepfuse.data.json_file import write_json
 from stepfuse.data.names import nearest
 from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state
-from stepfuse.fuse.lora.kohya import file_metadata, kohya_name
+from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.write import save_lora, sort_metadata
 
 FORMATS = ("diffusers", "peft", "kohya")
@@ -26,7 +25,7 @@ def save_as(
     factors: Mapping[str, Factors],
     *,
     base: str,
-    config: Mapping[str, Any],
+    names: LayerNames,
     title: str,
     prediction: str,
 ) -> None:
@@ -36,7 +35,7 @@ def save_as(
         form: one of `FORMATS`.
         output: a file; for `peft` a folder, which `PeftModel.from_pretrained` reads.
         base: its name, for peft.
-        config: of the base's UNet, on which kohya's names depend.
+        names: of the network's layers in other tools' files.
         title, prediction: of the LoRA and of the base, for kohya.
 
     Raises:
@@ -45,11 +44,11 @@ def save_as(
     check_format(form)
     output.parent.mkdir(parents=True, exist_ok=True)
     if form == "diffusers":
-        save_lora(output, factors)
+        save_lora(output, factors, names.part)
     elif form == "peft":
         save_peft(output, factors, base)
     else:
-        save_kohya(output, factors, config, title=title, prediction=prediction)
+        save_kohya(output, factors, names, title=title, prediction=prediction)
 
 
 def check_format(form: str, known: Sequence[str] = FORMATS) -> None:
@@ -66,9 +65,7 @@ def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
     write_json(output / PEFT_CONFIG, config, sort_keys=True)
 
 
-def save_kohya(
-    output: Path, factors: Mapping[str, Factors], config: Mapping[str, Any], *, title: str, prediction: str
-) -> None:
+def save_kohya(output: Path, factors: Mapping[str, Factors], names: LayerNames, *, title: str, prediction: str) -> None:
     """One file as sd-scripts saves it: each layer's A, B and alpha, which is the same in all layers.
 
     Raises:
@@ -84,13 +81,13 @@ def save_kohya(
             )
         if layer.has_bias:
             raise ValueError(f"{title!r} has a bias, which kohya's files do not hold; export it as diffusers or peft")
-        name, up = kohya_name(module, config), layer.up
+        name, up = names.kohya(module), layer.up
         if layer.alpha != alpha:  # diffusers 0.42 gives attention layers the alpha that most layers have
             up = (up.double() * (layer.alpha / alpha)).to(up.dtype)
         state[f"{name}.lora_down.weight"] = layer.down.contiguous()
         state[f"{name}.lora_up.weight"] = up.contiguous()
         state[f"{name}.alpha"] = torch.tensor(alpha)
     first = next(iter(factors.values()))
-    metadata = file_metadata(config, title=title, rank=first.rank, alpha=alpha, prediction=prediction)
+    metadata = names.kohya_metadata(title=title, rank=first.rank, alpha=alpha, prediction=prediction)
     save_file(state, output, metadata=metadata)
     sort_metadata(output)

@@ -1,6 +1,6 @@
 """The factors of a LoRA, layer by layer, and peft's tensors and configuration made of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from torch import Tensor
 from stepfuse.fuse.lora.config import check_config, layer_settings
 from stepfuse.fuse.lora.file import LoRALayer, check_layers, open_lora
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, set_key
+
+NETWORK = "network"  # the part of tensors that peft names without one, in errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +72,18 @@ class Factors:
         return Factors.of({kind: change(value) for kind, value in self.tensors.items()}, self.alpha)
 
 
-def read_factors(file: Path, sha256: str | None = None) -> dict[str, Factors]:
-    """The UNet's layers of a file, by the module's path; with a hash, those of exactly that file.
+def read_factors(file: Path, networks: Sequence[str], sha256: str | None = None) -> dict[str, Factors]:
+    """The network's layers of a file, by the module's path; with a hash, those of exactly that file.
+
+    Args:
+        networks: names of networks that it may be of.
 
     Raises:
         ValueError: as `open_lora` does, for another hash, and for numbers that are not finite.
     """
-    with open_lora(file) as lora:
-        state = {key.removeprefix("unet."): value for key, value in lora.read(sha256).items()}
-        return _from_layers(lora.layers.get("unet", {}), state)
+    with open_lora(file, networks) as lora:
+        state = {key.removeprefix(f"{lora.part}."): value for key, value in lora.read(sha256).items()}
+        return _from_layers(lora.layers.get(lora.part, {}), state)
 
 
 def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Factors]:
@@ -94,12 +99,12 @@ def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, 
     """
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, value in state.items():
-        split = set_key(f"unet.{key}")
+        split = set_key(f"{NETWORK}.{key}", (NETWORK,))
         if split is None:
             raise ValueError(f"{file}: tensor {key[:100]!r} is not of a LoRA of peft's")
         modules.setdefault(split[1], {})[split[2]] = tuple(value.shape)
     check_config(file, config)
-    return _from_layers(check_layers(file, "unet", modules, config), state)
+    return _from_layers(check_layers(file, NETWORK, modules, config), state)
 
 
 def _from_layers(layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -> dict[str, Factors]:

@@ -3,11 +3,12 @@
     W x  →  W x + (alpha / r) B A x          (LoRA, arXiv:2106.09685; with rsLoRA alpha / √r, arXiv:2312.03732)
 
 Keys are those that stepfuse writes (`stepfuse.fuse.lora.keys.written_key`), or diffusers' and peft's plain ones,
-`PART.MODULE.lora_A.weight`, PART one of `PARTS`; for files in other layouts see `stepfuse.fuse.lora.convert`.
+`PART.MODULE.lora_A.weight`, PART the name of a network or one of `TEXT_PARTS`; for files in other layouts see
+`stepfuse.fuse.lora.convert`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.lora.config import Layer, Patterns, layer_settings, read_configs
-from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, parse_key, set_key, written_key
+from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, TEXT_PARTS, UP, parse_key, set_key, written_key
+from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.tensor_file import TensorFile, open_tensors
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a layer's tensors, by their kind
@@ -78,15 +80,20 @@ class LoRAFile:
         return max(layer.rank for part in self.layers.values() for layer in part.values())
 
     @property
+    def part(self) -> str:
+        """The part that is the network; empty where the file is of text encoders alone."""
+        return next((part for part in self.layers if part not in TEXT_PARTS), "")
+
+    @property
     def as_written(self) -> bool:
         """The file is in the layout that stepfuse writes: its keys, and scaling 1 in every layer."""
-        unet = self.layers.get("unet", {})
-        guarded = any(layer.dora or layer.has_bias for layer in unet.values())
+        part, layers = self.part, self.layers.get(self.part, {})
+        guarded = any(layer.dora or layer.has_bias for layer in layers.values())
         kinds = {DOWN, UP, BIAS, MAGNITUDE}
-        names = {f"unet.{m}.{kind}": written_key(m, kind, guarded=guarded) for m in unet for kind in kinds}
+        names = {f"{part}.{m}.{kind}": written_key(m, kind, guarded=guarded) for m in layers for kind in kinds}
         return (
-            all(name in names and key == f"unet.{names[name]}" for name, key in self.keys.items())
-            and all(layer.scaling == 1 for layer in unet.values())
+            all(name in names and key == f"{part}.{names[name]}" for name, key in self.keys.items())
+            and all(layer.scaling == 1 for layer in layers.values())
             and not any(self.rslora.values())
         )
 
@@ -105,8 +112,11 @@ class LoRAFile:
 
 
 @contextmanager
-def open_lora(file: Path) -> Iterator[LoRAFile]:
+def open_lora(file: Path, networks: Sequence[str]) -> Iterator[LoRAFile]:
     """Open a LoRA file and check its header; no tensor is read.
+
+    Args:
+        networks: names of networks that it may be of.
 
     Raises:
         ValueError: for a file that is truncated, no safetensors file or no LoRA, tensors that do not go together or
@@ -116,9 +126,10 @@ def open_lora(file: Path) -> Iterator[LoRAFile]:
         shapes: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {}
         keys: dict[str, str] = {}
         for key, info in tensors.tensors.items():
-            split = set_key(key)
+            split = set_key(key, networks)
             if split is None:
-                what = parse_key(key).refusal or "a LoRA in another layout; `stepfuse set import` takes other layouts"
+                what = parse_key(key, LayerNames.of(networks[0])).refusal
+                what = what or "a LoRA in another layout; `stepfuse set import` takes other layouts"
                 raise ValueError(f"{file}: tensor {key[:100]!r} is of {what}")
             part, module, kind = split
             name = ".".join(split)
@@ -127,7 +138,7 @@ def open_lora(file: Path) -> Iterator[LoRAFile]:
                 raise ValueError(f"{file}: tensors {both} are of the same layer and factor")
             keys[name] = key
             shapes.setdefault(part, {}).setdefault(module, {})[kind] = info.shape
-        configs = read_configs(file, tensors.metadata)
+        configs = read_configs(file, tensors.metadata, (*networks, *TEXT_PARTS))
         for part in configs.keys() - shapes.keys():
             raise ValueError(f"{file}: its metadata is of {part}, and it has no tensors of that; fetch it again")
         layers = {part: check_layers(file, part, modules, configs.get(part)) for part, modules in shapes.items()}
@@ -190,15 +201,15 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_parts(lora: LoRAFile) -> None:
-    """Check that a file is of the UNet alone.
+    """Check that a file is of one network alone.
 
     Raises:
         ValueError: for parts of text encoders.
     """
-    if others := [part for part in lora.layers if part != "unet"]:
+    if others := [part for part in lora.layers if part != lora.part]:
         raise ValueError(
             f"{lora.file} is of the {others[0]} too; fused adapters share one embedding of the prompt, so they can "
-            "be of the UNet only: `stepfuse set import --unet_only` leaves the rest out, which changes what it does"
+            "be of the network only: `stepfuse set import --unet_only` leaves the rest out, which changes what it does"
         )
 
 

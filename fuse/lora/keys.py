@@ -1,25 +1,25 @@
 """Names of tensors in LoRA files: which layer, which factor, which adapter.
 
 A key is read in two steps, before anything is decided about the layout of its file. `parse_key` splits it into the kind
-of tensor, the part of the pipeline and the layer as the writing tool spells it; it knows nothing of a base.
-`LayerTable.find` turns that spelling into the path of a layer of one UNet. `written_key` names the tensors of the files
-that stepfuse writes.
+of tensor, the part of the pipeline and the layer as the writing tool spells it; of a base it knows only the name of the
+network. `LayerTable.find` turns that spelling into the path of a layer of one network. `written_key` names the tensors
+of the files that stepfuse writes.
 
-Sources of the spellings: diffusers (loaders/lora_conversion_utils.py, utils/state_dict_utils.py, loaders/unet.py before
-0.22), peft (utils/save_and_load.py), kohya-ss/sd-scripts (networks/lora.py), LyCORIS (wrapper.py), OneTrainer,
-SimpleTuner and ComfyUI (comfy/lora.py).
+Sources of the spellings: diffusers (loaders/lora_conversion_utils.py, utils/state_dict_utils.py), peft
+(utils/save_and_load.py), kohya-ss/sd-scripts (networks/lora.py), LyCORIS (wrapper.py), OneTrainer, SimpleTuner and
+ComfyUI (comfy/lora.py).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 from torch import nn
 
-from stepfuse.fuse.lora.kohya import sgm_path
+from stepfuse.fuse.lora.names import LayerNames
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT, OTHER = "text", "other"
 CHECKPOINT = "policy"  # the first part of keys in checkpoints of a training, whose state is not an adapter
 DOWN, UP, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
@@ -43,7 +43,7 @@ _FOREIGN_KINDS = {
     r"[._](vera_lambda|glora|vblora|fourierft|hra_u|randlora)\w*": "another kind of adapter, which is not a LoRA",
     r"\.[ab][12]\.weight": "a GLoRA, which is not a LoRA",
     r"[._]lora_mid(\.weight)?": "a CP (Tucker) decomposition with a third factor; train it without, or convert it",
-    r"[._]lora_embedding_[AB]": "a LoRA of an embedding, which a UNet does not have",
+    r"[._]lora_embedding_[AB]": "a LoRA of an embedding, which the network does not have",
     r"[._](diff|diff_b|set_weight)": "a difference of full weights; extract a LoRA from it first",
     r"[._][wb]_norm": "a change of normalisation layers; a LoRA has linear layers and convolutions only",
     r"[._](scalar|scale|reshape_weight)": "a setting of the layer that stepfuse does not know",
@@ -56,17 +56,13 @@ _FOREIGN_KINDS = {
 }
 _FOREIGN = [(re.compile(rf".*?(?:{pattern})(?:\.[A-Za-z0-9_-]+)?"), what) for pattern, what in _FOREIGN_KINDS.items()]
 
-_WRAPPERS = re.compile(r"(?:base_model|model|module|_orig_mod|diffusion_model|unet)\.")
-_FLAT = re.compile(r"(?:lora_unet|lycoris)[._]")
-_FLAT_WRAPPERS = re.compile(r"(?:base_model|model|module|_orig_mod|diffusion_model|unet)_")
+_WRAPPERS = "base_model|model|module|_orig_mod|diffusion_model"
 _TEXT = re.compile(
     r"(?:lora[._]|lycoris[._])?"
     r"(?:te\d?|text_encoders?(?:[._]\d)?|text_model|text_projection|cond_stage_model|conditioner|clip_[lgh]|t5xxl|bundle_emb"
     r"|emb_params|string_to_(?:param|token))(?:[._].*)?"
 )
-_OTHER = re.compile(
-    r"(?:lora[._]|lycoris[._])?(?:transformer|prior|controlnet|vae|first_stage_model|double_blocks|single_blocks)[._].*"
-)
+_NETWORKS = ("transformer", "prior", "controlnet", "vae", "first_stage_model", "double_blocks", "single_blocks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +71,7 @@ class LoRAKey:
 
     Attributes:
         key: as it is in the file.
-        part: `unet`, TEXT for anything of a text encoder, OTHER for another network.
+        part: that of the base's network, TEXT for anything of a text encoder, OTHER for another network.
         kind: DOWN, UP, BIAS, MAGNITUDE or ALPHA; empty where the tensor is not of a LoRA.
         layer: the layer without its prefixes, as the writing tool spells it.
         flat: its dots may be written as underscores.
@@ -94,25 +90,51 @@ class LoRAKey:
     refusal: str = ""
 
 
-def parse_key(key: str) -> LoRAKey:
-    """Take a key apart; every key has a result."""
+@dataclass(frozen=True)
+class _Prefixes:
+    """What comes before a layer's path in keys of one network's files."""
+
+    wrapper: re.Pattern[str]
+    flat: re.Pattern[str]
+    flat_wrapper: re.Pattern[str]
+    other: re.Pattern[str]
+
+
+@cache
+def _prefixes(part: str, kohya_prefix: str) -> _Prefixes:
+    others = "|".join(network for network in _NETWORKS if network != part)
+    return _Prefixes(
+        wrapper=re.compile(rf"(?:{_WRAPPERS}|{part})\."),
+        flat=re.compile(rf"(?:{kohya_prefix.rstrip('_')}|lycoris)[._]"),
+        flat_wrapper=re.compile(rf"(?:{_WRAPPERS}|{part})_"),
+        other=re.compile(rf"(?:lora[._]|lycoris[._])?(?:{others})[._].*"),
+    )
+
+
+def parse_key(key: str, names: LayerNames) -> LoRAKey:
+    """Take a key apart; every key has a result.
+
+    Args:
+        names: of the network that it may be of.
+    """
+    prefixes = _prefixes(names.part, names.kohya_prefix)
     stem, kind, adapter = _split(key)
-    bare = _strip(stem, _WRAPPERS)
+    bare = _strip(stem, prefixes.wrapper)
     if _TEXT.fullmatch(bare):
         return LoRAKey(key=key, part=TEXT, kind=kind)
     if key.startswith(f"{CHECKPOINT}."):
         refusal = "a training checkpoint, which does not state the scale; take the adapter that the training writes"
         return LoRAKey(key=key, part=OTHER, refusal=refusal)
-    if _OTHER.fullmatch(bare):
-        return LoRAKey(key=key, part=OTHER, refusal="another network than a UNet")
+    if prefixes.other.fullmatch(bare):
+        return LoRAKey(key=key, part=OTHER, refusal="another network than the base's")
     if not kind:
         refusals = (what for pattern, what in _FOREIGN if pattern.fullmatch(key))
         refusal = next(refusals, "no LoRA in a layout that stepfuse knows: it names no layer and factor")
-        return LoRAKey(key=key, part="unet", refusal=refusal)
-    prefix = _FLAT.match(bare)
+        return LoRAKey(key=key, part=names.part, refusal=refusal)
+    prefix = prefixes.flat.match(bare)
     return LoRAKey(
         key=key,
-        part="unet",
+        part=names.part,
         kind=kind,
         layer=bare[prefix.end() :] if prefix else bare,
         flat=prefix is not None,
@@ -121,11 +143,20 @@ def parse_key(key: str) -> LoRAKey:
     )
 
 
-def set_key(key: str) -> tuple[str, str, str] | None:
-    """Part, module and kind of a tensor in the file of a set; nothing for keys of other layouts."""
+def set_key(key: str, networks: Collection[str]) -> tuple[str, str, str] | None:
+    """Part, module and kind of a tensor in the file of a set; nothing for keys of other layouts.
+
+    Args:
+        networks: names of networks that a LoRA may be of.
+    """
     stem, kind, adapter = _split(key)
     part, _, layer = stem.partition(".")
-    if part not in PARTS or kind in ("", ALPHA) or adapter is not None or not re.fullmatch(r"[A-Za-z0-9_.]+", layer):
+    if (
+        part not in (*networks, *TEXT_PARTS)
+        or kind in ("", ALPHA)
+        or adapter is not None
+        or not re.fullmatch(r"[A-Za-z0-9_.]+", layer)
+    ):
         return None
     return part, plain_path(layer), kind
 
@@ -153,25 +184,23 @@ def _strip(text: str, prefix: re.Pattern[str]) -> str:
 
 
 class LayerTable:
-    """Layers of a UNet that can have a LoRA, by every spelling of their path.
+    """Layers of a network that can have a LoRA, by every spelling of their path.
 
     Args:
-        modules: of the UNet, by path, without LoRAs.
-        config: of the UNet; Stability's names of its blocks depend on it.
+        modules: of the network, by path, without LoRAs.
+        names: of its layers in other tools' files.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: Mapping[str, Any]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, nn.Module], names: LayerNames) -> None:
+        self.modules, self.names = modules, names
         self.layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
         self.flat: dict[str, set[str]] = {}
-        self.sgm: dict[str, str] = {}
+        self.originals: dict[str, str] = {}
         for name in self.layers:
             spellings = {name}
-            try:
-                spellings.add(sgm_path(name, config))
-                self.sgm[sgm_path(name, config)] = name
-            except ValueError:  # a layer that Stability's UNet does not have
-                pass
+            if (original := names.original(name)) is not None:
+                spellings.add(original)
+                self.originals[original] = name
             for spelling in spellings:
                 self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
 
@@ -179,16 +208,20 @@ class LayerTable:
         """The path of the layer that a key is of.
 
         Raises:
-            ValueError: for a layer that the UNet does not have, that can have no LoRA, or that is not unique.
+            ValueError: for a layer that the network does not have, that can have no LoRA, or that is not unique.
         """
         dotted = plain_path(name.layer)
         for path in (dotted, f"{dotted}.0"):  # to_out of attention processors
             if path in self.layers:
                 return path
-        if dotted in self.sgm:
-            return self.sgm[dotted]
+        if dotted in self.originals:
+            return self.originals[dotted]
         flat = dotted.replace(".", "_")
-        found = self.flat.get(flat) or self.flat.get(f"{flat}_0") or self.flat.get(_strip(flat, _FLAT_WRAPPERS))
+        found = (
+            self.flat.get(flat)
+            or self.flat.get(f"{flat}_0")
+            or self.flat.get(_strip(flat, _prefixes(self.names.part, self.names.kohya_prefix).flat_wrapper))
+        )
         if found is None:
             for path, module in self.modules.items():
                 if path and path.replace(".", "_") == flat:
@@ -216,7 +249,7 @@ _ATTENTION = re.compile(r"(?P<block>.*\.attn[12])\.(?P<layer>to_[qkv]|to_out)(?:
 
 
 def written_key(module: str, kind: str, *, guarded: bool) -> str:
-    """The key of a tensor in the files that stepfuse writes, without `unet.`.
+    """The key of a tensor in the files that stepfuse writes, without the part.
 
     They are those of diffusers before peft: diffusers and ComfyUI each read every layer of them. Neither ComfyUI nor
     AUTOMATIC1111 knows magnitudes and biases of B; with `guarded` the keys of a file that has some are such that

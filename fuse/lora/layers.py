@@ -1,4 +1,4 @@
-"""peft's LoRA layers of a UNet: which adapters are on, one at a time or merged, and whether they can be merged."""
+"""peft's LoRA layers of a network: which adapters are on, one at a time or merged, and whether they can be merged."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,25 +10,25 @@ from torch import nn
 
 
 @contextmanager
-def active_adapter(unet: nn.Module, name: str | None) -> Iterator[None]:
-    """Run the UNet with one adapter, or with none, as the base."""
-    layers = lora_layers(unet)
+def active_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
+    """Run the network with one adapter, or with none, as the base."""
+    layers = lora_layers(network)
     if name is not None and not any(name in layer.r for layer in layers):
-        raise ValueError(f"the UNet has no adapter {name!r}")
+        raise ValueError(f"the network has no adapter {name!r}")
     with _active(layers, [name] if name else []):
         yield
 
 
 @contextmanager
-def adapter_on_last_rows(unet: nn.Module, name: str, first: int) -> Iterator[None]:
-    """Run the UNet with an adapter, as it stands now, on the rows from `first` on, and with none on those before.
+def adapter_on_last_rows(network: nn.Module, name: str, first: int) -> Iterator[None]:
+    """Run the network with an adapter, as it stands now, on the rows from `first` on, and with none on those before.
 
     Without gradients: the rows of an output are changed in place.
 
     Raises:
         ValueError: for an adapter that does not exist, or a DoRA, which is no sum of two outputs.
     """
-    layers = lora_layers(unet)
+    layers = lora_layers(network)
     check_mergeable(layers, [name])
 
     def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -46,13 +46,13 @@ def adapter_on_last_rows(unet: nn.Module, name: str, first: int) -> Iterator[Non
 
 
 @contextmanager
-def merged_adapters(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
-    """Run the UNet with the LoRA Σ w_i B_i A_i: every adapter's output, scaled, in one forward.
+def merged_adapters(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run the network with the LoRA Σ w_i B_i A_i: every adapter's output, scaled, in one forward.
 
     Raises:
         ValueError: for an adapter that does not exist, or a DoRA, which is not linear in its weight.
     """
-    layers = lora_layers(unet)
+    layers = lora_layers(network)
     used = {name: weight for name, weight in weights.items() if weight != 0}
     check_mergeable(layers, list(used))
     with _scaled(layers, used), _active(layers, list(used)):
@@ -60,13 +60,13 @@ def merged_adapters(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[N
 
 
 @contextmanager
-def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
-    """Run the UNet with the LoRA λ (Σ w_i B_i / λ) (Σ w_i A_i / λ), λ = Σ w_i: factors averaged one by one.
+def averaged_factors(network: nn.Module, weights: Mapping[str, float]) -> Iterator[None]:
+    """Run the network with the LoRA λ (Σ w_i B_i / λ) (Σ w_i A_i / λ), λ = Σ w_i: factors averaged one by one.
 
     Raises:
         ValueError: for adapters of different rank, alpha or layers, whose factors have no average, or a DoRA.
     """
-    layers = lora_layers(unet)
+    layers = lora_layers(network)
     used = {name: weight for name, weight in weights.items() if weight != 0}
     check_factors(layers, list(used))
     strength = sum(used.values())
@@ -91,15 +91,15 @@ def averaged_factors(unet: nn.Module, weights: Mapping[str, float]) -> Iterator[
             weight.data = data
 
 
-def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
-    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
     """Check that adapters exist, and are linear in their weights."""
     for name in names:
         if not any(name in layer.scaling for layer in layers):
-            raise ValueError(f"the UNet has no adapter {name!r}")
+            raise ValueError(f"the network has no adapter {name!r}")
         if any(layer.use_dora.get(name, False) for layer in layers):
             raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
 

@@ -1,8 +1,8 @@
 """The files of LoRAs that stepfuse writes: diffusers and ComfyUI read every layer of one, or none.
 
-diffusers' plain layout, `unet.….to_q.lora_A.weight`, is one of which ComfyUI reads convolutions and feed-forward layers
+diffusers' plain layout, `PART.….to_q.lora_A.weight`, is one of which ComfyUI reads convolutions and feed-forward layers
 and none of the attention, and no alpha at all. Written is diffusers' layout from before peft,
-`unet.….attn1.processor.to_q_lora.down.weight`, which both read completely, each layer scaled to alpha = r, so that the
+`PART.….attn1.processor.to_q_lora.down.weight`, which both read completely, each layer scaled to alpha = r, so that the
 scale is 1 for tools that look for no alpha. A DoRA's magnitudes and biases of B are known to diffusers alone; files
 that have some get keys that ComfyUI knows none of.
 """
@@ -13,38 +13,32 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
 from torch import Tensor
 
-from stepfuse.data.library_messages import StableDiffusionPipeline
 from stepfuse.data.output_file import atomic_file
+from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.factors import Factors, peft_config
 from stepfuse.fuse.lora.keys import written_key
 
 
-def save_lora(
-    file: Path, factors: Mapping[str, Factors], pipeline_class: type[DiffusionPipeline] = StableDiffusionPipeline
-) -> None:
-    """Write the layers of a UNet to a file that `pipe.load_lora_weights` reads; the same layers make the same bytes.
+def save_lora(file: Path, factors: Mapping[str, Factors], part: str) -> None:
+    """Write layers of a network to a file that `pipe.load_lora_weights` reads; the same layers make the same bytes.
 
     Args:
         file: in a folder that exists.
         factors: by the layer's path.
-        pipeline_class: any with diffusers' `save_lora_weights`.
+        part: the pipeline's name of the network.
     """
     scaled = {module: scale_to_one(factors[module]) for module in sorted(factors)}
     guarded = any(layer.dora or layer.has_bias for layer in scaled.values())
     state = {
-        written_key(module, kind, guarded=guarded): value.contiguous()
+        f"{part}.{written_key(module, kind, guarded=guarded)}": value.contiguous()
         for module, layer in scaled.items()
         for kind, value in layer.tensors.items()
     }
-    pipeline_class.save_lora_weights(
-        file.parent,
-        unet_lora_layers=state,
-        unet_lora_adapter_metadata=peft_config(scaled),
-        weight_name=file.name,
-    )
+    config = {f"{part}.{name}": value for name, value in peft_config(scaled).items()}
+    save_file(state, file, metadata={"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)})
     sort_metadata(file)
 
 

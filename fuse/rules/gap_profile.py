@@ -101,12 +101,10 @@ def find_profile(profiles: Sequence[GapProfile], steps: int, guidance: str, guid
         ValueError: where the set has none, with the command that measures it.
     """
     for profile in profiles:
-        same = profile.guidance == guidance and (guidance == "off" or profile.guidance_scale == guidance_scale)
-        if profile.num_inference_steps == steps and same:
+        measured = (profile.num_inference_steps, profile.guidance, profile.guidance_scale)
+        if measured == (steps, guidance, guidance_scale):
             return profile
-    options = f"--steps {steps} --guidance {guidance}"
-    options += "" if guidance == "off" else f" --guidance_scale {guidance_scale:g}"
     raise ValueError(
         f"a gate needs the set's gap profile of {steps} steps with guidance {guidance}, and it has none; measure it: "
-        f"stepfuse set profile SET {options}"
+        f"stepfuse set profile SET --steps {steps} --guidance {guidance} --guidance_scale {guidance_scale:g}"
     )

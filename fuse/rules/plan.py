@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.mixture import Merge
@@ -35,7 +35,7 @@ class Networks(Protocol):
     def __call__(
         self,
         x_t: Latents,
-        t: int,
+        t: Time,
         networks: Sequence[int | Merge],
         rows: Rows,
         where: Sequence[Rows | None],
@@ -54,18 +54,18 @@ class Plan:
         weights: w_i, summing to 1 at each step and for each image; 0 for oracles.
         strength: λ.
         oracles: the weights each oracle was trained on, a row an oracle.
-        unguided: the t of steps without guidance.
+        guidance_interval: (begin, end) as shares of the steps, outside of which there is no guidance.
         gaps: KL( product ‖ soup ) of each step and image in nats, as the set's profile has it; for rules with a gate.
     """
 
     path: NoisePath
-    steps: Sequence[tuple[int, int]]
+    steps: Sequence[tuple[Time, Time]]
     names: Sequence[str]
     schedules: Sequence[VarianceSchedule]
     weights: Float[Tensor, "steps experts batch"]
     strength: float
     oracles: Float[Tensor, "oracles objectives"] = field(default_factory=lambda: torch.zeros(0, 0))
-    unguided: frozenset[int] = frozenset()
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     gaps: Float[Tensor, "steps batch"] | None = None
 
     @property
@@ -122,7 +122,7 @@ def make_plan(
     """The plan of a run for `count` images; what is wanted of it is explained at `FusedSampler.plan`.
 
     Raises:
-        ValueError: for weights, a strength or an interval that make no plan.
+        ValueError: for weights or a strength that make no plan.
     """
     names = [objective.name for objective in objectives]
     rows = weight_rows(weights, names)
@@ -143,9 +143,6 @@ def make_plan(
         raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
     if not strength >= 0 or strength == float("inf"):
         raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
-    begin, end = guidance_interval
-    if not 0 <= begin < end <= 1:
-        raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
     return Plan(
         path=path,
         steps=steps,
@@ -154,7 +151,7 @@ def make_plan(
         weights=torch.cat([table, torch.zeros(len(steps), len(oracles), count, dtype=torch.float64)], 1),
         strength=float(strength),
         oracles=weight_table(oracle_weights, names)[0].T if oracles else torch.zeros(0, 0),
-        unguided=frozenset(t for k, (t, _) in enumerate(steps) if not begin <= k / len(steps) < end),
+        guidance_interval=guidance_interval,
     )
 
 
@@ -183,11 +180,11 @@ class FusionStep:
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def t(self) -> int:
+    def t(self) -> Time:
         return self.plan.steps[self.number][0]
 
     @property
-    def s(self) -> int:
+    def s(self) -> Time:
         return self.plan.steps[self.number][1]
 
     @property

@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
+from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.plan import FusionStep, Latents, Networks, Plan, Rows, Score
 
 Observer = Callable[[FusionStep, Gaussian], None]
-After = Callable[[int, int, Latents], tuple[Latents, bool]]
+After = Callable[[int, Time, Latents], tuple[Latents, bool]]
 
 
 @dataclass(frozen=True, kw_only=True)

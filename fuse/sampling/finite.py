@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.noise_path import Time
 
 HELP = "nothing is saved; try dtype float32 or bfloat16, a lower guidance scale, or a strength or weights nearer to 1"
 HELP_DECODING = (
@@ -24,9 +25,9 @@ class FiniteSteps:
         flags: t of each step, and whether the mean of its Gaussian was finite throughout.
     """
 
-    flags: list[tuple[int, Bool[Tensor, ""]]] = field(default_factory=list)
+    flags: list[tuple[Time, Bool[Tensor, ""]]] = field(default_factory=list)
 
-    def note(self, t: int, gaussian: Gaussian) -> None:
+    def note(self, t: Time, gaussian: Gaussian) -> None:
         self.flags.append((t, torch.isfinite(gaussian.mean).all()))
 
     def first(self) -> str:
@@ -37,7 +38,7 @@ class FiniteSteps:
         if all(finite):
             return " after the last step"
         number = finite.index(False)
-        return f" from step {number + 1} of {len(finite)} on, at time {int(self.flags[number][0])}"
+        return f" from step {number + 1} of {len(finite)} on, at time {self.flags[number][0]:g}"
 
 
 def check_latents(

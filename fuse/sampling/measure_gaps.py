@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from stepfuse.data.seeds import numbered_generator
 from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.layers import check_mergeable, lora_layers
@@ -46,7 +47,7 @@ def measure_gaps(
     mixtures = mixtures_of(sampler.names, dict(sampler.default_weights))  # type: ignore[arg-type]
     if not mixtures:
         raise ValueError(f"the set has one objective in use, {', '.join(sampler.names)}: a gap needs two")
-    check_mergeable(lora_layers(sampler.pipeline.unet), sampler.names)
+    check_mergeable(lora_layers(sampler.denoiser.network), sampler.names)
     sampler = sampler.with_rule("product")
     warn_of_cuts(sampler.pipeline, prompts, counted=True)
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
@@ -80,11 +81,11 @@ def measure_gaps(
             rows.append(tuple(None if gap != gap else max(gap, 0.0) for gap in gaps.mean(1).tolist()))
     if all(gap is None for row in rows for gap in row):
         raise ValueError("the set's steps have no noise (eta 0), so a soup has no KL to the product; gates need none")
-    denoiser = sampler.denoiser
+    guidance = sampler.denoiser.guidance
     return GapProfile(
         num_inference_steps=count,
-        guidance=denoiser.guidance,
-        guidance_scale=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
+        guidance=guidance.source,
+        guidance_scale=guidance.effective_scale,
         images=len(prompts),
         mixtures=tuple(mixtures),
         gaps=tuple(rows),
@@ -94,7 +95,7 @@ def measure_gaps(
 def describe_gaps(profile: GapProfile) -> str:
     """The gaps as a table, and for the first mixture what gates cost and lose."""
     of = [" + ".join(f"{w:.3g} {name}" for name, w in mixture.items()) for mixture in profile.mixtures]
-    guidance = profile.guidance + ("" if profile.guidance == "off" else f" {profile.guidance_scale:g}")
+    guidance = Guidance(source=profile.guidance, scale=profile.guidance_scale)
     lines = [
         f"KL( product ‖ soup ) at each of {profile.num_inference_steps} steps, guidance {guidance}, in nats, "
         f"means of {profile.images} images",

@@ -10,25 +10,25 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from stepfuse.data.images import to_image
-from stepfuse.data.library_messages import StableDiffusionXLPipeline
 from stepfuse.data.names import nearest
-from stepfuse.fuse.backbones.unet import encode_prompts, execution_device
 from stepfuse.fuse.diffusion.gaussian import Generators
+from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES, get_rule
+from stepfuse.fuse.rules.run import After
 from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.create import copy_set
 
-CallbackOnStepEnd = Callable[["FusedPipeline", int, int, dict[str, Any]], dict[str, Any] | None]
+CallbackOnStepEnd = Callable[["FusedPipeline", int, Time, dict[str, Any]], dict[str, Any] | None]
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
 class FusedPipeline:
     """An adapter set as a pipeline: `FusedPipeline.from_pretrained("owner/name")(prompt, weights={…}).images`.
 
-    It holds a `FusedSampler`, `.sampler`, and through it the base's own pipeline with every adapter on its UNet, so
+    It holds a `FusedSampler`, `.sampler`, and through it the base's own pipeline with every adapter on its network, so
     that what moves, offloads, slices or casts that pipeline does so here. The noise schedule belongs to the set: there
     is no other scheduler to choose.
     """
@@ -84,11 +84,11 @@ class FusedPipeline:
         """
         if self.adapter_set is None:
             raise ValueError("this pipeline was not made of an adapter set; use FusedPipeline.from_pretrained")
-        denoiser = self.sampler.denoiser
+        guidance = self.sampler.denoiser.guidance
         values: dict[str, Any] = {
             "default_rule": _rule_name(self.sampler.rule),
-            "guidance": denoiser.guidance,
-            "guidance_scale": denoiser.guidance_scale,
+            "guidance": guidance.source,
+            "guidance_scale": guidance.scale,
         }
         folder = Path(save_directory)
         saved = copy_set(self.adapter_set.adapters[0].folder.parent, folder, overwrite=overwrite)
@@ -97,15 +97,14 @@ class FusedPipeline:
 
     def __repr__(self) -> str:
         sampler = self.sampler
-        denoiser, base = sampler.denoiser, type(sampler.pipeline).__name__
+        base = type(sampler.pipeline).__name__
         if self.adapter_set is not None:
             base = f"{self.adapter_set.base['name_or_path']!r} ({base})"
-        scale = "" if denoiser.guidance == "off" else f" {denoiser.guidance_scale:g}"
         parts = {
             "base": base,
             "objectives": label_weights(sampler.default_weights),
             "rule": repr(sampler.rule),
-            "guidance": denoiser.guidance + scale,
+            "guidance": str(sampler.denoiser.guidance),
             "num_inference_steps": str(sampler.num_inference_steps),
             "device": str(self.device),
             "dtype": str(self.dtype),
@@ -199,10 +198,11 @@ class FusedPipeline:
             negatives = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
             if len(negatives) != count:
                 raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
-            pipeline = self.sampler.pipeline
-            device = execution_device(pipeline)
-            given: dict[str, Any] = {key: None if value is None else value.to(device) for key, value in embeds.items()}
-            conditioning = encode_prompts(pipeline, prompts, negatives, height=height, width=width, **given)
+            backbone = self.sampler.backbone
+            given: dict[str, Any] = {
+                key: None if value is None else value.to(backbone.device) for key, value in embeds.items()
+            }
+            conditioning = backbone.encode(prompts, negatives, height=height, width=width, **given)
             conditioning, prompts, negative = conditioning.repeat(each), None, None
         if negative is not None and not isinstance(negative, str):
             negative = _repeat(list(negative), each)
@@ -245,20 +245,13 @@ class FusedPipeline:
             ValueError: naming what is missing or given twice.
         """
         given = [name for name, value in embeds.items() if value is not None]
-        xl = isinstance(self.sampler.pipeline, StableDiffusionXLPipeline)
         if prompts is None and "prompt_embeds" not in given:
             raise ValueError("no prompt; give prompt or prompt_embeds")
         if prompts is not None and "prompt_embeds" in given:
             raise ValueError("both prompt and prompt_embeds are given; give one of the two")
         if negative_prompt is not None and "negative_prompt_embeds" in given:
             raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of the two")
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = name.replace("prompt", "pooled_prompt")
-            if xl and (name in given) != (pooled in given):
-                missing, other = (pooled, name) if name in given else (name, pooled)
-                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
-            if not xl and pooled in given:
-                raise ValueError(f"{pooled} is given, which Stable Diffusion XL alone takes")
+        self.sampler.backbone.check_embeds(given)
         first, second = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
         if first is not None and second is not None and first.shape != second.shape:
             raise ValueError(
@@ -269,18 +262,16 @@ class FusedPipeline:
     def _sampler(self, rule: str | FusionRule | None, guidance: str | None, scale: float | None) -> FusedSampler:
         """The sampler as one call wants it."""
         sampler = self.sampler if rule is None else self.sampler.with_rule(rule)
-        denoiser = sampler.denoiser
-        if guidance is not None:
-            denoiser = replace(denoiser, guidance=guidance)
-        if scale is not None:
-            denoiser = replace(denoiser, guidance_scale=scale)
-        return sampler if denoiser is sampler.denoiser else replace(sampler, denoiser=denoiser)
+        now = sampler.denoiser.guidance
+        wanted = replace(now, source=now.source if guidance is None else guidance)
+        wanted = wanted if scale is None else replace(wanted, scale=scale)
+        return replace(sampler, denoiser=replace(sampler.denoiser, guidance=wanted))
 
-    def _after(self, callback: CallbackOnStepEnd) -> Callable[[int, int, Tensor], tuple[Tensor, bool]]:
+    def _after(self, callback: CallbackOnStepEnd) -> After:
         self._interrupt = False
 
-        def after(number: int, t: int, latents: Tensor) -> tuple[Tensor, bool]:
-            returned = callback(self, number, int(t), {"latents": latents}) or {}
+        def after(number: int, t: Time, latents: Tensor) -> tuple[Tensor, bool]:
+            returned = callback(self, number, t, {"latents": latents}) or {}
             return returned.get("latents", latents), not self._interrupt
 
         return after

@@ -15,21 +15,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.images import to_image
-from stepfuse.fuse.backbones.checks import check_base
-from stepfuse.fuse.backbones.compiled import compile_unet
+from stepfuse.fuse.backbones.base import Backbone, Shape
+from stepfuse.fuse.backbones.compiled import compile_batched
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser, Latents
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path, same_base
+from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
-from stepfuse.fuse.backbones.unet import (
-    decode_latents,
-    decode_unclamped,
-    encode_prompts,
-    execution_device,
-    latent_shape,
-)
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
+from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
@@ -58,14 +54,13 @@ class FusedSampler:
         p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i),     a_i = λ w_i,  Σ w_i = 1
 
     Attributes:
-        pipeline: the base, with one LoRA an objective on its UNet, under the objective's name.
         objectives: what each was aligned to, and with which variance schedule.
-        denoiser: the guided predictions.
+        denoiser: the guided predictions of the base, with one LoRA an objective on it, under the objective's name.
         reference: variance schedule of the base policy, p_ref.
         rule: how the Gaussians of a step are fused.
         num_inference_steps: default number of steps.
         default_weights: used where `sample` gets none.
-        oracles: adapters trained on weighted rewards, on the UNet too.
+        oracles: adapters trained on weighted rewards, on the network too.
         oracle_weights: what each of them was trained on, by objective.
         rewards: of the objectives, by name; only rules that need rewards read them.
         reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
@@ -73,7 +68,6 @@ class FusedSampler:
         trust_rewards: load rewards that are files of code or servers, if objectives name such.
     """
 
-    pipeline: DiffusionPipeline
     objectives: tuple[Objective, ...]
     denoiser: Denoiser
     reference: VarianceSchedule
@@ -130,27 +124,34 @@ class FusedSampler:
             adapter_set = load_set(adapter_set, read_weights=False)
         chosen_rule = rule or get_rule(adapter_set.default_rule)
         if pipeline is None:
-            pipeline = load_base(adapter_set.base, dtype=dtype)
+            backbone = backbone_of(load_base(adapter_set.base, dtype=dtype))
         else:
-            check_base(pipeline)
-        if any(parameter.is_meta for parameter in pipeline.unet.parameters()):
+            backbone = backbone_of(pipeline)
+            backbone.check()
+        network = backbone.network
+        if any(parameter.is_meta for parameter in network.parameters()):
             raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
-        pipeline.to(device)
-        fingerprint = base_fingerprint(pipeline.unet)
+        backbone.pipeline.to(device)
+        fingerprint = base_fingerprint(network)
         if not same_base(adapter_set.base, fingerprint):
             raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-        check_path(adapter_set.base, pipeline)
+        path = backbone.path(backbone.default_shape)
+        check_path(adapter_set.base, path)
         adapters = adapter_set.all_adapters
         for adapter in adapters:
-            load_adapter(pipeline, adapter, fingerprint)
+            load_adapter(backbone, adapter, fingerprint)
         sampler = cls(
-            pipeline=pipeline,
             objectives=adapter_set.objectives,
-            denoiser=Denoiser.from_pipeline(
-                pipeline,
-                guidance=guidance or adapter_set.guidance,
-                guidance_scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
-                batched=BatchedAdapters(pipeline.unet, [a.name for a in adapters]) if forwards == "batched" else None,
+            denoiser=Denoiser(
+                backbone=backbone,
+                path=path,
+                guidance=Guidance(
+                    source=guidance or adapter_set.guidance,
+                    scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
+                ),
+                batched=BatchedAdapters(network, [a.name for a in adapters], backbone.unbatched)
+                if forwards == "batched"
+                else None,
                 rows_at_once=rows_at_once,
             ),
             reference=adapter_set.base_schedule,
@@ -176,7 +177,7 @@ class FusedSampler:
         rule = get_rule(rule) if isinstance(rule, str) else rule
         if not getattr(rule, "needs", ""):
             return replace(self, rule=rule)
-        device = execution_device(self.pipeline)
+        device = self.backbone.device
         trusted = self.trust_rewards
         rewards = {
             o.name: self.rewards.get(o.name) or reward_of(o, rule, device, trusted=trusted) for o in self.objectives
@@ -184,12 +185,21 @@ class FusedSampler:
         return replace(self, rule=rule, rewards=rewards)
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
-        """Compile the UNet, in place: `stepfuse.fuse.backbones.compiled.compile_unet`.
+        """Compile the network, in place: `stepfuse.fuse.backbones.compiled.compile_batched`.
 
         Raises:
             ValueError: for another word than regional or full, or without batched forwards.
         """
-        compile_unet(self.pipeline.unet, self.denoiser.batched, how, rows, execution_device(self.pipeline), **options)
+        compile_batched(self.backbone, self.denoiser.batched, how, rows, **options)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.denoiser.backbone
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The base, with all adapters on its network."""
+        return self.backbone.pipeline
 
     @property
     def names(self) -> list[str]:
@@ -204,6 +214,7 @@ class FusedSampler:
         weights_on: str = "exponents",
         num_inference_steps: int | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        shape: Shape | None = None,
     ) -> Plan:
         """What a run for `count` images will do, checked by the rule before anything is computed.
 
@@ -215,14 +226,17 @@ class FusedSampler:
             num_inference_steps: by default the set's.
             guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
                 the others the prediction is e_c (arXiv:2404.07724).
+            shape: of one latent, by default the model's own; the steps of some models depend on it.
 
         Raises:
             ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
         """
+        replace(self.denoiser.guidance, interval=guidance_interval)  # which checks it
+        path = self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape)
         plan = make_plan(
             self.default_weights if weights is None else weights,
             count,
-            path=self.denoiser.path,
+            path=path,
             num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
             objectives=self.objectives,
             oracles=self.oracles,
@@ -235,13 +249,13 @@ class FusedSampler:
         if merges := getattr(self.rule, "merges", ""):
             used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
             check = check_factors if merges == "factors" else check_mergeable
-            check(lora_layers(self.pipeline.unet), used)
+            check(lora_layers(self.denoiser.network), used)
         if getattr(self.rule, "gate", None) is not None:
-            denoiser = self.denoiser
-            profile = find_profile(self.profiles, len(plan.steps), denoiser.guidance, denoiser.guidance_scale)
+            guidance = self.denoiser.guidance
+            profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
             plan = replace(plan, gaps=profile.at(plan.weights, plan.names))
         if getattr(self.rule, "needs", "") == "gradients":
-            check_gradients(plan, self.objectives, self.rewards, execution_device(self.pipeline))
+            check_gradients(plan, self.objectives, self.rewards, self.backbone.device)
         if getattr(self.rule, "needs", "") == "rewards":
             check_scales(plan, self.objectives, self.reward_scales)
         return self.rule.prepare(plan)
@@ -315,7 +329,7 @@ class FusedSampler:
         if conditioning is not None:
             if getattr(self.rule, "needs", ""):
                 raise ValueError(f"rule {type(self.rule).__name__} needs rewards, and those need prompts")
-            prompts = [f"number {row + 1}" for row in range(len(conditioning.positive))]
+            prompts = [f"number {row + 1}" for row in range(len(conditioning))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
         negatives: list[str | None]
         if negative_prompt is None or isinstance(negative_prompt, str):
@@ -334,6 +348,7 @@ class FusedSampler:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
         if after and isinstance(self.rule, CoDe):
             raise ValueError("rule code denoises candidates, which are no images yet; call back under another rule")
+        shape = self.backbone.shape(height, width)
         plan = self.plan(
             weights,
             len(prompts),
@@ -341,21 +356,21 @@ class FusedSampler:
             weights_on=weights_on,
             num_inference_steps=num_inference_steps,
             guidance_interval=guidance_interval,
+            shape=shape,
         )
         generators = image_generators(generator, len(prompts))
-        shape = latent_shape(self.pipeline, height, width)
         if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
             raise ValueError(f"latents of shape {tuple(latents.shape)}; expected {(len(prompts), *shape)}")
         if report_cuts and conditioning is None:
             warn_of_cuts(self.pipeline, [*prompts, *negatives])
-        device = execution_device(self.pipeline)
+        device = self.backbone.device
         outputs = []
         together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
         with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
             for rows in batches:
                 if conditioning is None:
-                    given = encode_prompts(self.pipeline, prompts[rows], negatives[rows], height=height, width=width)
+                    given = self.backbone.encode(prompts[rows], negatives[rows], height=height, width=width)
                 else:
                     given = conditioning[rows].to(device)
                 run = self._run(plan[rows], given, prompts[rows])
@@ -383,7 +398,7 @@ class FusedSampler:
                 if output_type == "latent":
                     outputs.append(x_0)
                     continue
-                pixels = decode_unclamped(self.pipeline, x_0)
+                pixels = self.backbone.decode_unclamped(x_0)
                 check_pixels(pixels, prompts[rows])
                 outputs.append(VaeImageProcessor.denormalize(pixels).cpu())
         output = torch.cat(outputs)
@@ -413,21 +428,23 @@ class FusedSampler:
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its networks and rewards know which row belongs to which image."""
 
+        guidance = replace(self.denoiser.guidance, interval=plan.guidance_interval)
+        at_step = {
+            t: replace(self.denoiser, guidance=guidance.at(k, len(plan.steps))) for k, (t, _) in enumerate(plan.steps)
+        }
+
         def networks(
-            x_t: Latents, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+            x_t: Latents, t: Time, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
         ) -> list[Latents]:
             experts = [*plan.names, None]  # the base is the last
             adapters = [network if isinstance(network, Merge) else experts[network] for network in networks]
-            denoiser = self.denoiser.unguided() if t in plan.unguided else self.denoiser
-            return denoiser.predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
+            return at_step[t].predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
 
         def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
             def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:
                 assert prompts is not None
                 texts = [prompts[i] for i in rows.tolist()]
-                return score(
-                    self.rewards[objective.name], decode_latents(self.pipeline, clean), texts, name=objective.reward
-                )
+                return score(self.rewards[objective.name], self.backbone.decode(clean), texts, name=objective.reward)
 
             return reward
 

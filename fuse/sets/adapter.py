@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from stepfuse.data.json_file import write_json
+from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import same_base
+from stepfuse.fuse.backbones.registry import parts
 from stepfuse.fuse.lora.factors import read_factors, state_factors
 from stepfuse.fuse.lora.file import LoRAFile, check_fits, check_parts, open_lora
 from stepfuse.fuse.lora.load import adapter_state, put_on
@@ -30,7 +31,7 @@ OBJECTIVE = "objective.json"
 
 def write_adapter(
     folder: Path,
-    unet: nn.Module | None,
+    network: nn.Module | None,
     objective: Objective,
     *,
     state: dict[str, Tensor] | None = None,
@@ -40,30 +41,31 @@ def write_adapter(
     guidance_scale: float,
     num_inference_steps: int,
     record: dict[str, Any],
-    pipeline_class: type[DiffusionPipeline],
+    part: str,
     license: str | None = None,
     source: str | None = None,
 ) -> Adapter:
-    """Save the adapter named `objective.name` of `unet` into a folder; `objective.json` comes last.
+    """Save the adapter named `objective.name` of a network into a folder; `objective.json` comes last.
 
     Args:
-        state, config: all its tensors in peft's names, and peft's configuration; by default those on the UNet.
+        state, config: all its tensors in peft's names, and peft's configuration; by default those on the network.
+        part: the pipeline's name of the network.
         license, source: see `Adapter`.
 
     Raises:
         ValueError: for tensors that are empty or not finite: nothing is written then.
     """
     if state is None:
-        assert unet is not None
-        state = adapter_state(unet, objective.name)
+        assert network is not None
+        state = adapter_state(network, objective.name)
     for name, value in state.items():
         if value.numel() == 0 or not bool(torch.isfinite(value).all()):
             raise ValueError(f"adapter {objective.name!r}: {name} is empty or not finite; it is not saved")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / WEIGHTS
-    config = config or cast(Any, unet).peft_config[objective.name].to_dict()
+    config = config or cast(Any, network).peft_config[objective.name].to_dict()
     whole = {k: v.detach().float().contiguous().cpu() for k, v in state.items()}
-    save_lora(file, state_factors(file, whole, config), pipeline_class)
+    save_lora(file, state_factors(file, whole, config), part)
     adapter = Adapter(
         folder=folder,
         objective=objective,
@@ -87,15 +89,15 @@ def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
         ValueError: for values that float16 cannot hold.
     """
     source = adapter.folder / WEIGHTS
-    with open_lora(source) as lora:
-        as_written = lora.as_written
+    with open_lora(source, parts()) as lora:
+        as_written, part = lora.as_written, lora.part
     if as_written and not half:
         shutil.copyfile(source, folder / WEIGHTS)
         return
-    factors = {name: scale_to_one(layer) for name, layer in read_factors(source, adapter.sha256).items()}
+    factors = {name: scale_to_one(layer) for name, layer in read_factors(source, (part,), adapter.sha256).items()}
     if half:
         factors = {name: layer.map(Tensor.half) for name, layer in factors.items()}
-    save_lora(folder / WEIGHTS, factors)
+    save_lora(folder / WEIGHTS, factors, part)
     with open_tensors(folder / WEIGHTS) as tensors:
         tensors.read(keep=False)  # what float16 cannot hold became infinite
 
@@ -120,7 +122,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def check_adapter(adapter: Adapter) -> None:
-    """Check that an adapter's file is a whole LoRA of a UNet, of finite numbers, and the one that was recorded.
+    """Check that an adapter's file is a whole LoRA of a network, of finite numbers, and the one that was recorded.
 
     The file is opened and read once, a tensor at a time.
 
@@ -128,7 +130,7 @@ def check_adapter(adapter: Adapter) -> None:
         ValueError: naming the file.
     """
     check_size(adapter)
-    with open_lora(adapter.folder / WEIGHTS) as lora:
+    with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
         _check_rank(adapter, lora)
         check_parts(lora)
         lora.tensors.read(adapter.sha256, keep=False)
@@ -156,23 +158,23 @@ def _check_rank(adapter: Adapter, lora: LoRAFile) -> None:
         raise ValueError(f"{lora.file} is of rank {lora.rank}, and the manifest says {adapter.rank}; fetch it again")
 
 
-def load_adapter(pipeline: DiffusionPipeline, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
-    """Put an adapter on the pipeline's UNet under its objective's name, and verify that every tensor arrived.
+def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
+    """Put an adapter on the base's network under its objective's name, and verify that every tensor arrived.
 
-    The file is opened and read once: its header is checked against the UNet before a tensor is read, and the tensors
-    that are put on the UNet are those that the recorded hash was compared with.
+    The file is opened and read once: its header is checked against the network before a tensor is read, and the
+    tensors that are put on the network are those that the recorded hash was compared with.
 
     Raises:
-        ValueError: for an adapter of another base, or with a part that is not of the UNet, and for weights that are not
-            those recorded, not finite, or did not all load.
+        ValueError: for an adapter of another base, or with a part that is not of the network, and for weights that are
+            not those recorded, not finite, or did not all load.
     """
     if not same_base(adapter.base, fingerprint):
         raise ValueError(
             f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
             f"{adapter.base.get('name_or_path')!r}; load that one"
         )
-    with open_lora(adapter.folder / WEIGHTS) as lora:
+    with open_lora(adapter.folder / WEIGHTS, (backbone.part,)) as lora:
         check_parts(lora)
-        check_fits(lora.file, lora.layers["unet"], pipeline.unet)
+        check_fits(lora.file, lora.layers[backbone.part], backbone.network)
         _check_rank(adapter, lora)
-        put_on(pipeline, adapter.name, lora, lora.read(adapter.sha256))
+        put_on(backbone.network, backbone.part, adapter.name, lora, lora.read(adapter.sha256))

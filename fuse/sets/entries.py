@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.names import nearest
-from stepfuse.fuse.backbones.denoiser import GUIDANCE
+from stepfuse.fuse.backbones.guidance import check_source
+from stepfuse.fuse.backbones.registry import parts
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
@@ -78,7 +78,7 @@ def sampling_from_dict(values: Mapping[str, Any]) -> dict[str, Any]:
     if steps < 1:
         raise ValueError(f"num_inference_steps {steps}; expected 1 or more")
     return {
-        "guidance": check_guidance(values["guidance"]),
+        "guidance": check_source(values["guidance"]),
         "guidance_scale": float(values["guidance_scale"]),
         "num_inference_steps": steps,
     }
@@ -196,14 +196,8 @@ def _adapter(folder: Path, values: Mapping[str, Any], **others: Any) -> Adapter:
 
 def describe_weights(file: Path) -> dict[str, Any]:
     """Hash, size and rank of a file of weights, as a manifest says them."""
-    with open_lora(file) as lora:
+    with open_lora(file, parts()) as lora:
         return {"sha256": lora.tensors.sha256(), "bytes": lora.tensors.size, "rank": lora.rank}
-
-
-def check_guidance(guidance: Any) -> str:
-    if guidance not in GUIDANCE:
-        raise ValueError(f"guidance {guidance!r}; expected one of {', '.join(GUIDANCE)}{nearest(guidance, GUIDANCE)}")
-    return guidance
 
 
 def _check_base(base: Any) -> dict[str, Any]:

@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from diffusers import UNet2DConditionModel
 
 from stepfuse.data.folder_files import files_below
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir, resolve_folder
-from stepfuse.data.text_files import first_line
-from stepfuse.fuse.backbones.loading import EMBEDDED
+from stepfuse.fuse.backbones.loading import layer_names
+from stepfuse.fuse.backbones.registry import parts
 from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS, check_format, save_as
 from stepfuse.fuse.lora.factors import Factors, read_factors
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.merge import merge_factors
+from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule
@@ -54,7 +53,7 @@ def export(
     if objective is not None and output is not None:
         check(output)
         with atomic_output_dir(output, ours=peft_files) if is_folder else atomic_file(output) as temporary:
-            _save(form, temporary, _factors(adapters[0]), loaded.base, title=objective)
+            _save(form, temporary, _factors(adapters[0]), loaded, title=objective)
         return output
     names = [adapter.name if is_folder else f"{adapter.name}.safetensors" for adapter in adapters]
     folder = output or Path(f"{form}-loras")
@@ -69,7 +68,7 @@ def export(
 
     with atomic_output_dir(folder, ours=exported) as temporary:
         for adapter, name in zip(adapters, names, strict=True):
-            _save(form, temporary / name, _factors(adapter), loaded.base, title=adapter.name)
+            _save(form, temporary / name, _factors(adapter), loaded, title=adapter.name)
     return folder / names[0] if len(names) == 1 else folder
 
 
@@ -100,13 +99,13 @@ def merge(
     if any(isinstance(weight, WeightSchedule) for weight in given.values()):
         raise ValueError("weights that change over the steps make no one LoRA; give numbers")
     table = (strength * weight_table([given], loaded.names)[0, :, 0]).tolist()
-    parts = [(a.name, weight, _factors(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
-    if not parts:
+    used = [(a.name, weight, _factors(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
+    if not used:
         raise ValueError(f"strength {strength:g} leaves nothing to merge")
-    merged, error = merge_factors(parts, rank)
-    title = "_".join(f"{name}-{weight:g}" for name, weight, _ in parts)
+    merged, error = merge_factors(used, rank)
+    title = "_".join(f"{name}-{weight:g}" for name, weight, _ in used)
     with atomic_file(output) as temporary:
-        _save(form, temporary, merged, loaded.base, title=title)
+        _save(form, temporary, merged, loaded, title=title)
     return max(layer.rank for layer in merged.values()), error
 
 
@@ -116,25 +115,15 @@ def peft_files(folder: Path) -> set[Path]:
     return both if len(both) == 2 else set()
 
 
-def unet_config(base: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of a base's UNet, without its weights.
-
-    Raises:
-        ValueError: where it cannot be loaded.
-    """
-    name = base["name_or_path"]
-    path = str(EMBEDDED.get(name, name))
-    try:
-        return UNet2DConditionModel.load_config(path, subfolder="unet", revision=base.get("revision"))
-    except OSError as error:
-        raise ValueError(f"the configuration of base {name!r} cannot be loaded: {first_line(error)}") from error
-
-
-def _save(form: str, output: Path, factors: Mapping[str, Factors], base: Mapping[str, Any], *, title: str) -> None:
-    """Write a LoRA of a base as a set describes it; a base whose prediction is not recorded predicts the noise."""
-    prediction = (base.get("noise_path") or {}).get("prediction_type", "epsilon")
-    config = unet_config(base) if form == "kohya" else {}
-    save_as(form, output, factors, base=base["name_or_path"], config=config, title=title, prediction=prediction)
+def _save(form: str, output: Path, factors: Mapping[str, Factors], loaded: AdapterSet, *, title: str) -> None:
+    """Write a LoRA of a set's base; a base whose prediction is not recorded predicts the noise."""
+    if form == "kohya":
+        names = layer_names(loaded.base)
+    else:  # without the base's configuration
+        with open_lora(loaded.adapters[0].folder / WEIGHTS, parts()) as lora:
+            names = LayerNames.of(lora.part)
+    prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
+    save_as(form, output, factors, base=loaded.base["name_or_path"], names=names, title=title, prediction=prediction)
 
 
 def _require_new_lora(output: Path, loaded: AdapterSet, *, overwrite: bool) -> None:
@@ -151,4 +140,4 @@ def _require_new_lora(output: Path, loaded: AdapterSet, *, overwrite: bool) -> N
 
 
 def _factors(adapter: Adapter) -> dict[str, Factors]:
-    return read_factors(adapter.folder / WEIGHTS, adapter.sha256)
+    return read_factors(adapter.folder / WEIGHTS, parts(), adapter.sha256)

@@ -4,7 +4,9 @@ import tempfile
 from pathlib import Path
 
 from stepfuse.fuse.backbones.fingerprint import describe_base, same_base
+from stepfuse.fuse.backbones.guidance import check_source
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import peft_config, peft_state
@@ -13,7 +15,6 @@ from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.create import add_adapter, create_set
 from stepfuse.fuse.sets.edit import check_writable
-from stepfuse.fuse.sets.entries import check_guidance
 from stepfuse.fuse.sets.hub import fetch_lora, parse_id
 from stepfuse.fuse.sets.manifest import MANIFEST
 
@@ -57,7 +58,7 @@ def import_lora(
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
     """
     loaded = load_set(folder) if (folder / MANIFEST).is_file() else None
-    guidance, revision = check_guidance(guidance or "full"), None
+    guidance, revision = check_source(guidance or "full"), None
     if loaded is not None:
         check_writable(folder)
         guidance_scale = loaded.guidance_scale if guidance_scale is None else guidance_scale
@@ -73,11 +74,11 @@ def import_lora(
         path = fetch_lora(source, weight_name)
     elif weight_name is not None:
         path /= weight_name
-    pipeline = load_pipeline(base, revision=revision, variant=variant, safe=True)
-    described = describe_base(pipeline, base, revision, variant=variant)
+    backbone = backbone_of(load_pipeline(base, revision=revision, variant=variant, safe=True))
+    described = describe_base(backbone, base, revision, variant=variant)
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
-    factors = read_foreign(path, pipeline.unet, unet_only=unet_only)
+    factors = read_foreign(path, backbone.network, backbone.names(backbone.network.config), unet_only=unet_only)
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary, objective)
         write_adapter(
@@ -91,7 +92,7 @@ def import_lora(
             guidance_scale=7.5 if guidance_scale is None else guidance_scale,
             num_inference_steps=steps or 50,
             record={},
-            pipeline_class=type(pipeline),
+            part=backbone.part,
             license=license,
             source=source if parse_id(source) else Path(source).name,
         )

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.unet import decode_latents
 from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step, mean_log_prob
 
 
@@ -55,7 +54,7 @@ class DDPOPyTorch(Loop):
             log_probs.append(mean_log_prob(x_s, mean, deviation))
             x_t = x_s.to(x_t.dtype)
             latents.append(x_t)
-        scores = self.scoring.submit(self.task.reward, decode_latents(self.pipeline, x_t), prompts)
+        scores = self.scoring.submit(self.task.reward, self.backbone.decode(x_t), prompts)
         rewards = scores.result().to(self.device)
         return Samples(
             x_t=torch.stack(latents[:-1], dim=1),

@@ -14,7 +14,8 @@ from diffusers import DDIMScheduler
 from peft import PeftModel
 from torch import Tensor, nn
 
-from stepfuse.fuse.backbones.conditioning import Conditioning, stack_inputs
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.unet import unet_arguments
 
 Blend = Callable[[Tensor, Tensor, Conditioning], Tensor]
 CopyOf = Callable[[Sequence[str]], nn.Module]  # a copy of the UNet, with these adapters alone, active
@@ -79,8 +80,8 @@ def mixed_batch(unet: nn.Module, copy_of: CopyOf, names: Sequence[str], scale: f
 
     def blend(x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         rows = [name for name in ("__base__", *names) for _ in range(len(x))]
-        inputs = stack_inputs([conditioning.inputs(kind) for kind in ("-", *"+" * len(names))])
-        batch = torch.cat([x] * (1 + len(names))).to(conditioning.positive.dtype)
+        inputs = unet_arguments(conditioning.inputs("-" + "+" * len(names)))
+        batch = torch.cat([x] * (1 + len(names))).to(conditioning.positive["prompt_embeds"].dtype)
         output = wrapped(batch, t.expand(len(batch)), adapter_names=rows, return_dict=False, **inputs)[0]
         e_u, *e_c = output.float().chunk(1 + len(names))
         return _average([e_u + scale * (e - e_u) for e in e_c])
@@ -98,8 +99,8 @@ def denoise(blend: Blend, scheduler: DDIMScheduler, steps: int, x: Tensor, condi
 
 def _guided(unet: nn.Module, x: Tensor, t: Tensor, conditioning: Conditioning, scale: float) -> Tensor:
     """e_u + g (e_c - e_u) of one network, in one forward pass of two rows an image."""
-    batch = torch.cat([x, x]).to(conditioning.positive.dtype)
-    output = unet(batch, t.expand(len(batch)), return_dict=False, **conditioning.inputs("-+"))[0]
+    batch = torch.cat([x, x]).to(conditioning.positive["prompt_embeds"].dtype)
+    output = unet(batch, t.expand(len(batch)), return_dict=False, **unet_arguments(conditioning.inputs("-+")))[0]
     e_u, e_c = output.float().chunk(2)
     return e_u + scale * (e_c - e_u)
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Latents
-from stepfuse.fuse.backbones.unet import decode_latents
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 
@@ -80,7 +79,7 @@ class SPO(Loop):
         self, drawn: Float[Tensor, "candidates images channels height width"], clean: Latents, prompts: list[str]
     ) -> tuple[Latents, Latents, Bool[Tensor, " images"]]:
         """Winners and losers by the reward of their clean latents, and which pairs differ enough."""
-        rewards = self.task.reward(decode_latents(self.pipeline, clean), prompts * self.candidates)
+        rewards = self.task.reward(self.backbone.decode(clean), prompts * self.candidates)
         best, worst, kept = extremes(rewards.to(self.device).reshape(drawn.shape[:2]), self.threshold)
         rows = torch.arange(len(best), device=self.device)
         return drawn[best, rows], drawn[worst, rows], kept

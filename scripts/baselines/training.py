@@ -21,8 +21,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Latents
-from stepfuse.fuse.backbones.unet import encode_prompts, latent_shape
+from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.registry import backbone_of
+from stepfuse.fuse.backbones.unet import unet_arguments
 from stepfuse.rewards.protocol import Reward
 from stepfuse.train.lora import add_lora
 
@@ -64,13 +65,14 @@ class Loop(ABC):
 
     def __init__(self, task: Task) -> None:
         self.task, self.pipeline, self.device = task, task.pipeline, task.accelerator.device
+        self.backbone = backbone_of(self.pipeline)
         self.unet: Any = self.pipeline.unet
         self.scheduler = copy.deepcopy(self.pipeline.scheduler)
         self.scheduler.set_timesteps(task.steps, device=self.device)
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         side = task.resolution
-        self.shape = latent_shape(self.pipeline, side, side)
-        self.blank = encode_prompts(self.pipeline, [""], height=side, width=side, device=self.device)
+        self.shape = self.backbone.shape(side, side)
+        self.blank = self.backbone.encode([""], height=side, width=side, device=self.device)
         self.random = random.Random(0)
         add_lora(self.unet, "baseline", rank=task.rank, alpha=task.rank, targets=list(task.targets), seed=0)
         if task.gradient_checkpointing:
@@ -112,16 +114,15 @@ class Loop(ABC):
             prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         blank = self.blank[torch.zeros(count, dtype=torch.long)]
-        added = dict(blank.added)
-        if pooled:
-            added["text_embeds"] = (pooled[0], added["text_embeds"][1])
-        conditioning = Conditioning(positive=positive, negative=blank.negative, added=added)
+        own = {"prompt_embeds": positive} | ({"text_embeds": pooled[0]} if pooled else {})
+        conditioning = Conditioning(positive={**blank.positive, **own}, negative=blank.negative)
         return prompts, conditioning, torch.randn(count, *self.shape, device=self.device, dtype=positive.dtype)
 
     def predict(self, network: nn.Module, x_t: Latents, t: Times, conditioning: Conditioning) -> Latents:
         """e_u + g (e_c - e_u), both by the network itself, in one forward pass of two rows an image."""
         times = t.expand(len(x_t)).repeat(2)
-        output = network(torch.cat([x_t, x_t]), times, return_dict=False, **conditioning.inputs("-+"))[0]
+        inputs = unet_arguments(conditioning.inputs("-+"))
+        output = network(torch.cat([x_t, x_t]), times, return_dict=False, **inputs)[0]
         negative, positive = output.chunk(2)
         return negative + self.task.guidance_scale * (positive - negative)
 

@@ -22,6 +22,7 @@ from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_base
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -121,7 +122,7 @@ def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, de
     adapter_set = load_set(folder, read_weights=False)
     pipeline = load_base(adapter_set.base, dtype=dtype).to(device)
     first = adapter_set.adapters[0]
-    load_adapter(pipeline, first, base_fingerprint(pipeline.unet))
+    load_adapter(backbone_of(pipeline), first, base_fingerprint(pipeline.unet))
     config = pipeline.unet.peft_config[first.name]
     pipeline.unload_lora_weights()
     return Model(pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
@@ -152,14 +153,15 @@ def random_conditioning(model: Model, images: int) -> Conditioning:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(images, *shape, generator=generator).to(unet.device, unet.dtype)
 
-    added = {}
+    sides: list[dict[str, torch.Tensor]] = [{}, {}]
     if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        features = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         side = float(8 * unet.config.sample_size)
         ids = torch.tensor([side, side, 0, 0, side, side]).to(unet.device, unet.dtype).expand(images, -1)
-        added = {"text_embeds": (noise(pooled), noise(pooled)), "time_ids": (ids, ids)}
+        sides = [{"text_embeds": noise(features), "time_ids": ids} for _ in range(2)]
     width = unet.config.cross_attention_dim
-    return Conditioning(positive=noise(tokens, width), negative=noise(tokens, width), added=added)
+    positive, negative = ({"prompt_embeds": noise(tokens, width)} | added for added in sides)
+    return Conditioning(positive=positive, negative=negative)
 
 
 def with_copied_unet(pipeline: DiffusionPipeline) -> DiffusionPipeline:

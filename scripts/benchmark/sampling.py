@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import quiet_libraries
-from stepfuse.fuse.backbones.unet import latent_shape
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.objective import Objective
@@ -147,7 +148,8 @@ class Bench:
         self.model = build(settings.model, most, dtype=getattr(torch, settings.dtype), device=settings.device)
         pipeline = self.model.pipeline
         self.conditioning = random_conditioning(self.model, settings.images)
-        shape = latent_shape(pipeline, settings.height, settings.width)
+        backbone = backbone_of(pipeline)
+        shape = backbone.shape(settings.height, settings.width)
         x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
         self.x_T = x_T.to(settings.device)
         # Adapters are put into one batch, and compiled, in place: other methods then need a copy of the UNet.
@@ -155,12 +157,13 @@ class Bench:
         self._copies: dict[tuple[str, ...], nn.Module] = {}
         etas = torch.linspace(0.8, 1.0, most).tolist()
         self.sampler = FusedSampler(
-            pipeline=pipeline,
             objectives=tuple(
                 Objective(name=name, reward=name, variance=EtaSchedule(eta=eta), beta=1.0)
                 for name, eta in zip(self.model.adapters, etas, strict=True)
             ),
-            denoiser=Denoiser.from_pipeline(pipeline, guidance="shared", guidance_scale=settings.guidance_scale),
+            denoiser=Denoiser(
+                backbone=backbone, path=backbone.path(shape), guidance=Guidance(scale=settings.guidance_scale)
+            ),
             reference=EtaSchedule(eta=1.0),
             rule=get_rule("product"),
             num_inference_steps=settings.steps,
@@ -199,7 +202,9 @@ class Bench:
             self.batch()
         sampler = self.sampler.with_rule("product" if row.method in (ONE_ADAPTER, SEPARATE) else row.method)
         if row.method == SEPARATE:
-            sampler = replace(sampler, denoiser=replace(sampler.denoiser, unet=self.plain, batched=None))
+            plain = copy.copy(self.model.pipeline)
+            plain.unet = self.plain
+            sampler = replace(sampler, denoiser=replace(sampler.denoiser, backbone=backbone_of(plain), batched=None))
         x_T, conditioning = self.x_T, self.conditioning
 
         def sample() -> torch.Tensor:
@@ -207,7 +212,7 @@ class Bench:
             generators = [torch.Generator().manual_seed(seed) for seed in range(len(x_T))]
             return sampler.denoise(x_T, plan, conditioning, generators)
 
-        return Method(run=sample, networks=(sampler.denoiser.unet,))
+        return Method(run=sample, networks=(sampler.denoiser.network,))
 
     def _baseline(self, name: str, names: Sequence[str]) -> Method:
         from stepfuse.scripts.baselines.sampling import BASELINES, denoise
@@ -215,6 +220,6 @@ class Bench:
         baseline = BASELINES[name]
         memory.check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
         predict, networks = baseline.build(self.plain, self.copy_of, names, self.settings.guidance_scale)
-        scheduler = self.sampler.denoiser.path.scheduler
+        scheduler = self.model.pipeline.scheduler
         run = partial(denoise, predict, scheduler, self.settings.steps, self.x_T, self.conditioning)
         return Method(run=run, networks=networks)

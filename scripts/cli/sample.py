@@ -96,7 +96,7 @@ def _add_speed(speed: Container) -> None:
     )
     option(speed, "--rows_at_once", int, text)
     text = (
-        "Compile the UNet with torch.compile. regional: each transformer block; full: the whole UNet (default: no "
+        "Compile the network with torch.compile. regional: each transformer block; full: all of it (default: no "
         "compilation)."
     )
     option(speed, "--compile", str, text, choices=("regional", "full"))

@@ -56,7 +56,7 @@ def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Batc
     """All images of the prompts with these indices in one cell."""
     images = [(evaluation.prompts[i], seed) for i in rows for seed in range(evaluation.config.seeds_per_prompt)]
     sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
-    with counted_rows(sampler.pipeline.unet) as count, peak_memory(device) as peak:
+    with counted_rows(sampler.denoiser.network) as count, peak_memory(device) as peak:
         begin = now(device)
         pixels = evaluation.sample(sampler, cell, images, output_type="pt")
         seconds = now(device) - begin

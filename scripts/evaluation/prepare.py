@@ -119,7 +119,7 @@ class Evaluation:
 
     @property
     def device(self) -> torch.device:
-        return self.sampler.pipeline.unet.device
+        return self.sampler.denoiser.network.device
 
     @property
     def steps(self) -> int:
@@ -161,7 +161,7 @@ class Evaluation:
             base=str(adapter_set.base["name_or_path"]),
             oracles=tuple((oracle.weights, oracle.scales) for oracle in adapter_set.oracles),
             steps=self.steps,
-            guidance=1.0 if denoiser.guidance == "off" else denoiser.guidance_scale,
+            guidance=denoiser.guidance.effective_scale,
             machine=machine(self.device),
             command=command,
         )
@@ -178,7 +178,7 @@ class Evaluation:
                 for o in (*sampler.objectives, *sampler.oracles)
             ],
             "reference": schedule_to_dict(sampler.reference),
-            "guidance": [sampler.denoiser.guidance, sampler.denoiser.guidance_scale],
+            "guidance": [sampler.denoiser.guidance.source, sampler.denoiser.guidance.scale],
             "steps": self.steps,
             "scales": dict(self.config.scales),
             "dtype": str(dtype),

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath
+from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath, Time
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.mixture import Merge
 from stepfuse.fuse.rules.base import FusionRule
@@ -140,7 +140,7 @@ class AlignedSchedule(VarianceSchedule):
     world: "World"
     objective: Objective
 
-    def relative(self, path: NoisePath, t: Tensor | int, s: Tensor | int, like: Tensor) -> Tensor:
+    def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         r = 1 / (self.world.precision(self.objective, int(t), int(s)) * self.world.ancestral(int(t), int(s)))
         return like.new_full((1,) * like.ndim, r)
 
@@ -175,7 +175,7 @@ class World:
     @cached_property
     def times(self) -> list[tuple[int, int]]:
         """(t, s) of each step."""
-        return self.path.steps(self.steps)
+        return [(int(t), int(s)) for t, s in self.path.steps(self.steps)]
 
     @cached_property
     def _tilt_scale(self) -> float:
@@ -255,10 +255,10 @@ class World:
         )
 
     def networks(
-        self, x_t: Tensor, t: int, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+        self, x_t: Tensor, t: Time, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
     ) -> list[Tensor]:
         """The noises whose transition is p_i: m = a x_t + (sqrt(sigma_s² - v) - a sigma_t) e, a = alpha_s / alpha_t."""
-        x, s = x_t.numpy(), dict(self.times)[t]
+        x, t, s = x_t.numpy(), int(t), dict(self.times)[int(t)]
         square_t, square_s = self.squares[t], self.squares[s]
         shrink, noise, predictions = (square_s / square_t) ** 0.5, self.noise(x, t), []
         for place in networks:

@@ -1,4 +1,4 @@
-"""The check of a base's whole configuration when it is loaded: networks, autoencoder, text encoders and scheduler."""
+"""The check of a Stable Diffusion's whole configuration when it is loaded: UNet, autoencoder and text encoders."""
 
 import math
 from typing import Any
@@ -12,9 +12,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection
 
-from stepfuse.data.library_messages import StableDiffusionXLPipeline
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
-from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
 
@@ -122,40 +120,22 @@ AUTOENCODER_EXPECTED = {
 }
 
 
-def check_base(pipeline: DiffusionPipeline, name: str = "the pipeline") -> None:
-    """Check that everything in a base's configuration that changes its images is supported.
+def check_pipeline(pipeline: DiffusionPipeline, *, xl: bool) -> None:
+    """Check that everything in a configuration that changes images is supported; see `Backbone.check`.
 
     Args:
-        pipeline: Stable Diffusion or Stable Diffusion XL. Text encoders and tokenizers may be missing, where
-            embeddings are given instead of prompts.
-        name: what it is called in errors.
+        xl: the pipeline is Stable Diffusion XL.
 
     Raises:
         ValueError: naming the component, the key, its value and what is expected.
     """
-    try:
-        _check_unet(pipeline)
-        _check_autoencoder(pipeline)
-        _check_texts(pipeline)
-        NoisePath.from_scheduler(pipeline.scheduler)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    _check_unet(pipeline, xl)
+    _check_autoencoder(pipeline, xl)
+    _check_texts(pipeline, xl)
 
 
-def check_has_texts(pipeline: DiffusionPipeline, name: str = "the pipeline") -> None:
-    """Check that a pipeline can embed prompts.
-
-    Raises:
-        ValueError: naming what it lacks.
-    """
-    suffix = "_2" if isinstance(pipeline, StableDiffusionXLPipeline) else ""
-    for part in (f"tokenizer{suffix}", f"text_encoder{suffix}"):
-        if getattr(pipeline, part) is None:
-            raise ValueError(f"{name} has no {part}; load it, or give prompt_embeds and negative_prompt_embeds")
-
-
-def _check_unet(pipeline: DiffusionPipeline) -> None:
-    unet, vae, xl = pipeline.unet, pipeline.vae, isinstance(pipeline, StableDiffusionXLPipeline)
+def _check_unet(pipeline: DiffusionPipeline, xl: bool) -> None:
+    unet, vae = pipeline.unet, pipeline.vae
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"unet is a {type(unet).__name__}; expected UNet2DConditionModel")
     expected = UNET_EXPECTED | {"addition_embed_type": ADDED_EMBEDDINGS[xl]}
@@ -174,7 +154,7 @@ def _check_unet(pipeline: DiffusionPipeline) -> None:
         )
 
 
-def _check_autoencoder(pipeline: DiffusionPipeline) -> None:
+def _check_autoencoder(pipeline: DiffusionPipeline, xl: bool) -> None:
     vae = pipeline.vae
     if not isinstance(vae, AUTOENCODERS):
         known = ", ".join(kind.__name__ for kind in AUTOENCODERS)
@@ -187,7 +167,7 @@ def _check_autoencoder(pipeline: DiffusionPipeline) -> None:
     stated = {key: value for key, value in given.items() if value is not None}
     if not stated:
         return
-    if not isinstance(pipeline, StableDiffusionXLPipeline):
+    if not xl:
         raise ValueError(
             f"vae has {' and '.join(stated)}, which {type(pipeline).__name__} does not apply; expected None"
         )
@@ -200,8 +180,7 @@ def _check_autoencoder(pipeline: DiffusionPipeline) -> None:
         raise ValueError(f"vae has latents_std {given['latents_std']!r}; expected numbers other than 0")
 
 
-def _check_texts(pipeline: DiffusionPipeline) -> None:
-    xl = isinstance(pipeline, StableDiffusionXLPipeline)
+def _check_texts(pipeline: DiffusionPipeline, xl: bool) -> None:
     width = 0
     for suffix in ("", "_2") if xl else ("",):
         encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))

@@ -6,9 +6,11 @@ reading them see `stepfuse.fuse.lora.keys`.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-PREFIX = "lora_unet_"
+from stepfuse.fuse.lora.names import LayerNames
+
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
     "conv_out": "out.2",
@@ -25,25 +27,54 @@ RESNET = {
 }
 
 
-def kohya_name(module: str, config: Mapping[str, Any]) -> str:
-    """A layer's name in kohya's files.
+@dataclass(frozen=True, kw_only=True)
+class UNetNames(LayerNames):
+    """Names of a UNet's layers.
 
-    Args:
-        module: its path in diffusers' UNet.
-        config: of that UNet.
-
-    Raises:
-        ValueError: for a layer that has no name there.
+    Attributes:
+        config: of the UNet; the numbers of Stability's blocks depend on it.
     """
-    path = sgm_path(module, config) if is_sdxl(config) else module
-    return PREFIX + path.replace(".", "_")
+
+    part: str = "unet"
+    kohya_prefix: str = "lora_unet_"
+    config: Mapping[str, Any]
+
+    @property
+    def is_sdxl(self) -> bool:
+        return self.config.get("addition_embed_type") == "text_time"
+
+    def original(self, module: str) -> str | None:
+        try:
+            return sgm_path(module, self.config)
+        except ValueError:
+            return None
+
+    def kohya(self, module: str) -> str:
+        return super().kohya(sgm_path(module, self.config) if self.is_sdxl else module)
+
+    def kohya_metadata(self, *, title: str, rank: int, alpha: float, prediction: str) -> dict[str, str]:
+        """Without it AUTOMATIC1111 takes a file for one of SD 1.x, and hides it."""
+        velocity = prediction == "v_prediction"
+        if self.is_sdxl:
+            version, second, architecture = "sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base"
+        elif self.config.get("cross_attention_dim") == 1024:
+            version, second = "sd_v2" + "_v" * velocity, True
+            architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
+        else:
+            version, second, architecture = "sd_v1" + "_v" * velocity, False, "stable-diffusion-v1"
+        family = {
+            "ss_base_model_version": version,
+            "ss_v2": str(second),
+            "modelspec.architecture": f"{architecture}/lora",
+        }
+        return super().kohya_metadata(title=title, rank=rank, alpha=alpha, prediction=prediction) | family
 
 
 def sgm_path(module: str, config: Mapping[str, Any]) -> str:
     """diffusers' path of a layer → the one in Stability's UNet, n = layers_per_block + 1 blocks a level.
 
     Raises:
-        ValueError: for a layer that UNet has not.
+        ValueError: for a layer that Stability's UNet does not have.
     """
     if module in OUTSIDE:
         return OUTSIDE[module]
@@ -80,31 +111,3 @@ def _blocks_before(level: int, layers: int | Sequence[int], *, up: bool = False)
     if isinstance(layers, int):
         return (layers + 1) * level
     return sum(list(layers)[:: -1 if up else 1][:level]) + level
-
-
-def is_sdxl(config: Mapping[str, Any]) -> bool:
-    return config.get("addition_embed_type") == "text_time"
-
-
-def file_metadata(config: Mapping[str, Any], *, title: str, rank: int, alpha: float, prediction: str) -> dict[str, str]:
-    """What kohya's files say of themselves; without it AUTOMATIC1111 takes a file for one of SD 1.x, and hides it."""
-    velocity = prediction == "v_prediction"
-    if is_sdxl(config):
-        version, second, architecture = "sdxl_base_v1-0", False, "stable-diffusion-xl-v1-base"
-    elif config.get("cross_attention_dim") == 1024:
-        version, second = "sd_v2" + "_v" * velocity, True
-        architecture = "stable-diffusion-v2-768-v" if velocity else "stable-diffusion-v2-512"
-    else:
-        version, second, architecture = "sd_v1" + "_v" * velocity, False, "stable-diffusion-v1"
-    return {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_output_name": title,
-        "ss_base_model_version": version,
-        "ss_v2": str(second),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.title": title,
-    }

@@ -1,0 +1,171 @@
+"""A model family: the one place that knows how a pipeline's network, text encoders and autoencoder are called."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
+from stepfuse.fuse.backbones.guidance import Latents, classifier_free
+from stepfuse.fuse.diffusion.gaussian import Generators
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.lora.names import LayerNames
+
+Shape = tuple[int, int, int]  # channels, height and width of one latent
+Pixels = Float[Tensor, "batch 3 height width"]
+
+
+class Backbone(ABC):
+    """A diffusers pipeline, through the interface that is the same for every model family.
+
+    Latents are (batch, channels, height, width) everywhere else; what a network wants otherwise is done in `predict`.
+
+    Attributes:
+        pipeline: the base.
+        part: the pipeline's name of the network that LoRAs are of, which is also the prefix of their keys in files.
+        targets: the layers that get a LoRA by default, by the ends of their names.
+        blocks: class names of the blocks that the network repeats, which regional compilation compiles.
+        unbatched: names of layers whose first dimension is not that of images; a LoRA there cannot be batched.
+        embeds: the arguments of `encode` that take embeddings in place of prompts.
+    """
+
+    part: ClassVar[str]
+    targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")
+    blocks: ClassVar[Sequence[str]] = ()
+    unbatched: ClassVar[Sequence[str]] = ()
+    embeds: ClassVar[Sequence[str]] = ("prompt_embeds", "negative_prompt_embeds")
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self.pipeline = pipeline
+
+    @property
+    def network(self) -> Any:
+        """The network, an `nn.Module` with the methods of diffusers' models."""
+        return getattr(self.pipeline, self.part)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes; with offloading its modules lie elsewhere meanwhile."""
+        return self.pipeline._execution_device
+
+    @classmethod
+    def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
+        """Further arguments of `from_pretrained`, for a pipeline with this model_index.json."""
+        return {}
+
+    @classmethod
+    def names(cls, config: Mapping[str, Any]) -> LayerNames:
+        """Names of the network's layers in other tools' files, by the network's configuration."""
+        return LayerNames.of(cls.part)
+
+    @abstractmethod
+    def check(self) -> None:
+        """Check that everything in the pipeline's configuration that changes its images is supported.
+
+        Text encoders and tokenizers may be missing, where embeddings are given instead of prompts.
+
+        Raises:
+            ValueError: naming the component, the key, its value and what is expected.
+        """
+
+    @abstractmethod
+    def check_can_encode(self) -> None:
+        """Check that the pipeline has what it needs to embed prompts.
+
+        Raises:
+            ValueError: naming what it lacks.
+        """
+
+    @abstractmethod
+    def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Height and width in pixels, by default those the network was trained at.
+
+        Raises:
+            ValueError: for a size the pipeline cannot draw, or none where the network does not state one.
+        """
+
+    @abstractmethod
+    def shape(self, height: int | None = None, width: int | None = None) -> Shape:
+        """Channels, height and width of one latent of such an image."""
+
+    @property
+    def default_shape(self) -> Shape | None:
+        """The shape of a latent of the network's own size; None where it does not state one."""
+        try:
+            return self.shape()
+        except ValueError:
+            return None
+
+    def path(self, shape: Shape | None = None) -> NoisePath:
+        """The noise path of the pipeline's scheduler, for latents of a shape."""
+        path = NoisePath.from_scheduler(self.pipeline.scheduler)
+        return path if shape is None else self.bind(path, shape)
+
+    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
+        """A path for latents of a shape; the same one unless the scheduler's shift depends on the number of tokens."""
+        return path
+
+    @abstractmethod
+    def encode(
+        self,
+        prompts: Sequence[str] | None,
+        negative_prompts: Sequence[str | None] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        device: torch.device | None = None,
+        **embeds: Tensor | None,
+    ) -> Conditioning:
+        """Embed prompts as the pipeline itself does.
+
+        Args:
+            prompts: None where embeddings are given.
+            negative_prompts: one a prompt; None stands for no negative prompt.
+            height, width: of the images, which some networks are given.
+            device: of the text encoders; by default that on which the pipeline computes.
+            embeds: embeddings to take instead, by the names in `embeds`.
+
+        Raises:
+            ValueError: for prompts without a text encoder.
+        """
+
+    def check_embeds(self, given: Sequence[str]) -> None:
+        """Check that the embeddings that are given, by name, are all that are needed, and no others.
+
+        Raises:
+            ValueError: naming one that is missing, or not taken.
+        """
+        if unknown := [name for name in given if name not in self.embeds]:
+            raise ValueError(f"{unknown[0]} is given; this model takes {', '.join(self.embeds)}")
+
+    @abstractmethod
+    def predict(self, x: Latents, times: Tensor, inputs: Inputs, *, network: nn.Module | None = None) -> Latents:
+        """One forward: the network's prediction, in float32 or wider, as the noise path takes it.
+
+        Args:
+            x: latents.
+            times: of the network, one a row (`NoisePath.network_time`).
+            inputs: as `Conditioning.inputs` gives them.
+            network: run in place of the pipeline's, a wrapped one for instance.
+        """
+
+    def guide(self, negative: Latents, positive: Latents, scale: float) -> Latents:
+        """e_u + g (e_c - e_u)."""
+        return classifier_free(negative, positive, scale)
+
+    def decode(self, latents: Latents) -> Pixels:
+        """Latents → float32 pixels in [0, 1], differentiable."""
+        return VaeImageProcessor.denormalize(self.decode_unclamped(latents))
+
+    @abstractmethod
+    def decode_unclamped(self, latents: Latents) -> Pixels:
+        """Latents → what the autoencoder makes of them, in float32 and for the most part in [-1, 1]."""
+
+    @abstractmethod
+    def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
+        """Pixels in [0, 1] → float32 latents, a sample of what the autoencoder encodes; the inverse of `decode`."""

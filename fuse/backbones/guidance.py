@@ -1,0 +1,127 @@
+"""Classifier-free guidance: which raw predictions a guided one is made of, and how they are combined."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepfuse.data.names import nearest
+from stepfuse.fuse.lora.mixture import Merge
+
+GUIDANCE = ("shared", "full", "off")
+Latents = Float[Tensor, "_ channels height width"]
+Network = str | Merge | None  # an adapter, several merged, or the base
+Rows = Int[Tensor, " _"]
+Combine = Callable[[Latents, Latents, float], Latents]  # e_u, e_c and g
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One raw prediction: of a network, under the positive (`+`) or the negative (`-`) prompt.
+
+    Attributes:
+        network: an adapter, several merged, or None for the base.
+        kind: `+` or `-`.
+        rows: the rows of the batch that it is predicted for; by default all, in order.
+    """
+
+    network: Network
+    kind: str
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """e = e_u + g (e_c - e_u) (classifier-free guidance, arXiv:2207.12598).
+
+    With g = 1 the prediction is e_c, and e_u is not computed.
+
+    Attributes:
+        source: where e_u comes from. `shared`: the base; `full`: the network itself; `off`: the prediction is e_c.
+        scale: g.
+        interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at the others
+            the prediction is e_c (arXiv:2404.07724).
+
+    Raises:
+        ValueError: for another source, a scale that is not finite, or an interval that is empty or not within [0, 1].
+    """
+
+    source: str = "shared"
+    scale: float = 5.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_source(self.source)
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance_scale {self.scale}; expected a finite number")
+        begin, end = self.interval
+        if not 0 <= begin < end <= 1:
+            raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
+
+    def __str__(self) -> str:
+        return self.source if self.source == "off" else f"{self.source} {self.scale:g}"
+
+    @property
+    def effective_scale(self) -> float:
+        """g, and 1 without guidance: then e = e_c."""
+        return 1.0 if self.source == "off" else self.scale
+
+    @property
+    def shares(self) -> bool:
+        """Whether all guided predictions have e_u of the base in common, which is then the first of the branches."""
+        return self.source == "shared" and self.scale != 1
+
+    def at(self, step_index: int, count: int) -> "Guidance":
+        """The guidance at one of `count` steps: none outside the interval."""
+        begin, end = self.interval
+        return self if begin <= step_index / count < end else replace(self, source="off")
+
+    def branches(self, networks: Sequence[Network], rows: Sequence[Rows | None] | None = None) -> list[Branch]:
+        """The raw predictions that the guided ones of networks are made of.
+
+        With `shared`, N networks need N + 1; e_u is predicted for all rows.
+
+        Args:
+            rows: the rows that each network is predicted for; by default all.
+        """
+        wanted = [None] * len(networks) if rows is None else rows
+        positive = [Branch(network, "+", some) for network, some in zip(networks, wanted, strict=True)]
+        if self.effective_scale == 1:
+            return positive
+        if self.shares:
+            return [Branch(None, "-"), *positive]
+        return [*(replace(branch, kind="-") for branch in positive), *positive]
+
+    def combine(self, branches: Sequence[Branch], outputs: Sequence[Latents], guide: Combine) -> list[Latents]:
+        """The guided predictions, one a network, from the raw ones of `branches`.
+
+        Args:
+            guide: e_u + g (e_c - e_u), or what a model family has in its place (`Backbone.guide`).
+        """
+        known = list(zip(branches, outputs, strict=True))
+        positive = [(branch, e_c) for branch, e_c in known if branch.kind == "+"]
+        negative = [e_u for branch, e_u in known if branch.kind == "-"]
+        if not negative:
+            return [e_c for _, e_c in positive]
+        if self.shares:
+            (e_u,) = negative
+            negative = [e_u if b.rows is None else e_u[b.rows.to(e_u.device)] for b, _ in positive]
+        return [guide(e_u, e_c, self.scale) for e_u, (_, e_c) in zip(negative, positive, strict=True)]
+
+
+def check_source(source: object) -> str:
+    """Check the name of a source of e_u.
+
+    Raises:
+        ValueError: for another one.
+    """
+    if source not in GUIDANCE:
+        raise ValueError(f"guidance {source!r}; expected one of {', '.join(GUIDANCE)}{nearest(source, GUIDANCE)}")
+    return str(source)
+
+
+def classifier_free(negative: Latents, positive: Latents, scale: float) -> Latents:
+    """e_u + g (e_c - e_u)."""
+    return negative + scale * (positive - negative)

@@ -1,0 +1,107 @@
+"""Schedulers of diffusers: which configurations are supported, and DDIM on the noise path of another scheduler."""
+
+import inspect
+
+import torch
+from diffusers import DDIMScheduler, SchedulerMixin
+
+from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
+
+# Keys that decide the path or the spacing of steps, which are taken over, and keys of how other samplers integrate,
+# which are ignored: the sampler that a base is published with does not change its network.
+SCHEDULER_HANDLED = frozenset(
+    {
+        "algorithm_type",
+        "base_image_seq_len",
+        "base_shift",
+        "beta_end",
+        "beta_schedule",
+        "beta_start",
+        "clip_sample_range",
+        "corrector_order",
+        "disable_corrector",
+        "dynamic_thresholding_ratio",
+        "euler_at_final",
+        "final_sigmas_type",
+        "flow_shift",
+        "interpolation_type",
+        "lambda_min_clipped",
+        "lower_order_final",
+        "max_image_seq_len",
+        "max_shift",
+        "num_train_timesteps",
+        "original_inference_steps",
+        "predict_x0",
+        "prediction_type",  # checked by `NoisePath`
+        "predictor_order",
+        "rescale_betas_zero_snr",  # checked by `NoisePath`
+        "sample_max_value",
+        "set_alpha_to_one",
+        "shift",
+        "shift_terminal",
+        "sigma_max",
+        "sigma_min",
+        "skip_prk_steps",
+        "solver_order",
+        "solver_p",
+        "solver_type",
+        "steps_offset",
+        "stochastic_sampling",
+        "tau_func",
+        "time_shift_type",
+        "timestep_scaling",
+        "timestep_spacing",
+        "trained_betas",
+        "use_beta_sigmas",
+        "use_dynamic_shifting",  # a path of flow matching is given mu
+        "use_exponential_sigmas",
+        "use_karras_sigmas",
+        "use_lu_lambdas",
+        "variance_type",
+    }
+)
+CLIPS = "its steps would not be Gaussian in the prediction; set it to False in the scheduler's configuration"
+SCHEDULER_EXPECTED = {
+    "clip_sample": Expected((False,), CLIPS),
+    "thresholding": Expected((False,), CLIPS),
+    "invert_sigmas": Expected((False,), "noise must come first"),
+    "timestep_type": Expected(("discrete",), "the times given to the network must be those of the training table"),
+    "use_flow_sigmas": Expected((False,), "take FlowMatchEulerDiscreteScheduler for flow matching"),
+}
+
+
+def check_scheduler(scheduler: SchedulerMixin) -> None:
+    """Check that a scheduler's configuration describes Gaussian steps.
+
+    Raises:
+        ValueError: naming the key, its value and what is expected.
+    """
+    check_configuration("the scheduler", scheduler, handled=SCHEDULER_HANDLED, expected=SCHEDULER_EXPECTED)
+
+
+def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:
+    """The DDIM scheduler on the noise path of another DDPM-type scheduler.
+
+    Raises:
+        ValueError: for a scheduler whose path DDIM does not have.
+    """
+    # Bare from_config would fill in DDIM's defaults for whatever was left at its class's default.
+    taken = inspect.signature(DDIMScheduler.__init__).parameters
+    config = {"clip_sample": False} | {k: v for k, v in scheduler.config.items() if k in taken}
+    betas = getattr(scheduler, "betas", None)
+    choices = [config]
+    if betas is not None:  # a schedule that DDIM has no name for
+        known = {"beta_schedule": "linear", "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+        choices.append(config | known)
+    for choice in choices:
+        try:
+            found = DDIMScheduler.from_config(choice)
+        except NotImplementedError:
+            continue
+        got, wanted = found.alphas_cumprod.double(), scheduler.alphas_cumprod.double()
+        if got.shape == wanted.shape and torch.allclose(got, wanted, rtol=1e-4, atol=1e-6):
+            return found
+    raise ValueError(
+        f"{type(scheduler).__name__} has a noise path that DDIM does not have; expected the scheduler's betas to give "
+        "its alphas_cumprod"
+    )
