@@ -49,6 +49,7 @@ def setting(
     *,
     group: str = "",
     choices: Collection[str] = (),
+    suggestions: Collection[str] = (),
     metavar: str = "",
     aliases: Sequence[str] = (),
     **bounds: Any,
@@ -59,12 +60,13 @@ def setting(
         text: What `--help` says of the option, if it is one.
         group: Heading that `--help` lists it under.
         choices: Accepted names, of a text or of each of several. The default may be another text.
+        suggestions: Names that the shell offers where others are accepted too.
         metavar: Name of the value in `--help`.
         aliases: Other names of the option.
         bounds: `Bounds` of a number, or of each of several.
     """
     metadata = {"bounds": Bounds(**bounds), "choices": choices, "text": text, "group": group}
-    metadata |= {"metavar": metavar, "aliases": aliases}
+    metadata |= {"suggestions": suggestions, "metavar": metavar, "aliases": aliases}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

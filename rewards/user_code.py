@@ -1,4 +1,4 @@
-"""Functions from Python files of the user, which are imported as `python path/to/file.py` runs them.
+"""Functions and classes from Python files of the user, which are imported as `python path/to/file.py` runs them.
 
 The folder of a file becomes a package below this module, `stepfuse.rewards.user_code.FOLDER`, where FOLDER is the
 folder's path in base 32. Modules of the folder import each other by their plain names, as scripts of one folder do,
@@ -49,7 +49,7 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
     loaded = getattr(module, function, None)
     if not callable(loaded):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"{file_name(file)} has no function {function!r}{nearest(function, names)}")
+        raise ValueError(f"{file_name(file)} has no function or class {function!r}{nearest(function, names)}")
     return loaded
 
 

@@ -28,6 +28,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.entries import Adapter
@@ -173,6 +174,11 @@ def read_lora(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA file under peft's names."""
     with open_lora(file, ["unet"]) as lora:
         return lora.read()
+
+
+def networks(*adapters: str | None) -> list[Network]:
+    """The networks of adapters, and of the base for None."""
+    return [Network.of(adapter) for adapter in adapters]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:

@@ -14,11 +14,13 @@ import pytest
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.fuse.backbones.guidance import GUIDANCE
+from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.rewards.registry import REWARDS
 from stepfuse.scripts.baselines import sampling
 from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
+from stepfuse.scripts.benchmark.sampling import check_rules
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import declare, names
 from stepfuse.scripts.cli.main import make_parser, parse
@@ -49,7 +51,6 @@ def example(parser):
 
 
 def test_names_that_are_known_without_torch_are_those_of_the_library():
-    assert list(names.RULE_NAMES) == list(RULES)
     assert list(names.REWARD_NAMES) == list(REWARDS)
     assert ("separate", *sampling.BASELINES) == settings.BASELINES
     assert tuple(OURS) == settings.ORIGINALS
@@ -57,18 +58,20 @@ def test_names_that_are_known_without_torch_are_those_of_the_library():
     assert get_args(settings.DType) == declare.DTYPES
 
 
-def test_the_options_of_a_rule_are_fields_of_it_and_flags():
-    for rule, options in names.RULE_OPTIONS.items():
-        assert set(options) <= {field.name for field in dataclasses.fields(RULES[rule])}
-        assert set(options) <= {action.dest for action in COMMANDS["sample"]._actions}
+def test_the_options_of_a_rule_that_are_flags_are_those_it_inherits():
+    for rule, options in RULE_OPTIONS.items():
+        assert issubclass(RULES[rule], options)
+        assert {f.name for f in dataclasses.fields(options)} <= {a.dest for a in COMMANDS["sample"]._actions}
 
 
-def test_every_rule_of_the_benchmark_is_measured_and_no_other():
+def test_rules_that_fuse_any_adapters_without_rewards_are_measured_and_no_other():
     needing = {"base", "kl", "oracle", "code", "rgg"}  # a reward, one adapter or an oracle
-    assert SamplingBenchmark(model="emoji", rules=tuple(set(RULES) - needing))
+    check_rules(tuple(set(RULES) - needing))
     for rule in needing:
-        with pytest.raises(ValueError, match=rule):
-            SamplingBenchmark(model="emoji", rules=(rule,))
+        with pytest.raises(ValueError, match=f"rule {rule} is not measured"):
+            check_rules((rule,))
+    with pytest.raises(ValueError, match="no fusion rule 'sum'"):
+        SamplingBenchmark(model="emoji", rules=("sum",))
 
 
 def test_a_module_is_imported_for_its_own_command_only():

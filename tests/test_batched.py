@@ -14,9 +14,9 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.lora.batched import BatchedAdapters
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack
-from tests.fixtures_tiny import LATENT, ddim, denoiser_of, prompt_embeds, refused, save_stable_diffusion
+from tests.fixtures_tiny import LATENT, ddim, denoiser_of, networks, prompt_embeds, refused, save_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -83,7 +83,7 @@ def assert_near(got, expected, atol=1e-5):
 
 def test_every_kind_of_lora_in_one_forward_is_what_peft_says_of_each(denoiser):
     """Ranks 1 to 64, alpha ≠ rank, rank-stabilised, DoRA; linear layers, convolutions of stride 1 and 2 and 1×1."""
-    names = [None, *ZOO]
+    names = networks(None, *ZOO)
     given = inputs(2)
     expected = one_by_one(denoiser).predictions(*given, names)
     assert_near(denoiser.predictions(*given, names), expected)
@@ -95,7 +95,7 @@ def test_every_kind_of_lora_in_one_forward_is_what_peft_says_of_each(denoiser):
 def test_rows_of_their_own_adapters_are_guided_alike(denoiser, guidance):
     """Five images, each adapter for some of them, in no order, one of them for none."""
     chosen = replace(denoiser, guidance=Guidance(source=guidance, scale=3.0))
-    names = ["dora", None, "wide", "attention", None]
+    names = networks("dora", None, "wide", "attention", None)
     rows = [torch.tensor([4, 0]), None, torch.tensor([1]), torch.tensor([0, 1, 2, 4]), torch.tensor([3])]
     given = inputs(5)
     assert_near(chosen.predictions(*given, names, rows), one_by_one(chosen).predictions(*given, names, rows), atol=3e-5)
@@ -104,24 +104,24 @@ def test_rows_of_their_own_adapters_are_guided_alike(denoiser, guidance):
 def test_a_prediction_for_some_rows_is_that_of_these_images_alone(denoiser):
     x_t, t, conditioning = inputs(4)
     rows = torch.tensor([2, 0])
-    (some,) = denoiser.predictions(x_t, t, conditioning, ["everything"], [rows])
-    assert_near([some], denoiser.predictions(x_t[rows], t, conditioning[rows], ["everything"]))
+    (some,) = denoiser.predictions(x_t, t, conditioning, networks("everything"), [rows])
+    assert_near([some], denoiser.predictions(x_t[rows], t, conditioning[rows], networks("everything")))
 
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_one_soup_for_all_images_is_what_peft_says_of_scaled_adapters(denoiser, images):
-    weights = (("thin", 0.5), ("everything", -0.3), ("wide", 1.4), ("ranks_of_their_own", 0.2))
+    weights = {"thin": 0.5, "everything": -0.3, "wide": 1.4, "ranks_of_their_own": 0.2}
     given = inputs(images)
-    expected = one_by_one(denoiser).predictions(*given, [Merge(weights)])
-    for lasting in (False, True):  # by factors, and by merged weights
-        assert_near(denoiser.predictions(*given, [Merge(weights, lasting=lasting)]), expected)
+    expected = one_by_one(denoiser).predictions(*given, [Network.merged(weights)])
+    for cacheable in (False, True):  # by factors, and by merged weights
+        assert_near(denoiser.predictions(*given, [Network.merged(weights, cacheable=cacheable)]), expected)
 
 
 def test_soups_of_their_own_run_together_with_the_base(denoiser):
     """Two images under one mixture and one under another, which one forward of low rank serves."""
     soups = [
-        Merge(tuple((name, 0.7 / (place + 1)) for place, name in enumerate(PLAIN))),
-        Merge((("attention", 1.5), ("everything", -0.5))),
+        Network.merged({name: 0.7 / (index + 1) for index, name in enumerate(PLAIN)}),
+        Network.merged({"attention": 1.5, "everything": -0.5}),
     ]
     rows = [torch.tensor([0, 2]), torch.tensor([1])]
     chosen = replace(denoiser, guidance=Guidance(source="shared", scale=3.0))
@@ -141,8 +141,8 @@ def test_averaged_factors_are_those_of_peft(base, own):
     unet = unet_with(base, zoo)
     denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, "ab"))
     averages = [
-        Merge((("a", 0.9), ("b", 0.4)), factors=True),
-        Merge((("a", 0.2), ("b", 0.8)), factors=True),
+        Network.merged({"a": 0.9, "b": 0.4}, "factors"),
+        Network.merged({"a": 0.2, "b": 0.8}, "factors"),
     ]
     given = inputs(2)
     rows = [torch.tensor([0]), torch.tensor([1])] if own else [None, None]
@@ -151,12 +151,12 @@ def test_averaged_factors_are_those_of_peft(base, own):
         assert_near(denoiser.predictions(*given, averages, rows), expected)
     else:
         for average, prediction in zip(averages, expected, strict=True):
-            for lasting in (False, True):
-                assert_near(denoiser.predictions(*given, [replace(average, lasting=lasting)]), [prediction])
+            for cacheable in (False, True):
+                assert_near(denoiser.predictions(*given, [replace(average, cacheable=cacheable)]), [prediction])
 
 
 def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
-    wanted = ["thin", Merge((("thin", 0.5), ("wide", 0.5))), None, "dora"]
+    wanted = [*networks("thin"), Network.merged({"thin": 0.5, "wide": 0.5}), *networks(None, "dora")]
     given = inputs(2)
     assert_near(denoiser.predictions(*given, wanted), one_by_one(denoiser).predictions(*given, wanted))
 
@@ -165,7 +165,7 @@ def test_experts_and_mixtures_at_once_are_each_their_own(denoiser):
 def test_fewer_rows_at_once_change_no_number_and_bound_every_forward(denoiser, rows_at_once):
     chosen = replace(denoiser, guidance=Guidance(source="shared", scale=3.0), rows_at_once=rows_at_once)
     given = inputs(2)
-    names = ["thin", "everything", "dora"]
+    names = networks("thin", "everything", "dora")
     sizes = []
     hook = denoiser.network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
     got = chosen.predictions(*given, names)
@@ -181,8 +181,8 @@ def test_half_precision_is_near_what_peft_says_of_each(base, dtype, unit):
     unet = unet_with(base, ZOO).to(dtype)
     denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
     given = inputs(2, dtype=dtype)
-    soup = Merge((("attention", 0.5), ("everything", 0.5)), lasting=True)
-    wanted = [*ZOO, soup]
+    soup = Network.merged({"attention": 0.5, "everything": 0.5}, cacheable=True)
+    wanted = [*networks(*ZOO), soup]
     expected = one_by_one(denoiser).predictions(*given, wanted)
     scale = torch.stack(expected).abs().max()
     for got, one in zip(denoiser.predictions(*given, wanted), expected, strict=True):
@@ -195,8 +195,8 @@ def test_outside_a_batch_peft_goes_on_as_before(base):
     before = unet(x_t, t, conditioning.positive["prompt_embeds"]).sample
     fingerprint, keys = base_fingerprint(unet), list(unet.state_dict())
     denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a"]))
-    denoiser.predictions(x_t, t, conditioning, [None])
-    denoiser.predictions(x_t, t, conditioning, [Merge((("a", 0.5),), lasting=True)])
+    denoiser.predictions(x_t, t, conditioning, [BASE])
+    denoiser.predictions(x_t, t, conditioning, [Network.merged({"a": 0.5}, cacheable=True)])
     assert torch.equal(unet(x_t, t, conditioning.positive["prompt_embeds"]).sample, before)
     assert (base_fingerprint(unet), list(unet.state_dict())) == (fingerprint, keys)
 
@@ -206,11 +206,11 @@ def test_a_copy_of_the_unet_is_a_unet_of_its_own(base):
     denoiser = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a"]))
     copied = copy.deepcopy(denoiser)
     given = inputs(2)
-    (expected,) = denoiser.predictions(*given, ["a"])
+    (expected,) = denoiser.predictions(*given, networks("a"))
     for value in unet.state_dict().values():
         value.zero_()
-    assert torch.equal(copied.predictions(*given, ["a"])[0], expected)
-    assert not torch.equal(denoiser.predictions(*given, ["a"])[0], expected)
+    assert torch.equal(copied.predictions(*given, networks("a"))[0], expected)
+    assert not torch.equal(denoiser.predictions(*given, networks("a"))[0], expected)
 
 
 def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
@@ -219,15 +219,15 @@ def test_two_samplers_of_one_unet_do_not_touch_each_other(base):
     first = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["a", "b"]))
     second = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, ["b"]))
     given = inputs(2)
-    expected = one_by_one(first).predictions(*given, ["a", "b"])
-    assert_near(first.predictions(*given, ["a", "b"]), expected)
-    assert_near(second.predictions(*given, ["b"]), expected[1:])
+    expected = one_by_one(first).predictions(*given, networks("a", "b"))
+    assert_near(first.predictions(*given, networks("a", "b")), expected)
+    assert_near(second.predictions(*given, networks("b")), expected[1:])
 
 
-def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser):
+def test_a_cacheable_mixture_is_merged_until_another_is_or_it_is_released(denoiser):
     given = inputs(1)
-    first, second = (Merge((("thin", weight), ("wide", 1.0)), lasting=True) for weight in (0.5, 1.5))
-    passing = replace(first, lasting=False)
+    first, second = (Network.merged({"thin": weight, "wide": 1.0}, cacheable=True) for weight in (0.5, 1.5))
+    passing = replace(first, cacheable=False)
     stacks = [module for module in denoiser.network.modules() if isinstance(module, LoRAStack)]
     expected = dict(zip([first, second], one_by_one(denoiser).predictions(*given, [first, second]), strict=True))
     denoiser.batched.release()
@@ -243,7 +243,7 @@ def test_a_lasting_mixture_is_merged_until_another_is_or_it_is_released(denoiser
 
 def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
     """Rows of two mixtures in turns, so that a forward of few has one or the other."""
-    soups = [Merge((("thin", 0.5), ("wide", 0.5)), lasting=True), Merge((("everything", 1.0),))]
+    soups = [Network.merged({"thin": 0.5, "wide": 0.5}, cacheable=True), Network.merged({"everything": 1.0})]
     rows = [torch.tensor([0, 2]), torch.tensor([1, 3])]
     given = inputs(4)
     for most in (1, 2, 3):
@@ -255,7 +255,7 @@ def test_one_soup_at_a_time_for_few_rows_is_each_its_own(denoiser):
 
 def test_a_mixture_of_a_dora_is_refused(denoiser):
     with refused("'dora'", "merged"):
-        denoiser.predictions(*inputs(1), [Merge((("thin", 0.5), ("dora", 0.5)))])
+        denoiser.predictions(*inputs(1), [Network.merged({"thin": 0.5, "dora": 0.5})])
 
 
 def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
@@ -263,9 +263,10 @@ def test_offloaded_layers_run_every_kind_of_lora(base, denoiser):
     unet = unet_with(base, ZOO)
     offloaded = denoiser_of(unet, ddim(), guidance="off", batched=BatchedAdapters(unet, list(ZOO)))
     cpu_offload(unet, execution_device=torch.device("cpu"))
-    soup = Merge((("thin", 0.5), ("everything", 0.5)), lasting=True)
+    soup = Network.merged({"thin": 0.5, "everything": 0.5}, cacheable=True)
     given = inputs(2)
-    assert_near(offloaded.predictions(*given, [*ZOO, soup]), denoiser.predictions(*given, [*ZOO, soup]))
+    wanted = [*networks(*ZOO), soup]
+    assert_near(offloaded.predictions(*given, wanted), denoiser.predictions(*given, wanted))
 
 
 @pytest.mark.parametrize(

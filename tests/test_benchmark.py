@@ -25,7 +25,7 @@ from stepfuse.scripts.benchmark.sampling import (
 )
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
 from stepfuse.scripts.cli.main import main
-from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
+from tests.fixtures_tiny import networks, refused, save_adapter, save_stable_diffusion
 
 SCALE = 3.0
 
@@ -59,7 +59,7 @@ def test_a_baseline_predicts_the_average_of_what_each_adapter_predicts(settings,
     guidance = "shared" if baseline == "mixed_batch" else "full"
     denoiser = replace(bench.sampler.denoiser, guidance=Guidance(source=guidance, scale=SCALE))
     t = torch.tensor(500)
-    each = denoiser.predictions(bench.x_T, t, bench.conditioning, names)
+    each = denoiser.predictions(bench.x_T, t, bench.conditioning, networks(*names))
     blend, _ = BASELINES[baseline].build(bench.plain, bench.copy_of, names, SCALE)
     with torch.no_grad():
         got = blend(bench.x_T, t, bench.conditioning)

@@ -354,6 +354,12 @@ def test_a_place_that_can_not_hold_a_picture_is_named_before_any_is_drawn(set_fo
 # Help.
 
 
+def test_help_names_every_rule(capsys):
+    with pytest.raises(SystemExit):
+        main(["sample", "--help"])
+    assert f"one of {', '.join(RULES)}, or a class in a file" in " ".join(capsys.readouterr().out.split())
+
+
 def commands(parser, *names):
     """Every command with its parser, the groups among them."""
     for action in parser._actions:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,10 +26,10 @@ from stepfuse.configs import FOLDER
 from stepfuse.data.settings_file import find_config
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.noise_path import NoisePath
-from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.diffusion.variance import step_variance
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_class, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -221,32 +222,54 @@ def test_the_example_reward_is_one() -> None:
     assert values.tolist() == pytest.approx([100.0, 100 * 0.299 / 2])
 
 
-def test_the_example_rule_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stepfuse.fuse.rules.registry.RULES", dict(RULES))
-    example("class Strongest")
-    from stepfuse.fuse.rules import registry
+def test_the_example_rule_works_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In sampling, evaluation and benchmark; by name with the line that CONTRIBUTING adds to the registry."""
+    (line,) = re.findall(r'"strongest": "(stepfuse\.[\w.]+:\w+)"', (ROOT / "CONTRIBUTING.md").read_text())
+    name = line.partition(":")[0]
+    module = ModuleType(name)
+    vars(module).update(example("class Strongest"))
+    monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setitem(RULES, "strongest", line)
+    rules = ["strongest", f"{save_example_rule(tmp_path)}:Strongest"]
+    monkeypatch.chdir(tmp_path)
+    base = save_stable_diffusion(Path("base"))
+    for seed, reward in enumerate(("colourfulness", "compressibility")):
+        save_adapter(Path(reward), base, reward, seed=seed, reward=reward)
+    create_set(Path("set"), [Path("colourfulness"), Path("compressibility")])
+    for number, rule in enumerate(rules):
+        mixture = "--weights compressibility=0.7,colourfulness=0.3"
+        main(f"sample set --prompt fox {mixture} --rule {rule} --steps 2 --output {number}.png".split())
+    assert Path("0.png").read_bytes() == Path("1.png").read_bytes()
+    Path("prompts.txt").write_text("a red apple\na green fox\n")
+    settings = {"prompts": "prompts.txt", "seeds_per_prompt": 2, "grid": 1, "rules": rules, "steps": 1}
+    Path("config.yaml").write_text(yaml.safe_dump(settings | {"strip_prompts": 0, "kl_seeds": 0}))
+    main(["evaluate", "set", "--config", "config.yaml", "--output_dir", "evaluation"])
+    assert set(json.loads(Path("evaluation/summary.json").read_text())["rules"]) == {"base", *rules}
+    small = "--adapters 2 --rivals= --images 1 --steps 1 --repeats 1 --no_memory --output bench.json"
+    main(f"benchmark set --rules {','.join(rules)} {small}".split())
+    assert {row["way"] for row in json.loads(Path("bench.json").read_text())["rows"]} == {"one adapter", *rules}
 
-    plan = Plan(
-        path=NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)),
-        steps=[(500, 250)],
-        names=["a", "b"],
-        schedules=[EtaSchedule()] * 3,
-        weights=torch.tensor([[[0.7, 0.4], [0.3, 0.6]]], dtype=torch.float64),
-        strength=1.0,
-    )
 
-    def networks(x_t, t, wanted, rows, where):  # each expert predicts its own place as x_0
-        alpha, sigma = plan.path.at(t, x_t)
-        everywhere = [(x_t - alpha * place) / sigma for place in wanted]
-        return [e if own is None else e[own] for e, own in zip(everywhere, where, strict=True)]
+def save_example_rule(folder: Path) -> Path:
+    (code,) = [block for block in blocks("CONTRIBUTING.md", "python") if "class Strongest" in block]
+    (folder / "mine.py").write_text(code)
+    return folder / "mine.py"
 
-    rule = registry.get_rule("strongest")
-    step = FusionStep(
-        plan=rule.prepare(plan), number=0, x_t=torch.zeros(2, 1), networks=networks, uniforms=torch.zeros(2, 3)
-    )
-    alone = [step.gaussians([place])[0].mean for place in (0, 1)]
-    assert not torch.equal(*alone)
-    torch.testing.assert_close(rule(step).mean, torch.stack([alone[0][0], alone[1][1]]))
+
+def test_the_example_rule_is_the_expert_of_the_largest_exponent(tmp_path: Path) -> None:
+    sampler = FusedSampler.from_pretrained("emoji", rule=f"{save_example_rule(tmp_path)}:Strongest")
+    mixtures: list[Weights] = [{"alignment": 0.7, "compressibility": 0.3}, {"alignment": 0.4, "compressibility": 0.6}]
+    singles: list[Weights] = [{"alignment": 1.0}, {"compressibility": 1.0}]
+
+    def draw(sampler: FusedSampler, weights: list[Weights]) -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        latents = sampler.sample(
+            ["fox", "cat"], weights, generator=generator, num_inference_steps=2, output_type="latent", progress=False
+        )
+        assert isinstance(latents, torch.Tensor)
+        return latents
+
+    torch.testing.assert_close(draw(sampler, mixtures), draw(sampler.with_rule("product"), singles))
 
 
 @pytest.fixture

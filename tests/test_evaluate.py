@@ -28,7 +28,7 @@ from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.prepare import Evaluation
 from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.train.rollout import sample_generator
-from tests.fixtures_tiny import refused, save_adapter, save_stable_diffusion
+from tests.fixtures_tiny import networks, refused, save_adapter, save_stable_diffusion
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
 NAMES = ["a", "b"]
@@ -163,7 +163,7 @@ def test_kl_of_one_adapter_is_the_sum_over_its_steps(desk):
     )
     for step, gaussian, conditioning, _ in steps:
         with torch.no_grad():
-            (e,) = sampler.denoiser.predictions(step.x_t, step.t, conditioning, [None])
+            (e,) = sampler.denoiser.predictions(step.x_t, step.t, conditioning, networks(None))
         reference = step.transition(e, step.variance(step.plan.base))
         v = reference.variance.item()
         expected += ((gaussian.mean - reference.mean) ** 2).sum().item() / (2 * v)

@@ -1,6 +1,8 @@
 """Fusion rules in closed form: names and options, rewards while sampling, and how far strengths may extrapolate."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.checks import largest_strength
-from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.rules.reward_gradient import RewardGradientGuidance
@@ -20,7 +22,7 @@ from tests.fixtures_tiny import ddim, generators, refused
 
 
 def test_rules_go_by_name():
-    assert isinstance(get_rule("product"), Product)
+    assert get_rule("product") == Product()
     with pytest.raises(ValueError, match="no fusion rule 'sum'; expected one of base, product"):
         get_rule("sum")
 
@@ -32,17 +34,85 @@ def test_rules_go_by_name():
         ("code", {"candidate": 3}, ["'candidate'", "candidates, block_size"]),
         ("product", {"growth": 1}, ["'growth'", "gate"]),
         ("soup", {"gate": 1}, ["'gate'", "none"]),
-        ("product", {"gate": -1.0}, ["gate -1.0"]),
-        ("product", {"gate": "small"}, ["gate 'small'"]),
-        ("code", {"candidates": 0}, ["candidates 0"]),
-        ("code", {"block_size": 2.5}, ["block_size 2.5"]),
-        ("rgg", {"growth": -1}, ["growth -1"]),
-        ("rgg", {"growth": "1e-2"}, ["growth '1e-2'"]),
+        ("product", {"gate": -1.0}, ["gate is -1.0", "0 or more"]),
+        ("product", {"gate": "small"}, ["gate is 'small'"]),
+        ("code", {"candidates": 0}, ["candidates is 0", "1 or more"]),
+        ("code", {"block_size": 2.5}, ["block_size is 2.5"]),
+        ("rgg", {"growth": -1}, ["growth is -1", "a positive number"]),
+        ("rgg", {"growth": "1e-2"}, ["growth is '1e-2'"]),
     ],
 )
 def test_rules_and_options_that_are_not_there_are_named(name, options, culprits):
     with refused(*culprits):
         get_rule(name, **options)
+
+
+MINE = """
+from dataclasses import dataclass
+from stepfuse import FusionRule
+from stepfuse.data.settings_fields import setting
+
+@dataclass(frozen=True)
+class Mine(FusionRule):
+    count: int = setting(3, "How many.", least=1)
+
+def function():
+    return Mine()
+"""
+
+
+def test_rules_of_a_file_have_its_options(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    name = f"{tmp_path}/mine.py:Mine"
+    rule = get_rule(name, count=2)
+    assert (rule.name, rule.count) == ("Mine", 2)
+    assert rule == get_rule(name, count=2) != get_rule(name)
+    with refused("count is 0; expected 1 or more"):
+        get_rule(name, count=0)
+    with refused("no option 'cont'", "'count'"):
+        get_rule(name, cont=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "culprits"),
+    [
+        ("mine.py", ["mine.py:CLASS"]),
+        ("yours.py:Mine", ["no file 'yours.py'"]),
+        ("mine.py:Minor", ["no function or class 'Minor'", "'Mine'"]),
+        ("mine.py:function", ["mine.py:function", "FusionRule"]),
+        ("mine.py:dataclass", ["mine.py:dataclass", "FusionRule"]),
+    ],
+)
+def test_rules_that_are_not_in_a_file_are_named(name, culprits, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    with refused(*culprits):
+        get_rule(name)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_calls_itself_what_the_registry_calls_it(name):
+    assert get_rule(name).name == name
+
+
+def test_rules_without_a_name_are_called_as_their_class():
+    class Mine(Product):
+        pass
+
+    assert Mine.name == "Mine"
+    assert Mine(gate=0.5) != Product(gate=0.5)
+
+
+def test_rules_are_listed_without_torch_and_imported_when_asked_for():
+    code = (
+        "import sys\n"
+        "from stepfuse.fuse.rules.registry import RULES\n"
+        "assert 'kl' in RULES and len([*RULES]) == 11\n"
+        "assert 'torch' not in sys.modules and 'stepfuse.fuse.rules.product' not in sys.modules\n"
+        "assert RULES['kl'].__name__ == 'KL' and 'stepfuse.fuse.rules.product' in sys.modules\n"
+        "assert 'stepfuse.fuse.rules.soup' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", list(RULES))
@@ -61,17 +131,16 @@ def toy_run(rule, rewards, *, steps, images=2, observe=None):
     plan = Plan(
         path=path,
         steps=path.steps(steps),
-        names=["a", "b"],
-        schedules=[EtaSchedule()] * 3,
+        objectives=[Expert.adapter(name, EtaSchedule()) for name in "ab"],
+        base=Expert.base(EtaSchedule()),
         weights=torch.tensor([0.75, 0.25], dtype=torch.float64)[None, :, None].expand(steps, 2, images),
         strength=1.0,
     )
 
-    def networks(x_t, t, wanted, rows, where):
-        return [x_t / (1 + path.at(t, x_t)[1]) for _ in wanted]
+    def predict(x_t, t, networks, images, rows):
+        return [x_t / (1 + path.at(t, x_t)[1]) for _ in networks]
 
-    plan = rule.prepare(plan)
-    return Run(rule=rule, plan=plan, networks=networks, rewards=rewards, scales=[1.0, 2.0], observe=observe)
+    return Run(plan=rule.prepare(plan), predict_fn=predict, rewards=rewards, scales=[1.0, 2.0], observe=observe)
 
 
 def test_code_keeps_the_candidate_with_the_largest_weighted_scaled_reward():
@@ -82,8 +151,9 @@ def test_code_keeps_the_candidate_with_the_largest_weighted_scaled_reward():
         seen.append((clean.clone(), rows.clone()))
         return clean[:, 0]
 
-    run = toy_run(CoDe(candidates=5, block_size=2), [first, lambda clean, rows: 10 * clean[:, 1]], steps=4)
-    x_0 = run.denoise(torch.randn(2, 2, generator=torch.Generator().manual_seed(0)), generators(0, 1))
+    rule = CoDe(candidates=5, block_size=2)
+    run = toy_run(rule, [first, lambda clean, rows: 10 * clean[:, 1]], steps=4)
+    x_0 = rule.denoise(run, torch.randn(2, 2, generator=torch.Generator().manual_seed(0)), generators(0, 1))
     assert len(seen) == 2  # two blocks
     clean, rows = seen[-1]
     assert rows.tolist() == [0] * 5 + [1] * 5
@@ -97,10 +167,11 @@ def test_code_keeps_the_candidate_with_the_largest_weighted_scaled_reward():
 def test_reward_gradient_guidance_moves_the_mean_along_the_normalised_gradient(number):
     """m + λ v (0.75 g_a + 0.25 g_b), λ = 1.024^(50 k / 4) - 1 up to 1; g of 3 x + 4 y is (0.6, 0.8), of -y (0, -1)."""
     rewards = [lambda clean, rows: 3 * clean[:, 0] + 4 * clean[:, 1], lambda clean, rows: -clean[:, 1]]
-    run = toy_run(RewardGradientGuidance(), rewards, steps=4)
+    rule = RewardGradientGuidance()
+    run = toy_run(rule, rewards, steps=4)
     x_t = torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
-    step = run._step(number, x_t, uniform_numbers(run.plan, generators(0, 1)), None)
-    guided, plain = run.rule(step), step.gaussians([run.plan.base])[0]
+    step = run.step(number, x_t, uniform_numbers(run.plan, generators(0, 1)))
+    guided, plain = rule.fuse(step), step.gaussian(run.plan.base)
     factor = {0: 0.0, 1: 1.024**12.5 - 1, 3: 1.0}[number]  # 1.024^37.5 - 1 is 1.43
     expected = factor * plain.variance * torch.tensor([[0.75 * 0.6, 0.75 * 0.8 - 0.25]])
     torch.testing.assert_close(guided.mean - plain.mean, expected.expand(2, 2), rtol=1e-4, atol=1e-6)

@@ -10,9 +10,8 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
 from stepfuse.fuse.lora.layers import lora_layers
-from stepfuse.fuse.lora.mixture import Merge
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan
 from stepfuse.fuse.rules.product import Product, gated, soup_weights
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps, mixtures_of
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -20,7 +19,7 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.edit import add_profile
 from stepfuse.scripts.evaluation.costs import counted_rows
-from tests.fixtures_tiny import ddim, generators, refused, save_adapter, save_stable_diffusion
+from tests.fixtures_tiny import ddim, generators, networks, refused, save_adapter, save_stable_diffusion
 
 ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}
 PROMPTS = ["a red apple on a blue background", "a fox on a green background"]
@@ -68,27 +67,21 @@ def linear_step(etas, weights, *, strength=1.0, t=500, s=250, prediction_type="e
     torch.manual_seed(0)
     e_0, *d = torch.randn(len(etas), 2, 5, dtype=torch.float64)
 
-    def networks(x_t, t, wanted, rows, where):
-        def says(network):
-            if isinstance(network, Merge):
-                return e_0 + sum(w * move for (_, w), move in zip(network.weights, d, strict=True))
-            return e_0 if network == len(d) else e_0 + d[network]
-
-        return [
-            says(network) if own is None else says(network)[own] for network, own in zip(wanted, where, strict=True)
-        ]
+    def predict(x_t, t, networks, images, rows):
+        predictions = [e_0 + sum(w * d["ab".index(name)] for name, w in network.weights) for network in networks]
+        return [e if own is None else e[own] for e, own in zip(predictions, rows, strict=True)]
 
     table = torch.tensor(weights, dtype=torch.float64)[None, :, None].expand(1, -1, 2)
     plan = Plan(
         path=path,
         steps=[(t, s)],
-        names=["a", "b"][: len(d)],
-        schedules=[EtaSchedule(eta=eta) for eta in etas],
+        objectives=[Expert.adapter(name, EtaSchedule(eta=eta)) for name, eta in zip("ab", etas, strict=False)],
+        base=Expert.base(EtaSchedule(eta=etas[-1])),
         weights=table,
         strength=strength,
     )
     x_t = torch.randn(2, 5, dtype=torch.float64)
-    return FusionStep(plan=plan, number=0, x_t=x_t, networks=networks, uniforms=torch.zeros(2, 3))
+    return FusionStep(plan=plan, step_index=0, x_t=x_t, predict_fn=predict, uniforms=torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -105,7 +98,7 @@ def linear_step(etas, weights, *, strength=1.0, t=500, s=250, prediction_type="e
 def test_for_a_network_linear_in_its_weights_the_soup_is_the_product(prediction_type, etas, weights, strength, s):
     """Different variances, the base taking part, extrapolation, the last step, no noise at all: mean and variance."""
     step = linear_step(etas, weights, strength=strength, s=s, prediction_type=prediction_type)
-    product = Product()(step)
+    product = Product().fuse(step)
     soup = gated(step, torch.ones(2, dtype=torch.bool))
     torch.testing.assert_close(soup.mean, product.mean, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(soup.variance, product.variance, rtol=1e-12, atol=0)
@@ -292,12 +285,12 @@ def test_outside_its_interval_guidance_costs_nothing_and_the_prediction_is_the_c
     seen = {}
 
     def observe(step, gaussian, conditioning, rows):
-        guided = step.number == 1
+        guided = step.step_index == 1
         denoiser = sampler.denoiser if guided else replace(sampler.denoiser, guidance=Guidance(source="off"))
-        (prediction,) = denoiser.predictions(step.x_t, step.t, conditioning, ["a"])
-        expected = step.transition(prediction, step.variance(0)).mean
+        (prediction,) = denoiser.predictions(step.x_t, step.t, conditioning, networks("a"))
+        expected = step.transition(prediction, step.variance(step.plan.objectives[0])).mean
         torch.testing.assert_close(gaussian.mean, expected, atol=1e-5, rtol=1e-5)
-        seen[step.number] = guided
+        seen[step.step_index] = guided
 
     draw(sampler, {"a": 1}, guidance_interval=(0.3, 0.6), observe=observe)
     assert seen == {0: False, 1: True, 2: False}

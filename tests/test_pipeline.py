@@ -27,6 +27,7 @@ from tests.fixtures_tiny import (
     add_random_lora,
     ddim,
     generators,
+    networks,
     refused,
     save_adapter,
     save_stable_diffusion,
@@ -185,7 +186,7 @@ def test_xl_is_told_what_its_own_pipeline_tells_it(xl, xl_sampler, size):
     conditioning = xl_sampler.backbone.encode(PROMPTS, NEGATIVES, height=size[0], width=size[1])
     x_t, t = noise(), 501
     with torch.no_grad():
-        got = xl_sampler.denoiser.predictions(x_t, t, conditioning, [None])[0]
+        got = xl_sampler.denoiser.predictions(x_t, t, conditioning, networks(None))[0]
         conditional = pipeline.unet(x_t, t, positive, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
         unconditional = pipeline.unet(
             x_t, t, negative, added_cond_kwargs={"text_embeds": negative_pooled, "time_ids": ids}
@@ -227,7 +228,7 @@ def test_a_fused_step_of_xl_is_the_precision_weighted_mean_of_ddim_steps(xl_samp
     conditioning = xl_sampler.backbone.encode(PROMPTS, NEGATIVES)
     with torch.no_grad():
         fused = xl_sampler.step(x_t, 1, xl_sampler.plan({"a": 1, "b": 3}, 2, num_inference_steps=4), conditioning)
-        predictions = xl_sampler.denoiser.predictions(x_t, 501, conditioning, ["a", "b"])
+        predictions = xl_sampler.denoiser.predictions(x_t, 501, conditioning, networks("a", "b"))
     still = torch.zeros_like(x_t)
     first, second = (
         scheduler.step(prediction, 501, x_t, eta=eta, variance_noise=still).prev_sample

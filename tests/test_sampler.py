@@ -37,6 +37,7 @@ from tests.fixtures_tiny import (
     add_random_lora,
     ddim,
     generators,
+    networks,
     save_stable_diffusion,
 )
 
@@ -119,7 +120,7 @@ def test_adapters_on_one_unet_predict_what_separate_pipelines_predict(sampler, s
     x_t, t = noise(0), 501
     conditioning = sampler.backbone.encode(PROMPTS, [NEGATIVE] * 2)
     with torch.no_grad():
-        got = changed(sampler, guidance=guidance).denoiser.predictions(x_t, t, conditioning, adapters)
+        got = changed(sampler, guidance=guidance).denoiser.predictions(x_t, t, conditioning, networks(*adapters))
     expected = [direct_prediction(separate, name, x_t, t, PROMPTS, guidance) for name in adapters]
     for ours, theirs in zip(got, expected, strict=True):
         assert_near(ours, theirs)
@@ -305,6 +306,8 @@ def test_a_base_in_bfloat16_takes_the_same_set_and_predicts_nearly_the_same(samp
     for each in (sampler, half):
         conditioning = each.backbone.encode(PROMPTS, [""] * 2)
         with torch.no_grad():
-            predictions.append(torch.stack(each.denoiser.predictions(noise(1), 501, conditioning, ["a", "b", "c"])))
+            predictions.append(
+                torch.stack(each.denoiser.predictions(noise(1), 501, conditioning, networks("a", "b", "c")))
+            )
     exact, rounded = predictions
     assert (rounded - exact).norm() < 0.05 * exact.norm()  # bfloat16 rounds by 2^-9 in each of some ten layers

@@ -24,6 +24,7 @@ from tests.fixtures_sampler import (
 from tests.fixtures_tiny import (
     ddim,
     generators,
+    networks,
     refused,
     save_stable_diffusion,
 )
@@ -71,10 +72,10 @@ def test_a_fused_step_is_the_precision_weighted_mean_of_ddim_steps(sampler, pred
     x_t = noise(2)
     conditioning = ours.backbone.encode(PROMPTS, [""] * 2)
     plan = ours.plan(WEIGHTS, 2, strength=strength, num_inference_steps=4)
-    names = ["a", "b", "c", None]
+    experts = networks("a", "b", "c", None)
     with torch.no_grad():
         fused = ours.step(x_t, number, plan, conditioning)
-        predictions = ours.denoiser.predictions(x_t, t, conditioning, names)
+        predictions = ours.denoiser.predictions(x_t, t, conditioning, experts)
     etas = [0.3, 0.7, 1.0, REFERENCE]
     exponents = [0.5 * strength, 0.3 * strength, 0.2 * strength, 1 - strength]
     parts = [
@@ -94,7 +95,7 @@ def test_a_last_step_onto_alpha_1_is_the_limit_of_vanishing_variances(sampler):
     conditioning = ours.backbone.encode(PROMPTS, [""] * 2)
     with torch.no_grad():
         fused = ours.step(x_t, 3, ours.plan(WEIGHTS, 2, num_inference_steps=4), conditioning)
-        predictions = ours.denoiser.predictions(x_t, t, conditioning, ["a", "b", "c"])
+        predictions = ours.denoiser.predictions(x_t, t, conditioning, networks("a", "b", "c"))
     clean = [(x_t - math.sqrt(1 - ALPHA_BAR[t]) * p) / math.sqrt(ALPHA_BAR[t]) for p in predictions]
     shares = [0.5 / 0.3**2, 0.3 / 0.7**2, 0.2 / 1.0**2]
     expected = sum(share * x_0 for share, x_0 in zip(shares, clean, strict=True)) / sum(shares)

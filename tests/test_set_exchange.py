@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -115,7 +116,7 @@ def test_a_lora_from_elsewhere_makes_a_set_and_joins_one(root, stranger, tmp_pat
     pipeline.load_lora_weights(stranger.parent, weight_name=stranger.name)
     sampler = FusedSampler.from_pretrained(tmp_path / "set")
     x = noise(0)
-    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", "style")
+    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", Network.of("style"))
     assert_near(ours, predict(pipeline, x))
 
 
@@ -210,10 +211,9 @@ def test_a_mixture_as_one_file_draws_what_the_soup_draws(root, tmp_path, form, c
     pipeline = load_pipeline(str(root / "base"))
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
     sampler = FusedSampler.from_pretrained(root / "set", rule="soup", guidance="off")
-    plan = sampler.plan({"a": 0.5, "b": 0.3, "c": 0.2}, 2, strength=1.5)
     x = noise(0)
-    merge = plan.merge([1.5 * w for w in (0.5, 0.3, 0.2)])
-    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", merge)
+    soup = Network.merged({"a": 1.5 * 0.5, "b": 1.5 * 0.3, "c": 1.5 * 0.2})
+    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", soup)
     assert_near(predict(pipeline, x), ours, 1e-4)
 
 
@@ -325,6 +325,20 @@ def test_a_sets_own_rule_and_weights_are_its_default(mine):
     (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "os.system"}))
     with refused("'os.system'"):
         FusedSampler.from_pretrained(mine)
+
+
+def test_a_rule_that_is_a_file_is_not_run_because_a_set_names_it(mine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("evil.py").write_text("open('made', 'w').close()\nfrom stepfuse.fuse.rules.soup import Soup as Evil\n")
+    values = json.loads((mine / MANIFEST).read_text())
+    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "evil.py:Evil"}))
+    with refused("'evil.py:Evil'", "code", "--rule"):
+        FusedSampler.from_pretrained(mine)
+    with pytest.raises(SystemExit, match=r"'evil\.py:Evil'"):
+        run("sample", mine, "--prompt", "fox")
+    assert not Path("made").exists()
+    assert FusedSampler.from_pretrained(mine, rule="evil.py:Evil").rule.merges == "weights"
+    assert Path("made").exists()
 
 
 def test_a_copy_of_a_set_is_the_set(root, tmp_path):

@@ -381,7 +381,7 @@ def test_group_that_does_not_divide_the_batch_is_refused(desk, monkeypatch):
     [
         ("compresibility", "no reward 'compresibility'; expected one of clip_score"),
         ("mine.py:score", "no Python file 'mine.py'"),
-        ("here.py:score", "here.py has no function 'score'"),
+        ("here.py:score", "here.py has no function or class 'score'"),
         ("colourfulness:big", "takes no argument, got 'big'"),
     ],
 )

@@ -11,7 +11,7 @@ from stepfuse.train.loop import train_adapter
 from stepfuse.train.lora import SharedForward, step_gaussians
 from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
-from tests.fixtures_tiny import read_lora, refused
+from tests.fixtures_tiny import networks, read_lora, refused
 from tests.fixtures_training import BENT, COMMON, ETA, PolicyWorld, Watched, forget_accelerator, two_epochs
 
 REWARDS = """
@@ -87,14 +87,14 @@ def test_the_adapter_is_what_it_is_at_that_moment_and_afterwards_all_is_as_befor
     x, place = torch.ones(2, 4, 8, 8), (500, world.conditioning)
 
     def both():
-        return [world.denoiser.predictions(x, *place, [name])[0] for name in (None, "mine")]
+        return [world.denoiser.predictions(x, *place, networks(name))[0] for name in (None, "mine")]
 
     with torch.no_grad():
         base, before = both()
         for factor in world.factors("lora_B"):
             factor.mul_(-1)
         _, after = both()
-        joined = together(world).predictions(x, *place, [None, "mine"])
+        joined = together(world).predictions(x, *place, networks(None, "mine"))
         assert all(torch.equal(one, two) for one, two in zip(both(), (base, after), strict=True))
     assert (after - before).abs().max() > 0.01
     for one, two in zip((base, after), joined, strict=True):
@@ -105,10 +105,10 @@ def test_rows_in_several_forwards_are_each_their_own():
     world = PolicyWorld(trained=True)
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = together(world).predictions(x, 500, world.conditioning, [None, "mine"])
+        expected = together(world).predictions(x, 500, world.conditioning, networks(None, "mine"))
         for most in (1, 4, 5):  # base alone, a border between forwards, and one within
             some = replace(together(world), rows_at_once=most)
-            found = some.predictions(x, 500, world.conditioning, [None, "mine"])
+            found = some.predictions(x, 500, world.conditioning, networks(None, "mine"))
             for one, two in zip(expected, found, strict=True):
                 torch.testing.assert_close(two, one, rtol=0, atol=1e-5)
 
@@ -116,7 +116,7 @@ def test_rows_in_several_forwards_are_each_their_own():
 def test_another_adapter_is_refused():
     world = PolicyWorld()
     with refused("'yours'", "expected 'mine' and the base only"):
-        together(world).predictions(torch.ones(2, 4, 8, 8), 500, world.conditioning, ["yours"])
+        together(world).predictions(torch.ones(2, 4, 8, 8), 500, world.conditioning, networks("yours"))
 
 
 # Whole runs

@@ -24,7 +24,7 @@ from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import PairedStep, SampledStep
-from tests.fixtures_tiny import refused, save_stable_diffusion_xl
+from tests.fixtures_tiny import networks, refused, save_stable_diffusion_xl
 from tests.fixtures_training import save_tiny_pipeline
 
 IMAGES, STEPS, CANDIDATES = 3, 5, 2
@@ -74,7 +74,7 @@ def gaussians(loop, step, conditioning):
         guidance=Guidance(source="full", scale=loop.task.guidance_scale),
     )
     policy = Policy(loop.backbone, "baseline", EtaSchedule(eta=1.0))
-    (base,) = denoiser.predictions(step.x_t, step.t, conditioning, [None])
+    (base,) = denoiser.predictions(step.x_t, step.t, conditioning, networks(None))
     step = replace(step, reference=base.detach())
     (both,) = step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), [step], conditioning)
     return both

@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
 from stepfuse.fuse.rules.registry import get_rule
-from stepfuse.fuse.rules.run import Run, uniform_numbers
+from stepfuse.fuse.rules.run import uniform_numbers
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.oracle_world.measure import WEIGHTS, expected_kl, measure_world, sliced_distance
 from stepfuse.scripts.oracle_world.world import DATA, AverageStep, World, world_of
@@ -87,14 +87,15 @@ def test_each_expert_is_the_reference_tilted_by_its_reward(kind: str, steps: int
     """p_i ∝ p_ref,i exp(Q_i / beta_i) by quadrature a dimension; p_ref,i is diffusers' step, Q_i the docstring's."""
     world, scheduler = world_of(kind, (0.25,) * 4, steps), scheduler_of(steps)
     x_t = points(3)
-    plan = world.plan(len(x_t))
+    run = world.run(get_rule("base"), len(x_t))
     variances = [scheduler._get_variance(t, t - 1000 // steps).item() for t, _ in world.times]
     alphas = [(scheduler.alphas_cumprod[s] if s >= 0 else scheduler.final_alpha_cumprod).sqrt() for _, s in world.times]
     scale = sum(alpha * v for alpha, v in zip(alphas, variances, strict=True))
     for number, (t, _) in enumerate(world.times):
-        step = world.step(plan, number, x_t, torch.zeros(3, steps))
+        step = run.step(number, x_t, torch.zeros(3, steps))
         noise = torch.from_numpy(world.noise(x_t.numpy(), t))
-        for objective, gaussian in zip(world.objectives, step.gaussians(range(4)), strict=True):
+        for objective, expert in zip(world.objectives, run.plan.objectives, strict=True):
+            gaussian = step.gaussian(expert)
             zeros = torch.zeros_like(noise)
             mean = scheduler.step(noise, t, x_t, eta=objective.eta, variance_noise=zeros).prev_sample
             sd, alpha = objective.eta * variances[number] ** 0.5, alphas[number]
@@ -115,9 +116,9 @@ def test_each_expert_is_the_reference_tilted_by_its_reward(kind: str, steps: int
 def test_the_product_is_the_target_at_every_step(kind: str, weights: tuple[float, ...]) -> None:
     world = world_of(kind, weights, 20)
     rule, x_t = get_rule("product"), 1.5 * points(64)
-    plan = rule.prepare(world.plan(64))
+    run = world.run(rule, 64)
     for number, (t, s) in enumerate(world.times):
-        fused, target = rule(world.step(plan, number, x_t, torch.zeros(64, 20))), world.target(x_t.numpy(), t, s)
+        fused, target = rule.fuse(run.step(number, x_t, torch.zeros(64, 20))), world.target(x_t.numpy(), t, s)
         torch.testing.assert_close(fused.mean, target.mean, rtol=0, atol=1e-9)
         torch.testing.assert_close(fused.variance.expand(64, 1), target.variance.expand(64, 1), rtol=1e-9, atol=0)
 
@@ -133,23 +134,22 @@ def test_averaged_noises_are_the_target_for_equal_variances_alone(kind: str, wei
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_average_step_is_the_target_for_equal_variances_alone(kind: str) -> None:
     world, x_t = world_of(kind, (0.8, 0.2), 10), points(8)
-    plan = world.plan(8)
-    differences = []
+    rule, differences = AverageStep(), []
+    run = world.run(rule, 8)
     for number, (t, s) in enumerate(world.times):
-        step, target = world.step(plan, number, x_t, torch.zeros(8, 10)), world.target(x_t.numpy(), t, s)
-        differences.append((AverageStep()(step).mean - target.mean).abs().max().item())
+        step, target = run.step(number, x_t, torch.zeros(8, 10)), world.target(x_t.numpy(), t, s)
+        differences.append((rule.fuse(step).mean - target.mean).abs().max().item())
     assert (max(differences) < 1e-9) == (kind == "equal")
 
 
 @pytest.mark.parametrize("name", ["product", "switch", "systematic", "rgg"])
 def test_a_run_of_one_image_is_the_samplers_own(name: str) -> None:
-    """`run_rule` draws a batch from one generator; for one image that is `Run.denoise`."""
+    """`run_rule` draws a batch from one generator; for one image that is `FusionRule.denoise`."""
     world = world_of("distinct", (0.5, 0.3, 0.2), 10)
     rule, x = get_rule(name), points(1)
-    plan = rule.prepare(world.plan(1))
-    uniforms = uniform_numbers(plan, [torch.Generator().manual_seed(3)])
-    run = Run(rule=rule, plan=plan, networks=world.networks, rewards=world.rewards())
-    expected = run.denoise(x, [torch.Generator().manual_seed(3)])
+    run = world.run(rule, 1)
+    uniforms = uniform_numbers(run.plan, [torch.Generator().manual_seed(3)])
+    expected = rule.denoise(run, x, [torch.Generator().manual_seed(3)])
     torch.testing.assert_close(world.run_rule(rule, x, uniforms, torch.Generator().manual_seed(3)), expected)
 
 

@@ -19,10 +19,11 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
 from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
+from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.train.rollout import Step
 
 VARIANCE = "variance_"  # before the names of the schedule's parameters in a checkpoint
-POLICY = "policy"  # the network that is trained, among the branches of guidance
+POLICY = Network.of("policy")  # the network that is trained, among the branches of guidance
 
 
 class Policy(nn.Module):
@@ -95,15 +96,17 @@ class SharedForward:
     network: nn.Module
     adapter: str
 
-    def route_of(self, adapters: Sequence[str | None], device: torch.device) -> int:
+    def route_of(self, networks: Sequence[Network], device: torch.device) -> int:
         """The number of rows of the base, which come first.
 
         Raises:
-            ValueError: for another adapter.
+            ValueError: for another network.
         """
-        if strange := set(adapters) - {None, self.adapter}:
-            raise ValueError(f"adapters {sorted(map(str, strange))}; expected {self.adapter!r} and the base only")
-        return list(adapters).index(self.adapter) if self.adapter in adapters else len(adapters)
+        policy = Network.of(self.adapter)
+        if others := set(networks) - {BASE, policy}:
+            names = sorted(str(network.adapter) for network in others)
+            raise ValueError(f"adapters {names}; expected {self.adapter!r} and the base only")
+        return list(networks).index(policy) if policy in networks else len(networks)
 
     def routed(self, route: int) -> AbstractContextManager[None]:
         return adapter_on_last_rows(self.network, self.adapter, route)

@@ -19,6 +19,7 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians, preference_loss
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
@@ -220,7 +221,7 @@ def noise_pairs(
     path = denoiser.path
     clean, e, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([times, times])
     x_t = path.noised(clean, e, t)
-    (reference,) = denoiser.forward(x_t, t, twice(conditioning), "+", None)
+    (reference,) = denoiser.forward(x_t, t, twice(conditioning), "+", BASE)
     return NoisedPairs(x_t=x_t, times=t, target=path.target(clean, e, t), reference=reference)
 
 

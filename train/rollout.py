@@ -18,6 +18,7 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
+from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.train.advantages import best_and_worst
 
 
@@ -183,7 +184,7 @@ def branching_rollout(
             ahead = _predict(denoiser, adapter, flat, following, wide)
             clean, _ = denoiser.path.clean_and_noise(flat, ahead.policy, following)
         rewards = score_latents(clean)
-        (reference,) = denoiser.guided(x_t, t, conditioning, [None], negative=now.negative).predictions
+        (reference,) = denoiser.guided(x_t, t, conditioning, [BASE], negative=now.negative).predictions
         pending.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
@@ -244,9 +245,10 @@ def _predict(
 
     Where the denoiser is batched, all in one forward.
     """
-    guided = denoiser.guided(x_t, t, conditioning, [adapter, None] if reference else [adapter])
-    policy, *base = guided.predictions
-    return _Predictions(negative=guided.negative, policy=policy, reference=base[0] if base else None)
+    policy = Network.of(adapter)
+    guided = denoiser.guided(x_t, t, conditioning, [policy, BASE] if reference else [policy])
+    prediction, *base = guided.predictions
+    return _Predictions(negative=guided.negative, policy=prediction, reference=base[0] if base else None)
 
 
 def _gaussian(sampling: Sampling, x_t: Latents, prediction: Latents, t: Time, s: Time) -> Gaussian:

@@ -10,10 +10,10 @@ from torch import nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning, input_rows, stack
-from stepfuse.fuse.backbones.guidance import Branch, Guidance, Latents, Network, Rows
+from stepfuse.fuse.backbones.guidance import Branch, Guidance, Latents
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.lora.layers import active_adapter, averaged_factors, merged_adapters
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 
 
 class Router(Protocol):
@@ -22,8 +22,8 @@ class Router(Protocol):
     @property
     def network(self) -> nn.Module: ...
 
-    def route_of(self, adapters: Sequence[Any], device: torch.device) -> Any:
-        """The route of rows with these adapters, those of the base first."""
+    def route_of(self, networks: Sequence[Network], device: torch.device) -> Any:
+        """The route of rows with these networks, those of the base first."""
         ...
 
     def routed(self, route: Any) -> AbstractContextManager[None]:
@@ -85,7 +85,7 @@ class Denoiser:
         networks: Sequence[Network],
         rows: Sequence[Rows | None] | None = None,
     ) -> list[Latents]:
-        """Guided predictions at (x_t, t), one a network: an adapter, a merge of several, or None for the base.
+        """Guided predictions at (x_t, t), one a network.
 
         Args:
             rows: which of x_t's rows each network is wanted for; by default all.
@@ -127,8 +127,8 @@ class Denoiser:
         groups: dict[Any, list[int]] = {}
         for index, branch in enumerate(branches):
             groups.setdefault(self._together(branch.network), []).append(index)
-        if self.batched is not None and None in groups and len(groups) > 1:  # the base goes with any
-            base = groups.pop(None)
+        if self.batched is not None and BASE in groups and len(groups) > 1:  # the base goes with any
+            base = groups.pop(BASE)
             groups[next(iter(groups))][:0] = base
         outputs: dict[int, Latents] = {}
         for indices in groups.values():
@@ -138,9 +138,7 @@ class Denoiser:
 
     def _together(self, network: Network) -> Any:
         """What branches must have in common to be run in one forward."""
-        if self.batched is None or network is None:
-            return network
-        return ("merged", network.factors) if isinstance(network, Merge) else "adapters"
+        return network if self.batched is None or network == BASE else network.merge
 
     def _forward(self, x_t: Latents, t: Time, conditioning: Conditioning, branches: Sequence[Branch]) -> list[Latents]:
         """Branches of one network, stacked; in several forwards only where `rows_at_once` says so."""
@@ -160,11 +158,11 @@ class Denoiser:
         return list(torch.cat(outputs).split(counts))
 
     def _active(self, networks: Sequence[Network], device: torch.device) -> AbstractContextManager[None]:
-        """The network with these adapters on the rows of its batch."""
+        """The model as these networks on the rows of its batch."""
         if self.batched is not None:
             return self.batched.routed(self.batched.route_of(networks, device))
         network = networks[0]  # one for all
-        if not isinstance(network, Merge):
-            return active_adapter(self.network, network)
-        merge = averaged_factors if network.factors else merged_adapters
+        if not network.merge:
+            return active_adapter(self.network, network.adapter)
+        merge = averaged_factors if network.merge == "factors" else merged_adapters
         return merge(self.network, dict(network.weights))

@@ -4,16 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 
 GUIDANCE = ("shared", "full", "off")
 Latents = Float[Tensor, "_ channels height width"]
-Network = str | Merge | None  # an adapter, several merged, or the base
-Rows = Int[Tensor, " _"]
 Combine = Callable[[Latents, Latents, float], Latents]  # e_u, e_c and g
 
 
@@ -22,7 +20,7 @@ class Branch:
     """One raw prediction: of a network, under the positive (`+`) or the negative (`-`) prompt.
 
     Attributes:
-        network: an adapter, several merged, or None for the base.
+        network: the base, one adapter, or several merged.
         kind: `+` or `-`.
         rows: the rows of the batch that it is predicted for; by default all, in order.
     """
@@ -91,7 +89,7 @@ class Guidance:
         if self.effective_scale == 1:
             return positive
         if self.shares:
-            return [Branch(None, "-"), *positive]
+            return [Branch(BASE, "-"), *positive]
         return [*(replace(branch, kind="-") for branch in positive), *positive]
 
     def combine(self, branches: Sequence[Branch], outputs: Sequence[Latents], guide: Combine) -> list[Latents]:

@@ -10,7 +10,7 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack, Route
 
 
@@ -21,7 +21,7 @@ class BatchedAdapters:
 
     Args:
         network: with LoRAs on it, by peft.
-        names: of the adapters, in the order that places refer to.
+        names: of the adapters, in the order that indices refer to.
         unbatched: names of layers that do not keep the rows of a batch apart (`Backbone.unbatched`).
 
     Raises:
@@ -32,15 +32,15 @@ class BatchedAdapters:
         self.network = network
         self.names = tuple(names)
         self.route: Route | None = None
-        self._merged: Merge | None = None
+        self._merged: Network | None = None
         self._fixed: Route | None = None
         layers = {k: m for k, m in network.named_modules() if isinstance(m, LoraLayer)}
         for name in names:
             if not any(name in layer.r for layer in layers.values()):
                 raise ValueError(f"the network has no adapter {name!r}")
-            for place, layer in layers.items():
+            for path, layer in layers.items():
                 if name in layer.r:
-                    _check_layer(layer, place, name, unbatched)
+                    _check_layer(layer, path, name, unbatched)
         used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
         self._doras = {name for name in names for layer in used if layer.use_dora.get(name, False)}
         self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
@@ -54,33 +54,32 @@ class BatchedAdapters:
         finally:
             self.route = None
 
-    def route_of(self, adapters: Sequence[str | Merge | None], device: torch.device) -> Route:
-        """The route of rows with these adapters: those without first, and mixtures of one kind or none.
+    def route_of(self, networks: Sequence[Network], device: torch.device) -> Route:
+        """The route of rows with these networks: those of the base first, the others merged alike, or none merged.
 
-        Where all rows have one lasting mixture they go through merged weights. Not in half precision, which would lose
-        what the LoRAs change, nor where weights are offloaded between forwards.
+        Where all of the others are one cacheable network they go through merged weights. Not in half precision, which
+        would lose what the LoRAs change, nor where weights are offloaded between forwards.
 
         Raises:
-            ValueError: for a mixture of a DoRA, which is not linear in its weight.
+            ValueError: for a merged DoRA, which is not linear in its weight.
         """
         if self._fixed is not None:
-            return self._fixed_route(adapters)
-        base = next((i for i, adapter in enumerate(adapters) if adapter is not None), len(adapters))
-        own = adapters[base:]
-        merges = [adapter for adapter in own if isinstance(adapter, Merge)]
-        if not merges:
-            return Route(base=base, experts=self._places(own).to(device))
-        if merges[0].lasting and len(set(merges)) == 1 and self._can_merge(device):
-            self._merge(merges[0], device)
+            return self._fixed_route(networks)
+        base = next((i for i, network in enumerate(networks) if network != BASE), len(networks))
+        adapted = networks[base:]
+        if not _merge_of(adapted):
+            return Route(base=base, experts=self._indices(adapted).to(device))
+        if adapted[0].cacheable and len(set(adapted)) == 1 and self._can_merge(device):
+            self._merge(adapted[0], device)
             return Route(base=base, merged=True)
-        return replace(self._mixture_route(merges, device), base=base)
+        return replace(self._mixture_route(adapted, device), base=base)
 
-    def _mixture_route(self, merges: Sequence[Merge], device: torch.device) -> Route:
-        up, down = self._coefficients(merges)
+    def _mixture_route(self, merged: Sequence[Network], device: torch.device) -> Route:
+        up, down = self._coefficients(merged)
         used = up.any(0).nonzero().flatten()
         used = used if len(used) else torch.tensor([0])
         up, down = (values[:, used].to(device, self._stacks[0].up.dtype) for values in (up, down))
-        return Route(base=0, up=up, down=down if merges[0].factors else None, used=used.to(device))
+        return Route(base=0, up=up, down=down if _merge_of(merged) == "factors" else None, used=used.to(device))
 
     def fix(self, rows: int, device: torch.device) -> None:
         """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
@@ -90,20 +89,19 @@ class BatchedAdapters:
         up, down = (torch.zeros(rows, len(self.names), device=device, dtype=self._stacks[0].up.dtype) for _ in range(2))
         self._fixed = Route(base=0, experts=torch.zeros(rows, dtype=torch.int64, device=device), up=up, down=down)
 
-    def _fixed_route(self, adapters: Sequence[str | Merge | None]) -> Route:
+    def _fixed_route(self, networks: Sequence[Network]) -> Route:
         fixed = cast(Any, self._fixed)
-        if len(adapters) > len(fixed.experts):
-            self.fix(len(adapters), fixed.experts.device)
+        if len(networks) > len(fixed.experts):
+            self.fix(len(networks), fixed.experts.device)
             fixed = cast(Any, self._fixed)
-        merges = [adapter for adapter in adapters if isinstance(adapter, Merge)]
-        if not merges:
-            fixed.experts[: len(adapters)].copy_(self._places(adapters))
+        merge = _merge_of(networks)
+        if not merge:
+            fixed.experts[: len(networks)].copy_(self._indices(networks))
             return replace(fixed, up=None, down=None)
-        nothing = Merge(())
-        up, down = self._coefficients([a if isinstance(a, Merge) else nothing for a in adapters])
+        up, down = self._coefficients(networks)
         fixed.up[: len(up)].copy_(up)
         fixed.down[: len(down)].copy_(down)
-        return replace(fixed, experts=None, down=fixed.down if merges[0].factors else None)
+        return replace(fixed, experts=None, down=fixed.down if merge == "factors" else None)
 
     def release(self) -> None:
         """Give back the memory of merged weights."""
@@ -111,34 +109,41 @@ class BatchedAdapters:
         for stack in self._stacks:
             stack.merged = None
 
-    def _merge(self, merge: Merge, device: torch.device) -> None:
-        """Keep the weights of one mixture in every layer, until another is merged or they are released."""
-        if merge == self._merged:
+    def _merge(self, network: Network, device: torch.device) -> None:
+        """Keep the merged weights of one network in every layer, until another is merged or they are released."""
+        if network == self._merged:
             return
         self._merged = None
-        route = self._mixture_route([merge], device)
+        route = self._mixture_route([network], device)
         for stack in self._stacks:
             stack.merge(route)
-        self._merged = merge
+        self._merged = network
 
     def _can_merge(self, device: torch.device) -> bool:
         weights = [stack.base.weight for stack in self._stacks]
         return all(weight.dtype.itemsize >= 4 and weight.device == device for weight in weights)
 
-    def _places(self, adapters: Sequence[Any]) -> Tensor:
+    def _indices(self, networks: Sequence[Network]) -> Tensor:
+        """The index of each network's adapter; that of the base is the number of adapters."""
+        names = [network.adapter for network in networks]
         return torch.tensor(
-            [len(self.names) if name is None else self.names.index(name) for name in adapters], dtype=torch.int64
+            [len(self.names) if name is None else self.names.index(name) for name in names], dtype=torch.int64
         )
 
-    def _coefficients(self, merges: Sequence[Merge]) -> tuple[Tensor, Tensor]:
-        """c and d of mixtures: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
-        for name in {name for merge in merges for name, weight in merge.weights if weight}:
+    def _coefficients(self, merged: Sequence[Network]) -> tuple[Tensor, Tensor]:
+        """c and d of merged networks: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
+        for name in {name for network in merged for name, weight in network.weights if weight}:
             if name in self._doras:
                 raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
-        weights = [dict(merge.weights) for merge in merges]
-        c = torch.tensor([[own.get(name, 0.0) for name in self.names] for own in weights], dtype=torch.float64)
+        weights = [dict(network.weights) for network in merged]
+        c = torch.tensor([[w.get(name, 0.0) for name in self.names] for w in weights], dtype=torch.float64)
         strength = c.sum(1, keepdim=True)
         return c, torch.where(strength == 0, 0, c / strength)
+
+
+def _merge_of(networks: Sequence[Network]) -> str:
+    """How the networks of one forward are merged, leaving out the base."""
+    return next((network.merge for network in networks if network.merge), "")
 
 
 class _Routed:
@@ -169,13 +174,13 @@ def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> L
     return stack
 
 
-def _check_layer(layer: LoraLayer, place: str, name: str, unbatched: Collection[str]) -> None:
-    """See that an adapter of a layer has a batched form."""
+def _check_layer(layer: LoraLayer, path: str, name: str, unbatched: Collection[str]) -> None:
+    """Check that an adapter of a layer has a batched form."""
     variant = layer.lora_variant.get(name)
     base = layer.get_base_layer()
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
         why = f"is a {type(layer).__name__} of peft"
-    elif set(unbatched) & set(place.split(".")):
+    elif set(unbatched) & set(path.split(".")):
         why = "is of a layer that does not keep images apart"
     elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"
@@ -187,4 +192,4 @@ def _check_layer(layer: LoraLayer, place: str, name: str, unbatched: Collection[
         why = "is of a convolution with groups, dilation or padding other than zeros"
     else:
         return
-    raise ValueError(f"adapter {name!r}: the LoRA of {place} {why}, which cannot be batched; use forwards='separate'")
+    raise ValueError(f"adapter {name!r}: the LoRA of {path} {why}, which cannot be batched; use forwards='separate'")

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-Rows = Float[Tensor, "rows ..."]
+Activations = Float[Tensor, "rows ..."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,9 @@ class Route:
 
     Attributes:
         base: how many rows at the front have none.
-        experts: one adapter a row, by place; the place after the last stands for none.
+        experts: the index of one adapter a row; the index after the last stands for none.
         up: c_k, for Σ_i c_ki s_i B_i A_i a row, or with `down`, d_k, for s (Σ_i c_ki B_i) (Σ_i d_ki A_i).
-        used: the places that columns of `up` and `down` stand for, by default all.
+        used: the adapters' indices that columns of `up` and `down` stand for, by default all.
         merged: the rows after `base` go through the weights merged last.
     """
 
@@ -65,22 +65,22 @@ class LoRAStack(nn.Module):
         super().__init__()
         self._beside = (layer.get_base_layer(),)  # not a module of this one
         weight = self.base.weight.detach()
-        own = [(place, name) for place, name in enumerate(names) if name in layer.lora_A]
-        rank = max(layer.r[name] for _, name in own)
+        adapted = [(index, name) for index, name in enumerate(names) if name in layer.lora_A]
+        rank = max(layer.r[name] for _, name in adapted)
         down = weight.new_zeros(len(names) + 1, rank, *weight.shape[1:], dtype=torch.float32)
         up = weight.new_zeros(len(names) + 1, len(weight), rank, dtype=torch.float32)
         gain = weight.new_ones(len(names) + 1, len(weight), dtype=torch.float32)
-        for place, name in own:
-            down[place, : layer.r[name]] = layer.lora_A[name].weight.detach()
-            up[place, :, : layer.r[name]] = layer.scaling[name] * layer.lora_B[name].weight.detach().flatten(1)
+        for index, name in adapted:
+            down[index, : layer.r[name]] = layer.lora_A[name].weight.detach()
+            up[index, :, : layer.r[name]] = layer.scaling[name] * layer.lora_B[name].weight.detach().flatten(1)
             if layer.use_dora.get(name, False):
-                norm = (weight.float().flatten(1) + up[place] @ down[place].flatten(1)).norm(dim=1)
-                gain[place] = layer.lora_magnitude_vector[name].weight.detach().flatten() / norm
-                up[place] *= gain[place, :, None]
+                norm = (weight.float().flatten(1) + up[index] @ down[index].flatten(1)).norm(dim=1)
+                gain[index] = layer.lora_magnitude_vector[name].weight.detach().flatten() / norm
+                up[index] *= gain[index, :, None]
         self.kernel = tuple(weight.shape[2:])
         if self.kernel:
             down = down.flip(-1, -2).permute(0, 1, 3, 4, 2).flatten(1, 3)
-        dora = any(layer.use_dora.get(name, False) for _, name in own)
+        dora = any(layer.use_dora.get(name, False) for _, name in adapted)
         self.register_buffer("down", down.to(weight.dtype).contiguous(), persistent=False)
         self.register_buffer("up", up.to(weight.dtype), persistent=False)
         self.register_buffer("gain", gain.to(weight.dtype) if dora else None, persistent=False)
@@ -93,7 +93,7 @@ class LoRAStack(nn.Module):
         """The layer without LoRAs."""
         return self._beside[0]
 
-    def forward(self, x: Rows, route: Route) -> Rows:
+    def forward(self, x: Activations, route: Route) -> Activations:
         """The layer's output for a batch."""
         if route.merged:
             return self._through_merged(x, route.base)
@@ -125,7 +125,7 @@ class LoRAStack(nn.Module):
             return down.flatten(0, 1)[None], scaled
         return torch.tensordot(route.down[:count].to(down), down, 1), torch.tensordot(c, up, 1)
 
-    def _scale(self, rows: Rows, gain: Float[Tensor, "rows out"]) -> None:
+    def _scale(self, rows: Activations, gain: Float[Tensor, "rows out"]) -> None:
         """A DoRA's factor, on all but the bias."""
         bias = rows.new_zeros(()) if self.bias is None else self.bias
         if self.kernel:
@@ -134,7 +134,7 @@ class LoRAStack(nn.Module):
             gain = gain.view(len(rows), *[1] * (rows.ndim - 2), -1)
         rows.sub_(bias).mul_(gain).add_(bias)
 
-    def _convolve(self, down: Tensor, x: Rows) -> Float[Tensor, "rows r h w"]:
+    def _convolve(self, down: Tensor, x: Activations) -> Float[Tensor, "rows r h w"]:
         """The convolution with A_k: every tap's product at once, summed where the taps meet.
 
         A convolution of stride 1 is the transpose of folding; a larger stride keeps every so many of its outputs.
@@ -145,7 +145,7 @@ class LoRAStack(nn.Module):
         h = functional.fold(taps, size, self.kernel, padding=padding)
         return h[..., :: self.base.stride[0], :: self.base.stride[1]]
 
-    def _through_merged(self, x: Rows, first: int) -> Rows:
+    def _through_merged(self, x: Activations, first: int) -> Activations:
         base, own, weight = self.base, x[first:], cast(Tensor, self.merged)
         y = (
             functional.conv2d(own, weight, base.bias, base.stride, base.padding)

@@ -1,29 +1,26 @@
 """Averages of predicted noises."""
 
-from dataclasses import dataclass
-
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.rules.base import average, average_variance
-from stepfuse.fuse.rules.checks import (
-    check_average_variance,
-)
+from stepfuse.fuse.rules.base import FusionRule, average, average_variance
+from stepfuse.fuse.rules.checks import check_average_variance
 from stepfuse.fuse.rules.plan import FusionStep, Plan
 
 
-@dataclass(frozen=True)
-class AverageNoise:
+class AverageNoise(FusionRule):
     """e = Σ a_i e_i + (1 - Σ a_i) e_ref, predicted noises averaged (DB-MPA, Diffusion Blend, arXiv:2505.18547).
 
     Published for one variance schedule. Where the objectives' differ, the step's variance is their average,
     v = Σ a_i v_i + (1 - Σ a_i) v_ref; where they are equal this is `product`. Cost: as `product`. Needs no reward.
     """
 
+    name = "average_noise"
+    is_one_adapter = True
+
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
         check_average_variance(plan)
         return plan
 
-    def __call__(self, step: FusionStep) -> Gaussian:
-        places = step.used
-        exponents = step.exponents[places]
-        return step.transition(average(step.predict_used(places), exponents), average_variance(step))
+    def fuse(self, step: FusionStep) -> Gaussian:
+        used = step.used
+        return step.transition(average(step.predict_used(used), step.exponents(used)), average_variance(step))

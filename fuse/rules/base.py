@@ -1,30 +1,88 @@
 """What a fusion rule is, and what several of them share."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.settings_fields import check_settings
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.rules.plan import FusionStep, Latents, Plan
+from stepfuse.fuse.rules.run import Run, uniform_numbers
 
 
-class FusionRule(Protocol):
-    """How the experts of a step become the Gaussian that is sampled.
+@dataclass(frozen=True)
+class FusionRule:
+    """How the experts of a step become the Gaussian that is sampled, and the loop around the steps.
 
-    `prepare` sees the whole run before anything is sampled: it refuses what the rule cannot do, naming the remedy,
-    and may rewrite the plan. Calling the rule fuses one step.
+    A subclass defines `fuse`. Its options are dataclass fields, declared with `setting`. The attributes say what it
+    needs of the sampler, which provides it before `prepare`, and what holds for its images.
 
-    A rule may have attributes that say what it needs of the sampler, which then sees to it before `prepare`: `needs`,
-    "rewards" or their "gradients"; `merges`, adapters that can be merged by "weights" or by "factors"; `gate`, the
-    set's gap profile.
+    Attributes:
+        name: The rule's name in `RULES` and in messages; by default the name of the class.
+        needs: `"rewards"` while sampling, or their `"gradients"`.
+        accepts: The weights it accepts: `"any"`, all on a `"single"` objective, those that adapters of the set were
+            `"trained"` on, or `"none"`, because they have no effect.
+        is_one_adapter: With all the weight on one adapter, at strength 1, its images are that adapter's, bit by bit.
+
+    Raises:
+        ValueError: For an option of another type or out of its bounds.
     """
 
-    def prepare(self, plan: Plan) -> Plan: ...
+    name: ClassVar[str]
+    needs: ClassVar[Literal["", "rewards", "gradients"]] = ""
+    accepts: ClassVar[Literal["any", "single", "trained", "none"]] = "any"
+    is_one_adapter: ClassVar[bool] = False
 
-    def __call__(self, step: FusionStep) -> Gaussian: ...
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.name = cls.__dict__.get("name", cls.__name__)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def merges(self) -> Literal["", "weights", "factors"]:
+        """How it merges adapters, which must allow it: by weights, by factors, or not."""
+        return ""
+
+    @property
+    def uses_gaps(self) -> bool:
+        """Whether it reads `Plan.gaps`, which the set's gap profile gives."""
+        return False
+
+    @property
+    def latents_per_image(self) -> int:
+        """How many latents of an image it denoises at once. Of several, a step's sample is not yet the image's."""
+        return 1
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Check a whole run before anything is sampled, and complete its plan.
+
+        Raises:
+            ValueError: For what the rule cannot do, with the remedy.
+        """
+        return plan
+
+    def fuse(self, step: FusionStep) -> Gaussian:
+        """p(x_s | x_t) of one step."""
+        raise NotImplementedError
+
+    def denoise(self, run: Run, x_T: Latents, generators: list[torch.Generator]) -> Latents:
+        """From x_T to x_0, step by step; an image depends on its generator alone."""
+        x, uniforms = x_T, uniform_numbers(run.plan, generators)
+        memory: dict[str, Any] = {}
+        for step_index in range(len(run.plan.steps)):
+            step = run.step(step_index, x, uniforms, memory=memory)
+            x = run.sample(step, self.fuse(step), generators)
+            if run.after:
+                x, to_continue = run.after(step_index, step.t, x)
+                if not to_continue:
+                    break
+        return x
 
 
 def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts batch"]) -> Latents:
@@ -35,5 +93,7 @@ def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts ba
 
 def average_variance(step: FusionStep) -> Tensor:
     """Σ a_i v_i + (1 - Σ a_i) v_ref, one an image."""
-    a = step.exponents.to(step.x_t).reshape(step.plan.base + 1, -1, *[1] * (step.x_t.ndim - 1))
-    return sum((a[i] * step.variance(i) for i in step.used), torch.zeros(()).to(step.x_t))
+    used, shape = step.used, (-1, *[1] * (step.x_t.ndim - 1))
+    exponents = [step.exponent(expert).to(step.x_t).reshape(shape) for expert in used]
+    variances = [a * step.variance(expert) for a, expert in zip(exponents, used, strict=True)]
+    return sum(variances, torch.zeros(()).to(step.x_t))

@@ -1,41 +1,100 @@
 """Blockwise best of N."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from stepfuse.fuse.rules.checks import (
-    check_no_strength,
-    check_random,
-)
-from stepfuse.fuse.rules.plan import Plan
-from stepfuse.fuse.rules.product import Base
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.lora.mixture import Rows
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.checks import check_no_strength, check_random
+from stepfuse.fuse.rules.options import BestOfNOptions
+from stepfuse.fuse.rules.plan import FusionStep, Latents, Plan, Score
+from stepfuse.fuse.rules.run import Run, private_generator, uniform_numbers
 
 
 @dataclass(frozen=True)
-class CoDe(Base):
+class CoDe(FusionRule, BestOfNOptions):
     """Blockwise best of N (CoDe, arXiv:2502.00968): the base unrolled N times through a block of B steps, the
     candidate kept whose predicted x_0 has the largest Σ w_i r_i / σ_i.
 
-    Cost: N forwards a step, one in the first; a reward of N candidates a block. Needs rewards.
-
-    Attributes:
-        candidates: N; 1 is the base.
-        block_size: B, the steps between choices; the last block may be shorter.
+    N is `candidates`, of which 1 is the base; B is `block_size`, and the last block may be shorter. Cost: N forwards a
+    step, one in the first; a reward of N candidates a block. Needs rewards.
     """
 
-    candidates: int = 20
-    block_size: int = 5
-    needs: ClassVar[str] = "rewards"
+    name = "code"
+    needs = "rewards"
 
-    def __post_init__(self) -> None:
-        for name in ("candidates", "block_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} {value!r}; expected a whole number, 1 or more")
+    @property
+    def latents_per_image(self) -> int:
+        return self.candidates
 
     def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength, for the choice has none, and for a base without noise."""
-        check_no_strength(plan, "code")
+        """Raises ValueError for a strength, which the choice does not have, and for a base without noise."""
+        check_no_strength(plan, self.name)
         if self.candidates > 1:
-            check_random(plan, "code", "its candidates would be alike")
-        return super().prepare(plan)
+            check_random(plan, self.name, "its candidates would be alike")
+        return plan
+
+    def fuse(self, step: FusionStep) -> Gaussian:
+        """p_ref(x_s | x_t): the choice is among its samples."""
+        return step.gaussian(step.plan.base)
+
+    def denoise(self, run: Run, x_T: Latents, generators: list[torch.Generator]) -> Latents:
+        """Candidates branch at the first step of a block; the best at its end goes on.
+
+        The candidates of a block share its first prediction, and the look-ahead at its end is the first prediction of
+        the next.
+        """
+        count, steps, base = self.candidates, len(run.plan.steps), run.plan.base
+        if count == 1:
+            return super().denoise(run, x_T, generators)
+        uniforms = uniform_numbers(run.plan, generators)
+        images = torch.arange(len(x_T)).repeat_interleave(count)
+        branches = [g for first in generators for g in (first, *_candidate_generators(first, count - 1))]
+        x, (prediction,) = x_T, run.step(0, x_T, uniforms).predict([base.network])
+        for step_index in range(steps):
+            if step_index % self.block_size == 0:  # one latent an image, its prediction known
+                step = run.step(step_index, x.repeat_interleave(count, 0), uniforms, images=images)
+                prediction = prediction.repeat_interleave(count, 0)
+            else:
+                step = run.step(step_index, x, uniforms, images=images)
+                (prediction,) = step.predict([base.network])
+            x = run.sample(step, step.transition(prediction, step.variance(base)), branches)
+            if step_index + 1 == steps:
+                x = x[self._best(run, step_index, x, images)]
+            elif (step_index + 1) % self.block_size == 0:
+                ahead = run.step(step_index + 1, x, uniforms, images=images)
+                (prediction,) = ahead.predict([base.network])
+                clean, _ = run.plan.path.clean_and_noise(x, prediction, ahead.t)
+                best = self._best(run, step_index, clean, images)
+                x, prediction = x[best], prediction[best]
+        return x
+
+    def _best(self, run: Run, step_index: int, clean: Latents, images: Rows) -> Tensor:
+        """The row of each image's candidate with the largest Σ w_i r_i / σ_i."""
+        total = weighted_reward(run.rewards, run.scales, run.plan.weights[step_index][:, images], clean, images)
+        best = total.reshape(-1, self.candidates).argmax(1).cpu()
+        return (best + torch.arange(len(best)) * self.candidates).to(clean.device)
+
+
+def weighted_reward(
+    rewards: Sequence[Score],
+    scales: Sequence[float],
+    weights: Float[Tensor, "adapters rows"],
+    clean: Latents,
+    images: Rows,
+) -> Float[Tensor, " rows"]:
+    """Σ w_i r_i(x_0) / σ_i; a reward whose weight is 0 for all rows is not computed."""
+    total = torch.zeros(len(clean), dtype=torch.float64)
+    for reward, scale, w in zip(rewards, scales, weights[: len(rewards)], strict=True):
+        if bool((w != 0).any()):
+            total += w * reward(clean, images).detach().cpu().double() / scale
+    return total
+
+
+def _candidate_generators(generator: torch.Generator, count: int) -> list[torch.Generator]:
+    return [private_generator(generator, 1 + i) for i in range(count)]

@@ -1,6 +1,5 @@
 """Which one expert an image takes at a step."""
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -8,25 +7,24 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.rules.checks import (
-    check_probabilities,
-)
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.checks import check_probabilities
 from stepfuse.fuse.rules.plan import FusionStep, Plan
 
 
 def systematic_choices(
-    exponents: Float[Tensor, "steps places batch"], uniforms: Float[Tensor, "batch draws"]
+    exponents: Float[Tensor, "steps experts batch"], uniforms: Float[Tensor, "batch draws"]
 ) -> Int[Tensor, "steps batch"]:
-    """The place each image takes at each step, by credit from a random phase.
+    """The index of the expert that each image takes at each step, by credit from a random phase.
 
     A step moves the credit vector c, of sum 0, by a - e_chosen: modulo the differences e_i - e_j a rotation of the
     torus, which keeps the uniform distribution. So a uniform phase Σ_{i<n} u_i (e_i - e_n), brought to where the rule
     keeps credits, makes every expert's chance a_i at every step. Where the exponents change, credit begins anew.
     """
-    steps, places, batch = exponents.shape
+    steps, experts, batch = exponents.shape
     mixtures, which = torch.unique(exponents.flatten(0, 1), dim=1, return_inverse=True)
     choices = torch.zeros(steps, batch, dtype=torch.int64)
-    for column, mixture in enumerate(mixtures.T.unflatten(1, (steps, places))):
+    for column, mixture in enumerate(mixtures.T.unflatten(1, (steps, experts))):
         rows = (which == column).nonzero().flatten()
         changes = (mixture[1:] != mixture[:-1]).any(1).nonzero().flatten() + 1
         for begin, end in pairwise([0, *changes.tolist(), steps]):
@@ -35,9 +33,9 @@ def systematic_choices(
 
 
 def _choices_by_credit(
-    a: Float[Tensor, " places"], rounds: int, uniforms: Float[Tensor, "rows draws"]
+    a: Float[Tensor, " experts"], rounds: int, uniforms: Float[Tensor, "rows draws"]
 ) -> Int[Tensor, "rounds rows"]:
-    """The places chosen in so many rounds; experts of exponent 0 take no part."""
+    """The indices chosen in so many rounds; experts of exponent 0 take no part."""
     active = a.nonzero().flatten()
     count, every = len(active), torch.arange(len(uniforms))
     phase = uniforms[:, : count - 1].double()
@@ -54,30 +52,31 @@ def _choices_by_credit(
     return active[torch.stack(choices[-rounds:])]
 
 
-@dataclass(frozen=True)
-class Switch:
+class Switch(FusionRule):
     """One expert a step and image, drawn independently with probability a_i (DB-MPA-LS, Diffusion Blend,
     arXiv:2505.18547), the base with 1 - Σ a_i.
 
     Cost: one forward. Needs no reward.
     """
 
+    name = "switch"
+    is_one_adapter = True
+
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for exponents that are no probabilities."""
-        check_probabilities(plan, "switch")
+        check_probabilities(plan, self.name)
         return plan
 
-    def __call__(self, step: FusionStep) -> Gaussian:
-        cumulative = step.exponents.cumsum(0)
-        u = step.uniforms[:, step.number].to(cumulative)
+    def fuse(self, step: FusionStep) -> Gaussian:
+        exponents = step.exponents()
+        cumulative = exponents.cumsum(0)
+        u = step.uniforms[:, step.step_index].to(cumulative)
         # The last positive one takes what rounding leaves above the sum.
-        choice = (cumulative <= u).sum(0).clamp(max=step.plan.base)
-        last = step.plan.base - (step.exponents.flip(0) > 0).to(torch.int64).argmax(0)
-        return step.chosen(torch.minimum(choice, last))
+        last = len(exponents) - 1 - (exponents.flip(0) > 0).to(torch.int64).argmax(0)
+        return step.select_expert(torch.minimum((cumulative <= u).sum(0), last))
 
 
-@dataclass(frozen=True)
-class Systematic:
+class Systematic(FusionRule):
     """One expert a step and image by credit: credit += a, the largest is chosen, and pays 1; random phase an image.
 
     Each expert is chosen with probability a_i at every step, as in `switch`, but any window of the run in which the
@@ -85,12 +84,15 @@ class Systematic:
     sampling; the credit rule is that of smooth weighted round-robin schedulers.) Cost: one forward. Needs no reward.
     """
 
+    name = "systematic"
+    is_one_adapter = True
+
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for exponents that are no probabilities."""
-        check_probabilities(plan, "systematic")
+        check_probabilities(plan, self.name)
         return plan
 
-    def __call__(self, step: FusionStep) -> Gaussian:
+    def fuse(self, step: FusionStep) -> Gaussian:
         if "choices" not in step.memory:
             step.memory["choices"] = systematic_choices(step.plan.exponents, step.uniforms)
-        return step.chosen(step.memory["choices"][step.number])
+        return step.select_expert(step.memory["choices"][step.step_index])

@@ -13,96 +13,115 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, weight_rows
 
 Latents = Float[Tensor, "batch *shape"]
-Rows = Int[Tensor, " rows"]
 Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
 
 
-class Networks(Protocol):
-    """One method: predictions at (x_t, t), one a network.
+class PredictFn(Protocol):
+    """Predictions at (x_t, t), one a network.
 
     Args:
-        networks: the place of an expert in the plan, or a merge of several.
-        rows: which images of the batch the rows of x_t belong to.
-        where: the rows of x_t that each network is wanted for, all for None.
+        images: Which images of the batch the rows of x_t belong to.
+        rows: The rows of x_t that each network is run on, all for None.
     """
 
     def __call__(
-        self,
-        x_t: Latents,
-        t: Time,
-        networks: Sequence[int | Merge],
-        rows: Rows,
-        where: Sequence[Rows | None],
+        self, x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
     ) -> list[Latents]: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Expert:
+    """One of the policies that are fused: the base, or an adapter with its own variance schedule.
+
+    Attributes:
+        name: The objective's or the oracle's; `base` for the base.
+        schedule: Its variance schedule.
+        network: What predicts for it.
+    """
+
+    name: str
+    schedule: VarianceSchedule
+    network: Network
+
+    @classmethod
+    def adapter(cls, name: str, schedule: VarianceSchedule) -> "Expert":
+        """The policy of one adapter, by its name."""
+        return cls(name=name, schedule=schedule, network=Network.of(name))
+
+    @classmethod
+    def base(cls, schedule: VarianceSchedule) -> "Expert":
+        """The reference policy, p_ref."""
+        return cls(name="base", schedule=schedule, network=BASE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run: its steps, the experts that may be fused and how much of each is wanted.
+    """A run: its steps, the experts that may be fused, and how much of each is wanted.
 
     Attributes:
-        path: the noise path.
+        path: The noise path.
         steps: (t, s) of each denoising step.
-        names: the objectives; after them the oracles, if there are any.
-        schedules: variance schedules, one a name, the base's last.
-        weights: w_i, summing to 1 at each step and for each image; 0 for oracles.
+        objectives: The experts that users give weights to.
+        base: The expert of p_ref.
+        oracles: Experts trained on weighted rewards, to compare fusion with.
+        oracle_weights: The weights each oracle was trained on.
+        weights: w_i of objectives and then oracles, summing to 1 at each step and for each image; 0 for oracles.
         strength: λ.
-        oracles: the weights each oracle was trained on, a row an oracle.
         guidance_interval: (begin, end) as shares of the steps, outside of which there is no guidance.
-        gaps: KL( product ‖ soup ) of each step and image in nats, as the set's profile has it; for rules with a gate.
+        gaps: KL( product ‖ soup ) of each step and image in nats, from the set's gap profile, for rules that use it.
     """
 
     path: NoisePath
     steps: Sequence[tuple[Time, Time]]
-    names: Sequence[str]
-    schedules: Sequence[VarianceSchedule]
-    weights: Float[Tensor, "steps experts batch"]
+    objectives: Sequence[Expert]
+    base: Expert
+    oracles: Sequence[Expert] = ()
+    oracle_weights: Float[Tensor, "oracles objectives"] = field(default_factory=lambda: torch.zeros(0, 0))
+    weights: Float[Tensor, "steps adapters batch"]
     strength: float
-    oracles: Float[Tensor, "oracles objectives"] = field(default_factory=lambda: torch.zeros(0, 0))
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     gaps: Float[Tensor, "steps batch"] | None = None
 
-    @property
-    def base(self) -> int:
-        """The place of the base among the experts: the last."""
-        return len(self.names)
-
-    @property
-    def objectives(self) -> int:
-        """How many of the names are objectives; oracles follow them."""
-        return len(self.names) - len(self.oracles)
+    @cached_property
+    def adapters(self) -> tuple[Expert, ...]:
+        """Objectives and then oracles: every expert but the base."""
+        return (*self.objectives, *self.oracles)
 
     @cached_property
-    def exponents(self) -> Float[Tensor, "steps places batch"]:
+    def experts(self) -> tuple[Expert, ...]:
+        """Objectives, oracles and last the base, in the order of `exponents`."""
+        return (*self.adapters, self.base)
+
+    @cached_property
+    def exponents(self) -> Float[Tensor, "steps experts batch"]:
         """a_i = λ w_i, and 1 - λ for the base, float64."""
         base = torch.full_like(self.weights[:, :1], 1 - self.strength)
         return torch.cat([self.strength * self.weights, base], 1)
 
-    def __getitem__(self, rows: slice | Rows) -> "Plan":
+    def __getitem__(self, images: slice | Rows) -> "Plan":
         """The plan of some of the images."""
-        gaps = None if self.gaps is None else self.gaps[:, rows]
-        return replace(self, weights=self.weights[..., rows], gaps=gaps)
+        gaps = None if self.gaps is None else self.gaps[:, images]
+        return replace(self, weights=self.weights[..., images], gaps=gaps)
 
-    def relative(self, place: int, number: int) -> float:
+    def used(self, experts: Sequence[Expert]) -> list[Expert]:
+        """Those of some objectives and oracles that have a weight other than 0 at some step of some image."""
+        return [e for e in experts if bool((self.weights[:, self.adapters.index(e)] != 0).any())]
+
+    def relative_variance(self, expert: Expert, step_index: int) -> float:
         """r of an expert at a step: its variance in units of the ancestral one."""
-        t, s = self.steps[number]
-        return self.schedules[place].relative(self.path, t, s, torch.zeros(1, 1, dtype=torch.float64)).item()
+        t, s = self.steps[step_index]
+        return expert.schedule.relative(self.path, t, s, torch.zeros(1, 1, dtype=torch.float64)).item()
 
-    def merge(self, weights: Sequence[float], *, factors: bool = False, lasting: bool = False) -> Merge:
-        """One network of all names, by a weight each."""
-        return Merge(tuple(zip(self.names, weights, strict=True)), factors, lasting)
-
-    def label(self, number: int, image: int) -> str:
+    def label(self, step_index: int, image: int) -> str:
         """The weights of one image at one step, for messages."""
-        shares = self.weights[number, :, image].tolist()
-        objectives = [(name, w) for name, w in zip(self.names, shares, strict=True)][: self.objectives]
-        return ", ".join(f"{name}={w:g}" for name, w in objectives)
+        weights = self.weights[step_index, :, image].tolist()
+        return ", ".join(f"{expert.name}={w:g}" for expert, w in zip(self.objectives, weights, strict=False))
 
 
 def make_plan(
@@ -119,10 +138,10 @@ def make_plan(
     weights_on: str,
     guidance_interval: tuple[float, float],
 ) -> Plan:
-    """The plan of a run for `count` images; what is wanted of it is explained at `FusedSampler.plan`.
+    """The plan of a run for `count` images; `FusedSampler.plan` explains the arguments.
 
     Raises:
-        ValueError: for weights or a strength that make no plan.
+        ValueError: For invalid weights or an invalid strength.
     """
     names = [objective.name for objective in objectives]
     rows = weight_rows(weights, names)
@@ -146,11 +165,12 @@ def make_plan(
     return Plan(
         path=path,
         steps=steps,
-        names=[expert.name for expert in (*objectives, *oracles)],
-        schedules=[*(expert.variance for expert in (*objectives, *oracles)), reference],
+        objectives=[Expert.adapter(objective.name, objective.variance) for objective in objectives],
+        base=Expert.base(reference),
+        oracles=[Expert.adapter(oracle.name, oracle.variance) for oracle in oracles],
+        oracle_weights=weight_table(oracle_weights, names)[0].T if oracles else torch.zeros(0, 0),
         weights=torch.cat([table, torch.zeros(len(steps), len(oracles), count, dtype=torch.float64)], 1),
         strength=float(strength),
-        oracles=weight_table(oracle_weights, names)[0].T if oracles else torch.zeros(0, 0),
         guidance_interval=guidance_interval,
     )
 
@@ -160,93 +180,101 @@ class FusionStep:
     """One denoising step as a rule sees it; a network runs only when the rule asks for it.
 
     Attributes:
-        plan: the run this is a step of, for as many images as x_t has rows.
-        number: k, from 0.
-        x_t: the latents.
-        networks: predictions of the plan's experts.
-        uniforms: each image's own numbers in [0, 1), the same at every step; as many as there are steps, or experts.
-        rewards: a reward of x_0 latents an objective, differentiable where the reward is; for rules that need them.
-        rows: which images of the batch x_t's rows are; by default all, in order.
-        memory: what a rule keeps from step to step of one run.
+        plan: The run this is a step of, for as many images as x_t has rows.
+        step_index: k, from 0.
+        x_t: The latents.
+        predict_fn: Runs the networks.
+        uniforms: Each image's random numbers in [0, 1), the same at every step; as many as there are steps, or experts.
+        rewards: A reward of x_0 latents for each objective, differentiable where the reward is; for rules that need
+            them.
+        images: Which images of the batch the rows of x_t are; by default all, in order.
+        memory: What a rule keeps from step to step of one run.
     """
 
     plan: Plan
-    number: int
+    step_index: int
     x_t: Latents
-    networks: Networks
+    predict_fn: PredictFn
     uniforms: Float[Tensor, "batch draws"]
     rewards: Sequence[Score] = ()
-    rows: Rows | None = None
+    images: Rows | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
     def t(self) -> Time:
-        return self.plan.steps[self.number][0]
+        return self.plan.steps[self.step_index][0]
 
     @property
     def s(self) -> Time:
-        return self.plan.steps[self.number][1]
+        return self.plan.steps[self.step_index][1]
 
     @property
-    def exponents(self) -> Float[Tensor, "places batch"]:
-        """a_i of this step, the base's last."""
-        return self.plan.exponents[self.number]
+    def used(self) -> list[Expert]:
+        """The experts whose exponent is not 0 for every image."""
+        used = (self.exponents() != 0).any(1).tolist()
+        return [expert for expert, is_used in zip(self.plan.experts, used, strict=True) if is_used]
 
-    @property
-    def used(self) -> list[int]:
-        """Places of the experts whose exponent is not 0 for every image."""
-        return (self.exponents != 0).any(1).nonzero().flatten().tolist()
+    def exponents(self, experts: Sequence[Expert] | None = None) -> Float[Tensor, "experts batch"]:
+        """a_i of experts at this step; by default of all, in the order of `plan.experts`."""
+        all_experts = self.plan.exponents[self.step_index]
+        return all_experts if experts is None else all_experts[[self.plan.experts.index(e) for e in experts]]
 
-    def relative(self, places: Sequence[int]) -> Float[Tensor, " places"]:
-        """r of experts at this step."""
-        return torch.tensor([self.plan.relative(place, self.number) for place in places], dtype=torch.float64)
+    def exponent(self, expert: Expert) -> Float[Tensor, " batch"]:
+        """a_i of one expert."""
+        return self.exponents()[self.plan.experts.index(expert)]
 
-    def predict(self, networks: Sequence[int | Merge], where: Sequence[Rows | None] | None = None) -> list[Latents]:
-        """Predictions at (x_t, t), each for some rows of x_t or for all."""
-        images = torch.arange(len(self.x_t)) if self.rows is None else self.rows
-        return self.networks(self.x_t, self.t, networks, images, where or [None] * len(networks))
+    def weight(self, expert: Expert) -> Float[Tensor, " batch"]:
+        """w_i of an objective or oracle at this step."""
+        return self.plan.weights[self.step_index, self.plan.adapters.index(expert)]
 
-    def predict_some(self, networks: Sequence[int | Merge], where: Sequence[Rows]) -> list[Latents]:
-        """The same, each as large as x_t and 0 elsewhere."""
-        wanted = [i for i, rows in enumerate(where) if len(rows)]
-        everywhere = [None if len(where[i]) == len(self.x_t) else where[i] for i in wanted]
-        results = [torch.zeros_like(self.x_t)] * len(networks)
-        for i, rows, e in zip(wanted, everywhere, self.predict([networks[i] for i in wanted], everywhere), strict=True):
-            if rows is not None:
-                results[i] = torch.zeros_like(self.x_t, dtype=e.dtype)
-                results[i][rows.to(e.device)] = e
-            else:
-                results[i] = e
-        return results
+    def relative_variances(self, experts: Sequence[Expert]) -> Float[Tensor, " experts"]:
+        """r of experts at this step: their variances in units of the ancestral one."""
+        return torch.tensor([self.plan.relative_variance(e, self.step_index) for e in experts], dtype=torch.float64)
 
-    def predict_used(self, places: Sequence[int]) -> list[Latents]:
-        """Predictions of experts, for the images whose exponent is not 0; 0 for the others."""
-        return self.predict_some(places, [(self.exponents[place] != 0).nonzero().flatten() for place in places])
-
-    def variance(self, place: int) -> Tensor:
+    def variance(self, expert: Expert) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
-        r = self.plan.schedules[place].relative(self.plan.path, self.t, self.s, self.x_t)
-        return r * self._ancestral
+        return expert.schedule.relative(self.plan.path, self.t, self.s, self.x_t) * self._ancestral
 
     @cached_property
     def _ancestral(self) -> Tensor:
         return self.plan.path.ancestral_variance(self.t, self.s, self.x_t)
 
+    def predict(self, networks: Sequence[Network], rows: Sequence[Rows] | None = None) -> list[Latents]:
+        """Predictions at (x_t, t), each as large as x_t; with `rows` for these rows of x_t, and 0 elsewhere."""
+        images = torch.arange(len(self.x_t)) if self.images is None else self.images
+        if rows is None:
+            return self.predict_fn(self.x_t, self.t, networks, images, [None] * len(networks))
+        run = [i for i, wanted in enumerate(rows) if len(wanted)]
+        some = [None if len(rows[i]) == len(self.x_t) else rows[i] for i in run]
+        results = [torch.zeros_like(self.x_t)] * len(networks)
+        predictions = self.predict_fn(self.x_t, self.t, [networks[i] for i in run], images, some)
+        for i, wanted, prediction in zip(run, some, predictions, strict=True):
+            results[i] = prediction
+            if wanted is not None:
+                results[i] = torch.zeros_like(self.x_t, dtype=prediction.dtype)
+                results[i][wanted.to(prediction.device)] = prediction
+        return results
+
+    def predict_used(self, experts: Sequence[Expert]) -> list[Latents]:
+        """Predictions of experts for the images whose exponent is not 0, one forward each; 0 for the others."""
+        rows = [self.exponent(expert).nonzero().flatten() for expert in experts]
+        return self.predict([expert.network for expert in experts], rows)
+
     def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
         """p(x_s | x_t) of a prediction for all rows."""
         return transition(self.plan.path, self.x_t, prediction, self.t, self.s, variance)
 
-    def gaussians(self, places: Sequence[int]) -> list[Gaussian]:
-        """p_i(x_s | x_t) of experts: one forward each. Where an image's exponent is 0 it is not of that expert."""
-        predictions = self.predict_used(places)
-        return [self.transition(e, self.variance(i)) for e, i in zip(predictions, places, strict=True)]
+    def gaussian(self, expert: Expert) -> Gaussian:
+        """p_i(x_s | x_t) of one expert, for every image: one forward."""
+        (prediction,) = self.predict([expert.network])
+        return self.transition(prediction, self.variance(expert))
 
-    def chosen(self, choice: Int[Tensor, " batch"]) -> Gaussian:
-        """p_i(x_s | x_t) of one expert an image, by place: the forwards of one model."""
+    def select_expert(self, choice: Int[Tensor, " batch"]) -> Gaussian:
+        """p_i(x_s | x_t) of one expert an image, by its index in `plan.experts`: the forwards of one model."""
         variance = torch.zeros(len(self.x_t), *[1] * (self.x_t.ndim - 1)).to(self.x_t)
-        places = choice.unique().tolist()
-        where = [(choice == place).nonzero().flatten() for place in places]
-        prediction = sum(self.predict_some(places, where), torch.zeros(()).to(self.x_t))
-        for place, rows in zip(places, where, strict=True):
-            variance[rows.to(self.x_t.device)] = self.variance(place).to(variance)
-        return self.transition(prediction, variance)
+        experts = [self.plan.experts[index] for index in choice.unique().tolist()]
+        rows = [(choice == self.plan.experts.index(expert)).nonzero().flatten() for expert in experts]
+        predictions = self.predict([expert.network for expert in experts], rows)
+        for expert, chosen in zip(experts, rows, strict=True):
+            variance[chosen.to(self.x_t.device)] = self.variance(expert).to(variance)
+        return self.transition(sum(predictions, torch.zeros(()).to(self.x_t)), variance)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -9,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian, product
-from stepfuse.fuse.rules.checks import (
-    check_strength,
-)
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.lora.mixture import Network
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.checks import check_strength
+from stepfuse.fuse.rules.options import ProductOptions
+from stepfuse.fuse.rules.plan import Expert, FusionStep, Latents, Plan
 
 
-def soup_weights(step: FusionStep) -> Float[Tensor, "places batch"]:
-    """The weights b of the soup that equals the product to first order in the LoRAs, the base's share last.
+def soup_weights(step: FusionStep) -> Float[Tensor, "experts batch"]:
+    """The weights b of the soup that equals the product to first order in the LoRAs, in the order of `plan.experts`.
 
         m_i = (terms of x_t) + k_i e_i,     k_i = sqrt(sigma_s² - v_i) - alpha_s sigma_t / alpha_t
         m* = (terms of x_t) + Σ u_i k_i e_i,     u_i = (a_i / v_i) / Σ_j (a_j / v_j)
@@ -27,12 +29,12 @@ def soup_weights(step: FusionStep) -> Float[Tensor, "places batch"]:
     """
     path, like = step.plan.path, torch.zeros(1, 1, dtype=torch.float64)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = ((v.item() for v in path.at(x, like)) for x in (step.t, step.s))
-    r = step.relative(range(step.plan.base + 1))
+    r, exponents = step.relative_variances(step.plan.experts), step.exponents()
     ancestral = path.ancestral_variance(step.t, step.s, like).item()
     # All but the used ones have exponent 0; their variance does not matter, and may be 0 where others are not.
-    used = (step.exponents != 0).any(1)
+    used = (exponents != 0).any(1)
     scale = torch.where(used, r, 1.0) if bool((r[used] > 0).all()) else torch.ones_like(r)
-    u = step.exponents / scale[:, None]
+    u = exponents / scale[:, None]
     # Times alpha_t, which is 0 where flow matching starts.
     k = alpha_t * (sigma_s**2 - r * ancestral).clamp(min=0).sqrt() - alpha_s * sigma_t
     shares = u / u.sum(0) * k[:, None]
@@ -40,67 +42,54 @@ def soup_weights(step: FusionStep) -> Float[Tensor, "places batch"]:
     return torch.where(total < 0, shares / total, torch.nan)
 
 
-class ProductLaw:
-    """The product of a step's experts, for the rules that are cases of it."""
+class Base(FusionRule):
+    """p_ref: every adapter off, the weights and λ of no effect. Cost: one forward. Needs no reward."""
 
-    def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength that leaves no positive precision at some step."""
-        check_strength(plan)
-        return plan
+    name = "base"
+    accepts = "none"
 
-    def __call__(self, step: FusionStep) -> Gaussian:
-        places = step.used
-        return fused(step, places, step.gaussians(places))
+    def fuse(self, step: FusionStep) -> Gaussian:
+        return step.gaussian(step.plan.base)
 
 
 @dataclass(frozen=True)
-class Product(ProductLaw):
+class Product(FusionRule, ProductOptions):
     """p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i), a_i = λ w_i (MSDDA, arXiv:2604.14379).
 
         1/v* = (1 - Σ a_i)/v_ref + Σ a_i/v_i,    m* = v* [ (1 - Σ a_i) m_ref/v_ref + Σ a_i m_i/v_i ]
 
     Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
 
-    With a gate, steps where the set's profile measured KL( product ‖ soup ) ≤ gate take the one network
-    Σ b_i B_i A_i for every expert's prediction (`soup_weights`), with v* as it is: one forward.
-
-    Attributes:
-        gate: in nats a step; None runs every expert at every step.
+    With a `gate`, in nats a step, steps where the set's profile measured KL( product ‖ soup ) ≤ gate take the one
+    network Σ b_i B_i A_i for every expert's prediction (`soup_weights`), with v* as it is: one forward.
     """
 
-    gate: float | None = None
+    name = "product"
+    is_one_adapter = True
 
     @property
-    def merges(self) -> str:
+    def merges(self) -> Literal["", "weights"]:
         return "" if self.gate is None else "weights"
 
-    def __post_init__(self) -> None:
-        if self.gate is not None and not (isinstance(self.gate, int | float) and self.gate >= 0):
-            raise ValueError(f"gate {self.gate!r}; expected a number of nats, 0 or more")
+    @property
+    def uses_gaps(self) -> bool:
+        return self.gate is not None
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a gate with a strength, for it was measured at 1, and for no positive precision."""
         if self.gate is not None and plan.strength != 1:
             raise ValueError(f"gate {self.gate:g} with strength {plan.strength:g}: gaps are measured at strength 1")
-        return super().prepare(plan)
+        check_strength(plan)
+        return plan
 
-    def __call__(self, step: FusionStep) -> Gaussian:
+    def fuse(self, step: FusionStep) -> Gaussian:
         if self.gate is None:
-            return super().__call__(step)
+            return product_of_used(step)
         assert step.plan.gaps is not None
-        return gated(step, step.plan.gaps[step.number] <= self.gate)
+        return gated(step, step.plan.gaps[step.step_index] <= self.gate)
 
 
-@dataclass(frozen=True)
-class Base(ProductLaw):
-    """p_ref: every adapter off, the weights and λ of no effect. Cost: one forward. Needs no reward."""
-
-    def prepare(self, plan: Plan) -> Plan:
-        return replace(plan, strength=0.0)
-
-
-@dataclass(frozen=True)
-class KL(ProductLaw):
+class KL(FusionRule):
     """p* ∝ p_ref^(1 - λ) p_i^λ: one adapter at another KL strength, λ in [0, 2] (DB-KLA, Diffusion Blend,
     arXiv:2505.18547).
 
@@ -109,22 +98,29 @@ class KL(ProductLaw):
     Needs no reward.
     """
 
+    name = "kl"
+    accepts = "single"
+    is_one_adapter = True
+
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for several objectives, λ outside [0, 2], or no positive precision."""
         if not 0 <= plan.strength <= 2:
-            raise ValueError(f"rule kl with strength {plan.strength:g}; expected 0 to 2")
+            raise ValueError(f"rule {self.name} with strength {plan.strength:g}; expected 0 to 2")
         several = ((plan.weights != 0).sum(1) != 1) | (plan.weights != plan.weights[:1]).any(1)
         if bool(several.any()):
-            number, image = (int(i) for i in several.nonzero()[0])
+            step_index, image = (int(i) for i in several.nonzero()[0])
             raise ValueError(
-                f"rule kl takes one objective and a strength, not weights {plan.label(number, image)}; "
+                f"rule {self.name} takes one objective and a strength, not weights {plan.label(step_index, image)}; "
                 "use product for several"
             )
-        return super().prepare(plan)
+        check_strength(plan)
+        return plan
+
+    def fuse(self, step: FusionStep) -> Gaussian:
+        return product_of_used(step)
 
 
-@dataclass(frozen=True)
-class Oracle(ProductLaw):
+class Oracle(FusionRule):
     """p_w, the one adapter that was trained on the weighted reward itself (MORL): what fusion is measured against.
 
     Found in the set by its weights, to three decimals; for all the weight on one objective it is that objective's own
@@ -132,50 +128,64 @@ class Oracle(ProductLaw):
     mixture.
     """
 
+    name = "oracle"
+    accepts = "trained"
+    is_one_adapter = True
+
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for weights that no adapter of the set was trained on."""
-        wanted = plan.weights[:, : plan.objectives]
+        wanted = plan.weights[:, : len(plan.objectives)]
         if bool((wanted != wanted[:1]).any()):
-            raise ValueError("rule oracle takes weights that stay the same over the steps")
-        single = torch.eye(plan.objectives, dtype=torch.float64)
-        trained = torch.cat([single, plan.oracles.double()]) if len(plan.oracles) else single
+            raise ValueError(f"rule {self.name} takes weights that stay the same over the steps")
+        single = torch.eye(len(plan.objectives), dtype=torch.float64)
+        trained = torch.cat([single, plan.oracle_weights.double()]) if plan.oracles else single
         distance = (wanted[0].T[:, None] - trained).abs().amax(2)
         nearest, found = distance.min(1)
         if bool((nearest > 1e-3).any()):
             image = int((nearest > 1e-3).nonzero()[0])
             have = "; ".join(
-                ", ".join(f"{n}={w:.3g}" for n, w in zip(plan.names, row, strict=False) if w)
+                ", ".join(f"{expert.name}={w:.3g}" for expert, w in zip(plan.objectives, row, strict=True) if w)
                 for row in trained.tolist()
             )
             raise ValueError(
                 f"no oracle for weights {plan.label(0, image)}: the set has adapters trained on {have}; "
                 "train one on the reward weighted:… and add it with `stepfuse set create --oracle`"
             )
-        chosen = functional.one_hot(found, len(plan.names)).T.to(plan.weights)
-        return super().prepare(replace(plan, weights=chosen.expand_as(plan.weights)))
+        selected = functional.one_hot(found, len(plan.adapters)).T.to(plan.weights)
+        plan = replace(plan, weights=selected.expand_as(plan.weights))
+        check_strength(plan)
+        return plan
+
+    def fuse(self, step: FusionStep) -> Gaussian:
+        return product_of_used(step)
 
 
-def fused(step: FusionStep, places: Sequence[int], gaussians: Sequence[Gaussian]) -> Gaussian:
+def product_of_used(step: FusionStep) -> Gaussian:
+    """The product of the experts whose exponent is not 0."""
+    used = step.used
+    return fuse_predictions(step, used, step.predict_used(used))
+
+
+def fuse_predictions(step: FusionStep, experts: Sequence[Expert], predictions: Sequence[Latents]) -> Gaussian:
     """The product of experts with the step's exponents."""
-    exponents = step.exponents[places]
+    gaussians = [step.transition(e, step.variance(i)) for e, i in zip(predictions, experts, strict=True)]
+    exponents = step.exponents(experts)
     if len(gaussians) == 1 and bool((exponents == 1).all()):
         return gaussians[0]
-    return product(gaussians, exponents, relative_variances=step.relative(places))
+    return product(gaussians, exponents, relative_variances=step.relative_variances(experts))
 
 
 def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
-    """The product, for some images with the soup's prediction for every expert's."""
-    places = step.used
-    weights = soup_weights(step)
+    """The product, for some images with the soup's prediction in place of every expert's."""
+    used, weights = step.used, soup_weights(step)
     # One expert alone costs no more than a soup, and is exact.
-    soup = soup & ((step.exponents != 0).sum(0) > 1) & weights.isfinite().all(0)
+    soup = soup & ((step.exponents() != 0).sum(0) > 1) & weights.isfinite().all(0)
     mixtures, which = torch.unique(weights[:-1, soup], dim=1, return_inverse=True)
-    merges = [step.plan.merge(mixture) for mixture in mixtures.T.tolist()]
-    rows = soup.nonzero().flatten()
-    own = [((step.exponents[place] != 0) & ~soup).nonzero().flatten() for place in places]
-    predictions = step.predict_some([*places, *merges], [*own, *(rows[which == i] for i in range(len(merges)))])
-    shared = sum(predictions[len(places) :], torch.zeros(()).to(step.x_t))
-    gaussians = [
-        step.transition(e + shared, step.variance(i)) for e, i in zip(predictions[: len(places)], places, strict=True)
-    ]
-    return fused(step, places, gaussians)
+    names = [adapter.name for adapter in step.plan.adapters]
+    soups = [Network.merged(dict(zip(names, mixture, strict=True))) for mixture in mixtures.T.tolist()]
+    with_soup = soup.nonzero().flatten()
+    rows = [((step.exponent(expert) != 0) & ~soup).nonzero().flatten() for expert in used]
+    rows += [with_soup[which == i] for i in range(len(soups))]
+    predictions = step.predict([*(expert.network for expert in used), *soups], rows)
+    shared = sum(predictions[len(used) :], torch.zeros(()).to(step.x_t))
+    return fuse_predictions(step, used, [e + shared for e in predictions[: len(used)]])

@@ -1,56 +1,134 @@
-"""Fusion rules: from the base and the adapters to the one Gaussian that a step samples.
+"""Fusion rules by name: from the base and the adapters to the one Gaussian that a step samples.
 
 Each states its equation, its source, its cost in forwards a step, and whether it needs a reward. A forward is one
 evaluation of the network on one image; guidance adds the unconditional ones (one a step and image where it is
 shared, one to each forward where it is full).
+
+Nothing here imports torch: a rule's module is imported when the rule is first asked for.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator, MutableMapping
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
-from stepfuse.fuse.rules.average_noise import AverageNoise
-from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.best_of_n import CoDe
-from stepfuse.fuse.rules.one_expert import Switch, Systematic
-from stepfuse.fuse.rules.product import KL, Base, Oracle, Product
-from stepfuse.fuse.rules.reward_gradient import RewardGradientGuidance
-from stepfuse.fuse.rules.soup import Soup, SoupFactors
+from stepfuse.rewards.user_code import load_function
 
-RULES: dict[str, type[FusionRule]] = {
-    "base": Base,
-    "product": Product,
-    "average_noise": AverageNoise,
-    "kl": KL,
-    "switch": Switch,
-    "systematic": Systematic,
-    "soup": Soup,
-    "soup_factors": SoupFactors,
-    "code": CoDe,
-    "rgg": RewardGradientGuidance,
-    "oracle": Oracle,
-}
+if TYPE_CHECKING:
+    from stepfuse.fuse.rules.base import FusionRule
 
 
-def get_rule(name: str, **options: Any) -> FusionRule:
-    """A rule by its name in `RULES`.
+class Registry(MutableMapping[str, "type[FusionRule]"]):
+    """Rules by name, each a class or where it is, `module:Class`, which is imported when the rule is asked for."""
 
-    Args:
-        options: fields of the rule, `candidates=8` of `code` for instance.
+    def __init__(self, rules: "dict[str, str | type[FusionRule]]") -> None:
+        self._rules = rules
+
+    def __getitem__(self, name: str) -> "type[FusionRule]":
+        rule = self._rules[name]
+        if isinstance(rule, str):
+            module, _, kind = rule.partition(":")
+            rule = self._rules[name] = getattr(import_module(module), kind)
+        return rule
+
+    def __setitem__(self, name: str, rule: "str | type[FusionRule]") -> None:
+        self._rules[name] = rule
+
+    def __delitem__(self, name: str) -> None:
+        del self._rules[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rules)
+
+    def __len__(self) -> int:
+        return len(self._rules)
+
+
+RULES = Registry(
+    {
+        "base": "stepfuse.fuse.rules.product:Base",
+        "product": "stepfuse.fuse.rules.product:Product",
+        "average_noise": "stepfuse.fuse.rules.average_noise:AverageNoise",
+        "kl": "stepfuse.fuse.rules.product:KL",
+        "switch": "stepfuse.fuse.rules.one_expert:Switch",
+        "systematic": "stepfuse.fuse.rules.one_expert:Systematic",
+        "soup": "stepfuse.fuse.rules.soup:Soup",
+        "soup_factors": "stepfuse.fuse.rules.soup:SoupFactors",
+        "code": "stepfuse.fuse.rules.best_of_n:CoDe",
+        "rgg": "stepfuse.fuse.rules.reward_gradient:RewardGradientGuidance",
+        "oracle": "stepfuse.fuse.rules.product:Oracle",
+    }
+)
+
+
+def is_user_code(name: str) -> bool:
+    """Whether a rule is named as a class of a Python file, `path/to/file.py:Class`."""
+    return ".py:" in name
+
+
+def check_rule_name(name: str) -> None:
+    """Check that a rule is in `RULES`, or that its file exists; no code is run.
 
     Raises:
-        ValueError: for a name that is not there, or an option the rule does not have.
+        ValueError: With the nearest name.
     """
-    if name not in RULES:
-        raise ValueError(f"no fusion rule {name!r}; expected one of {', '.join(RULES)}{nearest(name, RULES)}")
-    rule: Any = RULES[name]
-    fields = [f.name for f in dataclasses.fields(rule)] if dataclasses.is_dataclass(rule) else []
+    if name in RULES:
+        return
+    if is_user_code(name):
+        file = Path(name.rpartition(":")[0])
+        if not file.is_file():
+            raise ValueError(f"no fusion rule {name!r}: no file {str(file)!r}")
+        return
+    if name.endswith(".py"):
+        raise ValueError(f"no fusion rule {name!r}; expected the class too: {name}:CLASS")
+    raise ValueError(
+        f"no fusion rule {name!r}; expected one of {', '.join(RULES)}, or path/to/file.py:Class{nearest(name, RULES)}"
+    )
+
+
+def get_rule(name: str, **options: Any) -> "FusionRule":
+    """A rule by its name in `RULES`, or from a file, `path/to/file.py:Class`.
+
+    Args:
+        options: Fields of the rule, `candidates=8` of `code` for instance.
+
+    Raises:
+        ValueError: For an unknown name, a file without such a rule, or an option that the rule does not have.
+    """
+    check_rule_name(name)
+    kind = RULES[name] if name in RULES else _load_rule(name)
+    fields = [field.name for field in dataclasses.fields(kind)]
     for option in options:
         if option not in fields:
             raise ValueError(
                 f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}{nearest(option, fields)}"
             )
-    return rule(**options)
+    return kind(**options)
 
 
-# What rules have in common --------------------------------------------------------------------
+def get_default_rule(name: str, **options: Any) -> "FusionRule":
+    """The rule that an adapter set names as its default. It is never a file, which could run code of a stranger.
+
+    Raises:
+        ValueError: As `get_rule`, and for a file.
+    """
+    if name not in RULES and is_user_code(name):
+        raise ValueError(
+            f"the set names {name[:200]!r} as its rule, which is code; choose a rule, such as --rule product"
+        )
+    return get_rule(name, **options)
+
+
+def _load_rule(name: str) -> "type[FusionRule]":
+    from stepfuse.fuse.rules.base import FusionRule
+
+    file, _, kind = name.rpartition(":")
+    rule = load_function(file, kind)
+    if not (isinstance(rule, type) and issubclass(rule, FusionRule)):
+        raise ValueError(f"{name} is no subclass of FusionRule, which a fusion rule is")
+    return rule

@@ -63,9 +63,9 @@ def measure_gaps(
                 bar.update()
                 if bool((gaussian.variance > 0).all()):
                     soup = gated(step, torch.ones(len(step.x_t), dtype=torch.bool))
-                    gaps[step.number, which] = gaussian.kl(soup).double().cpu()
+                    gaps[step.step_index, which] = gaussian.kl(soup).double().cpu()
                 else:
-                    gaps[step.number, which] = torch.nan
+                    gaps[step.step_index, which] = torch.nan
 
             sampler.sample(
                 prompts,

@@ -14,8 +14,8 @@ from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.registry import RULES, get_rule
-from stepfuse.fuse.rules.run import After
+from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.rules.run import AfterStep
 from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
@@ -267,11 +267,11 @@ class FusedPipeline:
         wanted = wanted if scale is None else replace(wanted, scale=scale)
         return replace(sampler, denoiser=replace(sampler.denoiser, guidance=wanted))
 
-    def _after(self, callback: CallbackOnStepEnd) -> After:
+    def _after(self, callback: CallbackOnStepEnd) -> AfterStep:
         self._interrupt = False
 
-        def after(number: int, t: Time, latents: Tensor) -> tuple[Tensor, bool]:
-            returned = callback(self, number, t, {"latents": latents}) or {}
+        def after(step_index: int, t: Time, latents: Tensor) -> tuple[Tensor, bool]:
+            returned = callback(self, step_index, t, {"latents": latents}) or {}
             return returned.get("latents", latents), not self._interrupt
 
         return after
@@ -344,7 +344,6 @@ def _rule_name(rule: FusionRule) -> str:
     Raises:
         ValueError: for a rule that has other options, or none of `RULES`.
     """
-    for name, kind in RULES.items():
-        if type(rule) is kind and repr(get_rule(name)) == repr(rule):
-            return name
+    if rule.name in RULES and rule == RULES[rule.name]():
+        return rule.name
     raise ValueError(f"rule {rule!r} cannot be saved: a set holds the names of {', '.join(RULES)}, without options")

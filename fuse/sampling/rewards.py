@@ -15,7 +15,7 @@ GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there
 
 
 def check_trusted(objective: Objective, *, trusted: bool) -> None:
-    """See that the reward a set names runs no code of a stranger's, and sends no picture to a stranger's server.
+    """Check that the reward a set names neither runs a stranger's code nor sends images to a stranger's server.
 
     Raises:
         ValueError: for a reward that is not of the catalogue, unless its set is trusted.
@@ -38,18 +38,17 @@ def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, t
         return load_reward(objective.reward, device)
     except ValueError as error:
         raise ValueError(
-            f"rule {type(rule).__name__} needs the reward of objective {objective.name!r}: {error}; "
-            "or pass it as rewards={…}"
+            f"rule {rule.name} needs the reward of objective {objective.name!r}: {error}; or pass it as rewards={{…}}"
         ) from error
 
 
-def check_scales(plan: Plan, objectives: Sequence[Objective], scales: Mapping[str, float]) -> None:
-    """See that rewards weighed against each other have units; one alone needs none.
+def check_scales(plan: Plan, scales: Mapping[str, float]) -> None:
+    """Check that rewards weighed against each other have units; one alone needs none.
 
     Raises:
         ValueError: naming an objective without.
     """
-    used = [o.name for i, o in enumerate(objectives) if bool((plan.weights[:, i] != 0).any())]
+    used = [expert.name for expert in plan.used(plan.objectives)]
     unknown = [name for name in used if name not in scales]
     if len(used) > 1 and unknown:
         raise ValueError(
@@ -59,22 +58,21 @@ def check_scales(plan: Plan, objectives: Sequence[Objective], scales: Mapping[st
 
 
 def check_gradients(
-    plan: Plan, objectives: Sequence[Objective], rewards: Mapping[str, Reward], device: torch.device
+    plan: Plan, rule: FusionRule, objectives: Sequence[Objective], rewards: Mapping[str, Reward], device: torch.device
 ) -> None:
-    """See that the rewards in use, and every term of weighted ones, are differentiable, by one small picture.
+    """Check that the rewards in use, and every term of weighted ones, are differentiable, by one small image.
 
     Raises:
         ValueError: naming a reward that is not.
     """
-    for place, objective in enumerate(objectives):
-        if not bool((plan.weights[:, place] != 0).any()):
-            continue
+    used = [expert.name for expert in plan.used(plan.objectives)]
+    for objective in (o for o in objectives if o.name in used):
         for name, term in as_sum(rewards[objective.name], objective.reward).rewards.items():
             pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
             with torch.enable_grad():
                 value = score(term, pixels, [GRADIENT_PROMPT], name=name)
             if not value.requires_grad:
                 raise ValueError(
-                    f"rule rgg needs gradients, and the reward {name!r} of objective {objective.name!r} has none; "
-                    "give it weight 0, or use the rule code"
+                    f"rule {rule.name} needs gradients, and the reward {name!r} of objective {objective.name!r} has "
+                    "none; give it weight 0, or use the rule code"
                 )

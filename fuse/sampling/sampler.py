@@ -29,14 +29,13 @@ from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.best_of_n import CoDe
 from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.plan import FusionStep, Plan, Rows, make_plan
-from stepfuse.fuse.rules.registry import get_rule
-from stepfuse.fuse.rules.run import After, Run, image_generators, uniform_numbers
+from stepfuse.fuse.rules.plan import FusionStep, Plan, Score, make_plan
+from stepfuse.fuse.rules.registry import get_default_rule, get_rule
+from stepfuse.fuse.rules.run import AfterStep, Run, image_generators, uniform_numbers
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, check_pixels
 from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, reward_of
@@ -44,7 +43,7 @@ from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.rewards.protocol import Reward, score
 
-Observer = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
+BatchObserver = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,8 @@ class FusedSampler:
         Args:
             adapter_set: a folder, a hub id, or a set already read.
             pipeline: the base if it is loaded already; by default the one the set names.
-            rule: a name in `stepfuse.fuse.rules.registry.RULES`, or a rule; by default the set's.
+            rule: a name in `RULES`, a class in a file, `path/to/file.py:Class`, or a rule; by default the set's, which
+                is never a file.
             guidance, guidance_scale: by default those of the set.
             forwards: `batched`, all adapters in one forward, or `separate`, each in one of its own: slower, for kinds
                 of LoRA that have no batched form.
@@ -122,7 +122,7 @@ class FusedSampler:
             raise ValueError(f"forwards {forwards!r}; expected batched or separate")
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set, read_weights=False)
-        chosen_rule = rule or get_rule(adapter_set.default_rule)
+        rule = rule or get_default_rule(adapter_set.default_rule)
         if pipeline is None:
             backbone = backbone_of(load_base(adapter_set.base, dtype=dtype))
         else:
@@ -155,7 +155,7 @@ class FusedSampler:
                 rows_at_once=rows_at_once,
             ),
             reference=adapter_set.base_schedule,
-            rule=chosen_rule,
+            rule=rule,
             num_inference_steps=adapter_set.num_inference_steps,
             default_weights=adapter_set.default_weights,
             oracles=tuple(oracle.adapter.objective for oracle in adapter_set.oracles),
@@ -165,7 +165,7 @@ class FusedSampler:
             profiles=adapter_set.profiles,
             trust_rewards=trust_rewards,
         )
-        return sampler.with_rule(chosen_rule)
+        return sampler.with_rule(rule)
 
     def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
         """The same sampler under another rule, with the rewards it needs loaded.
@@ -175,7 +175,7 @@ class FusedSampler:
                 needs it.
         """
         rule = get_rule(rule) if isinstance(rule, str) else rule
-        if not getattr(rule, "needs", ""):
+        if not rule.needs:
             return replace(self, rule=rule)
         device = self.backbone.device
         trusted = self.trust_rewards
@@ -246,35 +246,31 @@ class FusedSampler:
             weights_on=weights_on,
             guidance_interval=guidance_interval,
         )
-        if merges := getattr(self.rule, "merges", ""):
-            used = [n for i, n in enumerate(plan.names) if bool((plan.weights[:, i] != 0).any())]
-            check = check_factors if merges == "factors" else check_mergeable
-            check(lora_layers(self.denoiser.network), used)
-        if getattr(self.rule, "gate", None) is not None:
-            guidance = self.denoiser.guidance
+        rule, guidance = self.rule, self.denoiser.guidance
+        if rule.merges:
+            check = check_factors if rule.merges == "factors" else check_mergeable
+            check(lora_layers(self.denoiser.network), [expert.name for expert in plan.used(plan.adapters)])
+        if rule.uses_gaps:
             profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
-            plan = replace(plan, gaps=profile.at(plan.weights, plan.names))
-        if getattr(self.rule, "needs", "") == "gradients":
-            check_gradients(plan, self.objectives, self.rewards, self.backbone.device)
-        if getattr(self.rule, "needs", "") == "rewards":
-            check_scales(plan, self.objectives, self.reward_scales)
-        return self.rule.prepare(plan)
+            plan = replace(plan, gaps=profile.at(plan.weights, [expert.name for expert in plan.adapters]))
+        if rule.needs == "gradients":
+            check_gradients(plan, rule, self.objectives, self.rewards, self.backbone.device)
+        if rule.needs == "rewards":
+            check_scales(plan, self.reward_scales)
+        return rule.prepare(plan)
 
-    def step(self, x_t: Latents, number: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
-        """The fused Gaussian of x_s given x_t at step `number` of the plan; networks of weight 0 are not run.
+    def step(self, x_t: Latents, step_index: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
+        """The fused Gaussian of x_s given x_t at one step of the plan, from 0; networks of weight 0 are not run.
 
-        Rules that draw lots take them from generators of seeds 0, 1, 2 …; `sample` takes each image's own.
+        Rules that select experts at random take generators of the seeds 0, 1, 2 …; `sample` takes each image's.
 
         Raises:
             ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
                 whole images and their prompts, so `sample` alone has them.
         """
         self._refuse_rewards()
-        lots = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
-        run = self._run(plan, conditioning, None)
-        return self.rule(
-            FusionStep(plan=plan, number=number, x_t=x_t, networks=run.networks, uniforms=lots, rewards=run.rewards)
-        )
+        uniforms = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
+        return self.rule.fuse(self._run(plan, conditioning, None).step(step_index, x_t, uniforms))
 
     @torch.no_grad()
     def sample(
@@ -295,8 +291,8 @@ class FusedSampler:
         batch_size: int = 16,
         output_type: str = "pil",
         progress: bool = True,
-        observe: Observer | None = None,
-        after: After | None = None,
+        observe: BatchObserver | None = None,
+        after: AfterStep | None = None,
         report_cuts: bool = True,
     ) -> list[Image.Image] | Tensor:
         """Draw one image a prompt.
@@ -317,18 +313,19 @@ class FusedSampler:
             progress: show a bar over the steps.
             observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
                 batch, and which of the prompts the batch holds.
-            after: called after each step with its number, t and sample; gives the sample to go on with, and whether to.
+            after: called after each step with its index, t and sample; returns the sample to continue with, and
+                whether to continue.
             report_cuts: log what is cut of prompts that are longer than the text encoder takes.
 
         Raises:
-            ValueError: for weights, sizes or counts that make no sense, and for what the rule refuses, before
-                anything is computed; and for images that are not finite.
+            ValueError: for invalid weights, sizes or counts, and for what the rule refuses, before anything is
+                computed; and for images that are not finite.
         """
         if (prompts is None) == (conditioning is None):
             raise ValueError("expected prompts or conditioning, one of the two")
         if conditioning is not None:
-            if getattr(self.rule, "needs", ""):
-                raise ValueError(f"rule {type(self.rule).__name__} needs rewards, and those need prompts")
+            if self.rule.needs:
+                raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts")
             prompts = [f"number {row + 1}" for row in range(len(conditioning))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
         negatives: list[str | None]
@@ -346,8 +343,12 @@ class FusedSampler:
             raise ValueError(f"output_type {output_type!r}; expected pil, pt or latent")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
-        if after and isinstance(self.rule, CoDe):
-            raise ValueError("rule code denoises candidates, which are no images yet; call back under another rule")
+        latents_per_image = self.rule.latents_per_image
+        if after and latents_per_image > 1:
+            raise ValueError(
+                f"rule {self.rule.name} denoises {latents_per_image} latents of each image, and a callback after each "
+                "step needs one; use another rule"
+            )
         shape = self.backbone.shape(height, width)
         plan = self.plan(
             weights,
@@ -365,7 +366,7 @@ class FusedSampler:
             warn_of_cuts(self.pipeline, [*prompts, *negatives])
         device = self.backbone.device
         outputs = []
-        together = max(1, batch_size // self.rule.candidates) if isinstance(self.rule, CoDe) else batch_size
+        together = max(1, batch_size // latents_per_image)
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
         with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
             for rows in batches:
@@ -393,7 +394,7 @@ class FusedSampler:
                     if observe:
                         observe(step, gaussian, c, which)
 
-                x_0 = replace(run, observe=watch, after=after).denoise(x_T, own)
+                x_0 = self.rule.denoise(replace(run, observe=watch, after=after), x_T, own)
                 check_latents(x_0, prompts[rows], finite)
                 if output_type == "latent":
                     outputs.append(x_0)
@@ -414,7 +415,7 @@ class FusedSampler:
             ValueError: for rules that need rewards, which are of whole images and their prompts.
         """
         self._refuse_rewards()
-        return self._run(plan, conditioning, None).denoise(x_T, generators)
+        return self.rule.denoise(self._run(plan, conditioning, None), x_T, generators)
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
@@ -422,38 +423,35 @@ class FusedSampler:
             self.denoiser.batched.release()
 
     def _refuse_rewards(self) -> None:
-        if getattr(self.rule, "needs", ""):
-            raise ValueError(f"rule {type(self.rule).__name__} needs rewards, which latents do not have; use sample")
+        if self.rule.needs:
+            raise ValueError(f"rule {self.rule.name} needs rewards, which latents do not have; use sample")
 
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
-        """The run of one batch: its networks and rewards know which row belongs to which image."""
+        """The run of one batch: its predictions and rewards know which row belongs to which image."""
 
         guidance = replace(self.denoiser.guidance, interval=plan.guidance_interval)
         at_step = {
             t: replace(self.denoiser, guidance=guidance.at(k, len(plan.steps))) for k, (t, _) in enumerate(plan.steps)
         }
 
-        def networks(
-            x_t: Latents, t: Time, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+        def predict(
+            x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
         ) -> list[Latents]:
-            experts = [*plan.names, None]  # the base is the last
-            adapters = [network if isinstance(network, Merge) else experts[network] for network in networks]
-            return at_step[t].predictions(x_t, t, conditioning[rows.to(x_t.device)], adapters, where)
+            return at_step[t].guided(x_t, t, conditioning[images.to(x_t.device)], networks, rows).predictions
 
-        def scorer(objective: Objective) -> Callable[[Latents, Rows], Float[Tensor, " rows"]]:
-            def reward(clean: Latents, rows: Rows) -> Float[Tensor, " rows"]:
+        def scorer(objective: Objective) -> Score:
+            def reward(clean: Latents, images: Rows) -> Float[Tensor, " rows"]:
                 assert prompts is not None
-                texts = [prompts[i] for i in rows.tolist()]
+                texts = [prompts[i] for i in images.tolist()]
                 return score(self.rewards[objective.name], self.backbone.decode(clean), texts, name=objective.reward)
 
             return reward
 
-        needed = getattr(self.rule, "needs", "") and prompts is not None
+        needed = self.rule.needs and prompts is not None
         return Run(
-            rule=self.rule,
             plan=plan,
-            networks=networks,
+            predict_fn=predict,
             rewards=[scorer(o) for o in self.objectives] if needed else [],
-            # A reward alone needs no unit; for several `plan` has seen to it.
+            # A reward alone needs no unit; of several, `plan` has checked it.
             scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
         )

@@ -137,11 +137,20 @@ def sampling_table(results: dict[str, Any]) -> str:
     return harness.markdown_table(columns, results)
 
 
+def check_rules(names: Sequence[str]) -> None:
+    """Check that rules fuse any adapters without rewards: the others have nothing to be compared with."""
+    for name in names:
+        rule = get_rule(name)
+        if rule.needs or rule.accepts != "any":
+            raise ValueError(f"rule {name} is not measured; expected one that fuses any adapters without rewards")
+
+
 class Bench:
     """A model and what every method starts from: the same x_T and the same prompts."""
 
     def __init__(self, settings: SamplingBenchmark) -> None:
         quiet_libraries()
+        check_rules(settings.rules)
         self.settings = settings
         most = max(settings.adapters)
         build = random_model if settings.model in ARCHITECTURES else set_model

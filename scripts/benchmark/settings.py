@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 from stepfuse.data.settings_fields import check_settings, setting
+from stepfuse.fuse.rules.registry import RULES, check_rule_name
 
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -24,7 +25,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ),
 }
 MODELS = ("emoji", *ARCHITECTURES)
-RULES = ("product", "average_noise", "switch", "systematic", "soup", "soup_factors")  # need no reward, no oracle
 SEPARATE = "separate"
 BASELINES = (SEPARATE, "diffusion_blend", "set_adapters", "mixed_batch")
 REFERENCES = {"ddpo": "ddpo-pytorch", "dpo": "SPO"}  # by algorithm, the implementation that it is compared with
@@ -67,7 +67,7 @@ class SamplingBenchmark:
         metavar="1,2,4,8",
         least=1,
     )
-    rules: tuple[str, ...] = _what(("product", "systematic", "soup"), "Fusion rules to time.", choices=RULES)
+    rules: tuple[str, ...] = _what(("product", "systematic", "soup"), "Fusion rules to time.", suggestions=RULES)
     baselines: tuple[str, ...] = _what(
         BASELINES,
         "Baselines to time, or '' for none. separate: the product with one forward pass per adapter; diffusion_blend: "
@@ -107,6 +107,8 @@ class SamplingBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for rule in self.rules:
+            check_rule_name(rule)
         if not self.adapters:
             raise ValueError("adapters is empty; expected numbers of 1 or more")
         if self.guidance_scale == 1:

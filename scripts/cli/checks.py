@@ -6,13 +6,14 @@ Each raises a ValueError that names the value and what was expected.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import require_new_file
 from stepfuse.rewards.reward_name import parse_reward
-from stepfuse.scripts.cli.names import RULE_OPTIONS, embedded_sets, reward_names, rule_names
+from stepfuse.scripts.cli.names import embedded_sets, reward_names
 
 if TYPE_CHECKING:
     from stepfuse.fuse.rules.weights import Weights
@@ -55,13 +56,17 @@ def check_rule(name: str | None, options: Mapping[str, Any]) -> None:
     """Check the name of a fusion rule and the options that are given for it; None is the rule of a set."""
     if name is None:
         return
-    known = list(rule_names())
-    if name not in known:
-        raise ValueError(f"--rule: no fusion rule {name!r}; expected one of {', '.join(known)}{nearest(name, known)}")
-    for option in options:
-        if option not in RULE_OPTIONS.get(name, ()):
-            owner = next(rule for rule, known in RULE_OPTIONS.items() if option in known)
-            raise ValueError(f"rule {name} has no option {option!r}; --{option} is an option of the rule {owner}")
+    from stepfuse.fuse.rules.options import RULE_OPTIONS
+    from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
+
+    check_rule_name(name)
+    if is_user_code(name):
+        return  # its options are known once it is loaded
+    for rule, declared in RULE_OPTIONS.items():
+        for field in fields(declared):
+            if field.name in options and rule != name:
+                owner = f"--{field.name} is an option of the rule {rule}"
+                raise ValueError(f"rule {name} has no option {field.name!r}; {owner}")
 
 
 def check_reward(name: str) -> None:

@@ -3,20 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-RULE_NAMES = (  # fuse/rules/registry.py, RULES
-    "base",
-    "product",
-    "average_noise",
-    "kl",
-    "switch",
-    "systematic",
-    "soup",
-    "soup_factors",
-    "code",
-    "rgg",
-    "oracle",
-)
-RULE_OPTIONS = {"product": ("gate",), "code": ("candidates", "block_size")}  # those that `sample` has as flags
 REWARD_NAMES = (  # rewards/registry.py, REWARDS
     "clip_score",
     "colourfulness",
@@ -36,7 +22,9 @@ GUIDANCE = ("shared", "full", "off")  # fuse/backbones/denoiser.py, GUIDANCE
 
 
 def rule_names() -> Iterable[str]:
-    return RULE_NAMES
+    from stepfuse.fuse.rules.registry import RULES
+
+    return RULES
 
 
 def reward_names() -> Iterable[str]:

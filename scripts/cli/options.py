@@ -109,8 +109,8 @@ def add_settings(parser: Parser, settings: type) -> None:
             kind, more["metavar"] = numbers if kind is int else names, declared["metavar"] or "A,B"
         elif field.default is True:
             name, more["dest"] = f"--no_{field.name}", field.name
-        if choices := declared["choices"]:
-            more["complete"] = several(choices) if kind is names else one_of(choices)
+        if offered := declared["choices"] or declared["suggestions"]:
+            more["complete"] = several(offered) if kind is names else one_of(offered)
         option(parser.group(declared["group"]), name, kind, declared["text"], default=field.default, **more)
 
 

@@ -3,13 +3,15 @@
 import argparse
 import re
 import sys
+from dataclasses import fields
 
 from stepfuse.data.output_file import atomic_file
-from stepfuse.data.settings_fields import AT_LEAST_0, Bounds
+from stepfuse.data.settings_fields import Bounds
 from stepfuse.data.text_files import printable
+from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_picture, check_rule, check_set, check_weights
-from stepfuse.scripts.cli.names import RULE_OPTIONS, rule_names
+from stepfuse.scripts.cli.names import rule_names
 from stepfuse.scripts.cli.options import Container, option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -62,8 +64,11 @@ def _add_images(images: Container) -> None:
 
 
 def _add_fusion(fusion: Container) -> None:
-    text = f"Fusion rule, one of {', '.join(rule_names())} (default: that of the set)."
-    option(fusion, "--rule", str, text, metavar="NAME", complete=completion.one_of(rule_names))
+    text = (
+        f"Fusion rule, one of {', '.join(rule_names())}, or a class in a file, path/to/file.py:Class (default: that of "
+        "the set)."
+    )
+    option(fusion, "--rule", str, text, metavar="NAME", complete=completion.one_of(rule_names, "py"))
     text = "0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates."
     declare.strength(fusion, text)
     text = (
@@ -72,14 +77,12 @@ def _add_fusion(fusion: Container) -> None:
         "adapter was trained with."
     )
     option(fusion, "--weights_on", str, text, choices=("exponents", "rewards"), default="exponents")
-    text = (
-        "For the rule product: at steps where the soup is at most this KL divergence from the product, run one merged "
-        "network in place of all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` (default: "
-        "run all adapters at every step)."
-    )
-    option(fusion, "--gate", float, text, metavar="NATS", bounds=AT_LEAST_0)
-    option(fusion, "--candidates", int, "For the rule code: candidates of each block (default: 20).")
-    option(fusion, "--block_size", int, "For the rule code: denoising steps of a block (default: 5).")
+    for rule, declared in RULE_OPTIONS.items():
+        for field in fields(declared):
+            text, kind = field.metadata["text"], int if field.type is int else float
+            text = text if "(default" in text else f"{text.removesuffix('.')} (default: {field.default})."
+            more = {key: field.metadata[key] for key in ("metavar", "bounds")}
+            option(fusion, f"--{field.name}", kind, f"For the rule {rule}: {text[0].lower()}{text[1:]}", **more)
     declare.trust(fusion)
 
 
@@ -117,8 +120,8 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output, overwrite=arguments.overwrite)
-    options = {name: getattr(arguments, name) for known in RULE_OPTIONS.values() for name in known}
-    options = {name: value for name, value in options.items() if value is not None}
+    flags = [field.name for declared in RULE_OPTIONS.values() for field in fields(declared)]
+    options = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
     check_rule(arguments.rule, options)
     interval = parse_interval(arguments.guidance_interval)
     if arguments.compile and arguments.forwards == "separate":
@@ -127,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from stepfuse.data.lettering import enlargement
     from stepfuse.data.seeds import numbered_generator
-    from stepfuse.fuse.rules.registry import get_rule
+    from stepfuse.fuse.rules.registry import get_default_rule, get_rule
     from stepfuse.fuse.sampling.pictures import sampled_picture
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.scripts.cli.load import load_sampler
@@ -137,7 +140,9 @@ def run(arguments: argparse.Namespace) -> None:
     sampler = load_sampler(
         loaded,
         arguments,
-        rule=get_rule(arguments.rule or loaded.default_rule, **options),
+        rule=get_rule(arguments.rule, **options)
+        if arguments.rule
+        else get_default_rule(loaded.default_rule, **options),
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         forwards=arguments.forwards,

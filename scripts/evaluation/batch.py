@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.sampling.sampler import FusedSampler, Observer
+from stepfuse.fuse.sampling.sampler import BatchObserver, FusedSampler
 from stepfuse.scripts.evaluation.config import PlannedCell
 from stepfuse.scripts.evaluation.costs import counted_rows, now, peak_memory
 from stepfuse.scripts.evaluation.prepare import Evaluation
@@ -45,7 +45,7 @@ class Batch:
     def seeds(self) -> list[int]:
         return [seed for _, seed in self.images]
 
-    def sample_again(self, indices: Sequence[int], observe: Observer) -> None:
+    def sample_again(self, indices: Sequence[int], observe: BatchObserver) -> None:
         """Sample some of the images again, and show every step to an observer."""
         images = [self.images[i] for i in indices]
         self.evaluation.sample(self.sampler, self.cell, images, output_type="latent", observe=observe)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product as combinations
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,6 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
-
-REWARD_RULES = tuple(name for name, rule in RULES.items() if getattr(rule, "needs", ""))  # while sampling
-# With all the weight on one adapter at strength 1 each of these is that adapter, pixel by pixel (tests/test_rules.py).
-SAME_ON_ONE_ADAPTER = ("product", "average_noise", "kl", "switch", "systematic", "soup", "soup_factors", "oracle")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +26,8 @@ class EvaluationConfig:
         grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
         weights: further weights, as `a=0.5,b=0.5` in quotes or as mappings, each of sum 1; for rules that do not list
             weights.
-        rules: names, or mappings with `rule` and any of `label`, `weights`, `strength` or `strengths`, and options of
-            the rule.
+        rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of `label`, `weights`,
+            `strength` or `strengths`, and options of the rule.
         rewards: held-out rewards to measure besides those of the objectives.
         scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
             deviation of the reward among the base's images of one prompt.
@@ -83,14 +78,12 @@ class PlannedCell:
 
     Attributes:
         label: the rule as tables name it.
-        name: the rule in `RULES`.
         rule: the rule itself.
         weights: by objective; None for the base.
         strength: λ.
     """
 
     label: str
-    name: str
     rule: FusionRule
     weights: Weights | None
     strength: float = 1.0
@@ -99,18 +92,8 @@ class PlannedCell:
     def images(self) -> tuple:
         """A key that is equal for cells whose images are the same, so that these are sampled once."""
         single = self.weights is not None and len(self.weights) == 1 and self.strength == 1
-        rule = "one adapter" if single and self.name in SAME_ON_ONE_ADAPTER else self.label
+        rule = "one adapter" if single and self.rule.is_one_adapter else self.label
         return rule, self.weights_label, self.strength
-
-    @property
-    def gated(self) -> bool:
-        """Whether the images depend on the set's gap profiles."""
-        return getattr(self.rule, "gate", None) is not None
-
-    @property
-    def has_density(self) -> bool:
-        """Whether every step is sampled from a Gaussian; the best of several candidates is not."""
-        return getattr(self.rule, "candidates", 1) == 1
 
     @property
     def weights_label(self) -> str:
@@ -152,7 +135,7 @@ def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell
     """
     standard = [*simplex(names, config.grid), *(_read_weights(w, names) for w in config.weights)]
     standard = list({label_weights(w): w for w in standard}.values())
-    cells = [PlannedCell(label="base", name="base", rule=get_rule("base"), weights=None)]
+    cells = [PlannedCell(label="base", rule=get_rule("base"), weights=None)]
     for entry in config.rules:
         values = {"rule": entry} if isinstance(entry, str) else entry
         if not isinstance(values, dict) or not isinstance(values.get("rule"), str):
@@ -176,16 +159,15 @@ def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Seque
         raise ValueError(f"rule {label} has strengths {strengths!r}; expected a list of numbers")
     texts = values.pop("weights", None)
     rule = get_rule(name, **{str(option): value for option, value in values.items()})
-    if name == "base":
-        return [] if label == "base" else [PlannedCell(label=label, name=name, rule=rule, weights=None)]
+    if rule.accepts == "none":
+        return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None)]
     if texts is not None:
         if not isinstance(texts, list) or not texts:
             raise ValueError(f"rule {label} has weights {texts!r}; expected a list, such as [a=0.5,b=0.5]")
         mixtures: list[Weights] = [_read_weights(text, names) for text in texts]
     else:
-        mixtures = [w for w in standard if name != "kl" or len(w) == 1]
-    cell = partial(PlannedCell, label=label, name=name, rule=rule)
-    return [cell(weights=weights, strength=float(strength)) for weights in mixtures for strength in strengths]
+        mixtures = [w for w in standard if rule.accepts != "single" or len(w) == 1]
+    return [PlannedCell(label=label, rule=rule, weights=w, strength=float(s)) for w in mixtures for s in strengths]
 
 
 def _read_weights(given: Any, names: Sequence[str]) -> Weights:

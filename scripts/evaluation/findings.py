@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepfuse.data.intervals import ROUNDING, excludes_zero
-from stepfuse.scripts.evaluation.config import REWARD_RULES
+from stepfuse.fuse.rules.registry import RULES
 
-NOT_FUSING = ("base", "oracle", *REWARD_RULES)
+REWARD_RULES = [name for name, rule in RULES.items() if rule.needs]  # while sampling
+NOT_FUSING = [*REWARD_RULES, *(name for name, rule in RULES.items() if rule.accepts in ("none", "trained"))]
 
 
 @dataclass(frozen=True, kw_only=True)

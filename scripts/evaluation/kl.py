@@ -5,6 +5,7 @@ from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.fuse.rules.plan import FusionStep
 from stepfuse.scripts.evaluation.batch import Batch
 from stepfuse.scripts.evaluation.metric import Metric
@@ -14,19 +15,19 @@ def kl_to_base(batch: Batch) -> Tensor:
     """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along the path of each image, in nats, by sampling it once more.
 
     For rules that select one expert at random it is the KL of the policy selected, which bounds that of the mixture.
-    Deterministic steps have no density and are left out. NaN for seeds beyond `kl_seeds` and for rules whose step is
-    not Gaussian.
+    Deterministic steps have no density and are left out. NaN for seeds beyond `kl_seeds` and for rules that choose
+    among several latents of an image, which is no Gaussian step.
     """
     total = torch.full((len(batch.images),), float("nan"), dtype=torch.float64)
     measured = [i for i, seed in enumerate(batch.seeds) if seed < batch.evaluation.config.kl_seeds]
-    if not measured or not batch.cell.has_density:
+    if not measured or batch.cell.rule.latents_per_image > 1:
         return total
     sums = torch.zeros(len(measured), dtype=torch.float64)
 
     def add(step: FusionStep, gaussian: Gaussian, conditioning: Conditioning, rows: slice) -> None:
         variance = step.variance(step.plan.base)
         if bool((gaussian.variance > 0).all()) and bool((variance > 0).all()):
-            (prediction,) = batch.sampler.denoiser.predictions(step.x_t, step.t, conditioning, [None])
+            (prediction,) = batch.sampler.denoiser.predictions(step.x_t, step.t, conditioning, [BASE])
             sums[rows] += gaussian.kl(step.transition(prediction, variance)).double().cpu()
 
     batch.sample_again(measured, add)

@@ -184,7 +184,7 @@ class Evaluation:
             "dtype": str(dtype),
             "prompts": text_hash("\n".join(self.prompts)),
         }
-        if any(cell.gated for cell in self.cells):
+        if any(cell.rule.uses_gaps for cell in self.cells):
             identity["profiles"] = [profile_to_dict(profile) for profile in sampler.profiles]
         return identity
 
@@ -195,7 +195,7 @@ def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales:
     Raises:
         ValueError: for oracles whose rewards were weighted in other units.
     """
-    if not any(cell.name == "oracle" for cell in cells):
+    if all(cell.rule.accepts != "trained" for cell in cells):
         return
     for oracle in adapter_set.oracles:
         ratios = [scales[name] / scale for name, scale in oracle.scales.items()]

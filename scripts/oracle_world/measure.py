@@ -31,9 +31,7 @@ from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.registry import get_rule
-from stepfuse.fuse.rules.run import Run
 from stepfuse.scripts.oracle_world.page import (
     CANDIDATES,
     CODE_IMAGES,
@@ -221,13 +219,13 @@ def expected_kl(world: World, samples: int, seed: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, DIM, generator=generator, dtype=torch.float64)
     rules = {name: get_rule(name) for name in GAUSSIAN}
-    plans: dict[str, Plan] = {name: rule.prepare(world.plan(samples)) for name, rule in rules.items()}
+    runs = {name: world.run(rule, samples) for name, rule in rules.items()}
     total = dict.fromkeys(rules, 0.0)
     uniforms = torch.zeros(samples, world.steps, dtype=torch.float64)  # these rules draw none
-    for number, (t, s) in enumerate(world.times):
+    for k, (t, s) in enumerate(world.times):
         target = world.target(x.numpy(), t, s)
         for name, rule in rules.items():
-            total[name] += target.kl(rule(world.step(plans[name], number, x, uniforms))).mean().item()
+            total[name] += target.kl(rule.fuse(runs[name].step(k, x, uniforms))).mean().item()
         x = target.sample(generator)
     return total
 
@@ -244,18 +242,11 @@ def decided(difference: dict[str, float]) -> str:
 
 
 def _run_code(world: World, samples: int, seed: int) -> np.ndarray:
-    """Blockwise best of N through `Run`, which gives each image and candidate a separate generator."""
+    """Blockwise best of N by the rule's loop, which gives each image and candidate a separate generator."""
     rule = get_rule("code", candidates=CANDIDATES)
-    run = Run(
-        rule=rule,
-        plan=rule.prepare(world.plan(samples)),
-        networks=world.networks,
-        rewards=world.rewards(),
-        scales=[1.0] * len(world.weights),
-    )
     x = torch.randn(samples, DIM, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     seeds = np.random.SeedSequence(seed).generate_state(samples, np.uint64) >> 2
-    return run.denoise(x, [torch.Generator().manual_seed(int(s)) for s in seeds]).numpy()
+    return rule.denoise(world.run(rule, samples), x, [torch.Generator().manual_seed(int(s)) for s in seeds]).numpy()
 
 
 def _bootstrap(a: np.ndarray, b: np.ndarray, random: np.random.Generator, resamples: int = 20) -> dict[str, float]:

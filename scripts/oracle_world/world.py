@@ -28,6 +28,7 @@ runs. It is not where the step-level target ends. `code` and `rgg` use rewards o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath, Time
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
-from stepfuse.fuse.lora.mixture import Merge
+from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.plan import FusionStep, Plan, Rows, Score
+from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan, Score
+from stepfuse.fuse.rules.run import Run
 
 DIM = 2
 
@@ -109,7 +111,7 @@ class Objective:
     curvature: float = 0.0
     centre: tuple[float, float] = (0.0, 0.0)
 
-    def reward(self, x: Tensor, rows: Rows) -> Tensor:
+    def reward(self, x: Tensor, images: Rows) -> Tensor:
         """q of points, one a row."""
         away = ((x - x.new_tensor(self.centre)) ** 2).sum(1)
         return x @ x.new_tensor(self.slope) - self.curvature * away / 2
@@ -248,31 +250,35 @@ class World:
         return Plan(
             path=self.path,
             steps=self.times,
-            names=[f"objective {i + 1}" for i in range(len(weights))],
-            schedules=[*schedules, EtaSchedule(eta=self.base_eta)],
+            objectives=[Expert.adapter(name, schedule) for name, schedule in zip(self.names, schedules, strict=True)],
+            base=Expert.base(EtaSchedule(eta=self.base_eta)),
             weights=weights[None, :, None].expand(self.steps, -1, batch),
             strength=1.0,
         )
 
-    def networks(
-        self, x_t: Tensor, t: Time, networks: Sequence[int | Merge], rows: Rows, where: Sequence[Rows | None]
+    @property
+    def names(self) -> list[str]:
+        return [f"objective {i + 1}" for i in range(len(self.objectives))]
+
+    def predict(
+        self, x_t: Tensor, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
     ) -> list[Tensor]:
         """The noises whose transition is p_i: m = a x_t + (sqrt(sigma_s² - v) - a sigma_t) e, a = alpha_s / alpha_t."""
         x, t, s = x_t.numpy(), int(t), dict(self.times)[int(t)]
         square_t, square_s = self.squares[t], self.squares[s]
         shrink, noise, predictions = (square_s / square_t) ** 0.5, self.noise(x, t), []
-        for place in networks:
-            if isinstance(place, Merge):
+        for network in networks:
+            if network.merge:
                 raise ValueError("this world has no network whose weights could be merged")
-            if place == len(self.objectives):
+            if network == BASE:
                 predictions.append(torch.from_numpy(noise))
                 continue
-            objective = self.objectives[place]
+            objective = self.objectives[self.names.index(str(network.adapter))]
             v = 1 / self.precision(objective, t, s)
             mean = v * self.linear(objective, x, noise, t, s)
             gain = (1 - square_s - v) ** 0.5 - shrink * (1 - square_t) ** 0.5
             predictions.append(torch.from_numpy((mean - shrink * x) / gain))
-        return [e if own is None else e[own] for e, own in zip(predictions, where, strict=True)]
+        return [e if own is None else e[own] for e, own in zip(predictions, rows, strict=True)]
 
     def rewards(self) -> list[Score]:
         """q_i of x_0, for rules that need rewards."""
@@ -285,31 +291,33 @@ class World:
         return x
 
     def run_rule(self, rule: FusionRule, x: Tensor, uniforms: Tensor, generator: torch.Generator) -> Tensor:
-        """x_0 of a rule from x_T: as `Run.denoise`, with one generator for the whole batch."""
-        plan = rule.prepare(self.plan(len(x)))
-        for number in range(self.steps):
-            x = rule(self.step(plan, number, x, uniforms)).sample(generator)
+        """x_0 of a rule from x_T: as `FusionRule.denoise`, with one generator for the whole batch."""
+        run, memory = self.run(rule, len(x)), dict[str, Any]()
+        for k in range(self.steps):
+            x = rule.fuse(run.step(k, x, uniforms, memory=memory)).sample(generator)
         return x
 
-    def step(self, plan: Plan, number: int, x: Tensor, uniforms: Tensor) -> FusionStep:
-        return FusionStep(
-            plan=plan, number=number, x_t=x, networks=self.networks, uniforms=uniforms, rewards=self.rewards()
+    def run(self, rule: FusionRule, batch: int) -> Run:
+        """What this world offers to a rule."""
+        return Run(
+            plan=rule.prepare(self.plan(batch)),
+            predict_fn=self.predict,
+            rewards=self.rewards(),
+            scales=[1.0] * len(self.weights),
         )
 
 
-@dataclass(frozen=True)
-class AverageStep:
+class AverageStep(FusionRule):
     """N(Σ a_i m_i, Σ a_i v_i): the step of the policies' mixture in its first two moments.
 
     What picking one expert a step with probability a_i becomes as steps get short: drifts and variances add up over
     time. It is `product` for equal variances alone; `average_noise` averages noises, whose share in m_i depends on v_i.
     """
 
-    def prepare(self, plan: Plan) -> Plan:
-        return plan
-
-    def __call__(self, step: FusionStep) -> Gaussian:
-        gaussians, exponents = step.gaussians(step.used), step.exponents[step.used][:, :, None]
+    def fuse(self, step: FusionStep) -> Gaussian:
+        used = step.used
+        predictions, exponents = step.predict_used(used), step.exponents(used)[:, :, None]
+        gaussians = [step.transition(e, step.variance(i)) for e, i in zip(predictions, used, strict=True)]
         mean = sum(a * gaussian.mean for a, gaussian in zip(exponents, gaussians, strict=True))
         variance = sum(a * gaussian.variance for a, gaussian in zip(exponents, gaussians, strict=True))
         return Gaussian(mean=mean, variance=variance)

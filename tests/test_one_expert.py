@@ -8,7 +8,7 @@ import torch
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.one_expert import systematic_choices
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.rules.run import private_generator, uniform_numbers
 from tests.fixtures_tiny import ddim, generators
@@ -18,9 +18,9 @@ def test_switch_draws_each_expert_with_its_probability():
     """10,000 images, exponents 0.5, 0.3, 0 and 0.2 of the base: shares within 4.5 standard errors of 0.005."""
     images, exponents = 10_000, torch.tensor([0.5, 0.3, 0.0, 0.2], dtype=torch.float64)
     seen = []
-    step = lots_step(exponents, images)
-    get_rule("switch")(replace(step, networks=spy(seen)))
-    shares = torch.tensor([sum(n for place, n in seen if place == i) / images for i in range(4)])
+    step = random_step(exponents, images)
+    get_rule("switch").fuse(replace(step, predict_fn=spy(seen)))
+    shares = torch.tensor([sum(n for name, n in seen if name == adapter) / images for adapter in ("a", "b", "c", None)])
     assert (shares - exponents).abs().max() < 4.5 * 0.005
     assert shares[2] == 0
 
@@ -83,32 +83,32 @@ def test_every_stretch_of_a_systematic_run_holds_its_due_share():
             assert ((sums[end] - sums[begin]) - 0.7 * (end - begin)).abs().max() < 1 + 1e-9
 
 
-def lots_step(exponents, images):
-    """A step whose experts are told apart by place alone."""
+def random_step(exponents, images):
+    """A step whose experts differ by their networks alone."""
     path = NoisePath.from_scheduler(ddim())
     strength = 1 - exponents[-1].item()
     plan = Plan(
         path=path,
         steps=[(501, 251)],
-        names=["a", "b", "c"],
-        schedules=[EtaSchedule()] * 4,
+        objectives=[Expert.adapter(name, EtaSchedule()) for name in "abc"],
+        base=Expert.base(EtaSchedule()),
         weights=(exponents[:-1] / strength)[None, :, None].expand(1, 3, images),
         strength=strength,
     )
-    lots = uniform_numbers(plan, generators(*range(images)))
-    return FusionStep(plan=plan, number=0, x_t=torch.zeros(images, 1), networks=spy([]), uniforms=lots)
+    uniforms = uniform_numbers(plan, generators(*range(images)))
+    return FusionStep(plan=plan, step_index=0, x_t=torch.zeros(images, 1), predict_fn=spy([]), uniforms=uniforms)
 
 
 def spy(seen):
-    def networks(x_t, t, wanted, rows, where):
-        everyone = [rows if own is None else own for own in where]
-        seen.extend((place, len(own)) for place, own in zip(wanted, everyone, strict=True))
-        return [x_t[own] for own in everyone]
+    def predict(x_t, t, networks, images, rows):
+        rows = [images if some is None else some for some in rows]
+        seen.extend((network.adapter, len(some)) for network, some in zip(networks, rows, strict=True))
+        return [x_t[some] for some in rows]
 
-    return networks
+    return predict
 
 
-def test_lots_leave_the_generators_as_they_were():
+def test_random_choices_leave_the_generators_as_they_were():
     generator = torch.Generator().manual_seed(3)
     private_generator(generator), private_generator(generator, 1)
     assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=torch.Generator().manual_seed(3)))

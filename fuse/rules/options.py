@@ -1,0 +1,36 @@
+"""Options of fusion rules that are flags of `stepfuse sample` too, declared once. Nothing here imports torch.
+
+A rule inherits its options, and the command line reads them from here.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+from stepfuse.data.settings_fields import setting
+
+_option = partial(setting, group="fusion")
+
+
+@dataclass(frozen=True)
+class ProductOptions:
+    """Options of the rule `product`."""
+
+    gate: float | None = _option(
+        None,
+        "At steps where the soup is at most this KL divergence from the product, run one merged network in place of "
+        "all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` (default: run all adapters at "
+        "every step).",
+        metavar="NATS",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class BestOfNOptions:
+    """Options of the rule `code`."""
+
+    candidates: int = _option(20, "Candidates of each block.", least=1)
+    block_size: int = _option(5, "Denoising steps of a block.", least=1)
+
+
+RULE_OPTIONS: dict[str, type] = {"product": ProductOptions, "code": BestOfNOptions}
