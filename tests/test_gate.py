@@ -11,8 +11,9 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
 from stepfuse.fuse.lora.layers import lora_layers
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
-from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan
+from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.product import Product, gated, soup_weights
+from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps, mixtures_of
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set

@@ -8,9 +8,10 @@ import torch
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.one_expert import systematic_choices
-from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan
+from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.rules.run import private_generator, uniform_numbers
+from stepfuse.fuse.rules.step import FusionStep
 from tests.fixtures_tiny import ddim, generators
 
 

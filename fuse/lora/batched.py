@@ -1,4 +1,4 @@
-"""One forward for all adapters of a network: each row of a batch has a LoRA of its own, or a mixture of several."""
+"""One forward for all adapters of a network: each row of a batch has its LoRA, or a mixture of several."""
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager

@@ -85,7 +85,7 @@ class LoRAStack(nn.Module):
         self.register_buffer("up", up.to(weight.dtype), persistent=False)
         self.register_buffer("gain", gain.to(weight.dtype) if dora else None, persistent=False)
         bias = self.base.bias.detach().clone() if dora and self.base.bias is not None else None
-        self.register_buffer("bias", bias, persistent=False)  # the layer's own may be offloaded
+        self.register_buffer("bias", bias, persistent=False)  # that of the layer may be offloaded
         self.register_buffer("merged", None, persistent=False)
 
     @property
@@ -146,11 +146,11 @@ class LoRAStack(nn.Module):
         return h[..., :: self.base.stride[0], :: self.base.stride[1]]
 
     def _through_merged(self, x: Activations, first: int) -> Activations:
-        base, own, weight = self.base, x[first:], cast(Tensor, self.merged)
+        base, adapted, weight = self.base, x[first:], cast(Tensor, self.merged)
         y = (
-            functional.conv2d(own, weight, base.bias, base.stride, base.padding)
+            functional.conv2d(adapted, weight, base.bias, base.stride, base.padding)
             if self.kernel
-            else functional.linear(own, weight, base.bias)
+            else functional.linear(adapted, weight, base.bias)
         )
         return torch.cat([base(x[:first]), y]) if first else y
 

@@ -3,7 +3,8 @@
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.rules.base import FusionRule, average, average_variance
 from stepfuse.fuse.rules.checks import check_average_variance
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.step import FusionStep
 
 
 class AverageNoise(FusionRule):

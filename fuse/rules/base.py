@@ -10,8 +10,9 @@ from torch import Tensor
 
 from stepfuse.data.settings_fields import check_settings
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.rules.plan import FusionStep, Latents, Plan
+from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, uniform_numbers
+from stepfuse.fuse.rules.step import FusionStep, Latents
 
 
 @dataclass(frozen=True)

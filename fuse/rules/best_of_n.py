@@ -12,8 +12,9 @@ from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_no_strength, check_random
 from stepfuse.fuse.rules.options import BestOfNOptions
-from stepfuse.fuse.rules.plan import FusionStep, Latents, Plan, Score
+from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, private_generator, uniform_numbers
+from stepfuse.fuse.rules.step import FusionStep, Latents, Score
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class CoDe(FusionRule, BestOfNOptions):
         return step.gaussian(step.plan.base)
 
     def denoise(self, run: Run, x_T: Latents, generators: list[torch.Generator]) -> Latents:
-        """Candidates branch at the first step of a block; the best at its end goes on.
+        """Candidates branch at the first step of a block; the best at its end is kept.
 
         The candidates of a block share its first prediction, and the look-ahead at its end is the first prediction of
         the next.

@@ -43,7 +43,7 @@ class Objective:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
         if hasattr(nn.ModuleDict(), self.name):  # where peft keeps adapters by name
-            raise ValueError(f"objective name {self.name!r} is torch's own for something else; choose another")
+            raise ValueError(f"objective name {self.name!r} is an attribute of torch's modules; choose another")
         if not isinstance(self.reward, str):
             raise ValueError(f"objective {self.name!r} has reward {self.reward!r}; expected its name")
         if not 0 <= self.beta < float("inf"):

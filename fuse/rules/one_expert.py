@@ -1,4 +1,4 @@
-"""Which one expert an image takes at a step."""
+"""Rules that select one expert for each image and step."""
 
 from itertools import pairwise
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_probabilities
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.step import FusionStep
 
 
 def systematic_choices(
@@ -45,7 +46,7 @@ def _choices_by_credit(
         credit[rows, credit[rows].argmax(1)] -= 1
         credit[rows, credit[rows].argmin(1)] += 1
     choices = []
-    for _ in range(8 * count + rounds):  # from there the rule's own region is a few rounds away
+    for _ in range(8 * count + rounds):  # from there the rule's region is a few rounds away
         credit += a[active].double()
         choices.append(credit.argmax(1))
         credit[every, choices[-1]] -= 1

@@ -14,7 +14,8 @@ from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_strength
 from stepfuse.fuse.rules.options import ProductOptions
-from stepfuse.fuse.rules.plan import Expert, FusionStep, Latents, Plan
+from stepfuse.fuse.rules.plan import Expert, Plan
+from stepfuse.fuse.rules.step import FusionStep, Latents
 
 
 def soup_weights(step: FusionStep) -> Float[Tensor, "experts batch"]:
@@ -123,8 +124,8 @@ class KL(FusionRule):
 class Oracle(FusionRule):
     """p_w, the one adapter that was trained on the weighted reward itself (MORL): what fusion is measured against.
 
-    Found in the set by its weights, to three decimals; for all the weight on one objective it is that objective's own
-    adapter. Cost: one forward, one more where λ is not 1. Needs no reward when sampling, but a training run for each
+    Found in the set by its weights, to three decimals; for all the weight on one objective it is the adapter of that
+    objective. Cost: one forward, one more where λ is not 1. Needs no reward when sampling, but a training run for each
     mixture.
     """
 

@@ -8,7 +8,7 @@ Nothing here imports torch: a rule's module is imported when the rule is first a
 """
 
 import dataclasses
-from collections.abc import Iterator, MutableMapping
+from collections import UserDict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,33 +20,15 @@ if TYPE_CHECKING:
     from stepfuse.fuse.rules.base import FusionRule
 
 
-class Registry(MutableMapping[str, "type[FusionRule]"]):
+class Registry(UserDict[str, Any]):
     """Rules by name, each a class or where it is, `module:Class`, which is imported when the rule is asked for."""
 
-    def __init__(self, rules: "dict[str, str | type[FusionRule]]") -> None:
-        self._rules = rules
-
     def __getitem__(self, name: str) -> "type[FusionRule]":
-        rule = self._rules[name]
+        rule = self.data[name]
         if isinstance(rule, str):
             module, _, kind = rule.partition(":")
-            rule = self._rules[name] = getattr(import_module(module), kind)
+            rule = self.data[name] = getattr(import_module(module), kind)
         return rule
-
-    def __setitem__(self, name: str, rule: "str | type[FusionRule]") -> None:
-        self._rules[name] = rule
-
-    def __delitem__(self, name: str) -> None:
-        del self._rules[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._rules
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rules)
-
-    def __len__(self) -> int:
-        return len(self._rules)
 
 
 RULES = Registry(

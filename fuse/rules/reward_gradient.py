@@ -10,7 +10,8 @@ from stepfuse.data.settings_fields import setting
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_no_strength, check_random
-from stepfuse.fuse.rules.plan import FusionStep, Latents, Plan
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.step import FusionStep, Latents
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.base import FusionRule, average_variance
 from stepfuse.fuse.rules.checks import check_average_variance
-from stepfuse.fuse.rules.plan import FusionStep, Plan
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.step import FusionStep
 
 
 class Soup(FusionRule):

@@ -27,9 +27,7 @@ def weight_table(
                     f"weights name the objective {name!r}; this set has {', '.join(names)}{nearest(name, names)}"
                 )
             values = (
-                [weight.at(number, steps) for number in range(steps)]
-                if isinstance(weight, WeightSchedule)
-                else [weight] * steps
+                [weight.at(k, steps) for k in range(steps)] if isinstance(weight, WeightSchedule) else [weight] * steps
             )
             table[:, names.index(name), column] = torch.tensor(values, dtype=torch.float64)
         if not bool(torch.isfinite(table[..., column]).all()):

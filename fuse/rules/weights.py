@@ -1,4 +1,4 @@
-"""What users say of the mixture they want: weights by objective, constant or changing over the steps."""
+"""Weights by objective, constant or changing over the steps."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,9 +28,9 @@ class WeightSchedule:
                 raise ValueError(f"weight {weight:g}@{begin:g}-{end:g} overlaps the piece that ends at {last:g}")
             last = end
 
-    def at(self, number: int, count: int) -> float:
-        """The weight of step `number`, from 0, of `count`."""
-        return sum(weight for weight, begin, end in self.pieces if begin <= number / count < end)
+    def at(self, step_index: int, count: int) -> float:
+        """The weight of one of `count` steps, from 0."""
+        return sum(weight for weight, begin, end in self.pieces if begin <= step_index / count < end)
 
     def __str__(self) -> str:
         return ",".join(f"{weight:g}@{begin:g}-{end:g}" for weight, begin, end in self.pieces)

@@ -15,8 +15,8 @@ from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.layers import check_mergeable, lora_layers
 from stepfuse.fuse.rules.gap_profile import GapProfile
-from stepfuse.fuse.rules.plan import FusionStep
 from stepfuse.fuse.rules.product import gated
+from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.sampling.sampler import FusedSampler
 
 

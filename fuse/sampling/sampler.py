@@ -33,9 +33,10 @@ from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.plan import FusionStep, Plan, Score, make_plan
+from stepfuse.fuse.rules.plan import Plan, make_plan
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
 from stepfuse.fuse.rules.run import AfterStep, Run, image_generators, uniform_numbers
+from stepfuse.fuse.rules.step import FusionStep, Score
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, check_pixels
 from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, reward_of

@@ -6,7 +6,7 @@ from torch import Tensor
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import BASE
-from stepfuse.fuse.rules.plan import FusionStep
+from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.scripts.evaluation.batch import Batch
 from stepfuse.scripts.evaluation.metric import Metric
 

@@ -41,8 +41,9 @@ from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath, Time
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.plan import Expert, FusionStep, Plan, Score
+from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run
+from stepfuse.fuse.rules.step import FusionStep, Score
 
 DIM = 2
 

@@ -1,0 +1,137 @@
+"""What one step of a run offers to a fusion rule."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.noise_path import Time
+from stepfuse.fuse.diffusion.transition import transition
+from stepfuse.fuse.lora.mixture import Network, Rows
+from stepfuse.fuse.rules.plan import Expert, Plan
+
+Latents = Float[Tensor, "batch *shape"]
+Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
+
+
+class PredictFn(Protocol):
+    """Predictions at (x_t, t), one a network.
+
+    Args:
+        images: Which images of the batch the rows of x_t belong to.
+        rows: The rows of x_t that each network is run on, all for None.
+    """
+
+    def __call__(
+        self, x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
+    ) -> list[Latents]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusionStep:
+    """One denoising step as a rule sees it; a network runs only when the rule asks for it.
+
+    Attributes:
+        plan: The run this is a step of, for as many images as x_t has rows.
+        step_index: k, from 0.
+        x_t: The latents.
+        predict_fn: Runs the networks.
+        uniforms: Each image's random numbers in [0, 1), the same at every step; as many as there are steps, or experts.
+        rewards: A reward of x_0 latents for each objective, differentiable where the reward is; for rules that need
+            them.
+        images: Which images of the batch the rows of x_t are; by default all, in order.
+        memory: What a rule keeps from step to step of one run.
+    """
+
+    plan: Plan
+    step_index: int
+    x_t: Latents
+    predict_fn: PredictFn
+    uniforms: Float[Tensor, "batch draws"]
+    rewards: Sequence[Score] = ()
+    images: Rows | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def t(self) -> Time:
+        return self.plan.steps[self.step_index][0]
+
+    @property
+    def s(self) -> Time:
+        return self.plan.steps[self.step_index][1]
+
+    @property
+    def used(self) -> list[Expert]:
+        """The experts whose exponent is not 0 for every image."""
+        used = (self.exponents() != 0).any(1).tolist()
+        return [expert for expert, is_used in zip(self.plan.experts, used, strict=True) if is_used]
+
+    def exponents(self, experts: Sequence[Expert] | None = None) -> Float[Tensor, "experts batch"]:
+        """a_i of experts at this step; by default of all, in the order of `plan.experts`."""
+        all_experts = self.plan.exponents[self.step_index]
+        return all_experts if experts is None else all_experts[[self.plan.experts.index(e) for e in experts]]
+
+    def exponent(self, expert: Expert) -> Float[Tensor, " batch"]:
+        """a_i of one expert."""
+        return self.exponents()[self.plan.experts.index(expert)]
+
+    def weight(self, expert: Expert) -> Float[Tensor, " batch"]:
+        """w_i of an objective or oracle at this step."""
+        return self.plan.weights[self.step_index, self.plan.adapters.index(expert)]
+
+    def relative_variances(self, experts: Sequence[Expert]) -> Float[Tensor, " experts"]:
+        """r of experts at this step: their variances in units of the ancestral one."""
+        return torch.tensor([self.plan.relative_variance(e, self.step_index) for e in experts], dtype=torch.float64)
+
+    def variance(self, expert: Expert) -> Tensor:
+        """v of an expert at this step, in squared latent units, broadcastable against x_t."""
+        return expert.schedule.relative(self.plan.path, self.t, self.s, self.x_t) * self._ancestral
+
+    @cached_property
+    def _ancestral(self) -> Tensor:
+        return self.plan.path.ancestral_variance(self.t, self.s, self.x_t)
+
+    def predict(self, networks: Sequence[Network], rows: Sequence[Rows] | None = None) -> list[Latents]:
+        """Predictions at (x_t, t), each as large as x_t; with `rows` for these rows of x_t, and 0 elsewhere."""
+        images = torch.arange(len(self.x_t)) if self.images is None else self.images
+        if rows is None:
+            return self.predict_fn(self.x_t, self.t, networks, images, [None] * len(networks))
+        run = [i for i, wanted in enumerate(rows) if len(wanted)]
+        some = [None if len(rows[i]) == len(self.x_t) else rows[i] for i in run]
+        results = [torch.zeros_like(self.x_t)] * len(networks)
+        predictions = self.predict_fn(self.x_t, self.t, [networks[i] for i in run], images, some)
+        for i, wanted, prediction in zip(run, some, predictions, strict=True):
+            results[i] = prediction
+            if wanted is not None:
+                results[i] = torch.zeros_like(self.x_t, dtype=prediction.dtype)
+                results[i][wanted.to(prediction.device)] = prediction
+        return results
+
+    def predict_used(self, experts: Sequence[Expert]) -> list[Latents]:
+        """Predictions of experts for the images whose exponent is not 0, one forward each; 0 for the others."""
+        rows = [self.exponent(expert).nonzero().flatten() for expert in experts]
+        return self.predict([expert.network for expert in experts], rows)
+
+    def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
+        """p(x_s | x_t) of a prediction for all rows."""
+        return transition(self.plan.path, self.x_t, prediction, self.t, self.s, variance)
+
+    def gaussian(self, expert: Expert) -> Gaussian:
+        """p_i(x_s | x_t) of one expert, for every image: one forward."""
+        (prediction,) = self.predict([expert.network])
+        return self.transition(prediction, self.variance(expert))
+
+    def select_expert(self, choice: Int[Tensor, " batch"]) -> Gaussian:
+        """p_i(x_s | x_t) of one expert an image, by its index in `plan.experts`: the forwards of one model."""
+        variance = torch.zeros(len(self.x_t), *[1] * (self.x_t.ndim - 1)).to(self.x_t)
+        experts = [self.plan.experts[index] for index in choice.unique().tolist()]
+        rows = [(choice == self.plan.experts.index(expert)).nonzero().flatten() for expert in experts]
+        predictions = self.predict([expert.network for expert in experts], rows)
+        for expert, chosen in zip(experts, rows, strict=True):
+            variance[chosen.to(self.x_t.device)] = self.variance(expert).to(variance)
+        return self.transition(sum(predictions, torch.zeros(()).to(self.x_t)), variance)
