@@ -20,7 +20,7 @@ from stepfuse.fuse.lora.load import adapter_state
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
-from tests.fixtures_tiny import generators
+from tests.fixtures_tiny import generators, networks
 from tests.test_documents import example
 
 ROOT = Path(__file__).parents[1]
@@ -169,14 +169,14 @@ def test_rows_of_different_lengths_are_padded_with_zeros_and_so_are_their_masks(
     ],
 )
 def test_guidance_needs_no_more_raw_predictions_than_its_equation_has(guidance, branches):
-    assert [(branch.network, branch.kind) for branch in guidance.branches(["a", None])] == branches
+    assert [(branch.network.adapter, branch.kind) for branch in guidance.branches(networks("a", None))] == branches
 
 
 @pytest.mark.parametrize("source", ["shared", "full"])
 def test_guided_predictions_of_some_rows_are_combined_row_by_row(source):
     """e_u + 3 (e_c - e_u), with e_u = 10 · row and e_c = 1: -20 · row + 3."""
     guidance, rows = Guidance(source=source, scale=3.0), torch.tensor([2, 0])
-    branches = guidance.branches(["a"], [rows])
+    branches = guidance.branches(networks("a"), [rows])
 
     def raw(branch: Branch):
         wanted = torch.arange(3.0) if branch.rows is None else branch.rows.float()
