@@ -16,6 +16,7 @@ from PIL import Image
 
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.manifest import MANIFEST

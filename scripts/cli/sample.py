@@ -135,14 +135,13 @@ def run(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.scripts.cli.load import load_sampler
 
+    rule = get_rule(arguments.rule, **options) if arguments.rule else None
     loaded = load_set(arguments.set, read_weights=False)
     columns = columns or [loaded.default_weights]
     sampler = load_sampler(
         loaded,
         arguments,
-        rule=get_rule(arguments.rule, **options)
-        if arguments.rule
-        else get_default_rule(loaded.default_rule, **options),
+        rule=rule or get_default_rule(loaded.default_rule, **options),
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         forwards=arguments.forwards,
