@@ -14,6 +14,7 @@ from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_as
 from stepfuse.fuse.lora.factors import read_factors, state_factors
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.load import adapter_state
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
@@ -52,7 +53,7 @@ def make_adapters(bases, root):
     return made
 
 
-def read_any(file, unet, *, unet_only=False):
+def read_any_layout(file, unet, *, unet_only=False):
     """The layers of a LoRA in any layout, for a UNet."""
     return read_foreign(file, unet, UNetNames(config=unet.config), unet_only=unet_only)
 
@@ -96,8 +97,8 @@ def layers(unet):
 
 def export(adapters, base, kind, form, place):
     adapter, unet = adapters[base, kind]
-    factors = read_factors(adapter.folder / WEIGHTS, ["unet"], adapter.sha256)
-    save_as(
-        form, place, factors, base=base, names=UNetNames(config=unet.config), title=adapter.name, prediction="epsilon"
-    )
+    names = UNetNames(config=unet.config)
+    with open_lora(adapter.folder / WEIGHTS, [names.part]) as lora:
+        factors = read_factors(lora, adapter.sha256)
+    save_as(form, place, factors, base=base, names=names, title=adapter.name, prediction="epsilon")
     return place

@@ -88,7 +88,7 @@ def test_a_family_that_is_one_file_and_one_line_is_trained_stored_and_sampled(wo
     run_training(
         "ddpo", pretrained_model_name_or_path=words, max_train_steps=1, output_dir="mine", objective_name="mine"
     )
-    create_set(tmp_path / "set", [tmp_path / "mine"], reference=EtaSchedule(eta=0.0))
+    create_set(tmp_path / "set", [tmp_path / "mine"], base_schedule=EtaSchedule(eta=0.0))
     sampler = FusedSampler.from_pretrained(tmp_path / "set", rule="product")
     backbone, prompts = sampler.backbone, ["a red apple", "a cat"]
     assert type(backbone).__name__ == "WordDiffusion"

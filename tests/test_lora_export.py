@@ -17,7 +17,7 @@ from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.export import save_kohya
 from stepfuse.fuse.lora.file import check_fits
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, read_any
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, read_any_layout
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
@@ -64,7 +64,7 @@ def test_the_file_of_a_set_loads_in_diffusers_and_by_its_header_in_peft(lora_bas
 )
 def test_what_was_written_is_read_back(lora_bases, lora_adapters, lora_factors, base, form, kind, tmp_path):
     place = export(lora_adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
-    read = read_any(place, lora_bases[base].unet, unet_only=False)
+    read = read_any_layout(place, lora_bases[base].unet, unet_only=False)
     check_fits(place, read, lora_bases[base].unet)
     assert_same(read, lora_factors[base, kind])
 

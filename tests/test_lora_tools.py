@@ -32,7 +32,7 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import copy_set
 from stepfuse.fuse.sets.manifest import MANIFEST
 from stepfuse.train.checkpoints import read_state, write_state
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states, read_any
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states, read_any_layout
 from tests.fixtures_strangers import LAYER, A, B, put_weights
 from tests.fixtures_tiny import read_lora, refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
@@ -126,7 +126,7 @@ def test_the_policy_of_a_checkpoint_is_nothing_to_other_tools(lora_bases, lora_a
     write_state({key.removeprefix("unet."): value for key, value in state.items()}, file)
     assert_nothing(load_file(file), unet)
     with refused(str(file), "checkpoint"):
-        read_any(file, unet, unet_only=False)
+        read_any_layout(file, unet, unet_only=False)
     assert {f"unet.{key}" for key in read_state(file)} == set(state)
 
 
@@ -206,18 +206,19 @@ from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.unet_names import UNetNames
 from stepfuse.fuse.lora.export import FORMATS, save_as
 from stepfuse.fuse.lora.factors import read_factors
+from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.create import create_set
-from stepfuse.fuse.sets.exchange import export_adapter
 from tests.fixtures_tiny import save_adapter
 
 base, root = map(Path, sys.argv[1:])
 adapter = save_adapter(root / "a", base, "a", rank=2, alpha=3)
-names = UNetNames(config=UNet2DConditionModel.load_config(base, subfolder="unet"))
+config = UNet2DConditionModel.load_config(base, subfolder="unet")
 names = UNetNames(config=config)
 for form in FORMATS:
-    file, factors = root / f"{form}.safetensors", read_factors(adapter.folder / WEIGHTS, ["unet"])
-    save_as(form, file, factors, base=str(base), names=names, title="a", prediction="epsilon")
+    with open_lora(adapter.folder / WEIGHTS, ["unet"]) as lora:
+        factors = read_factors(lora)
+    save_as(form, root / f"{form}.safetensors", factors, base=str(base), names=names, title="a", prediction="epsilon")
 for half in (False, True):
     create_set(root / f"set-{half}", [root / "a"], half=half)
 for file in sorted(file for file in root.rglob("*") if file.is_file()):
@@ -247,12 +248,13 @@ def test_a_set_in_the_former_layout_is_read_and_is_pulled_in_todays(stranger, tm
     state = {A: torch.randn(2, 32), B: torch.randn(32, 2)}
     header = json.dumps({"unet.r": 2, "unet.lora_alpha": 3})
     put_weights(stranger, save(state, metadata={METADATA: header}))
-    former = read_factors(load_set(stranger).adapters[0].folder / WEIGHTS, ["unet"])
+    with open_lora(load_set(stranger).adapters[0].folder / WEIGHTS, ["unet"]) as lora:
+        former = read_factors(lora)
     assert former[LAYER].scaling == 1.5
     copy_set(str(stranger), tmp_path / "pulled")
     with open_lora(tmp_path / "pulled" / "a" / WEIGHTS, ["unet"]) as lora:
         assert lora.as_written
-    assert_same(read_factors(tmp_path / "pulled" / "a" / WEIGHTS, ["unet"]), former)
+        assert_same(read_factors(lora), former)
     before, after = (json.loads((folder / MANIFEST).read_text()) for folder in (stranger, tmp_path / "pulled"))
     entries = zip(before["adapters"], after["adapters"], strict=True)
     changed = [one.pop("weights") != other.pop("weights") for one, other in entries]

@@ -24,7 +24,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
-from tests.fixtures_formats import read_any
+from tests.fixtures_formats import read_any_layout
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion
 from tests.fixtures_zoo import FUSES, SEPARATE, UNET_ONLY, ZOO, load_alone, make
@@ -67,7 +67,7 @@ def adapters(base, places, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     fingerprint = base_fingerprint(base.unet)
     for name in FUSING:
-        factors = read_any(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
+        factors = read_any_layout(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
         check_fits(places[name], factors, base.unet)
         eta = ETAS[name == PARTNER]
         write_adapter(
@@ -203,7 +203,7 @@ def test_what_has_no_batched_form_says_which_has(adapters, name, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_lora_of_a_unet_is_refused_for_what_it_is(base, places, name):
     with refused(*ZOO[name].refused):
-        read_any(places[name], base.unet, unet_only=False)
+        read_any_layout(places[name], base.unet, unet_only=False)
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if ZOO[name].layout != "peft"])
@@ -215,7 +215,7 @@ def test_a_set_does_not_take_it_either(adapters, places, name, tmp_path):
 
 def test_a_text_encoder_alone_leaves_nothing_of_a_unet(base, places):
     with refused(str(places["text_alone"]), "no layers of the network"):
-        read_any(places["text_alone"], base.unet, unet_only=True)
+        read_any_layout(places["text_alone"], base.unet, unet_only=True)
 
 
 @pytest.mark.parametrize(

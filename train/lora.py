@@ -22,8 +22,8 @@ from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.train.rollout import Step
 
+POLICY = Network.of("policy")  # stands for the policy among the branches of guidance
 VARIANCE = "variance_"  # before the names of the schedule's parameters in a checkpoint
-POLICY = Network.of("policy")  # the network that is trained, among the branches of guidance
 
 
 class Policy(nn.Module):
@@ -56,8 +56,9 @@ class Policy(nn.Module):
         Args:
             values: of the trainable parameters, by their names in this module.
         """
-        others = {name: value for name, value in values.items() if name not in self.schedule_names}
-        lora = {name.removeprefix("network."): value for name, value in others.items()}
+        lora = {
+            name.removeprefix("network."): value for name, value in values.items() if name not in self.schedule_names
+        }
         state = dict(get_peft_model_state_dict(self.network, state_dict=lora, adapter_name=self.adapter))
         return state | {VARIANCE + name: values[name] for name in self.schedule_names}
 
@@ -130,7 +131,7 @@ def step_gaussians(
         conditioning: of the batch.
     """
     branches = denoiser.guidance.branches([POLICY])
-    kinds = "".join(branch.kind for branch in branches if branch.network == POLICY)  # those of the base are stored
+    kinds = "".join(branch.kind for branch in branches if branch.network == POLICY)  # the base's are stored
     x_t = torch.cat([step.x_t for step in steps])
     times = torch.cat([denoiser.path.network_time(step.t).expand(len(step.x_t)) for step in steps])
     repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
@@ -141,8 +142,8 @@ def step_gaussians(
     current = schedule.with_parameters(parameters)
     gaussians = []
     for step, outputs in zip(steps, zip(*parts, strict=True), strict=True):
-        known = [] if step.negative is None else [step.negative]
-        (prediction,) = denoiser.combine(branches, [*known, *outputs])
+        stored = [] if step.negative is None else [step.negative]
+        (prediction,) = denoiser.combine(branches, [*stored, *outputs])
         gaussians.append(_gaussians(denoiser, current, step, prediction))
     return gaussians
 
@@ -150,7 +151,7 @@ def step_gaussians(
 def _gaussians(
     denoiser: Denoiser, schedule: VarianceSchedule, step: Step, prediction: Latents
 ) -> tuple[Gaussian, Gaussian | None]:
-    """Policy and reference of one step, from the guided prediction of the policy."""
+    """Policy and reference of one step, from the policy's guided prediction."""
     path = denoiser.path
     variance = step_variance(schedule, path, step.t, step.s, step.x_t)
     ours = transition(path, step.x_t, prediction, step.t, step.s, variance)

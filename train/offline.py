@@ -195,11 +195,11 @@ class PairSource:
 
     def _latents(self, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
         """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
-        resolution = self.setup.settings.resolution
-        height, width = self.setup.backbone.size(resolution, resolution)
+        backbone, resolution = self.setup.backbone, self.setup.settings.resolution
+        height, width = backbone.size(resolution, resolution)
         opened = [pair.picture(side) for pair in pairs]
         fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
-        return self.setup.backbone.encode_pixels(torch.stack([to_pixels(image) for image in fitted]), generators)
+        return backbone.encode_pixels(torch.stack([to_pixels(image) for image in fitted]), generators)
 
 
 @torch.no_grad()

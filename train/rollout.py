@@ -1,7 +1,7 @@
 """Rollouts: denoise with the current policy, and store for every step what the loss needs of it."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -38,7 +38,7 @@ class Sampling:
     denoiser: Denoiser
     adapter: str | None
     schedule: VarianceSchedule
-    steps: Sequence[tuple[Time, Time]]
+    steps: list[tuple[Time, Time]]
     shape: tuple[int, int, int]
     learned: frozenset[int] | None = None
 
@@ -53,7 +53,7 @@ class Step:
     Attributes:
         x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
         t, s: times of the step on the noise path.
-        negative: e_u of the base; None unless all guided predictions have it in common.
+        negative: e_u of the base; None unless the guided predictions share it.
         reference: the guided prediction of the base; None if no loss needs it.
     """
 
@@ -243,7 +243,7 @@ def _predict(
 ) -> _Predictions:
     """The guided prediction of the policy; with `reference` the base's too.
 
-    Where the denoiser is batched, all in one forward.
+    If the denoiser is batched, all of them are computed in one forward pass.
     """
     policy = Network.of(adapter)
     guided = denoiser.guided(x_t, t, conditioning, [policy, BASE] if reference else [policy])

@@ -130,8 +130,8 @@ def prepare(
     schedule = settings.initial_schedule()
     engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
     # Hooks would be compiled anew each time, and gather partitioned weights in another order.
-    shared = settings.timesteps_per_forward > 1 and settings.compile == "no" and not engine.partitioned
-    shared = shared and not backbone.unbatched
+    separate = settings.compile != "no" or engine.partitioned or backbone.unbatched
+    shared = settings.timesteps_per_forward > 1 and not separate
     shape = backbone.shape(settings.resolution, settings.resolution)
     denoiser = Denoiser(
         backbone=backbone,

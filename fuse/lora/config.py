@@ -63,7 +63,7 @@ def read_configs(
     """peft's configuration by part, where the header has one.
 
     Args:
-        parts: of the pipeline; configurations of text encoders that are not among them are not looked at.
+        parts: of the pipeline; the configurations of text encoders that are not among them are not looked at.
         bare: the part of settings without one, as `save_lora_adapter` of a network writes them.
 
     Raises:
@@ -77,8 +77,8 @@ def read_configs(
             raise ValueError("it is not an object")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: its metadata is malformed: {error}") from error
-    configs: dict[str, dict[str, Any]] = {}
     known = tuple(dict.fromkeys((*parts, *TEXT_PARTS)))
+    configs: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
         part, _, name = key.partition(".")
         if bare and not name:

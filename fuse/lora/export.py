@@ -35,7 +35,7 @@ def save_as(
         form: one of `FORMATS`.
         output: a file; for `peft` a folder, which `PeftModel.from_pretrained` reads.
         base: its name, for peft.
-        names: of the network's layers in other tools' files.
+        names: of the layers of the base's network.
         title, prediction: of the LoRA and of the base, for kohya.
 
     Raises:

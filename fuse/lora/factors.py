@@ -1,6 +1,6 @@
 """The factors of a LoRA, layer by layer, and peft's tensors and configuration made of them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from stepfuse.fuse.lora.config import check_config, layer_settings
-from stepfuse.fuse.lora.file import LoRALayer, check_layers, open_lora
+from stepfuse.fuse.lora.file import LoRAFile, LoRALayer, check_layers
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, set_key
 
 NETWORK = "network"  # the part of tensors that peft names without one, in errors
@@ -72,18 +72,14 @@ class Factors:
         return Factors.of({kind: change(value) for kind, value in self.tensors.items()}, self.alpha)
 
 
-def read_factors(file: Path, networks: Sequence[str], sha256: str | None = None) -> dict[str, Factors]:
-    """The network's layers of a file, by the module's path; with a hash, those of exactly that file.
-
-    Args:
-        networks: names of networks that it may be of.
+def read_factors(lora: LoRAFile, sha256: str | None = None) -> dict[str, Factors]:
+    """The network's layers of an open file, by the module's path; with a hash, those of exactly that file.
 
     Raises:
-        ValueError: as `open_lora` does, for another hash, and for numbers that are not finite.
+        ValueError: for another hash, and for numbers that are not finite.
     """
-    with open_lora(file, networks) as lora:
-        state = {key.removeprefix(f"{lora.part}."): value for key, value in lora.read(sha256).items()}
-        return _from_layers(lora.layers.get(lora.part, {}), state)
+    state = {key.removeprefix(f"{lora.part}."): value for key, value in lora.read(sha256).items()}
+    return _from_layers(lora.layers.get(lora.part, {}), state)
 
 
 def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Factors]:

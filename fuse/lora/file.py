@@ -128,8 +128,8 @@ def open_lora(file: Path, networks: Sequence[str]) -> Iterator[LoRAFile]:
         for key, info in tensors.tensors.items():
             split = set_key(key, networks)
             if split is None:
-                what = parse_key(key, LayerNames.of(networks[0])).refusal
-                what = what or "a LoRA in another layout; `stepfuse set import` takes other layouts"
+                refusal = parse_key(key, LayerNames.of(networks[0])).refusal
+                what = refusal or "a LoRA in another layout; `stepfuse set import` takes other layouts"
                 raise ValueError(f"{file}: tensor {key[:100]!r} is of {what}")
             part, module, kind = split
             name = ".".join(split)

@@ -90,14 +90,13 @@ def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
     """
     source = adapter.folder / WEIGHTS
     with open_lora(source, parts()) as lora:
-        as_written, part = lora.as_written, lora.part
-    if as_written and not half:
-        shutil.copyfile(source, folder / WEIGHTS)
-        return
-    factors = {name: scale_to_one(layer) for name, layer in read_factors(source, (part,), adapter.sha256).items()}
+        if lora.as_written and not half:
+            shutil.copyfile(source, folder / WEIGHTS)
+            return
+        factors = {name: scale_to_one(layer) for name, layer in read_factors(lora, adapter.sha256).items()}
     if half:
         factors = {name: layer.map(Tensor.half) for name, layer in factors.items()}
-    save_lora(folder / WEIGHTS, factors, part)
+    save_lora(folder / WEIGHTS, factors, lora.part)
     with open_tensors(folder / WEIGHTS) as tensors:
         tensors.read(keep=False)  # what float16 cannot hold became infinite
 
@@ -161,8 +160,8 @@ def _check_rank(adapter: Adapter, lora: LoRAFile) -> None:
 def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
     """Put an adapter on the base's network under its objective's name, and verify that every tensor arrived.
 
-    The file is opened and read once: its header is checked against the network before a tensor is read, and the
-    tensors that are put on the network are those that the recorded hash was compared with.
+    The file is opened and read once: its header is checked against the network before a tensor is read, and the tensors
+    that are put on the network are those that the recorded hash was compared with.
 
     Raises:
         ValueError: for an adapter of another base, or with a part that is not of the network, and for weights that are

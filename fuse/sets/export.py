@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from stepfuse.data.folder_files import files_below
 from stepfuse.data.names import nearest
@@ -53,7 +54,7 @@ def export(
     if objective is not None and output is not None:
         check(output)
         with atomic_output_dir(output, ours=peft_files) if is_folder else atomic_file(output) as temporary:
-            _save(form, temporary, _factors(adapters[0]), loaded, title=objective)
+            _save(form, temporary, *_read(adapters[0]), loaded.base, title=objective)
         return output
     names = [adapter.name if is_folder else f"{adapter.name}.safetensors" for adapter in adapters]
     folder = output or Path(f"{form}-loras")
@@ -68,7 +69,7 @@ def export(
 
     with atomic_output_dir(folder, ours=exported) as temporary:
         for adapter, name in zip(adapters, names, strict=True):
-            _save(form, temporary / name, _factors(adapter), loaded, title=adapter.name)
+            _save(form, temporary / name, *_read(adapter), loaded.base, title=adapter.name)
     return folder / names[0] if len(names) == 1 else folder
 
 
@@ -99,13 +100,14 @@ def merge(
     if any(isinstance(weight, WeightSchedule) for weight in given.values()):
         raise ValueError("weights that change over the steps make no one LoRA; give numbers")
     table = (strength * weight_table([given], loaded.names)[0, :, 0]).tolist()
-    used = [(a.name, weight, _factors(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
-    if not used:
+    loras = [(a.name, weight, *_read(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
+    if not loras:
         raise ValueError(f"strength {strength:g} leaves nothing to merge")
-    merged, error = merge_factors(used, rank)
-    title = "_".join(f"{name}-{weight:g}" for name, weight, _ in used)
+    merged, error = merge_factors([(name, weight, factors) for name, weight, _, factors in loras], rank)
+    title = "_".join(f"{name}-{weight:g}" for name, weight, *_ in loras)
+    part = loras[0][2]
     with atomic_file(output) as temporary:
-        _save(form, temporary, merged, loaded, title=title)
+        _save(form, temporary, part, merged, loaded.base, title=title)
     return max(layer.rank for layer in merged.values()), error
 
 
@@ -115,15 +117,13 @@ def peft_files(folder: Path) -> set[Path]:
     return both if len(both) == 2 else set()
 
 
-def _save(form: str, output: Path, factors: Mapping[str, Factors], loaded: AdapterSet, *, title: str) -> None:
-    """Write a LoRA of a set's base; a base whose prediction is not recorded predicts the noise."""
-    if form == "kohya":
-        names = layer_names(loaded.base)
-    else:  # without the base's configuration
-        with open_lora(loaded.adapters[0].folder / WEIGHTS, parts()) as lora:
-            names = LayerNames.of(lora.part)
-    prediction = (loaded.base.get("noise_path") or {}).get("prediction_type", "epsilon")
-    save_as(form, output, factors, base=loaded.base["name_or_path"], names=names, title=title, prediction=prediction)
+def _save(
+    form: str, output: Path, part: str, factors: Mapping[str, Factors], base: Mapping[str, Any], *, title: str
+) -> None:
+    """Write a LoRA of a base as a set describes it; a base whose prediction is not recorded predicts the noise."""
+    prediction = (base.get("noise_path") or {}).get("prediction_type", "epsilon")
+    names = layer_names(base) if form == "kohya" else LayerNames.of(part)
+    save_as(form, output, factors, base=base["name_or_path"], names=names, title=title, prediction=prediction)
 
 
 def _require_new_lora(output: Path, loaded: AdapterSet, *, overwrite: bool) -> None:
@@ -139,5 +139,7 @@ def _require_new_lora(output: Path, loaded: AdapterSet, *, overwrite: bool) -> N
         raise ValueError(f"output {output} is a file of the set itself, which would be damaged; choose another")
 
 
-def _factors(adapter: Adapter) -> dict[str, Factors]:
-    return read_factors(adapter.folder / WEIGHTS, parts(), adapter.sha256)
+def _read(adapter: Adapter) -> tuple[str, dict[str, Factors]]:
+    """The part of the pipeline that an adapter is of, and its layers."""
+    with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
+        return lora.part, read_factors(lora, adapter.sha256)

@@ -78,7 +78,8 @@ def import_lora(
     described = describe_base(backbone, base, revision, variant=variant)
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
-    factors = read_foreign(path, backbone.network, backbone.names(backbone.network.config), unet_only=unet_only)
+    network = backbone.network
+    factors = read_foreign(path, network, backbone.names(network.config), unet_only=unet_only)
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Path(temporary, objective)
         write_adapter(
