@@ -213,8 +213,7 @@ from tests.fixtures_tiny import save_adapter
 
 base, root = map(Path, sys.argv[1:])
 adapter = save_adapter(root / "a", base, "a", rank=2, alpha=3)
-config = UNet2DConditionModel.load_config(base, subfolder="unet")
-names = UNetNames(config=config)
+names = UNetNames(config=UNet2DConditionModel.load_config(base, subfolder="unet"))
 for form in FORMATS:
     with open_lora(adapter.folder / WEIGHTS, ["unet"]) as lora:
         factors = read_factors(lora)
