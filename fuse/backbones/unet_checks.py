@@ -16,49 +16,19 @@ from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
 
-# The UNet's own forward heeds these, whatever their values.
+# The UNet's own forward uses these, whatever their values. Channels are compared with the autoencoder's below, and
+# pipelines check `projection_class_embeddings_input_dim`.
 UNET_HANDLED = frozenset(
     {
-        "act_fn",
-        "addition_embed_type_num_heads",
-        "addition_time_embed_dim",
-        "attention_head_dim",
-        "block_out_channels",
-        "center_input_sample",
-        "conv_in_kernel",
-        "conv_out_kernel",
-        "cross_attention_dim",
-        "cross_attention_norm",
-        "down_block_types",
-        "downsample_padding",
-        "dropout",
-        "encoder_hid_dim",
-        "flip_sin_to_cos",
-        "freq_shift",
-        "in_channels",  # compared with the autoencoder's
-        "layers_per_block",
-        "mid_block_only_cross_attention",
-        "mid_block_scale_factor",
-        "mid_block_type",
-        "norm_eps",
-        "norm_num_groups",
-        "num_attention_heads",
-        "only_cross_attention",
-        "out_channels",  # compared with in_channels
-        "projection_class_embeddings_input_dim",  # `_get_add_time_ids` checks it
-        "resnet_out_scale_factor",
-        "resnet_skip_time_act",
-        "resnet_time_scale_shift",
-        "reverse_transformer_layers_per_block",
-        "sample_size",
-        "time_embedding_act_fn",
-        "time_embedding_dim",
-        "time_embedding_type",
-        "timestep_post_act",
-        "transformer_layers_per_block",
-        "up_block_types",
-        "upcast_attention",
-        "use_linear_projection",
+        *("act_fn", "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim"),
+        *("block_out_channels", "center_input_sample", "conv_in_kernel", "conv_out_kernel", "cross_attention_dim"),
+        *("cross_attention_norm", "down_block_types", "downsample_padding", "dropout", "encoder_hid_dim"),
+        *("flip_sin_to_cos", "freq_shift", "in_channels", "layers_per_block", "mid_block_only_cross_attention"),
+        *("mid_block_scale_factor", "mid_block_type", "norm_eps", "norm_num_groups", "num_attention_heads"),
+        *("only_cross_attention", "out_channels", "projection_class_embeddings_input_dim", "resnet_out_scale_factor"),
+        *("resnet_skip_time_act", "resnet_time_scale_shift", "reverse_transformer_layers_per_block", "sample_size"),
+        *("time_embedding_act_fn", "time_embedding_dim", "time_embedding_type", "timestep_post_act"),
+        *("transformer_layers_per_block", "up_block_types", "upcast_attention", "use_linear_projection"),
     }
 )
 LABELS = "networks with class labels are not supported"
@@ -82,35 +52,15 @@ ADDED_EMBEDDINGS = {
     True: Expected(("text_time",), "this pipeline gives its network the pooled prompt and the image size"),
 }
 
+# Channels and statistics of latents are checked below; pipelines do not use `latent_magnitude` and `latent_shift`.
 AUTOENCODER_HANDLED = frozenset(
     {
-        "act_fn",
-        "block_out_channels",
-        "decoder_block_out_channels",
-        "down_block_out_channels",
-        "down_block_types",
-        "encoder_block_out_channels",
-        "force_upcast",
-        "latent_channels",  # compared with the UNet's
-        "latent_magnitude",  # of `scale_latents`, which pipelines do not call
-        "latent_shift",
-        "latents_mean",  # checked below
-        "latents_std",
-        "layers_per_block",
-        "layers_per_down_block",
-        "layers_per_up_block",
-        "mid_block_add_attention",
-        "norm_num_groups",
-        "num_decoder_blocks",
-        "num_encoder_blocks",
-        "sample_size",
-        "scaling_factor",
-        "up_block_out_channels",
-        "up_block_types",
-        "upsample_fn",
-        "upsampling_scaling_factor",
-        "use_post_quant_conv",
-        "use_quant_conv",
+        *("act_fn", "block_out_channels", "decoder_block_out_channels", "down_block_out_channels"),
+        *("down_block_types", "encoder_block_out_channels", "force_upcast", "latent_channels", "latent_magnitude"),
+        *("latent_shift", "latents_mean", "latents_std", "layers_per_block", "layers_per_down_block"),
+        *("layers_per_up_block", "mid_block_add_attention", "norm_num_groups", "num_decoder_blocks"),
+        *("num_encoder_blocks", "sample_size", "scaling_factor", "up_block_out_channels", "up_block_types"),
+        *("upsample_fn", "upsampling_scaling_factor", "use_post_quant_conv", "use_quant_conv"),
     }
 )
 AUTOENCODER_EXPECTED = {

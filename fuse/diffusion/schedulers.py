@@ -8,56 +8,19 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 
 # Keys that decide the path or the spacing of steps, which are taken over, and keys of how other samplers integrate,
-# which are ignored: the sampler that a base is published with does not change its network.
+# which are ignored: the sampler that a base is published with does not change its network. `prediction_type` and
+# `rescale_betas_zero_snr` are checked by `TablePath`; with `use_dynamic_shifting` a `FlowPath` needs mu.
 SCHEDULER_HANDLED = frozenset(
     {
-        "algorithm_type",
-        "base_image_seq_len",
-        "base_shift",
-        "beta_end",
-        "beta_schedule",
-        "beta_start",
-        "clip_sample_range",
-        "corrector_order",
-        "disable_corrector",
-        "dynamic_thresholding_ratio",
-        "euler_at_final",
-        "final_sigmas_type",
-        "flow_shift",
-        "interpolation_type",
-        "lambda_min_clipped",
-        "lower_order_final",
-        "max_image_seq_len",
-        "max_shift",
-        "num_train_timesteps",
-        "original_inference_steps",
-        "predict_x0",
-        "prediction_type",  # checked by `NoisePath`
-        "predictor_order",
-        "rescale_betas_zero_snr",  # checked by `NoisePath`
-        "sample_max_value",
-        "set_alpha_to_one",
-        "shift",
-        "shift_terminal",
-        "sigma_max",
-        "sigma_min",
-        "skip_prk_steps",
-        "solver_order",
-        "solver_p",
-        "solver_type",
-        "steps_offset",
-        "stochastic_sampling",
-        "tau_func",
-        "time_shift_type",
-        "timestep_scaling",
-        "timestep_spacing",
-        "trained_betas",
-        "use_beta_sigmas",
-        "use_dynamic_shifting",  # a path of flow matching is given mu
-        "use_exponential_sigmas",
-        "use_karras_sigmas",
-        "use_lu_lambdas",
-        "variance_type",
+        *("algorithm_type", "base_image_seq_len", "base_shift", "beta_end", "beta_schedule", "beta_start"),
+        *("clip_sample_range", "corrector_order", "disable_corrector", "dynamic_thresholding_ratio"),
+        *("euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped"),
+        *("lower_order_final", "max_image_seq_len", "max_shift", "num_train_timesteps", "original_inference_steps"),
+        *("predict_x0", "prediction_type", "predictor_order", "rescale_betas_zero_snr", "sample_max_value"),
+        *("set_alpha_to_one", "shift", "shift_terminal", "sigma_max", "sigma_min", "skip_prk_steps", "solver_order"),
+        *("solver_p", "solver_type", "steps_offset", "stochastic_sampling", "tau_func", "time_shift_type"),
+        *("timestep_scaling", "timestep_spacing", "trained_betas", "use_beta_sigmas", "use_dynamic_shifting"),
+        *("use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas", "variance_type"),
     }
 )
 CLIPS = "its steps would not be Gaussian in the prediction; set it to False in the scheduler's configuration"
