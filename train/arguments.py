@@ -1,17 +1,20 @@
 """The command line of a training program, from its settings dataclass. Importing this module does not import torch."""
 
 import argparse
+import copy
 import dataclasses
 import functools
 import json
 import os
 from collections.abc import Callable, Sequence
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, NoReturn, TypeVar, cast, get_args
+
+from trl import TrlParser
 
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
-from stepfuse.train.setting import help_texts
+from stepfuse.train.help_texts import help_texts
 from stepfuse.train.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
@@ -57,8 +60,11 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     return settings(**{name: value for name, value in given.items() if name != "config"})
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser with a flag for every field, in groups, that raises ValueError."""
+class _Parser(TrlParser):
+    """A parser with a flag for every field, in groups and with one spelling in its help, that raises ValueError.
+
+    The method `parse_args_and_config` is not used, because it reads YAML 1.1, in the encoding of the locale.
+    """
 
     def __init__(self, settings: type[TrainSettings], description: str) -> None:
         program = f"accelerate launch --quiet train/{settings.program}.py"
@@ -89,31 +95,26 @@ class _Parser(argparse.ArgumentParser):
             self._add_setting(groups[heading], field, text)
 
     def _add_setting(self, group: Any, field: dataclasses.Field, text: str) -> None:
-        factory: Any = field.default_factory
-        default: Any = field.default if factory is dataclasses.MISSING else factory()
-        kind: Any = field.type
-        options: dict[str, Any]
-        if kind is dict:
-            options = {"nargs": "*", "action": _Mapping}
-        elif get_origin(kind) is list:
-            options = {"nargs": "*", "type": get_args(kind)[0]}
-        elif kind is bool:
-            options = {"nargs": "?", "const": True, "type": _boolean}
+        names = (f"--{field.name}", f"--{field.name.replace('_', '-')}")
+        if field.type is dict:
+            group.add_argument(*dict.fromkeys(names), nargs="*", action=_Mapping, default={})
         else:
-            one = get_args(kind)[0] if NoneType in get_args(kind) else kind
-            choices = get_args(one) or field.metadata.get("choices")
-            scalar = str if choices else one
-            options = {"type": scalar if one is kind else _or_none(scalar), "choices": choices}
-        shown = f"{text} (default: {_shown(default)})".replace("%", "%%")
-        self._add(group, field.name, default=default, help=shown, **options)
-        if kind is bool:
-            self._add(group, f"no_{field.name}", action="store_false", dest=field.name, help=argparse.SUPPRESS)
-
-    def _add(self, group: Any, name: str, **options: Any) -> None:
-        """Add a flag, which may be written with dashes and is shown with underscores."""
-        names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        action = group.add_argument(*names, **options)
-        action.option_strings = action.option_strings[:1]
+            plain = copy.copy(field)
+            plain.metadata = {}  # type: ignore[assignment]
+            plain.default = True if field.type is bool else field.default  # for which the library adds `--no_FIELD`
+            self._parse_dataclass_field(group, plain)
+        flag, *negation = (action for action in self._actions if action.dest == field.name)
+        for action in (flag, *negation):
+            action.option_strings = action.option_strings[:1]  # of two spellings, the one to show
+            action.help = argparse.SUPPRESS
+        if field.type is bool:
+            flag.type, flag.default = _boolean, field.default
+        if flag.nargs == "+":
+            flag.nargs = "*"  # so that a flag can empty a list
+        if NoneType in get_args(field.type):
+            flag.type = _or_none(cast(Any, flag.type))
+        flag.choices = flag.choices or field.metadata.get("choices") or None
+        flag.help = f"{text} (default: {_shown(flag.default)})".replace("%", "%%")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Leave choices to the settings, which suggest the nearest."""

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from stepfuse.data.settings_fields import setting
+from stepfuse.data.settings_file import require
 from stepfuse.fuse.rules.schedules import SCHEDULES, initial_schedule
-from stepfuse.train.setting import require, setting
 
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule

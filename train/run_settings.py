@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.seeds import LIMIT
+from stepfuse.data.settings_fields import setting
+from stepfuse.data.settings_file import require
 from stepfuse.rewards.reward_name import parse_reward
-from stepfuse.train.setting import require, setting
 
 if TYPE_CHECKING:
     from stepfuse.rewards.shaping import Shaping

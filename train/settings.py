@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from stepfuse.data.settings_fields import check_settings, setting
+from stepfuse.data.settings_file import require
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.train.policy_settings import (
     HealthSettings,
@@ -13,7 +15,6 @@ from stepfuse.train.policy_settings import (
     ValidationSettings,
 )
 from stepfuse.train.run_settings import BaseModelSettings, OutputSettings, PromptSettings, RewardSettings
-from stepfuse.train.setting import check_settings, require, setting
 
 
 # The fields of the last base come first.
