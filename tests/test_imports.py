@@ -28,7 +28,7 @@ ALLOWED = {
         "benchmark": {"baselines", "evaluation"},
         "recipes": {"evaluation", "oracle_world"},
         "cli": {"benchmark", "evaluation", "oracle_world", "recipes"},
-        "interface": set(),
+        "interface": {"evaluation"},
     },
 }
 

@@ -1,6 +1,7 @@
 """`from stepfuse import …`: the names that README and cards use."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 import stepfuse
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CARDS = sorted((ROOT / "data").rglob("README.md"))
 
 
 @pytest.mark.parametrize("name", stepfuse.__all__)
@@ -41,3 +46,14 @@ def test_type_checkers_are_told_the_modules_that_names_are_loaded_from() -> None
     assert declared.keys() | {"__version__"} == set(stepfuse.__all__)
     for name, (module, original) in declared.items():
         assert getattr(stepfuse, name) is getattr(sys.modules[str(module)], original), name
+
+
+def test_documents_and_cards_use_public_names_only() -> None:
+    inner = [
+        (document.relative_to(ROOT).as_posix(), line)
+        for document in [*DOCUMENTS, *CARDS]
+        for line in document.read_text(encoding="utf-8").splitlines()
+        # Commands are files inside the package, and are declared with its own modules.
+        if re.match(r"\s*(from|import) stepfuse\.(?!scripts\.cli)", line)
+    ]
+    assert inner == []

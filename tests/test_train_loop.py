@@ -17,6 +17,7 @@ from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import (
     COMMON,
     MAIN,
+    PolicyWorld,
     Watched,
     forget_accelerator,
     refused_by,
@@ -269,3 +270,11 @@ def test_bf16_adapter_is_saved_in_float32(run_training, tiny_base):
     assert {value.dtype for value in state.values()} == {torch.float32}
     learned = torch.cat([value.flatten() for name, value in state.items() if "lora_B" in name or ".up." in name])
     assert not torch.equal(learned, learned.bfloat16().float())
+
+
+def test_a_policy_takes_the_parameter_names_of_earlier_deepspeed_checkpoints():
+    policy, other = PolicyWorld(trained=True).policy, PolicyWorld().policy
+    state = {name.replace("network.", "unet.", 1): value for name, value in policy.state_dict().items()}
+    assert any(name.startswith("unet.") and "lora_B" in name for name in state)
+    assert other.load_state_dict(state, strict=True).unexpected_keys == []
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in policy.state_dict().items())

@@ -40,6 +40,7 @@ class Policy(nn.Module):
         self.schedule_names = tuple(schedule.trainable())
         for name, value in schedule.trainable().items():
             self.register_parameter(name, nn.Parameter(value.clone()))
+        self.register_load_state_dict_pre_hook(_rename_part)
 
     def forward(self, x: Tensor, times: Tensor, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         with active_adapter(self.network, self.adapter):
@@ -159,3 +160,10 @@ def _gaussians(
         return ours, None
     fixed = step_variance(schedule.base, path, step.t, step.s, step.x_t)
     return ours, transition(path, step.x_t, step.reference, step.t, step.s, fixed)
+
+
+def _rename_part(policy: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Take the names of parameters in DeepSpeed's checkpoints of stepfuse 0.1, which began with the pipeline's part."""
+    prefix = f"{cast(Policy, policy).backbone.part}."
+    for name in [name for name in state if name.startswith(prefix)]:
+        state["network." + name.removeprefix(prefix)] = state.pop(name)

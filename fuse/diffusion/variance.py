@@ -20,7 +20,7 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Option:
+class ScheduleOption:
     """An argument of a schedule in training: a number, or a list of numbers.
 
     Attributes:
@@ -43,7 +43,7 @@ class VarianceSchedule(ABC):
         options: the arguments of `initial` by name; by default the fields.
     """
 
-    options: ClassVar[Mapping[str, Option]] = {}
+    options: ClassVar[Mapping[str, ScheduleOption]] = {}
 
     @abstractmethod
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def step_variance(schedule: VarianceSchedule, path: NoisePath, t: Time, s: Time,
     return schedule.relative(path, t, s, like) * path.ancestral_variance(t, s, like)
 
 
-TRAINED_ETA = Option(
+TRAINED_ETA = ScheduleOption(
     help="DDIM's eta; 1 is ancestral sampling.",
     valid=lambda eta: 0 < eta <= 1,
     expected="a number in (0, 1]: a deterministic step has no log-probability to train with",
@@ -102,7 +102,7 @@ class EtaSchedule(VarianceSchedule):
         ValueError: for eta outside [0, 1].
     """
 
-    options: ClassVar[Mapping[str, Option]] = {"eta": TRAINED_ETA}
+    options: ClassVar[Mapping[str, ScheduleOption]] = {"eta": TRAINED_ETA}
 
     eta: float = 1.0
 
@@ -124,8 +124,8 @@ class TableSchedule(VarianceSchedule):
         ValueError: for an empty table or an eta outside [0, 1].
     """
 
-    options: ClassVar[Mapping[str, Option]] = {
-        "etas": Option(
+    options: ClassVar[Mapping[str, ScheduleOption]] = {
+        "etas": ScheduleOption(
             help="One eta per step, noisiest step first.",
             valid=lambda etas: len(etas) > 0 and all(0 < eta <= 1 for eta in etas),
             expected="one number in (0, 1] per step: a deterministic step has no log-probability to train with",
@@ -163,9 +163,9 @@ class LearnedSchedule(VarianceSchedule):
         ValueError: for fewer than two knots, offsets that are not finite, or eta outside (0, 1].
     """
 
-    options: ClassVar[Mapping[str, Option]] = {
+    options: ClassVar[Mapping[str, ScheduleOption]] = {
         "eta": TRAINED_ETA,
-        "knots": Option(
+        "knots": ScheduleOption(
             help="Number of offsets, evenly spaced over time and interpolated linearly.",
             valid=lambda knots: knots >= 2,
             expected="2 or more",

@@ -76,10 +76,10 @@ def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[st
     Raises:
         ValueError: for options that the kind does not have, that are missing or that cannot be trained with.
     """
-    from stepfuse.fuse.diffusion.variance import Option
+    from stepfuse.fuse.diffusion.variance import ScheduleOption
 
     schedule = schedule_class(kind)
-    known = schedule.options or dict.fromkeys(schedule.field_names(), Option())
+    known = schedule.options or dict.fromkeys(schedule.field_names(), ScheduleOption())
     free = [name for name, option in known.items() if not option.setting]
     for name in sorted(set(options) - set(free)):
         raise ValueError(

@@ -31,7 +31,7 @@ from stepfuse.scripts.benchmark.settings import RewardBenchmark
 OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "transformers", "stepfuse")
-Batch = tuple[Tensor, list[str]]
+PromptedBatch = tuple[Tensor, list[str]]
 
 
 def benchmark_rewards(
@@ -69,7 +69,7 @@ def benchmark_rewards(
 
 
 def _compare(
-    name: str, settings: RewardBenchmark, batches: list[Batch], *, progress: bool
+    name: str, settings: RewardBenchmark, batches: list[PromptedBatch], *, progress: bool
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """A row of the results, and the GFLOP a second of large products."""
     from stepfuse.scripts.baselines.originals.start import start_original
@@ -145,7 +145,7 @@ def _speed_of_products(dtype: torch.dtype, side: int = 2048) -> float:
     return 2 * side**3 / min(seconds) / 1e9
 
 
-def _batches(settings: RewardBenchmark) -> list[Batch]:
+def _batches(settings: RewardBenchmark) -> list[PromptedBatch]:
     """The images of the settings, or generated ones, with their prompts."""
     if settings.images:
         items = pair_prompts(Path(settings.images), Path(settings.prompts))[: settings.count]

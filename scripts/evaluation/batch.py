@@ -14,7 +14,7 @@ from stepfuse.scripts.evaluation.prepare import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class MetricBatch:
     """Images of one cell: all seeds of some prompts, those of one prompt after each other.
 
     Attributes:
@@ -52,7 +52,7 @@ class Batch:
 
 
 @torch.no_grad()
-def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Batch:
+def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> MetricBatch:
     """All images of the prompts with these indices in one cell."""
     images = [(evaluation.prompts[i], seed) for i in rows for seed in range(evaluation.config.seeds_per_prompt)]
     sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
@@ -61,4 +61,4 @@ def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Batc
         pixels = evaluation.sample(sampler, cell, images, output_type="pt")
         seconds = now(device) - begin
     costs = {"forwards": count(), "seconds": seconds, "peak_memory_mb": peak()}
-    return Batch(evaluation=evaluation, cell=cell, sampler=sampler, images=images, pixels=pixels, **costs)
+    return MetricBatch(evaluation=evaluation, cell=cell, sampler=sampler, images=images, pixels=pixels, **costs)

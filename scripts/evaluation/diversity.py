@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.rewards.clip import CLIPReward
-from stepfuse.scripts.evaluation.batch import Batch
+from stepfuse.scripts.evaluation.batch import MetricBatch
 from stepfuse.scripts.evaluation.metric import Figure, Metric, ratio_to_base
 
 
@@ -20,7 +20,7 @@ def mean_distances(embedder: CLIPReward, pixels: Tensor, seeds: int) -> list[flo
     return (1 - off_diagonal).repeat_interleave(seeds).tolist()
 
 
-def _per_image(batch: Batch) -> list[float] | float:
+def _per_image(batch: MetricBatch) -> list[float] | float:
     embedder, seeds = batch.evaluation.embedder, batch.evaluation.config.seeds_per_prompt
     return float("nan") if embedder is None or seeds < 2 else mean_distances(embedder, batch.pixels, seeds)
 

@@ -7,11 +7,11 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.fuse.rules.step import FusionStep
-from stepfuse.scripts.evaluation.batch import Batch
+from stepfuse.scripts.evaluation.batch import MetricBatch
 from stepfuse.scripts.evaluation.metric import Metric
 
 
-def kl_to_base(batch: Batch) -> Tensor:
+def kl_to_base(batch: MetricBatch) -> Tensor:
     """Σ_t KL( p(x_s | x_t) ‖ p_ref(x_s | x_t) ) along the path of each image, in nats, by sampling it once more.
 
     For rules that select one expert at random it is the KL of the policy selected, which bounds that of the mixture.

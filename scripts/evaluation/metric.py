@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from stepfuse.rewards.statistics import paired_interval, percentile_interval
-from stepfuse.scripts.evaluation.batch import Batch
+from stepfuse.scripts.evaluation.batch import MetricBatch
 
 Means = Callable[[np.ndarray], np.ndarray]  # (…, images) → (…, 1 + draws): of the images, then of every bootstrap draw
 Statistic = Callable[[np.ndarray], Any]
@@ -135,7 +135,7 @@ class Metric:
     title: str
     description: str
     unit: str = ""
-    per_image: Callable[[Batch], Tensor | Sequence[float] | float]
+    per_image: Callable[[MetricBatch], Tensor | Sequence[float] | float]
     aggregate: Aggregate = mean
     path: tuple[str, ...] = ()
     further: tuple[Figure, ...] = ()
@@ -162,7 +162,7 @@ class Metric:
         )
         return (self.figure, *([relative] if self.over_cells else []), *self.further)
 
-    def measure(self, batch: Batch) -> np.ndarray:
+    def measure(self, batch: MetricBatch) -> np.ndarray:
         """Its value for each image of a batch.
 
         Raises:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import reward_unit
-from stepfuse.scripts.evaluation.batch import Batch
+from stepfuse.scripts.evaluation.batch import MetricBatch
 from stepfuse.scripts.evaluation.metric import Figure, Metric, gain, missing, wins
 
 
@@ -41,6 +41,6 @@ def reward_metric(name: str, *, held_out: bool = False) -> Metric:
     )
 
 
-def _score(batch: Batch, *, name: str) -> Tensor:
+def _score(batch: MetricBatch, *, name: str) -> Tensor:
     evaluation = batch.evaluation
     return score(evaluation.rewards[name], batch.pixels.to(evaluation.device), batch.prompts, name=name).cpu()

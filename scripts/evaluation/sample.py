@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from stepfuse.data.images import to_image
 from stepfuse.data.output_file import atomic_file
-from stepfuse.scripts.evaluation.batch import Batch, sample_batch
+from stepfuse.scripts.evaluation.batch import MetricBatch, sample_batch
 from stepfuse.scripts.evaluation.config import PlannedCell, shares_of
 from stepfuse.scripts.evaluation.metrics import all_metrics
 from stepfuse.scripts.evaluation.prepare import Evaluation
@@ -57,7 +57,7 @@ def sample_cells(
 
 
 @torch.no_grad()
-def measure(batch: Batch) -> pd.DataFrame:
+def measure(batch: MetricBatch) -> pd.DataFrame:
     """A row for each image: its cell, prompt and seed, and every metric."""
     cell, evaluation = batch.cell, batch.evaluation
     pictured = evaluation.prompts[: evaluation.config.strip_prompts]
