@@ -1,7 +1,9 @@
 """Averages of predicted noises."""
 
+import torch
+
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.rules.base import FusionRule, average, average_variance
+from stepfuse.fuse.rules.base import FusionRule, average_variance
 from stepfuse.fuse.rules.checks import check_average_variance
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.step import FusionStep
@@ -24,4 +26,6 @@ class AverageNoise(FusionRule):
 
     def fuse(self, step: FusionStep) -> Gaussian:
         used = step.used
-        return step.transition(average(step.predict_used(used), step.exponents(used)), average_variance(step))
+        predictions = torch.stack(step.predict_used(used))
+        a = step.exponents(used).to(predictions).reshape(len(used), -1, *[1] * (step.x_t.ndim - 1))
+        return step.transition((a * predictions).sum(0), average_variance(step))

@@ -1,11 +1,9 @@
 """What a fusion rule is, and what several of them share."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from stepfuse.data.settings_fields import check_settings
@@ -84,12 +82,6 @@ class FusionRule:
                 if not to_continue:
                     break
         return x
-
-
-def average(predictions: Sequence[Latents], exponents: Float[Tensor, "experts batch"]) -> Latents:
-    """Σ a_i e_i."""
-    a = exponents.to(predictions[0]).reshape(len(predictions), -1, *[1] * (predictions[0].ndim - 1))
-    return (a * torch.stack(list(predictions))).sum(0)
 
 
 def average_variance(step: FusionStep) -> Tensor:

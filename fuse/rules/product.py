@@ -53,8 +53,23 @@ class Base(FusionRule):
         return step.gaussian(step.plan.base)
 
 
+class ProductLaw(FusionRule):
+    """The product of a step's experts, for the rules that are cases of it."""
+
+    is_one_adapter = True
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength that leaves no positive precision at some step."""
+        check_strength(plan)
+        return plan
+
+    def fuse(self, step: FusionStep) -> Gaussian:
+        used = step.used
+        return fuse_predictions(step, used, step.predict_used(used))
+
+
 @dataclass(frozen=True)
-class Product(FusionRule, ProductOptions):
+class Product(ProductLaw, ProductOptions):
     """p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i), a_i = λ w_i (MSDDA, arXiv:2604.14379).
 
         1/v* = (1 - Σ a_i)/v_ref + Σ a_i/v_i,    m* = v* [ (1 - Σ a_i) m_ref/v_ref + Σ a_i m_i/v_i ]
@@ -66,7 +81,6 @@ class Product(FusionRule, ProductOptions):
     """
 
     name = "product"
-    is_one_adapter = True
 
     @property
     def merges(self) -> Literal["", "weights"]:
@@ -80,17 +94,16 @@ class Product(FusionRule, ProductOptions):
         """Raises ValueError for a gate with a strength, for it was measured at 1, and for no positive precision."""
         if self.gate is not None and plan.strength != 1:
             raise ValueError(f"gate {self.gate:g} with strength {plan.strength:g}: gaps are measured at strength 1")
-        check_strength(plan)
-        return plan
+        return super().prepare(plan)
 
     def fuse(self, step: FusionStep) -> Gaussian:
         if self.gate is None:
-            return product_of_used(step)
+            return super().fuse(step)
         assert step.plan.gaps is not None
         return gated(step, step.plan.gaps[step.step_index] <= self.gate)
 
 
-class KL(FusionRule):
+class KL(ProductLaw):
     """p* ∝ p_ref^(1 - λ) p_i^λ: one adapter at another KL strength, λ in [0, 2] (DB-KLA, Diffusion Blend,
     arXiv:2505.18547).
 
@@ -101,7 +114,6 @@ class KL(FusionRule):
 
     name = "kl"
     accepts = "single"
-    is_one_adapter = True
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for several objectives, λ outside [0, 2], or no positive precision."""
@@ -114,14 +126,10 @@ class KL(FusionRule):
                 f"rule {self.name} takes one objective and a strength, not weights {plan.label(step_index, image)}; "
                 "use product for several"
             )
-        check_strength(plan)
-        return plan
-
-    def fuse(self, step: FusionStep) -> Gaussian:
-        return product_of_used(step)
+        return super().prepare(plan)
 
 
-class Oracle(FusionRule):
+class Oracle(ProductLaw):
     """p_w, the one adapter that was trained on the weighted reward itself (MORL): what fusion is measured against.
 
     Found in the set by its weights, to three decimals; for all the weight on one objective it is the adapter of that
@@ -131,7 +139,6 @@ class Oracle(FusionRule):
 
     name = "oracle"
     accepts = "trained"
-    is_one_adapter = True
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for weights that no adapter of the set was trained on."""
@@ -153,18 +160,7 @@ class Oracle(FusionRule):
                 "train one on the reward weighted:… and add it with `stepfuse set create --oracle`"
             )
         selected = functional.one_hot(found, len(plan.adapters)).T.to(plan.weights)
-        plan = replace(plan, weights=selected.expand_as(plan.weights))
-        check_strength(plan)
-        return plan
-
-    def fuse(self, step: FusionStep) -> Gaussian:
-        return product_of_used(step)
-
-
-def product_of_used(step: FusionStep) -> Gaussian:
-    """The product of the experts whose exponent is not 0."""
-    used = step.used
-    return fuse_predictions(step, used, step.predict_used(used))
+        return super().prepare(replace(plan, weights=selected.expand_as(plan.weights)))
 
 
 def fuse_predictions(step: FusionStep, experts: Sequence[Expert], predictions: Sequence[Latents]) -> Gaussian:

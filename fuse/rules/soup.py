@@ -52,7 +52,6 @@ class SoupFactors(Soup):
     """
 
     name = "soup_factors"
-    is_one_adapter = True
 
     @property
     def merges(self) -> Literal["weights", "factors"]:

@@ -17,7 +17,7 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.run import AfterStep
 from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
-from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sampling.sampler import FusedSampler, negative_prompts
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.create import copy_set
 
@@ -195,9 +195,7 @@ class FusedPipeline:
         negative = negative_prompt
         conditioning = None
         if any(value is not None for value in embeds.values()):
-            negatives = [negative] * count if negative is None or isinstance(negative, str) else list(negative)
-            if len(negatives) != count:
-                raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
+            negatives = negative_prompts(negative, count)
             backbone = self.sampler.backbone
             given: dict[str, Any] = {
                 key: None if value is None else value.to(backbone.device) for key, value in embeds.items()

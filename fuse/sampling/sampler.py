@@ -325,21 +325,12 @@ class FusedSampler:
         if (prompts is None) == (conditioning is None):
             raise ValueError("expected prompts or conditioning, one of the two")
         if conditioning is not None:
-            if self.rule.needs:
-                raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts")
+            self._refuse_rewards()
             prompts = [f"number {row + 1}" for row in range(len(conditioning))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
-        negatives: list[str | None]
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negatives = [negative_prompt] * len(prompts)
-        else:
-            negatives = list(negative_prompt)
         if not prompts:
             raise ValueError("no prompts; give at least one")
-        if len(negatives) != len(prompts):
-            raise ValueError(
-                f"{len(negatives)} negative prompts for {len(prompts)} prompts; expected 1 or {len(prompts)}"
-            )
+        negatives = negative_prompts(negative_prompt, len(prompts))
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r}; expected pil, pt or latent")
         if batch_size < 1:
@@ -376,12 +367,11 @@ class FusedSampler:
                 else:
                     given = conditioning[rows].to(device)
                 run = self._run(plan[rows], given, prompts[rows])
-                own = generators[rows]
+                noise, finite = generators[rows], FiniteSteps()
                 if latents is None:
-                    x_T = randn_tensor((len(own), *shape), generator=own, device=device, dtype=torch.float32)
+                    x_T = randn_tensor((len(noise), *shape), generator=noise, device=device, dtype=torch.float32)
                 else:
                     x_T = latents[rows].to(device, torch.float32)
-                finite = FiniteSteps()
 
                 def watch(
                     step: FusionStep,
@@ -395,7 +385,7 @@ class FusedSampler:
                     if observe:
                         observe(step, gaussian, c, which)
 
-                x_0 = self.rule.denoise(replace(run, observe=watch, after=after), x_T, own)
+                x_0 = self.rule.denoise(replace(run, observe=watch, after=after), x_T, noise)
                 check_latents(x_0, prompts[rows], finite)
                 if output_type == "latent":
                     outputs.append(x_0)
@@ -425,7 +415,7 @@ class FusedSampler:
 
     def _refuse_rewards(self) -> None:
         if self.rule.needs:
-            raise ValueError(f"rule {self.rule.name} needs rewards, which latents do not have; use sample")
+            raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
 
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its predictions and rewards know which row belongs to which image."""
@@ -456,3 +446,15 @@ class FusedSampler:
             # A reward alone needs no unit; of several, `plan` has checked it.
             scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
         )
+
+
+def negative_prompts(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """One negative prompt an image: those given, or the same for all.
+
+    Raises:
+        ValueError: for another number of them.
+    """
+    negatives = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(negatives) != count:
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
+    return negatives
