@@ -1,1 +1,1 @@
-"""Model families: what is told to a network, what it predicts, and how latents become pixels."""
+"""Model families: the inputs and predictions of a network, and the conversion of latents to pixels and back."""

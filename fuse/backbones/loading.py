@@ -96,20 +96,20 @@ def _other_variant(
         ValueError: naming the variants that there are, or else what went wrong.
     """
     kind = " from safetensors" if safe else ""
-    told = f"{name!r} cannot be loaded{kind}: {str(error).strip().splitlines()[0]}"
+    message = f"{name!r} cannot be loaded{kind}: {str(error).strip().splitlines()[0]}"
     parts = [part for part in index if part not in IGNORED_PARTS]
     found = component_variants(file_names(str(EMBEDDED.get(name, name)), revision), parts, safe=safe)
     if variant is not None:
         known = sorted({str(other) for variants in found.values() for other in variants - {None}})
         if variant not in known:
-            told = f"{name!r} has no weights under variant {variant!r}; it has {', '.join(known) or 'no variants'}"
-        raise ValueError(told) from error
+            message = f"{name!r} has no weights under variant {variant!r}; it has {', '.join(known) or 'no variants'}"
+        raise ValueError(message) from error
     try:
         other = only_variant(found)
     except ValueError as several:
         raise ValueError(f"{name!r} cannot be loaded{kind}: {several}") from error
     if other is None:
-        raise ValueError(told) from error
+        raise ValueError(message) from error
     logger.warning("%r has weights under variant %s only, which is loaded", name, other)
     return other
 

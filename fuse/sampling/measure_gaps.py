@@ -99,8 +99,8 @@ def describe_gaps(profile: GapProfile) -> str:
     lines = [
         f"KL( product ‖ soup ) at each of {profile.num_inference_steps} steps, guidance {guidance}, in nats, "
         f"means of {profile.images} images",
-        *(f"  {place}: {mixture}" for place, mixture in enumerate(of, 1)),
-        "step" + "".join(f"{place}:".rjust(10) for place in range(1, len(of) + 1)),
+        *(f"  {index}: {mixture}" for index, mixture in enumerate(of, 1)),
+        "step" + "".join(f"{index}:".rjust(10) for index in range(1, len(of) + 1)),
     ]
     for number, row in enumerate(zip(*profile.gaps, strict=True), 1):
         lines.append(f"{number:4}" + "".join(("–" if gap is None else f"{gap:.2g}").rjust(10) for gap in row))

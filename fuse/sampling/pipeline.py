@@ -189,9 +189,9 @@ class FusedPipeline:
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(f"callback_on_step_end_tensor_inputs {unknown[0]!r}; latents is all there is")
         each = num_images_per_prompt
-        own = weights if weights is None or isinstance(weights, Mapping) else weight_rows(weights, self.names)
-        if isinstance(own, list) and len(own) == count:
-            own = _repeat(own, each)
+        rows = weights if weights is None or isinstance(weights, Mapping) else weight_rows(weights, self.names)
+        if isinstance(rows, list) and len(rows) == count:
+            rows = _repeat(rows, each)
         negative = negative_prompt
         conditioning = None
         if any(value is not None for value in embeds.values()):
@@ -206,7 +206,7 @@ class FusedPipeline:
             negative = _repeat(list(negative), each)
         images = self._sampler(rule, guidance, guidance_scale).sample(
             None if prompts is None else _repeat(prompts, each),
-            own,
+            rows,
             strength=strength,
             weights_on=weights_on,
             num_inference_steps=num_inference_steps,

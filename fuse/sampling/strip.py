@@ -19,8 +19,8 @@ def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, 
     columns += [sampler.default_weights] if len(sampler.names) > 1 else []
 
     def draw(sampler: FusedSampler, weights: Weights) -> list[Image.Image]:
-        own = [numbered_generator(seed, row) for row in range(len(prompts))]
-        images = sampler.sample(list(prompts), weights, generator=own, progress=progress)
+        generators = [numbered_generator(seed, row) for row in range(len(prompts))]
+        images = sampler.sample(list(prompts), weights, generator=generators, progress=progress)
         assert isinstance(images, list)
         return images
 

@@ -279,7 +279,7 @@ class World:
             mean = v * self.linear(objective, x, noise, t, s)
             gain = (1 - square_s - v) ** 0.5 - shrink * (1 - square_t) ** 0.5
             predictions.append(torch.from_numpy((mean - shrink * x) / gain))
-        return [e if own is None else e[own] for e, own in zip(predictions, rows, strict=True)]
+        return [e if some is None else e[some] for e, some in zip(predictions, rows, strict=True)]
 
     def rewards(self) -> list[Score]:
         """q_i of x_0, for rules that need rewards."""

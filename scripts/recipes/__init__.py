@@ -1,1 +1,1 @@
-"""Whole ways: the demo, and building a set from a configuration."""
+"""Recipes of several steps: the demo, and building a set from a configuration."""
