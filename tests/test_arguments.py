@@ -179,7 +179,7 @@ WRONG = {  # what is typed → what the answer names
     "sample emoji --prompt ' '": ["--prompt"],
     "sample emoji --prompt x --output there.png": ["there.png", "--overwrite"],
     "sample emoji --prompt x --output file.txt": ["file.txt"],
-    "sample emoji --prompt x --output there.png/new.png": ["there.png is not a folder"],
+    "sample emoji --prompt x --output there.png/new.png": ["there.png is a file; expected a folder"],
     "sample emoji --prompt x --weights alignment": ["'alignment'"],
     "sample emoji --prompt x --weights alignement=1": ["'alignement'", "'alignment'"],
     "sample emoji --prompt x --weights alignment=0": ["alignment=0"],

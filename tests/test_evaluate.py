@@ -509,7 +509,7 @@ def test_a_reward_that_fails_midway_is_named_and_what_was_drawn_is_kept(desk, tm
         ("seeds_per_prompt: 0", ["seeds_per_prompt", "0"]),
         ("rules: []", ["rules"]),
         ("[", ["YAML"]),
-        ("", ["no settings"]),
+        ("", ["does not hold settings"]),
     ],
 )
 def test_a_config_that_makes_no_evaluation_is_named(tmp_path, text, culprits):
