@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from stepfuse.data.file_info import file_hash, size_label
+from stepfuse.data.file_info import file_hash, size_label, text_hash
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert file_hash(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_the_hash_of_a_text_is_that_of_its_utf8() -> None:
+    assert text_hash("") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # FIPS 180-4, empty
+    assert text_hash("é") == hashlib.sha256(b"\xc3\xa9").hexdigest()
