@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from stepfuse.data.markdown import markdown_table
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -178,16 +179,13 @@ def _base(loaded: AdapterSet) -> str:
 
 
 def _adapters(loaded: AdapterSet) -> str:
-    lines = [
-        "| adapter | reward | trained by | variance | beta | rank | gain | KL | licence |",
-        "|---|---|---|---|--:|--:|--:|--:|---|",
-    ]
-    lines += [_adapter(adapter) for adapter in loaded.adapters]
-    lines += [_adapter(oracle.adapter, label_weights(oracle.weights)) for oracle in loaded.oracles]
-    return "\n".join(lines)
+    headings = ["adapter", "reward", "trained by", "variance", "beta", "rank", "gain", "KL", "licence"]
+    rows = [_adapter(adapter) for adapter in loaded.adapters]
+    rows += [_adapter(oracle.adapter, label_weights(oracle.weights)) for oracle in loaded.oracles]
+    return markdown_table(headings, rows, right=["beta", "rank", "gain", "KL"])
 
 
-def _adapter(adapter: Adapter, weights: str = "") -> str:
+def _adapter(adapter: Adapter, weights: str = "") -> tuple[object, ...]:
     record, objective = adapter.record, adapter.objective
     schedule = schedule_to_dict(objective.variance)
     values = [round(v, 3) for v in schedule.get("offsets", [])]
@@ -199,8 +197,7 @@ def _adapter(adapter: Adapter, weights: str = "") -> str:
     reward = f"oracle of {weights}" if weights else code(objective.reward)
     gain = _interval(adapter.gain) if adapter.gain else "?"
     rank = "?" if adapter.rank is None else adapter.rank
-    cells = (adapter.name, reward, trained, variance, f"{objective.beta:g}", rank, gain, kl, adapter.license or "?")
-    return f"| {' | '.join(map(str, cells))} |"
+    return (adapter.name, reward, trained, variance, f"{objective.beta:g}", rank, gain, kl, adapter.license or "?")
 
 
 def _measured(loaded: AdapterSet) -> str:
@@ -209,22 +206,21 @@ def _measured(loaded: AdapterSet) -> str:
     if evaluation is None:
         return "No evaluation was made of this set."
     names = list(evaluation["objectives"])
-    lines = [
-        f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
-        "a paired bootstrap over prompts.",
-        "",
-        f"| rule | weights | {' | '.join(names)} |",
-        f"|---|---|{'--:|' * len(names)}",
-    ]
     mixture = label_weights(loaded.default_weights)
     shown = [cell for cell in evaluation["cells"] if cell["rule"] == loaded.default_rule or cell["weights"] == mixture]
+    rows = []
     for cell in shown:
         strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
-        gains = " | ".join(_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names)
-        lines.append(f"| {code(cell['rule'])}{strength} | {plain(cell['weights'])} | {gains} |")
+        gains = [_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names]
+        rows.append([f"{code(cell['rule'])}{strength}", plain(cell["weights"]), *gains])
+    parts = [
+        f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
+        "a paired bootstrap over prompts.",
+        markdown_table(["rule", "weights", *names], rows, right=names),
+    ]
     if hidden := len(evaluation["cells"]) - len(shown):
-        lines += ["", f"{_count(hidden, 'row')} more, other rules at other weights, in `{MANIFEST}`."]
-    return "\n".join(lines)
+        parts.append(f"{_count(hidden, 'row')} more, other rules at other weights, in `{MANIFEST}`.")
+    return "\n\n".join(parts)
 
 
 def _interval(gain: dict[str, Any]) -> str:
@@ -253,9 +249,8 @@ def _limits(loaded: AdapterSet) -> str:
 def _licences(loaded: AdapterSet) -> str:
     """Of every part."""
     base = loaded.base.get("license") or "not stated here: see its own page"
-    lines = ["| part | licence |", "|---|---|", f"| base, {_base(loaded)} | {plain(base)} |"]
-    lines += [f"| {adapter.name} | {plain(adapter.license or 'not stated')} |" for adapter in loaded.all_adapters]
-    return "\n".join(lines)
+    rows = [(adapter.name, plain(adapter.license or "not stated")) for adapter in loaded.all_adapters]
+    return markdown_table(["part", "licence"], [(f"base, {_base(loaded)}", plain(base)), *rows])
 
 
 def _count(number: int, noun: str) -> str:

@@ -22,6 +22,18 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
 from stepfuse.fuse.sets.manifest import MANIFEST, adapter_entries, check_schema, read_versioned
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
+UNREACHABLE = "{name}: the hub cannot be reached ({reason}); try again"
+HUB_ERRORS: dict[type[Exception], str] = {  # the first that an error is an instance of
+    RevisionNotFoundError: "{name}: the repository has no such revision; give a branch, tag or commit",
+    GatedRepoError: "{name} is gated: accept its terms on its page, and log in: `hf auth login`",
+    RepositoryNotFoundError: "{name} is no folder here and no repository on the hub that can be seen; check the name, "
+    "or, if it is private, log in: `hf auth login`",
+    EntryNotFoundError: "{name}: {reason}",
+    HFValidationError: "{name} is no hub id: {reason}",
+    HfHubHTTPError: "{name}: the hub answers: {reason}",
+    ConnectionError: UNREACHABLE,  # of hf_xet; OfflineModeIsEnabled is one
+    HTTPError: UNREACHABLE,
+}
 PICTURES = ("README.md", "fronts.png", "strip.png")
 
 
@@ -112,24 +124,10 @@ def hub_errors(name: str) -> Iterator[None]:
     """Turn errors of the hub into a ValueError of one line."""
     try:
         yield
-    except RevisionNotFoundError as error:
-        raise ValueError(f"{name!r}: the repository has no such revision; give a branch, tag or commit") from error
-    except GatedRepoError as error:
-        raise ValueError(f"{name!r} is gated: accept its terms on its page, and log in: `hf auth login`") from error
-    except RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{name!r} is no folder here and no repository on the hub that can be seen; check the name, or, if it is "
-            "private, log in: `hf auth login`"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ValueError(f"{name!r}: {first_line(error)}") from error
-    except HFValidationError as error:
-        raise ValueError(f"{name!r} is no hub id: {first_line(error)}") from error
-    except HfHubHTTPError as error:
-        raise ValueError(f"{name!r}: the hub answers: {first_line(error)}") from error
+    except tuple(HUB_ERRORS) as error:
+        message = next(text for kind, text in HUB_ERRORS.items() if isinstance(error, kind))
+        raise ValueError(message.format(name=repr(name), reason=first_line(error))) from error
     except RuntimeError as error:  # of huggingface_hub, for uploads that fail again and again
         if "uploading" not in str(error):
             raise
         raise ValueError(f"{name!r}: {first_line(error)} Try again: what arrived whole is not sent again") from error
-    except (ConnectionError, HTTPError) as error:  # hf_xet raises the former, and OfflineModeIsEnabled is one
-        raise ValueError(f"{name!r}: the hub cannot be reached ({first_line(error)}); try again") from error

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from stepfuse.data.file_info import text_hash
-from stepfuse.data.json_file import write_json
+from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
-from stepfuse.data.text_files import read_text, write_text
+from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
@@ -233,7 +233,7 @@ def assemble(
     reference = EtaSchedule(eta=config.reference_eta)
     made = check_made(folder.parent)  # hashes of the trained adapters: stored in float16 they have others
     identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
-    if (folder / MANIFEST).exists() and made.exists() and json.loads(read_text(made)) == identity:
+    if (folder / MANIFEST).exists() and made.exists() and read_json(made, "the parts of a set") == identity:
         return load_set(folder)
     print(f"set: {folder}", flush=True)
     if not made.exists():
