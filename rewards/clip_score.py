@@ -10,6 +10,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from stepfuse.data import emoji
 from stepfuse.rewards.clip import CLIPReward
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.pixels import resize_and_crop_smoothly
 
 
@@ -46,3 +47,16 @@ def clip_score(
         return tokenizer(list(prompts), **options).input_ids
 
     return CLIPReward(model, tokenize, resize_and_crop_smoothly, factor=100, batch_size=batch_size)
+
+
+def _build(argument: str | None, device: torch.device, dtype: torch.dtype) -> CLIPReward:
+    return clip_score(argument or emoji.CLIP, device, dtype)
+
+
+CLIP_SCORE = NamedReward(
+    build=_build,
+    source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
+    licence="Apache-2.0; of a hub id, its own",
+    unit="100 × cosine",
+    weights=14_000_000,
+)

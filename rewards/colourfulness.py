@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stepfuse.rewards.named_reward import NamedReward, no_argument
 from stepfuse.rewards.protocol import Pixels, Scores
 
 
@@ -17,3 +18,6 @@ def colourfulness(images: Pixels, prompts: Sequence[str]) -> Scores:
     variance = opponents.var(2, correction=0).sum(0)
     square_of_mean = opponents.mean(2).square().sum(0)
     return variance.clamp(min=1e-12).sqrt() + 0.3 * square_of_mean.clamp(min=1e-12).sqrt()
+
+
+COLOURFULNESS = NamedReward(build=no_argument(colourfulness), source="Hasler and Süsstrunk 2003", unit="8-bit levels")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from stepfuse.data.images import to_image
+from stepfuse.rewards.named_reward import NamedReward, no_argument
 from stepfuse.rewards.protocol import Pixels, Scores
 
 QUALITY = 95  # as in DDPO
@@ -29,3 +30,13 @@ def compressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
 def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
     """Return the JPEG size in kB. Not differentiable; prompts are not used."""
     return jpeg_kilobytes(images)
+
+
+COMPRESSIBILITY = NamedReward(
+    build=no_argument(compressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
+)
+
+
+INCOMPRESSIBILITY = NamedReward(
+    build=no_argument(incompressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
+)

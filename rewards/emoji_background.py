@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from stepfuse.data.emoji import BACKGROUNDS
+from stepfuse.rewards.named_reward import NamedReward, no_argument
 from stepfuse.rewards.protocol import Pixels, Scores
 
 BORDER = 1 / 16  # of the width of the image
@@ -33,3 +34,6 @@ def _expected_colour(prompt: str) -> tuple[int, int, int]:
     if match is None or match[1] not in BACKGROUNDS:
         raise ValueError(f"the prompt {prompt!r} names no background; expected one of {', '.join(BACKGROUNDS)}")
     return BACKGROUNDS[match[1]]
+
+
+EMOJI_BACKGROUND = NamedReward(build=no_argument(emoji_background), source="stepfuse", unit="8-bit levels")

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import load_model
 from stepfuse.rewards.open_clip_layout import from_open_clip
 from stepfuse.rewards.pixels import resize_and_pad
@@ -66,3 +67,27 @@ def clean_prompt(prompt: str) -> str:
     """
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(text.split()).lower()
+
+
+def _hpsv2_1(argument: str | None, device: torch.device, dtype: torch.dtype) -> CLIPReward:
+    return hpsv2(argument, device, dtype, version="2.1")
+
+
+HPSV2 = NamedReward(
+    build=hpsv2,
+    source="arXiv:2306.09341, xswu/HPSv2",
+    licence="Apache-2.0",
+    unit="cosine",
+    weights=3_944_000_000,
+    files=(VERSIONS["2"], TOKENIZER),
+)
+
+
+HPSV2_1 = NamedReward(
+    build=_hpsv2_1,
+    source="arXiv:2306.09341, xswu/HPSv2",
+    licence="Apache-2.0",
+    unit="cosine",
+    weights=3_944_000_000,
+    files=(VERSIONS["2.1"], TOKENIZER),
+)

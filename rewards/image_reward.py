@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_published_json
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
@@ -141,3 +142,13 @@ def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tupl
         raise ValueError(
             f"med_config.json or {file} holds an invalid size: {' '.join(str(error).split())[:160]}"
         ) from error
+
+
+IMAGE_REWARD = NamedReward(
+    build=ImageReward,
+    source="arXiv:2304.05977, THUDM/ImageReward",
+    licence="Apache-2.0",
+    unit="standard deviations",
+    weights=1_786_000_000,
+    files=(CHECKPOINT, MED_CONFIG),
+)

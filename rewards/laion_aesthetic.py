@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
 from stepfuse.rewards.clip import unit_vectors
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_config
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
@@ -61,3 +62,13 @@ class LAIONAesthetic(NetworkReward):
         clip = self.clip
         pixels = normalise(resize_and_crop(images.to(clip.device), self.size)).to(clip.dtype)
         return self.head(unit_vectors(clip(pixel_values=pixels).image_embeds))[:, 0]
+
+
+LAION_AESTHETIC = NamedReward(
+    build=LAIONAesthetic,
+    source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
+    licence="Apache-2.0 (head), MIT (CLIP)",
+    unit="1 to 10",
+    weights=1_216_000_000,
+    files=(CONFIG, WEIGHTS, HEAD),
+)

@@ -6,6 +6,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import load_model, read_config
 from stepfuse.rewards.pixels import resize_and_crop
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -39,3 +40,13 @@ def pickscore(
     factor = model.logit_scale.exp().item()
     tokenize = load_clip_tokenizer(files[TOKENIZER.name], config.text_config.max_position_embeddings)
     return CLIPReward(model.to(device, dtype), tokenize, resize_and_crop, factor=factor, batch_size=batch_size)
+
+
+PICKSCORE = NamedReward(
+    build=pickscore,
+    source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
+    licence="not stated for the weights; MIT for its code",
+    unit="scaled cosine",
+    weights=3_944_000_000,
+    files=(CONFIG, WEIGHTS, TOKENIZER),
+)

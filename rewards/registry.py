@@ -4,15 +4,9 @@ from pathlib import Path
 
 import torch
 
-from stepfuse.data import emoji
 from stepfuse.data.names import nearest
-from stepfuse.rewards import hpsv2, image_reward, laion_aesthetic, pickscore
-from stepfuse.rewards.catalogue import Build, NamedReward
-from stepfuse.rewards.clip import TOKENIZER
-from stepfuse.rewards.clip_score import clip_score
-from stepfuse.rewards.colourfulness import colourfulness
-from stepfuse.rewards.compressibility import compressibility, incompressibility
-from stepfuse.rewards.emoji_background import emoji_background
+from stepfuse.rewards.catalogue import REWARDS
+from stepfuse.rewards.named_reward import Build, NamedReward
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
@@ -23,25 +17,8 @@ from stepfuse.rewards.weighted import Weighted
 CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
 
 
-def _clip_score(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-    return clip_score(argument or emoji.CLIP, device, dtype)
-
-
-def _hpsv2_1(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-    return hpsv2.hpsv2(argument, device, dtype, version="2.1")
-
-
 def _weighted(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
     return Weighted(parse_terms(argument or ""), lambda name: load_reward(name, device, dtype))
-
-
-def _plain(reward: Reward) -> Build:
-    def build(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-        if argument:
-            raise ValueError(f"this reward takes no argument, got {argument!r}")
-        return reward
-
-    return build
 
 
 def _shipped(name: str) -> Build:
@@ -53,87 +30,32 @@ def _shipped(name: str) -> Build:
     return build
 
 
-REWARDS: dict[str, NamedReward] = {
-    "clip_score": NamedReward(
-        build=_clip_score,
-        source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
-        licence="Apache-2.0; of a hub id, its own",
-        unit="100 × cosine",
-        weights=14_000_000,
-    ),
-    "colourfulness": NamedReward(build=_plain(colourfulness), source="Hasler and Süsstrunk 2003", unit="8-bit levels"),
-    "compressibility": NamedReward(
-        build=_plain(compressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
-    ),
-    "emoji_background": NamedReward(build=_plain(emoji_background), source="stepfuse", unit="8-bit levels"),
-    "hpsv2": NamedReward(
-        build=hpsv2.hpsv2,
-        source="arXiv:2306.09341, xswu/HPSv2",
-        licence="Apache-2.0",
-        unit="cosine",
-        weights=3_944_000_000,
-        files=(hpsv2.VERSIONS["2"], TOKENIZER),
-    ),
-    "hpsv2.1": NamedReward(
-        build=_hpsv2_1,
-        source="arXiv:2306.09341, xswu/HPSv2",
-        licence="Apache-2.0",
-        unit="cosine",
-        weights=3_944_000_000,
-        files=(hpsv2.VERSIONS["2.1"], TOKENIZER),
-    ),
-    "image_reward": NamedReward(
-        build=image_reward.ImageReward,
-        source="arXiv:2304.05977, THUDM/ImageReward",
-        licence="Apache-2.0",
-        unit="standard deviations",
-        weights=1_786_000_000,
-        files=(image_reward.CHECKPOINT, image_reward.MED_CONFIG),
-    ),
-    "image_reward_original": NamedReward(
-        build=_shipped("image_reward_original"),
-        source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
-        licence="Apache-2.0",
-        differentiable=False,
-        unit="standard deviations",
-        weights=1_786_000_000,
-        requirements=CONFIGS / "image_reward_original.txt",
-    ),
-    "incompressibility": NamedReward(
-        build=_plain(incompressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
-    ),
-    "laion_aesthetic": NamedReward(
-        build=laion_aesthetic.LAIONAesthetic,
-        source="christophschuhmann/improved-aesthetic-predictor on openai/clip-vit-large-patch14",
-        licence="Apache-2.0 (head), MIT (CLIP)",
-        unit="1 to 10",
-        weights=1_216_000_000,
-        files=(laion_aesthetic.CONFIG, laion_aesthetic.WEIGHTS, laion_aesthetic.HEAD),
-    ),
-    "pickscore": NamedReward(
-        build=pickscore.pickscore,
-        source="arXiv:2305.01569, yuvalkirstain/PickScore_v1",
-        licence="not stated for the weights; MIT for its code",
-        unit="scaled cosine",
-        weights=3_944_000_000,
-        files=(pickscore.CONFIG, pickscore.WEIGHTS, TOKENIZER),
-    ),
-    "vila": NamedReward(
-        build=_shipped("vila"),
-        source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
-        licence="Apache-2.0 by the hub's default",
-        differentiable=False,
-        unit="0 to 1",
-        requirements=CONFIGS / "vila.txt",
-    ),
-    "weighted": NamedReward(
-        build=_weighted,
-        source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
-        licence="those of its terms",
-        unit="weighted sum",
-        needs="its terms",
-    ),
-}
+IMAGE_REWARD_ORIGINAL = NamedReward(
+    build=_shipped("image_reward_original"),
+    source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
+    licence="Apache-2.0",
+    differentiable=False,
+    unit="standard deviations",
+    weights=1_786_000_000,
+    requirements=CONFIGS / "image_reward_original.txt",
+)
+
+VILA = NamedReward(
+    build=_shipped("vila"),
+    source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
+    licence="Apache-2.0 by the hub's default",
+    differentiable=False,
+    unit="0 to 1",
+    requirements=CONFIGS / "vila.txt",
+)
+
+WEIGHTED = NamedReward(
+    build=_weighted,
+    source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
+    licence="those of its terms",
+    unit="weighted sum",
+    needs="its terms",
+)
 
 
 def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
@@ -170,8 +92,8 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
 
 def reward_unit(name: str) -> str:
     """The unit of a reward's values, such as "kB"; empty if the catalogue does not state one."""
-    info = REWARDS.get(parse_reward(name).head)
-    return info.unit if info else ""
+    head = parse_reward(name).head
+    return REWARDS[head].unit if head in REWARDS else ""
 
 
 def _summands(name: str) -> list[RewardName]:

@@ -16,7 +16,6 @@ from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.fuse.backbones.guidance import GUIDANCE
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.rewards.registry import REWARDS
 from stepfuse.scripts.baselines import sampling
 from stepfuse.scripts.benchmark import settings
 from stepfuse.scripts.benchmark.rewards import OURS
@@ -51,7 +50,6 @@ def example(parser):
 
 
 def test_names_that_are_known_without_torch_are_those_of_the_library():
-    assert list(names.REWARD_NAMES) == list(REWARDS)
     assert ("separate", *sampling.BASELINES) == settings.BASELINES
     assert tuple(OURS) == settings.ORIGINALS
     assert names.GUIDANCE == GUIDANCE

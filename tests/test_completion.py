@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stepfuse.configs import FOLDER
-from stepfuse.scripts.cli.names import REWARD_NAMES
+from stepfuse.rewards.catalogue import REWARDS
 
 STEPFUSE = Path(sys.executable).parent / "stepfuse"
 
@@ -55,7 +55,7 @@ def completions(line, folder):
         ("stepfuse sample emoji --rule sou", ["soup", "soup_factors"]),
         ("stepfuse sample emoji --weights alignment=0.5,co", ["compressibility=", "colourfulness="]),
         ("stepfuse sample emoji --unknown --negative-prompt x --guidance_i", ["--guidance_interval"]),
-        ("stepfuse reward score ", [*REWARD_NAMES, "sets/", "mine.py", "torch.py", "mine.yaml"]),
+        ("stepfuse reward score ", [*REWARDS, "sets/", "mine.py", "torch.py", "mine.yaml"]),
         ("stepfuse evaluate emoji --config eval/", [f"eval/{file.stem}" for file in (FOLDER / "eval").glob("*.yaml")]),
     ],
 )

@@ -34,10 +34,13 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.rewards import catalogue
+from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cli.main import main, parse
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.run import evaluate
+from stepfuse.scripts.recipes.rewards import list_rewards
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import save_adapter, save_stable_diffusion
@@ -215,11 +218,23 @@ def test_links_within_the_documents_lead_to_files() -> None:
     assert [(document, link) for document, link in links if not (ROOT / document).parent.joinpath(link).exists()] == []
 
 
-def test_the_example_reward_is_one() -> None:
+def test_the_example_reward_is_loaded_and_listed_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [block for block in blocks("CONTRIBUTING.md", "python") if "brightness" in block]
+    (line,) = [block for block in blocks("CONTRIBUTING.md", "text") if "BRIGHTNESS" in block]
+    name, place = re.findall(r'"([^"]+)"', line)
+    (tmp_path / "brightness_example.py").write_text("\n".join(parts))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(
+        catalogue.REWARDS.data, name, place.replace("stepfuse.rewards.brightness", "brightness_example")
+    )
     white, half_red = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     half_red[:, 0, :2] = 1
-    values = example("def brightness")["brightness"](torch.cat([white, half_red]), ["", ""])  # type: ignore[operator]
+    values = load_reward(name)(torch.cat([white, half_red]), ["", ""])
     assert values.tolist() == pytest.approx([100.0, 100 * 0.299 / 2])
+    list_rewards()
+    assert re.search(r"^brightness +yes +.*ITU-R BT.601", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_example_rule_works_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,9 @@ from stepfuse.data.grid import labelled_grid
 from stepfuse.data.lettering import Lettering, drawable
 from stepfuse.fuse.rules.weights import parse_weights
 from stepfuse.fuse.sampling.pictures import sampled_picture, weights_heading
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.image_files import PromptedImage
-from stepfuse.rewards.registry import REWARDS, reward_unit
+from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
 from stepfuse.scripts.recipes.front import draw_front

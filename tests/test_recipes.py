@@ -9,7 +9,7 @@ import yaml
 
 from stepfuse.data.prompts import PROMPT_SETS
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.rewards.registry import REWARDS
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 

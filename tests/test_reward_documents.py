@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from stepfuse.data.file_info import size_label
-from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.catalogue import REWARDS
+from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark.rewards import OURS, parity_table, reward_table
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.image_files import pair_prompts, read_pixels
-from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_rewards import photographs, save_image_reward
 from tests.fixtures_tiny import refused

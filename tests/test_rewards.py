@@ -9,12 +9,13 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
 from stepfuse.rewards.emoji_background import emoji_background
 from stepfuse.rewards.protocol import score
-from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.registry import load_reward
 from tests.fixtures_tiny import refused
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a dog on a red background"]

@@ -8,30 +8,18 @@ Nothing here imports torch: a rule's module is imported when the rule is first a
 """
 
 import dataclasses
-from collections import UserDict
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
+from stepfuse.data.registry import Registry
 from stepfuse.rewards.user_code import load_function
 
 if TYPE_CHECKING:
     from stepfuse.fuse.rules.base import FusionRule
 
 
-class Registry(UserDict[str, Any]):
-    """Rules by name, each a class or where it is, `module:Class`, which is imported when the rule is asked for."""
-
-    def __getitem__(self, name: str) -> "type[FusionRule]":
-        rule = self.data[name]
-        if isinstance(rule, str):
-            module, _, kind = rule.partition(":")
-            rule = self.data[name] = getattr(import_module(module), kind)
-        return rule
-
-
-RULES = Registry(
+RULES: "Registry[type[FusionRule]]" = Registry(
     {
         "base": "stepfuse.fuse.rules.product:Base",
         "product": "stepfuse.fuse.rules.product:Product",

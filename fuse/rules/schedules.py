@@ -1,20 +1,21 @@
 """Variance schedules by their kind, as JSON values and as training settings. Importing this does not import torch."""
 
 from collections.abc import Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
+from stepfuse.data.registry import Registry
 
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule
 
-# A class, or the module and name of one, which is imported when it is used.
-SCHEDULES: "dict[str, str | type[VarianceSchedule]]" = {
-    "eta": "stepfuse.fuse.diffusion.variance:EtaSchedule",
-    "table": "stepfuse.fuse.diffusion.variance:TableSchedule",
-    "learned": "stepfuse.fuse.diffusion.variance:LearnedSchedule",
-}
+SCHEDULES: "Registry[type[VarianceSchedule]]" = Registry(
+    {
+        "eta": "stepfuse.fuse.diffusion.variance:EtaSchedule",
+        "table": "stepfuse.fuse.diffusion.variance:TableSchedule",
+        "learned": "stepfuse.fuse.diffusion.variance:LearnedSchedule",
+    }
+)
 
 
 def schedule_class(kind: Any) -> "type[VarianceSchedule]":
@@ -25,11 +26,7 @@ def schedule_class(kind: Any) -> "type[VarianceSchedule]":
     """
     if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ValueError(f"variance {kind!r}; expected one of {', '.join(SCHEDULES)}{nearest(str(kind), SCHEDULES)}")
-    found = SCHEDULES[kind]
-    if isinstance(found, str):
-        module, _, name = found.partition(":")
-        found = getattr(import_module(module), name)
-    return found
+    return SCHEDULES[kind]
 
 
 def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
@@ -38,8 +35,8 @@ def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
     Raises:
         ValueError: for a schedule whose class is not in `SCHEDULES`.
     """
-    for kind in SCHEDULES:
-        if type(schedule) is schedule_class(kind):
+    for kind, known in SCHEDULES.items():
+        if type(schedule) is known:
             return {"kind": kind} | schedule.to_json()
     raise ValueError(f"{type(schedule).__name__} is not in SCHEDULES; expected one of {', '.join(SCHEDULES)}")
 

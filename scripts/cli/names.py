@@ -3,21 +3,6 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-REWARD_NAMES = (  # rewards/registry.py, REWARDS
-    "clip_score",
-    "colourfulness",
-    "compressibility",
-    "emoji_background",
-    "hpsv2",
-    "hpsv2.1",
-    "image_reward",
-    "image_reward_original",
-    "incompressibility",
-    "laion_aesthetic",
-    "pickscore",
-    "vila",
-    "weighted",
-)
 GUIDANCE = ("shared", "full", "off")  # fuse/backbones/denoiser.py, GUIDANCE
 
 
@@ -28,7 +13,9 @@ def rule_names() -> Iterable[str]:
 
 
 def reward_names() -> Iterable[str]:
-    return REWARD_NAMES
+    from stepfuse.rewards.catalogue import REWARDS
+
+    return REWARDS
 
 
 def prompt_set_names() -> Iterable[str]:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from stepfuse.fuse.sets.adapter_set import AdapterSet as AdapterSet
     from stepfuse.fuse.sets.adapter_set import load_set as load_set
     from stepfuse.fuse.sets.create import create_set as create_set
+    from stepfuse.rewards.catalogue import REWARDS as REWARDS
     from stepfuse.rewards.protocol import Pixels as Pixels
     from stepfuse.rewards.protocol import Reward as Reward
     from stepfuse.rewards.protocol import Scores as Scores
-    from stepfuse.rewards.registry import REWARDS as REWARDS
     from stepfuse.rewards.registry import load_reward as load_reward
     from stepfuse.scripts.evaluation.batch import MetricBatch as MetricBatch
     from stepfuse.scripts.evaluation.metric import Metric as Metric
@@ -56,7 +56,7 @@ _MODULES = {
     "MetricBatch": "stepfuse.scripts.evaluation.batch",
     "NoisePath": "stepfuse.fuse.diffusion.noise_path",
     "Pixels": "stepfuse.rewards.protocol",
-    "REWARDS": "stepfuse.rewards.registry",
+    "REWARDS": "stepfuse.rewards.catalogue",
     "RULES": "stepfuse.fuse.rules.registry",
     "Reward": "stepfuse.rewards.protocol",
     "SCHEDULES": "stepfuse.fuse.rules.schedules",

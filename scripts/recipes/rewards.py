@@ -17,11 +17,12 @@ from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge
 from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.text_files import file_name, write_text
-from stepfuse.rewards.catalogue import table
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
+from stepfuse.rewards.named_reward import table
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
-from stepfuse.rewards.registry import REWARDS, load_reward
+from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.server import RewardServer
 
