@@ -167,8 +167,8 @@ def test_names_that_are_no_identifiers_and_relative_paths_are_taken(tmp_path, mo
         ({"reward": "\nimport nowhere_at_all"}, ["reward.py, line 2", "nowhere_at_all"]),
         ({"reward": "import sys\nsys.exit('usage: reward.py FILE')"}, ["reward.py, line 2", "usage"]),
         ({"reward": "import json\njson.loads('{')"}, ["reward.py, line 2", "JSONDecodeError"]),
-        ({"reward": "def redness(): pass"}, ["no function 'rednes'", "'redness'"]),
-        ({"reward": "rednes = 3"}, ["no function 'rednes'"]),
+        ({"reward": "def redness(): pass"}, ["no function or class 'rednes'", "'redness'"]),
+        ({"reward": "rednes = 3"}, ["no function or class 'rednes'"]),
     ],
 )
 def test_errors_of_a_file_are_one_line_that_names_file_and_line(files, culprits, tmp_path):
