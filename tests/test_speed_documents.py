@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,16 @@ def test_the_measurements_name_their_machine_and_settings() -> None:
         assert re.search(r"threads of \d+ cores, torch 2", results["machine"])
         assert results["settings"]["device"] == "cpu"
         assert results["lora"]["rank"] == 4
+
+
+def test_the_table_of_versions_is_of_their_measurements():
+    measured, table = read("versions.json"), ACCOUNT.partition("## Between versions")[2]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
+        1:
+    ]
+    assert len(rows) == len(measured["sampling"]) + len(measured["training"])
+    for what, method, *shown in rows:
+        values = measured[what.partition(",")[0]][method]
+        ratios = [new / old for old, new in zip(values["old"], values["new"], strict=True)]
+        expected = [statistics.median(values["old"]), statistics.median(values["new"]), statistics.median(ratios)]
+        assert [float(cell) for cell in shown] == pytest.approx(expected, abs=6e-4)
