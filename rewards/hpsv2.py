@@ -2,6 +2,7 @@
 
 import html
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import ftfy
@@ -82,12 +83,4 @@ HPSV2 = NamedReward(
     files=(VERSIONS["2"], TOKENIZER),
 )
 
-
-HPSV2_1 = NamedReward(
-    build=_hpsv2_1,
-    source="arXiv:2306.09341, xswu/HPSv2",
-    licence="Apache-2.0",
-    unit="cosine",
-    weights=3_944_000_000,
-    files=(VERSIONS["2.1"], TOKENIZER),
-)
+HPSV2_1 = replace(HPSV2, build=_hpsv2_1, files=(VERSIONS["2.1"], TOKENIZER))

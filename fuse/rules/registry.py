@@ -100,5 +100,5 @@ def _load_rule(name: str) -> "type[FusionRule]":
     file, _, kind = name.rpartition(":")
     rule = load_function(file, kind)
     if not (isinstance(rule, type) and issubclass(rule, FusionRule)):
-        raise ValueError(f"{name} is no subclass of FusionRule, which a fusion rule is")
+        raise ValueError(f"{name} is not a fusion rule; expected a subclass of stepfuse.FusionRule")
     return rule

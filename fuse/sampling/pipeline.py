@@ -17,7 +17,8 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.run import AfterStep
 from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
-from stepfuse.fuse.sampling.sampler import FusedSampler, negative_prompts
+from stepfuse.fuse.sampling.batch import negative_prompts
+from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.create import copy_set
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -19,30 +19,26 @@ from stepfuse.fuse.backbones.base import Backbone, Shape
 from stepfuse.fuse.backbones.compiled import compile_batched
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
-from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path, same_base
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
-from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
-from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
-from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
-from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.plan import Plan, make_plan
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
 from stepfuse.fuse.rules.run import AfterStep, Run, image_generators, uniform_numbers
-from stepfuse.fuse.rules.step import FusionStep, Score
+from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.rules.weights import Weights
+from stepfuse.fuse.sampling.batch import negative_prompts, predict_batch, score_batch
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, check_pixels
+from stepfuse.fuse.sampling.load import load_denoiser
 from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, reward_of
-from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
-from stepfuse.rewards.protocol import Reward, score
+from stepfuse.rewards.protocol import Reward
 
 BatchObserver = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
 
@@ -119,41 +115,22 @@ class FusedSampler:
         """
         if isinstance(rule, str):
             rule = get_rule(rule)  # before anything is loaded
-        if forwards not in ("batched", "separate"):
-            raise ValueError(f"forwards {forwards!r}; expected batched or separate")
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set, read_weights=False)
         rule = rule or get_default_rule(adapter_set.default_rule)
-        if pipeline is None:
-            backbone = backbone_of(load_base(adapter_set.base, dtype=dtype))
-        else:
-            backbone = backbone_of(pipeline)
-            backbone.check()
-        network = backbone.network
-        if any(parameter.is_meta for parameter in network.parameters()):
-            raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
-        backbone.pipeline.to(device)
-        fingerprint = base_fingerprint(network)
-        if not same_base(adapter_set.base, fingerprint):
-            raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-        path = backbone.path(backbone.default_shape)
-        check_path(adapter_set.base, path)
-        adapters = adapter_set.all_adapters
-        for adapter in adapters:
-            load_adapter(backbone, adapter, fingerprint)
         sampler = cls(
             objectives=adapter_set.objectives,
-            denoiser=Denoiser(
-                backbone=backbone,
-                path=path,
+            denoiser=load_denoiser(
+                adapter_set,
+                pipeline,
                 guidance=Guidance(
                     source=guidance or adapter_set.guidance,
                     scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
                 ),
-                batched=BatchedAdapters(network, [a.name for a in adapters], backbone.unbatched)
-                if forwards == "batched"
-                else None,
+                forwards=forwards,
                 rows_at_once=rows_at_once,
+                dtype=dtype,
+                device=device,
             ),
             reference=adapter_set.base_schedule,
             rule=rule,
@@ -178,10 +155,9 @@ class FusedSampler:
         rule = get_rule(rule) if isinstance(rule, str) else rule
         if not rule.needs:
             return replace(self, rule=rule)
-        device = self.backbone.device
-        trusted = self.trust_rewards
         rewards = {
-            o.name: self.rewards.get(o.name) or reward_of(o, rule, device, trusted=trusted) for o in self.objectives
+            o.name: self.rewards.get(o.name) or reward_of(o, rule, self.backbone.device, trusted=self.trust_rewards)
+            for o in self.objectives
         }
         return replace(self, rule=rule, rewards=rewards)
 
@@ -305,7 +281,7 @@ class FusedSampler:
             generator: one for all images, or one an image. An image depends on its own generator
                 alone, never on the batch it is drawn in.
             negative_prompt: one for all images, or one an image. None is no negative prompt, which in SDXL is not the
-                same as "": see `encode_prompts`.
+                same as "": see `Backbone.encode` of the model family.
             conditioning: embeddings, a row an image, in place of prompts; not for rules that need rewards.
             latents: x_T, a row an image, in place of noise drawn with the generators.
             height, width: pixels; by default the model's own size.
@@ -337,10 +313,8 @@ class FusedSampler:
             raise ValueError(f"batch_size {batch_size}; expected 1 or more")
         latents_per_image = self.rule.latents_per_image
         if after and latents_per_image > 1:
-            raise ValueError(
-                f"rule {self.rule.name} denoises {latents_per_image} latents of each image, and a callback after each "
-                "step needs one; use another rule"
-            )
+            several = f"rule {self.rule.name} denoises {latents_per_image} latents of each image"
+            raise ValueError(f"{several}, and a callback after each step needs one; use another rule")
         shape = self.backbone.shape(height, width)
         plan = self.plan(
             weights,
@@ -374,18 +348,15 @@ class FusedSampler:
                     x_T = latents[rows].to(device, torch.float32)
 
                 def watch(
-                    step: FusionStep,
-                    gaussian: Gaussian,
-                    c: Conditioning = given,
-                    which: slice = rows,
-                    finite: FiniteSteps = finite,
+                    c: Conditioning, which: slice, finite: FiniteSteps, step: FusionStep, gaussian: Gaussian
                 ) -> None:
                     bar.update()
                     finite.note(step.t, gaussian)
                     if observe:
                         observe(step, gaussian, c, which)
 
-                x_0 = self.rule.denoise(replace(run, observe=watch, after=after), x_T, noise)
+                run = replace(run, observe=partial(watch, given, rows, finite), after=after)
+                x_0 = self.rule.denoise(run, x_T, noise)
                 check_latents(x_0, prompts[rows], finite)
                 if output_type == "latent":
                     outputs.append(x_0)
@@ -419,42 +390,11 @@ class FusedSampler:
 
     def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
         """The run of one batch: its predictions and rewards know which row belongs to which image."""
-
-        guidance = replace(self.denoiser.guidance, interval=plan.guidance_interval)
-        at_step = {
-            t: replace(self.denoiser, guidance=guidance.at(k, len(plan.steps))) for k, (t, _) in enumerate(plan.steps)
-        }
-
-        def predict(
-            x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
-        ) -> list[Latents]:
-            return at_step[t].guided(x_t, t, conditioning[images.to(x_t.device)], networks, rows).predictions
-
-        def scorer(objective: Objective) -> Score:
-            def reward(clean: Latents, images: Rows) -> Float[Tensor, " rows"]:
-                assert prompts is not None
-                texts = [prompts[i] for i in images.tolist()]
-                return score(self.rewards[objective.name], self.backbone.decode(clean), texts, name=objective.reward)
-
-            return reward
-
-        needed = self.rule.needs and prompts is not None
+        needed = self.objectives if self.rule.needs and prompts is not None else ()
         return Run(
             plan=plan,
-            predict_fn=predict,
-            rewards=[scorer(o) for o in self.objectives] if needed else [],
+            predict_fn=predict_batch(self.denoiser, plan, conditioning),
+            rewards=[score_batch(self.rewards[o.name], o.reward, self.backbone, prompts or ()) for o in needed],
             # A reward alone needs no unit; of several, `plan` has checked it.
-            scales=[self.reward_scales.get(o.name, 1.0) for o in self.objectives] if needed else [],
+            scales=[self.reward_scales.get(o.name, 1.0) for o in needed],
         )
-
-
-def negative_prompts(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """One negative prompt an image: those given, or the same for all.
-
-    Raises:
-        ValueError: for another number of them.
-    """
-    negatives = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
-    return negatives

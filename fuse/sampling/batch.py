@@ -1,0 +1,51 @@
+"""What one batch of images gives to the rule that denoises it: predictions, rewards, and negative prompts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.diffusion.noise_path import Time
+from stepfuse.fuse.lora.mixture import Network, Rows
+from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.step import PredictFn, Score
+from stepfuse.rewards.protocol import Reward, score
+
+
+def predict_batch(denoiser: Denoiser, plan: Plan, conditioning: Conditioning) -> PredictFn:
+    """Guided predictions of a batch, each step with the guidance that the plan's interval gives it."""
+    guidance = replace(denoiser.guidance, interval=plan.guidance_interval)
+    at_step = {t: replace(denoiser, guidance=guidance.at(k, len(plan.steps))) for k, (t, _) in enumerate(plan.steps)}
+
+    def predict(
+        x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
+    ) -> list[Latents]:
+        return at_step[t].predictions(x_t, t, conditioning[images.to(x_t.device)], networks, rows)
+
+    return predict
+
+
+def score_batch(reward: Reward, name: str, backbone: Backbone, prompts: Sequence[str]) -> Score:
+    """A reward as a function of x_0 latents and of which images of the batch they belong to."""
+
+    def score_latents(clean: Latents, images: Rows) -> Float[Tensor, " rows"]:
+        return score(reward, backbone.decode(clean), [prompts[i] for i in images.tolist()], name=name)
+
+    return score_latents
+
+
+def negative_prompts(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
+    """One negative prompt an image: those given, or the same for all.
+
+    Raises:
+        ValueError: for another number of them.
+    """
+    negatives = [given] * count if given is None or isinstance(given, str) else list(given)
+    if len(negatives) != count:
+        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
+    return negatives
