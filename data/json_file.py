@@ -45,18 +45,17 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
         raise ValueError(f"{file} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object")
-    _check_size(file, values)
     return values
 
 
-def parse_json(data: bytes) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, no key twice, no number beyond float64.
+def parse_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, no key twice, no number beyond float64, and bounded.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for anything else, and for more values or levels than allowed.
     """
     try:
-        return json.loads(
+        values = json.loads(
             decode_text(data, "it"),
             object_pairs_hook=_unique,
             parse_constant=_no_constant,
@@ -65,6 +64,8 @@ def parse_json(data: bytes) -> Any:
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+    _check_size(values, max_values)
+    return values
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -92,14 +93,14 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _check_size(file: Path, values: dict[str, Any]) -> None:
+def _check_size(values: Any, max_values: int) -> None:
     """Check that values are few and not nested deeply."""
     level: list[Any] = [values]
     count = depth = 0
     while level:
         count, depth = count + len(level), depth + 1
-        if count > MAX_VALUES or depth > MAX_LEVELS:
-            raise ValueError(f"{file} has more than {MAX_VALUES:,} values, or more than {MAX_LEVELS} levels of them")
+        if count > max_values or depth > MAX_LEVELS:
+            raise ValueError(f"it has more than {max_values:,} values, or more than {MAX_LEVELS} levels of them")
         inner = [
             value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
         ]

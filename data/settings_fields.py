@@ -13,11 +13,12 @@ from stepfuse.data.settings_file import check_types, require
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Bounds of a finite number.
+    """Bounds of a number.
 
     Attributes:
         least, above: Lower bound, inclusive or exclusive.
         most, below: Upper bound, inclusive or exclusive.
+        finite: Whether infinity, which switches some limits off, is out of bounds.
         expected: The bounds in words; by default an interval.
     """
 
@@ -25,9 +26,12 @@ class Bounds:
     above: float = -math.inf
     most: float = math.inf
     below: float = math.inf
+    finite: bool = True
     expected: str = ""
 
     def allow(self, value: float) -> bool:
+        if value == math.inf and not self.finite:
+            return self.most == self.below == math.inf
         return self.least <= value <= self.most and self.above < value < self.below
 
     def __str__(self) -> str:

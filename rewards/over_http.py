@@ -74,6 +74,8 @@ class HTTPReward(RemoteReward):
         ValueError: If the address is invalid, or the token file is missing or invalid.
     """
 
+    requires_id = False
+
     def __init__(self, settings: HTTPSettings, *, folder: Path = Path()) -> None:
         parts = urllib.parse.urlsplit(settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:

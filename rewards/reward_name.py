@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from stepfuse.rewards.catalogue import REWARDS
+
 TERM = re.compile(
     r"\s*(?P<weight>[0-9.eE+-]+)\s*\*\s*(?P<name>\S.*?)(?:\s*/\s*(?P<scale>[0-9.]+(?:[eE][+-]?[0-9]+)?))?\s*"
 )
-CATALOGUE_NAME = re.compile(r"[A-Za-z0-9_.-]{2,}")
 YAML = (".yaml", ".yml")
 
 
@@ -71,9 +72,9 @@ def parse_reward(text: str) -> RewardName:
     if head == "weighted":
         return RewardName(text=text, kind="sum", head=head, argument=argument)
     path, _, function = text.rpartition(":")
-    if path.endswith(".py") and (head.endswith(".py") or not CATALOGUE_NAME.fullmatch(head)):
+    if path.endswith(".py") and (head.endswith(".py") or head not in REWARDS):
         return RewardName(text=text, kind="function", head=head, argument=function, path=path)
-    if text.endswith(YAML) and (head == text or not CATALOGUE_NAME.fullmatch(head)):
+    if text.endswith(YAML) and (head == text or head not in REWARDS):
         return RewardName(text=text, kind="file", head=head, path=text)
     return RewardName(text=text, kind="catalogue", head=head, argument=argument)
 

@@ -15,7 +15,7 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, load_adapter, read_adapter
+from stepfuse.fuse.sets.adapter import OBJECTIVE, copy_weights, load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import refused, save_adapter
@@ -303,3 +303,31 @@ def test_a_value_that_makes_no_set_is_named(adapter_set, changes, culprit):
     edit(adapter_set / MANIFEST, **changes)
     with refused(str(adapter_set / MANIFEST), culprit):
         load_set(adapter_set)
+
+
+@pytest.mark.parametrize(
+    ("change", "culprit"),
+    [
+        ({"sha256": None}, "sha256"),
+        ({"sha256": "0" * 63}, "sha256"),
+        ({"num_inference_steps": 2.7}, "2.7"),
+        ({"guidance_scale": 1e308 * 10}, "NaN and Infinity"),
+        ({"guidance_scale": "1e999"}, "guidance_scale inf"),
+    ],
+)
+def test_a_value_of_an_adapter_folder_that_would_be_bent_is_refused(adapters, change, culprit):
+    values = json.loads((adapters / "a" / OBJECTIVE).read_text()) | change
+    (adapters / "a" / OBJECTIVE).write_text(json.dumps(values))
+    with refused(str(adapters / "a" / OBJECTIVE), culprit):
+        read_adapter(adapters / "a")
+
+
+def test_a_file_that_changes_while_a_set_is_made_of_it_is_not_copied(adapters, tmp_path, monkeypatch):
+    copy = shutil.copyfile
+
+    def other(source, target):
+        return copy(adapters / "b" / WEIGHTS, target)  # as if it was replaced after its header was read
+
+    monkeypatch.setattr("stepfuse.fuse.sets.adapter.shutil.copyfile", other)
+    with refused(str(adapters / "a" / WEIGHTS), "while it was copied"):
+        copy_weights(read_adapter(adapters / "a"), tmp_path)

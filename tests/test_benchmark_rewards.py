@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stepfuse.scripts.baselines.originals import start
-from stepfuse.scripts.benchmark import harness, rewards
+from stepfuse.scripts.benchmark import checkout, rewards
 from stepfuse.scripts.benchmark.rewards import benchmark_rewards, parity_table, reward_table
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from tests.fixtures_tiny import refused
@@ -68,7 +68,7 @@ def test_each_reward_is_compared_with_its_original_on_the_weights_that_it_wrote(
 
 
 def test_rewards_are_compared_in_a_checkout_only(monkeypatch):
-    assert harness.has_baselines()
-    monkeypatch.setattr(harness, "has_baselines", lambda: False)
+    assert checkout.has_baselines()
+    monkeypatch.setattr(checkout, "has_baselines", lambda: False)
     with refused("needs a checkout of the repository"):
         benchmark_rewards(RewardBenchmark(count=1), progress=False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
-from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.config import METADATA, Patterns
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -60,6 +60,27 @@ def test_a_tensor_too_large_for_a_lora_is_refused_unread(stranger):
     edit(stranger, "adapters", 0, weights={"sha256": "0" * 64, "bytes": file.stat().st_size, "rank": 1})
     with frugal(), refused(str(file), "too large"):
         load_set(stranger)
+
+
+def test_a_tensor_of_many_dimensions_is_refused_before_they_are_multiplied(stranger):
+    header, size = tensors({A: (2, 32), B: (32, 2)})
+    header[A]["shape"] = [10**19] * 300_000
+    file = put_weights(stranger, packed(header, bytes(size)))
+    with frugal(), refused(str(file), "300,000 dimensions"):
+        load_set(stranger)
+
+
+def test_a_header_that_other_readers_would_not_take_is_refused(stranger):
+    header, size = tensors({A: (2, 32), B: (32, 2)})
+    text = b"\xef\xbb\xbf" + json.dumps(header).encode()
+    file = put_weights(stranger, len(text).to_bytes(8, "little") + text + bytes(size))
+    with refused(str(file), "not a JSON object"):
+        load_set(stranger)
+
+
+def test_of_two_spellings_of_one_layer_in_a_rank_pattern_the_first_counts():
+    patterns = Patterns({"r": 2, "rank_pattern": {"a.b": 4, "a\\.b": 8}})
+    assert patterns.rank("x.a.b", 2) == 4
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 2**40, 2**24 + 1, 0])
@@ -145,8 +166,8 @@ def test_settings_that_no_forward_needs_are_not_handed_on(stranger):
         (dict(r=True), "True"),
         (dict(lora_alpha=-1), "-1"),
         (dict(lora_alpha=0), "lora_alpha 0"),
-        (dict(lora_alpha=float("nan")), "nan"),
-        (dict(lora_alpha=float("inf")), "inf"),
+        (dict(lora_alpha=float("NaN and Infinity are not valid JSON")), "nan"),
+        (dict(lora_alpha=float("inf")), "NaN and Infinity are not valid JSON"),
         (dict(lora_alpha="x"), "'x'"),
         (dict(lora_alpha=None), "None"),
         (dict(rank_pattern={"(a+)+$": 2}), "'(a+)+$'"),
@@ -162,7 +183,7 @@ def test_settings_that_no_forward_needs_are_not_handed_on(stranger):
         (dict(use_dora="a\nb"), "use_dora"),
         ("no JSON", "metadata"),
         ('["unet.r"]', "metadata"),
-        ('{"unet.r": 1e999}', "inf"),
+        ('{"unet.r": 1e999}', "too large a number"),
         ('{"unet.r": ' + "9" * 5000 + "}", "metadata"),
         ("[" * 10**5, "metadata"),
         ('{"a\\nb": 1}', "metadata"),

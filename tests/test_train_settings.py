@@ -456,3 +456,12 @@ def test_torchrun_gets_the_line_for_its_summary(desk, monkeypatch):
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
     summary = ChildFailedError("train/dpo.py", {0: failure}).format_msg()
     assert "error: rank is 0; expected 1 or more" in summary
+
+
+def test_limits_are_switched_off_by_infinity_and_other_numbers_are_finite():
+    limits = dict.fromkeys(("train_adv_clip_max", "max_grad_norm", "train_clip_range", "max_kl"), math.inf)
+    settings = DDPOSettings(prompts="emoji", reward="compressibility", **limits)
+    assert [getattr(settings, name) for name in limits] == [math.inf] * 4
+    for name in ("learning_rate", "beta", "sample_guidance_scale"):
+        with pytest.raises(ValueError, match=f"{name} is inf"):
+            DDPOSettings(prompts="emoji", reward="compressibility", **{name: math.inf})

@@ -109,7 +109,7 @@ class OptimiserSettings:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-4
     adam_epsilon: float = 1e-8
-    max_grad_norm: float = setting(1.0, above=0)
+    max_grad_norm: float = setting(1.0, above=0, finite=False)
     use_8bit_adam: bool = False
 
 
@@ -129,7 +129,7 @@ class HealthSettings:
     """
 
     nonfinite: Literal["stop", "skip"] = "stop"
-    max_kl: float | None = setting(None, above=0, expected="a positive number of nats")
+    max_kl: float | None = setting(None, above=0, finite=False, expected="a positive number of nats")
     load_best_model_at_end: bool = False
     min_diversity: float = setting(0.2, least=0, below=1)
 

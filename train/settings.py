@@ -98,7 +98,7 @@ class DPOSettings(PairSettings, TrainSettings):
     memory_settings: ClassVar[Mapping[str, str]] = {"num_candidates": "of every image together"}
 
     num_candidates: int = setting(4, least=2)
-    margin: float = setting(0.0, least=0)
+    margin: float = setting(0.0, least=0, finite=False)
     label_smoothing: float = setting(0.0, least=0, below=0.5)
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     train_clip_range: float = setting(0.0, least=0, below=1)
@@ -148,8 +148,8 @@ class DDPOSettings(TrainSettings):
     per_prompt_stat_tracking_min_count: int = setting(0, least=0)
     scale_rewards: bool = True
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
-    train_clip_range: float = setting(0.2, above=0)
-    train_adv_clip_max: float = 5.0
+    train_clip_range: float = setting(0.2, above=0, finite=False)
+    train_adv_clip_max: float = setting(5.0, finite=False)
     num_inner_epochs: int = setting(1, least=1)
 
     def check_algorithm(self) -> None:

@@ -106,7 +106,12 @@ class Denoiser:
 
         Args:
             negative: of an earlier call at (x_t, t).
+
+        Raises:
+            ValueError: for a negative where predictions have none in common.
         """
+        if negative is not None and not self.guidance.shares:
+            raise ValueError(f"guidance {self.guidance} has no e_u in common that an earlier call could give")
         branches = self.guidance.branches(networks, rows)
         known = [] if negative is None else [negative]
         outputs = [*known, *self.run(x_t, t, conditioning, branches[len(known) :])]

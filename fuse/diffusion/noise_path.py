@@ -110,8 +110,9 @@ class NoisePath(ABC):
 
         On a DDPM-type path this is (1 - ᾱ_s) / (1 - ᾱ_t) (1 - ᾱ_t / ᾱ_s), the posterior variance (DDIM, eq. 16).
         """
-        alpha_t, sigma_t = self.at(t, like.double())
-        alpha_s, sigma_s = self.at(s, like.double())
+        wide = like.new_zeros([1] * like.ndim, dtype=torch.float64)  # for its device and dimensions
+        alpha_t, sigma_t = self.at(t, wide)
+        alpha_s, sigma_s = self.at(s, wide)
         variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
         return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
 
@@ -303,7 +304,8 @@ class FlowPath(NoisePath):
             raise ValueError(f"{count} sampling steps; expected 1 or more")
         if self.scheduler.config.use_dynamic_shifting and self.mu is None:
             raise ValueError(
-                "the scheduler has use_dynamic_shifting True, so its steps depend on the size of images; expected mu"
+                "the scheduler has use_dynamic_shifting True, so its steps depend on the size of images, which this "
+                "model family does not take into account; set shift instead"
             )
         sigmas = torch.linspace(1, 1 / count, count, dtype=torch.float64).tolist()
         self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu)

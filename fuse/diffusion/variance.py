@@ -189,8 +189,9 @@ class LearnedSchedule(VarianceSchedule):
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LearnedSchedule":
-        offsets = torch.tensor(values["offsets"], dtype=torch.float32)
-        return cls(**{**values, "offsets": offsets})
+        if "offsets" not in values:
+            raise TypeError("it has no offsets; expected one number for each knot")
+        return cls(**{**values, "offsets": torch.tensor(values["offsets"], dtype=torch.float32)})
 
     def __post_init__(self) -> None:
         _check_eta(self.eta)
@@ -204,7 +205,8 @@ class LearnedSchedule(VarianceSchedule):
             raise ValueError("learned schedule on eta 0: there is no variance to scale; use an eta above 0")
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
-        dtype, like = at_least_float32(like).dtype, like.double()  # 1 - (...)² cancels in short steps
+        dtype = at_least_float32(like).dtype
+        like = like.new_zeros([1] * like.ndim, dtype=torch.float64)  # 1 - (...)² cancels in short steps
         position = (path.share(t) * (len(self.offsets) - 1)).to(like)
         low = position.floor().clamp(max=len(self.offsets) - 2).long()
         fraction = position - low

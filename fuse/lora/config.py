@@ -1,12 +1,12 @@
 """peft's configuration of LoRAs: made of layers, and read from what anybody may have written."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from stepfuse.data.json_file import parse_json
 from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.lora.keys import TEXT_PARTS
 
@@ -72,10 +72,10 @@ def read_configs(
     if METADATA not in metadata:
         return {}
     try:
-        settings = json.loads(metadata[METADATA])
+        settings = parse_json(metadata[METADATA].encode())
         if not isinstance(settings, dict):
             raise ValueError("it is not an object")
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: its metadata is malformed: {error}") from error
     known = tuple(dict.fromkeys((*parts, *TEXT_PARTS)))
     configs: dict[str, dict[str, Any]] = {}
@@ -142,7 +142,8 @@ class Patterns:
         self.config = config
         patterns = {name: (config.get(name) or {}).items() for name in ("rank_pattern", "alpha_pattern")}
         self._patterns = {
-            name: {plain_name(key): (index, value) for index, (key, value) in enumerate(pattern)}
+            # Reversed, so that of two spellings of one name the first counts, as in peft.
+            name: {plain_name(key): (index, value) for index, (key, value) in reversed(list(enumerate(pattern)))}
             for name, pattern in patterns.items()
         }
 

@@ -26,6 +26,8 @@ from stepfuse.data.text_files import one_line
 MAX_FILE_BYTES = 2**33
 MAX_HEADER_BYTES = 2**24
 MAX_ELEMENTS = 2**27  # of one tensor: rank 512 on the widest layer of SDXL has 2**23
+MAX_DIMENSIONS = 8
+MAX_HEADER_VALUES = 2**20  # a tensor of a LoRA has about ten
 # Types by their names in safetensors.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Of files that were converted to save space; an import takes them.
@@ -151,7 +153,9 @@ def open_tensors(
 
 def _parse_header(text: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors in the order of their bytes, and the metadata, of a header followed by `size` bytes."""
-    entries = parse_json(text)
+    if not text.startswith(b"{"):  # other readers take no byte order mark
+        raise ValueError("its header is not a JSON object")
+    entries = parse_json(text, MAX_HEADER_VALUES)
     metadata = entries.pop("__metadata__", None) or {}
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not all texts")
@@ -165,6 +169,8 @@ def _parse_header(text: bytes, size: int) -> tuple[dict[str, TensorInfo], dict[s
 
 def _tensor_info(entry: dict[str, Any]) -> TensorInfo:
     dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape):,} dimensions")
     if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
         raise ValueError(f"a tensor of type {dtype!r} and shape {shape!r}")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:

@@ -86,7 +86,7 @@ class FusionRule:
 
 def average_variance(step: FusionStep) -> Tensor:
     """Σ a_i v_i + (1 - Σ a_i) v_ref, one an image."""
-    used, shape = step.used, (-1, *[1] * (step.x_t.ndim - 1))
-    exponents = [step.exponent(expert).to(step.x_t).reshape(shape) for expert in used]
+    used = step.used
+    exponents = step.exponents(used).to(step.x_t).reshape(len(used), -1, *[1] * (step.x_t.ndim - 1))
     variances = [a * step.variance(expert) for a, expert in zip(exponents, used, strict=True)]
     return sum(variances, torch.zeros(()).to(step.x_t))

@@ -93,9 +93,15 @@ def check_probabilities(plan: Plan, rule: str) -> None:
 
 
 def check_no_strength(plan: Plan, rule: str) -> None:
-    """Check that the strength is 1, for a rule that has none."""
+    """Check that the strength is 1, for a rule that has none.
+
+    Raises:
+        ValueError: for another strength.
+    """
     if plan.strength != 1:
-        raise ValueError(f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength")
+        raise ValueError(
+            f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength; use strength 1"
+        )
 
 
 def check_random(plan: Plan, rule: str, why: str) -> None:

@@ -149,8 +149,7 @@ class FusedSampler:
         """The same sampler under another rule, with the rewards it needs loaded.
 
         Raises:
-            ValueError: for an unknown rule, a reward that cannot be loaded, or one without gradient where the rule
-                needs it.
+            ValueError: for an unknown rule, or a reward that cannot be loaded.
         """
         rule = get_rule(rule) if isinstance(rule, str) else rule
         if not rule.needs:
@@ -278,8 +277,8 @@ class FusedSampler:
             prompts: one or several; None where `conditioning` is given.
             weights: by objective name: one mapping for all images, or one an image.
             strength, weights_on, num_inference_steps, guidance_interval: see `plan`.
-            generator: one for all images, or one an image. An image depends on its own generator
-                alone, never on the batch it is drawn in.
+            generator: one an image, or one for all, which seeds those of several images and is itself that of a single
+                one. An image depends on its generator alone, never on the batch it is drawn in.
             negative_prompt: one for all images, or one an image. None is no negative prompt, which in SDXL is not the
                 same as "": see `Backbone.encode` of the model family.
             conditioning: embeddings, a row an image, in place of prompts; not for rules that need rewards.

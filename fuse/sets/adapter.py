@@ -83,15 +83,17 @@ def write_adapter(
 
 
 def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
-    """Copy an adapter's weights, in today's layout; with `half` in float16.
+    """Copy an adapter's weights, in the layout of `save_lora`; with `half` in float16.
 
     Raises:
-        ValueError: for values that float16 cannot hold.
+        ValueError: for another file than the recorded one, and for values that float16 cannot hold.
     """
     source = adapter.folder / WEIGHTS
     with open_lora(source, parts()) as lora:
         if lora.as_written and not half:
             shutil.copyfile(source, folder / WEIGHTS)
+            if describe_weights(folder / WEIGHTS)["sha256"] != adapter.sha256:
+                raise ValueError(f"{source} changed while it was copied, or is not the file that was recorded")
             return
         factors = {name: scale_to_one(layer) for name, layer in read_factors(lora, adapter.sha256).items()}
     if half:

@@ -4,11 +4,13 @@ Both are made of the same parts: an objective, and how the adapter was sampled i
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.backbones.guidance import check_source
 from stepfuse.fuse.backbones.registry import parts
 from stepfuse.fuse.lora.file import open_lora
@@ -74,14 +76,12 @@ def sampling_from_dict(values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: for a value that is missing or of another kind.
     """
-    steps = int(values["num_inference_steps"])
-    if steps < 1:
-        raise ValueError(f"num_inference_steps {steps}; expected 1 or more")
-    return {
-        "guidance": check_source(values["guidance"]),
-        "guidance_scale": float(values["guidance_scale"]),
-        "num_inference_steps": steps,
-    }
+    steps, scale = values["num_inference_steps"], float(values["guidance_scale"])
+    if not isinstance(steps, int | float) or steps < 1 or int(steps) != steps:
+        raise ValueError(f"num_inference_steps {short_repr(steps)}; expected a whole number, 1 or more")
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale {scale}; expected a finite number")
+    return {"guidance": check_source(values["guidance"]), "guidance_scale": scale, "num_inference_steps": int(steps)}
 
 
 def objective_to_dict(objective: Objective) -> dict[str, Any]:
@@ -132,6 +132,8 @@ def adapter_from_dict(folder: Path, values: Mapping[str, Any]) -> Adapter:
     record = values.get("record", {})
     if not isinstance(record, dict) or not isinstance(record.get("validation") or {}, dict):
         raise ValueError(f"record {record!r}; expected an object")
+    if not re.fullmatch("[0-9a-f]{64}", str(values["sha256"])):
+        raise ValueError(f"sha256 {short_repr(values['sha256'])}; expected 64 hexadecimal digits")
     return _adapter(folder, values, base=_check_base(values["base"]), sha256=values["sha256"], record=record)
 
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,10 +25,12 @@ class RemoteReward(ABC):
     Attributes:
         label: Name in error messages, such as `worker 'mine'`.
         batch_size: Maximum number of images per request.
+        requires_id: Whether a response must repeat the id of its request, as where responses share one connection.
     """
 
     label: str
     batch_size: int
+    requires_id: ClassVar[bool] = True
     _requests = 0
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
@@ -58,7 +60,7 @@ class RemoteReward(ABC):
             try:
                 answer, scores = self.exchange(encode(header, [arrays]))
                 shapes = [array.shape for array in scores]
-                if answer.get("id", header["id"]) == header["id"]:
+                if answer.get("id", None if self.requires_id else header["id"]) == header["id"]:
                     if answer.get("kind") == "failed":
                         raise ValueError(str(answer.get("message")))
                     if answer.get("kind") == "scores" and shapes == [(len(arrays),)]:

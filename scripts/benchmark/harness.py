@@ -5,7 +5,6 @@ counts.
 """
 
 import importlib.metadata
-import importlib.util
 import statistics
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from stepfuse.scripts.benchmark.checkout import NEEDS_CHECKOUT, has_baselines
 from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory, release_memory
 from stepfuse.scripts.evaluation.costs import machine, now
 
@@ -173,12 +173,6 @@ def context(device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
 
 # Baselines and tables ----------------------------------------------------------------------
 LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
-NEEDS_CHECKOUT = "comparing with other implementations needs a checkout of the repository"
-
-
-def has_baselines() -> bool:
-    """Whether this is a checkout of the repository; a wheel has no `scripts/baselines`."""
-    return importlib.util.find_spec("stepfuse.scripts.baselines") is not None
 
 
 def available(rows: Sequence[Row], baselines: Mapping[Row, str]) -> tuple[list[Row], dict[str, str]]:

@@ -25,6 +25,7 @@ from stepfuse.rewards.image_reward import ImageReward
 from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
 from stepfuse.scripts.benchmark import harness, memory
+from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.harness import Method, cell
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
@@ -46,8 +47,7 @@ def benchmark_rewards(
         ValueError: for images that cannot be read, an environment that cannot be made, and where this is not a checkout
             of the repository.
     """
-    if not harness.has_baselines():
-        raise ValueError(f"{harness.NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")
+    require_checkout()
     batches = _batches(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
     with harness.cpu_threads(settings.threads):

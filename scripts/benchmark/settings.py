@@ -205,5 +205,7 @@ class RewardBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.rewards:
+            raise ValueError(f"rewards is empty; expected some of {', '.join(ORIGINALS)}")
         if bool(self.images) != bool(self.prompts):
             raise ValueError("--images and --prompts go together; give both or neither")

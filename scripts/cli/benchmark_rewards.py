@@ -3,6 +3,7 @@
 import argparse
 
 from stepfuse.data.output_file import require_new_file
+from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -13,13 +14,14 @@ def add_arguments(parser: Parser) -> None:
     parser.explain(
         "stepfuse benchmark rewards --rewards image_reward --output rewards.json",
         "Both have the same random weights. Each package runs in an environment of its own, of several GB, which is "
-        "made at first use.",
+        "made at first use. The baselines need a checkout of the repository.",
     )
     add_settings(parser, RewardBenchmark)
     declare.output(parser, "rewards.json", "JSON file for the results.")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    require_checkout()
     settings = settings_of(RewardBenchmark, arguments)
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 

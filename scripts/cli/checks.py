@@ -59,7 +59,10 @@ def check_rule(name: str | None, options: Mapping[str, Any]) -> None:
     from stepfuse.fuse.rules.options import RULE_OPTIONS
     from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
 
-    check_rule_name(name)
+    try:
+        check_rule_name(name)
+    except ValueError as error:
+        raise ValueError(f"--rule: {error}") from error
     if is_user_code(name):
         return  # its options are known once it is loaded
     for rule, declared in RULE_OPTIONS.items():

@@ -4,12 +4,12 @@
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from stepfuse.configs import FOLDER
+from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.names import embedded_sets, prompt_set_names, reward_names
 
 Completer = Callable[..., Iterable[str]]
@@ -56,12 +56,9 @@ def adapter_sets(prefix: str, **_: Any) -> list[str]:
 
 def objectives(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Names of the objectives of the set that is given before."""
-    given = str(getattr(parsed_args, "set", None))
-    file = embedded_sets().get(given, Path(given)) / "adapter_set.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return [str(adapter["name"]) for adapter in values["adapters"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return list(check_set(Path(str(getattr(parsed_args, "set", None)))) or ())
+    except ValueError:
         return []
 
 

@@ -10,7 +10,7 @@ from stepfuse.scripts.cli.parser import Parser
 def add_arguments(parser: Parser) -> None:
     parser.explain(
         "stepfuse demo --output_dir outputs/demo",
-        "It takes about 8 minutes on two CPU cores and needs no GPU and no download. An interrupted demo is continued "
+        "It takes about 7 minutes on two CPU cores and needs no GPU and no download. An interrupted demo is continued "
         "by the same command.",
     )
     text = (

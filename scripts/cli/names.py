@@ -1,9 +1,9 @@
-"""Names that the commands accept, each read from where it is declared, without importing torch."""
+"""Names that the commands accept, without importing torch."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
-GUIDANCE = ("shared", "full", "off")  # fuse/backbones/denoiser.py, GUIDANCE
+GUIDANCE = ("shared", "full", "off")  # of fuse/backbones/guidance.py, which imports torch
 
 
 def rule_names() -> Iterable[str]:

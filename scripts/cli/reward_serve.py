@@ -26,7 +26,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-
     import torch
 
     from stepfuse.scripts.cli.load import prepare_device

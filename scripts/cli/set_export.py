@@ -23,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     declare.overwrite(parser, "output files")
 
 
-def require_empty_dir(output: Path, objective: str | None, form: str, *, overwrite: bool) -> None:
+def check_export_output(output: Path, objective: str | None, form: str, *, overwrite: bool) -> None:
     """Check the output: a file for one adapter, except in peft's format, and a folder for all."""
     if form != "peft" and objective is not None:
         check_safetensors(output, overwrite=overwrite)
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         known = f"it has {', '.join(names)}{nearest(objective, names)}"
         raise ValueError(f"set {arguments.set} has no adapter {objective!r}; {known}")
     if arguments.output is not None:
-        require_empty_dir(arguments.output, objective, arguments.format, overwrite=arguments.overwrite)
+        check_export_output(arguments.output, objective, arguments.format, overwrite=arguments.overwrite)
 
     from stepfuse.fuse.sets.export import export
 

@@ -46,7 +46,7 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
         "grid": grid,
         "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),
-        "one_adapter": one_adapter if single else None,
+        "one_adapter": one_adapter,
         "cells": cells,
         "rules": rule_figures(table, grid, points, reference, cells, of_rules),
     }
