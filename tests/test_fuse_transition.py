@@ -162,7 +162,7 @@ def test_a_flow_run_with_a_shift_by_size_equals_euler(count, options):
 
 def test_a_shift_by_size_without_the_size_is_refused():
     path = NoisePath.from_scheduler(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
-    with pytest.raises(ValueError, match="depend on the size of images.*set shift instead"):
+    with pytest.raises(ValueError, match=r"depend on the size of images.*set shift instead"):
         path.steps(10)
 
 

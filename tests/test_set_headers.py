@@ -166,7 +166,7 @@ def test_settings_that_no_forward_needs_are_not_handed_on(stranger):
         (dict(r=True), "True"),
         (dict(lora_alpha=-1), "-1"),
         (dict(lora_alpha=0), "lora_alpha 0"),
-        (dict(lora_alpha=float("NaN and Infinity are not valid JSON")), "nan"),
+        (dict(lora_alpha=float("nan")), "NaN and Infinity are not valid JSON"),
         (dict(lora_alpha=float("inf")), "NaN and Infinity are not valid JSON"),
         (dict(lora_alpha="x"), "'x'"),
         (dict(lora_alpha=None), "None"),
