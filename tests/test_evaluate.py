@@ -20,7 +20,7 @@ from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.batch import sample_batch
-from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, read_config, simplex
+from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.diversity import mean_distances
 from stepfuse.scripts.evaluation.kl import kl_to_base
 from stepfuse.scripts.evaluation.metric import Metric
@@ -281,37 +281,6 @@ def test_another_evaluation_is_not_written_into_the_folder(drawn):
         evaluate("set", EvaluationConfig(**CONFIG), drawn / "parts")
 
 
-# Cells
-
-
-def test_the_simplex_holds_every_multiple_of_its_grid():
-    """Three objectives in halves: three alone, three pairs; in thirds 3 + 6 + 1."""
-    halves = simplex(["x", "y", "z"], 2)
-    assert halves[:3] == [{"x": 1}, {"y": 1}, {"z": 1}]
-    assert halves[3:] == [{"x": 0.5, "y": 0.5}, {"x": 0.5, "z": 0.5}, {"y": 0.5, "z": 0.5}]
-    assert len(simplex(["x", "y", "z"], 3)) == 10
-    assert len(simplex(NAMES, 4)) == 5
-
-
-def test_a_rule_may_name_its_own_weights_label_and_strengths():
-    config = EvaluationConfig(
-        rules=[{"rule": "product", "label": "strong", "strengths": [1, 2], "weights": ["a=0.9@0-0.5,0.2@0.5-1,b=0.5"]}]
-    )
-    assert [str(cell) for cell in cells_of(config, NAMES)] == [
-        "base",
-        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5",
-        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5 strength 2",
-    ]
-
-
-@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")), ids=str)
-def test_every_config_that_is_shipped_makes_cells(config):
-    emoji = ["compressibility", "colourfulness", "alignment"]
-    names = {"emoji": emoji, "emoji-thirds": emoji, "sd15": ["alignment", "compressibility"]}
-    cells = cells_of(read_config(config), names.get(config.stem, ["a", "b", "c", "d", "e"]))
-    assert {"base", "product", "systematic", "soup"} <= {cell.label for cell in cells}
-
-
 # Refusals, before anything is drawn
 
 
@@ -499,23 +468,6 @@ def test_a_reward_that_fails_midway_is_named_and_what_was_drawn_is_kept(desk, tm
     (desk / "tired.py").write_text("def tired(images, prompts):\n    return images.flatten(1).mean(1)\n")
     evaluate("set", config, tmp_path / "out")
     assert len(table(tmp_path / "out")) == 4 * 6
-
-
-@pytest.mark.parametrize(
-    ("text", "culprits"),
-    [
-        ("seeds_per_promt: 3", ["'seeds_per_promt'", "'seeds_per_prompt'"]),
-        ("seeds_per_prompt: many", ["seeds_per_prompt", "many"]),
-        ("seeds_per_prompt: 0", ["seeds_per_prompt", "0"]),
-        ("rules: []", ["rules"]),
-        ("[", ["YAML"]),
-        ("", ["does not hold settings"]),
-    ],
-)
-def test_a_config_that_makes_no_evaluation_is_named(tmp_path, text, culprits):
-    (tmp_path / "config.yaml").write_text(text)
-    with refused("config.yaml", *culprits):
-        read_config(tmp_path / "config.yaml")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,55 @@
+"""The configuration of an evaluation: the cells it makes, and what is refused of it."""
+
+from pathlib import Path
+
+import pytest
+
+from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, read_config, simplex
+from tests.fixtures_tiny import refused
+
+NAMES = ["a", "b"]
+
+
+def test_the_simplex_holds_every_multiple_of_its_grid():
+    """Three objectives in halves: three alone, three pairs; in thirds 3 + 6 + 1."""
+    halves = simplex(["x", "y", "z"], 2)
+    assert halves[:3] == [{"x": 1}, {"y": 1}, {"z": 1}]
+    assert halves[3:] == [{"x": 0.5, "y": 0.5}, {"x": 0.5, "z": 0.5}, {"y": 0.5, "z": 0.5}]
+    assert len(simplex(["x", "y", "z"], 3)) == 10
+    assert len(simplex(NAMES, 4)) == 5
+
+
+def test_a_rule_may_name_its_own_weights_label_and_strengths():
+    config = EvaluationConfig(
+        rules=[{"rule": "product", "label": "strong", "strengths": [1, 2], "weights": ["a=0.9@0-0.5,0.2@0.5-1,b=0.5"]}]
+    )
+    assert [str(cell) for cell in cells_of(config, NAMES)] == [
+        "base",
+        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5",
+        "strong a=0.9@0-0.5,0.2@0.5-1,b=0.5 strength 2",
+    ]
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")), ids=str)
+def test_every_config_that_is_shipped_makes_cells(config):
+    emoji = ["compressibility", "colourfulness", "alignment"]
+    names = {"emoji": emoji, "emoji-thirds": emoji, "sd15": ["alignment", "compressibility"]}
+    cells = cells_of(read_config(config), names.get(config.stem, ["a", "b", "c", "d", "e"]))
+    assert {"base", "product", "systematic", "soup"} <= {cell.label for cell in cells}
+
+
+@pytest.mark.parametrize(
+    ("text", "culprits"),
+    [
+        ("seeds_per_promt: 3", ["'seeds_per_promt'", "'seeds_per_prompt'"]),
+        ("seeds_per_prompt: many", ["seeds_per_prompt", "many"]),
+        ("seeds_per_prompt: 0", ["seeds_per_prompt", "0"]),
+        ("rules: []", ["rules"]),
+        ("[", ["YAML"]),
+        ("", ["does not hold settings"]),
+    ],
+)
+def test_a_config_that_makes_no_evaluation_is_named(tmp_path, text, culprits):
+    (tmp_path / "config.yaml").write_text(text)
+    with refused("config.yaml", *culprits):
+        read_config(tmp_path / "config.yaml")
