@@ -86,6 +86,15 @@ def test_a_short_table_is_shared_out_over_the_steps():
     assert taken == pytest.approx([0.9] * 5 + [0.2] * 5, rel=1e-12)
 
 
+def test_a_table_asks_a_path_for_its_steps_once(monkeypatch):
+    path, schedule, counts = path_of("trailing"), TableSchedule(etas=(0.9, 0.2)), []
+    steps = type(path).steps
+    monkeypatch.setattr(type(path), "steps", lambda self, count: counts.append(count) or steps(self, count))
+    for t, s in ((999, 899), (499, 399)):
+        schedule.relative(path, t, s, X)
+    assert counts == [2]
+
+
 def test_an_empty_table_is_refused():
     with pytest.raises(ValueError, match="empty variance table"):
         TableSchedule(etas=())

@@ -13,7 +13,8 @@ from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath
+from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
 from stepfuse.rewards.colourfulness import colourfulness

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
+from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.rules.run import uniform_numbers
 from stepfuse.scripts.cli.main import main

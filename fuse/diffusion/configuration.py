@@ -41,20 +41,16 @@ def check_configuration(
             continue
         value = component.config[key]
         if key in expected:
-            if not any(_same(value, allowed) for allowed in expected[key].values):
+            if _plain(value) not in map(_plain, expected[key].values):
                 values = " or ".join(map(repr, expected[key].values))
                 raise ValueError(f"{name} has {key} {value!r}; expected {values}: {expected[key].reason}")
-        elif not _same(value, parameter.default):
+        elif _plain(value) != _plain(parameter.default):
             raise ValueError(
                 f"{name} has {key} {value!r}, which this version of stepfuse does not know; expected its default, "
                 f"{parameter.default!r}"
             )
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether two values are equal once they went through JSON, which has no tuples."""
-    return _plain(a) == _plain(b)
-
-
 def _plain(value: Any) -> Any:
+    """Tuples as lists, which they are once they went through JSON."""
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

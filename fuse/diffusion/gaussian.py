@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Generators = torch.Generator | list[torch.Generator] | None
+Latents = Float[Tensor, "batch *shape"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Gaussian:
             Zero means that the step is deterministic.
     """
 
-    mean: Float[Tensor, "batch *shape"]
+    mean: Latents
     variance: Float[Tensor, "#batch *#shape"]
 
     def __post_init__(self) -> None:
@@ -33,19 +34,20 @@ class Gaussian:
                 "give the variance one entry a sample and trailing dimensions of size 1"
             )
 
-    def sample(self, generator: Generators = None) -> Float[Tensor, "batch *shape"]:
+    def sample(self, generator: Generators = None) -> Latents:
         """x = m + sqrt(v) n, n ~ N(0, I); one generator a sample makes a draw independent of its batch."""
         noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + root(self.variance) * noise
 
-    def log_prob(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+    def log_prob(self, x: Latents) -> Float[Tensor, " batch"]:
         """log p(x) = -|x - m|² / (2v) - (D/2) log(2πv), in nats: the sum over all D dimensions, never their mean.
 
         Raises:
             ValueError: where a variance is 0, for there is no density then.
         """
         self._require_density("log_prob")
-        terms = -0.5 * ((at_least_float32(x) - self.mean) ** 2 / self.variance + self._log_two_pi_v())
+        log_two_pi_v = (2 * torch.pi * self.variance).log()
+        terms = -0.5 * ((at_least_float32(x) - self.mean) ** 2 / self.variance + log_two_pi_v)
         return _sum_over_dimensions(terms)
 
     def kl(self, other: "Gaussian") -> Float[Tensor, " batch"]:
@@ -59,9 +61,6 @@ class Gaussian:
         ratio = self.variance / other.variance
         terms = (self.mean - other.mean) ** 2 / other.variance + ratio - 1 - ratio.log()
         return _sum_over_dimensions(0.5 * terms)
-
-    def _log_two_pi_v(self) -> Tensor:
-        return (2 * torch.pi * self.variance).log()
 
     def _require_density(self, what: str) -> None:
         if not bool((self.variance > 0).all()):
@@ -95,8 +94,8 @@ def product(
     if not experts:
         raise ValueError("product of no experts: give at least one Gaussian")
     means = [expert.mean for expert in experts]
-    a = _per_sample(exponents, len(experts), means[0])
-    variances = torch.stack([torch.broadcast_to(e.variance, _variance_shape(experts)) for e in experts])
+    a = _columns(exponents, len(experts), means[0])
+    variances = torch.stack(torch.broadcast_tensors(*[expert.variance for expert in experts]))
     zero = variances == 0
     if zero.any():
         if not zero.all():
@@ -106,7 +105,7 @@ def product(
                 "use eta 0 for all objectives or for none"
             )
         r = torch.ones(len(experts)) if relative_variances is None else relative_variances
-        v = _limit_scale(r).to(means[0]).reshape(-1, *[1] * means[0].ndim).expand_as(variances)
+        v = per_sample(_limit_scale(r).to(means[0]), variances).expand_as(variances)
     else:
         v = variances
     precision = (a / v).sum(0)
@@ -126,6 +125,11 @@ def root(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Values, one a sample or one for all, with the dimensions of `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision → float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -133,9 +137,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def _limit_scale(r: Tensor) -> Tensor:
     """Relative variances for the zero limit: all 0 (plain DDIM everywhere) counts as all equal."""
-    if not bool((r > 0).any()):
+    random = r > 0
+    if not random.any():
         return torch.ones_like(r)
-    if not bool((r > 0).all()):
+    if not random.all():
         raise ValueError(
             f"relative variances {_numbers(r)} mix deterministic and random schedules; "
             "use eta 0 for all objectives or for none"
@@ -143,20 +148,16 @@ def _limit_scale(r: Tensor) -> Tensor:
     return r
 
 
-def _per_sample(exponents: Tensor, count: int, like: Tensor) -> Tensor:
+def _columns(exponents: Tensor, count: int, like: Tensor) -> Tensor:
+    """Exponents as (experts, batch or 1, 1, …, 1)."""
     a = torch.as_tensor(exponents, dtype=like.dtype, device=like.device)
-    if a.ndim not in (1, 2) or a.shape[0] != count or (a.ndim == 2 and a.shape[1] not in (1, len(like))):
+    columns = a[:, None] if a.ndim == 1 else a
+    if columns.ndim != 2 or len(columns) != count or columns.shape[1] not in (1, len(like)):
         raise ValueError(
             f"exponents of shape {tuple(a.shape)} for {count} experts and a batch of {len(like)}: "
             f"expected ({count},) or ({count}, {len(like)})"
         )
-    if a.ndim == 1:
-        a = a[:, None]
-    return a.reshape(*a.shape, *[1] * (like.ndim - 1))
-
-
-def _variance_shape(experts: Sequence[Gaussian]) -> torch.Size:
-    return torch.broadcast_shapes(*[expert.variance.shape for expert in experts])
+    return columns.reshape(*columns.shape, *[1] * (like.ndim - 1))
 
 
 def _sum_over_dimensions(terms: Tensor) -> Tensor:

@@ -3,33 +3,21 @@
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import at_least_float32
-from stepfuse.fuse.diffusion.schedulers import as_ddim, check_scheduler
+from stepfuse.fuse.diffusion.gaussian import Latents, at_least_float32, per_sample
+from stepfuse.fuse.diffusion.schedulers import DiscretePrediction, as_ddim, check_scheduler
 
 Time = int | float | Tensor  # one for all samples, or a tensor of one a sample
 FINAL = -1  # the time at the end of the last step of a `TablePath`
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
-
-
-# What diffusers' DDIMScheduler takes for the schedule of Stable Diffusion.
-STABLE_DIFFUSION = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-)
 
 
 class NoisePath(ABC):
@@ -37,11 +25,11 @@ class NoisePath(ABC):
 
     Attributes:
         scheduler: the diffusers scheduler that spaces the steps.
-        prediction_type: what the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`.
+        prediction_type: what the network predicts.
     """
 
     scheduler: SchedulerMixin
-    prediction_type: str
+    prediction_type: DiscretePrediction | Literal["flow"]
 
     @staticmethod
     def from_scheduler(scheduler: SchedulerMixin) -> "NoisePath":
@@ -58,12 +46,14 @@ class NoisePath(ABC):
         check_scheduler(scheduler)
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             return FlowPath(scheduler=scheduler)
-        if not hasattr(scheduler, "alphas_cumprod"):
-            raise ValueError(
-                f"{type(scheduler).__name__} has no noise path known here; expected a DDPM-type scheduler "
-                "(with alphas_cumprod) or FlowMatchEulerDiscreteScheduler"
-            )
-        return TablePath.from_scheduler(scheduler)
+        scheduler = as_ddim(scheduler)
+        squares = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double()
+        return TablePath(
+            alpha=squares.sqrt(),
+            sigma=(1 - squares).sqrt(),
+            prediction_type=scheduler.config.prediction_type,
+            scheduler=scheduler,
+        )
 
     @abstractmethod
     def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,20 +80,39 @@ class NoisePath(ABC):
         """
 
     @abstractmethod
-    def target(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
-    ) -> Float[Tensor, "batch *shape"]:
-        """The prediction that stands for (x_0, e): the inverse of `clean_and_noise`."""
-
-    @abstractmethod
-    def clean_and_noise(
-        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
-    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
-        """The (x_0, e) that a prediction stands for, with x_t = alpha_t x_0 + sigma_t e."""
-
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What decides alpha_t, sigma_t and the steps, and what is predicted, as plain JSON values."""
+
+    def target(self, x_0: Latents, e: Latents, t: Time) -> Latents:
+        """The prediction that stands for (x_0, e): the inverse of `clean_and_noise`."""
+        alpha, sigma = self.at(t, x_0)
+        match self.prediction_type:
+            case "epsilon":
+                return e
+            case "v_prediction":
+                return alpha * e - sigma * x_0
+            case "sample":
+                return x_0
+            case "flow":
+                return e - x_0
+
+    def clean_and_noise(self, x_t: Latents, prediction: Latents, t: Time) -> tuple[Latents, Latents]:
+        """The (x_0, e) that a prediction stands for, with x_t = alpha_t x_0 + sigma_t e.
+
+        The prediction is e of `epsilon`, alpha e - sigma x_0 of `v_prediction` (arXiv:2202.00512), x_0 of `sample`, and
+        e - x_0 of `flow` (rectified flow, arXiv:2209.03003), where alpha + sigma = 1.
+        """
+        x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
+        alpha, sigma = self.at(t, x_t)
+        match self.prediction_type:
+            case "epsilon":
+                return (x_t - sigma * prediction) / alpha, prediction
+            case "v_prediction":
+                return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
+            case "sample":
+                return prediction, (x_t - alpha * prediction) / sigma
+            case "flow":
+                return x_t - sigma * prediction, x_t + alpha * prediction
 
     def ancestral_variance(self, t: Time, s: Time, like: Tensor) -> Tensor:
         """sigma_s² / sigma_t² (sigma_t² - alpha_t² / alpha_s² sigma_s²): the step variance of DDIM with eta 1.
@@ -116,12 +125,13 @@ class NoisePath(ABC):
         variance = sigma_s**2 / sigma_t**2 * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
         return variance.clamp(min=0).to(at_least_float32(like).dtype)  # rounding may leave -1e-19
 
-    def noised(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
-    ) -> Float[Tensor, "batch *shape"]:
+    def noised(self, x_0: Latents, e: Latents, t: Time) -> Latents:
         """x_t = alpha_t x_0 + sigma_t e."""
         alpha, sigma = self.at(t, x_0)
         return alpha * x_0 + sigma * e
+
+    def _configuration(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: self.scheduler.config.get(name) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,32 +148,11 @@ class TablePath(NoisePath):
 
     alpha: Float[Tensor, " times"]
     sigma: Float[Tensor, " times"]
-    prediction_type: PredictionType
+    prediction_type: DiscretePrediction
     scheduler: SchedulerMixin
-
-    @staticmethod
-    def from_scheduler(scheduler: SchedulerMixin) -> "TablePath":
-        """See `NoisePath.from_scheduler`."""
-        kind = scheduler.config.get("prediction_type", "epsilon")
-        if kind not in get_args(PredictionType):
-            raise ValueError(f"prediction_type {kind!r}; expected one of {', '.join(get_args(PredictionType))}")
-        if not isinstance(scheduler, DDIMScheduler):
-            scheduler = as_ddim(scheduler)
-        count = scheduler.config.num_train_timesteps
-        if len(scheduler.alphas_cumprod) != count:
-            raise ValueError(
-                f"the scheduler has num_train_timesteps {count} and {len(scheduler.alphas_cumprod)} trained_betas; "
-                "expected as many"
-            )
-        squares = torch.cat([scheduler.alphas_cumprod, scheduler.final_alpha_cumprod.reshape(1)]).double()
-        if kind == "epsilon" and bool((squares <= 0).any()):
-            raise ValueError(
-                f"the scheduler has prediction_type 'epsilon' and rescale_betas_zero_snr "
-                f"{scheduler.config.rescale_betas_zero_snr}: at its last time alpha is 0, where a prediction of the "
-                "noise says nothing of the image; expected prediction_type 'v_prediction', or rescale_betas_zero_snr "
-                "False, whichever the network was trained with"
-            )
-        return TablePath(alpha=squares.sqrt(), sigma=(1 - squares).sqrt(), prediction_type=kind, scheduler=scheduler)
+    _copies: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def length(self) -> int:
@@ -171,26 +160,13 @@ class TablePath(NoisePath):
         return len(self.alpha) - 1
 
     def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = self._tables_on(like.device, at_least_float32(like).dtype)
-        index: int | Tensor
-        if isinstance(t, int):
-            index = t if t >= 0 else self.length
-        else:
-            index = torch.as_tensor(t, device=like.device).reshape(-1)
-            index = torch.where(index < 0, self.length, index)
-        shape = (-1, *[1] * (like.ndim - 1))
-        return alpha[index].reshape(shape), sigma[index].reshape(shape)
-
-    def _tables_on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """alpha and sigma where they are used, copied once: small copies at every step would keep a GPU waiting."""
-        if (device, dtype) not in self._tables:
+        key = like.device, at_least_float32(like).dtype
+        if key not in self._copies:  # copied once: small copies at every step would keep a GPU waiting
             with torch.inference_mode(False):  # kept longer than the mode they are first asked for in
-                self._tables[device, dtype] = (self.alpha.to(device, dtype), self.sigma.to(device, dtype))
-        return self._tables[device, dtype]
-
-    @cached_property
-    def _tables(self) -> dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]]:
-        return {}
+                self._copies[key] = self.alpha.to(*key), self.sigma.to(*key)
+        index = t if isinstance(t, int) else torch.as_tensor(t, device=like.device)
+        alpha, sigma = self._copies[key]
+        return per_sample(alpha[index], like), per_sample(sigma[index], like)
 
     def share(self, t: Time) -> Float[Tensor, " times"]:
         return (torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1) / (self.length - 1)).clamp(0, 1)
@@ -202,11 +178,7 @@ class TablePath(NoisePath):
         return torch.as_tensor(t)
 
     def steps(self, count: int) -> list[tuple[Time, Time]]:
-        """As DDIM spaces them; s is FINAL where it lies before the table.
-
-        Raises:
-            ValueError: for a count outside [1, number of training times].
-        """
+        """As DDIM spaces them; s is FINAL where it lies before the table."""
         if not 1 <= count <= self.length:
             raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
         self.scheduler.set_timesteps(count)
@@ -217,48 +189,18 @@ class TablePath(NoisePath):
         # DDIM steps from t to t - stride, whatever comes next in the list of times.
         return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]
 
-    def target(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
-    ) -> Float[Tensor, "batch *shape"]:
-        alpha, sigma = self.at(t, x_0)
-        match self.prediction_type:
-            case "epsilon":
-                return e
-            case "v_prediction":
-                return alpha * e - sigma * x_0
-            case "sample":
-                return x_0
-
-    def clean_and_noise(
-        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
-    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
-        """See `NoisePath`.
-
-        epsilon: e = prediction. v (arXiv:2202.00512): x_0 = alpha x_t - sigma v, e = sigma x_t + alpha v.
-        sample: x_0 = prediction.
-        """
-        x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
-        alpha, sigma = self.at(t, x_t)
-        match self.prediction_type:
-            case "epsilon":
-                return (x_t - sigma * prediction) / alpha, prediction
-            case "v_prediction":
-                return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction
-            case "sample":
-                return prediction, (x_t - alpha * prediction) / sigma
-
     def describe(self) -> dict[str, Any]:
-        config = self.scheduler.config
         names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"]
-        values = {name: config.get(name) for name in (*names, "set_alpha_to_one")}
+        values = self._configuration([*names, "set_alpha_to_one"])
         table = torch.cat([self.alpha, self.sigma]).to(torch.float32).numpy().tobytes()
-        trained = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if config.get("trained_betas") else {}
+        betas = self.scheduler.config.get("trained_betas")
+        trained = {"alpha_sigma_sha256": hashlib.sha256(table).hexdigest()} if betas else {}
         return {"family": "variance_preserving", "prediction_type": self.prediction_type} | values | trained
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlowPath(NoisePath):
-    """Flow matching (rectified flow, arXiv:2209.03003): x_t = (1 - t) x_0 + t e, and the prediction is e - x_0.
+    """Flow matching: x_t = (1 - t) x_0 + t e, and the prediction is e - x_0.
 
     A time is sigma itself, a number in (0, 1]; 0.0 is the end of the last step. There is no table, so any number of
     steps is exact.
@@ -276,13 +218,13 @@ class FlowPath(NoisePath):
     prediction_type: Literal["flow"] = "flow"
 
     def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype = (-1, *[1] * (like.ndim - 1)), at_least_float32(like).dtype
+        dtype = at_least_float32(like).dtype
         if isinstance(t, Tensor):
-            sigma = t.to(like.device, torch.float64).reshape(shape)
+            sigma = per_sample(t.to(like.device, torch.float64), like)
             return (1 - sigma).to(dtype), sigma.to(dtype)
         # filled in on the device: a copy from the host at every step would keep a GPU waiting
-        alpha, sigma = (like.new_full([1] * like.ndim, value, dtype=dtype) for value in (1.0 - t, float(t)))
-        return alpha, sigma
+        shape = [1] * like.ndim
+        return like.new_full(shape, 1.0 - t, dtype=dtype), like.new_full(shape, float(t), dtype=dtype)
 
     def share(self, t: Time) -> Float[Tensor, " times"]:
         return torch.as_tensor(t, dtype=torch.float64, device="cpu").reshape(-1).clamp(0, 1)
@@ -295,11 +237,7 @@ class FlowPath(NoisePath):
         return torch.as_tensor(t, dtype=torch.float32) * self.scheduler.config.num_train_timesteps
 
     def steps(self, count: int) -> list[tuple[Time, Time]]:
-        """linspace(1, 1/N), shifted by the scheduler.
-
-        Raises:
-            ValueError: for a count below 1, and a shift that depends on the size of images where `mu` is None.
-        """
+        """linspace(1, 1/N), shifted by the scheduler; a ValueError too where its shift needs a `mu` that is None."""
         if count < 1:
             raise ValueError(f"{count} sampling steps; expected 1 or more")
         if self.scheduler.config.use_dynamic_shifting and self.mu is None:
@@ -311,23 +249,10 @@ class FlowPath(NoisePath):
         self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu)
         return list(pairwise(self.scheduler.sigmas.tolist()))
 
-    def target(
-        self, x_0: Float[Tensor, "batch *shape"], e: Float[Tensor, "batch *shape"], t: Time
-    ) -> Float[Tensor, "batch *shape"]:
-        return e - x_0
-
-    def clean_and_noise(
-        self, x_t: Float[Tensor, "batch *shape"], prediction: Float[Tensor, "batch *shape"], t: Time
-    ) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, "batch *shape"]]:
-        """x_0 = x_t - t v, e = x_t + (1 - t) v."""
-        x_t, prediction = at_least_float32(x_t), at_least_float32(prediction)
-        alpha, sigma = self.at(t, x_t)
-        return x_t - sigma * prediction, x_t + alpha * prediction
-
     def describe(self) -> dict[str, Any]:
         """What decides the path and the grid of steps; not `mu`, which follows from the image size."""
         names = ["num_train_timesteps", "shift", "shift_terminal", "use_dynamic_shifting", "time_shift_type"]
         names += ["base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"]
         names += ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"]
-        values = {name: self.scheduler.config.get(name) for name in names}
-        return {"family": "flow", "prediction_type": self.prediction_type, "grid": "linspace(1, 1/N)"} | values
+        kind = {"family": "flow", "prediction_type": self.prediction_type, "grid": "linspace(1, 1/N)"}
+        return kind | self._configuration(names)

@@ -1,20 +1,12 @@
 """One transition for every model: from a prediction to the Gaussian of the next latent."""
 
-from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, at_least_float32, root
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, at_least_float32, root
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
-def transition(
-    path: NoisePath,
-    x_t: Float[Tensor, "batch *shape"],
-    prediction: Float[Tensor, "batch *shape"],
-    t: Time,
-    s: Time,
-    variance: Tensor,
-) -> Gaussian:
+def transition(path: NoisePath, x_t: Latents, prediction: Latents, t: Time, s: Time, variance: Tensor) -> Gaussian:
     """p(x_s | x_t) = N( alpha_s x_0 + sqrt(sigma_s² - v) e,  v ), with (x_0, e) from the prediction.
 
     DDIM (arXiv:2010.02502, eq. 12) is the DDPM-type case.

@@ -9,13 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import at_least_float32
+from stepfuse.fuse.diffusion.gaussian import at_least_float32, per_sample
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
@@ -65,7 +66,7 @@ class VarianceSchedule(ABC):
 
     def with_parameters(self, parameters: Mapping[str, Tensor]) -> "VarianceSchedule":
         """This schedule with other values of its trainable fields."""
-        return replace(cast(Any, self), **parameters) if parameters else self
+        return replace(cast(Any, self), **parameters)
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -110,7 +111,7 @@ class EtaSchedule(VarianceSchedule):
         _check_eta(self.eta)
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
-        return _constant(self.eta**2, like)
+        return like.new_full([1] * like.ndim, self.eta**2, dtype=at_least_float32(like).dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +144,9 @@ class TableSchedule(VarianceSchedule):
             _check_eta(eta)
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
-        starts = torch.cat([path.share(start) for start, _ in path.steps(len(self.etas))])
-        row = (starts[None] >= path.share(t)[:, None]).sum(1) - 1
+        row = (_starts(path, len(self.etas)) >= path.share(t)[:, None]).sum(1) - 1
         etas = torch.tensor(self.etas, dtype=torch.float64)[row.clamp(0, len(self.etas) - 1)]
-        return etas.square().reshape(-1, *[1] * (like.ndim - 1)).to(like.device, at_least_float32(like).dtype)
+        return per_sample(etas.square(), like).to(like.device, at_least_float32(like).dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,12 +212,18 @@ class LearnedSchedule(VarianceSchedule):
         fraction = position - low
         offsets = self.offsets.to(like)
         offset = offsets[low] * (1 - fraction) + offsets[low + 1] * fraction
-        growth = offset.exp().reshape(-1, *[1] * (like.ndim - 1))
+        growth = per_sample(offset.exp(), like)
         alpha_t, sigma_t = path.at(t, like)
         alpha_s, sigma_s = path.at(s, like)
         ancestral_share = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2  # ancestral / sigma_s²
         p = self.eta**2 * ancestral_share
         return (growth * self.eta**2 / (1 - p + growth * p)).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _starts(path: NoisePath, count: int) -> Float[Tensor, " steps"]:
+    """Where the steps of a sampler begin, as shares of the path; the same for every expert and step of a run."""
+    return torch.cat([path.share(t) for t, _ in path.steps(count)])
 
 
 def _plain(value: object) -> object:
@@ -229,7 +235,3 @@ def _plain(value: object) -> object:
 def _check_eta(eta: float) -> None:
     if not isinstance(eta, int | float) or math.isnan(eta) or not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta!r}; expected a number in [0, 1]")
-
-
-def _constant(value: float, like: Tensor) -> Tensor:
-    return torch.full((1,) * like.ndim, value, dtype=at_least_float32(like).dtype, device=like.device)

@@ -23,7 +23,7 @@ from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.backbones.registry import backbone_of
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
+from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES

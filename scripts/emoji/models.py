@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION
+from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 
 MAX_TOKENS = 16
 LATENT_CHANNELS = 4

@@ -37,7 +37,8 @@ from torch import Tensor
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.noise_path import STABLE_DIFFUSION, NoisePath, Time
+from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
+from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
