@@ -2,7 +2,7 @@
 
 from collections import UserDict
 from collections.abc import Mapping
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TypeVar, cast
 
 T = TypeVar("T")
@@ -20,6 +20,5 @@ class Registry(UserDict[str, T]):
     def __getitem__(self, name: str) -> T:
         value = self.data[name]
         if isinstance(value, str):
-            module, _, attribute = value.partition(":")
-            value = self.data[name] = getattr(import_module(module), attribute)
+            value = self.data[name] = resolve_name(value)
         return value

@@ -28,7 +28,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import step_variance
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_class, schedule_from_dict, schedule_to_dict
+from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
@@ -300,7 +300,7 @@ def linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_the_example_schedule_is_stored_and_read_back(linear: str) -> None:
-    schedule = schedule_class(linear)(first=1.0, last=0.25)
+    schedule = SCHEDULES[linear](first=1.0, last=0.25)
     path, like = NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)), torch.zeros(1, 1)
     for t, r in ((999, 1.0), (0, 0.25)):
         expected = r * path.ancestral_variance(t, t - 1, like)

@@ -103,6 +103,11 @@ def test_rules_without_a_name_are_called_as_their_class():
     assert Mine(gate=0.5) != Product(gate=0.5)
 
 
+def test_rules_say_how_they_merge_adapters():
+    assert [get_rule(name).merges for name in ("product", "soup", "soup_factors")] == ["", "weights", "factors"]
+    assert get_rule("product", gate=0.4).merges == "weights"
+
+
 def test_rules_are_listed_without_torch_and_imported_when_asked_for():
     code = (
         "import sys\n"

@@ -197,8 +197,10 @@ def test_a_gate_over_doras_is_refused(tmp_path):
 
 def test_a_gate_of_another_guidance_is_refused(sampler):
     gate = replace(sampler, profiles=(profile([[0.1] * 3], guidance_scale=7.0),), rule=Product(gate=0.5))
-    with refused("guidance shared", "--guidance_scale 3"):
+    with refused("3 steps with guidance shared of scale 3.0", "the set has 3 steps with guidance shared of scale 7.0"):
         draw(gate, THIRDS)
+    with refused("the set has none; sample without a gate", "--guidance_scale 3"):
+        draw(replace(gate, profiles=()), THIRDS)
 
 
 # Measuring.

@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonschema import Draft202012Validator
 
 from stepfuse.fuse.backbones.guidance import GUIDANCE
-from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_class
+from stepfuse.fuse.rules.schedules import SCHEDULES
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, SCHEMA
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +22,7 @@ def test_the_schema_is_one_and_of_the_version_that_is_read():
 def test_it_has_every_variance_schedule_with_its_fields():
     *known, other = VALUES["$defs"]["variance"]["oneOf"]
     kinds = {one["properties"]["kind"]["const"]: set(one["properties"]) for one in known}
-    assert kinds == {kind: {"kind", *schedule_class(kind).field_names()} for kind in SCHEDULES}
+    assert kinds == {kind: {"kind", *SCHEDULES[kind].field_names()} for kind in SCHEDULES}
     assert other["properties"]["kind"]["not"]["enum"] == list(SCHEDULES)
     assert tuple(VALUES["$defs"]["guidance"]["enum"]) == GUIDANCE
 

@@ -1,15 +1,50 @@
-"""Averages of predicted noises."""
+"""Rules that average predictions, and the average of predicted noises."""
+
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
+from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.rules.base import FusionRule, average_variance
-from stepfuse.fuse.rules.checks import check_average_variance
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
+from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.step import FusionStep
 
 
-class AverageNoise(FusionRule):
+class AverageRule(FusionRule):
+    """For rules whose prediction is an average: the variance is one too, v = Σ a_i v_i + (1 - Σ a_i) v_ref."""
+
+    is_one_adapter = True
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for a strength whose average variance leaves [0, sigma_s²] at some step."""
+        like = torch.zeros(1, 1, dtype=torch.float64)
+        for k, (t, s) in enumerate(plan.steps):
+            average = (plan.exponents[k] * plan.relative_variances(plan.experts, k)[:, None]).sum(0)
+            ancestral = plan.path.ancestral_variance(t, s, like).item()
+            largest = plan.path.at(s, like)[1].item() ** 2
+            outside = (average < -1e-9) | (average * ancestral > largest * (1 + 1e-6))
+            if bool(outside.any()):
+                image = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"strength {plan.strength:g} with weights {plan.label(k, image)} averages the variances to "
+                    f"{average[image].item() * ancestral:g} at step {k + 1} of {len(plan.steps)}, outside 0 to "
+                    f"{largest:g}; use a strength nearer 1, or the rule product"
+                )
+        return plan
+
+    def average(self, step: FusionStep, values: Sequence[Tensor]) -> Tensor:
+        """Σ a_i x_i + (1 - Σ a_i) x_ref of values of the experts that `step.used` lists."""
+        exponents = step.exponents(step.used).to(values[0])
+        return reduce(torch.add, [per_sample(a, x) * x for a, x in zip(exponents, values, strict=True)])
+
+    def gaussian(self, step: FusionStep, prediction: Latents) -> Gaussian:
+        """p(x_s | x_t) of the averaged prediction."""
+        return step.transition(prediction, self.average(step, [step.variance(expert) for expert in step.used]))
+
+
+class AverageNoise(AverageRule):
     """e = Σ a_i e_i + (1 - Σ a_i) e_ref, predicted noises averaged (DB-MPA, Diffusion Blend, arXiv:2505.18547).
 
     Published for one variance schedule. Where the objectives' differ, the step's variance is their average,
@@ -17,15 +52,6 @@ class AverageNoise(FusionRule):
     """
 
     name = "average_noise"
-    is_one_adapter = True
-
-    def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
-        check_average_variance(plan)
-        return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:
-        used = step.used
-        predictions = torch.stack(step.predict_used(used))
-        a = step.exponents(used).to(predictions).reshape(len(used), -1, *[1] * (step.x_t.ndim - 1))
-        return step.transition((a * predictions).sum(0), average_variance(step))
+        return self.gaussian(step, self.average(step, step.predict_used(step.used)))

@@ -1,16 +1,15 @@
-"""What a fusion rule is, and what several of them share."""
+"""What a fusion rule is."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from stepfuse.data.settings_fields import check_settings
-from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, uniform_numbers
-from stepfuse.fuse.rules.step import FusionStep, Latents
+from stepfuse.fuse.rules.step import FusionStep
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,3 @@ class FusionRule:
                 if not to_continue:
                     break
         return x
-
-
-def average_variance(step: FusionStep) -> Tensor:
-    """Σ a_i v_i + (1 - Σ a_i) v_ref, one an image."""
-    used = step.used
-    exponents = step.exponents(used).to(step.x_t).reshape(len(used), -1, *[1] * (step.x_t.ndim - 1))
-    variances = [a * step.variance(expert) for a, expert in zip(exponents, used, strict=True)]
-    return sum(variances, torch.zeros(()).to(step.x_t))

@@ -1,20 +1,18 @@
 """Blockwise best of N."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
 from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_no_strength, check_random
 from stepfuse.fuse.rules.options import BestOfNOptions
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, private_generator, uniform_numbers
-from stepfuse.fuse.rules.step import FusionStep, Latents, Score
+from stepfuse.fuse.rules.step import FusionStep
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class CoDe(FusionRule, BestOfNOptions):
             return super().denoise(run, x_T, generators)
         uniforms = uniform_numbers(run.plan, generators)
         images = torch.arange(len(x_T)).repeat_interleave(count)
-        branches = [g for first in generators for g in (first, *_candidate_generators(first, count - 1))]
+        branches = [private_generator(first, i) if i else first for first in generators for i in range(count)]
         x, (prediction,) = x_T, run.step(0, x_T, uniforms).predict([base.network])
         for step_index in range(steps):
             if step_index % self.block_size == 0:  # one latent an image, its prediction known
@@ -76,26 +74,11 @@ class CoDe(FusionRule, BestOfNOptions):
         return x
 
     def _best(self, run: Run, step_index: int, clean: Latents, images: Rows) -> Tensor:
-        """The row of each image's candidate with the largest Σ w_i r_i / σ_i."""
-        total = weighted_reward(run.rewards, run.scales, run.plan.weights[step_index][:, images], clean, images)
-        best = total.reshape(-1, self.candidates).argmax(1).cpu()
+        """The row of each image's candidate with the largest Σ w_i r_i / σ_i; rewards of weight 0 are not computed."""
+        weights = run.plan.weights[step_index][: len(run.rewards), images]
+        total = torch.zeros(len(clean), dtype=torch.float64)
+        for reward, scale, w in zip(run.rewards, run.scales, weights, strict=True):
+            if bool(w.any()):
+                total += w * reward(clean, images).detach().cpu().double() / scale
+        best = total.reshape(-1, self.candidates).argmax(1)
         return (best + torch.arange(len(best)) * self.candidates).to(clean.device)
-
-
-def weighted_reward(
-    rewards: Sequence[Score],
-    scales: Sequence[float],
-    weights: Float[Tensor, "adapters rows"],
-    clean: Latents,
-    images: Rows,
-) -> Float[Tensor, " rows"]:
-    """Σ w_i r_i(x_0) / σ_i; a reward whose weight is 0 for all rows is not computed."""
-    total = torch.zeros(len(clean), dtype=torch.float64)
-    for reward, scale, w in zip(rewards, scales, weights[: len(rewards)], strict=True):
-        if bool((w != 0).any()):
-            total += w * reward(clean, images).detach().cpu().double() / scale
-    return total
-
-
-def _candidate_generators(generator: torch.Generator, count: int) -> list[torch.Generator]:
-    return [private_generator(generator, 1 + i) for i in range(count)]

@@ -5,7 +5,7 @@ to curvature. How far it falls short is measured once, step by step, and kept wi
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -40,10 +40,15 @@ class GapProfile:
 
     def __post_init__(self) -> None:
         if not self.mixtures or len(self.gaps) != len(self.mixtures):
-            raise ValueError(f"a gap profile with {len(self.mixtures)} mixtures and gaps of {len(self.gaps)}")
+            raise ValueError(
+                f"a gap profile with {len(self.mixtures)} mixtures and gaps of {len(self.gaps)}; expected one or more, "
+                "and the gaps of each"
+            )
         for row in self.gaps:
             if len(row) != self.num_inference_steps:
-                raise ValueError(f"a gap profile of {self.num_inference_steps} steps with gaps of {len(row)}")
+                raise ValueError(
+                    f"a gap profile of {self.num_inference_steps} steps with gaps of {len(row)}; expected one each"
+                )
             if any(gap is not None and not 0 <= gap < float("inf") for gap in row):
                 raise ValueError(f"gaps {list(row)}; expected numbers of 0 or more, in nats")
 
@@ -67,15 +72,8 @@ class GapProfile:
 
 
 def profile_to_dict(profile: GapProfile) -> dict[str, Any]:
-    """As JSON has it."""
-    return {
-        "num_inference_steps": profile.num_inference_steps,
-        "guidance": profile.guidance,
-        "guidance_scale": profile.guidance_scale,
-        "images": profile.images,
-        "mixtures": [dict(mixture) for mixture in profile.mixtures],
-        "gaps": [list(row) for row in profile.gaps],
-    }
+    """The fields as JSON values."""
+    return asdict(profile) | {"mixtures": list(map(dict, profile.mixtures)), "gaps": list(map(list, profile.gaps))}
 
 
 def profile_from_dict(values: Mapping[str, Any]) -> GapProfile:
@@ -98,13 +96,16 @@ def find_profile(profiles: Sequence[GapProfile], steps: int, guidance: str, guid
     """The profile of these steps and this guidance.
 
     Raises:
-        ValueError: where the set has none, with the command that measures it.
+        ValueError: where the set has none, with those it has and the command that measures it.
     """
+    wanted, measured = (steps, guidance, guidance_scale), []
     for profile in profiles:
-        measured = (profile.num_inference_steps, profile.guidance, profile.guidance_scale)
-        if measured == (steps, guidance, guidance_scale):
+        measured.append((profile.num_inference_steps, profile.guidance, profile.guidance_scale))
+        if measured[-1] == wanted:
             return profile
+    described = ["{} steps with guidance {} of scale {}".format(*settings) for settings in (wanted, *measured)]
     raise ValueError(
-        f"a gate needs the set's gap profile of {steps} steps with guidance {guidance}, and it has none; measure it: "
-        f"stepfuse set profile SET --steps {steps} --guidance {guidance} --guidance_scale {guidance_scale:g}"
+        f"a gate needs a gap profile of {described[0]}, and the set has {' and '.join(described[1:]) or 'none'}; "
+        "sample without a gate, or measure it, in the folder of the set: "
+        f"stepfuse set profile SET --steps {steps} --guidance {guidance} --guidance_scale {guidance_scale}"
     )

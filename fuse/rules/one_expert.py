@@ -8,7 +8,6 @@ from torch import Tensor
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.checks import check_probabilities
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.step import FusionStep
 
@@ -53,7 +52,24 @@ def _choices_by_credit(
     return active[torch.stack(choices[-rounds:])]
 
 
-class Switch(FusionRule):
+class OneExpert(FusionRule):
+    """For rules that select one expert at random, with the exponents as probabilities."""
+
+    is_one_adapter = True
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Raises ValueError for exponents that are no probabilities."""
+        if not 0 <= plan.strength <= 1:
+            raise ValueError(
+                f"rule {self.name} with strength {plan.strength:g}; it selects experts at random, so expected 0 to 1"
+            )
+        if bool((plan.weights < 0).any()):
+            step_index, _, image = (int(i) for i in (plan.weights < 0).nonzero()[0])
+            raise ValueError(f"rule {self.name} with weights {plan.label(step_index, image)}; expected none below 0")
+        return plan
+
+
+class Switch(OneExpert):
     """One expert a step and image, drawn independently with probability a_i (DB-MPA-LS, Diffusion Blend,
     arXiv:2505.18547), the base with 1 - Σ a_i.
 
@@ -61,12 +77,6 @@ class Switch(FusionRule):
     """
 
     name = "switch"
-    is_one_adapter = True
-
-    def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for exponents that are no probabilities."""
-        check_probabilities(plan, self.name)
-        return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:
         exponents = step.exponents()
@@ -77,7 +87,7 @@ class Switch(FusionRule):
         return step.select_expert(torch.minimum((cumulative <= u).sum(0), last))
 
 
-class Systematic(FusionRule):
+class Systematic(OneExpert):
     """One expert a step and image by credit: credit += a, the largest is chosen, and pays 1; random phase an image.
 
     Each expert is chosen with probability a_i at every step, as in `switch`, but any window of the run in which the
@@ -86,12 +96,6 @@ class Systematic(FusionRule):
     """
 
     name = "systematic"
-    is_one_adapter = True
-
-    def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for exponents that are no probabilities."""
-        check_probabilities(plan, self.name)
-        return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:
         if "choices" not in step.memory:

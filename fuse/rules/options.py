@@ -4,18 +4,15 @@ A rule inherits its options, and the command line reads them from here.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 from stepfuse.data.settings_fields import setting
-
-_option = partial(setting, group="fusion")
 
 
 @dataclass(frozen=True)
 class ProductOptions:
     """Options of the rule `product`."""
 
-    gate: float | None = _option(
+    gate: float | None = setting(
         None,
         "At steps where the soup is at most this KL divergence from the product, run one merged network in place of "
         "all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` (default: run all adapters at "
@@ -29,8 +26,8 @@ class ProductOptions:
 class BestOfNOptions:
     """Options of the rule `code`."""
 
-    candidates: int = _option(20, "Candidates of each block.", least=1)
-    block_size: int = _option(5, "Denoising steps of a block.", least=1)
+    candidates: int = setting(20, "Candidates of each block.", least=1)
+    block_size: int = setting(5, "Denoising steps of a block.", least=1)
 
 
 RULE_OPTIONS: dict[str, type] = {"product": ProductOptions, "code": BestOfNOptions}

@@ -32,7 +32,6 @@ class Expert:
 
     @classmethod
     def adapter(cls, name: str, schedule: VarianceSchedule) -> "Expert":
-        """The policy of one adapter, by its name."""
         return cls(name=name, schedule=schedule, network=Network.of(name))
 
     @classmethod
@@ -90,14 +89,15 @@ class Plan:
         gaps = None if self.gaps is None else self.gaps[:, images]
         return replace(self, weights=self.weights[..., images], gaps=gaps)
 
-    def used(self, experts: Sequence[Expert]) -> list[Expert]:
-        """Those of some objectives and oracles that have a weight other than 0 at some step of some image."""
-        return [e for e in experts if bool((self.weights[:, self.adapters.index(e)] != 0).any())]
+    def names_with_weight(self, adapters: Sequence[Expert]) -> list[str]:
+        """The names of those objectives and oracles that have a weight other than 0 at some step of some image."""
+        return [e.name for e in adapters if bool(self.weights[:, self.adapters.index(e)].any())]
 
-    def relative_variance(self, expert: Expert, step_index: int) -> float:
-        """r of an expert at a step: its variance in units of the ancestral one."""
-        t, s = self.steps[step_index]
-        return expert.schedule.relative(self.path, t, s, torch.zeros(1, 1, dtype=torch.float64)).item()
+    def relative_variances(self, experts: Sequence[Expert], step_index: int) -> Float[Tensor, " experts"]:
+        """r of experts at a step: their variances in units of the ancestral one."""
+        (t, s), like = self.steps[step_index], torch.zeros(1, 1, dtype=torch.float64)
+        values = [expert.schedule.relative(self.path, t, s, like).item() for expert in experts]
+        return torch.tensor(values, dtype=torch.float64)
 
     def label(self, step_index: int, image: int) -> str:
         """The weights of one image at one step, for messages."""

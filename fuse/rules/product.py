@@ -9,13 +9,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, product
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, product
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_strength
 from stepfuse.fuse.rules.options import ProductOptions
 from stepfuse.fuse.rules.plan import Expert, Plan
-from stepfuse.fuse.rules.step import FusionStep, Latents
+from stepfuse.fuse.rules.step import FusionStep
 
 
 def soup_weights(step: FusionStep) -> Float[Tensor, "experts batch"]:
@@ -93,7 +93,10 @@ class Product(ProductLaw, ProductOptions):
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a gate with a strength, for it was measured at 1, and for no positive precision."""
         if self.gate is not None and plan.strength != 1:
-            raise ValueError(f"gate {self.gate:g} with strength {plan.strength:g}: gaps are measured at strength 1")
+            raise ValueError(
+                f"gate {self.gate:g} with strength {plan.strength:g}: gaps are measured at strength 1; "
+                "leave out one of the two"
+            )
         return super().prepare(plan)
 
     def fuse(self, step: FusionStep) -> Gaussian:

@@ -99,6 +99,7 @@ def _load_rule(name: str) -> "type[FusionRule]":
 
     file, _, kind = name.rpartition(":")
     rule = load_function(file, kind)
+    # A file may hold anything: the one place where a class is tested, before its attributes are relied upon.
     if not (isinstance(rule, type) and issubclass(rule, FusionRule)):
         raise ValueError(f"{name} is not a fusion rule; expected a subclass of stepfuse.FusionRule")
     return rule

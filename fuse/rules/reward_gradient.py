@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.data.settings_fields import setting
-from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_no_strength, check_random
 from stepfuse.fuse.rules.plan import Plan
-from stepfuse.fuse.rules.step import FusionStep, Latents
+from stepfuse.fuse.rules.step import FusionStep
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,10 @@ class RewardGradientGuidance(FusionRule):
         total = torch.zeros_like(clean)
         for objective, score in zip(step.plan.objectives, step.rewards, strict=True):
             weight = step.weight(objective).to(clean)
-            if bool((weight != 0).any()):
+            if bool(weight.any()):
                 with torch.enable_grad():
                     x_0 = clean.detach().requires_grad_()
                     (gradient,) = torch.autograd.grad(score(x_0, images).sum(), x_0)
-                g = functional.normalize(gradient, dim=1)
-                total += weight.reshape(-1, *[1] * (clean.ndim - 1)) * g
+                total += per_sample(weight, clean) * functional.normalize(gradient, dim=1)
         k = step.step_index * 50 / len(step.plan.steps)
         return min((1 + self.growth) ** k - 1, 1.0) * variance * total

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators, Latents
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.plan import Plan
-from stepfuse.fuse.rules.step import FusionStep, Latents, PredictFn, Score
+from stepfuse.fuse.rules.step import FusionStep, PredictFn, Score
 
 StepObserver = Callable[[FusionStep, Gaussian], None]
 AfterStep = Callable[[int, Time, Latents], tuple[Latents, bool]]

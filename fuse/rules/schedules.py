@@ -18,17 +18,6 @@ SCHEDULES: "Registry[type[VarianceSchedule]]" = Registry(
 )
 
 
-def schedule_class(kind: Any) -> "type[VarianceSchedule]":
-    """The class of a kind of schedule.
-
-    Raises:
-        ValueError: for an unknown kind, with the nearest one.
-    """
-    if not isinstance(kind, str) or kind not in SCHEDULES:
-        raise ValueError(f"variance {kind!r}; expected one of {', '.join(SCHEDULES)}{nearest(str(kind), SCHEDULES)}")
-    return SCHEDULES[kind]
-
-
 def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
     """A schedule as JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`.
 
@@ -47,12 +36,12 @@ def schedule_from_dict(values: Any) -> "VarianceSchedule":
     Raises:
         ValueError: for an unknown kind, and for fields that the kind does not have or that are out of range.
     """
-    kind = values.get("kind") if isinstance(values, dict) else values
-    if not isinstance(values, dict) or kind not in SCHEDULES:
+    kind = str(values.get("kind")) if isinstance(values, dict) else ""
+    if kind not in SCHEDULES:
         raise ValueError(
             f"variance schedule {values!r}; expected a `kind` of {', '.join(SCHEDULES)}{nearest(kind, SCHEDULES)}"
         )
-    schedule = schedule_class(kind)
+    schedule = SCHEDULES[kind]
     given = {name: value for name, value in values.items() if name != "kind"}
     known = schedule.field_names()
     for name in sorted(set(given) - set(known)):
@@ -75,7 +64,7 @@ def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[st
     """
     from stepfuse.fuse.diffusion.variance import ScheduleOption
 
-    schedule = schedule_class(kind)
+    schedule = SCHEDULES[kind]
     known = schedule.options or dict.fromkeys(schedule.field_names(), ScheduleOption())
     free = [name for name, option in known.items() if not option.setting]
     for name in sorted(set(options) - set(free)):

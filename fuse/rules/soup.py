@@ -1,18 +1,17 @@
 """Soups: one network with the adapters merged."""
 
-from typing import Literal
+from functools import reduce
+from typing import ClassVar, Literal
 
 import torch
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import Network
-from stepfuse.fuse.rules.base import FusionRule, average_variance
-from stepfuse.fuse.rules.checks import check_average_variance
-from stepfuse.fuse.rules.plan import Plan
+from stepfuse.fuse.rules.average_noise import AverageRule
 from stepfuse.fuse.rules.step import FusionStep
 
 
-class Soup(FusionRule):
+class Soup(AverageRule):
     """One network with the LoRA Σ a_i B_i A_i, exactly (Rewarded Soup, arXiv:2306.04488); variance as `average_noise`.
 
     To first order in the LoRAs its prediction is that of `average_noise`. Weights may differ between the images of a
@@ -20,16 +19,7 @@ class Soup(FusionRule):
     """
 
     name = "soup"
-    is_one_adapter = True
-
-    @property
-    def merges(self) -> Literal["weights", "factors"]:
-        return "weights"
-
-    def prepare(self, plan: Plan) -> Plan:
-        """Raises ValueError for a strength whose average variance leaves [0, sigma_s²]."""
-        check_average_variance(plan)
-        return plan
+    merges: ClassVar[Literal["weights", "factors"]] = "weights"
 
     def fuse(self, step: FusionStep) -> Gaussian:
         adapters = step.plan.adapters
@@ -41,7 +31,7 @@ class Soup(FusionRule):
             for weights in mixtures.T.tolist()
         ]
         predictions = step.predict(networks, [(which == i).nonzero().flatten() for i in range(len(networks))])
-        return step.transition(sum(predictions, torch.zeros(()).to(step.x_t)), average_variance(step))
+        return self.gaussian(step, reduce(torch.add, predictions))
 
 
 class SoupFactors(Soup):
@@ -52,7 +42,4 @@ class SoupFactors(Soup):
     """
 
     name = "soup_factors"
-
-    @property
-    def merges(self) -> Literal["weights", "factors"]:
-        return "factors"
+    merges = "factors"

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.plan import Expert, Plan
 
-Latents = Float[Tensor, "batch *shape"]
 Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
 
 
@@ -67,9 +66,8 @@ class FusionStep:
 
     @property
     def used(self) -> list[Expert]:
-        """The experts whose exponent is not 0 for every image."""
-        used = (self.exponents() != 0).any(1).tolist()
-        return [expert for expert, is_used in zip(self.plan.experts, used, strict=True) if is_used]
+        """The experts that take part in this step: those whose exponent is not 0 for every image."""
+        return [expert for expert, a in zip(self.plan.experts, self.exponents(), strict=True) if bool(a.any())]
 
     def exponents(self, experts: Sequence[Expert] | None = None) -> Float[Tensor, "experts batch"]:
         """a_i of experts at this step; by default of all, in the order of `plan.experts`."""
@@ -86,7 +84,7 @@ class FusionStep:
 
     def relative_variances(self, experts: Sequence[Expert]) -> Float[Tensor, " experts"]:
         """r of experts at this step: their variances in units of the ancestral one."""
-        return torch.tensor([self.plan.relative_variance(e, self.step_index) for e in experts], dtype=torch.float64)
+        return self.plan.relative_variances(experts, self.step_index)
 
     def variance(self, expert: Expert) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
@@ -128,10 +126,10 @@ class FusionStep:
 
     def select_expert(self, choice: Int[Tensor, " batch"]) -> Gaussian:
         """p_i(x_s | x_t) of one expert an image, by its index in `plan.experts`: the forwards of one model."""
-        variance = torch.zeros(len(self.x_t), *[1] * (self.x_t.ndim - 1)).to(self.x_t)
-        experts = [self.plan.experts[index] for index in choice.unique().tolist()]
-        rows = [(choice == self.plan.experts.index(expert)).nonzero().flatten() for expert in experts]
+        variance = per_sample(self.x_t.new_zeros(len(self.x_t)), self.x_t)
+        indices = choice.unique().tolist()
+        experts, rows = [self.plan.experts[i] for i in indices], [(choice == i).nonzero().flatten() for i in indices]
         predictions = self.predict([expert.network for expert in experts], rows)
         for expert, chosen in zip(experts, rows, strict=True):
             variance[chosen.to(self.x_t.device)] = self.variance(expert).to(variance)
-        return self.transition(sum(predictions, torch.zeros(()).to(self.x_t)), variance)
+        return self.transition(reduce(torch.add, predictions), variance)

@@ -37,7 +37,6 @@ class WeightSchedule:
 
 
 Weights = Mapping[str, float | WeightSchedule]
-PIECE = re.compile(r"(?P<weight>[^@]+)@(?P<begin>[0-9.]+)-(?P<end>[0-9.]+)")
 
 
 def parse_weights(text: str) -> dict[str, float | WeightSchedule]:
@@ -46,39 +45,28 @@ def parse_weights(text: str) -> dict[str, float | WeightSchedule]:
     Raises:
         ValueError: for anything else.
     """
-    parts: dict[str, list[str]] = {}
-    name = ""
-    for part in text.split(","):
-        given, sign, value = part.partition("=")
-        if sign:
-            name = given.strip()
-            if not name or name in parts:
-                raise _malformed(text)
-            parts[name] = []
-        if not name:
-            raise _malformed(text)
-        parts[name].append((value if sign else given).strip())
-    return {name: _parse_value(values, text) for name, values in parts.items()}
-
-
-def _parse_value(values: Sequence[str], text: str) -> float | WeightSchedule:
+    parsed: dict[str, float | tuple[tuple[float, float, float], ...]] = {}
     try:
-        if len(values) == 1 and "@" not in values[0]:
-            return float(values[0])
-        matches = [PIECE.fullmatch(value) for value in values]
-        pieces = tuple((float(m["weight"]), float(m["begin"]), float(m["end"])) for m in matches if m)
+        for entry in re.split(r",(?=[^,=]*=)", text):  # at commas before another name
+            name, _, value = (part.strip() for part in entry.partition("="))
+            if not name or name in parsed:
+                raise ValueError(f"no new name before {value!r}")
+            parsed[name] = _parse_pieces(value) if "@" in value else float(value)
     except ValueError as error:
-        raise _malformed(text) from error
-    if len(pieces) < len(values):
-        raise _malformed(text)
-    return WeightSchedule(pieces)
+        raise ValueError(
+            f"weights {text!r}; expected NAME=NUMBER,NAME=NUMBER with each name once, "
+            "or over the steps NAME=0.9@0-0.5,0.2@0.5-1"
+        ) from error
+    return {name: WeightSchedule(value) if isinstance(value, tuple) else value for name, value in parsed.items()}
 
 
-def _malformed(text: str) -> ValueError:
-    return ValueError(
-        f"weights {text!r}; expected NAME=NUMBER,NAME=NUMBER with each name once, "
-        "or over the steps NAME=0.9@0-0.5,0.2@0.5-1"
-    )
+def _parse_pieces(text: str) -> tuple[tuple[float, float, float], ...]:
+    pieces = []
+    for piece in text.split(","):
+        weight, _, interval = piece.partition("@")
+        begin, _, end = interval.partition("-")
+        pieces.append((float(weight), float(begin), float(end)))
+    return tuple(pieces)
 
 
 def weight_rows(weights: Weights | Sequence[Weights], names: Sequence[str]) -> list[Weights]:

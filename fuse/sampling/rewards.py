@@ -48,7 +48,7 @@ def check_scales(plan: Plan, scales: Mapping[str, float]) -> None:
     Raises:
         ValueError: naming an objective without.
     """
-    used = [expert.name for expert in plan.used(plan.objectives)]
+    used = plan.names_with_weight(plan.objectives)
     unknown = [name for name in used if name not in scales]
     if len(used) > 1 and unknown:
         raise ValueError(
@@ -65,7 +65,7 @@ def check_gradients(
     Raises:
         ValueError: naming a reward that is not.
     """
-    used = [expert.name for expert in plan.used(plan.objectives)]
+    used = plan.names_with_weight(plan.objectives)
     for objective in (o for o in objectives if o.name in used):
         for name, term in as_sum(rewards[objective.name], objective.reward).rewards.items():
             pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)

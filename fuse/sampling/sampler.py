@@ -225,7 +225,7 @@ class FusedSampler:
         rule, guidance = self.rule, self.denoiser.guidance
         if rule.merges:
             check = check_factors if rule.merges == "factors" else check_mergeable
-            check(lora_layers(self.denoiser.network), [expert.name for expert in plan.used(plan.adapters)])
+            check(lora_layers(self.denoiser.network), plan.names_with_weight(plan.adapters))
         if rule.uses_gaps:
             profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
             plan = replace(plan, gaps=profile.at(plan.weights, [expert.name for expert in plan.adapters]))
