@@ -8,12 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Expected:
-    """The values of a configuration key that are supported.
-
-    Attributes:
-        values: all of them.
-        reason: why others are not, and what to do instead.
-    """
+    """All supported values of a configuration key, and why others are not, with what to do instead."""
 
     values: tuple[Any, ...]
     reason: str
@@ -22,16 +17,11 @@ class Expected:
 def check_configuration(
     name: str, component: Any, *, handled: Collection[str], expected: Mapping[str, Expected]
 ) -> None:
-    """Check every configuration key of a diffusers component.
+    """Check every configuration key of a diffusers component, which errors call `name`.
 
-    Keys that the component's class does not take are ignored, as diffusers ignores them. A key that is in neither list,
-    of a later diffusers for instance, must have its default.
-
-    Args:
-        name: what the component is called in errors, `vae` for instance.
-        component: a model or scheduler with a `config`.
-        handled: keys of which every value is supported.
-        expected: keys of which only some values are.
+    Of the keys in `handled` every value is supported, of those in `expected` some are. A key in neither, of a later
+    diffusers for instance, must have its default; keys that the component's class does not take are ignored, as
+    diffusers ignores them.
 
     Raises:
         ValueError: naming the key, its value and what is expected.

@@ -14,12 +14,9 @@ Latents = Float[Tensor, "batch *shape"]
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
-    """N(mean, variance · I), one a sample, in float32 or wider.
+    """N(mean, variance · I), one a sample, in float32 or wider, in latent units.
 
-    Attributes:
-        mean: the mean, in latent units.
-        variance: broadcasts against the mean; one number a sample for a denoising step.
-            Zero means that the step is deterministic.
+    The variance broadcasts against the mean; of a denoising step it is one number a sample, 0 for a deterministic one.
     """
 
     mean: Latents
@@ -42,25 +39,23 @@ class Gaussian:
     def log_prob(self, x: Latents) -> Float[Tensor, " batch"]:
         """log p(x) = -|x - m|² / (2v) - (D/2) log(2πv), in nats: the sum over all D dimensions, never their mean.
 
-        Raises:
-            ValueError: where a variance is 0, for there is no density then.
+        A ValueError where a variance is 0, for there is no density then.
         """
         self._require_density("log_prob")
         log_two_pi_v = (2 * torch.pi * self.variance).log()
         terms = -0.5 * ((at_least_float32(x) - self.mean) ** 2 / self.variance + log_two_pi_v)
-        return _sum_over_dimensions(terms)
+        return terms.reshape(len(terms), -1).sum(1)
 
     def kl(self, other: "Gaussian") -> Float[Tensor, " batch"]:
         """KL(self ‖ other) = Σ_d [ (m - m')² / v' + v / v' - 1 - log(v / v') ] / 2, in nats.
 
-        Raises:
-            ValueError: where a variance of either is 0.
+        A ValueError where a variance of either is 0.
         """
         self._require_density("kl")
         other._require_density("kl")
         ratio = self.variance / other.variance
-        terms = (self.mean - other.mean) ** 2 / other.variance + ratio - 1 - ratio.log()
-        return _sum_over_dimensions(0.5 * terms)
+        terms = 0.5 * ((self.mean - other.mean) ** 2 / other.variance + ratio - 1 - ratio.log())
+        return terms.reshape(len(terms), -1).sum(1)
 
     def _require_density(self, what: str) -> None:
         if not bool((self.variance > 0).all()):
@@ -96,7 +91,7 @@ def product(
     means = [expert.mean for expert in experts]
     a = _columns(exponents, len(experts), means[0])
     variances = torch.stack(torch.broadcast_tensors(*[expert.variance for expert in experts]))
-    zero = variances == 0
+    v, zero = variances, variances == 0
     if zero.any():
         if not zero.all():
             raise ValueError(
@@ -104,10 +99,7 @@ def product(
                 f"(smallest {variances.min().item():g}, largest {variances.max().item():g}); "
                 "use eta 0 for all objectives or for none"
             )
-        r = torch.ones(len(experts)) if relative_variances is None else relative_variances
-        v = per_sample(_limit_scale(r).to(means[0]), variances).expand_as(variances)
-    else:
-        v = variances
+        v = _limit(relative_variances, variances)
     precision = (a / v).sum(0)
     if not bool((precision > 0).all()):
         raise ValueError(
@@ -135,17 +127,16 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _limit_scale(r: Tensor) -> Tensor:
-    """Relative variances for the zero limit: all 0 (plain DDIM everywhere) counts as all equal."""
-    random = r > 0
-    if not random.any():
-        return torch.ones_like(r)
-    if not random.all():
+def _limit(relative: Tensor | None, variances: Tensor) -> Tensor:
+    """What stands for variances that vanish: relative ones; all 0 (plain DDIM everywhere) counts as all equal."""
+    if relative is None or not (relative > 0).any():
+        return torch.ones_like(variances)
+    if not (relative > 0).all():
         raise ValueError(
-            f"relative variances {_numbers(r)} mix deterministic and random schedules; "
+            f"relative variances {_numbers(relative)} mix deterministic and random schedules; "
             "use eta 0 for all objectives or for none"
         )
-    return r
+    return per_sample(relative.to(variances), variances).expand_as(variances)
 
 
 def _columns(exponents: Tensor, count: int, like: Tensor) -> Tensor:
@@ -158,10 +149,6 @@ def _columns(exponents: Tensor, count: int, like: Tensor) -> Tensor:
             f"expected ({count},) or ({count}, {len(like)})"
         )
     return columns.reshape(*columns.shape, *[1] * (like.ndim - 1))
-
-
-def _sum_over_dimensions(terms: Tensor) -> Tensor:
-    return terms.reshape(len(terms), -1).sum(1)
 
 
 def _numbers(values: Tensor) -> list:

@@ -13,20 +13,16 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.fuse.diffusion.configuration import check_configuration
 from stepfuse.fuse.diffusion.gaussian import Latents, at_least_float32, per_sample
-from stepfuse.fuse.diffusion.schedulers import DiscretePrediction, as_ddim, check_scheduler
+from stepfuse.fuse.diffusion.schedulers import SCHEDULER_EXPECTED, SCHEDULER_HANDLED, DiscretePrediction, as_ddim
 
 Time = int | float | Tensor  # one for all samples, or a tensor of one a sample
 FINAL = -1  # the time at the end of the last step of a `TablePath`
 
 
 class NoisePath(ABC):
-    """The coefficients alpha_t and sigma_t by time, and the times of a sampler's steps.
-
-    Attributes:
-        scheduler: the diffusers scheduler that spaces the steps.
-        prediction_type: what the network predicts.
-    """
+    """The coefficients alpha_t and sigma_t by time, and the times of a sampler's steps, which `scheduler` spaces."""
 
     scheduler: SchedulerMixin
     prediction_type: DiscretePrediction | Literal["flow"]
@@ -43,7 +39,7 @@ class NoisePath(ABC):
                 where the path holds nothing else (`rescale_betas_zero_snr`), and options that are not known.
         """
         scheduler = copy.deepcopy(scheduler)  # `steps` sets its time steps
-        check_scheduler(scheduler)
+        check_configuration("the scheduler", scheduler, handled=SCHEDULER_HANDLED, expected=SCHEDULER_EXPECTED)
         if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             return FlowPath(scheduler=scheduler)
         scheduler = as_ddim(scheduler)
@@ -73,11 +69,7 @@ class NoisePath(ABC):
 
     @abstractmethod
     def steps(self, count: int) -> list[tuple[Time, Time]]:
-        """The (t, s) of a sampler with `count` steps, noisiest first.
-
-        Raises:
-            ValueError: for a count that the path does not have.
-        """
+        """The (t, s) of a sampler with `count` steps, noisiest first; a ValueError for a count that it cannot have."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -139,14 +131,10 @@ class TablePath(NoisePath):
     """A DDPM-type path, alpha_t² = `alphas_cumprod` (DDIM, arXiv:2010.02502).
 
     A time is an index into the scheduler's training table. `FINAL` (-1) is the end of the last step, with the
-    scheduler's own final alpha.
-
-    Attributes:
-        alpha: alpha_t by time, float64, the final one last (so that index -1 finds it).
-        sigma: sigma_t by time, likewise.
+    scheduler's own final alpha, which comes last in `alpha`.
     """
 
-    alpha: Float[Tensor, " times"]
+    alpha: Float[Tensor, " times"]  # float64
     sigma: Float[Tensor, " times"]
     prediction_type: DiscretePrediction
     scheduler: SchedulerMixin
@@ -202,11 +190,9 @@ class TablePath(NoisePath):
 class FlowPath(NoisePath):
     """Flow matching: x_t = (1 - t) x_0 + t e, and the prediction is e - x_0.
 
-    A time is sigma itself, a number in (0, 1]; 0.0 is the end of the last step. There is no table, so any number of
-    steps is exact.
-
-    The steps are linspace(1, 1/N), shifted as the scheduler says. The scheduler's default grid ends on a sigma near 0,
-    and a step from there to 0 dominates every ratio of densities and every KL.
+    A time is sigma itself, a number in (0, 1]; 0.0 is the end of the last step. The steps are linspace(1, 1/N), shifted
+    as the scheduler says, for any N. The scheduler's default grid ends on a sigma near 0, and a step from there to 0
+    dominates every ratio of densities and every KL.
 
     Attributes:
         mu: the shift of a scheduler whose shift depends on the size of images (`use_dynamic_shifting`); the backbone

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 
-from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
+from stepfuse.fuse.diffusion.configuration import Expected
 
 DiscretePrediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -44,15 +44,6 @@ SCHEDULER_EXPECTED = {
     "timestep_type": Expected(("discrete",), "the times given to the network must be those of the training table"),
     "use_flow_sigmas": Expected((False,), "take FlowMatchEulerDiscreteScheduler for flow matching"),
 }
-
-
-def check_scheduler(scheduler: SchedulerMixin) -> None:
-    """Check that a scheduler's configuration describes Gaussian steps.
-
-    Raises:
-        ValueError: naming the key, its value and what is expected.
-    """
-    check_configuration("the scheduler", scheduler, handled=SCHEDULER_HANDLED, expected=SCHEDULER_EXPECTED)
 
 
 def as_ddim(scheduler: SchedulerMixin) -> DDIMScheduler:

@@ -7,16 +7,10 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
 
 def transition(path: NoisePath, x_t: Latents, prediction: Latents, t: Time, s: Time, variance: Tensor) -> Gaussian:
-    """p(x_s | x_t) = N( alpha_s x_0 + sqrt(sigma_s² - v) e,  v ), with (x_0, e) from the prediction.
+    """p(x_s | x_t) = N( alpha_s x_0 + sqrt(sigma_s² - v) e,  v ), with (x_0, e) from the guided prediction at (x_t, t).
 
-    DDIM (arXiv:2010.02502, eq. 12) is the DDPM-type case.
-
-    Args:
-        path: the model's noise path.
-        x_t: the latent at t.
-        prediction: the network's output at (x_t, t), guidance applied.
-        t, s: times of the path, one or one a sample.
-        variance: v, broadcastable against x_t, 0 ≤ v ≤ sigma_s².
+    DDIM (arXiv:2010.02502, eq. 12) is the DDPM-type case. Times are one, or one a sample; the variance v broadcasts
+    against x_t.
 
     Raises:
         ValueError: for v outside [0, sigma_s²].

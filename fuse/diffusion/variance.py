@@ -1,8 +1,7 @@
 """Variance schedules: how random each objective's denoising steps are.
 
 A schedule gives r, the variance of a step relative to the ancestral one (`NoisePath.ancestral_variance`):
-v = r · ancestral. Its limit as variances vanish is then well defined, and one schedule can be used with
-any number of steps.
+v = r · ancestral. Its limit as variances vanish is then well defined, and one schedule serves any number of steps.
 """
 
 import math
@@ -10,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -25,7 +24,6 @@ class ScheduleOption:
     """An argument of a schedule in training: a number, or a list of numbers.
 
     Attributes:
-        help: what it is.
         valid: whether a value can be trained with.
         expected: in words, which values can.
         setting: the training setting that it is; by default it is an entry of `variance_options`.
@@ -37,6 +35,7 @@ class ScheduleOption:
     setting: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
 class VarianceSchedule(ABC):
     """A variance schedule: a frozen dataclass whose fields, which are stored, are numbers, tuples of them, or tensors.
 
@@ -66,11 +65,11 @@ class VarianceSchedule(ABC):
 
     def with_parameters(self, parameters: Mapping[str, Tensor]) -> "VarianceSchedule":
         """This schedule with other values of its trainable fields."""
-        return replace(cast(Any, self), **parameters)
+        return replace(self, **parameters)
 
     @classmethod
     def field_names(cls) -> list[str]:
-        return [field.name for field in fields(cast(Any, cls))]
+        return [field.name for field in fields(cls)]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -97,11 +96,7 @@ TRAINED_ETA = ScheduleOption(
 
 @dataclass(frozen=True, kw_only=True)
 class EtaSchedule(VarianceSchedule):
-    """r = eta² (DDIM, arXiv:2010.02502, eq. 16): 0 is deterministic, 1 ancestral sampling.
-
-    Raises:
-        ValueError: for eta outside [0, 1].
-    """
+    """r = eta² (DDIM, arXiv:2010.02502, eq. 16), eta in [0, 1]: 0 is deterministic, 1 ancestral sampling."""
 
     options: ClassVar[Mapping[str, ScheduleOption]] = {"eta": TRAINED_ETA}
 
@@ -116,13 +111,10 @@ class EtaSchedule(VarianceSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class TableSchedule(VarianceSchedule):
-    """r = eta_k², one eta for each of equal intervals of the time, the noisiest first.
+    """r = eta_k², one eta in [0, 1] for each of equal intervals of the time, the noisiest first.
 
-    With as many sampling steps as entries, each step has its own; with another number, a step
-    takes the entry of the interval that it starts in.
-
-    Raises:
-        ValueError: for an empty table or an eta outside [0, 1].
+    With as many sampling steps as entries, each step has its own; with another number, a step takes the entry of the
+    interval that it starts in.
     """
 
     options: ClassVar[Mapping[str, ScheduleOption]] = {
@@ -156,11 +148,8 @@ class LearnedSchedule(VarianceSchedule):
         v = sigma_s² E p / (1 - p + E p),   E = exp(offset(t)),   p = eta² · ancestral / sigma_s²
 
     For v far below sigma_s² this is v = exp(offset) · eta² · ancestral; the logistic form keeps v under
-    sigma_s², beyond which no transition exists. Offsets are linear between knots, which are evenly
-    spaced over [0, 1] of the training time.
-
-    Raises:
-        ValueError: for fewer than two knots, offsets that are not finite, or eta outside (0, 1].
+    sigma_s², beyond which no transition exists. Offsets are linear between two or more knots, which are evenly spaced
+    over [0, 1] of the training time; eta is in (0, 1].
     """
 
     options: ClassVar[Mapping[str, ScheduleOption]] = {

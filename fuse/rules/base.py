@@ -16,8 +16,9 @@ from stepfuse.fuse.rules.step import FusionStep
 class FusionRule:
     """How the experts of a step become the Gaussian that is sampled, and the loop around the steps.
 
-    A subclass defines `fuse`. Its options are dataclass fields, declared with `setting`. The attributes say what it
-    needs of the sampler, which provides it before `prepare`, and what holds for its images.
+    A subclass defines `fuse`. Its options are dataclass fields, declared with `setting`, by which they are checked. The
+    attributes say what it needs of the sampler, which provides it before `prepare`, and what holds for its images;
+    those that may depend on options are properties.
 
     Attributes:
         name: The rule's name in `RULES` and in messages; by default the name of the class.
@@ -25,9 +26,6 @@ class FusionRule:
         accepts: The weights it accepts: `"any"`, all on a `"single"` objective, those that adapters of the set were
             `"trained"` on, or `"none"`, because they have no effect.
         is_one_adapter: With all the weight on one adapter, at strength 1, its images are that adapter's, bit by bit.
-
-    Raises:
-        ValueError: For an option of another type or out of its bounds.
     """
 
     name: ClassVar[str]
@@ -58,11 +56,7 @@ class FusionRule:
         return 1
 
     def prepare(self, plan: Plan) -> Plan:
-        """Check a whole run before anything is sampled, and complete its plan.
-
-        Raises:
-            ValueError: For what the rule cannot do, with the remedy.
-        """
+        """Complete the plan of a run before anything is sampled, or raise a ValueError for what the rule cannot do."""
         return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:
@@ -72,9 +66,8 @@ class FusionRule:
     def denoise(self, run: Run, x_T: Latents, generators: list[torch.Generator]) -> Latents:
         """From x_T to x_0, step by step; an image depends on its generator alone."""
         x, uniforms = x_T, uniform_numbers(run.plan, generators)
-        memory: dict[str, Any] = {}
         for step_index in range(len(run.plan.steps)):
-            step = run.step(step_index, x, uniforms, memory=memory)
+            step = run.step(step_index, x, uniforms)
             x = run.sample(step, self.fuse(step), generators)
             if run.after:
                 x, to_continue = run.after(step_index, step.t, x)

@@ -8,7 +8,7 @@ from torch import Tensor
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
 from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.checks import check_no_strength, check_random
+from stepfuse.fuse.rules.checks import check_from_base
 from stepfuse.fuse.rules.options import BestOfNOptions
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, private_generator, uniform_numbers
@@ -33,9 +33,7 @@ class CoDe(FusionRule, BestOfNOptions):
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a strength, which the choice does not have, and for a base without noise."""
-        check_no_strength(plan, self.name)
-        if self.candidates > 1:
-            check_random(plan, self.name, "its candidates would be alike")
+        check_from_base(plan, self.name, "its candidates would be alike" if self.candidates > 1 else "")
         return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:

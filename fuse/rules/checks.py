@@ -8,7 +8,7 @@ from stepfuse.fuse.rules.plan import Plan
 
 
 def check_strength(plan: Plan) -> None:
-    """Check that the product's precision is positive at every step: it depends on variances alone.
+    """Check that the product's precision is positive at every step, which depends on variances alone.
 
     Raises:
         ValueError: naming the step, the weights and the largest valid strength.
@@ -48,17 +48,13 @@ def largest_strength(
     return torch.where(slope < 0, limit, torch.inf)
 
 
-def check_no_strength(plan: Plan, rule: str) -> None:
-    """Raise a ValueError for another strength than 1, for a rule that has none."""
+def check_from_base(plan: Plan, rule: str, noise_for: str = "") -> None:
+    """Raise a ValueError for a strength other than 1, and, if a rule needs noise for something, for a base without."""
     if plan.strength != 1:
         raise ValueError(
             f"rule {rule} with strength {plan.strength:g}: it starts from the base and has no strength; use strength 1"
         )
-
-
-def check_random(plan: Plan, rule: str, why: str) -> None:
-    """Raise a ValueError for a base that draws no noise at any step."""
-    if not any(plan.relative_variances([plan.base], k).item() for k in range(len(plan.steps))):
+    if noise_for and not any(plan.relative_variances([plan.base], k).item() for k in range(len(plan.steps))):
         raise ValueError(
-            f"rule {rule} needs a base that draws noise: {why}; create the set with a --reference_eta above 0"
+            f"rule {rule} needs a base that draws noise: {noise_for}; create the set with a --reference_eta above 0"
         )

@@ -22,13 +22,9 @@ class GapProfile:
     guidance; without, where an interval leaves it out, both are nearer by g².
 
     Attributes:
-        num_inference_steps, guidance, guidance_scale: of the runs it was measured on.
         images: how many a mixture.
         mixtures: weights by objective.
         gaps: one number a mixture and step; None where steps have no noise, and so no KL.
-
-    Raises:
-        ValueError: for gaps that do not fit the mixtures and steps, or are negative or not finite.
     """
 
     num_inference_steps: int
@@ -77,11 +73,7 @@ def profile_to_dict(profile: GapProfile) -> dict[str, Any]:
 
 
 def profile_from_dict(values: Mapping[str, Any]) -> GapProfile:
-    """The inverse of `profile_to_dict`.
-
-    Raises:
-        KeyError, TypeError, ValueError: for what is no profile.
-    """
+    """The inverse of `profile_to_dict`; KeyError, TypeError or ValueError for what is no profile."""
     return GapProfile(
         num_inference_steps=int(values["num_inference_steps"]),
         guidance=str(values["guidance"]),
@@ -93,11 +85,7 @@ def profile_from_dict(values: Mapping[str, Any]) -> GapProfile:
 
 
 def find_profile(profiles: Sequence[GapProfile], steps: int, guidance: str, guidance_scale: float) -> GapProfile:
-    """The profile of these steps and this guidance.
-
-    Raises:
-        ValueError: where the set has none, with those it has and the command that measures it.
-    """
+    """The profile of these steps and this guidance; a ValueError where the set has none, with how to measure it."""
     wanted, measured = (steps, guidance, guidance_scale), []
     for profile in profiles:
         measured.append((profile.num_inference_steps, profile.guidance, profile.guidance_scale))

@@ -19,9 +19,6 @@ class Objective:
         variance: the schedule it was trained with, and is fused with.
         beta: temperature of its KL to the base, in units of the shaped reward; 0 where its training had none.
         shaping: what its reward went through before anything learnt from it.
-
-    Raises:
-        ValueError: for a name that cannot serve as one, or a beta below 0.
     """
 
     name: str

@@ -18,13 +18,7 @@ from stepfuse.fuse.rules.weights import Weights, weight_rows
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Expert:
-    """One of the policies that are fused: the base, or an adapter with its variance schedule.
-
-    Attributes:
-        name: The objective's or the oracle's; `base` for the base.
-        schedule: Its variance schedule.
-        network: What predicts for it.
-    """
+    """One of the policies that are fused: the base, or the adapter of an objective or oracle, which names it."""
 
     name: str
     schedule: VarianceSchedule
@@ -45,7 +39,6 @@ class Plan:
     """A run: its steps, the experts that may be fused, and how much of each is wanted.
 
     Attributes:
-        path: The noise path.
         steps: (t, s) of each denoising step.
         objectives: The experts that users give weights to.
         base: The expert of p_ref.
@@ -70,17 +63,17 @@ class Plan:
 
     @cached_property
     def adapters(self) -> tuple[Expert, ...]:
-        """Objectives and then oracles: every expert but the base."""
+        """Objectives and then oracles."""
         return (*self.objectives, *self.oracles)
 
     @cached_property
     def experts(self) -> tuple[Expert, ...]:
-        """Objectives, oracles and last the base, in the order of `exponents`."""
+        """Objectives, oracles and last the base."""
         return (*self.adapters, self.base)
 
     @cached_property
     def exponents(self) -> Float[Tensor, "steps experts batch"]:
-        """a_i = λ w_i, and 1 - λ for the base, float64."""
+        """a_i = λ w_i, and 1 - λ for the base, float64, in the order of `experts`."""
         base = torch.full_like(self.weights[:, :1], 1 - self.strength)
         return torch.cat([self.strength * self.weights, base], 1)
 
@@ -141,7 +134,7 @@ def make_plan(
         table = table / table.sum(1, keepdim=True)
     elif weights_on != "exponents":
         raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
-    if not strength >= 0 or strength == float("inf"):
+    if not 0 <= strength < float("inf"):
         raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
     return Plan(
         path=path,
@@ -149,7 +142,7 @@ def make_plan(
         objectives=[Expert.adapter(objective.name, objective.variance) for objective in objectives],
         base=Expert.base(reference),
         oracles=[Expert.adapter(oracle.name, oracle.variance) for oracle in oracles],
-        oracle_weights=weight_table(oracle_weights, names)[0].T if oracles else torch.zeros(0, 0),
+        oracle_weights=weight_table(oracle_weights, names)[0].T,
         weights=torch.cat([table, torch.zeros(len(steps), len(oracles), count, dtype=torch.float64)], 1),
         strength=float(strength),
         guidance_interval=guidance_interval,

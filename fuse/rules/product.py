@@ -183,9 +183,8 @@ def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
     mixtures, which = torch.unique(weights[:-1, soup], dim=1, return_inverse=True)
     names = [adapter.name for adapter in step.plan.adapters]
     soups = [Network.merged(dict(zip(names, mixture, strict=True))) for mixture in mixtures.T.tolist()]
-    with_soup = soup.nonzero().flatten()
-    rows = [((step.exponent(expert) != 0) & ~soup).nonzero().flatten() for expert in used]
-    rows += [with_soup[which == i] for i in range(len(soups))]
+    rows = [((a != 0) & ~soup).nonzero().flatten() for a in step.exponents(used)]
+    rows += [soup.nonzero().flatten()[which == i] for i in range(len(soups))]
     predictions = step.predict([*(expert.network for expert in used), *soups], rows)
     shared = sum(predictions[len(used) :], torch.zeros(()).to(step.x_t))
     return fuse_predictions(step, used, [e + shared for e in predictions[: len(used)]])

@@ -1,10 +1,8 @@
-"""Fusion rules by name: from the base and the adapters to the one Gaussian that a step samples.
+"""Fusion rules by name. Nothing here imports torch: a rule's module is imported when the rule is first asked for.
 
-Each states its equation, its source, its cost in forwards a step, and whether it needs a reward. A forward is one
+Each rule states its equation, its source, its cost in forwards a step, and whether it needs a reward. A forward is one
 evaluation of the network on one image; guidance adds the unconditional ones (one a step and image where it is
 shared, one to each forward where it is full).
-
-Nothing here imports torch: a rule's module is imported when the rule is first asked for.
 """
 
 import dataclasses
@@ -47,13 +45,11 @@ def check_rule_name(name: str) -> None:
     Raises:
         ValueError: With the nearest name.
     """
-    if name in RULES:
+    file = name.rpartition(":")[0]
+    if name in RULES or (is_user_code(name) and Path(file).is_file()):
         return
     if is_user_code(name):
-        file = Path(name.rpartition(":")[0])
-        if not file.is_file():
-            raise ValueError(f"no fusion rule {name!r}: no file {str(file)!r}")
-        return
+        raise ValueError(f"no fusion rule {name!r}: no file {file!r}")
     if name.endswith(".py"):
         raise ValueError(f"no fusion rule {name!r}; expected the class too: {name}:CLASS")
     raise ValueError(
@@ -62,10 +58,7 @@ def check_rule_name(name: str) -> None:
 
 
 def get_rule(name: str, **options: Any) -> "FusionRule":
-    """A rule by its name in `RULES`, or from a file, `path/to/file.py:Class`.
-
-    Args:
-        options: Fields of the rule, `candidates=8` of `code` for instance.
+    """A rule by its name in `RULES`, or from a file, `path/to/file.py:Class`, with its options.
 
     Raises:
         ValueError: For an unknown name, a file without such a rule, or an option that the rule does not have.
@@ -82,12 +75,8 @@ def get_rule(name: str, **options: Any) -> "FusionRule":
 
 
 def get_default_rule(name: str, **options: Any) -> "FusionRule":
-    """The rule that an adapter set names as its default. It is never a file, which could run code of a stranger.
-
-    Raises:
-        ValueError: As `get_rule`, and for a file.
-    """
-    if name not in RULES and is_user_code(name):
+    """As `get_rule`, for the default rule of a set, which is never a file: it could run code of a stranger."""
+    if is_user_code(name):
         raise ValueError(
             f"the set names {name[:200]!r} as its rule, which is code; choose a rule, such as --rule product"
         )

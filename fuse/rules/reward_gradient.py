@@ -3,13 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.data.settings_fields import setting
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
+from stepfuse.fuse.diffusion.gaussian import Gaussian, per_sample
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.checks import check_no_strength, check_random
+from stepfuse.fuse.rules.checks import check_from_base
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.step import FusionStep
 
@@ -31,18 +30,12 @@ class RewardGradientGuidance(FusionRule):
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a strength, for the base is not tilted by λ here, and for a base without noise."""
-        check_no_strength(plan, self.name)
-        check_random(plan, self.name, "it moves a step by a multiple of its variance")
+        check_from_base(plan, self.name, "it moves a step by a multiple of its variance")
         return plan
 
     def fuse(self, step: FusionStep) -> Gaussian:
-        base = step.plan.base
-        (prediction,) = step.predict([base.network])
-        gaussian = step.transition(prediction, step.variance(base))
-        return replace(gaussian, mean=gaussian.mean + self.shift(step, prediction, gaussian.variance))
-
-    def shift(self, step: FusionStep, prediction: Latents, variance: Tensor) -> Latents:
-        """λ_k v Σ w_i g_i."""
+        (prediction,) = step.predict([step.plan.base.network])
+        gaussian = step.transition(prediction, step.variance(step.plan.base))
         clean, _ = step.plan.path.clean_and_noise(step.x_t, prediction, step.t)
         images = torch.arange(len(clean)) if step.images is None else step.images
         total = torch.zeros_like(clean)
@@ -54,4 +47,5 @@ class RewardGradientGuidance(FusionRule):
                     (gradient,) = torch.autograd.grad(score(x_0, images).sum(), x_0)
                 total += per_sample(weight, clean) * functional.normalize(gradient, dim=1)
         k = step.step_index * 50 / len(step.plan.steps)
-        return min((1 + self.growth) ** k - 1, 1.0) * variance * total
+        scale = min((1 + self.growth) ** k - 1, 1.0)
+        return replace(gaussian, mean=gaussian.mean + scale * gaussian.variance * total)

@@ -1,7 +1,7 @@
 """What every step of one run shares, and the random numbers of its images."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,16 +20,16 @@ AfterStep = Callable[[int, Time, Latents], tuple[Latents, bool]]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run offers to the rule that denoises it.
+    """What a run offers to the rule that denoises it, once.
 
     Attributes:
         plan: For as many images as are denoised together; the rule's `prepare` has seen it.
-        predict_fn: Runs the networks of the plan's experts.
         rewards: A reward of x_0 latents for each objective, for rules that need them.
         scales: σ_i of those rewards.
         observe: Called with every step and its Gaussian before it is sampled, in whatever order images have there.
         after: Called with the index of every step, its t and its sample; returns the sample to continue with, and
             whether to continue. Only for rules that denoise one latent an image.
+        memory: What the rule keeps from step to step.
     """
 
     plan: Plan
@@ -38,15 +38,10 @@ class Run:
     scales: Sequence[float] = ()
     observe: StepObserver | None = None
     after: AfterStep | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def step(
-        self,
-        step_index: int,
-        x_t: Latents,
-        uniforms: Float[Tensor, "batch draws"],
-        *,
-        images: Rows | None = None,
-        memory: dict[str, Any] | None = None,
+        self, step_index: int, x_t: Latents, uniforms: Float[Tensor, "batch draws"], *, images: Rows | None = None
     ) -> FusionStep:
         """A step of the run, for all images or for one latent of each of `images`."""
         return FusionStep(
@@ -57,11 +52,11 @@ class Run:
             uniforms=uniforms if images is None else uniforms[images],
             rewards=self.rewards,
             images=images,
-            memory={} if memory is None else memory,
+            memory=self.memory,
         )
 
     def sample(self, step: FusionStep, gaussian: Gaussian, generators: list[torch.Generator]) -> Latents:
-        """x_s of a step, once it was observed."""
+        """x_s of a step, which is observed first."""
         if self.observe:
             self.observe(step, gaussian)
         return gaussian.sample(generators)
@@ -88,12 +83,9 @@ def private_generator(generator: torch.Generator, *indices: int) -> torch.Genera
 
 
 def image_generators(generator: Generators, count: int) -> list[torch.Generator]:
-    """One generator an image: those given, or ones seeded by a single one.
+    """One generator an image: those given, or ones seeded by a single one; a ValueError for another number of them.
 
     A single generator of a single image is taken itself, so that the image is that of diffusers.
-
-    Raises:
-        ValueError: For a list of another length.
     """
     if isinstance(generator, list):
         if len(generator) != count:

@@ -53,11 +53,7 @@ def schedule_from_dict(values: Any) -> "VarianceSchedule":
 
 
 def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> "VarianceSchedule":
-    """The schedule that training starts from.
-
-    Args:
-        settings: settings of the run, of which some kinds have their own.
-        options: `variance_options`.
+    """The schedule that training starts from, by the settings of the run and its `variance_options`.
 
     Raises:
         ValueError: for options that the kind does not have, that are missing or that cannot be trained with.

@@ -24,7 +24,7 @@ class Soup(AverageRule):
     def fuse(self, step: FusionStep) -> Gaussian:
         adapters = step.plan.adapters
         mixtures, which = torch.unique(step.exponents(adapters), dim=1, return_inverse=True)
-        cacheable = mixtures.shape[1] == 1 and bool((step.plan.exponents == step.exponents()).all())
+        cacheable = bool((step.plan.exponents == step.exponents()[:, :1]).all())
         names = [adapter.name for adapter in adapters]
         networks = [
             Network.merged(dict(zip(names, weights, strict=True)), self.merges, cacheable=cacheable)

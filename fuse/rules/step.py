@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,19 +16,9 @@ from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.plan import Expert, Plan
 
 Score = Callable[[Latents, Rows], Float[Tensor, " rows"]]
-
-
-class PredictFn(Protocol):
-    """Predictions at (x_t, t), one a network.
-
-    Args:
-        images: Which images of the batch the rows of x_t belong to.
-        rows: The rows of x_t that each network is run on, all for None.
-    """
-
-    def __call__(
-        self, x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
-    ) -> list[Latents]: ...
+# Predictions at (x_t, t), one a network. The indices say which image each row of x_t is of, and which rows each network
+# is run on, None for all.
+PredictFn = Callable[[Latents, Time, Sequence[Network], Rows, Sequence[Rows | None]], list[Latents]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +28,11 @@ class FusionStep:
     Attributes:
         plan: The run this is a step of, for as many images as x_t has rows.
         step_index: k, from 0.
-        x_t: The latents.
-        predict_fn: Runs the networks.
         uniforms: Each image's random numbers in [0, 1), the same at every step; as many as there are steps, or experts.
         rewards: A reward of x_0 latents for each objective, differentiable where the reward is; for rules that need
             them.
         images: Which images of the batch the rows of x_t are; by default all, in order.
-        memory: What a rule keeps from step to step of one run.
+        memory: What the rule keeps from step to step of the run.
     """
 
     plan: Plan
@@ -73,10 +61,6 @@ class FusionStep:
         """a_i of experts at this step; by default of all, in the order of `plan.experts`."""
         all_experts = self.plan.exponents[self.step_index]
         return all_experts if experts is None else all_experts[[self.plan.experts.index(e) for e in experts]]
-
-    def exponent(self, expert: Expert) -> Float[Tensor, " batch"]:
-        """a_i of one expert."""
-        return self.exponents()[self.plan.experts.index(expert)]
 
     def weight(self, expert: Expert) -> Float[Tensor, " batch"]:
         """w_i of an objective or oracle at this step."""
@@ -112,7 +96,7 @@ class FusionStep:
 
     def predict_used(self, experts: Sequence[Expert]) -> list[Latents]:
         """Predictions of experts for the images whose exponent is not 0, one forward each; 0 for the others."""
-        rows = [self.exponent(expert).nonzero().flatten() for expert in experts]
+        rows = [a.nonzero().flatten() for a in self.exponents(experts)]
         return self.predict([expert.network for expert in experts], rows)
 
     def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:

@@ -26,9 +26,7 @@ def weight_table(
                 raise ValueError(
                     f"weights name the objective {name!r}; this set has {', '.join(names)}{nearest(name, names)}"
                 )
-            values = (
-                [weight.at(k, steps) for k in range(steps)] if isinstance(weight, WeightSchedule) else [weight] * steps
-            )
+            values = [weight.at(k, steps) if isinstance(weight, WeightSchedule) else weight for k in range(steps)]
             table[:, names.index(name), column] = torch.tensor(values, dtype=torch.float64)
         if not bool(torch.isfinite(table[..., column]).all()):
             raise ValueError(f"weights {label_weights(given)} are not all finite; give each objective a number")

@@ -11,10 +11,8 @@ class WeightSchedule:
 
     Attributes:
         pieces: (weight, begin, end), begin and end as shares of the steps: 0 is the first, noisiest step, 1 the end
-            of the last. Step k of T belongs to the piece with begin ≤ k / T < end; outside all pieces the weight is 0.
-
-    Raises:
-        ValueError: for pieces outside [0, 1], empty or overlapping ones.
+            of the last. Step k of T belongs to the piece with begin ≤ k / T < end; outside all pieces, which must not
+            overlap, the weight is 0.
     """
 
     pieces: tuple[tuple[float, float, float], ...]
@@ -40,11 +38,7 @@ Weights = Mapping[str, float | WeightSchedule]
 
 
 def parse_weights(text: str) -> dict[str, float | WeightSchedule]:
-    """`a=0.7,b=0.3`, or over the steps `a=0.9@0-0.5,0.2@0.5-1,b=0.5` → weights by name.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """`a=0.7,b=0.3`, or over the steps `a=0.9@0-0.5,0.2@0.5-1,b=0.5` → weights by name; a ValueError for other text."""
     parsed: dict[str, float | tuple[tuple[float, float, float], ...]] = {}
     try:
         for entry in re.split(r",(?=[^,=]*=)", text):  # at commas before another name
@@ -70,11 +64,7 @@ def _parse_pieces(text: str) -> tuple[tuple[float, float, float], ...]:
 
 
 def weight_rows(weights: Weights | Sequence[Weights], names: Sequence[str]) -> list[Weights]:
-    """One mapping, or one an image, as a list.
-
-    Raises:
-        ValueError: for numbers without names, and anything else.
-    """
+    """One mapping, or one an image, as a list; a ValueError for numbers without names, and anything else."""
     rows = [weights] if isinstance(weights, Mapping) else list(weights) if isinstance(weights, Sequence) else None
     if rows is None or not all(isinstance(row, Mapping) for row in rows):
         example = ", ".join(f"{name!r}: {1 / len(names):.2g}" for name in names)

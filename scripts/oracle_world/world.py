@@ -28,7 +28,6 @@ runs. It is not where the step-level target ends. `code` and `rgg` use rewards o
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -294,9 +293,9 @@ class World:
 
     def run_rule(self, rule: FusionRule, x: Tensor, uniforms: Tensor, generator: torch.Generator) -> Tensor:
         """x_0 of a rule from x_T: as `FusionRule.denoise`, with one generator for the whole batch."""
-        run, memory = self.run(rule, len(x)), dict[str, Any]()
+        run = self.run(rule, len(x))
         for k in range(self.steps):
-            x = rule.fuse(run.step(k, x, uniforms, memory=memory)).sample(generator)
+            x = rule.fuse(run.step(k, x, uniforms)).sample(generator)
         return x
 
     def run(self, rule: FusionRule, batch: int) -> Run:
