@@ -77,21 +77,26 @@ def setting(
 
 
 def check_settings(settings: Any) -> None:
-    """Check the type, bounds and names of every field.
+    """Check the type, bounds and names of every field, then by `check_together` of each class that defines it.
+
+    A class may define the method `check_together` for values that exclude each other; base classes come first.
 
     Raises:
         ValueError: Naming the first that is wrong, with the nearest name.
     """
     check_types(settings)
     for field in dataclasses.fields(settings):
-        value, bounds, choices = getattr(settings, field.name), *map(field.metadata.get, ("bounds", "choices"))
-        items = value if isinstance(value, tuple) else (value,)
+        value, choices = getattr(settings, field.name), field.metadata.get("choices")
+        bounds = field.metadata.get("bounds", FINITE)
+        items = value if isinstance(value, list | tuple) else (value,)
         shown = ",".join(map(str, items))
         for item in items:
             if isinstance(item, int | float):
-                allowed = bounds or FINITE
-                require(allowed.allow(item), field.name, shown, str(allowed))
+                require(bounds.allow(item), field.name, shown, str(bounds))
             if choices and item != field.default:
                 which = "one" if item is value else "some"
                 expected = f"{which} of {', '.join(choices)}{nearest(str(item), choices)}"
                 require(item in choices, field.name, repr(item), expected)
+    for owner in reversed(type(settings).__mro__):
+        if check := vars(owner).get("check_together"):
+            check(settings)

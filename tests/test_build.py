@@ -233,11 +233,13 @@ def test_a_hash_is_of_what_decides_the_adapter(tmp_path, monkeypatch):
     assert config_hash(DPOSettings(**settings, learning_rate=2e-4)) != first
     assert config_hash(DPOSettings(**settings, seed=1)) != first
     assert config_hash(DDPOSettings(**settings)) != first
-    for file in ("prompts.txt", "mine.py"):
-        Path(file).write_text(Path(file).read_text() + "\n")
-        now = config_hash(DPOSettings(**settings))
-        assert now != first
-        first = now
+    for reward in ("mine.py:reward", "weighted:0.5*mine.py:reward/2 + 0.5*colourfulness"):
+        before = config_hash(DPOSettings(**settings | {"reward": reward}))
+        for file in ("prompts.txt", "mine.py"):
+            Path(file).write_text(Path(file).read_text() + "\n")
+            now = config_hash(DPOSettings(**settings | {"reward": reward}))
+            assert now != before
+            before = now
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "sets").glob("*.yaml")), ids=lambda file: file.stem)

@@ -54,7 +54,6 @@ DEFAULTS = {
     "scripts/cli/parser.py: action.'check'",
     "scripts/cli/parser.py: found.action.dest",
     "train/arguments.py: action.type.'__name__'",
-    "train/output.py: error.'errno'",
 }
 
 

@@ -41,7 +41,7 @@ def _in_the_checkout(monkeypatch):
 
 
 def settings_of(config, *flags):
-    return parse_settings(SETTINGS[config.parent.name], ["--config", str(config), *flags], description="")
+    return parse_settings(SETTINGS[config.parent.name], ["--config", str(config), *flags])
 
 
 def commands(config):

@@ -95,7 +95,7 @@ def test_files_that_are_folders_missing_empty_or_of_old_macintoshes_are_named(tm
 
 def test_yaml_and_json_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "a.yaml").write_bytes(codecs.BOM_UTF8 + "objective_name: Zoë\r\nseed: 3\r\n".encode())
-    parsed = parse_settings(DPOSettings, ["--config", str(tmp_path / "a.yaml")], "")
+    parsed = parse_settings(DPOSettings, ["--config", str(tmp_path / "a.yaml")])
     assert (parsed.objective_name, parsed.seed) == ("Zoë", 3)
     (tmp_path / "a.json").write_bytes(codecs.BOM_UTF8 + '{"name": "Zoë"}'.encode())
     assert read_json(tmp_path / "a.json", "an object") == {"name": "Zoë"}
@@ -174,7 +174,7 @@ def test_a_number_with_an_exponent_is_a_number_in_every_yaml_file(number, tmp_pa
     file = tmp_path / "a.yaml"
     file.write_text(f"learning_rate: {number}\nreward_clip: [-1e5, 1E5]\n")
     for settings in (DPOSettings, DDPOSettings):
-        parsed = parse_settings(settings, ["--config", str(file)], "")
+        parsed = parse_settings(settings, ["--config", str(file)])
         assert parsed.learning_rate == pytest.approx(1e-5)
         assert parsed.reward_clip == [-100000, 100000]
         assert settings(**read_settings(file, settings)).learning_rate == pytest.approx(1e-5)
@@ -196,7 +196,7 @@ def test_yes_no_on_and_off_are_words_where_texts_are_and_booleans_where_those_ar
         "compile: no\nguidance: off\nmixed_precision: no\noverwrite: yes\nallow_tf32: On\nasync_scoring: off\n"
         "validation_prompts: [yes, Off]\nobjective_name: on\nenv: {STEPFUSE_A_WORD: on}\n"
     )
-    parsed = parse_settings(DPOSettings, ["--config", str(file)], "")
+    parsed = parse_settings(DPOSettings, ["--config", str(file)])
     assert (parsed.compile, parsed.guidance, parsed.mixed_precision) == ("no", "off", "no")
     assert (parsed.overwrite, parsed.allow_tf32, parsed.async_scoring) == (True, True, False)
     assert (parsed.validation_prompts, parsed.objective_name) == (["yes", "Off"], "on")

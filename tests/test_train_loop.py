@@ -215,6 +215,24 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed(run_training):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.parametrize(
+    ("changes", "best"), [({}, 1), ({"mixed_precision": "bf16"}, 2), ({"pretrained_model_name_or_path": "copy"}, 2)]
+)
+def test_a_best_checkpoint_of_other_validation_settings_is_not_compared(run_training, tiny_base, changes, best):
+    shutil.copytree(tiny_base, "copy")
+    flags = dict(checkpointing_steps=1, load_best_model_at_end="true")
+    run_training("ddpo", max_train_steps=1, **flags)
+    progress, manifest = Path("out/checkpoint-1/progress.json"), Path("out/checkpoint-1/manifest.json")
+    values = json.loads(progress.read_text())
+    values["best"]["validation"]["reward"] = 1e9  # no later policy is better
+    progress.write_text(json.dumps(values))
+    files = json.loads(manifest.read_text())["files"] | {progress.name: file_hash(progress)}
+    manifest.write_text(json.dumps({"files": files}))
+    run_training("ddpo", max_train_steps=2, **flags, resume_from_checkpoint="latest", **changes)
+    record = read_adapter("out").record
+    assert record["steps"] == record["best"]["step"] == best
+
+
 def test_first_checkpoint_of_a_run_with_two_updates_a_rollout_leads_to_the_same_end(run_training):
     flags = dict(max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=4, num_inner_epochs=2)
     run_training("ddpo", **flags, output_dir="straight")

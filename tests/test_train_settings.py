@@ -13,11 +13,13 @@ import pytest
 import transformers
 import yaml
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.optimization import SchedulerType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
+from stepfuse.train.policy_settings import LR_SCHEDULERS
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -61,7 +63,7 @@ def refusal(monkeypatch, algorithm, *arguments):
 
 def parsed(config, settings=DPOSettings):
     Path("config.yaml").write_text(config)
-    return parse_settings(settings, ["--config", "config.yaml"], description="")
+    return parse_settings(settings, ["--config", "config.yaml"])
 
 
 # Names
@@ -165,6 +167,18 @@ def test_options_that_a_variance_does_not_have_are_refused(desk, monkeypatch, wo
         ("ddpo", "num_generations", "1"),
         ("ddpo", "train_clip_range", "0.0"),
         ("ddpo", "num_inner_epochs", "0"),
+        ("ddpo", "beta", "-1.0"),
+        ("ddpo", "train_adv_clip_max", "0.0"),
+        ("ddpo", "lora_alpha", "0"),
+        ("dpo", "resolution", "0"),
+        ("dpo", "variance_learning_rate", "-1.0"),
+        ("dpo", "lr_warmup_steps", "-1"),
+        ("dpo", "adam_beta1", "1.0"),
+        ("dpo", "adam_beta2", "-0.5"),
+        ("dpo", "adam_weight_decay", "-1.0"),
+        ("dpo", "adam_epsilon", "0.0"),
+        ("dpo", "validation_steps", "-1"),
+        ("dpo", "reward_clip", "nan"),
     ],
 )
 def test_value_out_of_range_is_named(desk, monkeypatch, algorithm, flag, value):
@@ -173,7 +187,13 @@ def test_value_out_of_range_is_named(desk, monkeypatch, algorithm, flag, value):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("variance", "lerned"), ("loss_type", "hinge"), ("log_prob_reduction", "Mean"), ("guidance", "shard")],
+    [
+        ("variance", "lerned"),
+        ("loss_type", "hinge"),
+        ("log_prob_reduction", "Mean"),
+        ("guidance", "shard"),
+        ("lr_scheduler", "cosinus"),
+    ],
 )
 def test_choice_that_a_config_misspells_is_refused(desk, monkeypatch, setting, value):
     Path("my.yaml").write_text(f"{setting}: {value}\n")
@@ -216,7 +236,7 @@ def test_off_and_no_mean_themselves_in_a_config(desk):
 
 def test_flags_win_over_the_config_and_the_config_over_defaults(desk):
     Path("my.yaml").write_text("rank: 2\nlearning_rate: 1e-3\n")
-    settings = parse_settings(DDPOSettings, ["--config", "my.yaml", "--rank", "3"], description="")
+    settings = parse_settings(DDPOSettings, ["--config", "my.yaml", "--rank", "3"])
     assert (settings.rank, settings.learning_rate, settings.num_generations) == (3, 1e-3, 8)
 
 
@@ -456,6 +476,10 @@ def test_torchrun_gets_the_line_for_its_summary(desk, monkeypatch):
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
     summary = ChildFailedError("train/dpo.py", {0: failure}).format_msg()
     assert "error: rank is 0; expected 1 or more" in summary
+
+
+def test_learning_rate_schedulers_are_those_of_diffusers_that_need_no_list_of_steps():
+    assert set(LR_SCHEDULERS) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
 
 
 def test_limits_are_switched_off_by_infinity_and_other_numbers_are_finite():

@@ -4,8 +4,10 @@ import argparse
 import copy
 import dataclasses
 import functools
+import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, cast, get_args
@@ -14,7 +16,6 @@ from trl import TrlParser
 
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
-from stepfuse.train.help_texts import help_texts
 from stepfuse.train.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
@@ -22,7 +23,7 @@ S = TypeVar("S", bound=TrainSettings)
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def parse_settings(settings: type[S], arguments: Sequence[str], description: str = "") -> S:
+def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
     """Read the settings of a run from flags and from the YAML file that `--config` names. Flags win.
 
     Flags may be written with underscores or dashes. The mapping `env` of the file, if there is one, is added to the
@@ -31,19 +32,19 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
     Args:
         settings: Dataclass of the settings; every field is a flag.
         arguments: Command line without the program's name.
-        description: Text at the beginning of `--help`.
 
     Raises:
         ValueError: For an unknown flag or key, with the nearest one; for a missing or malformed file; and for a value
             of the wrong type or out of range.
         SystemExit: For `--help`.
     """
-    parser = _Parser(settings, description)
+    parser = _Parser(settings)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         written = unknown[0].split("=")[0]
         kind = "flag" if written.startswith("-") else "argument"
-        raise ValueError(f"unknown {kind} {written}{nearest(written, parser.names)}")
+        known = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+        raise ValueError(f"unknown {kind} {written}{nearest(written, known)}")
     if flags.config is not None:
         file = find_config(flags.config, settings.program)
         values = read_settings(file, settings, besides=("env",))
@@ -57,7 +58,8 @@ def parse_settings(settings: type[S], arguments: Sequence[str], description: str
         except ValueError as error:
             raise ValueError(f"{file}: {str(error).removeprefix('--')}") from error
     given = vars(parser.parse_args(arguments))
-    return settings(**{name: value for name, value in given.items() if name != "config"})
+    del given["config"]
+    return settings(**given)
 
 
 class _Parser(TrlParser):
@@ -66,11 +68,11 @@ class _Parser(TrlParser):
     The method `parse_args_and_config` is not used, because it reads YAML 1.1, in the encoding of the locale.
     """
 
-    def __init__(self, settings: type[TrainSettings], description: str) -> None:
+    def __init__(self, settings: type[TrainSettings]) -> None:
         program = f"accelerate launch --quiet train/{settings.program}.py"
         super().__init__(
             usage=f"{program} [--config FILE] [--SETTING VALUE ...]",
-            description=description,
+            description=settings.description,
             epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. "
             f"Without a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.program}`. "
             "With --quiet the launcher prints no traceback of its own if the run fails.",
@@ -87,7 +89,7 @@ class _Parser(TrlParser):
             "Flags override it.",
         )
         first.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-        texts, groups = help_texts(settings), {}
+        texts, groups = _help_texts(settings), {}
         for field in dataclasses.fields(settings):
             heading, text = texts[field.name]
             if heading not in groups:
@@ -122,10 +124,6 @@ class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message.removeprefix("argument "))
 
-    @property
-    def names(self) -> list[str]:
-        return [flag for flag in self._option_string_actions if flag.startswith("--")]
-
 
 class _Formatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -135,6 +133,17 @@ class _Formatter(argparse.HelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {"int": "INTEGER", "float": "NUMBER"}.get(getattr(action.type, "__name__", ""), "TEXT")
+
+
+def _help_texts(settings: type) -> dict[str, tuple[str, str]]:
+    """Heading and text of each field: the first line of its class's docstring, up to `:` or `.`, and its attribute."""
+    texts = {}
+    for owner in settings.__mro__:
+        doc = inspect.cleandoc(owner.__doc__ or "")
+        attributes = re.split(r"\n(?=    \w)", doc.partition("Attributes:")[2])
+        for name, _, text in (part.strip().partition(": ") for part in attributes):
+            texts[name] = (re.split("[:.]", doc, maxsplit=1)[0], " ".join(text.split()))
+    return texts
 
 
 def _shown(default: Any) -> str:

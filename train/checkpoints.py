@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,12 @@ class Progress:
         validation: mean reward of the validation images, `before` and `after`.
         reward: the fit of the reward on images of the base.
         best: `step`, `kl` and `validation` of the best checkpoint so far, if they are compared.
+        best_settings: settings that its validation images were drawn and scored with.
+        best_state: its tensors, which a checkpoint has in a file of their own.
         health: what was skipped, collapsed, or stopped the run.
         base_diversity: diversity of the first rollout, which is that of the base.
-        validation_prompts: prompts of the validation images.
-        validation_rewards: rewards of the validation images, in the order of their prompts: `before`, `best` and
-            `after`.
+        validation_prompts: prompts of the validation images before training.
+        validation_rewards: rewards of the validation images by prompt: `before`, `best` and `after`.
         validation_settings: settings that the validation images before training were drawn and scored with.
         prompt_rewards: rewards of earlier steps by prompt (`per_prompt_stat_tracking_buffer_size`).
     """
@@ -53,6 +54,8 @@ class Progress:
     validation: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
+    best_settings: dict[str, Any] = field(default_factory=dict)
+    best_state: dict[str, Tensor] | None = None
     health: list[dict[str, Any]] = field(default_factory=list)
     base_diversity: float | None = None
     validation_prompts: list[str] = field(default_factory=list)
@@ -102,9 +105,7 @@ def damage(folder: Path) -> str:
     return f"{wrong[0]} has another hash than recorded" if wrong else ""
 
 
-def save_checkpoint(
-    output: Path, engine: Engine, progress: Progress, limit: int | None, best: dict[str, Tensor] | None = None
-) -> None:
+def save_checkpoint(output: Path, engine: Engine, progress: Progress, limit: int | None) -> None:
     """Write `checkpoint-STEP`, then delete the oldest beyond the limit; all processes take part.
 
     The folder gets its name when its files and their hashes are on the disk, so that a checkpoint is complete.
@@ -117,19 +118,20 @@ def save_checkpoint(
     state = engine.trainable_state()  # on every process: it may be partitioned
     if main:
         shutil.rmtree(temporary, ignore_errors=True)
-    failure = ""
+    failures: list[str] = []
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         accelerator.wait_for_everyone()
         engine.save(temporary)
         if main:
             write_state(state, temporary / POLICY)
-            if best is not None:
+            values = vars(progress).copy()
+            if (best := values.pop("best_state")) is not None:
                 write_state(best, temporary / BEST)
-            write_text(temporary / PROGRESS, json.dumps(asdict(progress)))
+            write_text(temporary / PROGRESS, json.dumps(values))
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own for a full disk
-        failure = " ".join(str(error).split())
-    failures = [line for line in gather_object([failure]) if line]
+        failures = [" ".join(str(error).split())]
+    failures = gather_object(failures)
     if main and not failures:
         try:
             _publish(temporary, output / f"checkpoint-{progress.step}")
@@ -137,8 +139,7 @@ def save_checkpoint(
                 _delete(old)
         except OSError as error:
             failures = [str(error)]
-    failures = [line for line in gather_object(failures) if line]
-    if failures:
+    if failures := gather_object(failures):
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = ", ".join(p.name for p in list_checkpoints(output)) or "none yet"
@@ -150,15 +151,11 @@ def save_checkpoint(
         )
 
 
-def load_checkpoint(folder: Path, engine: Engine) -> tuple[Progress, dict[str, Tensor] | None]:
-    """Restore policy, optimiser and learning rate.
-
-    Returns:
-        Progress, and the best policy so far.
-    """
+def load_checkpoint(folder: Path, engine: Engine) -> Progress:
+    """Restore policy, optimiser and learning rate, and read the progress."""
     engine.load(folder, read_state(folder / POLICY))
-    best = read_state(folder / BEST) if (folder / BEST).exists() else None
-    return Progress(**json.loads((folder / PROGRESS).read_text(encoding="utf-8"))), best
+    values = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+    return Progress(**values, best_state=read_state(folder / BEST) if (folder / BEST).exists() else None)
 
 
 def read_state(file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,21 +15,13 @@ from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import TrainSettings
 
 
-def run_training(
-    settings_type: type[TrainSettings], *, description: str, arguments: Sequence[str] | None = None
-) -> None:
-    """Parse the command line and train; end with one line and a non-zero exit status if that fails.
-
-    Args:
-        settings_type: Settings of the algorithm.
-        description: Text at the beginning of `--help`.
-        arguments: Command line; by default that of the process.
-    """
+def run_training(settings_type: type[TrainSettings]) -> None:
+    """Parse the command line and train; end with one line and a non-zero exit status if that fails."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # on import it warns of torchvision, which is not needed
     print_any_text()
     output: str | None = None
     try:
-        settings = parse_settings(settings_type, sys.argv[1:] if arguments is None else arguments, description)
+        settings = parse_settings(settings_type, sys.argv[1:])
         output = settings.output_dir
         from stepfuse.fuse.backbones.loading import quiet_libraries
         from stepfuse.train.loop import train_adapter

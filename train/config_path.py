@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_file import find_config
 
 FOLDERS = ("accelerate", "dpo", "ddpo", "eval", "sets")
 
@@ -22,22 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("name", nargs="?", help="FOLDER/NAME, for example accelerate/multi-gpu")
     name = parser.parse_args(arguments).name
-    try:
-        print("\n".join(_names()) if name is None else _find(name))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-
-
-def _find(name: str) -> str:
-    short = name.removeprefix("configs/")
-    folder, slash, _ = short.partition("/")
-    if not slash or folder not in FOLDERS:
-        raise ValueError(f"no packaged configuration {name!r}{nearest(short, _names())}; expected FOLDER/NAME")
-    return str(find_config(short, folder))
-
-
-def _names() -> list[str]:
-    return [f"{folder}/{file.stem}" for folder in FOLDERS for file in sorted((FOLDER / folder).glob("*.yaml"))]
+    files = {f"{folder}/{file.stem}": file for folder in FOLDERS for file in sorted((FOLDER / folder).glob("*.yaml"))}
+    if name is None:
+        print("\n".join(files))
+        return
+    short = name.removeprefix("configs/").removesuffix(".yaml")
+    if short not in files:
+        sys.exit(f"error: no packaged configuration {name!r}{nearest(short, files)}; expected FOLDER/NAME")
+    print(files[short])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from stepfuse.train.settings import DDPOSettings
 
 def main() -> None:
     """Parse the command line and train."""
-    run_training(DDPOSettings, description="Train one LoRA by DDPO, to increase one reward.")
+    run_training(DDPOSettings)
 
 
 if __name__ == "__main__":

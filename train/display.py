@@ -1,11 +1,12 @@
 """Messages of a run to the user: its start, its progress and its result. On the main process only."""
 
+import itertools
 import math
 import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +25,6 @@ class ProgressDisplay:
     The reward and the images per second are means over the last 20 steps, since every step has other prompts.
 
     Args:
-        settings: Settings of the run.
         step: Step that the run starts from.
         images: Number of images, of all processes, that a step is trained on.
         shown: Whether this process shows anything.
@@ -45,19 +45,17 @@ class ProgressDisplay:
         self.since = time.monotonic()
 
     def advance(self, measured: Mapping[str, float], *, new_images: bool) -> None:
-        """Show one more step.
-
-        Args:
-            measured: Values of the step by name.
-            new_images: Whether the step is the first one on its rollout.
-        """
+        """Show one more step, by its measured values; `new_images` is for the first step on a rollout."""
         now = time.monotonic()
         self.step += 1
         self.speeds.append((self.images if new_images else 0, now - self.since))
         self.since = now
         if new_images and math.isfinite(reward := measured.get("reward", math.nan)):
             self.rewards.append(reward)
-        text = self._describe(measured)
+        rates = [f"mean reward {sum(self.rewards) / len(self.rewards):.4g}"] if self.rewards else []
+        rates += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
+        counts, seconds = map(sum, zip(*self.speeds, strict=True))
+        text = ", ".join([*rates, f"{counts / max(seconds, 1e-9):.3g} images/s"])
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.lines and self.step * REPORTS // self.total > (self.step - 1) * REPORTS // self.total:
@@ -65,15 +63,6 @@ class ProgressDisplay:
 
     def close(self) -> None:
         self.bar.close()
-
-    def _describe(self, measured: Mapping[str, float]) -> str:
-        parts = []
-        if self.rewards:
-            parts.append(f"mean reward {sum(self.rewards) / len(self.rewards):.4g}")
-        parts += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
-        seconds = sum(duration for _, duration in self.speeds)
-        parts.append(f"{sum(count for count, _ in self.speeds) / max(seconds, 1e-9):.3g} images/s")
-        return ", ".join(parts)
 
 
 def describe_start(settings: TrainSettings, start: Path | None, step: int) -> str:
@@ -89,8 +78,6 @@ def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: flo
     """Say where the adapter is, what the validation images show, and which command comes next.
 
     Args:
-        settings: Settings of the run.
-        progress: Its progress, with the rewards of the validation images.
         step: Step that the adapter is from.
         kl: KL divergence of the adapter to the base model, in nats per image, if it is known.
         reward: Name of the reward.
@@ -119,8 +106,7 @@ def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: flo
 
 def describe_gain(progress: Progress) -> str:
     """The mean gain of the validation reward and its 95 % interval, or why there is none."""
-    rewards = progress.validation_rewards
-    prompts: Sequence[str] = progress.validation_prompts
+    rewards, prompts = progress.validation_rewards, progress.validation_prompts
     if not rewards.get("before") or not rewards.get("after"):
         return ""  # a checkpoint of an earlier version has none, and a resumed run may have other validation prompts
     if len(set(prompts)) < 2:
@@ -134,8 +120,5 @@ def describe_gain(progress: Progress) -> str:
 
 def _unused(folder: Path) -> Path:
     """This folder, or with a number behind it the first that does not exist."""
-    number, found = 1, folder
-    while found.exists():
-        number += 1
-        found = folder.with_name(f"{folder.name}-{number}")
-    return found
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+    return next(path for path in itertools.chain([folder], numbered) if not path.exists())

@@ -9,7 +9,7 @@ from stepfuse.train.settings import DPOSettings
 
 def main() -> None:
     """Parse the command line and train."""
-    run_training(DPOSettings, description="Train one LoRA by step-level DPO, to increase one reward.")
+    run_training(DPOSettings)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers.optimization import get_scheduler
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepfuse.train.lora import Policy
 from stepfuse.train.settings import TrainSettings
@@ -34,6 +34,9 @@ class Engine:
             num_training_steps=settings.max_train_steps,
         )
         accelerator.register_for_checkpointing(self.rate)
+        # Checkpoints are without the base model. DeepSpeed, which has no weights and models here, saves its own.
+        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     @property
     def partitioned(self) -> bool:
@@ -58,14 +61,7 @@ class Engine:
         return float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
 
     def step(self, norm: float | None) -> float:
-        """Update parameters and rate.
-
-        Args:
-            norm: of `clip`.
-
-        Returns:
-            The gradient's norm, before it was clipped.
-        """
+        """Update parameters and rate, from the norm of `clip`; the gradient's norm before it was clipped."""
         if self.deepspeed:
             self.wrapped.step()
             norm = float(self.wrapped.get_global_grad_norm())
@@ -87,7 +83,12 @@ class Engine:
 
     def trainable_state(self) -> dict[str, Tensor]:
         """LoRA tensors and schedule parameters by name, in float32, on the CPU. All processes take part."""
-        values = {name: self._gather(p) for name, p in self.policy.named_parameters() if p.requires_grad}
+        values: dict[str, Tensor] = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        if self.deepspeed:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full = {name: safe_get_full_fp32_param(parameter) for name, parameter in values.items()}
+            values |= {name: value for name, value in full.items() if value is not None}
         state = self.policy.trainable_state(values)
         return {name: value.detach().float().contiguous().cpu().clone() for name, value in state.items()}
 
@@ -104,42 +105,17 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Save optimiser, learning rate and generators; DeepSpeed also saves its part of the trained parameters."""
-        if self.deepspeed:
-            self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)
-            return
-        hook = self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        try:
-            self.accelerator.save_state(str(folder))
-        finally:
-            hook.remove()
+        self.accelerator.save_state(str(folder), exclude_frozen_parameters=True)  # an option of DeepSpeed
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
         """The inverse of `save`; `state` is the `trainable_state` at that time."""
-        if self.deepspeed:
-            self.accelerator.load_state(str(folder), load_module_strict=False)
-            return
-        hook = self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-        try:
-            self.accelerator.load_state(str(folder))
-        finally:
-            hook.remove()
-        self.policy.load_trainable_state(state)
-
-    def _gather(self, parameter: nn.Parameter) -> Tensor:
+        self.accelerator.load_state(str(folder), load_module_strict=False)  # an option of DeepSpeed
         if not self.deepspeed:
-            return parameter
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        gathered = safe_get_full_fp32_param(parameter)
-        return parameter if gathered is None else gathered
+            self.policy.load_trainable_state(state)
 
 
 def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW for the LoRA, and with another learning rate for the parameters of the schedule.
-
-    Raises:
-        ValueError: for 8 bits if bitsandbytes is not installed.
-    """
+    """AdamW for the LoRA, and with another learning rate for the parameters of the schedule."""
     variance = policy.schedule_parameters()
     lora = [p for name, p in policy.named_parameters() if p.requires_grad and name not in variance]
     groups: list[dict[str, Any]] = [{"params": lora, "lr": settings.learning_rate}]

@@ -20,12 +20,10 @@ STOPPED = "stopped: KL beyond max_kl"
 
 
 class Health:
-    """Logs what goes wrong in a run, and records it in the progress.
+    """Logs what goes wrong in a run, if this is the main process, and records it in the progress.
 
     Args:
-        progress: progress of the run, whose `health` is extended.
         skips: skip what is not finite; otherwise it is an error.
-        main: whether this process logs.
     """
 
     def __init__(self, progress: Progress, *, skips: bool, main: bool) -> None:
@@ -40,11 +38,7 @@ class Health:
             self.progress.health.append({"what": what, "step": step} | values)
 
     def not_finite(self, what: str, step: int, prompts: Sequence[str]) -> None:
-        """Record something that is not finite and is skipped; otherwise an error that names step and prompts.
-
-        Raises:
-            ValueError: unless it is to be skipped.
-        """
+        """Record something that is not finite and is skipped; otherwise a ValueError that names step and prompts."""
         if not self.skips:
             raise ValueError(
                 f"step {step}: {what} for {listed(prompts)}; training stopped, checkpoints are kept. "
@@ -78,11 +72,8 @@ def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -
         groups: index of the group of each image.
     """
     flat = images.flatten(1).double()
-    names, index = groups.unique(return_inverse=True)
-    count = flat.new_zeros(len(names)).index_add(0, index, flat.new_ones(len(flat)))[:, None]
-    mean = flat.new_zeros(len(names), flat.shape[1]).index_add(0, index, flat) / count
-    variance = flat.new_zeros(len(names), flat.shape[1]).index_add(0, index, (flat - mean[index]) ** 2) / count
-    return variance.mean().sqrt().item()
+    variances = [flat[groups == group].var(0, correction=0) for group in groups.unique()]
+    return torch.stack(variances).mean().sqrt().item()
 
 
 def listed(prompts: Sequence[str], most: int = 3) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.trackers import check_trackers
@@ -15,10 +15,8 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     """The accelerator for any launcher; several processes without a GPU communicate by gloo.
 
     Raises:
-        ValueError: if DeepSpeed is configured and switched off or not installed, if the processes are not connected, or
-            if a tracker is not installed.
+        ValueError: if DeepSpeed or a tracker cannot be used, or the processes are not connected.
     """
-    output = Path(settings.output_dir)
     check_trackers(settings.trackers)
     if settings.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -32,9 +30,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
             mixed_precision=settings.mixed_precision,
             log_with=settings.trackers or None,
-            project_config=ProjectConfiguration(
-                project_dir=str(output), logging_dir=str(output / settings.logging_dir)
-            ),
+            project_dir=Path(settings.output_dir, settings.logging_dir),  # of the trackers' logs
         )
     except ImportError as error:
         if not deepspeed:

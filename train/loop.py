@@ -18,7 +18,7 @@ from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup, prepare
 from stepfuse.train.trackers import start_trackers
-from stepfuse.train.trained_policy import State, kl_exceeded, select_policy, update_best, write_policy
+from stepfuse.train.trained_policy import kl_exceeded, select_policy, update_best, write_policy
 from stepfuse.train.update import Update
 from stepfuse.train.validation import Validator, fit_reward
 
@@ -60,7 +60,7 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
 def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
     """Train from a checkpoint, or from the beginning if there is none, and write the adapter."""
     settings, accelerator = setup.settings, setup.accelerator
-    progress, best = load_checkpoint(start, setup.engine) if start else (Progress(), None)
+    progress = load_checkpoint(start, setup.engine) if start else Progress()
     if accelerator.is_main_process and (text := describe_start(settings, start, progress.step)):
         print(text, flush=True)
     health = Health(progress, skips=settings.nonfinite == "skip", main=accelerator.is_main_process)
@@ -78,11 +78,11 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
         validator.record("before")
     if settings.trackers:
         validator.draw_base()
-    best, stopped = fit(setup, algorithm, source, progress, health, validator, best)
+    stopped = fit(setup, algorithm, source, progress, health, validator)
     if not stopped:
         validator.record("after")
-        best = update_best(best, setup, progress, validator)
-    policy = select_policy(best, setup, progress, stopped=stopped)
+        update_best(setup, progress, validator)
+    policy = select_policy(setup, progress, stopped=stopped)
     if accelerator.is_main_process:
         write_policy(policy, setup, algorithm, progress)
         setup.embed.report_streamed()
@@ -98,9 +98,8 @@ def fit(
     progress: Progress,
     health: Health,
     validator: Validator,
-    best: State | None,
-) -> tuple[State | None, bool]:
-    """Take optimiser steps up to `max_train_steps`; the best policy, and whether the KL limit stopped training."""
+) -> bool:
+    """Take optimiser steps up to `max_train_steps`; whether the KL limit stopped training."""
     settings = setup.settings
     update = Update(setup=setup, algorithm=algorithm, health=health)
     main = setup.accelerator.is_main_process
@@ -124,10 +123,10 @@ def fit(
         # Between rollouts only: a run could not be resumed exactly from the middle of one.
         crossed = progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps
         if crossed and not stopped:
-            best = update_best(best, setup, progress, validator)
-            save_checkpoint(setup.output, setup.engine, progress, settings.checkpoints_total_limit, best)
+            update_best(setup, progress, validator)
+            save_checkpoint(setup.output, setup.engine, progress, settings.checkpoints_total_limit)
     display.close()
-    return best, stopped
+    return stopped
 
 
 def check_objective(settings: TrainSettings) -> None:

@@ -10,24 +10,20 @@ from stepfuse.train.settings import TrainSettings
 
 @contextmanager
 def oom_hints(settings: TrainSettings) -> Iterator[None]:
-    """Turn a failed allocation, on a GPU or the CPU, into an error that names the settings that need less memory.
-
-    Raises:
-        ValueError: if an allocation fails.
-    """
+    """Turn a failed allocation, on a GPU or the CPU, into a ValueError that names settings that need less memory."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ValueError(_advice(settings, error)) from error
-    except RuntimeError as error:
-        if "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        raise ValueError(_advice(settings, error)) from error
+        first = " ".join(str(error).split()).split(". ")[0]
+        reducing = "; ".join(_reducing_settings(settings))
+        raise ValueError(f"out of memory ({first}); these settings reduce it: {reducing}") from error
 
 
-def _advice(settings: TrainSettings, error: BaseException) -> str:
-    """The error, and every setting that helps with its present value, the one that costs least first."""
-    first = " ".join(str(error).split()).split(". ")[0]
+def _reducing_settings(settings: TrainSettings) -> list[str]:
+    """Every setting that helps with its present value, the one that costs least first."""
     knobs = [
         f"--train_batch_size (now {settings.train_batch_size}; --gradient_accumulation_steps, "
         f"now {settings.gradient_accumulation_steps}, makes up for it)"
@@ -40,5 +36,4 @@ def _advice(settings: TrainSettings, error: BaseException) -> str:
     if settings.mixed_precision in (None, "no"):
         knobs.append(f"--mixed_precision bf16 (now {settings.mixed_precision or 'as accelerate is configured'})")
     knobs.append(f"--resolution (now {settings.resolution or 'the default of the base model'})")
-    knobs.append("several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in CPU memory")
-    return f"out of memory ({first}); these settings reduce it: {'; '.join(knobs)}"
+    return [*knobs, "several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in CPU memory"]

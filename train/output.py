@@ -76,36 +76,26 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
         wanted: `latest`, the name or path of a checkpoint's folder, or None to start from the beginning.
 
     Raises:
-        ValueError: for a folder with other files, and a checkpoint that does not exist or is damaged.
-    """
-    if wanted is None:
-        check_free(folder, overwrite=overwrite)
-        return None
-    if wanted != "latest":
-        return find_checkpoint(folder, wanted)
-    if newest := newest_intact(folder):
-        return newest
-    if damaged := list_checkpoints(folder):
-        raise ValueError(f"no checkpoint in {folder} is intact: {', '.join(p.name for p in damaged)}; train again")
-    if (folder / OBJECTIVE).exists():
-        raise ValueError(
-            f"{folder} contains a finished adapter and no checkpoint to resume from; choose another folder"
-        )
-    if not (folder / CONFIG).exists():  # no run has started here
-        check_free(folder, overwrite=overwrite)
-    return None
-
-
-def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Check that a run may start in a folder.
-
-    Raises:
-        ValueError: for a folder that is not empty, and with `overwrite` for files of other programs that the run would
-            replace, or delete as its oldest checkpoints.
+        ValueError: for a folder that is not empty, or with `overwrite` for files of other programs that the run would
+            replace or delete; and for a checkpoint that does not exist or is damaged.
     """
     checkpoints = [path.name for path in list_checkpoints(folder)]
-    writes = (CONFIG, OBJECTIVE, WEIGHTS, *checkpoints)
+    if wanted == "latest":
+        if newest := newest_intact(folder):
+            return newest
+        if checkpoints:
+            raise ValueError(f"no checkpoint in {folder} is intact: {', '.join(checkpoints)}; train again")
+        if (folder / OBJECTIVE).exists():
+            raise ValueError(
+                f"{folder} contains a finished adapter and no checkpoint to resume from; choose another folder"
+            )
+        if (folder / CONFIG).exists():  # a run was interrupted before its first checkpoint
+            return None
+    elif wanted is not None:
+        return find_checkpoint(folder, wanted)
+    writes = (CONFIG, OBJECTIVE, WEIGHTS, *checkpoints)  # of checkpoints the oldest would be deleted
     require_empty_dir(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
+    return None
 
 
 def training_files(folder: Path) -> set[Path]:
@@ -131,11 +121,7 @@ def training_files(folder: Path) -> set[Path]:
 
 
 def begin_output(folder: Path, settings: TrainSettings, *, overwrite: bool) -> None:
-    """Write the configuration of a run that starts or resumes.
-
-    Args:
-        overwrite: delete the files of an earlier run first; all others are kept.
-    """
+    """Write the configuration of a run; with `overwrite`, first delete the files of an earlier one, and no others."""
     if overwrite:
         delete_files(folder, training_files(folder))
     write_text(folder / CONFIG, yaml_text(dataclasses.asdict(settings)))
@@ -143,17 +129,11 @@ def begin_output(folder: Path, settings: TrainSettings, *, overwrite: bool) -> N
 
 @contextmanager
 def disk_hints(folder: Path) -> Iterator[None]:
-    """Turn the error of a full disk into one that says what was kept and how to resume.
-
-    Raises:
-        ValueError: if the disk is full.
-    """
+    """Turn the error of a full disk into a ValueError that says what was kept and how to resume."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        words = [os.strerror(code) for code in codes]  # errors of safetensors have no number
-        if getattr(error, "errno", None) not in codes and not any(word in str(error) for word in words):
+    except (OSError, SafetensorError) as error:  # those of safetensors have no number
+        if not any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             raise
         raise ValueError(
             f"{folder} cannot be written: {' '.join(str(error).split())}; checkpoints are kept, so free some space and "

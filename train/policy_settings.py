@@ -10,6 +10,9 @@ from stepfuse.fuse.rules.schedules import SCHEDULES, initial_schedule
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule
 
+# Those of diffusers, except piecewise_constant, which needs a list of steps.
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRASettings:
@@ -23,7 +26,7 @@ class LoRASettings:
     """
 
     rank: int = setting(4, least=1)
-    lora_alpha: int | None = None
+    lora_alpha: int | None = setting(None, least=1)
     lora_target_modules: list[str] = setting(["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -58,13 +61,12 @@ class SamplingSettings:
     sample_eta: float = 1.0
     sample_etas: list[float] = setting([])
     variance_knots: int = 5
-    resolution: int | None = None
+    resolution: int | None = setting(None, least=1)
     skip_first_steps: int = setting(0, least=0)
     train_timestep_fraction: float = setting(1.0, above=0, most=1)
     timesteps_per_forward: int = setting(1, least=1)
 
-    def check_sampling(self) -> None:
-        """Check what the bounds of single settings do not say."""
+    def check_together(self) -> None:
         skipped = self.skip_first_steps
         require(skipped < self.sample_num_steps, "skip_first_steps", skipped, "0 or more, below sample_num_steps")
 
@@ -89,7 +91,7 @@ class OptimiserSettings:
             divides it by the number of dimensions, as the code of DDPO and SPO does.
         learning_rate: Initial learning rate of the LoRA.
         variance_learning_rate: Initial learning rate of learned variance offsets.
-        lr_scheduler: Learning rate scheduler of diffusers, for example constant, linear or cosine.
+        lr_scheduler: Learning rate scheduler of diffusers.
         lr_warmup_steps: Optimiser steps of linear warm-up, if the scheduler has one.
         adam_beta1: AdamW's beta1, the decay rate of the gradient's mean.
         adam_beta2: AdamW's beta2, the decay rate of the squared gradient's mean.
@@ -99,16 +101,16 @@ class OptimiserSettings:
         use_8bit_adam: Use bitsandbytes' AdamW with 8-bit state; pip install 'stepfuse[8bit]'.
     """
 
-    beta: float = 0.01
+    beta: float = setting(0.01, least=0, expected="0, for none, or a positive number")
     log_prob_reduction: Literal["sum", "mean"] = "sum"
     learning_rate: float = setting(1e-4, above=0)
-    variance_learning_rate: float = 1e-2
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_weight_decay: float = 1e-4
-    adam_epsilon: float = 1e-8
+    variance_learning_rate: float = setting(1e-2, least=0)
+    lr_scheduler: str = setting("constant", choices=LR_SCHEDULERS)
+    lr_warmup_steps: int = setting(0, least=0)
+    adam_beta1: float = setting(0.9, least=0, below=1)
+    adam_beta2: float = setting(0.999, least=0, below=1)
+    adam_weight_decay: float = setting(1e-4, least=0)
+    adam_epsilon: float = setting(1e-8, above=0)
     max_grad_norm: float = setting(1.0, above=0, finite=False)
     use_8bit_adam: bool = False
 
@@ -154,9 +156,8 @@ class ValidationSettings:
     validation_prompts: list[str] = setting([])
     validation_set: str = ""
     num_validation_images: int = setting(8, least=1)
-    validation_steps: int = 0
+    validation_steps: int = setting(0, least=0)
 
-    def check_validation(self) -> None:
-        """Check that there is one source of prompts."""
+    def check_together(self) -> None:
         both = bool(self.validation_prompts and self.validation_set)
         require(not both, "validation_set", self.validation_set, "none beside validation_prompts")

@@ -23,26 +23,27 @@ WITHOUT_EFFECT = (
 )
 
 
-def input_files(settings: TrainSettings) -> dict[str, str]:
-    """SHA-256 of the local files of prompts and rewards, by the names that the settings give them."""
-    named = {settings.prompts, settings.validation_set, parse_reward(settings.reward).path}
-    return {name: file_hash(Path(name)) for name in sorted(named) if name and Path(name).is_file()}
+def provenance(settings: TrainSettings) -> dict[str, Any]:
+    """What an adapter's record says of these.
+
+    `inputs` are the SHA-256 of the local files of prompts and rewards, by the names that the settings give them.
+    `config_sha256` is of everything that the trained adapter depends on: equal for equal adapters.
+    """
+    rewards = {parse_reward(term.name).path for term in parse_reward(settings.reward).terms}
+    named = {settings.prompts, settings.validation_set} | rewards
+    inputs = {name: file_hash(Path(name)) for name in sorted(named) if Path(name).is_file()}
+    config = dataclasses.asdict(settings)
+    values = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
+    if not settings.variance_options:  # earlier versions did not have it
+        del values["variance_options"]
+    return {
+        "config": config,
+        "config_sha256": text_hash(json.dumps({"settings": values, "files": inputs}, sort_keys=True)),
+        "inputs": inputs,
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
 def config_hash(settings: TrainSettings) -> str:
-    """SHA-256 of everything that the trained adapter depends on: equal for equal adapters."""
-    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in WITHOUT_EFFECT}
-    if not settings.variance_options:  # earlier versions did not have it
-        del values["variance_options"]
-    text = json.dumps({"settings": values, "files": input_files(settings)}, sort_keys=True)
-    return text_hash(text)
-
-
-def provenance(settings: TrainSettings) -> dict[str, Any]:
-    """What a record says of these."""
-    return {
-        "config": dataclasses.asdict(settings),
-        "config_sha256": config_hash(settings),
-        "inputs": input_files(settings),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
+    """`config_sha256` of these settings."""
+    return provenance(settings)["config_sha256"]

@@ -1,16 +1,13 @@
 """Settings of a run: base model, reward, prompts, and where it writes. Importing this does not import torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.seeds import LIMIT
 from stepfuse.data.settings_fields import setting
 from stepfuse.data.settings_file import require
 from stepfuse.rewards.reward_name import parse_reward
-
-if TYPE_CHECKING:
-    from stepfuse.rewards.shaping import Shaping
 
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
@@ -54,13 +51,12 @@ class RewardSettings:
     reward: str = "clip_score"
     reward_shift: float = 0.0
     reward_scale: float = setting(1.0, above=0)
-    reward_clip: list[float] = setting([])
+    reward_clip: list[float] = setting([], finite=False, expected="two numbers, the lower first")
     fit_reward: int = setting(0, least=0)
     async_scoring: bool = True
     objective_name: str = ""
 
-    def check_reward(self) -> None:
-        """Check what the bounds of single settings do not say."""
+    def check_together(self) -> None:
         require(self.fit_reward != 1, "fit_reward", self.fit_reward, "0, or 2 or more images")
         fixed = (self.reward_shift, self.reward_scale)
         fits = not self.fit_reward or fixed == (0, 1)
@@ -73,12 +69,6 @@ class RewardSettings:
     def name(self) -> str:
         """The objective's name: as given, or by default from the reward."""
         return self.objective_name or parse_reward(self.reward).objective
-
-    def initial_shaping(self) -> "Shaping":
-        """The reward's shaping as configured; with `fit_reward` it is fitted later."""
-        from stepfuse.rewards.shaping import Shaping
-
-        return Shaping(shift=self.reward_shift, scale=self.reward_scale, clip=self.reward_clip)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +131,7 @@ class OutputSettings:
     offload_text_encoders: bool = False
     allow_tf32: bool = False
 
-    def check_trackers(self) -> None:
-        """Check that the trackers are known."""
+    def check_together(self) -> None:
         known = (*TRACKERS, "all")
         for tracker in self.trackers:
             expected = f"`none`, or any of {', '.join(known)}{nearest(tracker, (*known, 'none'))}"

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 from stepfuse.data.grid import captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.rewards.protocol import Pixels
@@ -18,11 +16,3 @@ def save_samples(file: Path, images: Pixels, labels: Sequence[str], columns: int
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid([to_image(pixels) for pixels in images], labels, columns).save(file)
-
-
-def beside(first: Image.Image, second: Image.Image) -> Image.Image:
-    """Two images of one size, side by side."""
-    pair = Image.new("RGB", (first.width + second.width, first.height))
-    pair.paste(first, (0, 0))
-    pair.paste(second, (first.width, 0))
-    return pair

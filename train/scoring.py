@@ -31,7 +31,7 @@ class TrainingReward:
 
     def __init__(self, settings: TrainSettings, device: str | torch.device = "cpu") -> None:
         self.reward, self.name = as_sum(load_reward(settings.reward, device), settings.reward), settings.reward
-        self.shaping = settings.initial_shaping()
+        self.shaping = Shaping(shift=settings.reward_shift, scale=settings.reward_scale, clip=settings.reward_clip)
         if settings.fit_reward:
             self.reward.check_fit()
         self.asked = {"reward": settings.reward, "images": settings.fit_reward, "clip": settings.reward_clip}

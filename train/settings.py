@@ -36,6 +36,7 @@ class TrainSettings(
     """
 
     program: ClassVar[str] = ""  # in train/, and the folder of its packaged configurations
+    description: ClassVar[str] = ""  # for `--help`
     example: ClassVar[str] = ""  # one of them
     memory_settings: ClassVar[Mapping[str, str]] = {}  # settings of the algorithm that need memory, and why
 
@@ -44,15 +45,7 @@ class TrainSettings(
             if getattr(self, name) is False:  # YAML 1.1 reads the word as a boolean
                 object.__setattr__(self, name, word)
         check_settings(self)
-        self.check_reward()
-        self.check_trackers()
-        self.check_sampling()
-        self.check_validation()
-        self.check_algorithm()
         self.initial_schedule()  # checks its options; last, since it imports torch
-
-    def check_algorithm(self) -> None:
-        """Check the settings of the algorithm."""
 
     @property
     def algorithm(self) -> str:
@@ -78,6 +71,9 @@ class PairSettings:
     label_column: str = "label_0"
     pairs_shuffle_buffer: int = setting(1000, least=1)
 
+    def check_together(self) -> None:
+        require(len(self.image_columns) == 2, "image_columns", self.image_columns, "two names")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPOSettings(PairSettings, TrainSettings):
@@ -94,9 +90,11 @@ class DPOSettings(PairSettings, TrainSettings):
     """
 
     program: ClassVar[str] = "dpo"
+    description: ClassVar[str] = "Train one LoRA by step-level DPO, to increase one reward."
     example: ClassVar[str] = "dpo/emoji-alignment"
     memory_settings: ClassVar[Mapping[str, str]] = {"num_candidates": "of every image together"}
 
+    beta: float = setting(0.01, above=0)
     num_candidates: int = setting(4, least=2)
     margin: float = setting(0.0, least=0, finite=False)
     label_smoothing: float = setting(0.0, least=0, below=0.5)
@@ -107,9 +105,7 @@ class DPOSettings(PairSettings, TrainSettings):
     def algorithm(self) -> str:
         return "diffusion-dpo" if self.pairs else "dpo"
 
-    def check_algorithm(self) -> None:
-        require(self.beta > 0, "beta", self.beta, "a positive number")
-        require(len(self.image_columns) == 2, "image_columns", self.image_columns, "two names")
+    def check_together(self) -> None:
         if self.pairs:
             require(self.max_kl is None, "max_kl", self.max_kl, "none with pairs, of which no KL of steps is measured")
             require(not self.trains_variance, "variance", self.variance, "one that is not trained, with pairs")
@@ -140,6 +136,7 @@ class DDPOSettings(TrainSettings):
     """
 
     program: ClassVar[str] = "ddpo"
+    description: ClassVar[str] = "Train one LoRA by DDPO, to increase one reward."
     example: ClassVar[str] = "ddpo/emoji-compressibility"
 
     num_generations: int = setting(8, least=1)
@@ -149,27 +146,26 @@ class DDPOSettings(TrainSettings):
     scale_rewards: bool = True
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     train_clip_range: float = setting(0.2, above=0, finite=False)
-    train_adv_clip_max: float = setting(5.0, finite=False)
+    train_adv_clip_max: float = setting(5.0, above=0, finite=False)
     num_inner_epochs: int = setting(1, least=1)
 
-    def check_algorithm(self) -> None:
-        require(self.beta >= 0, "beta", self.beta, "0, for none, or a positive number")
+    def check_together(self) -> None:
         if not self.beta:
             needed = "a positive number beside max_kl or a variance that is trained, which need the base"
             require(self.max_kl is None and not self.trains_variance, "beta", self.beta, needed)
-        aggregation = self.multi_objective_aggregation
-        if aggregation == "normalize_then_sum":
+        sums = self.multi_objective_aggregation == "sum_then_normalize"
+        if not sums:
             wanted = "a weighted: sum, for multi_objective_aggregation normalize_then_sum"
             require(parse_reward(self.reward).kind == "sum", "reward", self.reward, wanted)
             shaping = (self.reward_shift, self.reward_scale, self.reward_clip)
             none = "none of them with normalize_then_sum, which normalises each term by itself"
             require(shaping == (0, 1, []), "reward_shift, reward_scale and reward_clip", shaping, none)
-        size, least = self.per_prompt_stat_tracking_buffer_size, self.per_prompt_stat_tracking_min_count
-        buffer, count = "per_prompt_stat_tracking_buffer_size", "per_prompt_stat_tracking_min_count"
-        require(least <= size, count, least, f"0 or more, and no more than {buffer} ({size})")
+        buffer, size = "per_prompt_stat_tracking_buffer_size", self.per_prompt_stat_tracking_buffer_size
+        least = self.per_prompt_stat_tracking_min_count
+        most = f"0 or more, and no more than {buffer} ({size})"
+        require(least <= size, "per_prompt_stat_tracking_min_count", least, most)
         if size:
             require(self.per_prompt_stat_tracking, buffer, size, "0 without per_prompt_stat_tracking")
-            sums = aggregation == "sum_then_normalize"
-            require(sums, buffer, size, f"0 with multi_objective_aggregation {aggregation}")
+            require(sums, buffer, size, "0 with multi_objective_aggregation normalize_then_sum")
         elif self.per_prompt_stat_tracking:
             require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")

@@ -38,8 +38,6 @@ class Setup:
 
     Attributes:
         backbone: the base model, whose network has the policy's LoRA.
-        embed: embeddings of prompts.
-        engine: policy and optimiser.
         sampling: how the policy is sampled, with the initial schedule.
         learnable: number of denoising steps of an image that can be trained on.
         base: fingerprint of the base model.
@@ -85,8 +83,7 @@ class Setup:
     def drawer(self, key: str, *, base: bool = False) -> Draw:
         """A function that draws images of the policy, or of the base model, from prompts and their indices.
 
-        Args:
-            key: images with the same key and index have the same noise.
+        Images with the same key and index have the same noise.
         """
         sampling = dataclasses.replace(self.sampling, adapter=None) if base else self.current_sampling()
         sampling = dataclasses.replace(sampling, learned=frozenset())
@@ -111,10 +108,7 @@ def prepare(
     prompts: Sequence[str],
     pipeline: DiffusionPipeline | None = None,
 ) -> Setup:
-    """Load the base model, add the LoRA and make the optimiser.
-
-    Args:
-        pipeline: the base model; by default it is loaded as the settings say.
+    """Load the base model, if no pipeline is given, add the LoRA and make the optimiser.
 
     Raises:
         ValueError: for settings that do not fit the base model.
@@ -127,7 +121,6 @@ def prepare(
         backbone, settings.resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
     )
     base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-    schedule = settings.initial_schedule()
     engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
     # Hooks would be compiled anew each time, and gather partitioned weights in another order.
     separate = settings.compile != "no" or engine.partitioned or backbone.unbatched
@@ -142,7 +135,7 @@ def prepare(
     sampling = Sampling(
         denoiser=denoiser,
         adapter=settings.name,
-        schedule=schedule,
+        schedule=settings.initial_schedule(),
         steps=denoiser.path.steps(settings.sample_num_steps),
         shape=shape,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -19,14 +19,7 @@ PACKAGES = {"comet_ml": "comet-ml"}  # names on PyPI, where they differ
 
 
 def check_trackers(names: list[str]) -> None:
-    """Check that trackers are installed; accelerate ignores missing ones silently.
-
-    Args:
-        names: Trackers as accelerate calls them, or `all`.
-
-    Raises:
-        ValueError: For one that is not installed.
-    """
+    """Raise ValueError for a tracker, other than `all`, that is not installed; accelerate ignores it silently."""
     installed = {str(name) for name in get_available_trackers()}
     for name in names:
         if name not in (*installed, "all"):
@@ -37,11 +30,7 @@ def check_trackers(names: list[str]) -> None:
 
 
 def start_trackers(accelerator: Accelerator, settings: TrainSettings) -> None:
-    """Start the trackers of the settings, unless they run already, with the configuration of the run.
-
-    Raises:
-        ValueError: If a tracker cannot start, for example without a login.
-    """
+    """Start the trackers of the settings, unless they run already, with the configuration of the run."""
     if accelerator.trackers or not settings.trackers:
         return
     plain = dataclasses.asdict(settings)  # tensorboard takes numbers and strings only
@@ -56,40 +45,16 @@ def start_trackers(accelerator: Accelerator, settings: TrainSettings) -> None:
 
 
 def log_images(trackers: Sequence[Any], step: int, images: list[Image.Image], captions: list[str]) -> None:
-    """Send images to every tracker that takes images."""
+    """Send images to every tracker that takes images, in one picture with the captions if it has none of its own."""
     for tracker in trackers:
-        LOGGERS.get(tracker.name, _other)(tracker, images, captions, step)
-
-
-def _tensorboard(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    # it has no captions, so they are drawn into the picture
-    tracker.writer.add_image(TAG, np.asarray(captioned_grid(images, captions)), step, dataformats="HWC")
-
-
-def _captioned(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    library = import_module(tracker.name)
-    pictures = [library.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-    tracker.log({TAG: pictures}, step=step)
-
-
-def _aim(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    tracker.log_images({TAG: (captioned_grid(images, captions), "")}, step=step)
-
-
-def _clearml(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    tracker.log_images({TAG: captioned_grid(images, captions)}, step=step)
-
-
-def _other(tracker: Any, images: list[Image.Image], captions: list[str], step: int) -> None:
-    """By accelerate's `log_images`, if a tracker has it."""
-    if hasattr(tracker, "log_images"):
-        tracker.log_images({TAG: [np.asarray(captioned_grid(images, captions))]}, step=step)
-
-
-LOGGERS: dict[str, Callable[[Any, list[Image.Image], list[str], int], None]] = {
-    "tensorboard": _tensorboard,
-    "wandb": _captioned,
-    "swanlab": _captioned,
-    "aim": _aim,
-    "clearml": _clearml,
-}
+        if tracker.name in ("wandb", "swanlab"):
+            library = import_module(tracker.name)
+            pictures = [library.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
+            tracker.log({TAG: pictures}, step=step)
+            continue
+        grid = captioned_grid(images, captions)
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(TAG, np.asarray(grid), step, dataformats="HWC")
+        elif hasattr(tracker, "log_images"):
+            taken: dict[str, Any] = {"aim": (grid, ""), "clearml": grid}
+            tracker.log_images({TAG: taken.get(tracker.name, [np.asarray(grid)])}, step=step)

@@ -15,14 +15,12 @@ from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
 from stepfuse.train.validation import Validator
 
-State = dict[str, Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedPolicy:
     """A policy: its tensors by `Policy.trainable_state`, its step, and its KL in nats per image, if it is measured."""
 
-    state: State
+    state: dict[str, Tensor]
     step: int
     kl: float | None
 
@@ -36,19 +34,24 @@ def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> 
     return True
 
 
-def update_best(best: State | None, setup: Setup, progress: Progress, validator: Validator) -> State | None:
-    """The best policy so far: this one, if its validation reward is higher than that of the best one before it."""
+def update_best(setup: Setup, progress: Progress, validator: Validator) -> None:
+    """Make this policy the best so far if its validation reward is higher than that of the best one before it.
+
+    A best one that was validated under other settings, before the run was resumed, is replaced: their rewards cannot be
+    compared.
+    """
     if not setup.settings.keeps_best:
-        return best
+        return
     summary = validator.current().summary()
-    if progress.best and summary["reward"] <= progress.best["validation"]["reward"]:
-        return best
+    comparable = validator.is_comparable(progress.best_settings)
+    if progress.best and comparable and summary["reward"] <= progress.best["validation"]["reward"]:
+        return
     progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
+    progress.best_settings, progress.best_state = validator.settings, setup.engine.trainable_state()
     validator.keep_rewards("best")
-    return setup.engine.trainable_state()
 
 
-def select_policy(best: State | None, setup: Setup, progress: Progress, *, stopped: bool) -> TrainedPolicy:
+def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> TrainedPolicy:
     """The policy that becomes the adapter; its validation is that after training.
 
     Args:
@@ -60,7 +63,7 @@ def select_policy(best: State | None, setup: Setup, progress: Progress, *, stopp
     settings = setup.settings
     if not (stopped or settings.load_best_model_at_end):
         return TrainedPolicy(state=setup.engine.trainable_state(), step=progress.step, kl=progress.kl)
-    if best is None:
+    if progress.best_state is None:
         raise ValueError(
             f"step {progress.step}: the KL is {progress.kl:.4g} nats per image, above max_kl {settings.max_kl:g}, and "
             f"there is no checkpoint yet; lower checkpointing_steps ({settings.checkpointing_steps}) or learning_rate "
@@ -68,7 +71,7 @@ def select_policy(best: State | None, setup: Setup, progress: Progress, *, stopp
         )
     progress.validation["after"] = progress.best["validation"]
     progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
-    return TrainedPolicy(state=best, step=progress.best["step"], kl=progress.best["kl"])
+    return TrainedPolicy(state=progress.best_state, step=progress.best["step"], kl=progress.best["kl"])
 
 
 def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, progress: Progress) -> None:

@@ -1,6 +1,6 @@
 """The validation images of a run: drawn by all processes together, scored, saved and compared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,16 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import printable
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.train.checkpoints import Progress
-from stepfuse.train.samples import beside, save_samples
+from stepfuse.train.samples import save_samples
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Draw, Setup
 from stepfuse.train.trackers import log_images
 
 SHOWN = 16  # images that are logged
 DRAWN_BY = (
-    *("seed", "reward", "sample_num_steps", "guidance", "sample_guidance_scale", "resolution"),
-    *("variance", "sample_eta", "sample_etas"),
+    *("pretrained_model_name_or_path", "revision", "variant", "seed", "reward", "resolution"),
+    *("sample_num_steps", "guidance", "sample_guidance_scale"),
+    *("variance", "variance_options", "sample_eta", "sample_etas"),
 )
 
 
@@ -54,11 +55,14 @@ class Validator:
 
     Attributes:
         base: images of the base model, to show beside those of the policy in trackers.
+        settings: what the images and their rewards depend on, besides the policy.
     """
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup, self.progress = setup, progress
         self.prompts = validation_prompts(setup.settings, setup.prompts)
+        self.settings = {name: getattr(setup.settings, name) for name in DRAWN_BY}
+        self.settings |= {"mixed_precision": setup.accelerator.mixed_precision, "prompts": self.prompts}
         self.base: Validation | None = None
         self._drawn: tuple[int, Validation] | None = None
 
@@ -73,36 +77,37 @@ class Validator:
         drawn = self._draw(self.prompts[:SHOWN], base=True) if self.progress.step else self.current()
         self.base = drawn.first(SHOWN)
 
-    def save(self) -> Validation:
+    def save(self) -> None:
         """Save the images of the policy as a picture, and log them and their reward."""
         setup, step, validation = self.setup, self.progress.step, self.current()
-        reward = validation.summary()["reward"]
         if setup.accelerator.is_main_process:
             labels = [f"{p}\nreward {r:.4g}" for p, r in zip(validation.prompts, validation.rewards, strict=True)]
             save_samples(setup.output / "samples" / f"step-{step:06d}.png", validation.pixels, labels)
             log_images(setup.accelerator.trackers, step, *captioned(validation, self.base))
-        setup.accelerator.log({"validation_reward": reward}, step=step)
-        return validation
+        setup.accelerator.log({"validation_reward": validation.summary()["reward"]}, step=step)
 
     def record(self, moment: str) -> None:
         """Save the images, and keep their mean reward and their rewards, `before` or `after` training."""
-        self.progress.validation[moment] = self.save().summary()
+        self.save()
+        self.progress.validation[moment] = self.current().summary()
         self.keep_rewards(moment)
 
     def keep_rewards(self, moment: str) -> None:
         """Keep the rewards of the images `before` training, of the `best` checkpoint, or `after` training.
 
-        With other prompts, another seed or other settings of sampling than those before, which a resumed run may have,
-        the images are not comparable, and none are kept.
+        None are kept if the images cannot be compared with those before, as in a run that resumes with another seed.
         """
-        progress, validation, drawn_by = self.progress, self.current(), validation_settings(self.setup.settings)
+        progress = self.progress
         if moment == "before":
-            progress.validation_prompts, progress.validation_settings = validation.prompts, drawn_by
-        same = drawn_by == (progress.validation_settings or drawn_by)  # earlier versions did not keep them
-        if same and validation.prompts == progress.validation_prompts:
-            progress.validation_rewards[moment] = validation.rewards.tolist()
+            progress.validation_prompts, progress.validation_settings = self.prompts, self.settings
+        if self.prompts == progress.validation_prompts and self.is_comparable(progress.validation_settings):
+            progress.validation_rewards[moment] = self.current().rewards.tolist()
         else:
             progress.validation_rewards.pop(moment, None)
+
+    def is_comparable(self, earlier: Mapping[str, Any]) -> bool:
+        """Whether images drawn with these settings, of which earlier versions recorded fewer, differ by policy only."""
+        return all(self.settings[name] == value for name, value in earlier.items())
 
     @torch.no_grad()
     def _draw(self, prompts: list[str], *, base: bool = False) -> Validation:
@@ -127,20 +132,13 @@ def captioned(validation: Validation, base: Validation | None) -> tuple[list[Ima
     images, captions = [], []
     factor = enlargement(to_image(validation.pixels[0]), CELL)
     for i, prompt in enumerate(validation.prompts[:SHOWN]):
-        image = enlarge(to_image(validation.pixels[i]), factor)
-        caption = f"{prompt}\nreward {validation.rewards[i]:.4g}"
+        pixels, rewards = validation.pixels[i], f"reward {validation.rewards[i]:.4g}"
         if base is not None:
-            image = beside(enlarge(to_image(base.pixels[i]), factor), image)
-            caption = f"{prompt}\nbase, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
-        images.append(image)
-        captions.append(caption)
+            pixels = torch.cat([base.pixels[i], pixels], dim=-1)
+            rewards = f"base, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
+        images.append(enlarge(to_image(pixels), factor))
+        captions.append(f"{prompt}\n{rewards}")
     return images, captions
-
-
-def validation_settings(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that validation images and their rewards depend on, besides the prompts."""
-    options = {"variance_options": settings.variance_options} if settings.variance_options else {}
-    return {name: getattr(settings, name) for name in DRAWN_BY} | options
 
 
 def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list[str]:
