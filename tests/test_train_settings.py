@@ -307,6 +307,10 @@ def test_flag_without_values_empties_a_list(desk):
     assert parse_settings(DPOSettings, ["--config", "my.yaml", "--reward_clip"]).reward_clip == []
 
 
+def test_a_lora_of_no_modules_is_refused(desk, monkeypatch):
+    assert "lora_target_modules is []; expected" in refusal(monkeypatch, "dpo", "--lora_target_modules")
+
+
 def test_quoted_values_of_a_config_are_converted_or_named_with_the_file(desk, monkeypatch):
     settings = parsed("rank: '3'\nlearning_rate: '1e-3'\noverwrite: 'yes'\n")
     assert (settings.rank, settings.learning_rate, settings.overwrite) == (3, 1e-3, True)

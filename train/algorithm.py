@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
 from stepfuse.train.losses import dpo_loss
-from stepfuse.train.rollout import Sampling, Trajectory
+from stepfuse.train.rollout import S, Sampling, Trajectory
 from stepfuse.train.settings import DPOSettings, TrainSettings
 from stepfuse.train.setup import Setup
 
-S = TypeVar("S")  # the step that an algorithm stores
 StepGaussians = tuple[Gaussian, Gaussian | None]  # of the policy and of the base
 
 

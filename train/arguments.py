@@ -26,12 +26,8 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
     """Read the settings of a run from flags and from the YAML file that `--config` names. Flags win.
 
-    Flags may be written with underscores or dashes. The mapping `env` of the file, if there is one, is added to the
-    environment.
-
-    Args:
-        settings: Dataclass of the settings; every field is a flag.
-        arguments: Command line without the program's name.
+    Every field is a flag, which may be written with underscores or dashes. The mapping `env` of the file, if there is
+    one, is added to the environment.
 
     Raises:
         ValueError: For an unknown flag or key, with the nearest one; for a missing or malformed file; and for a value

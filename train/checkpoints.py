@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stepfuse.data.file_info import file_hash
+from stepfuse.data.folder_files import files_below
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.lora.keys import CHECKPOINT
 from stepfuse.train.engine import Engine
@@ -70,6 +71,13 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
+def checkpoint_files(output: Path) -> set[Path]:
+    """The files of checkpoints that were written by training, complete or not, as paths relative to the folder."""
+    named = (POLICY, PROGRESS, MANIFEST)
+    ours = [folder.name for folder in list_checkpoints(output) if any((folder / name).is_file() for name in named)]
+    return files_below(output, TEMPORARY, OLD, *ours)
+
+
 def newest_intact(output: Path) -> Path | None:
     """The newest checkpoint with all its files, each with the hash that was recorded."""
     for folder in reversed(list_checkpoints(output)):
@@ -80,11 +88,7 @@ def newest_intact(output: Path) -> Path | None:
 
 
 def find_checkpoint(output: Path, wanted: str) -> Path:
-    """A checkpoint by its name in the output folder, or by its path.
-
-    Raises:
-        ValueError: for one that does not exist or is damaged.
-    """
+    """A checkpoint by its name in the output folder, or by its path; ValueError if it does not exist or is damaged."""
     for folder in (output / wanted, Path(wanted)):
         if folder.is_dir():
             if why := damage(folder):

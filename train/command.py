@@ -1,7 +1,4 @@
-"""The training programs: they parse settings, report errors in one line, and set the exit status.
-
-Importing this module does not import torch: most wrong arguments are refused, and `--help` is shown, without it.
-"""
+"""The training programs: settings, errors in one line, exit status. Importing this module does not import torch."""
 
 import json
 import os

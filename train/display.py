@@ -25,7 +25,6 @@ class ProgressDisplay:
     The reward and the images per second are means over the last 20 steps, since every step has other prompts.
 
     Args:
-        step: Step that the run starts from.
         images: Number of images, of all processes, that a step is trained on.
         shown: Whether this process shows anything.
     """
@@ -52,10 +51,10 @@ class ProgressDisplay:
         self.since = now
         if new_images and math.isfinite(reward := measured.get("reward", math.nan)):
             self.rewards.append(reward)
-        rates = [f"mean reward {sum(self.rewards) / len(self.rewards):.4g}"] if self.rewards else []
-        rates += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
+        parts = [f"mean reward {sum(self.rewards) / len(self.rewards):.4g}"] if self.rewards else []
+        parts += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
         counts, seconds = map(sum, zip(*self.speeds, strict=True))
-        text = ", ".join([*rates, f"{counts / max(seconds, 1e-9):.3g} images/s"])
+        text = ", ".join([*parts, f"{counts / max(seconds, 1e-9):.3g} images/s"])
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.lines and self.step * REPORTS // self.total > (self.step - 1) * REPORTS // self.total:
@@ -77,10 +76,7 @@ def describe_start(settings: TrainSettings, start: Path | None, step: int) -> st
 def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: float | None, reward: str) -> str:
     """Say where the adapter is, what the validation images show, and which command comes next.
 
-    Args:
-        step: Step that the adapter is from.
-        kl: KL divergence of the adapter to the base model, in nats per image, if it is known.
-        reward: Name of the reward.
+    The adapter is of this step, and `kl`, if it is known, is its KL divergence to the base model in nats per image.
     """
     output = Path(settings.output_dir)
     lines = [f"adapter {settings.name}, step {step}: {output}"]

@@ -130,7 +130,6 @@ def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optim
         kind = AdamW8bit
     return kind(
         groups,
-        lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,

@@ -64,12 +64,8 @@ def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -
 
         D = sqrt( mean over groups and pixels of  Σ_i (x_i - mean)² / n )
 
-    It is 0 if all images of a prompt are the same. Twice its square is the mean squared distance of two images of a
-    group, with each pair counted both ways and each image with itself.
-
-    Args:
-        images: thumbnails, so that noise in single pixels has no effect.
-        groups: index of the group of each image.
+    Twice its square is the mean squared distance of two images of a group, each pair counted both ways and each image
+    with itself. The images are thumbnails, so that noise in single pixels has no effect.
     """
     flat = images.flatten(1).double()
     variances = [flat[groups == group].var(0, correction=0) for group in groups.unique()]

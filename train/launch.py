@@ -30,7 +30,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and deepspeed else [],
             mixed_precision=settings.mixed_precision,
             log_with=settings.trackers or None,
-            project_dir=Path(settings.output_dir, settings.logging_dir),  # of the trackers' logs
+            project_dir=str(Path(settings.output_dir, settings.logging_dir)),  # of the trackers' logs
         )
     except ImportError as error:
         if not deepspeed:

@@ -16,7 +16,7 @@ from stepfuse.train.memory import oom_hints
 from stepfuse.train.output import begin_output, disk_hints, find_start, locked
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.setup import Setup, prepare
+from stepfuse.train.setup import Setup
 from stepfuse.train.trackers import start_trackers
 from stepfuse.train.trained_policy import kl_exceeded, select_policy, update_best, write_policy
 from stepfuse.train.update import Update
@@ -53,7 +53,7 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
         check_objective(settings)
         check_groups(settings, algorithm, accelerator.num_processes)
         with closing(TrainingReward(settings, accelerator.device)) as reward:
-            run(prepare(settings, accelerator, reward, prompts), algorithm, start)
+            run(Setup(settings, accelerator, reward, prompts), algorithm, start)
     return output
 
 

@@ -8,26 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from stepfuse.data.folder_files import files_below, files_named
 from stepfuse.data.output_folder import delete_files, require_empty_dir, resolve_folder
 from stepfuse.data.text_files import write_text
-from stepfuse.data.yaml_file import yaml_text
+from stepfuse.data.yaml_file import read_yaml, yaml_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import OBJECTIVE
-from stepfuse.train.checkpoints import (
-    MANIFEST,
-    OLD,
-    POLICY,
-    PROGRESS,
-    TEMPORARY,
-    find_checkpoint,
-    list_checkpoints,
-    newest_intact,
-)
+from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, list_checkpoints, newest_intact
 from stepfuse.train.settings import TrainSettings
 
 LOCK = ".lock"
@@ -51,6 +41,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / LOCK, blocking=False)
         lock.acquire()
     except Timeout:
+        holder = ""
         with suppress(OSError):
             holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
         raise ValueError(
@@ -100,15 +91,10 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
 
 def training_files(folder: Path) -> set[Path]:
     """The files of a run in a folder, which --overwrite replaces; none if there was no run."""
-    checkpoints = [
-        path.name
-        for path in list_checkpoints(folder)
-        if any((path / name).is_file() for name in (POLICY, PROGRESS, MANIFEST))
-    ]
-    files = files_below(folder, TEMPORARY, OLD, *checkpoints)
+    files = checkpoint_files(folder)
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(folder / CONFIG)
+    except ValueError:
         config = None
     started = isinstance(config, dict) and {"pretrained_model_name_or_path", "output_dir"} <= set(config)
     if started or (folder / OBJECTIVE).is_file():

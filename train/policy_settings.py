@@ -29,6 +29,9 @@ class LoRASettings:
     lora_alpha: int | None = setting(None, least=1)
     lora_target_modules: list[str] = setting(["to_q", "to_k", "to_v", "to_out.0"])
 
+    def check_together(self) -> None:
+        require(bool(self.lora_target_modules), "lora_target_modules", [], "one name or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:

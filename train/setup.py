@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,43 +31,68 @@ from stepfuse.train.timesteps import learnable_steps
 Draw = Callable[[Sequence[str], Sequence[int]], Pixels]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What stays the same during a run.
+    """What stays the same during a run. The base model is loaded, the LoRA added, and the optimiser made.
+
+    Args:
+        pipeline: the base model; by default it is loaded as the settings say.
 
     Attributes:
+        batch_size: number of images, or pairs of images, of this process in an optimiser step.
+        total_batch_size: that number of all processes.
         backbone: the base model, whose network has the policy's LoRA.
+        base: fingerprint of the base model.
         sampling: how the policy is sampled, with the initial schedule.
         learnable: number of denoising steps of an image that can be trained on.
-        base: fingerprint of the base model.
         record: configuration, input files and versions at the start of the run.
+
+    Raises:
+        ValueError: for settings that do not fit the base model.
     """
 
-    settings: TrainSettings
-    accelerator: Accelerator
-    reward: TrainingReward
-    prompts: Sequence[str]
-    backbone: Backbone
-    embed: Embeddings
-    engine: Engine
-    sampling: Sampling
-    learnable: int
-    base: dict[str, Any]
-    record: dict[str, Any]
-
-    @property
-    def output(self) -> Path:
-        return Path(self.settings.output_dir)
-
-    @property
-    def batch_size(self) -> int:
-        """Number of images, or pairs of images, of this process in an optimiser step."""
-        return self.settings.train_batch_size * self.settings.gradient_accumulation_steps
-
-    @property
-    def total_batch_size(self) -> int:
-        """Number of images, or pairs of images, of all processes in an optimiser step."""
-        return self.batch_size * self.accelerator.num_processes
+    def __init__(
+        self,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        reward: TrainingReward,
+        prompts: Sequence[str],
+        pipeline: DiffusionPipeline | None = None,
+    ) -> None:
+        self.settings, self.accelerator, self.reward, self.prompts = settings, accelerator, reward, prompts
+        self.output = Path(settings.output_dir)
+        self.batch_size = settings.train_batch_size * settings.gradient_accumulation_steps
+        self.total_batch_size = self.batch_size * accelerator.num_processes
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
+        pipeline = pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant)
+        self.backbone = backbone = backbone_of(pipeline)
+        main, resolution = accelerator.is_main_process, settings.resolution
+        self.embed = Embeddings(
+            backbone, resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
+        )
+        self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
+        self.engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
+        # Hooks would be compiled anew each time, and gather partitioned weights in another order.
+        separate = settings.compile != "no" or self.engine.partitioned or backbone.unbatched
+        shared = settings.timesteps_per_forward > 1 and not separate
+        shape = backbone.shape(resolution, resolution)
+        path = backbone.path(shape)
+        self.sampling = Sampling(
+            denoiser=Denoiser(
+                backbone=backbone,
+                path=path,
+                guidance=Guidance(source=settings.guidance, scale=settings.sample_guidance_scale),
+                batched=SharedForward(backbone.network, settings.name) if shared else None,
+            ),
+            adapter=settings.name,
+            schedule=settings.initial_schedule(),
+            steps=path.steps(settings.sample_num_steps),
+            shape=shape,
+        )
+        self.learnable = len(learnable_steps(settings, self.sampling))
+        if not self.learnable:
+            raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
+        self.record = provenance(settings)
 
     def micro_batches(self) -> list[range]:
         """The indices that this process's images have among those of an optimiser step, by micro-batch."""
@@ -99,62 +123,6 @@ class Setup:
             return VaeImageProcessor.denormalize(pixels)
 
         return draw
-
-
-def prepare(
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    reward: TrainingReward,
-    prompts: Sequence[str],
-    pipeline: DiffusionPipeline | None = None,
-) -> Setup:
-    """Load the base model, if no pipeline is given, add the LoRA and make the optimiser.
-
-    Raises:
-        ValueError: for settings that do not fit the base model.
-    """
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
-    backbone = backbone_of(pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant))
-    main = accelerator.is_main_process
-    embed = Embeddings(
-        backbone, settings.resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
-    )
-    base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-    engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
-    # Hooks would be compiled anew each time, and gather partitioned weights in another order.
-    separate = settings.compile != "no" or engine.partitioned or backbone.unbatched
-    shared = settings.timesteps_per_forward > 1 and not separate
-    shape = backbone.shape(settings.resolution, settings.resolution)
-    denoiser = Denoiser(
-        backbone=backbone,
-        path=backbone.path(shape),
-        guidance=Guidance(source=settings.guidance, scale=settings.sample_guidance_scale),
-        batched=SharedForward(backbone.network, settings.name) if shared else None,
-    )
-    sampling = Sampling(
-        denoiser=denoiser,
-        adapter=settings.name,
-        schedule=settings.initial_schedule(),
-        steps=denoiser.path.steps(settings.sample_num_steps),
-        shape=shape,
-    )
-    learnable = len(learnable_steps(settings, sampling))
-    if not learnable:
-        raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
-    return Setup(
-        settings=settings,
-        accelerator=accelerator,
-        reward=reward,
-        prompts=prompts,
-        backbone=backbone,
-        embed=embed,
-        engine=engine,
-        sampling=sampling,
-        learnable=learnable,
-        base=base,
-        record=provenance(settings),
-    )
 
 
 def make_policy(backbone: Backbone, settings: TrainSettings) -> Policy:

@@ -33,20 +33,14 @@ DRAWN_BY = (
 class Validation:
     """Validation images in the order of their prompts, the same on every process."""
 
-    prompts: list[str]
     pixels: Pixels
     rewards: Scores
-
-    def first(self, count: int) -> "Validation":
-        """A copy of the first images."""
-        pixels, rewards = self.pixels[:count].clone(), self.rewards[:count].clone()
-        return Validation(prompts=self.prompts[:count], pixels=pixels, rewards=rewards)
 
     def summary(self) -> dict[str, float]:
         return {
             "reward": self.rewards.mean().item(),
             "deviation": self.rewards.std(correction=0).item(),
-            "images": len(self.prompts),
+            "images": len(self.rewards),
         }
 
 
@@ -75,15 +69,15 @@ class Validator:
     def draw_base(self) -> None:
         """Draw the base model's images for trackers; before training, they are those of the policy."""
         drawn = self._draw(self.prompts[:SHOWN], base=True) if self.progress.step else self.current()
-        self.base = drawn.first(SHOWN)
+        self.base = Validation(pixels=drawn.pixels[:SHOWN].clone(), rewards=drawn.rewards[:SHOWN].clone())
 
     def save(self) -> None:
         """Save the images of the policy as a picture, and log them and their reward."""
         setup, step, validation = self.setup, self.progress.step, self.current()
         if setup.accelerator.is_main_process:
-            labels = [f"{p}\nreward {r:.4g}" for p, r in zip(validation.prompts, validation.rewards, strict=True)]
+            labels = [f"{p}\nreward {r:.4g}" for p, r in zip(self.prompts, validation.rewards, strict=True)]
             save_samples(setup.output / "samples" / f"step-{step:06d}.png", validation.pixels, labels)
-            log_images(setup.accelerator.trackers, step, *captioned(validation, self.base))
+            log_images(setup.accelerator.trackers, step, *captioned(self.prompts, validation, self.base))
         setup.accelerator.log({"validation_reward": validation.summary()["reward"]}, step=step)
 
     def record(self, moment: str) -> None:
@@ -117,21 +111,18 @@ class Validator:
             rewards.append(setup.reward.raw(images, batch))
             pixels.append(images)
         return Validation(
-            prompts=prompts,
             pixels=gathered(setup.accelerator, torch.cat(pixels), len(prompts)),
             rewards=gathered(setup.accelerator, torch.cat(rewards), len(prompts)),
         )
 
 
-def captioned(validation: Validation, base: Validation | None) -> tuple[list[Image.Image], list[str]]:
-    """The first validation images, to the right of those of the base, and captions with prompt and reward.
-
-    Args:
-        base: images of the base model from the same prompts and noise; None before training, when they are the same.
-    """
+def captioned(
+    prompts: Sequence[str], validation: Validation, base: Validation | None
+) -> tuple[list[Image.Image], list[str]]:
+    """The first images, to the right of the base model's if there are any, and captions with prompt and reward."""
     images, captions = [], []
     factor = enlargement(to_image(validation.pixels[0]), CELL)
-    for i, prompt in enumerate(validation.prompts[:SHOWN]):
+    for i, prompt in enumerate(prompts[:SHOWN]):
         pixels, rewards = validation.pixels[i], f"reward {validation.rewards[i]:.4g}"
         if base is not None:
             pixels = torch.cat([base.pixels[i], pixels], dim=-1)
@@ -155,9 +146,6 @@ def draw_together(setup: Setup, prompts: Sequence[str], draw: Draw) -> Iterator[
 
     Every process has as many batches as any other, since with ZeRO-3 all take part in each forward pass; if prompts do
     not divide, the last processes draw some of the first again.
-
-    Args:
-        draw: prompts and their indices → pixels, the same for an index on every process.
     """
     each = -(-len(prompts) // setup.accelerator.num_processes)
     first = setup.accelerator.process_index * each
@@ -174,11 +162,7 @@ def gathered(accelerator: Accelerator, share: Tensor, count: int) -> Tensor:
 
 
 def fit_reward(setup: Setup, progress: Progress) -> None:
-    """Fit the reward on images of the base if the settings ask for it and it has not been fitted; on all processes.
-
-    Raises:
-        ValueError: for a run that was begun without.
-    """
+    """Fit the reward on images of the base if the settings ask for it and it has not been fitted; on all processes."""
     count = setup.settings.fit_reward
     if count and not progress.reward:
         if progress.step:

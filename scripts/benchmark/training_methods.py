@@ -19,7 +19,7 @@ from stepfuse.train.health import Health
 from stepfuse.train.launch import make_accelerator
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
-from stepfuse.train.setup import prepare
+from stepfuse.train.setup import Setup
 from stepfuse.train.update import Update
 
 OURS = "stepfuse"
@@ -105,7 +105,7 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
     algorithm = ALGORITHMS[training.algorithm](training)
     accelerator = make_accelerator(training)
     reward, progress = TrainingReward(training, accelerator.device), Progress()
-    setup = prepare(training, accelerator, reward, load_prompts(PROMPTS), pipeline)
+    setup = Setup(training, accelerator, reward, load_prompts(PROMPTS), pipeline)
     health = Health(progress, skips=False, main=True)
     source = algorithm.source(setup, progress, health)
     update = Update(setup=setup, algorithm=algorithm, health=health)
