@@ -135,7 +135,7 @@ class PolicyWorld:
         return branching_rollout(*self.place, score_latents=at_once(lambda x: x.flatten(1).sum(1)), **options).steps
 
     def gaussians(self, step):
-        (both,) = step_gaussians(self.policy, self.denoiser, self.schedule, [step], self.conditioning)
+        (both,) = step_gaussians(self.policy, self.place[0], [step], self.conditioning)
         return both
 
 

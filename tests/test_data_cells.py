@@ -18,7 +18,7 @@ from stepfuse.data.images import open_picture
 from stepfuse.data.prompts import load_prompts
 from stepfuse.rewards.image_files import list_images, pair_prompts, read_pixels
 from stepfuse.scripts.cli.main import main
-from stepfuse.train.offline import PreferencePairs
+from stepfuse.train.preference_pairs import PreferencePairs
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_tiny import refused
 

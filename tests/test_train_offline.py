@@ -19,7 +19,8 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.lora import Policy, add_lora
-from stepfuse.train.offline import DiffusionDPO, PreferencePairs, noise_pairs
+from stepfuse.train.offline import DiffusionDPO, noise_pairs
+from stepfuse.train.preference_pairs import PreferencePairs
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_tiny import denoiser_of
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
     winner, loser, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(3))
     times = torch.tensor([3, 500, 980])
     prompts = ["a red apple", "a cat", "two keys"]
-    conditioning = backbone_of(loaded).encode(prompts, [""] * 3)
+    conditioning = backbone_of(loaded).encode(prompts * 2, [""] * 6)
     beta = 500.0
     settings = DPOSettings(pairs="x", beta=beta, log_prob_reduction="mean", guidance="full")
     denoiser = denoiser_of(unet, loaded.scheduler, guidance="full")
@@ -122,7 +123,7 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
         target = scheduler.get_velocity(clean, noise.repeat(2, 1, 1, 1), times.repeat(2))
 
     def errors():
-        predicted = unet(x_t, times.repeat(2), conditioning.positive["prompt_embeds"].repeat(2, 1, 1)).sample
+        predicted = unet(x_t, times.repeat(2), conditioning.positive["prompt_embeds"]).sample
         return functional.mse_loss(predicted, target, reduction="none").mean((1, 2, 3)).chunk(2)
 
     unet.set_adapter("mine")

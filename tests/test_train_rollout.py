@@ -8,8 +8,10 @@ from diffusers import DDIMScheduler
 
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.train.algorithms import DDPO
 from stepfuse.train.lora import add_lora
-from stepfuse.train.rollout import Sampling, branching_rollout, rollout, sample_generator, with_advantages
+from stepfuse.train.rollout import Sampling, branching_rollout, rollout, sample_generator
+from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
 from tests.fixtures_training import at_once, tiny_unet
 
@@ -149,7 +151,7 @@ def test_reference_is_the_guided_base():
 
 def test_advantages_reach_every_step():
     advantages = torch.tensor([1.0, -1.0, 0.5, 0.0])
-    trajectory = with_advantages(World().rollout(), advantages)
+    trajectory = DDPO(DDPOSettings()).assign_advantages(World().rollout(), advantages)
     assert len(trajectory.steps) == N
     assert all(torch.equal(step.advantage, advantages) for step in trajectory.steps)
 
@@ -312,3 +314,16 @@ def test_a_skipped_step_costs_one_prediction_a_sample():
     world = World()
     world.branch(learned=range(2, N))
     assert world.rows == [4, 4] + [4, 4] * 2 + [4 * K, 4 * K, 4] * (N - 3) + [4]
+
+
+@pytest.mark.parametrize("kind", ["rollout", "branch"])
+def test_the_variance_of_a_step_is_computed_once(kind, monkeypatch):
+    world, times, relative = World(), [], EtaSchedule.relative
+
+    def counted(self, path, t, s, like):
+        times.append(t)
+        return relative(self, path, t, s, like)
+
+    monkeypatch.setattr(EtaSchedule, "relative", counted)
+    getattr(world, kind)()
+    assert times == [t for t, _ in world.steps]

@@ -16,6 +16,7 @@ from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.loop import train_adapter
+from stepfuse.train.lora import Policy
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
 from stepfuse.train.timesteps import learnable_steps, learned_steps
@@ -55,12 +56,13 @@ def ten_steps(tiny_base):
 def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywhere(tiny_base):
     sampling = ten_steps(tiny_base)
     settings = DDPOSettings(train_timestep_fraction=0.3, sample_num_steps=10, skip_first_steps=2)
-    assert learnable_steps(settings, sampling) == list(range(2, 10))
-    drawn = [learned_steps(settings, sampling, step) for step in range(60)]
+    learnable = learnable_steps(settings, sampling)
+    assert learnable == list(range(2, 10))
+    drawn = [learned_steps(settings, learnable, step) for step in range(60)]
     assert {len(places) for places in drawn} == {2}  # round(0.3 · 8)
     assert set().union(*drawn) == set(range(2, 10))  # the first two never
-    assert drawn == [learned_steps(settings, sampling, step) for step in range(60)]
-    assert learned_steps(DDPOSettings(sample_num_steps=10), sampling, 5) == frozenset(range(10))
+    assert drawn == [learned_steps(settings, learnable, step) for step in range(60)]
+    assert learned_steps(DDPOSettings(sample_num_steps=10), list(range(10)), 5) == frozenset(range(10))
 
 
 class Counted(DDPO):
@@ -91,6 +93,24 @@ def test_only_the_steps_drawn_are_kept_and_rollouts_run_in_inference_mode(run_tr
     tensors = [value for steps in counted.steps for step in steps for value in vars(step).values()]
     assert not any(isinstance(value, torch.Tensor) and value.is_inference() for value in tensors)
     assert len({step.t for steps in counted.steps for step in steps}) > 3  # others in other rollouts
+
+
+def test_a_run_finds_its_learnable_steps_once_and_trains_the_schedule_that_it_samples_with(run_training, monkeypatch):
+    sampled, trained = [], []
+
+    def find_steps(settings, sampling):
+        sampled.append(sampling.schedule)
+        return learnable_steps(settings, sampling)
+
+    def make_policy(backbone, adapter, schedule):
+        trained.append(schedule)
+        return Policy(backbone, adapter, schedule)
+
+    monkeypatch.setattr("stepfuse.train.setup.learnable_steps", find_steps)
+    monkeypatch.setattr("stepfuse.train.setup.Policy", make_policy)
+    run_training("ddpo", max_train_steps=3, variance="learned")
+    (schedule,) = sampled
+    assert trained[0] is schedule
 
 
 def test_the_kl_of_a_fraction_estimates_that_of_all_steps(run_training, tiny_base):

@@ -53,7 +53,7 @@ def test_steps_of_one_forward_are_those_of_their_own(guidance, schedule):
 
     alone = [world.gaussians(step) for step in steps]
     rows = calls(world.unet)
-    joined = step_gaussians(world.policy, world.denoiser, schedule, steps, world.conditioning)
+    joined = step_gaussians(world.policy, world.place[0], steps, world.conditioning)
     assert rows == [2 * 3 * (2 if guidance == "full" else 1)]
     for pair, other in zip(alone, joined, strict=True):
         for one, two in zip(pair, other, strict=True):

@@ -24,7 +24,7 @@ from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
 from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
-from stepfuse.train.rollout import PairedStep, SampledStep
+from stepfuse.train.rollout import PairedStep, SampledStep, Sampling
 from tests.fixtures_tiny import networks, refused, save_stable_diffusion_xl
 from tests.fixtures_training import save_tiny_pipeline
 
@@ -74,10 +74,12 @@ def gaussians(loop, step, conditioning):
         path=loop.backbone.path(),
         guidance=Guidance(source="full", scale=loop.task.guidance_scale),
     )
-    policy = Policy(loop.backbone, "baseline", EtaSchedule(eta=1.0))
+    schedule = EtaSchedule(eta=1.0)
+    sampling = Sampling(denoiser=denoiser, adapter="baseline", schedule=schedule, steps=[], shape=loop.shape)
+    policy = Policy(loop.backbone, "baseline", schedule)
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, networks(None))
     step = replace(step, reference=base.detach())
-    (both,) = step_gaussians(policy, denoiser, EtaSchedule(eta=1.0), [step], conditioning)
+    (both,) = step_gaussians(policy, sampling, [step], conditioning)
     return both
 
 

@@ -19,28 +19,35 @@ def best_and_worst(
     return winner, loser, (gap[:, 0] > margin) & torch.isfinite(rewards).all(1)
 
 
+def group_means(values: Float[Tensor, "batch *shape"], index: Int[Tensor, " batch"]) -> Float[Tensor, "groups *shape"]:
+    """The mean of the values of each group.
+
+    Args:
+        index: group of each value, from 0 to the number of groups - 1; every group has a value.
+    """
+    counts = index.bincount().reshape(-1, *[1] * (values.ndim - 1))
+    return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, index, values) / counts
+
+
 def group_advantages(
     rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], *, scale: bool, clip: float
 ) -> Float[Tensor, " batch"]:
     """A = (r - mean of its group) / (standard deviation of its group), clipped (DDPO, arXiv:2305.13301, section 5).
 
     Args:
-        rewards: rewards of the whole step, of all processes.
+        rewards: of the whole step, of all processes; equal rewards of a group have advantage 0.
         groups: index of the group of each reward: its prompt, or the same for all.
-        scale: divide by the standard deviation; advantages are 0 in a group of equal rewards.
+        scale: divide by the standard deviation.
         clip: advantages are clipped to ± this.
     """
     names, index = groups.unique(return_inverse=True)
     zeros = rewards.new_zeros(len(names))
-    count = zeros.index_add(0, index, torch.ones_like(rewards))
-    mean = zeros.index_add(0, index, rewards) / count
     highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
     lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
     # The mean of equal numbers may be rounded; their deviation is 0 nevertheless.
-    centred = torch.where((highest > lowest)[index], rewards - mean[index], 0.0)
+    centred = torch.where((highest > lowest)[index], rewards - group_means(rewards, index)[index], 0.0)
     if scale:
-        deviation = (zeros.index_add(0, index, centred**2) / count).sqrt()
-        centred = centred / (deviation[index] + 1e-8)
+        centred = centred / (group_means(centred**2, index).sqrt()[index] + 1e-8)
     return centred.clamp(-clip, clip)
 
 
@@ -54,22 +61,15 @@ def tracked_advantages(
     scale: bool,
     clip: float,
 ) -> Float[Tensor, " batch"]:
-    """Advantages by the rewards that a prompt had in this and earlier steps.
-
-        A = (r - mean) / (standard deviation + 1e-6)
+    """A = (r - mean) / (standard deviation + 1e-6), clipped, as `PerPromptStatTracker` of ddpo-pytorch and trl 0.23.1.
 
     Mean and standard deviation are those of the last `buffer_size` rewards of the prompt, those of this step among
-    them; as long as there are fewer than `min_count`, they are those of the whole step. This is `PerPromptStatTracker`
-    of ddpo-pytorch and trl 0.23.1.
+    them; as long as there are fewer than `min_count`, they are those of the whole step.
 
     Args:
-        rewards: Rewards of the whole step, of all processes.
-        prompts: Prompt of each reward.
-        history: Rewards that are remembered, by prompt, the oldest first. It is updated.
-        buffer_size: Number of rewards to remember per prompt.
-        min_count: Number of rewards from which on statistics are the prompt's.
-        scale: Divide by the standard deviation.
-        clip: Advantages are clipped to ± this.
+        rewards, scale, clip: as in `group_advantages`.
+        prompts: prompt of each reward.
+        history: rewards that are remembered, by prompt, the oldest first; it is updated.
     """
     values = rewards.double().cpu()
     advantages = torch.zeros_like(values)
@@ -100,7 +100,8 @@ def decoupled_advantages(
     Args:
         terms: scores of each reward over the whole step; a positive factor of a column has no effect.
         weights: w_i.
-        groups, scale, clip: as in `group_advantages`; the last two apply to the sum.
+        groups: as in `group_advantages`.
+        scale, clip: the same, of the sum.
     """
     normalised = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in terms.unbind(1)]
     total = (torch.stack(normalised, dim=1) * weights.to(terms)).sum(1)

@@ -1,9 +1,9 @@
 """What every training algorithm declares: the steps it stores, their densities, and its loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol
+from typing import ClassVar, Generic, TypeVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -14,27 +14,25 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
 from stepfuse.train.losses import dpo_loss
-from stepfuse.train.rollout import S, Sampling, Trajectory
+from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DPOSettings, TrainSettings
 from stepfuse.train.setup import Setup
 
+S = TypeVar("S")  # the step that an algorithm stores
 StepGaussians = tuple[Gaussian, Gaussian | None]  # of the policy and of the base
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Generic[S]):
-    """A micro-batch: the steps to train on, and the prompt of each row."""
+    """A micro-batch: the prompt of each row, the steps to train on, and the embeddings that they are predicted with."""
 
     prompts: Sequence[str]
-    trajectory: Trajectory[S]
+    steps: Sequence[S]
+    conditioning: Conditioning
 
 
-class Source(Protocol[S]):
-    """Where the micro-batches of an optimiser step come from."""
-
-    def collect(self, step: int) -> tuple[list[Batch[S]], dict[str, float]]:
-        """This process's micro-batches of one step, and values that were measured over all processes."""
-        ...
+# The index of an optimiser step → this process's micro-batches, and values that were measured over all processes.
+Source = Callable[[int], tuple[list[Batch[S]], dict[str, float]]]
 
 
 class Algorithm(ABC, Generic[S]):
@@ -43,30 +41,20 @@ class Algorithm(ABC, Generic[S]):
     Attributes:
         name: name in an adapter's record.
         settings: settings of the run.
+        group_size: number of consecutive samples that share a prompt.
+        updates_per_rollout: number of optimiser steps on each rollout.
+        beta: weight of the KL term that is added to the loss; 0 if the loss contains the KL already.
+        measures_kl: whether the KL of its Gaussians is the KL of denoising steps.
     """
 
     name: ClassVar[str]
-    settings: TrainSettings
+    group_size: int = 1
+    updates_per_rollout: int = 1
+    beta: float = 0.0
+    measures_kl: bool = True
 
-    @property
-    def group_size(self) -> int:
-        """Number of consecutive samples that share a prompt."""
-        return 1
-
-    @property
-    def updates_per_rollout(self) -> int:
-        """Number of optimiser steps on each rollout."""
-        return 1
-
-    @property
-    def beta(self) -> float:
-        """Weight of the KL term that is added to the loss; 0 if the loss contains the KL already."""
-        return 0.0
-
-    @property
-    def measures_kl(self) -> bool:
-        """Whether the KL of its Gaussians is the KL of denoising steps."""
-        return True
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
 
     @abstractmethod
     def source(self, setup: Setup, progress: Progress, health: Health) -> Source[S]:
@@ -106,15 +94,10 @@ class Algorithm(ABC, Generic[S]):
         return 1 / x[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
 
 
-def preference_loss(
-    settings: DPOSettings, chosen: Tensor, rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor
-) -> Float[Tensor, " batch"]:
-    """`dpo_loss` of these log-probabilities, as the settings configure it."""
+def preference_loss(settings: DPOSettings, *log_probs: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """`dpo_loss` of four log-probabilities, as the settings configure it."""
     return dpo_loss(
-        chosen,
-        rejected,
-        reference_chosen,
-        reference_rejected,
+        *log_probs,
         beta=settings.beta,
         label_smoothing=settings.label_smoothing,
         loss_type=settings.loss_type,

@@ -1,7 +1,8 @@
 """Step-level DPO and DDPO, and the algorithms by name."""
 
 from collections.abc import Callable, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import compress
 from typing import Any, ClassVar
 
 import torch
@@ -15,19 +16,10 @@ from stepfuse.train.algorithm import Algorithm, preference_loss
 from stepfuse.train.collect import RolloutAlgorithm, ScoreLatents
 from stepfuse.train.losses import ddpo_loss
 from stepfuse.train.offline import DiffusionDPO
-from stepfuse.train.rollout import (
-    PairedStep,
-    SampledStep,
-    Sampling,
-    Trajectory,
-    branching_rollout,
-    rollout,
-    with_advantages,
-)
+from stepfuse.train.rollout import PairedStep, SampledStep, Sampling, Trajectory, branching_rollout, rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 
-@dataclass(frozen=True)
 class DPO(RolloutAlgorithm[PairedStep]):
     """Step-level DPO: pairs are made during the rollout, and the loss contains the KL."""
 
@@ -37,14 +29,9 @@ class DPO(RolloutAlgorithm[PairedStep]):
     def collect(
         self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
     ) -> Trajectory[PairedStep]:
-        copies = self.settings.num_candidates
+        candidates, margin = self.settings.num_candidates, self.settings.margin
         return branching_rollout(
-            sampling,
-            conditioning,
-            generators,
-            score_latents=lambda latents: score(latents, copies),
-            candidates=copies,
-            margin=self.settings.margin,
+            sampling, conditioning, generators, score_latents=score, candidates=candidates, margin=margin
         )
 
     def kept(self, step: PairedStep) -> Tensor:
@@ -57,28 +44,16 @@ class DPO(RolloutAlgorithm[PairedStep]):
         return torch.where(step.kept, preference_loss(self.settings, *log_probs), 0.0)
 
 
-@dataclass(frozen=True)
 class DDPO(RolloutAlgorithm[SampledStep]):
     """Policy gradient with an exact per-step KL to the base."""
 
     settings: DDPOSettings
     name: ClassVar[str] = "ddpo"
 
-    @property
-    def measures_kl(self) -> bool:
-        return self.settings.beta > 0
-
-    @property
-    def group_size(self) -> int:
-        return self.settings.num_generations
-
-    @property
-    def updates_per_rollout(self) -> int:
-        return self.settings.num_inner_epochs
-
-    @property
-    def beta(self) -> float:
-        return self.settings.beta
+    def __init__(self, settings: DDPOSettings) -> None:
+        super().__init__(settings)
+        self.group_size, self.updates_per_rollout = settings.num_generations, settings.num_inner_epochs
+        self.beta, self.measures_kl = settings.beta, settings.beta > 0
 
     def collect(
         self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
@@ -93,9 +68,8 @@ class DDPO(RolloutAlgorithm[SampledStep]):
         prompts: Sequence[str],
         history: MutableMapping[str, list[float]],
     ) -> Float[Tensor, " all"]:
-        settings = self.settings
+        settings, scale, clip = self.settings, self.settings.scale_rewards, self.settings.train_adv_clip_max
         groups = groups if settings.per_prompt_stat_tracking else torch.zeros_like(groups)
-        scale, clip = settings.scale_rewards, settings.train_adv_clip_max
         finite = torch.isfinite(rewards).all(1)  # an image without a reward is not trained on
         rewards, groups = rewards[finite], groups[finite]
         if settings.multi_objective_aggregation == "normalize_then_sum":
@@ -103,7 +77,7 @@ class DDPO(RolloutAlgorithm[SampledStep]):
         elif settings.per_prompt_stat_tracking_buffer_size:
             known = tracked_advantages(
                 rewards.sum(1),
-                [prompt for prompt, has_reward in zip(prompts, finite.tolist(), strict=True) if has_reward],
+                list(compress(prompts, finite.tolist())),
                 history,
                 buffer_size=settings.per_prompt_stat_tracking_buffer_size,
                 min_count=settings.per_prompt_stat_tracking_min_count,
@@ -112,14 +86,13 @@ class DDPO(RolloutAlgorithm[SampledStep]):
             )
         else:
             known = group_advantages(rewards.sum(1), groups, scale=scale, clip=clip)
-        advantages = rewards.new_zeros(len(finite))
-        advantages[finite] = known
-        return advantages
+        return rewards.new_zeros(len(finite)).masked_scatter(finite, known)
 
     def assign_advantages(
         self, trajectory: Trajectory[SampledStep], advantages: Float[Tensor, " batch"]
     ) -> Trajectory[SampledStep]:
-        return with_advantages(trajectory, advantages)
+        steps = tuple(replace(step, advantage=advantages) for step in trajectory.steps)
+        return replace(trajectory, steps=steps)
 
     def temperature(self, dimensions: int) -> float:
         """With `log_prob_reduction: mean` the policy gradient is divided by the dimensions, and the KL is not."""

@@ -3,8 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, MutableMapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Generic
+from functools import partial
 
 import torch
 from accelerate.utils import gather_object
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.train.algorithm import Algorithm, Batch, StepGaussians
+from stepfuse.train.algorithm import Algorithm, Batch, Source, StepGaussians
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.conditioning import prompt_order
 from stepfuse.train.health import Health, diversity
@@ -23,7 +22,7 @@ from stepfuse.train.scoring import Scorer
 from stepfuse.train.setup import Setup
 from stepfuse.train.timesteps import learned_steps
 
-ScoreLatents = Callable[[Latents, int], "Future[Float[Tensor, ' images']]"]
+ScoreLatents = Callable[[Latents], "Future[Float[Tensor, ' images']]"]
 
 
 class RolloutAlgorithm(Algorithm[D]):
@@ -33,7 +32,7 @@ class RolloutAlgorithm(Algorithm[D]):
     def collect(
         self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
     ) -> Trajectory[D]:
-        """Roll out one micro-batch; `score(latents, copies)` gives future rewards of `copies` latents per prompt."""
+        """Roll out one micro-batch; `score` gives future rewards of any number of consecutive latents per prompt."""
 
     def advantages(
         self,
@@ -43,15 +42,12 @@ class RolloutAlgorithm(Algorithm[D]):
         prompts: Sequence[str],
         history: MutableMapping[str, list[float]],
     ) -> Float[Tensor, " all"] | None:
-        """Advantages of all samples of a step; None if the algorithm does not use them.
+        """Advantages of all samples of a step, of all processes; None if the algorithm does not use them.
 
         Args:
-            rewards: Final rewards of all processes' samples. A weighted reward has a column for each of its terms,
-                which sum to it; any other has one.
-            weights: Weight of each term.
-            groups: Group of each sample: the samples of one prompt of this step.
-            prompts: Prompt of each sample.
-            history: Rewards of earlier steps by prompt, which is updated.
+            rewards: final rewards, one column for each term of a weighted reward.
+            groups: the samples of one prompt of this step.
+            history: rewards of earlier steps by prompt, which is updated.
         """
         return None
 
@@ -59,66 +55,52 @@ class RolloutAlgorithm(Algorithm[D]):
         """The trajectory with the advantages of its samples."""
         return trajectory
 
-    def source(self, setup: Setup, progress: Progress, health: Health) -> "Rollouts[D]":
-        return Rollouts(setup=setup, algorithm=self, history=progress.prompt_rewards, health=health)
+    def source(self, setup: Setup, progress: Progress, health: Health) -> Source[D]:
+        return partial(collect_rollouts, setup, self, progress.prompt_rewards, health)
 
     def gaussians(
         self, policy: nn.Module, sampling: Sampling, steps: Sequence[D], conditioning: Conditioning
     ) -> Sequence[StepGaussians]:
-        return step_gaussians(policy, sampling.denoiser, sampling.schedule, steps, conditioning)
+        return step_gaussians(policy, sampling, steps, conditioning)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rollouts(Generic[D]):
-    """Images drawn by the policy, of which every process draws its share.
+def collect_rollouts(
+    setup: Setup, algorithm: RolloutAlgorithm[D], history: dict[str, list[float]], health: Health, step: int
+) -> tuple[list[Batch[D]], dict[str, float]]:
+    """This process's micro-batches of images drawn by the policy, and their mean reward and diversity over all.
 
     Every image has an index in the step, from 0, and a generator that depends on seed, step and index only; so numbers
     do not depend on the number of processes, nor on micro-batches.
-
-    Attributes:
-        history: rewards of earlier steps by prompt, which advantages may need.
     """
-
-    setup: Setup
-    algorithm: RolloutAlgorithm[D]
-    history: dict[str, list[float]]
-    health: Health
-
-    def collect(self, step: int) -> tuple[list[Batch[D]], dict[str, float]]:
-        """This process's micro-batches of one step, and values that were measured over all processes."""
-        setup, settings, accelerator = self.setup, self.setup.settings, self.setup.accelerator
-        groups = [i // self.algorithm.group_size for i in range(setup.total_batch_size)]
-        order = prompt_order(settings.seed, len(setup.prompts), step, groups[-1] + 1)
-        prompts = [setup.prompts[order[group]] for group in groups]
-        sampling = setup.current_sampling(learned=learned_steps(settings, setup.sampling, step))
-        drawn: list[tuple[slice, Trajectory[D]]] = []
-        rewards: list[Future[Tensor]] = []
-        scorers: list[Scorer] = []
-        for indices in setup.micro_batches():
-            rows = slice(indices.start, indices.stop)
-            generators = [sample_generator(settings.seed, "rollout", step, i) for i in indices]
-            scorer = Scorer(setup.reward, setup.backbone, prompts[rows], step)
-            scorers.append(scorer)
-            conditioning = setup.embed(prompts[rows])
-            with accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):
-                trajectory = self.algorithm.collect(sampling, conditioning, generators, scorer)
-            trajectory = out_of_inference(trajectory)
-            rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
-            drawn.append((rows, trajectory))
-        all_rewards = accelerator.gather(torch.cat([future.result() for future in rewards]))
-        finite = torch.isfinite(all_rewards).all(1)
-        if self.health.skips and (bad := gather_object([prompt for scorer in scorers for prompt in scorer.faulty])):
-            self.health.not_finite("a reward that is not finite", step + 1, bad)
-        index = torch.tensor(groups, device=all_rewards.device)
-        images = accelerator.gather(torch.cat([scorer.thumbnails for scorer in scorers]))
-        spread = diversity(images, index if self.algorithm.group_size > 1 else index * 0)
-        self.health.measure_diversity(spread, step + 1, settings.min_diversity)
-        weights = setup.reward.term_weights()
-        advantages = self.algorithm.advantages(all_rewards, weights, index, prompts, self.history)
-        batches = []
-        for rows, trajectory in drawn:
-            if advantages is not None:
-                trajectory = self.algorithm.assign_advantages(trajectory, advantages[rows])
-            batches.append(Batch(prompts=prompts[rows], trajectory=trajectory))
-        mean = all_rewards[finite].sum(1).mean().item() if bool(finite.any()) else float("nan")
-        return batches, {"reward": mean, "diversity": spread}
+    settings, accelerator = setup.settings, setup.accelerator
+    groups = [i // algorithm.group_size for i in range(setup.total_batch_size)]
+    order = prompt_order(settings.seed, len(setup.prompts), step, groups[-1] + 1)
+    prompts = [setup.prompts[order[group]] for group in groups]
+    sampling = setup.current_sampling(learned=learned_steps(settings, setup.learnable, step))
+    drawn: list[tuple[Scorer, Trajectory[D]]] = []
+    rewards: list[Future[Tensor]] = []
+    for indices in setup.micro_batches():
+        generators = [sample_generator(settings.seed, "rollout", step, i) for i in indices]
+        scorer = Scorer(setup.reward, setup.backbone, [prompts[i] for i in indices], step)
+        conditioning = setup.embed(scorer.prompts)
+        with accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):
+            trajectory = algorithm.collect(sampling, conditioning, generators, scorer)
+        trajectory = out_of_inference(trajectory)
+        rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
+        drawn.append((scorer, trajectory))
+    all_rewards = accelerator.gather(torch.cat([future.result() for future in rewards]))
+    if health.skips and (bad := gather_object([prompt for scorer, _ in drawn for prompt in scorer.faulty])):
+        health.not_finite("a reward that is not finite", step + 1, bad)
+    index = torch.tensor(groups, device=all_rewards.device)
+    images = accelerator.gather(torch.cat([scorer.thumbnails for scorer, _ in drawn]))
+    spread = diversity(images, index if algorithm.group_size > 1 else index * 0)
+    health.measure_diversity(spread, step + 1, settings.min_diversity)
+    advantages = algorithm.advantages(all_rewards, setup.reward.term_weights(), index, prompts, history)
+    batches = []
+    for indices, (scorer, trajectory) in zip(setup.micro_batches(), drawn, strict=True):
+        if advantages is not None:
+            trajectory = algorithm.assign_advantages(trajectory, advantages[indices.start : indices.stop])
+        batch = Batch(prompts=scorer.prompts, steps=trajectory.steps, conditioning=trajectory.conditioning)
+        batches.append(batch)
+    finite = all_rewards[torch.isfinite(all_rewards).all(1)]
+    return batches, {"reward": finite.sum(1).mean().item(), "diversity": spread}

@@ -20,7 +20,6 @@ class Embeddings:
     Args:
         backbone: the base model; the parts of its pipeline are moved to the device.
         resolution: height and width of its images in pixels, an input of some models; None is the default.
-        device: device of the embeddings.
         offload: keep and run the text encoders on the CPU.
         report_cuts: log prompts that are truncated by the text encoders.
     """
@@ -62,18 +61,11 @@ class Embeddings:
         if len(self._cut) > 1:
             logger.warning("%d prompts of the data set were longer than the text encoder takes", len(self._cut))
 
-    def _report_first(self, prompt: str) -> None:
-        if not self.report_cuts or prompt in self._checked:
-            return
-        cut = cut_prompts(self.backbone.pipeline, [prompt])
-        if not cut:
-            return
-        if not self._cut:
-            logger.warning("%s; others are counted", cut[0])
-        self._cut.add(prompt)
-
     def _encode(self, prompt: str) -> Conditioning:
-        self._report_first(prompt)
+        if self.report_cuts and prompt not in self._checked and (cut := cut_prompts(self.backbone.pipeline, [prompt])):
+            if not self._cut:
+                logger.warning("%s; others are counted", cut[0])
+            self._cut.add(prompt)
         size = self.resolution
         found = self.backbone.encode([prompt], height=size, width=size, device=self.encoders_on)
         return found.to(self.device)

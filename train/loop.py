@@ -24,15 +24,12 @@ from stepfuse.train.validation import Validator, fit_reward
 
 
 def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = None) -> Path:
-    """Train one adapter and write it to `settings.output_dir`.
+    """Train one adapter and write it to `settings.output_dir`, which is returned.
 
     Settings that are wrong or do not fit together are found before the first step, and before anything is written.
 
     Args:
         algorithm: by default the one of the settings: `DPOSettings` train by DPO, `DDPOSettings` by DDPO.
-
-    Returns:
-        The output folder.
 
     Raises:
         ValueError: for settings that do not fit together, a folder in use, a faulty reward, a loss that is not finite,
@@ -50,8 +47,7 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
             seed=settings.seed,
         )
         accelerator = make_accelerator(settings)
-        check_objective(settings)
-        check_groups(settings, algorithm, accelerator.num_processes)
+        check_run(settings, algorithm, accelerator.num_processes)
         with closing(TrainingReward(settings, accelerator.device)) as reward:
             run(Setup(settings, accelerator, reward, prompts), algorithm, start)
     return output
@@ -108,7 +104,7 @@ def fit(
     while progress.step < settings.max_train_steps and not stopped:
         before = progress.step
         display.resume_clock()
-        batches, of_rollout = source.collect(before)
+        batches, of_rollout = source(before)
         for index in range(min(algorithm.updates_per_rollout, settings.max_train_steps - before)):
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
@@ -129,13 +125,9 @@ def fit(
     return stopped
 
 
-def check_objective(settings: TrainSettings) -> None:
-    """Check that an objective can have the name and beta of the settings."""
+def check_run(settings: TrainSettings, algorithm: Algorithm[Any], processes: int) -> None:
+    """Check the name and beta of the objective, and that the images of a step can be divided into groups."""
     Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
-
-
-def check_groups(settings: TrainSettings, algorithm: Algorithm[Any], processes: int) -> None:
-    """Check that the images of a step can be divided into groups."""
     total = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     if total % algorithm.group_size:
         raise ValueError(

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
 from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
 from stepfuse.fuse.lora.mixture import BASE, Network
-from stepfuse.train.rollout import Step
+from stepfuse.train.rollout import Sampling, Step
 
 POLICY = Network.of("policy")  # stands for the policy among the branches of guidance
 VARIANCE = "variance_"  # before the names of the schedule's parameters in a checkpoint
@@ -52,11 +52,7 @@ class Policy(nn.Module):
         return {name: self.get_parameter(name) for name in self.schedule_names}
 
     def trainable_state(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """LoRA tensors in peft's names, and the schedule's parameters.
-
-        Args:
-            values: of the trainable parameters, by their names in this module.
-        """
+        """LoRA tensors in peft's names and the schedule's parameters, from trainable values by their names here."""
         lora = {
             name.removeprefix("network."): value for name, value in values.items() if name not in self.schedule_names
         }
@@ -99,11 +95,7 @@ class SharedForward:
     adapter: str
 
     def route_of(self, networks: Sequence[Network], device: torch.device) -> int:
-        """The number of rows of the base, which come first.
-
-        Raises:
-            ValueError: for another network.
-        """
+        """The number of rows of the base, which come first; another network is a ValueError."""
         policy = Network.of(self.adapter)
         if others := set(networks) - {BASE, policy}:
             names = sorted(str(network.adapter) for network in others)
@@ -115,11 +107,7 @@ class SharedForward:
 
 
 def step_gaussians(
-    policy: nn.Module,
-    denoiser: Denoiser,
-    schedule: VarianceSchedule,
-    steps: Sequence[Step],
-    conditioning: Conditioning,
+    policy: nn.Module, sampling: Sampling, steps: Sequence[Step], conditioning: Conditioning
 ) -> list[tuple[Gaussian, Gaussian | None]]:
     """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of stored steps that have the base's prediction.
 
@@ -127,39 +115,32 @@ def step_gaussians(
 
     Args:
         policy: the `Policy`, wrapped or not.
-        schedule: the initial schedule; its parameters come from the policy.
+        sampling: with the initial schedule, whose parameters come from the policy.
         steps: one or more steps of one batch.
-        conditioning: of the batch.
     """
+    denoiser, path = sampling.denoiser, sampling.denoiser.path
     branches = denoiser.guidance.branches([POLICY])
     kinds = "".join(branch.kind for branch in branches if branch.network == POLICY)  # the base's are stored
     x_t = torch.cat([step.x_t for step in steps])
-    times = torch.cat([denoiser.path.network_time(step.t).expand(len(step.x_t)) for step in steps])
+    times = torch.cat([path.network_time(step.t).expand(len(step.x_t)) for step in steps])
     repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
     output, parameters = policy(
         torch.cat([x_t] * len(kinds)), times.to(x_t.device).repeat(len(kinds)), **repeated.inputs(kinds)
     )
     parts = [part.chunk(len(steps)) for part in output.to(torch.float32).chunk(len(kinds))]
-    current = schedule.with_parameters(parameters)
+    schedule = sampling.schedule.with_parameters(parameters)
     gaussians = []
     for step, outputs in zip(steps, zip(*parts, strict=True), strict=True):
         stored = [] if step.negative is None else [step.negative]
         (prediction,) = denoiser.combine(branches, [*stored, *outputs])
-        gaussians.append(_gaussians(denoiser, current, step, prediction))
+        base = None if step.reference is None else _gaussian(path, schedule.base, step, step.reference)
+        gaussians.append((_gaussian(path, schedule, step, prediction), base))
     return gaussians
 
 
-def _gaussians(
-    denoiser: Denoiser, schedule: VarianceSchedule, step: Step, prediction: Latents
-) -> tuple[Gaussian, Gaussian | None]:
-    """Policy and reference of one step, from the policy's guided prediction."""
-    path = denoiser.path
+def _gaussian(path: NoisePath, schedule: VarianceSchedule, step: Step, prediction: Latents) -> Gaussian:
     variance = step_variance(schedule, path, step.t, step.s, step.x_t)
-    ours = transition(path, step.x_t, prediction, step.t, step.s, variance)
-    if step.reference is None:
-        return ours, None
-    fixed = step_variance(schedule.base, path, step.t, step.s, step.x_t)
-    return ours, transition(path, step.x_t, step.reference, step.t, step.s, fixed)
+    return transition(path, step.x_t, prediction, step.t, step.s, variance)
 
 
 def _rename_part(policy: nn.Module, state: dict[str, Tensor], *_: Any) -> None:

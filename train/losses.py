@@ -28,23 +28,17 @@ def dpo_loss(
         sigmoid:  L = -(1 - ε) log σ(β h) - ε log σ(-β h)
         ipo:      L = (h - 1/(2β))²                              (arXiv:2310.12036)
 
-    With a clip range c > 0 the ratios r_w = p_θ(x_w|x_t) / p_ref(x_w|x_t) and r_l in h are clamped, each by itself, as
-    SPO does (arXiv:2406.04314; `train.eps` of its code, 0.1 there):
+    With a clip range c > 0 each ratio r = p_θ / p_ref is clamped, so that one beyond the bounds has no gradient
+    (SPO, arXiv:2406.04314; `train.eps` of its code, 0.1 there):
 
         h = log clamp(r_w, 1 - c, 1 + c) - log clamp(r_l, 1 - c, 1 + c)
-
-    so that a ratio beyond these bounds has no gradient.
 
     Args:
         chosen, rejected: log p_θ of winner and loser, in nats.
         reference_chosen, reference_rejected: log p_ref of the same tensors, in nats.
         beta: temperature of the implied KL.
         label_smoothing: ε, the assumed share of flipped labels.
-        loss_type: as in trl.
         clip_range: c; 0 does not clamp.
-
-    Returns:
-        One loss per pair.
     """
     winner, loser = chosen - reference_chosen, rejected - reference_rejected
     if clip_range:
@@ -67,9 +61,6 @@ def ddpo_loss(log_prob: PerSample, old_log_prob: PerSample, advantage: PerSample
         old_log_prob: log p_old of the same x_s, when it was drawn.
         advantage: A of the image at the end of the trajectory.
         clip_range: ε.
-
-    Returns:
-        One loss per sample.
     """
     ratio = (log_prob - old_log_prob).exp()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)

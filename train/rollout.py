@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.denoiser import Denoiser, Guided
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
@@ -42,8 +41,13 @@ class Sampling:
     shape: tuple[int, int, int]
     learned: frozenset[int] | None = None
 
-    def trains_on(self, index: int) -> bool:
-        return self.learned is None or index in self.learned
+    def variance(self, t: Time, s: Time, like: Tensor) -> Tensor:
+        """The variance of the step from t to s; see `step_variance`."""
+        return step_variance(self.schedule, self.denoiser.path, t, s, like)
+
+    def trains_on(self, index: int, variance: Tensor) -> bool:
+        """Whether a step of this variance is trained on: one without is not, as the last of some schedulers."""
+        return (self.learned is None or index in self.learned) and bool((variance > 0).all())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,30 +86,16 @@ class PairedStep(Step):
     kept: Bool[Tensor, " batch"]
 
 
-S = TypeVar("S")  # whatever an algorithm stores of a step
-D = TypeVar("D", bound=Step)  # a denoising step
+D = TypeVar("D", bound=Step)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trajectory(Generic[S]):
+class Trajectory(Generic[D]):
     """The steps of one batch, noisiest first, its final latents, and the embeddings of its prompts."""
 
-    steps: tuple[S, ...]
+    steps: tuple[D, ...]
     latents: Latents
     conditioning: Conditioning
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Predictions:
-    """At one (x, t): e_u of the base if shared, and the guided predictions of policy and base."""
-
-    negative: Latents | None
-    policy: Latents
-    reference: Latents | None = None
-
-    def __getitem__(self, rows: Tensor) -> "_Predictions":
-        negative = None if self.negative is None else self.negative[rows]
-        return _Predictions(negative=negative, policy=self.policy[rows])
 
 
 def sample_generator(seed: int, *key: int | str) -> torch.Generator:
@@ -124,17 +114,18 @@ def rollout(
         generators: one per image.
         reference: also predict with the base, as a KL to it needs.
     """
+    denoiser, policy = sampling.denoiser, Network.of(sampling.adapter)
     x_t = _start(sampling, generators)
     stored = []
     for index, (t, s) in enumerate(sampling.steps):
-        # the last step of some schedulers is deterministic
-        random = bool((step_variance(sampling.schedule, sampling.denoiser.path, t, s, x_t) > 0).all())
-        wanted = random and sampling.trains_on(index)
-        now = _predict(sampling.denoiser, sampling.adapter, x_t, t, conditioning, reference=wanted and reference)
-        gaussian = _gaussian(sampling, x_t, now.policy, t, s)
+        variance = sampling.variance(t, s, x_t)
+        wanted = sampling.trains_on(index, variance)
+        guided = denoiser.guided(x_t, t, conditioning, [policy, BASE] if wanted and reference else [policy])
+        prediction, *base = guided.predictions
+        gaussian = transition(denoiser.path, x_t, prediction, t, s, variance)
         x_s = gaussian.sample(generators)
         if wanted:
-            step = Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=now.reference)
+            step = Step(x_t=x_t, t=t, s=s, negative=guided.negative, reference=base[0] if base else None)
             stored.append(SampledStep(**vars(step), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
         x_t = x_s
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
@@ -162,44 +153,37 @@ def branching_rollout(
         candidates: number of candidates per image and step.
         margin: a pair is kept if its rewards differ by more than this.
     """
-    denoiser, adapter, steps = sampling.denoiser, sampling.adapter, sampling.steps
+    denoiser, policy = sampling.denoiser, Network.of(sampling.adapter)
     x_t = _start(sampling, generators)
-    now = _predict(denoiser, adapter, x_t, steps[0][0], conditioning)
     wide = conditioning.repeat(candidates)
     rows = torch.arange(len(x_t), device=x_t.device)
     pending: list[tuple[Step, Latents, Future[Tensor]]] = []
-    for index, (t, s) in enumerate(steps):
-        following = steps[index + 1][0] if index + 1 < len(steps) else None
-        gaussian = _gaussian(sampling, x_t, now.policy, t, s)
-        if not sampling.trains_on(index) or not bool((gaussian.variance > 0).all()):
-            x_t = gaussian.sample(generators)
-            if following is not None:
-                now = _predict(denoiser, adapter, x_t, following, conditioning)
+    now: Guided | None = None
+    for index, (t, s) in enumerate(sampling.steps):
+        now = now or denoiser.guided(x_t, t, conditioning, [policy])
+        variance = sampling.variance(t, s, x_t)
+        gaussian = transition(denoiser.path, x_t, now.predictions[0], t, s, variance)
+        if not sampling.trains_on(index, variance):
+            x_t, now = gaussian.sample(generators), None
             continue
         drawn = torch.stack([gaussian.sample(generators) for _ in range(candidates)], dim=1)
-        flat = drawn.flatten(0, 1)
-        if following is None:
-            clean, ahead = flat, None
-        else:
-            ahead = _predict(denoiser, adapter, flat, following, wide)
-            clean, _ = denoiser.path.clean_and_noise(flat, ahead.policy, following)
+        clean, ahead = drawn.flatten(0, 1), None
+        if index + 1 < len(sampling.steps):
+            following, _ = sampling.steps[index + 1]
+            ahead = denoiser.guided(clean, following, wide, [policy])
+            clean, _ = denoiser.path.clean_and_noise(clean, ahead.predictions[0], following)
         rewards = score_latents(clean)
         (reference,) = denoiser.guided(x_t, t, conditioning, [BASE], negative=now.negative).predictions
         pending.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
-        if ahead is not None:
-            now = ahead[rows * candidates + picks]
-    stored = tuple(_paired(step, drawn, rewards.result(), margin) for step, drawn, rewards in pending)
-    return Trajectory(steps=stored, latents=x_t, conditioning=conditioning)
-
-
-def _paired(
-    step: Step, drawn: Float[Tensor, "batch candidates channels height width"], rewards: Tensor, margin: float
-) -> PairedStep:
-    winner, loser, kept = best_and_worst(rewards.reshape(drawn.shape[:2]), margin)
-    rows = torch.arange(len(drawn), device=drawn.device)
-    return PairedStep(**vars(step), chosen=drawn[rows, winner], rejected=drawn[rows, loser], kept=kept)
+        now = ahead and _rows_of(ahead, rows * candidates + picks)
+    stored = []
+    for step, drawn, rewards in pending:
+        winner, loser, kept = best_and_worst(rewards.result().reshape(drawn.shape[:2]), margin)
+        chosen, rejected = drawn[rows, winner], drawn[rows, loser]
+        stored.append(PairedStep(**vars(step), chosen=chosen, rejected=rejected, kept=kept))
+    return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
 
 
 def out_of_inference(trajectory: Trajectory[D]) -> Trajectory[D]:
@@ -219,38 +203,12 @@ def out_of_inference(trajectory: Trajectory[D]) -> Trajectory[D]:
     return replace(trajectory, steps=steps, latents=copy(trajectory.latents))
 
 
-def with_advantages(
-    trajectory: Trajectory[SampledStep], advantages: Float[Tensor, " batch"]
-) -> Trajectory[SampledStep]:
-    """The trajectory, with the advantages of its images on every step."""
-    return replace(trajectory, steps=tuple(replace(step, advantage=advantages) for step in trajectory.steps))
-
-
 def _start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
     device = next(sampling.denoiser.network.parameters()).device
     shape = (len(generators), *sampling.shape)
     return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
 
 
-def _predict(
-    denoiser: Denoiser,
-    adapter: str | None,
-    x_t: Latents,
-    t: Time,
-    conditioning: Conditioning,
-    *,
-    reference: bool = False,
-) -> _Predictions:
-    """The guided prediction of the policy; with `reference` the base's too.
-
-    If the denoiser is batched, all of them are computed in one forward pass.
-    """
-    policy = Network.of(adapter)
-    guided = denoiser.guided(x_t, t, conditioning, [policy, BASE] if reference else [policy])
-    prediction, *base = guided.predictions
-    return _Predictions(negative=guided.negative, policy=prediction, reference=base[0] if base else None)
-
-
-def _gaussian(sampling: Sampling, x_t: Latents, prediction: Latents, t: Time, s: Time) -> Gaussian:
-    path = sampling.denoiser.path
-    return transition(path, x_t, prediction, t, s, step_variance(sampling.schedule, path, t, s, x_t))
+def _rows_of(guided: Guided, rows: Tensor) -> Guided:
+    negative = None if guided.negative is None else guided.negative[rows]
+    return Guided(predictions=[prediction[rows] for prediction in guided.predictions], negative=negative)

@@ -1,8 +1,9 @@
 """The reward that a run is trained on: shaped or fitted, and computed while the next batch is sampled."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from itertools import compress
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ class TrainingReward:
         self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
 
     def raw(self, pixels: Pixels, prompts: Sequence[str]) -> Scores:
-        """The unshaped reward, computed at once."""
+        """The unshaped reward."""
         return self.columns(pixels, prompts).sum(1)
+
+    def columns(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
+        """The values that the reward is fitted on: its terms, unshaped."""
+        return self.reward.terms_of(pixels, prompts)
 
     def terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
         """The terms of the reward, which sum to it; the shaped reward, if it is shaped.
@@ -54,15 +59,8 @@ class TrainingReward:
         """The weights w_i of these terms."""
         return self.reward.weights if self.shaping == Shaping() else torch.ones(1)
 
-    def columns(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
-        """The values that the reward is fitted on: its terms, unshaped."""
-        return self.reward.terms_of(pixels, prompts)
-
     def fit(self, columns: Float[Tensor, "images terms"]) -> dict[str, Any]:
         """Name and shaping from `columns` of images of the base, as values that `restore` takes.
-
-        Each term of a weighted reward is divided by its deviation over the images; any other reward is shaped to mean 0
-        and deviation 1.
 
         Raises:
             ValueError: for a reward, or a term, that is the same for all images.
@@ -71,11 +69,7 @@ class TrainingReward:
         return {"asked": self.asked, "reward": name, "shaping": dataclasses.asdict(shaping)}
 
     def restore(self, fitted: dict[str, Any]) -> None:
-        """Use what was fitted, now or before a checkpoint.
-
-        Raises:
-            ValueError: if the settings of the fit were others.
-        """
+        """Use what was fitted, now or before a checkpoint; with other settings that is a ValueError."""
         if fitted["asked"] != self.asked:
             was, now = (f"{a['reward']!r} on {a['images']} images" for a in (fitted["asked"], self.asked))
             raise ValueError(f"the checkpoint's reward was fitted as {was}, and now it is {now}; resume with the same")
@@ -100,30 +94,28 @@ class Scorer:
         self.reward, self.backbone, self.prompts, self.step = reward, backbone, prompts, step
         self.faulty: list[str] = []
 
-    def __call__(self, latents: Latents, copies: int) -> "Future[Tensor]":
-        """The rewards (images,) of `copies` consecutive latents per prompt."""
+    def __call__(self, latents: Latents) -> "Future[Tensor]":
+        """The rewards (images,) of one or more consecutive latents per prompt."""
+        copies = len(latents) // len(self.prompts)
         prompts = [prompt for prompt in self.prompts for _ in range(copies)]
-        return self._submit(self._decode(latents), prompts, lambda terms: terms.sum(1))
+        pixels = self._decode(latents)
+        return self.reward.queue.submit(lambda: self._terms(pixels, prompts).sum(1))
 
     def terms(self, latents: Latents) -> "Future[Tensor]":
         """The terms (images, terms) of one latent per prompt."""
         pixels = self._decode(latents)
         self.thumbnails = thumbnails(pixels)
-        return self._submit(pixels, self.prompts, lambda terms: terms)
+        return self.reward.queue.submit(lambda: self._terms(pixels, self.prompts))
 
     @torch.no_grad()
     def _decode(self, latents: Latents) -> Pixels:
         with torch.inference_mode(False):  # a reward may be code of the user that computes gradients
             return self.backbone.decode(latents.clone())
 
-    def _submit(self, pixels: Pixels, prompts: Sequence[str], reduce: Callable[[Tensor], Tensor]) -> "Future[Tensor]":
-        def call() -> Tensor:
-            try:
-                terms = self.reward.terms(pixels, prompts)
-                bad = ~torch.isfinite(terms).all(1)
-                self.faulty += [prompt for prompt, wrong in zip(prompts, bad.tolist(), strict=True) if wrong]
-                return reduce(terms)
-            except ValueError as error:
-                raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
-
-        return self.reward.queue.submit(call)
+    def _terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
+        try:
+            terms = self.reward.terms(pixels, prompts)
+        except ValueError as error:
+            raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
+        self.faulty += compress(prompts, (~torch.isfinite(terms).all(1)).tolist())
+        return terms

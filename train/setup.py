@@ -17,6 +17,7 @@ from stepfuse.fuse.backbones.fingerprint import describe_base
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.sampling.finite import check_latents, check_pixels
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.conditioning import Embeddings
@@ -43,7 +44,7 @@ class Setup:
         backbone: the base model, whose network has the policy's LoRA.
         base: fingerprint of the base model.
         sampling: how the policy is sampled, with the initial schedule.
-        learnable: number of denoising steps of an image that can be trained on.
+        learnable: indices of the denoising steps that can be trained on.
         record: configuration, input files and versions at the start of the run.
 
     Raises:
@@ -71,7 +72,9 @@ class Setup:
             backbone, resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
         )
         self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-        self.engine = Engine(accelerator, make_policy(backbone, settings).to(accelerator.device), settings)
+        schedule = settings.initial_schedule()
+        policy = make_policy(backbone, settings, schedule).to(accelerator.device)
+        self.engine = Engine(accelerator, policy, settings)
         # Hooks would be compiled anew each time, and gather partitioned weights in another order.
         separate = settings.compile != "no" or self.engine.partitioned or backbone.unbatched
         shared = settings.timesteps_per_forward > 1 and not separate
@@ -85,11 +88,11 @@ class Setup:
                 batched=SharedForward(backbone.network, settings.name) if shared else None,
             ),
             adapter=settings.name,
-            schedule=settings.initial_schedule(),
+            schedule=schedule,
             steps=path.steps(settings.sample_num_steps),
             shape=shape,
         )
-        self.learnable = len(learnable_steps(settings, self.sampling))
+        self.learnable = learnable_steps(settings, self.sampling)
         if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
         self.record = provenance(settings)
@@ -125,7 +128,7 @@ class Setup:
         return draw
 
 
-def make_policy(backbone: Backbone, settings: TrainSettings) -> Policy:
+def make_policy(backbone: Backbone, settings: TrainSettings, schedule: VarianceSchedule) -> Policy:
     """The policy: the base model's network with a new LoRA, and the schedule's parameters."""
     network = backbone.network
     add_lora(
@@ -141,4 +144,4 @@ def make_policy(backbone: Backbone, settings: TrainSettings) -> Policy:
     if settings.compile != "no":
         compile_network(backbone, settings.compile)
     network.train()
-    return Policy(backbone, settings.name, settings.initial_schedule())
+    return Policy(backbone, settings.name, schedule)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Generic
 
 import torch
@@ -19,9 +20,8 @@ from stepfuse.train.setup import Setup
 class Update(Generic[S]):
     """Takes optimiser steps.
 
-    With `timesteps_per_forward` above 1, several denoising steps of a batch share a forward pass. The forward passes of
-    the rollout had other rows, so its log-probabilities are not reproduced exactly: the first update on a rollout
-    replaces them by its own.
+    With `timesteps_per_forward` above 1 a forward pass has other rows than in the rollout, whose log-probabilities are
+    then not reproduced exactly: the first update on a rollout replaces them by its own.
     """
 
     setup: Setup
@@ -29,10 +29,7 @@ class Update(Generic[S]):
     health: Health
 
     def __call__(self, batches: Sequence[Batch[S]], step: int, *, first: bool = True) -> dict[str, float]:
-        """One optimiser step on the mean loss over samples and denoising steps.
-
-        Args:
-            first: whether it is the first one on these batches.
+        """One optimiser step on the mean loss over samples and denoising steps, the `first` or a later one on them.
 
         Raises:
             ValueError: for a loss or gradient that is not finite, unless it is to be skipped.
@@ -40,9 +37,9 @@ class Update(Generic[S]):
         setup, engine, algorithm = self.setup, self.setup.engine, self.algorithm
         shared = setup.settings.timesteps_per_forward
         chunks = [
-            (batch, batch.trajectory.steps[index : index + shared])
+            (batch, batch.steps[index : index + shared])
             for batch in batches
-            for index in range(0, len(batch.trajectory.steps), shared)
+            for index in range(0, len(batch.steps), shared)
         ]
         items = sum(len(steps) for _, steps in chunks)
         totals = torch.zeros(4, device=setup.accelerator.device)
@@ -52,16 +49,13 @@ class Update(Generic[S]):
             last = index + 1 == len(chunks)
             with engine.synchronised(last):
                 with setup.accelerator.autocast():
-                    gaussians = algorithm.gaussians(
-                        engine.wrapped, setup.sampling, steps, batch.trajectory.conditioning
-                    )
+                    gaussians = algorithm.gaussians(engine.wrapped, setup.sampling, steps, batch.conditioning)
                 losses = []
                 for (policy, reference), stored in zip(gaussians, steps, strict=True):
                     if first and shared > 1:
                         algorithm.update_log_probs(stored, policy)
                     values, parts = self._loss(policy, reference, stored)
-                    good = torch.isfinite(values).tolist()
-                    faults += [prompt for prompt, fine in zip(batch.prompts, good, strict=True) if not fine]
+                    faults += compress(batch.prompts, (~torch.isfinite(values)).tolist())
                     totals += parts.to(totals)
                     losses.append(values.mean())
                 if last:  # before the last backward, after which DeepSpeed cannot drop the step
@@ -86,7 +80,7 @@ class Update(Generic[S]):
         if any(algorithm.kept(stored) is not None for _, steps in chunks for stored in steps):
             measured["kept_pairs"] = kept_sum / count
         if algorithm.measures_kl:  # nats per image: the sum over all denoising steps that can be trained on
-            measured["kl"] = kl_sum / count * setup.learnable
+            measured["kl"] = kl_sum / count * len(setup.learnable)
         return measured
 
     def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
     update = Update(setup=setup, algorithm=algorithm, health=health)
 
     def step() -> None:
-        batches, _ = source.collect(progress.step)
+        batches, _ = source(progress.step)
         update(batches, progress.step + 1)
         progress.step += 1
 
