@@ -19,16 +19,6 @@ def best_and_worst(
     return winner, loser, (gap[:, 0] > margin) & torch.isfinite(rewards).all(1)
 
 
-def group_means(values: Float[Tensor, "batch *shape"], index: Int[Tensor, " batch"]) -> Float[Tensor, "groups *shape"]:
-    """The mean of the values of each group.
-
-    Args:
-        index: group of each value, from 0 to the number of groups - 1; every group has a value.
-    """
-    counts = index.bincount().reshape(-1, *[1] * (values.ndim - 1))
-    return values.new_zeros(len(counts), *values.shape[1:]).index_add(0, index, values) / counts
-
-
 def group_advantages(
     rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], *, scale: bool, clip: float
 ) -> Float[Tensor, " batch"]:
@@ -42,12 +32,14 @@ def group_advantages(
     """
     names, index = groups.unique(return_inverse=True)
     zeros = rewards.new_zeros(len(names))
-    highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
-    lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    mean, highest, lowest = (
+        zeros.scatter_reduce(0, index, rewards, how, include_self=False) for how in ("mean", "amax", "amin")
+    )
     # The mean of equal numbers may be rounded; their deviation is 0 nevertheless.
-    centred = torch.where((highest > lowest)[index], rewards - group_means(rewards, index)[index], 0.0)
+    centred = torch.where((highest > lowest)[index], rewards - mean[index], 0.0)
     if scale:
-        centred = centred / (group_means(centred**2, index).sqrt()[index] + 1e-8)
+        deviation = zeros.scatter_reduce(0, index, centred**2, "mean", include_self=False).sqrt()
+        centred = centred / (deviation[index] + 1e-8)
     return centred.clamp(-clip, clip)
 
 

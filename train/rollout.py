@@ -42,7 +42,6 @@ class Sampling:
     learned: frozenset[int] | None = None
 
     def variance(self, t: Time, s: Time, like: Tensor) -> Tensor:
-        """The variance of the step from t to s; see `step_variance`."""
         return step_variance(self.schedule, self.denoiser.path, t, s, like)
 
     def trains_on(self, index: int, variance: Tensor) -> bool:
@@ -157,7 +156,7 @@ def branching_rollout(
     x_t = _start(sampling, generators)
     wide = conditioning.repeat(candidates)
     rows = torch.arange(len(x_t), device=x_t.device)
-    pending: list[tuple[Step, Latents, Future[Tensor]]] = []
+    pending: list[tuple[Step, Tensor, Future[Tensor]]] = []
     now: Guided | None = None
     for index, (t, s) in enumerate(sampling.steps):
         now = now or denoiser.guided(x_t, t, conditioning, [policy])
