@@ -15,31 +15,28 @@ from stepfuse.rewards.pixels import resize_and_crop_smoothly
 
 
 def clip_score(
-    name_or_path: str | Path = emoji.CLIP,
+    name_or_path: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 16,
 ) -> CLIPReward:
     """r = 100 · cos(image, prompt), without the published clamp at 0, so that the gradient is never 0 everywhere.
 
-    Images are resized and cropped in float32, by `resize_and_crop_smoothly`.
+    Images are resized and cropped in float32, by `resize_and_crop_smoothly`. Arguments are those of `NetworkReward`.
 
     Args:
         name_or_path: Hub id or folder of a CLIP model; by default the embedded CLIP model of the emoji base.
-        device: Device of the model.
-        dtype: Data type of the model. Scores are float32.
-        batch_size: Maximum number of images per forward if no gradient is required.
 
     Raises:
         ValueError: If the CLIP model cannot be loaded.
     """
+    source = name_or_path or emoji.CLIP
     try:
-        model = CLIPModel.from_pretrained(name_or_path, dtype=dtype).to(device)
-        tokenizer = CLIPTokenizer.from_pretrained(name_or_path)
+        model = CLIPModel.from_pretrained(source, dtype=dtype).to(device)
+        tokenizer = CLIPTokenizer.from_pretrained(source)
     except OSError as error:
-        raise ValueError(
-            f"no CLIP model at {str(name_or_path)!r}; expected a hub id or a folder ({str(error).splitlines()[0]})"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no CLIP model at {str(source)!r}; expected a hub id or a folder ({reason})") from error
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:
@@ -49,12 +46,8 @@ def clip_score(
     return CLIPReward(model, tokenize, resize_and_crop_smoothly, factor=100, batch_size=batch_size)
 
 
-def _build(argument: str | None, device: torch.device, dtype: torch.dtype) -> CLIPReward:
-    return clip_score(argument or emoji.CLIP, device, dtype)
-
-
 CLIP_SCORE = NamedReward(
-    build=_build,
+    build=clip_score,
     source="arXiv:2104.08718; by default the emoji base's CLIP, or clip_score:HUB_ID",
     licence="Apache-2.0; of a hub id, its own",
     unit="100 × cosine",

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from stepfuse.rewards.named_reward import NamedReward, no_argument
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.protocol import Pixels, Scores
 
 
@@ -20,4 +20,4 @@ def colourfulness(images: Pixels, prompts: Sequence[str]) -> Scores:
     return variance.clamp(min=1e-12).sqrt() + 0.3 * square_of_mean.clamp(min=1e-12).sqrt()
 
 
-COLOURFULNESS = NamedReward(build=no_argument(colourfulness), source="Hasler and Süsstrunk 2003", unit="8-bit levels")
+COLOURFULNESS = NamedReward(function=colourfulness, source="Hasler and Süsstrunk 2003", unit="8-bit levels")

@@ -2,18 +2,19 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from stepfuse.data.images import to_image
-from stepfuse.rewards.named_reward import NamedReward, no_argument
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.protocol import Pixels, Scores
 
 QUALITY = 95  # as in DDPO
 
 
-def jpeg_kilobytes(images: Pixels) -> Scores:
-    """Return the size of each image as a JPEG file of quality 95, in kB of 1000 bytes."""
+def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
+    """Return the size as a JPEG file of quality 95, in kB of 1000 bytes. Not differentiable; prompts are not used."""
     sizes = []
     for pixels in images.detach().float().cpu():
         buffer = io.BytesIO()
@@ -23,20 +24,9 @@ def jpeg_kilobytes(images: Pixels) -> Scores:
 
 
 def compressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
-    """Return minus the JPEG size in kB. Not differentiable; prompts are not used."""
-    return -jpeg_kilobytes(images)
+    """Return minus the size as a JPEG file; see `incompressibility`."""
+    return -incompressibility(images, prompts)
 
 
-def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
-    """Return the JPEG size in kB. Not differentiable; prompts are not used."""
-    return jpeg_kilobytes(images)
-
-
-COMPRESSIBILITY = NamedReward(
-    build=no_argument(compressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
-)
-
-
-INCOMPRESSIBILITY = NamedReward(
-    build=no_argument(incompressibility), source="arXiv:2305.13301", differentiable=False, unit="kB"
-)
+INCOMPRESSIBILITY = NamedReward(function=incompressibility, source="arXiv:2305.13301", differentiable=False, unit="kB")
+COMPRESSIBILITY = replace(INCOMPRESSIBILITY, function=compressibility)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from stepfuse.data.emoji import BACKGROUNDS
-from stepfuse.rewards.named_reward import NamedReward, no_argument
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.protocol import Pixels, Scores
 
 BORDER = 1 / 16  # of the width of the image
@@ -36,4 +36,4 @@ def _expected_colour(prompt: str) -> tuple[int, int, int]:
     return BACKGROUNDS[match[1]]
 
 
-EMOJI_BACKGROUND = NamedReward(build=no_argument(emoji_background), source="stepfuse", unit="8-bit levels")
+EMOJI_BACKGROUND = NamedReward(function=emoji_background, source="stepfuse", unit="8-bit levels")

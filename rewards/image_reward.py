@@ -1,7 +1,7 @@
 """ImageReward (Xu et al. 2023, arXiv:2304.05977), implemented with the BLIP model of transformers."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +10,48 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from stepfuse.rewards.named_reward import NamedReward
-from stepfuse.rewards.networks import NetworkReward, load_head, load_model, read_published_json
+from stepfuse.rewards.networks import NetworkReward, count_layers, load_head, load_model, read_published_json, rename
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
 
-REVISION = "5736be03b2652728fb87788c9797b0570450ab72"
 CHECKPOINT = Published(
     repo="THUDM/ImageReward",
     name="ImageReward.pt",
-    revision=REVISION,
+    revision="5736be03b2652728fb87788c9797b0570450ab72",
     sha256="d71dc8d4912bc633c06ab8ef1ef6a81e8199d4369f14b47b29baf1d19de561f6",
     size=1_786_880_927,
 )
-MED_CONFIG = Published(
-    repo="THUDM/ImageReward",
+MED_CONFIG = replace(
+    CHECKPOINT,
     name="med_config.json",
-    revision=REVISION,
     sha256="d8b5029cc3c0124313d17009d043f0701bbe497f3721fa4ceb818720fe665326",
     size=485,
 )
+FILES = (CHECKPOINT, MED_CONFIG)
 VOCABULARY = Path(__file__).parent / "bert-base-uncased-vocab.txt"
 VOCABULARY_SIZE = 30522  # without the two tokens that BLIP adds
 MAX_TOKENS = 35  # per prompt
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the reward on the data of the paper
 
-VISION_NAMES = (
-    (r"cls_token", "embeddings.class_embedding"),
-    (r"pos_embed", "embeddings.position_embedding"),
-    (r"patch_embed\.proj", "embeddings.patch_embedding"),
-    (r"blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
-    (r"blocks\.(\d+)\.attn\.qkv", r"encoder.layers.\1.self_attn.qkv"),
-    (r"blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.projection"),
-    (r"blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
-    (r"norm", "post_layernorm"),
+TEXT_KEYS = (  # of med_config.json
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "layer_norm_eps", "hidden_act"),
 )
+# Names of BLIP's vision encoder in transformers, and of the parts of its blocks.
+VISION_NAMES = {
+    "cls_token": "embeddings.class_embedding",
+    "pos_embed": "embeddings.position_embedding",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "blocks": "encoder.layers",
+    "norm": "post_layernorm",
+}
+BLOCK_NAMES = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.qkv": "self_attn.qkv",
+    "attn.proj": "self_attn.projection",
+}
 
 
 class ImageReward(NetworkReward):
@@ -58,28 +65,23 @@ class ImageReward(NetworkReward):
     """
 
     def __init__(
-        self,
-        folder: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
+        self, folder: str | Path | None, device: torch.device, dtype: torch.dtype, batch_size: int = 16
     ) -> None:
-        files = find_files((CHECKPOINT, MED_CONFIG), folder, "image_reward")
-        file = files[CHECKPOINT.name]
+        file, med_config = find_files(FILES, folder, "image_reward")
         state = load_state(file)
         self.tokenizer = load_tokenizer()
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        vision_config, text_config = _configs(file, vision, read_published_json(files[MED_CONFIG.name]))
+        vision_config, text_config = _configs(file, vision, read_published_json(med_config))
         self.size = vision_config.image_size
-        self.vision = load_model(BlipVisionModel, vision_config, {_rename(k): v for k, v in vision.items()}, file)
+        vision = {rename(name, VISION_NAMES, BLOCK_NAMES): tensor for name, tensor in vision.items()}
+        self.vision = load_model(BlipVisionModel, vision_config, vision, file)
         self.text = load_model(BlipTextModel, text_config, text, file, add_pooling_layer=False)
-        self.head = load_head(head, file)
         for module in (self.vision, self.text):
             module.requires_grad_(False).eval().to(device, dtype)
-        self.head.to(device)
-        self.device, self.dtype, self.batch_size = torch.device(device), dtype, batch_size
+        self.head = load_head(head, file).to(device)
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
 
     def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         pixels = normalise(resize_and_crop(images.to(self.device), self.size, round_margins=True)).to(self.dtype)
@@ -110,45 +112,33 @@ def load_tokenizer() -> BertTokenizer:
     return tokenizer
 
 
-def _rename(name: str) -> str:
-    """The name in transformers of a tensor of the vision encoder."""
-    for pattern, replacement in VISION_NAMES:
-        renamed, count = re.subn(rf"^{pattern}(?=\.|$)", replacement, name)
-        if count:
-            return renamed
-    return name
-
-
 def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tuple[BlipVisionConfig, BlipTextConfig]:
     """Configure the vision encoder by the shapes of its tensors, and the text encoder by med_config.json."""
     try:
         width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
-        vision_sizes = dict(
+        vision_config = BlipVisionConfig(
             hidden_size=width,
             intermediate_size=vision["blocks.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=1 + max(int(name.split(".")[1]) for name in vision if name.startswith("blocks.")),
+            num_hidden_layers=count_layers(vision, "blocks."),
             num_attention_heads=width // 64,
             image_size=round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch,
             patch_size=patch,
+            hidden_act="gelu",
+            layer_norm_eps=1e-6,
         )
-        keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        text_sizes = {name: med[name] for name in (*keys, "max_position_embeddings", "layer_norm_eps", "hidden_act")}
+        text = {name: med[name] for name in TEXT_KEYS}
+        return vision_config, BlipTextConfig(**text, encoder_hidden_size=width, is_decoder=True)
     except (KeyError, IndexError) as error:
         raise ValueError(f"{file} or med_config.json has no {error}; expected the published layout") from error
-    try:
-        vision_config = BlipVisionConfig(**vision_sizes, hidden_act="gelu", layer_norm_eps=1e-6)
-        return vision_config, BlipTextConfig(**text_sizes, encoder_hidden_size=width, is_decoder=True)
     except Exception as error:  # transformers raises many types of exception
-        raise ValueError(
-            f"med_config.json or {file} holds an invalid size: {' '.join(str(error).split())[:160]}"
-        ) from error
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"med_config.json or {file} holds an invalid size: {reason}") from error
 
 
 IMAGE_REWARD = NamedReward(
     build=ImageReward,
     source="arXiv:2304.05977, THUDM/ImageReward",
-    licence="Apache-2.0",
     unit="standard deviations",
     weights=1_786_000_000,
-    files=(CHECKPOINT, MED_CONFIG),
+    files=FILES,
 )

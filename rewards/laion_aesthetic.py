@@ -1,6 +1,7 @@
 """LAION's aesthetic predictor V2 (Schuhmann 2022; used as a reward by DDPO, arXiv:2305.13301)."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,12 +14,12 @@ from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
 
-CLIP, CLIP_REVISION = "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41"
-CONFIG = Published(repo=CLIP, name="config.json", revision=CLIP_REVISION)
-WEIGHTS = Published(
-    repo=CLIP,
+CONFIG = Published(
+    repo="openai/clip-vit-large-patch14", name="config.json", revision="32bd64288804d66eefd0ccbe215aa642df71cc41"
+)
+WEIGHTS = replace(
+    CONFIG,
     name="model.safetensors",
-    revision=CLIP_REVISION,
     sha256="a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
     size=1_710_540_580,
 )
@@ -28,6 +29,7 @@ HEAD = Published(
     revision="cf4bd10345610935a80a5d3be9a3133c50f121e4",
     size=3_714_759,
 )
+FILES = (CONFIG, WEIGHTS, HEAD)
 
 
 class LAIONAesthetic(NetworkReward):
@@ -38,15 +40,10 @@ class LAIONAesthetic(NetworkReward):
     """
 
     def __init__(
-        self,
-        folder: str | Path | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        batch_size: int = 16,
+        self, folder: str | Path | None, device: torch.device, dtype: torch.dtype, batch_size: int = 16
     ) -> None:
-        files = find_files((CONFIG, WEIGHTS, HEAD), folder, "laion_aesthetic")
-        weights = files[WEIGHTS.name]
-        config = read_config(files[CONFIG.name], CLIPConfig).vision_config
+        config_file, weights, head = find_files(FILES, folder, "laion_aesthetic")
+        config = read_config(config_file, CLIPConfig).vision_config
         self.clip = load_model(
             CLIPVisionModelWithProjection,
             config,
@@ -55,7 +52,7 @@ class LAIONAesthetic(NetworkReward):
             ignored_prefixes=("text_model.", "text_projection.", "logit_scale"),
         )
         self.clip.requires_grad_(False).eval().to(device, dtype)
-        self.head = load_head(load_state(files[HEAD.name]), files[HEAD.name]).to(device)
+        self.head = load_head(load_state(head), head).to(device)
         self.size, self.batch_size = config.image_size, batch_size
 
     def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
@@ -70,5 +67,5 @@ LAION_AESTHETIC = NamedReward(
     licence="Apache-2.0 (head), MIT (CLIP)",
     unit="1 to 10",
     weights=1_216_000_000,
-    files=(CONFIG, WEIGHTS, HEAD),
+    files=FILES,
 )

@@ -10,35 +10,35 @@ from huggingface_hub import try_to_load_from_cache
 from stepfuse.data.file_info import size_label
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.published import Published
-from stepfuse.rewards.worker.environment import COMPLETE, environment_folder
-
-Build = Callable[[str | None, torch.device, torch.dtype], Reward]
+from stepfuse.rewards.worker.environment import environment_folder, is_complete
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedReward:
-    """A reward that is loaded by name.
+    """A reward that is loaded by name: a function, a packaged reward file, or what `build` creates.
 
     Attributes:
-        build: Function of the argument after the name's colon (or None), a device and a data type that creates it.
+        function: The reward itself.
+        file: A reward file of a worker; the requirements of its environment are beside it, with the suffix .txt.
+        build: Function of the argument after the name's colon (or None), a device and a data type.
         source: The paper or repository it comes from.
         licence: Licence of the weights, or of the code if there are no weights; by default stepfuse's.
         differentiable: Whether it is differentiable in the pixels, as `rgg` requires.
         unit: Unit of its scores, for axes and tables.
         weights: Size of its networks in memory, in bytes of float32.
         files: Files that are downloaded at first use.
-        requirements: Requirements file of the environment that is created at first use.
         needs: What the argument after the colon must give, if it is required.
     """
 
-    build: Build
+    function: Reward | None = None
+    file: Path | None = None
+    build: Callable[[str | None, torch.device, torch.dtype], Reward] | None = None
     source: str
     licence: str = "Apache-2.0"
     differentiable: bool = True
     unit: str = ""
     weights: int = 0
     files: tuple[Published, ...] = ()
-    requirements: Path | None = None
     needs: str = ""
 
     @property
@@ -48,43 +48,24 @@ class NamedReward:
 
     def state(self) -> str:
         """Return "ready", what the argument must give, or what happens at first use."""
-        if self.needs:
-            return self.needs
         missing = [file for file in self.files if not _is_cached(file)]
         if missing:
             return f"downloads {size_label(sum(file.size for file in missing))} at first use"
-        if self.requirements is not None and not (environment_folder(self.requirements) / COMPLETE).is_file():
-            return f"creates an environment of {self.requirements.name} at first use"
-        return "ready"
-
-
-def no_argument(reward: Reward) -> Build:
-    """The `build` of a reward that takes no argument."""
-
-    def build(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-        if argument:
-            raise ValueError(f"this reward takes no argument, got {argument!r}")
-        return reward
-
-    return build
+        if self.file is not None:
+            requirements = self.file.with_suffix(".txt")
+            if not is_complete(environment_folder(requirements)):
+                return f"creates an environment of {requirements.name} at first use"
+        return self.needs or "ready"
 
 
 def table(rewards: Mapping[str, NamedReward]) -> list[tuple[str, ...]]:
     """Return the rows of `stepfuse reward list`, beginning with the header."""
-    header = ("reward", "gradient", "download", "in memory", "at first use", "licence", "source")
-    rows = [
-        (
-            name,
-            "yes" if info.differentiable else "no",
-            size_label(info.download),
-            size_label(info.weights),
-            info.state(),
-            info.licence,
-            info.source,
-        )
-        for name, info in rewards.items()
-    ]
-    return [header, *rows]
+    rows: list[tuple[str, ...]] = [("reward", "gradient", "download", "in memory", "at first use", "licence", "source")]
+    for name, info in rewards.items():
+        gradient = "yes" if info.differentiable else "no"
+        sizes = size_label(info.download), size_label(info.weights)
+        rows.append((name, gradient, *sizes, info.state(), info.licence, info.source))
+    return rows
 
 
 def _is_cached(file: Published) -> bool:

@@ -1,7 +1,7 @@
 """Rewards computed by networks: scoring in batches, and loading networks from published files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +51,7 @@ class NetworkReward(ABC):
 
 
 def read_published_json(file: Path) -> dict[str, Any]:
-    """Read a published JSON file that holds an object.
-
-    Raises:
-        ValueError: If the file is not JSON, or does not hold an object.
-    """
+    """Read a published JSON file that holds an object, or raise ValueError."""
     try:
         return read_json(file, "a published configuration")
     except ValueError as error:
@@ -63,17 +59,29 @@ def read_published_json(file: Path) -> dict[str, Any]:
 
 
 def read_config(file: Path, config_class: Any) -> Any:
-    """Read a transformers configuration of this class from a published file.
-
-    Raises:
-        ValueError: If the file does not hold such a configuration.
-    """
+    """Read a transformers configuration of this class from a published file, or raise ValueError."""
     values = read_published_json(file)
     try:
         return config_class.from_dict(values)
     except Exception as error:  # transformers raises many types of exception
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{file} is not a configuration ({reason}); delete it and download it again") from error
+
+
+def rename(name: str, names: Mapping[str, str], block_names: Mapping[str, str]) -> str:
+    """Rename a tensor: the beginning of its name by `names`, and the part of a transformer block by `block_names`."""
+    for old, new in names.items():
+        if name == old or name.startswith(f"{old}."):
+            name = new + name.removeprefix(old)
+            break
+    for old, new in block_names.items():
+        name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Count the layers of a state dict whose tensors are named `PREFIX` NUMBER `.…`."""
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
 
 
 def load_model(
@@ -93,13 +101,16 @@ def load_model(
     Raises:
         ValueError: If a tensor is missing, unexpected, or has another shape. The message names it and `file`.
     """
-    # `position_ids` is a buffer that files of older versions hold and that is computed today.
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("position_ids")}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored_prefixes)}
+    loaded = {
+        name: tensor
+        for name, tensor in state.items()
+        # `position_ids` is a buffer that files of older versions hold and that is computed today.
+        if not name.endswith("position_ids") and not name.startswith(ignored_prefixes)
+    }
     model, report = model_class.from_pretrained(
         None,
         config=config,
-        state_dict=state,
+        state_dict=loaded,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         dtype=torch.float32,
@@ -120,9 +131,8 @@ def load_head(state: dict[str, Tensor], file: Path) -> nn.Sequential:
     """
     names = [f"layers.{index}.{parameter}" for index in HEAD_LAYERS for parameter in ("weight", "bias")]
     if state.keys() != set(names):
-        raise ValueError(
-            f"{file}: the head has {', '.join(sorted(state)) or 'no tensors'}; expected {', '.join(names)}"
-        )
+        found = ", ".join(sorted(state)) or "no tensors"
+        raise ValueError(f"{file}: the head has {found}; expected {', '.join(names)}")
     layers, width = [], state[names[0]].shape[-1]
     for weight, bias in zip(names[::2], names[1::2], strict=True):
         rows, columns = state[weight].shape

@@ -1,74 +1,61 @@
 """Conversion of open_clip checkpoints to the CLIP model of transformers."""
 
-import re
 from pathlib import Path
 
 from torch import Tensor
 from transformers import CLIPConfig
 
-BLOCK = (
-    (r"attn\.out_proj", "self_attn.out_proj"),
-    (r"ln_([12])", r"layer_norm\1"),
-    (r"mlp\.c_fc", "mlp.fc1"),
-    (r"mlp\.c_proj", "mlp.fc2"),
-)
+from stepfuse.rewards.networks import count_layers, rename
+
 NAMES = {
-    "logit_scale": "logit_scale",
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
     "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled so in transformers
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "visual.ln_pre": "vision_model.pre_layrnorm",  # spelled so in transformers
+    "visual.ln_post": "vision_model.post_layernorm",
+    "visual.proj": "visual_projection.weight",
+    "transformer.resblocks": "text_model.encoder.layers",
+    "token_embedding": "text_model.embeddings.token_embedding",
     "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "ln_final": "text_model.final_layer_norm",
+    "text_projection": "text_projection.weight",
 }
-# Matrices that open_clip stores transposed.
-TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+BLOCK_NAMES = {
+    "attn.out_proj": "self_attn.out_proj",
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+TRANSPOSED = ("visual.proj", "text_projection")  # matrices that open_clip stores transposed
 
 
 def from_open_clip(state: dict[str, Tensor], file: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """Convert the state dict of a ViT CLIP model from open_clip to transformers.
 
     Returns:
-        The configuration, derived from the shapes of the tensors, and the state dict in float32.
+        The configuration, derived from the shapes of the tensors, and the state dict in float32, with tensors of other
+        layouts under their own names.
 
     Raises:
-        ValueError: If `state` has another layout. The message names a tensor and `file`.
+        ValueError: If `state` lacks a tensor that the configuration is derived from. The message names it and `file`.
     """
     converted: dict[str, Tensor] = {}
-    for name, original in state.items():
-        tensor = original.float() if original.is_floating_point() else original
-        match = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", name)
-        if match:
-            tower = "vision_model" if match[1] else "text_model"
-            converted |= _convert_block(f"{tower}.encoder.layers.{match[2]}.", match[3], tensor)
-        elif name in TRANSPOSED:
-            converted[TRANSPOSED[name]] = tensor.T.contiguous()
-        elif name in NAMES:
-            converted[NAMES[name]] = tensor
+    for original, stored in state.items():
+        name, tensor = rename(original, NAMES, BLOCK_NAMES), stored.float()
+        block, stacked, parameter = name.partition("attn.in_proj_")
+        if stacked:  # query, key and value
+            for part, values in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{block}self_attn.{part}_proj.{parameter}"] = values.contiguous()
         elif name != "attn_mask":  # a buffer in files of older versions
-            raise ValueError(f"{file} has a tensor {name}; expected the layout of open_clip's ViT")
+            converted[name] = tensor.T.contiguous() if original in TRANSPOSED else tensor
     try:
         return _config(state), converted
     except (KeyError, IndexError, ValueError) as error:
         raise ValueError(
             f"{file} lacks a tensor of open_clip's ViT ({error}); expected the published layout"
         ) from error
-
-
-def _convert_block(prefix: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Convert a tensor of a transformer block. open_clip stacks query, key and value in this order in one tensor."""
-    if name in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        parameter = name.rpartition("_")[2]
-        parts = zip(("q_proj", "k_proj", "v_proj"), tensor.chunk(3), strict=True)
-        return {f"{prefix}self_attn.{part}.{parameter}": values.contiguous() for part, values in parts}
-    for pattern, replacement in BLOCK:
-        name = re.sub(rf"^{pattern}(?=\.)", replacement, name)
-    return {prefix + name: tensor}
 
 
 def _config(state: dict[str, Tensor]) -> CLIPConfig:
@@ -80,7 +67,7 @@ def _config(state: dict[str, Tensor]) -> CLIPConfig:
         vision_config=dict(
             hidden_size=width,
             intermediate_size=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=_layers(state, "visual.transformer.resblocks."),
+            num_hidden_layers=count_layers(state, "visual.transformer.resblocks."),
             num_attention_heads=width // (80 if width % 80 == 0 else 64),  # ViT-H has heads of width 80
             image_size=patch * round((len(positions) - 1) ** 0.5),
             patch_size=patch,
@@ -91,7 +78,7 @@ def _config(state: dict[str, Tensor]) -> CLIPConfig:
             vocab_size=vocabulary,
             hidden_size=text_width,
             intermediate_size=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=_layers(state, "transformer.resblocks."),
+            num_hidden_layers=count_layers(state, "transformer.resblocks."),
             num_attention_heads=text_width // 64,
             max_position_embeddings=len(state["positional_embedding"]),
             hidden_act="gelu",
@@ -102,7 +89,3 @@ def _config(state: dict[str, Tensor]) -> CLIPConfig:
         ),
         projection_dim=projection,
     )
-
-
-def _layers(state: dict[str, Tensor], prefix: str) -> int:
-    return 1 + max(int(name[len(prefix) :].split(".")[0]) for name in state if name.startswith(prefix))

@@ -6,11 +6,13 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from stepfuse.data.settings_fields import setting
 from stepfuse.rewards.worker.messages import MessageError, decode
 from stepfuse.rewards.worker.remote import RemoteReward, RequestError
 
@@ -30,15 +32,12 @@ class HTTPSettings:
 
     url: str
     token_file: str | None = None
-    batch_size: int = 16
-    timeout: float = 300.0
+    batch_size: int = setting(16, above=0)
+    timeout: float = setting(300.0, above=0, finite=False)
 
 
 def read_token(file: Path | None) -> str | None:
-    """Read the token from a file, or by default from the environment variable STEPFUSE_REWARD_TOKEN.
-
-    Returns:
-        The token, or None if no file is given and the variable is not set.
+    """Read the token from a file, or by default from the variable STEPFUSE_REWARD_TOKEN; None if that is not set.
 
     Raises:
         ValueError: If the file is missing or empty, or if the token is not one word of ASCII letters, digits and
@@ -74,8 +73,6 @@ class HTTPReward(RemoteReward):
         ValueError: If the address is invalid, or the token file is missing or invalid.
     """
 
-    requires_id = False
-
     def __init__(self, settings: HTTPSettings, *, folder: Path = Path()) -> None:
         parts = urllib.parse.urlsplit(settings.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -97,8 +94,14 @@ class HTTPReward(RemoteReward):
                 return decode(response.read())
         except urllib.error.HTTPError as error:
             with error:
-                raise ValueError(self._refusal(error)) from error
-        except (MessageError, http.client.HTTPException) as error:
+                reason = error.read(2000).decode(errors="replace").strip() or error.reason
+            if error.code == HTTPStatus.UNAUTHORIZED:
+                source = self.settings.token_file or f"the variable {TOKEN}"
+                raise ValueError(f"{self.label} rejects the token from {source}") from error
+            raise ValueError(f"{self.label} responded with status {error.code}: {reason}") from error
+        except MessageError as error:
+            raise ValueError(f"{self.label} sent an invalid response: {error}") from error
+        except http.client.HTTPException as error:
             raise RequestError(f"sent an invalid response ({' '.join(str(error).split())})") from error
         except TimeoutError as error:  # not repeated: the server may still be computing the first request
             raise ValueError(f"{self.label} did not answer within {self.settings.timeout:g} s") from error
@@ -107,10 +110,3 @@ class HTTPReward(RemoteReward):
 
     def recover(self) -> str:
         return "start the server with `stepfuse reward serve NAME`"
-
-    def _refusal(self, error: urllib.error.HTTPError) -> str:
-        if error.code == 401:
-            source = self.settings.token_file or f"the variable {TOKEN}"
-            return f"{self.label} rejects the token from {source}"
-        reason = error.read(2000).decode(errors="replace").strip()
-        return f"{self.label} responded with status {error.code}: {reason or error.reason}"

@@ -23,9 +23,9 @@ def normalise(pixels: Pixels) -> Pixels:
 def resize_and_crop(images: Pixels, size: int, *, round_margins: bool = False) -> Pixels:
     """Resize the shorter side to `size` and crop the centre.
 
-    Published models resize 8-bit images with PIL. Without a gradient the result equals theirs bit for bit. If a
-    gradient is required, `resize_and_crop_smoothly` is used instead. It differs by PIL's rounding to 8 bits after each
-    of its two passes, and where the bicubic filter overshoots black or white.
+    Without a gradient, 8-bit images are resized with PIL as published models do, and the result equals theirs bit for
+    bit. If a gradient is required, `resize_and_crop_smoothly` is used. It differs by PIL's rounding to 8 bits after
+    each of its two passes, and where the bicubic filter overshoots black or white.
 
     Args:
         images: Pixels in [0, 1].
@@ -41,27 +41,19 @@ def resize_and_crop(images: Pixels, size: int, *, round_margins: bool = False) -
     """
     if images.requires_grad and torch.is_grad_enabled():
         return resize_and_crop_smoothly(images, size, round_margins=round_margins)
-    height, width = images.shape[-2:]
-    target = _resized_shape(height, width, size)
-    top, left = _margins(target, size, round_margins)
-    arrays = to_bytes(images)
-    if target != (height, width):
-        box = (left, top, left + size, top + size)
-        resized = [Image.fromarray(array).resize(target[::-1], Image.Resampling.BICUBIC).crop(box) for array in arrays]
-        arrays = np.stack([np.asarray(image) for image in resized])
-    else:
-        arrays = arrays[:, top : top + size, left : left + size]
-    return torch.from_numpy(np.ascontiguousarray(arrays)).to(images.device).permute(0, 3, 1, 2).float() / 255
+    target, top, left = _crop_box(images, size, round_margins)
+    box = (left, top, left + size, top + size)
+    resized = [Image.fromarray(a).resize(target[::-1], Image.Resampling.BICUBIC).crop(box) for a in to_bytes(images)]
+    arrays = np.stack([np.asarray(image) for image in resized])
+    return torch.from_numpy(arrays).to(images.device).permute(0, 3, 1, 2).float() / 255
 
 
 def resize_and_crop_smoothly(images: Pixels, size: int, *, round_margins: bool = False) -> Pixels:
     """Resize and crop differentiably: in float32, clamped to [0, 1], without rounding to 8 bits."""
     pixels = images.float()
-    height, width = pixels.shape[-2:]
-    if (height, width) == (size, size):
+    if pixels.shape[-2:] == (size, size):
         return pixels
-    target = _resized_shape(height, width, size)
-    top, left = _margins(target, size, round_margins)
+    target, top, left = _crop_box(pixels, size, round_margins)
     resized = functional.interpolate(pixels, size=target, mode="bicubic", antialias=True).clamp(0, 1)
     return resized[..., top : top + size, left : left + size]
 
@@ -76,15 +68,11 @@ def resize_and_pad(images: Pixels, size: int) -> Pixels:
     pixels = images.float() if differentiable else (images.float() * 255).round().clamp(0, 255) / 255
     height, width = pixels.shape[-2:]
     scale = size / max(height, width)
-    if scale == 1:
-        target = (height, width)
-    else:
-        target = (max(1, round(height * scale)), max(1, round(width * scale)))
-        pixels = functional.interpolate(pixels, size=target, mode="bicubic", antialias=True)
-    vertical, horizontal = size - target[0], size - target[1]
-    return functional.pad(
-        pixels, (horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2)
-    )
+    if scale != 1:
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
+    top, left = (size - height) // 2, (size - width) // 2
+    return functional.pad(pixels, (left, size - width - left, top, size - height - top))
 
 
 def to_bytes(images: Pixels) -> np.ndarray:
@@ -93,19 +81,13 @@ def to_bytes(images: Pixels) -> np.ndarray:
     return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width after the shorter side is resized to `size`."""
+def _crop_box(images: Pixels, size: int, round_margins: bool) -> tuple[tuple[int, int], int, int]:
+    """Height and width after the shorter side is resized to `size`, and pixels to crop at the top and at the left."""
+    height, width = images.shape[-2:]
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise ValueError(
             f"an image has {width} × {height} pixels; expected an aspect ratio of at most {MAX_ASPECT_RATIO}"
         )
-    if height <= width:
-        return size, int(size * width / height)
-    return int(size * height / width), size
-
-
-def _margins(target: tuple[int, int], size: int, round_margins: bool) -> tuple[int, int]:
-    """Pixels to crop at the top and at the left."""
-    excess = (target[0] - size, target[1] - size)
-    top, left = (round(pixels / 2) if round_margins else pixels // 2 for pixels in excess)
-    return top, left
+    target = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    top, left = (round((side - size) / 2) if round_margins else (side - size) // 2 for side in target)
+    return target, top, left

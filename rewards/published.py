@@ -33,26 +33,23 @@ class Published:
     size: int = 0
 
 
-def find_files(files: Sequence[Published], folder: str | Path | None, reward: str) -> dict[str, Path]:
-    """Find published files in a folder, or in the hub's cache, where they are downloaded if they are missing.
+def find_files(files: Sequence[Published], folder: str | Path | None, reward: str) -> list[Path]:
+    """Find published files, in their order, in a folder of the user, or in the hub's cache if `folder` is None.
 
-    Files from the hub are verified against the published hash. Files in a folder of the user are not verified.
+    Files that are missing in the cache are downloaded, and those of the cache are verified against the published hash.
 
     Args:
         files: The files to find.
-        folder: Folder of the user that holds the files, or None for the hub.
+        folder: Folder of the user, whose files are not verified.
         reward: Name of the reward in error messages.
-
-    Returns:
-        Path of each file by its name.
 
     Raises:
         ValueError: If a file is missing and cannot be downloaded, or if its hash differs from the published one. The
             message gives the commands or the address to download the file.
     """
     if folder is not None:
-        return {file.name: _find_in_folder(file, Path(folder)) for file in files}
-    return {file.name: _download(file, files, reward) for file in files}
+        return [_find_in_folder(file, Path(folder)) for file in files]
+    return [_download(file, files, reward) for file in files]
 
 
 def load_state(file: Path) -> dict[str, Tensor]:

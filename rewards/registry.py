@@ -4,53 +4,34 @@ from pathlib import Path
 
 import torch
 
+from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 from stepfuse.rewards.catalogue import REWARDS
-from stepfuse.rewards.named_reward import Build, NamedReward
+from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
-from stepfuse.rewards.reward_name import RewardName, parse_reward, parse_terms
+from stepfuse.rewards.reward_name import RewardName, parse_reward
 from stepfuse.rewards.user_code import load_function
 from stepfuse.rewards.weighted import Weighted
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "rewards"
-
-
-def _weighted(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-    return Weighted(parse_terms(argument or ""), lambda name: load_reward(name, device, dtype))
-
-
-def _shipped(name: str) -> Build:
-    def build(argument: str | None, device: torch.device, dtype: torch.dtype) -> Reward:
-        if argument:
-            raise ValueError(f"this reward takes no argument, got {argument!r}; copy {CONFIGS / name}.yaml and edit it")
-        return read_reward_file(CONFIGS / f"{name}.yaml", load_reward, device)
-
-    return build
-
+CONFIGS = FOLDER / "rewards"
 
 IMAGE_REWARD_ORIGINAL = NamedReward(
-    build=_shipped("image_reward_original"),
+    file=CONFIGS / "image_reward_original.yaml",
     source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
-    licence="Apache-2.0",
     differentiable=False,
     unit="standard deviations",
     weights=1_786_000_000,
-    requirements=CONFIGS / "image_reward_original.txt",
 )
-
 VILA = NamedReward(
-    build=_shipped("vila"),
+    file=CONFIGS / "vila.yaml",
     source="arXiv:2303.14302, google/vila/image/1 of TensorFlow Hub, which an environment of its own downloads",
     licence="Apache-2.0 by the hub's default",
     differentiable=False,
     unit="0 to 1",
-    requirements=CONFIGS / "vila.txt",
 )
-
 WEIGHTED = NamedReward(
-    build=_weighted,
     source="a sum of others, weighted:0.5*compressibility/0.2 + 0.5*clip_score/6",
     licence="those of its terms",
     unit="weighted sum",
@@ -59,15 +40,14 @@ WEIGHTED = NamedReward(
 
 
 def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Reward:
-    """Load a reward by its name (`parse_reward`).
-
-    That is a name of the catalogue, `image_reward`; with an argument, a folder of its weights, `image_reward:weights/`;
-    a weighted sum, `weighted:0.5*compressibility/0.2 + 0.5*clip_score/6`; a function, `path/to/file.py:function`; a
-    reward file, `path/to/file.yaml`; or a server, `http://127.0.0.1:8765`.
+    """Load a reward by its name.
 
     Args:
-        device: device that it runs on.
-        dtype: precision of its networks; scores are float32.
+        name: A name of the catalogue, `image_reward`; with a folder of its weights, `image_reward:weights/`; a weighted
+            sum, `weighted:0.5*compressibility/0.2 + 0.5*clip_score/6`; a function, `path/to/file.py:function`; a reward
+            file, `path/to/file.yaml`; or a server, `http://127.0.0.1:8765`.
+        device: Device that it runs on.
+        dtype: Precision of its networks; scores are float32.
 
     Raises:
         ValueError: for an unknown name, a file or function that does not exist, and weights that cannot be loaded.
@@ -80,14 +60,25 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
             return load_function(parsed.path, parsed.argument)
         case "file":
             return read_reward_file(Path(name), load_reward, device)
-    if parsed.head in REWARDS:
-        return REWARDS[parsed.head].build(parsed.argument or None, device, dtype)
-    if name.endswith(".py"):
-        raise ValueError(f"reward {name!r} names no function; expected {name}:function")
-    raise ValueError(
-        f"no reward {parsed.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or "
-        f"path/to/file.yaml{nearest(parsed.head, REWARDS)}"
-    )
+        case "sum":
+            return Weighted(parsed.terms, lambda term: load_reward(term, device, dtype))
+    if parsed.head not in REWARDS:
+        if name.endswith(".py"):
+            raise ValueError(f"reward {name!r} names no function; expected {name}:function")
+        raise ValueError(
+            f"no reward {parsed.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or "
+            f"path/to/file.yaml{nearest(parsed.head, REWARDS)}"
+        )
+    entry = REWARDS[parsed.head]
+    if entry.build is not None:
+        return entry.build(parsed.argument or None, device, dtype)
+    if parsed.argument:
+        hint = f"; copy {entry.file} and edit it" if entry.file else ""
+        raise ValueError(f"this reward takes no argument, got {parsed.argument!r}{hint}")
+    if entry.file is not None:
+        return read_reward_file(entry.file, load_reward, device)
+    assert entry.function is not None
+    return entry.function
 
 
 def reward_unit(name: str) -> str:

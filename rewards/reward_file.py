@@ -1,6 +1,5 @@
 """Reward files in YAML: a named reward with another precision or scale, a worker, or a server."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from stepfuse.data.settings_fields import check_settings
 from stepfuse.data.settings_file import check_names, check_types, read_settings, require
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
@@ -67,10 +67,11 @@ def read_reward_file(
         shaping = Shaping(shift=settings.shift, scale=settings.scale, clip=settings.clip)
         reward: Reward
         if settings.worker:
-            worker = _settings(WorkerSettings, settings.worker, "worker")
+            worker = _settings(WorkerSettings, settings.worker, "worker", "function")
             reward = WorkerReward(worker, name=file.stem, folder=file.parent)
         elif settings.http:
-            reward = HTTPReward(_settings(HTTPSettings, settings.http, "http"), folder=file.parent)
+            http = _settings(HTTPSettings, settings.http, "http", "url")
+            reward = HTTPReward(http, folder=file.parent)
         else:
             reward = load(settings.reward, device, DTYPES[settings.dtype])
     except ValueError as error:
@@ -78,17 +79,13 @@ def read_reward_file(
     return reward if shaping == Shaping() else Shaped(reward, shaping, file.stem)
 
 
-def _settings(settings_class: type, values: dict[str, Any], key: str) -> Any:
-    """Create settings from the values of a key, and validate them."""
+def _settings(settings_class: type, values: dict[str, Any], key: str, required: str) -> Any:
+    """Create settings from the values of a key, and check them."""
     try:
         check_names(values, settings_class)
-        for field_ in dataclasses.fields(settings_class):
-            required = field_.default is field_.default_factory is dataclasses.MISSING
-            require(not required or field_.name in values, field_.name, values.get(field_.name), "a value")
+        require(required in values, required, None, "a value")
         settings = settings_class(**values)
-        check_types(settings)
-        for name in ("batch_size", "timeout", "start_timeout"):
-            require(getattr(settings, name, 1) > 0, name, getattr(settings, name, 1), "a positive number")
+        check_settings(settings)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
     return settings

@@ -16,7 +16,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +24,9 @@ from typing import Any
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
 
-__path__: list[str] = []  # makes this module a package
+PREFIX = f"{__name__}."  # of the names of packages and modules of users
 
+__path__: list[str] = []  # makes this module a package
 _loaded: dict[str, tuple[int, int]] = {}  # modification time and size of each module's file when it was loaded
 
 
@@ -55,57 +56,50 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
 
 def _load(path: Path) -> ModuleType:
     folder = path.parent
-    package = f"{__name__}.{_encode(folder)}"
+    package = f"{PREFIX}{_encode(folder)}"
     name = f"{package}.{path.stem.replace('.', '_')}"
     status = path.stat()
     state = (status.st_mtime_ns, status.st_size)
     if name in sys.modules:
         if _loaded.get(name) == state:
             return sys.modules[name]
-        for other in [other for other in sys.modules if other.startswith(f"{package}.")]:
-            del sys.modules[other]
+        _forget(package)
     if str(folder) not in sys.path:
         sys.path.append(str(folder))  # for importlib.import_module and pickles that name modules of the folder
     before = set(sys.modules)
+    loader = _Loader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
     try:
         importlib.import_module(package)
-        module = importlib.util.module_from_spec(_spec(name, path))
+        module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # before it runs, because dataclasses and pickle look it up
-        assert module.__spec__ is not None
-        assert module.__spec__.loader is not None
-        module.__spec__.loader.exec_module(module)
+        loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        for other in [other for other in sys.modules if other.startswith(f"{package}.") and other not in before]:
-            del sys.modules[other]
-        raise ValueError(f"{file_name(path)} cannot be imported: {_describe(error, folder)}") from error
+        _forget(package, kept=before)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        if isinstance(error, SyntaxError):
+            reason = f"{type(error).__name__}: {error.msg}"
+        line = user_line(error)
+        raise ValueError(f"{file_name(path)} cannot be imported: {f'{line}: ' if line else ''}{reason}") from error
     _loaded[name] = state
     return module
 
 
+def _forget(package: str, kept: Collection[str] = ()) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{package}.") and name not in kept]:
+        del sys.modules[name]
+
+
 def user_line(error: BaseException) -> str:
-    """Return the last line of a user's file in a traceback, as `file.py, line 3`, or an empty string."""
-    frames = [
-        (frame.f_globals.get("__name__", ""), frame.f_code.co_filename, line)
-        for frame, line in traceback.walk_tb(error.__traceback__)
-    ]
-    user_frames = [(file, line) for name, file, line in frames if str(name).startswith(f"{__name__}.")]
-    return f"{file_name(Path(user_frames[-1][0]).name)}, line {user_frames[-1][1]}" if user_frames else ""
-
-
-def _describe(error: BaseException, folder: Path) -> str:
-    """The error on one line, with the last line of the user's files in its traceback."""
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-    if isinstance(error, SyntaxError) and error.filename and error.lineno:
-        text = f"{type(error).__name__}: {error.msg}"
-        return f"{_location(error.filename, error.lineno, folder)}: {text}"
-    frames = traceback.extract_tb(error.__traceback__)
-    user_frames = [frame for frame in frames if folder in Path(frame.filename).parents]
-    return f"{_location(user_frames[-1].filename, user_frames[-1].lineno, folder)}: {text}" if user_frames else text
-
-
-def _location(file: str, line: int | None, folder: Path) -> str:
-    path = Path(file)
-    return f"{file_name(path.relative_to(folder) if folder in path.parents else path)}, line {line}"
+    """Return the last line of a user's files in a traceback, as `file.py, line 3`, or an empty string."""
+    if isinstance(error, SyntaxError) and error.lineno and Path(error.filename or "").is_file():
+        return f"{file_name(Path(error.filename or '').name)}, line {error.lineno}"
+    location = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).startswith(PREFIX):
+            location = f"{file_name(Path(frame.f_code.co_filename).name)}, line {line}"
+    return location
 
 
 def _encode(folder: Path) -> str:
@@ -117,12 +111,6 @@ def _decode(name: str) -> Path:
     return Path(os.fsdecode(base64.b32decode(text + "=" * (-len(text) % 8))))
 
 
-def _spec(name: str, path: Path) -> importlib.machinery.ModuleSpec:
-    spec = importlib.util.spec_from_file_location(name, path, loader=_Loader(name, str(path)))
-    assert spec is not None
-    return spec
-
-
 class _Loader(importlib.machinery.SourceFileLoader):
     """Execute a file of the user, whose imports search its folder first."""
 
@@ -131,14 +119,14 @@ class _Loader(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
     def exec_module(self, module: ModuleType) -> None:
-        package = ".".join(module.__name__.split(".")[: __name__.count(".") + 2])
-        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": _importer(package)}
+        folder = module.__name__.removeprefix(PREFIX).partition(".")[0]
+        module.__dict__["__builtins__"] = vars(builtins) | {"__import__": _importer(folder)}
         super().exec_module(module)
 
 
-def _importer(package: str) -> Callable[..., ModuleType]:
+def _importer(encoded: str) -> Callable[..., ModuleType]:
     """Return the function `__import__` for the modules of a folder."""
-    folder = _decode(package.rpartition(".")[2])
+    package, folder = f"{PREFIX}{encoded}", _decode(encoded)
 
     def import_module(
         name: str,
@@ -161,22 +149,15 @@ def _is_in_folder(name: str, folder: Path) -> bool:
     if name in sys.builtin_module_names:
         return False
     spec = importlib.machinery.PathFinder.find_spec(name, [str(folder)])
-    if spec is None:
-        return False
-    if spec.origin is None:  # a namespace package, which any other module of the same name precedes
-        return all(str(folder) == os.path.dirname(path) for path in _module_paths(name))
-    return True
-
-
-def _module_paths(name: str) -> list[str]:
-    """The folders of a namespace package, or the file of another module."""
-    try:
-        spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is not None:
+        return spec is not None
+    try:  # a namespace package, which any other module of the same name precedes
+        other = importlib.util.find_spec(name)
     except ValueError:  # a module without a spec, such as __main__
-        return [name]
-    if spec is None:
-        return []
-    return list(spec.submodule_search_locations or []) if spec.origin is None else [str(spec.origin)]
+        return False
+    if other is None or other.origin is not None:
+        return other is None
+    return all(os.path.dirname(path) == str(folder) for path in other.submodule_search_locations or [])
 
 
 class _Finder:
@@ -186,19 +167,17 @@ class _Finder:
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith(f"{__name__}."):
+        if not name.startswith(PREFIX):
             return None
-        if name.count(".") == __name__.count(".") + 1:
+        folder, _, module = name.removeprefix(PREFIX).partition(".")
+        if not module:
             spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
-            spec.submodule_search_locations = [str(_decode(name.rpartition(".")[2]))]
+            spec.submodule_search_locations = [str(_decode(folder))]
             return spec
         found = importlib.machinery.PathFinder.find_spec(name, path)
-        if found is None or not isinstance(found.loader, importlib.machinery.SourceFileLoader):
-            return found  # missing, a namespace package, or an extension module
-        assert found.origin is not None
-        spec = _spec(name, Path(found.origin))
-        spec.submodule_search_locations = found.submodule_search_locations
-        return spec
+        if found is not None and isinstance(found.loader, importlib.machinery.SourceFileLoader):
+            found.loader = _Loader(name, found.loader.path)
+        return found  # unchanged: missing, a namespace package, or an extension module
 
 
 sys.meta_path.insert(0, _Finder)

@@ -43,7 +43,6 @@ DEFAULTS = {
     "rewards/clip.py: features.'pooler_output'",
     "rewards/over_http.py: error.'reason'",
     "rewards/protocol.py: reward.'close'",
-    "rewards/reward_file.py: settings.name",
     "rewards/server.py: error.'strerror'",
     "rewards/user_code.py: module.function",
     "rewards/worker/process.py: module.name",

@@ -1,5 +1,6 @@
 """A reward behind HTTP: the same scores, one token, and one clear line for each thing that can go wrong."""
 
+import contextlib
 import functools
 import http.client
 import os
@@ -237,38 +238,63 @@ def http_response(body):
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-@pytest.mark.parametrize(
-    "answers",
-    [
-        b"",
-        b"hello\r\n\r\n",
-        http_response(b"hello"),
-        http_response(encode({"kind": "scores", "id": 77}, [np.zeros(1)])),
-        http_response(encode({"kind": "scores"}, [np.zeros(2)])),
-    ],
-    ids=["closes at once", "no HTTP", "no message", "another request's", "two scores for an image"],
-)
-def test_a_server_that_talks_nonsense_is_asked_twice_and_named(answers):
-    asked = []
+@pytest.fixture
+def answering():
+    """A server that answers every request with these bytes: its address, and the requests."""
+    asked, threads = [], []
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
-        port = listener.getsockname()[1]
 
-        def answer():
-            for _ in range(2):
-                connection, _ = listener.accept()
-                with connection:
-                    connection.settimeout(5)
-                    asked.append(connection.recv(65536))
-                    connection.sendall(answers)
+        def answer(response):
+            with contextlib.suppress(OSError):  # the listener is shut down
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        asked.append(connection.recv(65536))
+                        connection.sendall(response)
 
-        thread = threading.Thread(target=answer)
-        thread.start()
-        with refused(f"http://127.0.0.1:{port}", "twice"):
-            load_reward(f"http://127.0.0.1:{port}")(IMAGES[:1], PROMPTS[:1])
-        thread.join()
+        def start(response):
+            threads.append(threading.Thread(target=answer, args=(response,)))
+            threads[-1].start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}", asked
+
+        yield start
+        listener.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    "response",
+    [b"", b"hello\r\n\r\n", http_response(b"hello")[:-2]],
+    ids=["closes at once", "no HTTP", "cut off"],
+)
+def test_a_server_whose_answer_does_not_arrive_is_asked_twice_and_named(response, answering):
+    url, asked = answering(response)
+    with refused(url, "twice", "images 0 to 0", "stepfuse reward serve"):
+        load_reward(url)(IMAGES[:1], PROMPTS[:1])
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "culprits"),
+    [
+        (b"hello", ["b'hello'", "a message"]),
+        (encode({"kind": "scores", "id": 77}, [np.zeros(1)]), ["'id': 77", "request 1"]),
+        (encode({"kind": "scores"}, [np.zeros(2)]), ["[(2,)]", "expected", "shape (1,)"]),
+        (encode({"kind": "scores"}), ["shapes []", "expected", "shape (1,)"]),
+        (encode({"kind": "images"}, [np.zeros(1)]), ["'images'", "expected the scores"]),
+    ],
+    ids=["no message", "another request's", "two scores for an image", "none", "no scores"],
+)
+def test_a_wrong_answer_is_not_asked_for_again_and_said_beside_what_was_expected(body, culprits, answering):
+    url, asked = answering(http_response(body))
+    with pytest.raises(ValueError, match=re.escape(url)) as error:
+        load_reward(url)(IMAGES[:1], PROMPTS[:1])
+    assert all(culprit in str(error.value) for culprit in culprits)
+    assert not any(hint in str(error.value) for hint in ("twice", "stepfuse reward serve", "\n"))
+    assert len(asked) == 1
 
 
 def test_a_server_that_hangs_is_given_up(tmp_path):

@@ -123,8 +123,9 @@ def test_versions_of_hpsv2_read_their_own_file(folders):
 def test_scores_do_not_depend_on_the_batch_and_keep_their_order(name, folders):
     kind = {"image_reward": ImageReward, "pickscore": pickscore, "hpsv2": hpsv2, "laion_aesthetic": LAIONAesthetic}
     (pixels, prompts), *_ = photographs(8)
-    threes = kind[name](folders / name, batch_size=3)(pixels, prompts)
-    one = kind[name](folders / name)
+    weights = (folders / name, torch.device("cpu"), torch.float32)
+    threes = kind[name](*weights, batch_size=3)(pixels, prompts)
+    one = kind[name](*weights)
     alone = torch.cat([one(image[None], [prompt]) for image, prompt in zip(pixels, prompts, strict=True)])
     torch.testing.assert_close(threes, alone, rtol=0, atol=1e-4)
     assert len(set(threes.tolist())) == 8
@@ -302,7 +303,7 @@ def test_a_download_that_is_not_what_was_published_is_refused(tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("stepfuse.rewards.published.hf_hub_download", _cached(tmp_path))
     with refused("sha256", str(blob)):
-        ImageReward()
+        load_reward("image_reward")
 
 
 def _cached(folder):

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from stepfuse.data.settings_fields import setting
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.worker.environment import environment_python, last_lines
 from stepfuse.rewards.worker.messages import MessageError, receive, send
@@ -45,9 +46,9 @@ class WorkerSettings:
     requirements: str | None = None
     arguments: dict = field(default_factory=dict)
     python: str | None = None
-    batch_size: int = 16
-    timeout: float = 300.0
-    start_timeout: float = 1800.0
+    batch_size: int = setting(16, above=0)
+    timeout: float = setting(300.0, above=0, finite=False)
+    start_timeout: float = setting(1800.0, above=0, finite=False)
 
 
 class WorkerReward(RemoteReward):
@@ -107,20 +108,19 @@ class WorkerReward(RemoteReward):
         if self._process is None:
             return "it is not running"
         self._finalizer.detach()
-        last_output = self._process.stop()
-        self._process = None
-        return last_output
+        process, self._process = self._process, None
+        return process.stop()
 
     def _start(self) -> "_Process":
-        self._process = process = _Process(self.python, self.function, self.settings.arguments)
-        self._finalizer = weakref.finalize(self, process.stop_if_owner)
+        process = self._process = _Process(self.python, self.function, self.settings.arguments)
+        self._finalizer = weakref.finalize(self, process.stop)
         try:
             header, _ = receive(process.connection, time.monotonic() + self.settings.start_timeout)
+        except TimeoutError as error:
+            seconds = self.settings.start_timeout
+            raise ValueError(f"{self.label} did not load its reward within {seconds:g} s; {self.recover()}") from error
         except (OSError, MessageError) as error:
-            if isinstance(error, TimeoutError):
-                problem = f"did not load its reward within {self.settings.start_timeout:g} s"
-            else:
-                problem = f"did not start{process.exit_reason()}"
+            problem = f"did not start{process.exit_reason()}"
             raise ValueError(f"{self.label} {problem}; {self.recover()}") from error
         if header.get("kind") != "ready":
             self.recover()
@@ -161,13 +161,13 @@ class _Process:
             time.sleep(0.01)
         return ""
 
-    def stop_if_owner(self) -> None:
-        """Call `stop`, except in a fork of the process that started the worker."""
-        if os.getpid() == self.owner:
-            self.stop()
-
     def stop(self) -> str:
-        """Kill the worker and the processes it started, and return the end of its output."""
+        """Kill the worker and the processes it started, and return the end of its output.
+
+        In a fork of the process that started the worker, do nothing.
+        """
+        if os.getpid() != self.owner:
+            return "it belongs to another process"
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -6,8 +6,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,26 +15,27 @@ from stepfuse.data.text_files import read_text
 COMPLETE = "stepfuse-complete"
 
 
-def cache_folder() -> Path:
-    """The folder named by the environment variable STEPFUSE_CACHE, by default ~/.cache/stepfuse."""
-    folder = os.environ.get("STEPFUSE_CACHE")
-    return Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
-
-
 def environment_folder(requirements: Path, python: str | None = None) -> Path:
     """The folder of the environment of a requirements file, which need not exist yet.
 
-    Its name contains a hash of the file's text, the version of Python, and the machine's architecture.
+    It is in STEPFUSE_CACHE, by default ~/.cache/stepfuse. Its name contains a hash of the requirements, the version of
+    Python, and the machine's architecture.
 
     Raises:
         ValueError: If the requirements file is missing.
     """
     if not requirements.is_file():
         raise ValueError(f"no requirements file {requirements}")
-    version = python or ".".join(map(str, sys.version_info[:3]))
-    identity = "\0".join([read_text(requirements), version, platform.machine()])
-    key = text_hash(identity)[:12]
-    return cache_folder() / "environments" / f"{requirements.stem}-{key}"
+    version = python or platform.python_version()
+    key = text_hash("\0".join([read_text(requirements), version, platform.machine()]))[:12]
+    cache = os.environ.get("STEPFUSE_CACHE")
+    root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
+    return root / "environments" / f"{requirements.stem}-{key}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether an environment exists and has all its packages."""
+    return (folder / COMPLETE).is_file() and (folder / "bin" / "python").exists()
 
 
 def environment_python(requirements: Path, python: str | None = None) -> Path:
@@ -53,31 +52,31 @@ def environment_python(requirements: Path, python: str | None = None) -> Path:
         ValueError: If the environment cannot be created. The message contains the end of the log.
     """
     folder = environment_folder(requirements, python)
-    interpreter = folder / "bin" / "python"
-    if (folder / COMPLETE).is_file() and interpreter.exists():
-        return interpreter
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot create {folder.parent} ({error.strerror}); set STEPFUSE_CACHE to a folder") from error
-    with _file_lock(folder.with_name(folder.name + ".lock")):
-        if not ((folder / COMPLETE).is_file() and interpreter.exists()):  # another process may have created it
-            _create(folder, requirements, python)
-    return interpreter
+    if not is_complete(folder):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot create {folder.parent} ({error.strerror})"
+            raise ValueError(f"{reason}; set STEPFUSE_CACHE to a folder") from error
+        with open(folder.with_name(f"{folder.name}.lock"), "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+            if not is_complete(folder):  # another process may have created it
+                _create(folder, requirements, python)
+    return folder / "bin" / "python"
 
 
 def _create(folder: Path, requirements: Path, python: str | None) -> None:
     log = folder.with_name(folder.name + ".log")
     print(f"creating the environment of {requirements} once: {folder} (log: {log})", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    uv = shutil.which("uv")
+    uv, interpreter = shutil.which("uv"), str(folder / "bin" / "python")
     if uv:
         commands = [
             [uv, "venv", "--python", python or sys.executable, str(folder)],
-            [uv, "pip", "install", "--python", str(folder / "bin" / "python"), "-r", str(requirements)],
+            [uv, "pip", "install", "--python", interpreter, "-r", str(requirements)],
         ]
     else:
-        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        pip = [interpreter, "-m", "pip", "--disable-pip-version-check", "--no-input"]
         commands = [
             [python or sys.executable, "-m", "venv", str(folder)],
             [*pip, "install", "--no-compile", "-r", str(requirements)],  # most modules are never imported
@@ -85,20 +84,21 @@ def _create(folder: Path, requirements: Path, python: str | None) -> None:
     # These variables point to modules of this environment, which the worker must not import.
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
     with open(log, "w+b") as output:
-        for command in commands:
-            try:
-                done = subprocess.run(
-                    command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables
+        try:
+            for command in commands:
+                subprocess.run(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=variables,
+                    check=True,
                 )
-                status = f"exit status {done.returncode}" if done.returncode else ""
-            except OSError as error:
-                status = str(error)
-            if status:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise ValueError(
-                    f"cannot create the environment of {requirements}: {' '.join(command[:4])} … failed with "
-                    f"{status}; {last_lines(output)} (log: {log})"
-                )
+        except (OSError, subprocess.CalledProcessError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise ValueError(
+                f"cannot create the environment of {requirements}: {error}; {last_lines(output)} (log: {log})"
+            ) from error
     (folder / COMPLETE).touch()
 
 
@@ -108,11 +108,3 @@ def last_lines(log: IO[bytes], count: int = 4) -> str:
     text = log.read().decode(errors="replace")
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     return f"its last output: {' | '.join(lines[-count:])[-600:]}" if lines else "it printed nothing"
-
-
-@contextmanager
-def _file_lock(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes. The system releases it when the process ends."""
-    with open(file, "wb") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

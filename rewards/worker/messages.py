@@ -5,12 +5,13 @@ JSON, and the bytes of the arrays one after another. The header's key `arrays` l
 is also loaded in the worker's environment, so it imports only the standard library and numpy.
 """
 
+import io
 import json
 import math
 import socket
 import struct
 import time
-from typing import Any, Iterator, Sequence  # noqa: UP035 (older interpreters too)
+from typing import Any, Callable, Iterator, Sequence  # noqa: UP035 (older interpreters too)
 
 import numpy as np
 
@@ -52,12 +53,11 @@ def decode(message: bytes) -> "tuple[dict[str, Any], list[np.ndarray]]":
     Raises:
         MessageError: If the bytes are not exactly one message.
     """
-    header, layout, size = _head(message[:8], lambda length: message[8 : 8 + length])
-    body = message[len(message) - size :] if size else b""
-    begin = 8 + struct.unpack("<I", message[4:8])[0]
-    if len(message) - begin != size:
-        raise MessageError(f"{len(message) - begin} bytes of arrays; expected {size} by the header")
-    return header, _arrays(body, layout)
+    stream = io.BytesIO(message)
+    decoded = _read(stream.read)
+    if stream.tell() < len(message):
+        raise MessageError(f"{len(message)} bytes; expected a message of {stream.tell()} bytes")
+    return decoded
 
 
 def send(connection: socket.socket, message: bytes, deadline: "float | None" = None) -> None:
@@ -74,13 +74,24 @@ def receive(connection: socket.socket, deadline: "float | None" = None) -> "tupl
         ConnectionError: If the other side has closed the connection.
         TimeoutError: At the deadline (a value of `time.monotonic`).
     """
-    header, layout, size = _head(
-        _exactly(connection, 8, deadline), lambda length: _exactly(connection, length, deadline)
-    )
-    return header, _arrays(_exactly(connection, size, deadline), layout)
+
+    def read(size: int) -> bytes:
+        parts, missing = [], size
+        while missing:
+            connection.settimeout(_remaining(deadline))
+            part = connection.recv(min(missing, 2**20))
+            if not part:
+                raise ConnectionError("the connection was closed")
+            parts.append(part)
+            missing -= len(part)
+        return b"".join(parts)
+
+    return _read(read)
 
 
-def _head(start: bytes, read: Any) -> "tuple[dict[str, Any], list[tuple[str, tuple[int, ...]]], int]":
+def _read(read: "Callable[[int], bytes]") -> "tuple[dict[str, Any], list[np.ndarray]]":
+    """Read a message by a function that returns the next bytes, or fewer at the end of what there is."""
+    start = read(8)
     if len(start) < 8 or start[:4] != MAGIC:
         raise MessageError(f"{start!r} instead of the start of a message")
     (length,) = struct.unpack("<I", start[4:])
@@ -94,31 +105,16 @@ def _head(start: bytes, read: Any) -> "tuple[dict[str, Any], list[tuple[str, tup
     for dtype, shape in layout:
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
             raise MessageError(f"an array of dtype {dtype!r} and shape {shape}; expected one of {', '.join(DTYPES)}")
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout)
-    if size > MAX_BODY_BYTES:
-        raise MessageError(f"{size} bytes of arrays; expected at most {MAX_BODY_BYTES}")
-    return header, layout, size
-
-
-def _arrays(body: bytes, layout: "list[tuple[str, tuple[int, ...]]]") -> "list[np.ndarray]":
-    arrays, begin = [], 0
-    for dtype, shape in layout:
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        arrays.append(np.frombuffer(body[begin : begin + size], dtype=dtype).reshape(shape).copy())
-        begin += size
-    return arrays
-
-
-def _exactly(connection: socket.socket, size: int, deadline: "float | None") -> bytes:
-    parts, missing = [], size
-    while missing:
-        connection.settimeout(_remaining(deadline))
-        part = connection.recv(min(missing, 2**20))
-        if not part:
-            raise ConnectionError("the connection was closed")
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in layout]
+    if sum(sizes) > MAX_BODY_BYTES:
+        raise MessageError(f"{sum(sizes)} bytes of arrays; expected at most {MAX_BODY_BYTES}")
+    arrays = []
+    for (dtype, shape), size in zip(layout, sizes):  # noqa: B905 (older interpreters too)
+        data = read(size)
+        if len(data) < size:
+            raise MessageError(f"an array of {len(data)} bytes; expected {size} by the header")
+        arrays.append(np.frombuffer(data, dtype=dtype).reshape(shape).copy())
+    return header, arrays
 
 
 def _remaining(deadline: "float | None") -> "float | None":

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +20,22 @@ class RemoteReward(ABC):
     """A reward that sends 8-bit images and prompts, batch by batch, and receives scores. It is not differentiable.
 
     If a request fails, the complete batch is sent once more, so that no score is lost, duplicated, or assigned to
-    another image. An exception of the reward itself is not retried.
+    another image. An exception of the reward, and a response of another shape or to another request, are not retried.
 
     Attributes:
         label: Name in error messages, such as `worker 'mine'`.
         batch_size: Maximum number of images per request.
-        requires_id: Whether a response must repeat the id of its request, as where responses share one connection.
     """
 
     label: str
     batch_size: int
-    requires_id: ClassVar[bool] = True
     _requests = 0
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         arrays, scores = to_bytes(images), [np.zeros(0)]
         for part in batch_slices(arrays, self.batch_size):
-            scores.append(self._score_batch(arrays[part], list(prompts[part]), part.start))
+            where = f"images {part.start} to {part.stop - 1} of the batch"
+            scores.append(self._score_batch(arrays[part], list(prompts[part]), where))
         return torch.from_numpy(np.concatenate(scores)).float().to(images.device)
 
     @abstractmethod
@@ -52,21 +51,25 @@ class RemoteReward(ABC):
     def recover(self) -> str:
         """Prepare for another request after a failed one, and return a hint for the error message."""
 
-    def _score_batch(self, arrays: np.ndarray, prompts: list[str], first: int) -> np.ndarray:
-        problem = hint = ""
-        for _ in range(2):
-            self._requests += 1
-            header = {"kind": "score", "id": self._requests, "prompts": prompts}
+    def _score_batch(self, arrays: np.ndarray, prompts: list[str], where: str) -> np.ndarray:
+        self._requests += 1
+        header = {"kind": "score", "id": self._requests, "prompts": prompts}
+        for attempt in range(2):
             try:
                 answer, scores = self.exchange(encode(header, [arrays]))
-                shapes = [array.shape for array in scores]
-                if answer.get("id", None if self.requires_id else header["id"]) == header["id"]:
-                    if answer.get("kind") == "failed":
-                        raise ValueError(str(answer.get("message")))
-                    if answer.get("kind") == "scores" and shapes == [(len(arrays),)]:
-                        return scores[0]
-                raise RequestError(f"sent an invalid response ({str(answer)[:200]} with arrays of shapes {shapes})")
+                break
             except RequestError as error:
-                problem, hint = str(error), self.recover()
-        last = first + len(arrays) - 1
-        raise ValueError(f"{self.label} failed twice on images {first} to {last} of the batch: it {problem}; {hint}")
+                hint = self.recover()
+                if attempt:
+                    raise ValueError(f"{self.label} failed twice on {where}: it {error}; {hint}") from error
+        kind, answered = answer.get("kind"), answer.get("id", self._requests) == self._requests
+        if answered and kind == "failed":
+            raise ValueError(str(answer.get("message")))
+        shapes = [array.shape for array in scores]
+        if not answered or kind != "scores" or shapes != [(len(arrays),)]:
+            self.recover()  # the next response on this connection may be wrong too
+            raise ValueError(
+                f"{self.label} sent an invalid response on {where}: {str(answer)[:200]} with arrays of "
+                f"shapes {shapes}; expected the scores of request {self._requests}, an array of shape {(len(arrays),)}"
+            )
+        return scores[0]

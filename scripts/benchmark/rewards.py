@@ -87,7 +87,7 @@ def _compare(
         return Method(run=partial(score, "original"), warm_up=lambda: worker(*first), close=worker.close)
 
     def ours(dtype: str) -> Method:
-        reward = rewards[dtype] = OURS[name](folder, "cpu", DTYPES[dtype], settings.batch_size)
+        reward = rewards[dtype] = OURS[name](folder, torch.device("cpu"), DTYPES[dtype], settings.batch_size)
         return Method(run=partial(score, dtype), warm_up=lambda: reward(*first))
 
     def products(dtype: str) -> Method:
