@@ -1,8 +1,7 @@
 """Prompts of coloured objects for models such as Stable Diffusion, similar to those of DPOK and Diffusion Blend.
 
-Prompts such as "A green dog." and "A green dog and a red car." are split by their (colour, object) pairs. No pair of
-one split occurs in the other split, and every colour and every object occurs in both. The held-out prompts therefore
-combine known colours and objects in new ways.
+Prompts such as "A green dog." and "A green dog and a red car." are split by their (colour, object) pairs: no pair is in
+both splits, and every colour and every object is, so held-out prompts combine known colours and objects in new ways.
 """
 
 # DPOK (arXiv:2305.16381, section 5) trains on one prompt each for colour, composition, counting and location.
@@ -23,9 +22,8 @@ OBJECTS = (
     *("vase", "clock", "backpack", "umbrella", "suitcase"),
 )
 
-# Difference of the indices of the second and the first object in OBJECTS; 0 means there is no second object. No shift
-# is a multiple of 10, because both objects would have one colour. No two shifts sum to 20, because a prompt would occur
-# again with its objects swapped.
+# Index of the second object minus that of the first; 0 means there is no second object. No other shift is a multiple of
+# 10, because both objects would have one colour, and no two sum to 20, because a prompt would occur with both orders.
 SHIFTS = (0, 1, 2, 4, 7)
 
 
@@ -36,13 +34,8 @@ def colour_prompts(*, held_out: bool) -> list[str]:
     out, which are 2 of 10 colours of every object and 4 of 20 objects of every colour. Both objects of a prompt are on
     the same diagonal, so they belong to the same split. The first fifth of the prompts has one object.
     """
-    pairs = [
-        (i, diagonal)
-        for i in range(len(OBJECTS))
-        for diagonal in range(len(COLOURS))
-        if (diagonal % 5 == 0) == held_out
-    ]
-    return [_prompt(i, diagonal, shift) for shift in SHIFTS for i, diagonal in pairs]
+    diagonals = [diagonal for diagonal in range(len(COLOURS)) if (diagonal % 5 == 0) == held_out]
+    return [_prompt(i, diagonal, shift) for shift in SHIFTS for i in range(len(OBJECTS)) for diagonal in diagonals]
 
 
 def _prompt(i: int, diagonal: int, shift: int) -> str:

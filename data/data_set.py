@@ -13,14 +13,11 @@ FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "jso
 
 
 def open_data_set(source: str, split: str, *, streaming: bool) -> Any:
-    """The rows of a data set, as `datasets.load_dataset` returns them.
+    """The rows of a data set, as `datasets.load_dataset` returns them, or ValueError for one that cannot be read.
 
     Args:
         source: a hub data set, a parquet, CSV, JSON or JSON Lines file, or a folder of such files or of images.
         split: of a hub data set or a folder.
-
-    Raises:
-        ValueError: for a data set that is not there or cannot be read.
     """
     from datasets import load_dataset
 
@@ -47,12 +44,8 @@ def reason(error: BaseException) -> str:
 def read_caption(cell: object, *, draw: str) -> str | None:
     """The text of a cell; None where the cell holds none, which is None, NaN, or an empty text or list.
 
-    Args:
-        cell: a text, or a list of texts, of which one is drawn as diffusers' training scripts do.
-        draw: seed of that draw: the same text for the same list and seed.
-
-    Raises:
-        ValueError: for a cell that holds anything else.
+    Of a list of texts, one is drawn as diffusers' training scripts do, by the seed `draw`. A cell that holds anything
+    else raises ValueError.
     """
     texts = cell if isinstance(cell, list | tuple) else [cell]
     filled: list[str] = []
@@ -65,11 +58,7 @@ def read_caption(cell: object, *, draw: str) -> str | None:
 
 
 def read_label(cell: object) -> float | None:
-    """The number of a cell; None where it holds none.
-
-    Raises:
-        ValueError: for a cell that holds anything but a number or a boolean.
-    """
+    """The number of a cell, or None; a cell that holds anything but a number or a boolean raises ValueError."""
     if is_missing(cell):
         return None
     if not isinstance(cell, int | float):
@@ -90,15 +79,12 @@ def has_picture(cell: object) -> bool:
 
 
 def read_picture(cell: object, folder: Path, name: str) -> Image.Image:
-    """The picture of a cell, upright and in RGB.
+    """The picture of a cell, upright and in RGB; anything that is not a picture that can be read raises ValueError.
 
     Args:
         cell: encoded bytes, a path, a mapping of `bytes` and `path` as `datasets` has it, or a picture.
         folder: what a relative path is relative to.
         name: what the cell is called in an error message.
-
-    Raises:
-        ValueError: for a file that is not there, and for anything that is not a picture that can be read.
     """
     from stepfuse.data.images import open_picture  # imports torch, which names of prompt sets do not need
 

@@ -1,8 +1,7 @@
 """The data of the embedded base: concepts, captions and background colours. Importing this does not import torch.
 
-An image shows one Noto emoji on a coloured background, and its caption is, for example, "a red apple on a blue
-background". For every concept, two of the twelve background colours are held out: captions with these are not used in
-training, and evaluations use them as prompts.
+An image shows one Noto emoji on a coloured background, captioned "a red apple on a blue background". For every concept,
+two of the twelve background colours are held out of training; evaluations use these captions as prompts.
 """
 
 import csv
@@ -42,12 +41,11 @@ class EmojiPrompt:
 
     @property
     def caption(self) -> str:
-        """The text of the prompt."""
-        return f"{_article(self.concept)} {self.concept} on {_article(self.background)} {self.background} background"
+        return f"{_with_article(self.concept)} on {_with_article(self.background)} background"
 
 
-def _article(noun: str) -> str:
-    return "an" if noun[0] in "aeio" else "a"
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 
 @cache

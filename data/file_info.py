@@ -11,14 +11,7 @@ def file_hash(file: Path) -> str:
 
 
 def size_label(size: int) -> str:
-    """Return a number of bytes with a decimal unit, rounded to two digits below 10 and to an integer above.
-
-    Args:
-        size: Number of bytes.
-
-    Returns:
-        For example `485 B`, `1.8 GB` or `300 MB`; a dash for 0.
-    """
+    """Return a number of bytes with a decimal unit, as `485 B`, `1.8 GB` or `300 MB`; a dash for 0."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if size >= unit:
             value = size / unit

@@ -43,11 +43,7 @@ def delete_empty_parents(folder: Path, files: Iterable[PurePath]) -> None:
 
 
 def check_replaceable(output: Path, folder: Path, file: PurePath, replaceable: set[Path]) -> None:
-    """Check that a new file may have its name: what is there may be replaced, or nothing is there.
-
-    Raises:
-        ValueError: naming the file in the way.
-    """
+    """Check that a new file may have its name, or raise ValueError that names a file in the way."""
     obstacle = None
     for parent in [parent for parent in file.parents if parent.parts]:
         if os.path.lexists(folder / parent) and ((folder / parent).is_symlink() or not (folder / parent).is_dir()):

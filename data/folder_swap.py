@@ -119,8 +119,7 @@ def remove(work: Path) -> None:
 def locked(output: Path, folder: Path, *, seconds: float) -> Iterator[None]:
     """Lock a folder among processes, where the filesystem has locks; the kernel releases it when the process ends.
 
-    Raises:
-        ValueError: where another process holds it for longer than some seconds.
+    Where another process holds it for longer than these seconds, ValueError is raised.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -14,16 +14,14 @@ ImageRows = Sequence[Sequence[Image.Image]]
 def labelled_grid(
     rows: ImageRows, row_labels: Sequence[str], column_labels: Sequence[str], *, factor: int | None = None
 ) -> Image.Image:
-    """Rows of images with a label beside each row and above each column.
-
-    Rows and columns grow where a label needs more room than an image. An image is shown with each of its pixels as a
-    square of `factor` × `factor` pixels.
+    """Rows of images with a label beside each row and above each column, which grow where a label needs more room.
 
     Args:
         rows: images of one size.
         row_labels: one for each row, such as its prompt.
         column_labels: one for each column; a line break starts a new line, and a line does not end at a no-break space.
-        factor: by default the smallest at which an image has at least 128 pixels.
+        factor: side of the square that each pixel becomes; by default the smallest at which an image has at least 128
+            pixels.
     """
     first = rows[0][0]
     factor = factor or enlargement(first, CELL)
@@ -39,17 +37,17 @@ def labelled_grid(
     size = margin + len(heads) * (column + gap), top + sum(heights) + len(heights) * (gap // 2)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for j, lines in enumerate(heads):
-        for k, line in enumerate(reversed(lines)):
-            left = margin + j * (column + gap) + (column - text.width(line)) / 2
-            text.draw(draw, left, top - gap // 2 - (k + 0.5) * text.line_height, line)
+    lefts = [margin + j * (column + gap) for j in range(len(heads))]
+    for left, lines in zip(lefts, heads, strict=True):
+        for above, line in enumerate(reversed(lines), 1):
+            start = left + (column - text.width(line)) / 2
+            text.draw(draw, start, top - gap // 2 - above * text.line_height, line)
     for row, lines, row_height in zip(rows, labels, heights, strict=True):
         middle = top + row_height / 2
-        for k, line in enumerate(lines):
-            text.draw(draw, gap, middle + (k - (len(lines) - 1) / 2) * text.line_height, line)
-        for j, image in enumerate(row):
-            left = margin + j * (column + gap) + (column - width) // 2
-            sheet.paste(enlarge(image.convert("RGB"), factor), (left, round(middle - height / 2)))
+        text.draw(draw, gap, middle - len(lines) / 2 * text.line_height, *lines)
+        for left, image in zip(lefts, row, strict=True):
+            corner = left + (column - width) // 2, round(middle - height / 2)
+            sheet.paste(enlarge(image.convert("RGB"), factor), corner)
         top += row_height + gap // 2
     return sheet
 
@@ -75,8 +73,7 @@ def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], colum
         for column, i in enumerate(row):
             left = gap + column * (width + gap)
             sheet.paste(enlarge(images[i], factor), (left, top))
-            for k, line in enumerate(lines[i]):
-                text.draw(draw, left, top + height + gap // 2 + (k + 0.5) * text.line_height, line)
+            text.draw(draw, left, top + height + gap // 2, *lines[i])
         top += row_height
     return sheet
 

@@ -20,8 +20,8 @@ def open_picture(source: Path | bytes | Image.Image, name: str | None = None) ->
     """Read an image in RGB, rotated and flipped by its EXIF orientation.
 
     Images are converted by PIL's `convert("RGB")`, as diffusers' training scripts and reward packages do: palettes are
-    looked up, and transparency is discarded. 16-bit grayscale is scaled to 8 bits, where PIL alone would clip it. Only
-    the first frame of an animation is read. PNG texts and colour profiles that exceed PIL's limits, such as the
+    looked up, transparency is discarded, and only the first frame of an animation is read. 16-bit grayscale is scaled
+    to 8 bits, where PIL alone would clip it. PNG texts and colour profiles that exceed PIL's limits, such as the
     workflows that ComfyUI saves, are ignored.
 
     Args:
@@ -94,6 +94,4 @@ def to_image(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """Convert a PIL image to RGB pixels in [0, 1]."""
-    rgb = image.convert("RGB")
-    data = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-    return data.reshape(rgb.height, rgb.width, 3).permute(2, 0, 1).float().div(255)
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255)

@@ -16,25 +16,14 @@ MAX_LEVELS = 32
 
 
 def write_json(file: Path, values: Mapping[str, Any], *, indent: int = 2, sort_keys: bool = False) -> None:
-    """Write a JSON object whole or not at all.
-
-    Raises:
-        ValueError: for NaN and infinities, and a file that cannot be written.
-    """
+    """Write a JSON object whole or not at all; ValueError if it cannot be written, or holds NaN or infinity."""
     text = json.dumps(values, indent=indent, sort_keys=sort_keys, allow_nan=False) + "\n"
     with atomic_file(file) as temporary:
         write_text(temporary, text)
 
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object, bounded in size and depth.
-
-    Args:
-        what: the file should be, named in errors.
-
-    Raises:
-        ValueError: naming the file.
-    """
+    """Read a JSON object, bounded in size and depth, or raise ValueError that names the file and what it should be."""
     if not file.is_file():
         raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
     if file.stat().st_size > MAX_BYTES:
@@ -49,10 +38,9 @@ def read_json(file: Path, what: str) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, max_values: int = MAX_VALUES) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, no key twice, no number beyond float64, and bounded.
+    """Parse JSON strictly, or raise ValueError.
 
-    Raises:
-        ValueError: for anything else, and for more values or levels than allowed.
+    It must be UTF-8 without NaN and Infinity, no key twice, no number beyond float64, and few values and levels.
     """
     try:
         values = json.loads(
@@ -94,14 +82,12 @@ def _integer(text: str) -> int:
 
 
 def _check_size(values: Any, max_values: int) -> None:
-    """Check that values are few and not nested deeply."""
     level: list[Any] = [values]
     count = depth = 0
     while level:
         count, depth = count + len(level), depth + 1
         if count > max_values or depth > MAX_LEVELS:
             raise ValueError(f"it has more than {max_values:,} values, or more than {MAX_LEVELS} levels of them")
-        inner = [
-            value.values() if isinstance(value, dict) else value for value in level if isinstance(value, dict | list)
-        ]
-        level = [value for values in inner for value in values]
+        members = [inner for value in level if isinstance(value, dict) for inner in value.values()]
+        items = [inner for value in level if isinstance(value, list) for inner in value]
+        level = members + items

@@ -13,16 +13,11 @@ SPACES = re.compile(r"(?:(?!\u00a0)\s)+")
 SOFT = "_-./:,;"  # where a word that is longer than the line is broken first
 INVISIBLE = ("Cf", "Mn", "Cc")  # categories of joiners, variation selectors and control characters
 
-_covering: dict[str, Path | None] = {}  # character → an installed font that has it, None where no font has it
-
 
 class Lettering:
-    """Text of one size in DejaVu Sans; characters it lacks are drawn with an installed font that has them.
+    """Text of one size in pixels, in DejaVu Sans; characters it lacks are drawn with an installed font that has them.
 
     A character that no font has is replaced by `drawable`, so that nothing is drawn as an empty box.
-
-    Args:
-        size: of the font, in pixels.
     """
 
     def __init__(self, size: int) -> None:
@@ -51,19 +46,21 @@ class Lettering:
             lines.append(word)
         return lines
 
-    def draw(self, draw: ImageDraw.ImageDraw, left: float, middle: float, text: str) -> None:
-        """Draw one line, given its left end and the height of its middle."""
-        for font, run in self._runs(text):
-            draw.text((left, middle), run, fill="black", font=font, anchor="lm")
-            left += font.getlength(run)
+    def draw(self, draw: ImageDraw.ImageDraw, left: float, top: float, *lines: str) -> None:
+        """Draw lines below each other."""
+        for number, line in enumerate(lines):
+            x, middle = left, top + (number + 0.5) * self.line_height
+            for font, run in self._runs(line):
+                draw.text((x, middle), run, fill="black", font=font, anchor="lm")
+                x += font.getlength(run)
 
     def _break(self, word: str, width: float) -> int:
         """How many characters of a word fit on a line; 0 where it cannot be broken."""
-        last = (word.find(GLUE) if GLUE in word else len(word)) - 1
+        last = len(word.partition(GLUE)[0]) - 1
         fitting = 1
         while fitting < last and self.width(word[: fitting + 1]) <= width:
             fitting += 1
-        soft = max((word.rfind(mark, 0, fitting) + 1 for mark in SOFT), default=0)
+        soft = max(word.rfind(mark, 0, fitting) + 1 for mark in SOFT)
         if soft > fitting // 2:
             fitting = soft
         while fitting > 1 and unicodedata.combining(word[fitting]):
@@ -73,9 +70,8 @@ class Lettering:
     def _runs(self, text: str) -> list[tuple[ImageFont.FreeTypeFont, str]]:
         """The text in pieces of one font each."""
         runs: list[tuple[Path, str]] = []
-        files = _font_files(text)
         for character in text:
-            file = files[character] or _dejavu()
+            file = _font_file(character) or _dejavu()
             if runs and (runs[-1][0] == file or unicodedata.combining(character)):
                 runs[-1] = (runs[-1][0], runs[-1][1] + character)
             else:
@@ -88,8 +84,7 @@ def drawable(text: str) -> str:
 
     `a 🦊` becomes `a [fox face]` on a machine without a font for it, and `中` becomes `\\u4e2d`.
     """
-    files = _font_files(text)
-    return "".join(c if files[c] or c.isspace() else _replacement(c) for c in text)
+    return "".join(c if c.isspace() or _font_file(c) else _replacement(c) for c in text)
 
 
 def enlargement(image: Image.Image, least: int) -> int:
@@ -113,10 +108,25 @@ def _replacement(character: str) -> str:
 
 
 @cache
-def _dejavu() -> Path:
-    import matplotlib
+def _font_file(character: str) -> Path | None:
+    """A font that has a character: DejaVu Sans, or for what it lacks and can be seen, an installed one."""
+    if ord(character) in _characters(_dejavu()):
+        return _dejavu()
+    if unicodedata.category(character) in INVISIBLE:
+        return None
+    return next((file for file in _installed() if ord(character) in _characters(file)), None)
 
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+@cache
+def _characters(file: Path) -> frozenset[int]:
+    """Code points of the characters that a font has; none if it cannot be used."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        _font(file, 16)  # bitmap fonts of other sizes cannot be used
+        return frozenset(FT2Font(str(file)).get_charmap())
+    except (OSError, RuntimeError):
+        return frozenset()
 
 
 @cache
@@ -124,33 +134,11 @@ def _font(file: Path, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(file), size)
 
 
-def _font_files(text: str) -> dict[str, Path | None]:
-    """A font file for every character of a text; installed fonts are searched only for what DejaVu Sans lacks."""
-    missing = set(text) - _covering.keys()
-    if missing:
-        _covering.update(dict.fromkeys(missing))
-        _search(_dejavu(), missing)
-        visible = {c for c in missing if _covering[c] is None and unicodedata.category(c) not in INVISIBLE}
-        for file in _installed() if visible else ():
-            _search(file, visible)
-            visible = {c for c in visible if _covering[c] is None}
-            if not visible:
-                break
-    return {character: _covering[character] for character in text}
+@cache
+def _dejavu() -> Path:
+    import matplotlib
 
-
-def _search(file: Path, characters: set[str]) -> None:
-    """Note which of these characters a font has."""
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        found = FT2Font(str(file))
-        covered = [c for c in characters if found.get_char_index(ord(c))]
-        if covered:
-            _font(file, 16)  # bitmap fonts of other sizes cannot be used
-    except (OSError, RuntimeError):
-        return
-    _covering.update(dict.fromkeys(covered, file))
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 @cache

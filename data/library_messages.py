@@ -31,25 +31,18 @@ def without_messages(*parts: str) -> Iterator[None]:
 
 @contextmanager
 def quiet_loading(*, progress: bool) -> Iterator[None]:
-    """Suppress messages about options that stepfuse supports while a pipeline is loaded.
-
-    Args:
-        progress: Whether the progress bars of the libraries are shown.
-    """
-    shown = [library for library in LIBRARIES if library.is_progress_bar_enabled()]
+    """Suppress messages about options that stepfuse supports, and progress bars unless `progress`, while loading."""
+    bars = [] if progress else [library for library in LIBRARIES if library.is_progress_bar_enabled()]
     # The first two are about AutoencoderTiny, used instead of AutoencoderKL; it saves a key that it does not read. The
     # third is repeated by the exception that follows it.
     parts = ("Expected types for vae", "were passed to AutoencoderTiny, but are not expected", "Error no file named")
     with without_messages(*parts):
-        if progress:
-            yield
-            return
-        for library in shown:
+        for library in bars:
             library.disable_progress_bar()
         try:
             yield
         finally:
-            for library in shown:
+            for library in bars:
                 library.enable_progress_bar()
 
 

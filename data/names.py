@@ -5,17 +5,10 @@ from collections.abc import Iterable
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
-    """Return the end of an error message that suggests a known name.
+    """Return the end of an error message that suggests a known name: `; did you mean 'NAME'?`, or "" if none is close.
 
     Case, and the difference between dashes and underscores, are ignored. Where several names are equally close, the one
     that begins with the mistyped name is taken.
-
-    Args:
-        name: The unknown name.
-        names: The known names.
-
-    Returns:
-        `; did you mean 'NAME'?`, or an empty string where no name is close.
     """
     known: dict[str, str] = {}
     for candidate in names:

@@ -11,12 +11,7 @@ from stepfuse.data.text_files import file_name, note, read_lines
 
 
 def load_prompts(
-    source: str,
-    *,
-    dataset_name: str | None = None,
-    split: str = "train",
-    column: str = "caption",
-    seed: int = 0,
+    source: str, *, dataset_name: str | None = None, split: str = "train", column: str = "caption", seed: int = 0
 ) -> list[str]:
     """Load a list of prompts, in the order of their source.
 
@@ -36,26 +31,30 @@ def load_prompts(
     """
     if dataset_name:
         return _from_dataset(dataset_name, split, column, seed=seed)
-    check_prompts(source)
-    if _exists(source):
-        return _load(source)
-    name, _, count = source.rpartition(":")
-    prompts = _load(name)
-    if int(count) > len(prompts):
+    name, count = parse_prompts(source)
+    if name in PROMPT_SETS:
+        prompts = PROMPT_SETS[name]()
+    else:
+        prompts = [line.strip() for line in read_lines(Path(name)) if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt file {file_name(name)!r} is empty; expected one prompt per line")
+    if count is None:
+        return prompts
+    if count > len(prompts):
         raise ValueError(
             f"prompts {source!r}: the count is {count}; expected at most {len(prompts)}, the size of {name}"
         )
-    return [prompts[k * len(prompts) // int(count)] for k in range(int(count))]
+    return [prompts[k * len(prompts) // count] for k in range(count)]
 
 
-def check_prompts(source: str) -> None:
-    """Check that prompts are a file or the name of a prompt set, either with `:COUNT` or without.
+def parse_prompts(source: str) -> tuple[str, int | None]:
+    """Split a source of prompts into the file or the name of the prompt set, and COUNT if `:COUNT` is appended.
 
     Raises:
         ValueError: As `load_prompts`, for what can be known without reading the prompts.
     """
     if _exists(source):
-        return
+        return source, None
     if Path(source).is_dir():
         raise ValueError(f"prompts {file_name(source)!r} is a folder; expected a text file with one prompt per line")
     name, colon, count = source.rpartition(":")
@@ -67,45 +66,33 @@ def check_prompts(source: str) -> None:
         )
     if not count.isdecimal() or int(count) < 1:
         raise ValueError(f"prompts {source!r}: the count is {count!r}; expected a positive integer")
+    return name, int(count)
 
 
 def _exists(source: str) -> bool:
     return source in PROMPT_SETS or Path(source).is_file()
 
 
-def _load(source: str) -> list[str]:
-    if source in PROMPT_SETS:
-        return PROMPT_SETS[source]()
-    prompts = [line.strip() for line in read_lines(Path(source)) if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompt file {file_name(source)!r} is empty; expected one prompt per line")
-    return prompts
-
-
 def _from_dataset(name: str, split: str, column: str, *, streaming: bool = False, seed: int = 0) -> list[str]:
+    data_set = f"data set {file_name(name)!r}"
     rows = open_data_set(name, split, streaming=streaming)
     if column not in rows.column_names:
-        raise ValueError(
-            f"data set {file_name(name)!r} has no column {column!r}; it has {', '.join(rows.column_names)}"
-            f"{nearest(column, rows.column_names)}"
-        )
+        names = rows.column_names
+        raise ValueError(f"{data_set} has no column {column!r}; it has {', '.join(names)}{nearest(column, names)}")
     captions = []
     try:
         for index, row in enumerate(rows.select_columns([column])):  # other columns, such as images, are not decoded
             try:
                 captions.append(read_caption(row[column], draw=f"{seed} {index}"))
             except ValueError as error:
-                raise ValueError(f"data set {file_name(name)!r}: row {index} {error} in column {column!r}") from error
+                raise ValueError(f"{data_set}: row {index} {error} in column {column!r}") from error
     except OSError as error:  # the connection to the hub is lost
-        raise ValueError(f"cannot load data set {file_name(name)!r}: {reason(error)}") from error
+        raise ValueError(f"cannot load {data_set}: {reason(error)}") from error
     prompts = [caption for caption in captions if caption is not None]
     if not prompts:
-        raise ValueError(f"data set {file_name(name)!r} has no prompts in column {column!r}")
-    if len(prompts) < len(captions):
-        note(
-            f"data set {file_name(name)!r}: {len(captions) - len(prompts)} of {len(captions)} rows have no text in "
-            f"column {column!r} and are skipped"
-        )
+        raise ValueError(f"{data_set} has no prompts in column {column!r}")
+    if missing := len(captions) - len(prompts):
+        note(f"{data_set}: {missing} of {len(captions)} rows have no text in column {column!r} and are skipped")
     return prompts
 
 

@@ -16,18 +16,11 @@ NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
 
 
 def find_config(name: str, folder: str) -> Path:
-    """Find a configuration file by its path, or a packaged configuration by its name.
+    """Find a configuration file by its path, or a packaged configuration by its name, or raise ValueError.
 
-    An existing file is returned as it is. Any other name is looked up among the packaged configurations, with or
-    without the folder's name and the suffix: `emoji-alignment`, `dpo/emoji-alignment`, and
-    `configs/dpo/emoji-alignment.yaml` are the same file for the folder `dpo`. It is found without a checkout.
-
-    Args:
-        name: Path of a file, or the name of a packaged configuration.
-        folder: Folder of the packaged configurations: `dpo`, `ddpo`, `eval`, `sets` or `accelerate`.
-
-    Raises:
-        ValueError: If there is neither such a file nor such a configuration, with the nearest names.
+    A name that is no file is looked up among the packaged configurations of a folder such as `dpo`, with or without the
+    folder's name and the suffix: there `emoji-alignment`, `dpo/emoji-alignment` and `configs/dpo/emoji-alignment.yaml`
+    are the same file.
     """
     if Path(name).is_file():
         return Path(name)
@@ -47,20 +40,13 @@ def find_config(name: str, folder: str) -> Path:
 
 
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Args:
-        file: The YAML file, which holds `name: value` lines.
-        settings: Dataclass whose fields are the known names.
-        besides: Further names that are allowed.
+    """Read a YAML file of `name: value` lines, whose names are fields of a dataclass, or in `besides`.
 
     Raises:
         ValueError: If the file is missing or malformed, or a name is unknown. The message suggests a known name.
     """
     from stepfuse.data.yaml_file import read_yaml  # imports PyYAML, which the options of a command do not need
 
-    if not file.is_file():
-        raise ValueError(f"no config file {file_name(file)}")
     values = read_yaml(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file_name(file)} does not hold settings; expected `name: value` lines")
@@ -107,18 +93,16 @@ def check_types(settings: Any) -> None:
     for name in (field.name for field in dataclasses.fields(settings)):
         value, hint = getattr(settings, name), hints[name]
         if not _matches(value, hint):
+            expected = str(hint) if get_args(hint) else hint.__name__
             if choices := _choices(hint):
-                expected = f"one of {', '.join(map(str, choices))}{nearest(str(value), map(str, choices))}"
-                raise ValueError(f"{name} is {value!r}; expected {expected}")
-            expected = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-            raise ValueError(f"{name} is {value!r}; expected {hint if get_args(hint) else expected}")
+                expected = f"one of {', '.join(choices)}{nearest(str(value), choices)}"
+            raise ValueError(f"{name} is {value!r}; expected {expected}")
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _choices(hint: Any) -> list[str]:
     """The values that a Literal, or an optional Literal, allows."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return tuple(choice for inner in get_args(hint) if get_origin(inner) is Literal for choice in get_args(inner))
+    literals = [inner for inner in (hint, *get_args(hint)) if get_origin(inner) is Literal]
+    return [str(choice) for literal in literals for choice in get_args(literal)]
 
 
 def _matches(value: object, hint: Any) -> bool:

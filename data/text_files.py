@@ -17,7 +17,7 @@ def read_text(file: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark; line endings are left as they are.
 
     Raises:
-        ValueError: for a file that is missing, a folder, unreadable, or not UTF-8 text, naming the line at fault.
+        ValueError: for a file that cannot be read, or is not UTF-8 text, naming the line at fault.
     """
     try:
         data = file.read_bytes()
@@ -29,14 +29,7 @@ def read_text(file: Path) -> str:
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """Decode UTF-8 text, without its byte order mark.
-
-    Args:
-        name: what the text is called in an error message.
-
-    Raises:
-        ValueError: for bytes that are not UTF-8 text, naming the line at fault.
-    """
+    """Decode UTF-8 text, without its byte order mark, or raise ValueError that names the text and the line at fault."""
     for mark, encoding in _BYTE_ORDER_MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"{name} is {encoding} text; save it as UTF-8")
@@ -56,19 +49,14 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a UTF-8 file without their endings.
-
-    A line ends at \\n or \\r\\n only: `str.splitlines` also splits at U+2028, U+0085, form feeds and others, which may
-    stand within a prompt.
-
-    Raises:
-        ValueError: as `read_text`, and for a file whose lines end at \\r alone.
-    """
+    """The lines of a UTF-8 file without their endings; errors are those of `read_text` and `split_lines`."""
     return split_lines(read_text(file), file_name(file))
 
 
 def split_lines(text: str, name: str) -> list[str]:
-    """The lines of a text without their endings, which are \\n or \\r\\n; see `read_lines`.
+    """The lines of a text without their endings, which are \\n or \\r\\n.
+
+    `str.splitlines` also splits at U+2028, U+0085, form feeds and others, which may stand within a prompt.
 
     Raises:
         ValueError: for a text whose lines end at \\r alone, as old Macintosh programs write them.

@@ -25,9 +25,7 @@ class Word(str):
 
 
 def read_yaml(file: Path) -> Any:
-    """The value that a YAML file holds.
-
-    The words yes, no, on and off come as `Word`, for the caller to take as a text or as a boolean.
+    """The value that a YAML file holds; yes, no, on and off come as `Word`, for the caller to convert.
 
     Raises:
         ValueError: for a file that is missing or is not YAML, and for a key that comes twice, naming the line.

@@ -30,12 +30,8 @@ TOKENIZER = Published(
 class CLIPReward(NetworkReward):
     """r = factor · cos(image embedding, text embedding), in float32.
 
-    Args:
-        model: CLIP model with its weights, on its device.
-        tokenize: Function from prompts to token ids; every row ends with the end-of-text token.
-        resize: Function from pixels in [0, 1] and the model's image size to pixels of that size.
-        factor: Factor of the cosine similarity.
-        batch_size: Maximum number of images per forward if no gradient is required.
+    `tokenize` returns token ids, whose rows end with the end-of-text token. `resize` is a function of pixels in [0, 1]
+    and the model's image size.
     """
 
     def __init__(
@@ -72,21 +68,12 @@ def unit_vectors(features: Any) -> Float[Tensor, "batch width"]:
     return functional.normalize(getattr(features, "pooler_output", features).float(), dim=1)
 
 
-def load_clip_tokenizer(file: Path, length: int) -> Tokenize:
-    """Load the tokenizer of a CLIP model from its tokenizer.json.
+def load_clip_tokenizer(file: Path, length: int, clean: Callable[[str], str] = str) -> Tokenize:
+    """Load the tokenizer of a CLIP model from its tokenizer.json, or raise ValueError if it is none.
 
-    Prompts are truncated to `length` tokens with the end-of-text token kept, and padded with that token. Padding does
-    not change an embedding: attention is causal, and the embedding is read at the first end-of-text token.
-
-    Args:
-        file: The tokenizer.json.
-        length: Maximum number of tokens.
-
-    Returns:
-        A function from prompts to token ids of shape (batch, longest prompt).
-
-    Raises:
-        ValueError: If the file is not the tokenizer of a CLIP model.
+    Prompts are converted by `clean`, truncated to `length` tokens with the end-of-text token kept, and padded with that
+    token. Padding does not change an embedding: attention is causal, and the embedding is read at the first end-of-text
+    token.
     """
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -99,6 +86,6 @@ def load_clip_tokenizer(file: Path, length: int) -> Tokenize:
     tokenizer.enable_padding(pad_id=end, pad_token="<|endoftext|>")
 
     def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:
-        return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
+        return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(map(clean, prompts)))])
 
     return tokenize

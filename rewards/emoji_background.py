@@ -15,12 +15,9 @@ BORDER = 1 / 16  # of the width of the image
 def emoji_background(images: Pixels, prompts: Sequence[str]) -> Scores:
     """r = -sqrt(mean((c - c*)²)), with c the mean colour of the border and c* the prompt's background, RGB 0 to 255.
 
-    Prompts have the form "a red apple on a blue background". No adapter is trained on this reward, so it shows whether
-    another reward, such as a CLIP score, is exploited. It is approximate: the shade of backgrounds varies, and an emoji
-    may reach into the border.
-
-    Raises:
-        ValueError: If a prompt names none of the background colours in `BACKGROUNDS`.
+    Prompts have the form "a red apple on a blue background"; other colours than `BACKGROUNDS` raise ValueError. No
+    adapter is trained on this reward, so it shows whether another one, such as a CLIP score, is exploited. It is
+    approximate: the shade of backgrounds varies, and an emoji may reach into the border.
     """
     width = max(1, round(images.shape[-1] * BORDER))
     inside = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)

@@ -1,15 +1,12 @@
 """HPSv2 and v2.1 (Wu et al. 2023, arXiv:2306.09341)."""
 
 import html
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import ftfy
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformers import CLIPModel
 
 from stepfuse.rewards.clip import TOKENIZER, CLIPReward, load_clip_tokenizer
@@ -52,11 +49,7 @@ def hpsv2(
     """
     file, tokenizer = find_files((checkpoint, TOKENIZER), folder, name)
     config, state = from_open_clip(load_state(file), file)
-    tokenize_clean = load_clip_tokenizer(tokenizer, config.text_config.max_position_embeddings)
-
-    def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:
-        return tokenize_clean([clean_prompt(prompt) for prompt in prompts])
-
+    tokenize = load_clip_tokenizer(tokenizer, config.text_config.max_position_embeddings, clean_prompt)
     model = load_model(CLIPModel, config, state, file).to(device, dtype)
     return CLIPReward(model, tokenize, resize_and_pad, batch_size=batch_size)
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from stepfuse.data.images import open_picture
+from stepfuse.data.images import open_picture, to_pixels
 from stepfuse.data.text_files import file_name, find_file, note, read_text, split_lines
 from stepfuse.rewards.protocol import Pixels
 
@@ -33,31 +32,21 @@ class PromptedImage:
 
 
 def read_pixels(file: Path) -> Pixels:
-    """Read an image file as pixels in [0, 1] of shape (1, 3, height, width), oriented by its EXIF data.
-
-    Raises:
-        ValueError: If the file is not a readable image; see `open_picture`.
-    """
-    array = np.array(open_picture(file))
-    return torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255
+    """Read an image file as pixels in [0, 1] of shape (1, 3, height, width); see `open_picture`."""
+    return to_pixels(open_picture(file))[None]
 
 
 def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
-    """Pair the images of a folder with prompts.
+    """Pair the images of a folder with prompts, or raise ValueError if they do not match.
 
     Args:
         folder: Folder of the images; see `list_images` for their order.
         prompts: A UTF-8 text file with one prompt per line in the order of the images, or a single line for all images;
             or a .csv or .jsonl file with the columns `file_name` and `prompt` (or `text` or `caption`), as image data
             sets of the hub have.
-
-    Raises:
-        ValueError: If the folder has no images, or the prompts do not match them.
     """
     if not folder.is_dir():
         raise ValueError(f"no image folder {file_name(folder)}")
-    if not prompts.is_file():
-        raise ValueError(f"no prompts file {file_name(prompts)}")
     text = read_text(prompts)
     if prompts.suffix.lower() in (".csv", ".jsonl"):
         return _read_table(folder, prompts, text)
@@ -74,13 +63,10 @@ def pair_prompts(folder: Path, prompts: Path) -> list[PromptedImage]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """List the images of a folder in natural order: img2 before img10.
+    """List the images of a folder in natural order, img2 before img10, or raise ValueError if there are none.
 
-    Files and folders whose names begin with a dot are ignored. Subfolders and files with other suffixes than `SUFFIXES`
-    are skipped, and a line on standard error counts them.
-
-    Raises:
-        ValueError: If the folder has no images.
+    Names that begin with a dot are ignored. Subfolders and files with other suffixes than `SUFFIXES` are skipped, and a
+    line on standard error counts them.
     """
     files, skipped = [], Counter[str]()
     for path in folder.iterdir():

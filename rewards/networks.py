@@ -1,6 +1,7 @@
 """Rewards computed by networks: scoring in batches, and loading networks from published files."""
 
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,7 @@ def load_model(
 ) -> Any:
     """Create a transformers model with exactly the weights of `state`, in float32 on the CPU.
 
-    Tensors whose names start with one of `ignored_prefixes` are not loaded. `options` are further arguments of the
-    model class's `from_pretrained`.
+    Tensors whose names start with one of `ignored_prefixes` are not loaded. `options` are for `from_pretrained`.
 
     Raises:
         ValueError: If a tensor is missing, unexpected, or has another shape. The message names it and `file`.
@@ -123,26 +123,19 @@ def load_model(
     return model
 
 
-def load_head(state: dict[str, Tensor], file: Path) -> nn.Sequential:
+def load_head(state: Mapping[str, Tensor], file: Path) -> nn.Sequential:
     """Create the head of ImageReward or of the aesthetic predictor: five linear layers without nonlinearities.
 
     Raises:
         ValueError: If `state` holds other tensors, or their shapes do not match. The message names `file`.
     """
-    names = [f"layers.{index}.{parameter}" for index in HEAD_LAYERS for parameter in ("weight", "bias")]
-    if state.keys() != set(names):
-        found = ", ".join(sorted(state)) or "no tensors"
-        raise ValueError(f"{file}: the head has {found}; expected {', '.join(names)}")
-    layers, width = [], state[names[0]].shape[-1]
-    for weight, bias in zip(names[::2], names[1::2], strict=True):
-        rows, columns = state[weight].shape
-        if columns != width or state[bias].shape != (rows,):
-            raise ValueError(
-                f"{file}: {weight} has shape {(rows, columns)} and {bias} {tuple(state[bias].shape)}; "
-                f"expected {width} columns and one bias per row"
-            )
-        layer = nn.Linear(columns, rows)
-        layer.load_state_dict({"weight": state[weight], "bias": state[bias]})
-        layers.append(layer)
-        width = rows
-    return nn.Sequential(*layers).requires_grad_(False).eval()
+    try:
+        shapes = [state[f"layers.{index}.weight"].shape for index in HEAD_LAYERS]
+        layers = {str(index): nn.Linear(*reversed(shape)) for index, shape in zip(HEAD_LAYERS, shapes, strict=True)}
+        head = nn.Sequential(OrderedDict(layers))
+        head.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in state.items()})
+        head(torch.zeros(1, shapes[0][1]))  # the number of columns of each layer is that of rows of the one before
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file}: the head does not have the published layout: {reason}") from error
+    return head.requires_grad_(False).eval()

@@ -16,8 +16,8 @@ Scores = Float[Tensor, " batch"]
 class Reward(Protocol):
     """A function of images and prompts that returns one score per image. Higher is better.
 
-    A reward that holds resources beyond the memory of this process, such as a worker process, also has a method
-    `close()`. After `close()` the reward can be called again.
+    A reward that holds other resources than memory, such as a worker process, also has a method `close()`, after which
+    it can be called again.
     """
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores: ...
@@ -31,18 +31,16 @@ def score(
     Autocast is disabled during the call, so scores do not depend on the precision of the surrounding code.
 
     Args:
-        reward: The reward to call.
         images: Pixels in [0, 1], of shape (batch, 3, height, width).
         prompts: One prompt per image.
         name: Name of the reward in error messages.
-        finite: Whether scores that are NaN or infinite raise an error.
+        finite: Whether scores that are NaN or infinite raise an error, which names the prompt.
 
     Returns:
         Scores of shape (batch,), float32, on the device of the images.
 
     Raises:
-        ValueError: If the reward raises an exception, returns anything but a tensor of shape (batch,), or returns a
-            score that is not finite. The message names the reward, and the prompt of a score that is not finite.
+        ValueError: If the reward raises an exception, or returns anything but a tensor of shape (batch,).
     """
     if len(prompts) != len(images):
         raise ValueError(f"got {len(prompts)} prompts for {len(images)} images; expected one prompt per image")

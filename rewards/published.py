@@ -55,8 +55,7 @@ def find_files(files: Sequence[Published], folder: str | Path | None, reward: st
 def load_state(file: Path) -> dict[str, Tensor]:
     """Load the tensors of a safetensors file, or of a checkpoint by `torch.load(weights_only=True)`, to the CPU.
 
-    Raises:
-        ValueError: If the file is corrupt, holds anything but tensors, or holds values that are not finite.
+    Raises ValueError if the file is corrupt, holds anything but tensors, or holds values that are not finite.
     """
     try:
         if file.suffix == ".safetensors":

@@ -15,8 +15,6 @@ from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.shaping import Shaped, Shaping
 from stepfuse.rewards.worker.client import WorkerReward, WorkerSettings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 @dataclass(frozen=True, kw_only=True)
 class RewardFile:
@@ -42,12 +40,7 @@ class RewardFile:
 def read_reward_file(
     file: Path, load: Callable[[str, torch.device, torch.dtype], Reward], device: torch.device
 ) -> Reward:
-    """Create the reward that a reward file describes.
-
-    Args:
-        file: The reward file.
-        load: Function that loads a named reward on a device with a data type.
-        device: Device of a named reward.
+    """Create the reward that a reward file describes; a named reward is loaded by `load`, on this device.
 
     Raises:
         ValueError: If the file cannot be read, a key is unknown, a value is invalid, or not exactly one of `reward`,
@@ -73,7 +66,7 @@ def read_reward_file(
             http = _settings(HTTPSettings, settings.http, "http", "url")
             reward = HTTPReward(http, folder=file.parent)
         else:
-            reward = load(settings.reward, device, DTYPES[settings.dtype])
+            reward = load(settings.reward, device, getattr(torch, settings.dtype))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return reward if shaping == Shaping() else Shaped(reward, shaping, file.stem)

@@ -20,7 +20,7 @@ class Term:
     Attributes:
         name: name of the reward, as `load_reward` takes it.
         weight: w_i, 0 or more.
-        scale: σ_i, the unit of the reward: for example its standard deviation over images of the base.
+        scale: σ_i, such as the standard deviation of the reward over images of the base.
     """
 
     name: str
@@ -49,11 +49,7 @@ class RewardName:
 
     @property
     def terms(self) -> tuple[Term, ...]:
-        """The terms of a weighted sum, with weights normalised to sum 1; any other reward is a sum of one term.
-
-        Raises:
-            ValueError: for a sum that is malformed.
-        """
+        """The terms of a weighted sum (`parse_terms`); any other reward is a sum of one term."""
         return parse_terms(self.argument) if self.kind == "sum" else (Term(name=self.text, weight=1.0),)
 
     @property

@@ -30,11 +30,7 @@ class ScoringQueue:
             )
 
     def submit(self, call: Callable[[], Tensor]) -> "Future[Tensor]":
-        """Submit a call and return the future of its result.
-
-        Raises:
-            Exception: The exception of an earlier call.
-        """
+        """Submit a call and return the future of its result, or raise the exception of an earlier call."""
         if self._thread is None:
             done: Future[Tensor] = Future()
             done.set_result(call())

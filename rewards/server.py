@@ -21,10 +21,9 @@ class RewardServer(ThreadingHTTPServer):
     The protocol is HTTP without encryption. For clients on other machines, use a tunnel or a proxy that encrypts.
 
     Args:
-        reward: The reward to serve.
         name: Name of the reward in error messages.
         address: Host and port; port 0 selects a free port.
-        token: Token that clients must send, of at least 16 characters.
+        token: Token of at least 16 characters that clients must send.
         device: Device that images are moved to.
 
     Raises:
@@ -63,50 +62,41 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
     timeout = 60  # seconds to wait for data of a request
     protocol_version = "HTTP/1.1"
-    unread: int | None = 0  # bytes of the request's body that are not read yet
 
     def do_POST(self) -> None:
-        self.unread = _content_length(self.headers.get("Content-Length"))
+        stated = self.headers.get("Content-Length", "")
+        length = int(stated) if stated.isascii() and stated.isdecimal() else None
         authorization = self.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(authorization, f"Bearer {self.server.token}".encode()):
-            return self._refuse(HTTPStatus.UNAUTHORIZED, "wrong token")
+            return self._refuse(HTTPStatus.UNAUTHORIZED, "wrong token", unread=length or 0)
         if self.path != "/score":
-            return self._refuse(HTTPStatus.NOT_FOUND, "unknown path; expected /score")
-        length = self.unread
+            return self._refuse(HTTPStatus.NOT_FOUND, "unknown path; expected /score", unread=length or 0)
         if length is None:
             return self._refuse(HTTPStatus.LENGTH_REQUIRED, "the header Content-Length is missing or invalid")
-        if length > MAX_BODY_BYTES:
-            self.unread = 0  # the body is too large to be read and discarded
-            return self._refuse(
-                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BODY_BYTES} bytes; send fewer images"
-            )
-        self.unread = 0
+        if length > MAX_BODY_BYTES:  # too large to be read and discarded
+            reason = f"more than {MAX_BODY_BYTES} bytes; send fewer images"
+            return self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
         try:
             header, arrays = decode(self.rfile.read(length))
-            pixels, prompts = _validate(header, arrays)
-        except (MessageError, KeyError, TypeError) as error:
+            values = self.server.score(*_validate(header, arrays))
+        except MessageError as error:
             return self._refuse(HTTPStatus.BAD_REQUEST, str(error))
-        try:
-            values = self.server.score(pixels, prompts)
         except ValueError as error:
             return self._refuse(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
         except Exception as error:  # for example out of memory: reported to the client, and the server continues
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             return self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
-        self._send(
-            HTTPStatus.OK,
-            "application/octet-stream",
-            encode({"kind": "scores", "id": header.get("id")}, [values.double().cpu().numpy()]),
-        )
+        answer = encode({"kind": "scores", "id": header.get("id")}, [values.double().cpu().numpy()])
+        self._send(HTTPStatus.OK, "application/octet-stream", answer)
 
     def do_GET(self) -> None:
         self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "method not allowed; expected POST /score")
 
-    def _refuse(self, status: HTTPStatus, reason: str) -> None:
-        """Respond with an error, after the rest of the request is read: clients read only after sending all."""
+    def _refuse(self, status: HTTPStatus, reason: str, *, unread: int = 0) -> None:
+        """Respond with an error, after the unread bytes of the request: clients read only after sending all."""
         self.close_connection = True
         with contextlib.suppress(OSError):  # the client has closed the connection
-            left = min(self.unread or 0, MAX_BODY_BYTES)
+            left = min(unread, MAX_BODY_BYTES)
             while left > 0 and (part := self.rfile.read(min(left, 2**20))):
                 left -= len(part)
         self._send(status, "text/plain; charset=utf-8", f"{reason}\n".encode())
@@ -121,10 +111,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Do not log requests."""
-
-
-def _content_length(header: str | None) -> int | None:
-    return int(header) if header is not None and header.isascii() and header.isdecimal() else None
 
 
 def _validate(header: dict[str, Any], arrays: list[np.ndarray]) -> tuple[np.ndarray, list[str]]:

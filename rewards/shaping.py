@@ -39,11 +39,7 @@ class Shaping:
 
 
 def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
-    """The shaping to mean 0 and standard deviation 1 over these scores.
-
-    Raises:
-        ValueError: if all are equal.
-    """
+    """The shaping to mean 0 and standard deviation 1 over these scores, or ValueError if all are equal."""
     scale = scores.double().std(correction=0).item()
     if not scale > 0:
         raise ValueError(f"the reward is {scores[0].item():g} for all {len(scores)} images it is fitted on")

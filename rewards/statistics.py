@@ -64,11 +64,7 @@ class Resamples:
 
 
 def resample_prompts(prompts: Sequence[str], *, draws: int, seed: int = 0) -> Resamples:
-    """Draw `draws` bootstrap resamples of the distinct prompts of some images, given each image's prompt.
-
-    Raises:
-        ValueError: If there are fewer than two distinct prompts.
-    """
+    """Draw bootstrap resamples of the distinct prompts of images, or raise ValueError if there are fewer than two."""
     index = _prompt_index(prompts)
     number = index.max() + 1
     drawn = np.random.default_rng(seed).multinomial(number, np.full(number, 1 / number), size=draws)
@@ -76,15 +72,9 @@ def resample_prompts(prompts: Sequence[str], *, draws: int, seed: int = 0) -> Re
 
 
 def resampled_means(values: np.ndarray, resamples: Resamples) -> np.ndarray:
-    """Return the mean over images of every resample.
+    """Return means (…, 1 + draws) over images of values (…, images): the estimate, followed by the resamples.
 
-    Args:
-        values: Values of shape (…, images). Values that are not finite are missing and are ignored.
-        resamples: The resamples of `resample_prompts`.
-
-    Returns:
-        Means of shape (…, 1 + draws): the estimate, followed by the resamples. The means of resamples are NaN if fewer
-        than two prompts have values.
+    Values that are not finite are ignored. The means of resamples are NaN if fewer than two prompts have values.
     """
     member = resamples.prompt[:, None] == np.arange(resamples.counts.shape[1])
     measured = np.isfinite(values)
@@ -106,8 +96,7 @@ def percentile_interval(means: np.ndarray) -> Interval:
 def deviation_within(values: Sequence[float] | np.ndarray, prompts: Sequence[str]) -> float:
     """Return the standard deviation σ within prompts: σ² is the mean over prompts of the sample variance.
 
-    Values that are not finite are ignored, and so are prompts with fewer than two finite values. The result is NaN if
-    no prompt remains.
+    Values that are not finite, and prompts with fewer than two finite values, are ignored; NaN if no prompt remains.
     """
     table = pd.DataFrame({"value": np.asarray(values, dtype=float), "prompt": list(prompts)})
     finite = table[np.isfinite(table["value"])]

@@ -16,11 +16,8 @@ class Weighted:
     """r = Σ w_i r_i / σ_i, with Σ w_i = 1.
 
     Differentiable if its rewards are. Each is scaled before it is weighted, so that a weight has the same meaning for a
-    reward in kilobytes and one in points (as GDPO, arXiv:2601.05242, normalises each reward by itself).
-
-    Args:
-        terms: the terms of the sum.
-        load: from a reward's name to the reward; rewards of weight 0 are not loaded.
+    reward in kilobytes and one in points (as GDPO, arXiv:2601.05242, normalises each reward by itself). `load` maps the
+    name of a term to its reward; those of weight 0 are not loaded.
     """
 
     def __init__(self, terms: Sequence[Term], load: Callable[[str], Reward]) -> None:
@@ -48,11 +45,7 @@ class Weighted:
         return torch.stack(columns, dim=1)
 
     def check_fit(self) -> None:
-        """Check that no term has a scale, since scales are to be fitted.
-
-        Raises:
-            ValueError: naming a term that has one.
-        """
+        """Raise ValueError that names a term which has a scale already, since scales are to be fitted."""
         for term in self.terms:
             if term.scale != 1:
                 raise ValueError(
@@ -60,10 +53,7 @@ class Weighted:
                 )
 
     def fit(self, columns: Float[Tensor, "images terms"], shaping: Shaping) -> tuple[str, Shaping]:
-        """The sum with σ_i the standard deviation of r_i over some images, as a name, and the shaping as it is.
-
-        Args:
-            columns: `terms_of` these images.
+        """The sum with σ_i the standard deviation of r_i over images, given `terms_of` them, and the shaping as it is.
 
         Raises:
             ValueError: for a term that has a scale already, or has the same reward for all images.

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -211,11 +212,15 @@ def test_ranked_images_are_enlarged_by_a_whole_factor_or_shrunk(drawn, tmp_path)
     assert bare("".join(text for text, _ in drawn)) == bare(f"2  {LONG}1  b")
 
 
+def use_fonts(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
+    monkeypatch.setattr(lettering, "_installed", lambda: files)
+    monkeypatch.setattr(lettering, "_font_file", cache(lettering._font_file.__wrapped__))
+
+
 @pytest.fixture
 def only_dejavu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine without any other font."""
-    monkeypatch.setattr(lettering, "_covering", {})
-    monkeypatch.setattr(lettering, "_installed", lambda: ())
+    use_fonts(monkeypatch)
 
 
 def test_what_the_font_has_is_drawn_as_it_is(only_dejavu):
@@ -233,8 +238,7 @@ def test_an_installed_font_is_used_for_what_the_first_lacks(monkeypatch, drawn):
     """STIX, which comes with matplotlib too, has letters that DejaVu Sans lacks."""
     stix, dejavu = (FT2Font(str(FONTS / name)) for name in ("STIXGeneral.ttf", "DejaVuSans.ttf"))
     letter = next(chr(code) for code in stix.get_charmap() if chr(code).isalpha() and not dejavu.get_char_index(code))
-    monkeypatch.setattr(lettering, "_covering", {})
-    monkeypatch.setattr(lettering, "_installed", lambda: (FONTS / "STIXGeneral.ttf",))
+    use_fonts(monkeypatch, FONTS / "STIXGeneral.ttf")
     text = Lettering(20)
     sheet = Image.new("RGB", (100, 40), "white")
     text.draw(ImageDraw.Draw(sheet), 0, 20, f"a{letter}b")

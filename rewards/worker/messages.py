@@ -27,11 +27,7 @@ class MessageError(ValueError):
 
 
 def encode(header: "dict[str, Any]", arrays: "Sequence[np.ndarray]" = ()) -> bytes:
-    """Encode a header and arrays as one message.
-
-    Raises:
-        ValueError: If the arrays are larger than 512 MiB together.
-    """
+    """Encode a header and arrays as one message, or raise ValueError if the arrays are larger than 512 MiB together."""
     size = sum(array.nbytes for array in arrays)
     if size > MAX_BODY_BYTES:
         raise ValueError(f"a message with {size} bytes of arrays; expected at most {MAX_BODY_BYTES}")
@@ -48,11 +44,7 @@ def batch_slices(images: np.ndarray, batch_size: int) -> "Iterator[slice]":
 
 
 def decode(message: bytes) -> "tuple[dict[str, Any], list[np.ndarray]]":
-    """Decode the header and the arrays of one complete message.
-
-    Raises:
-        MessageError: If the bytes are not exactly one message.
-    """
+    """Decode the header and the arrays, or raise MessageError if the bytes are not exactly one message."""
     stream = io.BytesIO(message)
     decoded = _read(stream.read)
     if stream.tell() < len(message):

@@ -27,10 +27,10 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from stepfuse.data.prompts import check_prompts, load_prompts
+    from stepfuse.data.prompts import load_prompts, parse_prompts
 
     if arguments.prompts is not None:
-        check_prompts(arguments.prompts)
+        parse_prompts(arguments.prompts)
     check_set_folder(arguments.set)
 
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
