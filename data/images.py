@@ -24,9 +24,7 @@ def open_picture(source: Path | bytes | Image.Image, name: str | None = None) ->
     to 8 bits, where PIL alone would clip it. PNG texts and colour profiles that exceed PIL's limits, such as the
     workflows that ComfyUI saves, are ignored.
 
-    Args:
-        source: Path of a file, the content of a file, or an image.
-        name: Name of the image in error messages; by default the path.
+    `source` is the path of a file, its content, or an image; error messages call it `name`, by default the path.
 
     Raises:
         ValueError: If the file is missing or is not an image, if the image is truncated, corrupt, empty or too large,

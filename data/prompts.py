@@ -50,8 +50,7 @@ def load_prompts(
 def parse_prompts(source: str) -> tuple[str, int | None]:
     """Split a source of prompts into the file or the name of the prompt set, and COUNT if `:COUNT` is appended.
 
-    Raises:
-        ValueError: As `load_prompts`, for what can be known without reading the prompts.
+    Errors are those of `load_prompts` that are known without reading the prompts.
     """
     if _exists(source):
         return source, None

@@ -9,11 +9,7 @@ LIMIT = 2**64
 
 
 def numbered_generator(seed: int, index: int) -> "torch.Generator":
-    """Return a generator seeded with seed + index, modulo 2^64.
-
-    Raises:
-        ValueError: If `torch.Generator.manual_seed` does not accept the seed.
-    """
+    """Return a generator seeded with seed + index, modulo 2^64, or raise ValueError for a seed that torch refuses."""
     import torch
 
     if not 0 <= seed < LIMIT:

@@ -42,21 +42,19 @@ def find_config(name: str, folder: str) -> Path:
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file of `name: value` lines, whose names are fields of a dataclass, or in `besides`.
 
-    Raises:
-        ValueError: If the file is missing or malformed, or a name is unknown. The message suggests a known name.
+    If the file is missing or malformed, or a name is unknown, ValueError is raised; it suggests a known name.
     """
     from stepfuse.data.yaml_file import read_yaml  # imports PyYAML, which the options of a command do not need
 
     values = read_yaml(file)
     if not isinstance(values, dict):
         raise ValueError(f"{file_name(file)} does not hold settings; expected `name: value` lines")
-    try:
-        check_names(values, settings, besides=besides)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
     hints = get_type_hints(settings)
     try:
+        check_names(values, settings, besides=besides)
         return {str(name): _resolve_words(value, hints.get(name, str)) for name, value in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{file_name(file)} holds a value that contains itself") from error
 

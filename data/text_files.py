@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 
 _BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
 
 
@@ -30,8 +28,8 @@ def read_text(file: Path) -> str:
 
 def decode_text(data: bytes, name: str) -> str:
     """Decode UTF-8 text, without its byte order mark, or raise ValueError that names the text and the line at fault."""
-    for mark, encoding in _BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
+    for encoding, marks in _BYTE_ORDER_MARKS.items():
+        if data.startswith(marks):
             raise ValueError(f"{name} is {encoding} text; save it as UTF-8")
     start = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
     try:

@@ -11,7 +11,6 @@ from stepfuse.data.text_files import file_name, read_text
 
 _INTEGER = r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"
 _FLOAT = r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-_BOOLEANS = {"yes": True, "no": False, "on": True, "off": False}  # of YAML 1.1, where 1.2 has words
 
 
 class Word(str):
@@ -21,7 +20,7 @@ class Word(str):
 
     @property
     def boolean(self) -> bool:
-        return _BOOLEANS[self.lower()]
+        return self.lower() in ("yes", "on")
 
 
 def read_yaml(file: Path) -> Any:

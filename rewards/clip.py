@@ -35,17 +35,10 @@ class CLIPReward(NetworkReward):
     """
 
     def __init__(
-        self,
-        model: CLIPModel,
-        tokenize: Tokenize,
-        resize: Callable[[Pixels, int], Pixels],
-        *,
-        factor: float = 1.0,
-        batch_size: int = 16,
+        self, model: CLIPModel, tokenize: Tokenize, resize: Callable[[Pixels, int], Pixels], *, factor: float = 1.0
     ) -> None:
         self.model = model.requires_grad_(False).eval()
-        self.tokenize, self.resize = tokenize, resize
-        self.factor, self.batch_size = factor, batch_size
+        self.tokenize, self.resize, self.factor = tokenize, resize, factor
 
     def embed_images(self, images: Pixels) -> Float[Tensor, "batch width"]:
         """Return image embeddings of norm 1."""

@@ -15,20 +15,12 @@ from stepfuse.rewards.pixels import resize_and_crop_smoothly
 
 
 def clip_score(
-    name_or_path: str | Path | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    batch_size: int = 16,
+    name_or_path: str | Path | None = None, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> CLIPReward:
     """r = 100 · cos(image, prompt), without the published clamp at 0, so that the gradient is never 0 everywhere.
 
-    Images are resized and cropped in float32, by `resize_and_crop_smoothly`. Arguments are those of `NetworkReward`.
-
-    Args:
-        name_or_path: Hub id or folder of a CLIP model; by default the embedded CLIP model of the emoji base.
-
-    Raises:
-        ValueError: If the CLIP model cannot be loaded.
+    Images are resized and cropped in float32, by `resize_and_crop_smoothly`. The model is a hub id or a folder, by
+    default the embedded CLIP model of the emoji base; if it cannot be loaded, ValueError is raised.
     """
     source = name_or_path or emoji.CLIP
     try:
@@ -43,7 +35,7 @@ def clip_score(
         options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return tokenizer(list(prompts), **options).input_ids
 
-    return CLIPReward(model, tokenize, resize_and_crop_smoothly, factor=100, batch_size=batch_size)
+    return CLIPReward(model, tokenize, resize_and_crop_smoothly, factor=100)
 
 
 CLIP_SCORE = NamedReward(

@@ -31,27 +31,22 @@ V2_1 = replace(
 )
 
 
-def hpsv2(
-    folder: str | Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    batch_size: int = 16,
-    *,
-    checkpoint: Published = V2,
-    name: str = "hpsv2",
-) -> CLIPReward:
+VERSIONS = {"hpsv2": V2, "hpsv2.1": V2_1}
+
+
+def hpsv2(folder: str | Path | None, device: torch.device, dtype: torch.dtype, name: str = "hpsv2") -> CLIPReward:
     """r = cos(image, prompt), with a CLIP ViT-H/14 trained on human rankings; about 0.2 to 0.35.
 
     Images are resized as HPSv2's package does with torchvision 0.17 or newer: the longer side to 224 pixels with
     antialiasing, then padded with black. Scores of the two versions are not comparable.
 
-    Arguments and errors are those of `NetworkReward`. The folder holds the checkpoint (2 GB) and tokenizer.json.
+    See `NetworkReward`; the folder holds the checkpoint (2 GB) and tokenizer.json.
     """
-    file, tokenizer = find_files((checkpoint, TOKENIZER), folder, name)
+    file, tokenizer = find_files((VERSIONS[name], TOKENIZER), folder, name)
     config, state = from_open_clip(load_state(file), file)
     tokenize = load_clip_tokenizer(tokenizer, config.text_config.max_position_embeddings, clean_prompt)
     model = load_model(CLIPModel, config, state, file).to(device, dtype)
-    return CLIPReward(model, tokenize, resize_and_pad, batch_size=batch_size)
+    return CLIPReward(model, tokenize, resize_and_pad)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -70,4 +65,4 @@ HPSV2 = NamedReward(
     weights=3_944_000_000,
     files=(V2, TOKENIZER),
 )
-HPSV2_1 = replace(HPSV2, build=partial(hpsv2, checkpoint=V2_1, name="hpsv2.1"), files=(V2_1, TOKENIZER))
+HPSV2_1 = replace(HPSV2, build=partial(hpsv2, name="hpsv2.1"), files=(V2_1, TOKENIZER))

@@ -68,16 +68,12 @@ def list_images(folder: Path) -> list[Path]:
     Names that begin with a dot are ignored. Subfolders and files with other suffixes than `SUFFIXES` are skipped, and a
     line on standard error counts them.
     """
-    files, skipped = [], Counter[str]()
-    for path in folder.iterdir():
-        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
-            continue
-        if path.is_dir():
-            skipped["folder"] += 1
-        elif path.suffix.lower() in SUFFIXES:
-            files.append(path)
-        else:
-            skipped[file_name(path.suffix) or "file without a suffix"] += 1
+    visible = [p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in SYSTEM_FILES]
+    files = [path for path in visible if path.suffix.lower() in SUFFIXES and not path.is_dir()]
+    skipped = Counter(
+        "folder" if path.is_dir() else file_name(path.suffix) or "file without a suffix"
+        for path in set(visible) - set(files)
+    )
     summary = ", ".join(f"{count} {suffix}" for suffix, count in sorted(skipped.items()))
     if not files:
         raise ValueError(

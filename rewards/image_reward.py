@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from stepfuse.rewards.named_reward import NamedReward
-from stepfuse.rewards.networks import NetworkReward, count_layers, load_head, load_model, read_published_json, rename
+from stepfuse.rewards.networks import NetworkReward, count_layers, load_head, load_model, read_config, rename
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.published import Published, find_files, load_state
@@ -60,20 +60,17 @@ class ImageReward(NetworkReward):
     As published: prompts are truncated to 35 tokens by the tokenizer of bert-base-uncased, the [CLS] token is not
     replaced by BLIP's [ENC], and images are resized to 224 pixels and cropped.
 
-    Arguments and errors are those of `NetworkReward`; `dtype` is the data type of the two encoders, and the head is
-    float32. The folder holds ImageReward.pt (1.8 GB) and med_config.json.
+    See `NetworkReward`; the head is float32, and the folder holds ImageReward.pt (1.8 GB) and med_config.json.
     """
 
-    def __init__(
-        self, folder: str | Path | None, device: torch.device, dtype: torch.dtype, batch_size: int = 16
-    ) -> None:
+    def __init__(self, folder: str | Path | None, device: torch.device, dtype: torch.dtype) -> None:
         file, med_config = find_files(FILES, folder, "image_reward")
         state = load_state(file)
         self.tokenizer = load_tokenizer()
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        vision_config, text_config = _configs(file, vision, read_published_json(med_config))
+        vision_config, text_config = _configs(file, vision, read_config(med_config, dict))
         self.size = vision_config.image_size
         vision = {rename(name, VISION_NAMES, BLOCK_NAMES): tensor for name, tensor in vision.items()}
         self.vision = load_model(BlipVisionModel, vision_config, vision, file)
@@ -81,7 +78,7 @@ class ImageReward(NetworkReward):
         for module in (self.vision, self.text):
             module.requires_grad_(False).eval().to(device, dtype)
         self.head = load_head(head, file).to(device)
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.device, self.dtype = device, dtype
 
     def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         pixels = normalise(resize_and_crop(images.to(self.device), self.size, round_margins=True)).to(self.dtype)

@@ -30,30 +30,24 @@ HEAD = Published(
     size=3_714_759,
 )
 FILES = (CONFIG, WEIGHTS, HEAD)
+VISION = ("vision_model.", "visual_projection.")  # tensors of the image encoder
 
 
 class LAIONAesthetic(NetworkReward):
     """r = head(f / ‖f‖), with f the image embedding of CLIP ViT-L/14; about 1 to 10. The prompt is not used.
 
-    Arguments and errors are those of `NetworkReward`; `dtype` is the data type of CLIP, and the head is float32. The
-    folder holds config.json, model.safetensors (1.7 GB) and aesthetic-model.pth.
+    See `NetworkReward`; the head is float32, and the folder holds config.json, model.safetensors (1.7 GB) and
+    aesthetic-model.pth.
     """
 
-    def __init__(
-        self, folder: str | Path | None, device: torch.device, dtype: torch.dtype, batch_size: int = 16
-    ) -> None:
+    def __init__(self, folder: str | Path | None, device: torch.device, dtype: torch.dtype) -> None:
         config_file, weights, head = find_files(FILES, folder, "laion_aesthetic")
-        config = read_config(config_file, CLIPConfig).vision_config
-        self.clip = load_model(
-            CLIPVisionModelWithProjection,
-            config,
-            load_state(weights),
-            weights,
-            ignored_prefixes=("text_model.", "text_projection.", "logit_scale"),
-        )
+        config = read_config(config_file, CLIPConfig.from_dict).vision_config
+        vision = {name: tensor for name, tensor in load_state(weights).items() if name.startswith(VISION)}
+        self.clip = load_model(CLIPVisionModelWithProjection, config, vision, weights)
         self.clip.requires_grad_(False).eval().to(device, dtype)
         self.head = load_head(load_state(head), head).to(device)
-        self.size, self.batch_size = config.image_size, batch_size
+        self.size = config.image_size
 
     def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         clip = self.clip

@@ -1,8 +1,7 @@
 """Rewards computed by networks: scoring in batches, and loading networks from published files."""
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +21,12 @@ class NetworkReward(ABC):
     If no gradient is required, images are scored in batches of `batch_size`, so that memory does not grow with the
     number of images. Otherwise all images are scored in one forward.
 
-    Rewards with published weights (`pickscore`, `hpsv2`, `ImageReward`, `LAIONAesthetic`) share these arguments:
-
-    Args:
-        folder: Folder with the published files; by default they are downloaded from the hub.
-        device: Device of the networks.
-        dtype: Data type of the networks. Scores are float32.
-        batch_size: Maximum number of images per forward if no gradient is required.
-
-    Raises:
-        ValueError: If a file is missing and cannot be downloaded, or differs from what was published.
+    Rewards with published weights are loaded from a folder with the published files, or from the hub if it is None;
+    `dtype` is that of the networks, and scores are float32. If a file is missing and cannot be downloaded, or differs
+    from what was published, ValueError is raised.
     """
 
-    batch_size: int
+    batch_size = 16
 
     def __call__(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         if images.requires_grad and torch.is_grad_enabled():
@@ -51,19 +43,10 @@ class NetworkReward(ABC):
         """Score images and their prompts in one forward."""
 
 
-def read_published_json(file: Path) -> dict[str, Any]:
-    """Read a published JSON file that holds an object, or raise ValueError."""
+def read_config(file: Path, create: Callable[[dict[str, Any]], Any]) -> Any:
+    """Create a configuration from the object in a published JSON file, or raise ValueError."""
     try:
-        return read_json(file, "a published configuration")
-    except ValueError as error:
-        raise ValueError(f"{error}; delete it and download it again") from error
-
-
-def read_config(file: Path, config_class: Any) -> Any:
-    """Read a transformers configuration of this class from a published file, or raise ValueError."""
-    values = read_published_json(file)
-    try:
-        return config_class.from_dict(values)
+        return create(read_json(file, "a published configuration"))
     except Exception as error:  # transformers raises many types of exception
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{file} is not a configuration ({reason}); delete it and download it again") from error
@@ -85,32 +68,17 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
 
 
-def load_model(
-    model_class: Any,
-    config: Any,
-    state: dict[str, Tensor],
-    file: Path,
-    *,
-    ignored_prefixes: tuple[str, ...] = (),
-    **options: Any,
-) -> Any:
+def load_model(model_class: Any, config: Any, state: dict[str, Tensor], file: Path, **options: Any) -> Any:
     """Create a transformers model with exactly the weights of `state`, in float32 on the CPU.
 
-    Tensors whose names start with one of `ignored_prefixes` are not loaded. `options` are for `from_pretrained`.
-
-    Raises:
-        ValueError: If a tensor is missing, unexpected, or has another shape. The message names it and `file`.
+    `options` are further arguments of `from_pretrained`. If a tensor is missing, unexpected, or has another shape, a
+    ValueError names it and `file`.
     """
-    loaded = {
-        name: tensor
-        for name, tensor in state.items()
-        # `position_ids` is a buffer that files of older versions hold and that is computed today.
-        if not name.endswith("position_ids") and not name.startswith(ignored_prefixes)
-    }
     model, report = model_class.from_pretrained(
         None,
         config=config,
-        state_dict=loaded,
+        # `position_ids` is a buffer that files of older versions hold and that is computed today.
+        state_dict={name: tensor for name, tensor in state.items() if not name.endswith("position_ids")},
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         dtype=torch.float32,
@@ -126,16 +94,16 @@ def load_model(
 def load_head(state: Mapping[str, Tensor], file: Path) -> nn.Sequential:
     """Create the head of ImageReward or of the aesthetic predictor: five linear layers without nonlinearities.
 
-    Raises:
-        ValueError: If `state` holds other tensors, or their shapes do not match. The message names `file`.
+    If `state` holds other tensors, or their shapes do not match, a ValueError names `file`.
     """
     try:
-        shapes = [state[f"layers.{index}.weight"].shape for index in HEAD_LAYERS]
-        layers = {str(index): nn.Linear(*reversed(shape)) for index, shape in zip(HEAD_LAYERS, shapes, strict=True)}
-        head = nn.Sequential(OrderedDict(layers))
+        head = nn.Sequential()
+        for index in HEAD_LAYERS:
+            rows, columns = state[f"layers.{index}.weight"].shape
+            head.add_module(str(index), nn.Linear(columns, rows))
         head.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in state.items()})
-        head(torch.zeros(1, shapes[0][1]))  # the number of columns of each layer is that of rows of the one before
-    except (KeyError, TypeError, RuntimeError) as error:
+        head(torch.zeros(1, head[0].in_features))  # each layer takes what the one before it returns
+    except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file}: the head does not have the published layout: {reason}") from error
     return head.requires_grad_(False).eval()

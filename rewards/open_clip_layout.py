@@ -1,6 +1,7 @@
 """Conversion of open_clip checkpoints to the CLIP model of transformers."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import CLIPConfig
@@ -34,12 +35,8 @@ TRANSPOSED = ("visual.proj", "text_projection")  # matrices that open_clip store
 def from_open_clip(state: dict[str, Tensor], file: Path) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """Convert the state dict of a ViT CLIP model from open_clip to transformers.
 
-    Returns:
-        The configuration, derived from the shapes of the tensors, and the state dict in float32, with tensors of other
-        layouts under their own names.
-
-    Raises:
-        ValueError: If `state` lacks a tensor that the configuration is derived from. The message names it and `file`.
+    The configuration is derived from the shapes of the tensors; if one that it needs is missing, a ValueError names it
+    and `file`. Tensors are float32, and those of other layouts keep their names.
     """
     converted: dict[str, Tensor] = {}
     for original, stored in state.items():
@@ -62,30 +59,21 @@ def _config(state: dict[str, Tensor]) -> CLIPConfig:
     conv, positions = state["visual.conv1.weight"], state["visual.positional_embedding"]
     width, patch = conv.shape[0], conv.shape[-1]
     vocabulary, text_width = state["token_embedding.weight"].shape
-    projection = state["text_projection"].shape[1]
-    return CLIPConfig(
-        vision_config=dict(
-            hidden_size=width,
-            intermediate_size=state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=count_layers(state, "visual.transformer.resblocks."),
-            num_attention_heads=width // (80 if width % 80 == 0 else 64),  # ViT-H has heads of width 80
-            image_size=patch * round((len(positions) - 1) ** 0.5),
-            patch_size=patch,
-            hidden_act="gelu",
-            projection_dim=projection,
-        ),
-        text_config=dict(
-            vocab_size=vocabulary,
-            hidden_size=text_width,
-            intermediate_size=state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
-            num_hidden_layers=count_layers(state, "transformer.resblocks."),
-            num_attention_heads=text_width // 64,
-            max_position_embeddings=len(state["positional_embedding"]),
-            hidden_act="gelu",
-            projection_dim=projection,
-            bos_token_id=vocabulary - 2,
-            eos_token_id=vocabulary - 1,
-            pad_token_id=vocabulary - 1,
-        ),
-        projection_dim=projection,
+    vision = _encoder(state, "visual.", width, 80 if width % 80 == 0 else 64)  # ViT-H has heads of width 80
+    vision |= dict(image_size=patch * round((len(positions) - 1) ** 0.5), patch_size=patch)
+    text = _encoder(state, "", text_width, 64)
+    text |= dict(vocab_size=vocabulary, max_position_embeddings=len(state["positional_embedding"]))
+    text |= dict(bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+    return CLIPConfig(vision_config=vision, text_config=text, projection_dim=vision["projection_dim"])
+
+
+def _encoder(state: dict[str, Tensor], prefix: str, width: int, head_width: int) -> dict[str, Any]:
+    blocks = f"{prefix}transformer.resblocks."
+    return dict(
+        hidden_size=width,
+        intermediate_size=len(state[f"{blocks}0.mlp.c_fc.weight"]),
+        num_hidden_layers=count_layers(state, blocks),
+        num_attention_heads=width // head_width,
+        hidden_act="gelu",
+        projection_dim=state["text_projection"].shape[1],
     )

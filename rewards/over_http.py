@@ -65,9 +65,7 @@ class HTTPReward(RemoteReward):
 
     The token is sent to this address only: redirects are not followed, and no proxy is used for the local machine.
 
-    Args:
-        settings: Address of the server, token, and batch size.
-        folder: Folder that the path of the token file is relative to.
+    The path of the token file is relative to the folder.
 
     Raises:
         ValueError: If the address is invalid, or the token file is missing or invalid.

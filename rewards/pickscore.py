@@ -24,19 +24,18 @@ WEIGHTS = replace(
 FILES = (CONFIG, WEIGHTS, TOKENIZER)
 
 
-def pickscore(folder: str | Path | None, device: torch.device, dtype: torch.dtype, batch_size: int = 16) -> CLIPReward:
+def pickscore(folder: str | Path | None, device: torch.device, dtype: torch.dtype) -> CLIPReward:
     """r = exp(logit scale) · cos(image, prompt), with a CLIP ViT-H/14 trained on human preferences; about 15 to 25.
 
-    Arguments and errors are those of `NetworkReward`. The folder holds config.json, model.safetensors (3.9 GB) and
-    tokenizer.json.
+    See `NetworkReward`; the folder holds config.json, model.safetensors (3.9 GB) and tokenizer.json.
     """
     config_file, weights, tokenizer = find_files(FILES, folder, "pickscore")
-    config = read_config(config_file, CLIPConfig)
+    config = read_config(config_file, CLIPConfig.from_dict)
     model = load_model(CLIPModel, config, load_state(weights), weights)
     # Computed before the model is converted: rounding the logit scale to bfloat16 changes it by up to 1 %.
     factor = model.logit_scale.exp().item()
     tokenize = load_clip_tokenizer(tokenizer, config.text_config.max_position_embeddings)
-    return CLIPReward(model.to(device, dtype), tokenize, resize_and_crop, factor=factor, batch_size=batch_size)
+    return CLIPReward(model.to(device, dtype), tokenize, resize_and_crop, factor=factor)
 
 
 PICKSCORE = NamedReward(

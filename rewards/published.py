@@ -36,16 +36,11 @@ class Published:
 def find_files(files: Sequence[Published], folder: str | Path | None, reward: str) -> list[Path]:
     """Find published files, in their order, in a folder of the user, or in the hub's cache if `folder` is None.
 
-    Files that are missing in the cache are downloaded, and those of the cache are verified against the published hash.
-
-    Args:
-        files: The files to find.
-        folder: Folder of the user, whose files are not verified.
-        reward: Name of the reward in error messages.
+    Files that the cache lacks are downloaded, and those of the cache are verified against the published hash.
 
     Raises:
         ValueError: If a file is missing and cannot be downloaded, or if its hash differs from the published one. The
-            message gives the commands or the address to download the file.
+            message gives the commands or the address to download the file, for the reward of this name.
     """
     if folder is not None:
         return [_find_in_folder(file, Path(folder)) for file in files]
@@ -61,8 +56,7 @@ def load_state(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about pickle protocols that are refused below
+            with warnings.catch_warnings(action="ignore"):  # about pickle protocols, which are refused
                 state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # corrupt files raise many types of exception
         reason = " ".join(str(error).split())[:160]

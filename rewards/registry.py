@@ -99,18 +99,14 @@ def _summands(name: str) -> list[RewardName]:
 
 
 def is_catalogued(name: str) -> bool:
-    """Whether a reward, or every term of a sum, is in the catalogue: it runs no other code and asks no server.
-
-    A set from elsewhere may name any reward; this finds those that are safe to load.
-    """
+    """Whether a reward, or every term of a sum, is in the catalogue, and so runs no other code and asks no server."""
     return all(part.kind == "catalogue" and part.head in REWARDS for part in _summands(name))
 
 
 def local_parts(name: str) -> list[tuple[str, str]]:
-    """The parts of a reward, terms of a sum included, that only its author has.
+    """The parts of a reward, terms of a sum included, that only its author has: local files and folders, and servers.
 
-    Returns:
-        The name of each, and what it is: a local file, a local folder, or a server.
+    The name of each, and which of these it is.
     """
     what = {"server": "a server", "function": "a local file", "file": "a local file", "catalogue": "a local folder"}
     return [

@@ -78,9 +78,8 @@ def parse_reward(text: str) -> RewardName:
 def parse_terms(text: str) -> tuple[Term, ...]:
     """`0.5*compressibility/0.2 + 0.5*clip_score/6` → its terms, with weights normalised to sum 1.
 
-    Raises:
-        ValueError: for anything else, a negative weight, weights that sum to 0, a scale that is not positive, or a
-            reward that is named twice.
+    Anything else, a negative weight, weights that sum to 0, a scale that is not positive, or a reward that is named
+    twice raises ValueError.
     """
     expected = "expected WEIGHT*REWARD/SCALE + WEIGHT*REWARD/SCALE, such as 0.5*compressibility/0.2 + 0.5*clip_score/6"
     terms = []

@@ -25,11 +25,9 @@ def paired_interval(
 ) -> Interval:
     """Return the mean of score - baseline over pairs of the same prompt and seed, with a 95 % confidence interval.
 
-    The interval is a percentile bootstrap with 10,000 resamples (`scipy.stats.bootstrap`). Prompts are resampled
-    instead of pairs, because images of one prompt are not independent. All sequences have one element per image.
-
-    Raises:
-        ValueError: If the lengths differ, or there are fewer than two distinct prompts.
+    The interval is a percentile bootstrap with 10,000 resamples (`scipy.stats.bootstrap`) of prompts, because images of
+    one prompt are not independent. The sequences have one element per image; if their lengths differ, or there are
+    fewer than two distinct prompts, ValueError is raised.
     """
     if not len(scores) == len(baseline) == len(prompts):
         raise ValueError(

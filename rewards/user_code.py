@@ -2,10 +2,9 @@
 
 The folder of a file becomes a package below this module, `stepfuse.rewards.user_code.FOLDER`, where FOLDER is the
 folder's path in base 32. Modules of the folder import each other by their plain names, as scripts of one folder do,
-both while they are loaded and later within functions. Other code in the process does not see these names: a file
-`data.py` or `datasets.py` beside a reward does not replace a module of a library, and two folders may each hold a
-`helper.py`. The package and its modules can be imported by their full names in every process that has stepfuse, so
-objects they define can be pickled and sent to other processes.
+while they are loaded and later within functions. Other code does not see these names: a file `data.py` beside a reward
+does not replace a module of a library, and two folders may each hold a `helper.py`. The package and its modules can be
+imported by their full names in every process that has stepfuse, so objects they define can be pickled.
 """
 
 import base64
@@ -16,7 +15,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,10 +33,6 @@ def load_function(file: str, function: str) -> Callable[..., Any]:
     """Load a function, or another callable, from a Python file.
 
     The file is executed once per process, and again if it has changed.
-
-    Args:
-        file: Path of the file.
-        function: Name of the function.
 
     Raises:
         ValueError: If the file is missing, it raises an exception (the message names the line), or it has no such
@@ -77,11 +72,9 @@ def _load(path: Path) -> ModuleType:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
         _forget(package, kept=before)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-        if isinstance(error, SyntaxError):
-            reason = f"{type(error).__name__}: {error.msg}"
-        line = user_line(error)
-        raise ValueError(f"{file_name(path)} cannot be imported: {f'{line}: ' if line else ''}{reason}") from error
+        text = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
+        parts = [user_line(error), type(error).__name__, text]
+        raise ValueError(f"{file_name(path)} cannot be imported: {': '.join(filter(None, parts))}") from error
     _loaded[name] = state
     return module
 
@@ -128,13 +121,8 @@ def _importer(encoded: str) -> Callable[..., ModuleType]:
     """Return the function `__import__` for the modules of a folder."""
     package, folder = f"{PREFIX}{encoded}", _decode(encoded)
 
-    def import_module(
-        name: str,
-        globals: Mapping[str, Any] | None = None,
-        locals: Mapping[str, Any] | None = None,
-        fromlist: Sequence[str] | None = (),
-        level: int = 0,
-    ) -> ModuleType:
+    # The signature of `__import__`.
+    def import_module(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
         top = name.partition(".")[0]
         if level or not _is_in_folder(top, folder):
             return builtins.__import__(name, globals, locals, fromlist or (), level)
@@ -164,9 +152,7 @@ class _Finder:
     """Find the packages of folders and their modules by their full names."""
 
     @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if not name.startswith(PREFIX):
             return None
         folder, _, module = name.removeprefix(PREFIX).partition(".")

@@ -55,8 +55,7 @@ class Weighted:
     def fit(self, columns: Float[Tensor, "images terms"], shaping: Shaping) -> tuple[str, Shaping]:
         """The sum with σ_i the standard deviation of r_i over images, given `terms_of` them, and the shaping as it is.
 
-        Raises:
-            ValueError: for a term that has a scale already, or has the same reward for all images.
+        A term that has a scale already, or the same reward for all images, raises ValueError.
         """
         self.check_fit()
         fitted = []

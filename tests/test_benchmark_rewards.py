@@ -33,7 +33,7 @@ def originals(monkeypatch):
         made.append(Original(folder))
         return made[-1]
 
-    def ours(folder, device, dtype, batch_size):
+    def ours(folder, device, dtype):
         scale = torch.load(folder / "weights.pt")
         layer = torch.nn.Linear(2, 3, bias=False)
 

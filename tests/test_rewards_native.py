@@ -15,10 +15,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-from stepfuse.rewards.hpsv2 import clean_prompt, hpsv2
-from stepfuse.rewards.image_reward import ImageReward, load_tokenizer
-from stepfuse.rewards.laion_aesthetic import LAIONAesthetic
-from stepfuse.rewards.pickscore import pickscore
+from stepfuse.rewards.hpsv2 import clean_prompt
+from stepfuse.rewards.image_reward import load_tokenizer
 from stepfuse.rewards.registry import load_reward
 from tests.fixtures_rewards import (
     photographs,
@@ -121,11 +119,10 @@ def test_versions_of_hpsv2_read_their_own_file(folders):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_do_not_depend_on_the_batch_and_keep_their_order(name, folders):
-    kind = {"image_reward": ImageReward, "pickscore": pickscore, "hpsv2": hpsv2, "laion_aesthetic": LAIONAesthetic}
     (pixels, prompts), *_ = photographs(8)
-    weights = (folders / name, torch.device("cpu"), torch.float32)
-    threes = kind[name](*weights, batch_size=3)(pixels, prompts)
-    one = kind[name](*weights)
+    one = load_reward(f"{name}:{folders / name}")
+    one.batch_size = 3
+    threes = one(pixels, prompts)
     alone = torch.cat([one(image[None], [prompt]) for image, prompt in zip(pixels, prompts, strict=True)])
     torch.testing.assert_close(threes, alone, rtol=0, atol=1e-4)
     assert len(set(threes.tolist())) == 8

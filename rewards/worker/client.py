@@ -55,12 +55,7 @@ class WorkerReward(RemoteReward):
     """A reward that runs in a worker process, started at the first call and stopped with this process.
 
     If the worker dies, exceeds its timeout or sends invalid data, it is restarted once per batch. It also ends if this
-    process is killed.
-
-    Args:
-        settings: What the worker runs.
-        name: Name of the reward in error messages.
-        folder: Folder that the paths in the settings are relative to.
+    process is killed. Paths in the settings are relative to the folder.
 
     Raises:
         ValueError: If the environment cannot be created or the function's file is missing.

@@ -4,9 +4,9 @@ import fcntl
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, CalledProcessError, run
 from typing import IO
 
 from stepfuse.data.file_info import text_hash
@@ -18,11 +18,8 @@ COMPLETE = "stepfuse-complete"
 def environment_folder(requirements: Path, python: str | None = None) -> Path:
     """The folder of the environment of a requirements file, which need not exist yet.
 
-    It is in STEPFUSE_CACHE, by default ~/.cache/stepfuse. Its name contains a hash of the requirements, the version of
-    Python, and the machine's architecture.
-
-    Raises:
-        ValueError: If the requirements file is missing.
+    It is in STEPFUSE_CACHE, by default ~/.cache/stepfuse, and its name contains a hash of the requirements, the version
+    of Python, and the machine's architecture. If the requirements file is missing, ValueError is raised.
     """
     if not requirements.is_file():
         raise ValueError(f"no requirements file {requirements}")
@@ -42,11 +39,8 @@ def environment_python(requirements: Path, python: str | None = None) -> Path:
     """Return the interpreter of the environment of a requirements file, and create the environment if it is missing.
 
     It is created with uv if uv is installed, otherwise with venv and pip. An incomplete environment is created again,
-    and a lock prevents two processes from creating it at the same time.
-
-    Args:
-        requirements: A requirements file of pip.
-        python: Another interpreter: a command such as python3.10, or a version if uv is installed.
+    and a lock prevents two processes from creating it at the same time. `python` is the interpreter: a command such as
+    python3.10, or a version if uv is installed.
 
     Raises:
         ValueError: If the environment cannot be created. The message contains the end of the log.
@@ -86,15 +80,8 @@ def _create(folder: Path, requirements: Path, python: str | None) -> None:
     with open(log, "w+b") as output:
         try:
             for command in commands:
-                subprocess.run(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=variables,
-                    check=True,
-                )
-        except (OSError, subprocess.CalledProcessError) as error:
+                run(command, stdout=output, stderr=STDOUT, stdin=DEVNULL, env=variables, check=True)
+        except (OSError, CalledProcessError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise ValueError(
                 f"cannot create the environment of {requirements}: {error}; {last_lines(output)} (log: {log})"

@@ -27,9 +27,8 @@ def main() -> None:
     """Load the reward and score batches until the socket is closed."""
     descriptor, function, arguments = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     _fork_watchdog(descriptor)
-    messages = _load_file(
-        "stepfuse_worker_messages", os.path.join(os.path.dirname(os.path.abspath(__file__)), "messages.py")
-    )
+    folder = os.path.dirname(os.path.abspath(__file__))
+    messages = _load_file("stepfuse_worker_messages", os.path.join(folder, "messages.py"))
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     try:
@@ -48,10 +47,10 @@ def main() -> None:
             header, arrays = messages.receive(connection)
         except ConnectionError:
             return
-        messages.send(connection, _score(messages, reward, header, arrays))
+        messages.send(connection, messages.encode(*_score(reward, header, arrays)))
 
 
-def _score(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> bytes:
+def _score(reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> "tuple[dict[str, Any], list[Any]]":
     import numpy as np
 
     try:
@@ -60,16 +59,16 @@ def _score(messages: ModuleType, reward: Any, header: "dict[str, Any]", arrays: 
             raise ValueError(f"returned {values.shape} for {len(arrays[0])} images; expected ({len(arrays[0])},)")
     except Exception as error:
         traceback.print_exc()
-        return messages.encode({"kind": "failed", "id": header["id"], "message": _describe(error)})
-    return messages.encode({"kind": "scores", "id": header["id"]}, [values])
+        return {"kind": "failed", "id": header["id"], "message": _describe(error)}, []
+    return {"kind": "scores", "id": header["id"]}, [values]
 
 
 def _fork_watchdog(descriptor: int) -> None:
     """Fork a process that kills this process group when the parent has ended, even by SIGKILL.
 
-    The watchdog detects the end of the parent by the end of standard input. It also checks every second whether the
-    parent exists, because a fork of the parent may keep standard input open. A thread would not do, because extension
-    code can hold the interpreter's lock.
+    It detects the end of the parent by the end of standard input, and checks every second whether the parent exists,
+    because a fork of the parent may keep standard input open. A thread would wait for code that holds the interpreter's
+    lock.
     """
     parent = os.getppid()
     if os.fork():

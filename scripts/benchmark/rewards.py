@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stepfuse.rewards.hpsv2 import hpsv2
 from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import ImageReward
+from stepfuse.rewards.networks import NetworkReward
 from stepfuse.rewards.pickscore import pickscore
 from stepfuse.rewards.protocol import Reward
 from stepfuse.scripts.benchmark import harness, memory
@@ -29,7 +30,7 @@ from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.harness import Method, cell
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
-OURS: dict[str, Callable[..., Reward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
+OURS: dict[str, Callable[..., NetworkReward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIBRARIES = ("torch", "transformers", "stepfuse")
 PromptedBatch = tuple[Tensor, list[str]]
@@ -87,7 +88,8 @@ def _compare(
         return Method(run=partial(score, "original"), warm_up=lambda: worker(*first), close=worker.close)
 
     def ours(dtype: str) -> Method:
-        reward = rewards[dtype] = OURS[name](folder, torch.device("cpu"), DTYPES[dtype], settings.batch_size)
+        reward = rewards[dtype] = OURS[name](folder, torch.device("cpu"), DTYPES[dtype])
+        reward.batch_size = settings.batch_size
         return Method(run=partial(score, dtype), warm_up=lambda: reward(*first))
 
     def products(dtype: str) -> Method:
