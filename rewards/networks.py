@@ -102,7 +102,7 @@ def load_head(state: Mapping[str, Tensor], file: Path) -> nn.Sequential:
             rows, columns = state[f"layers.{index}.weight"].shape
             head.add_module(str(index), nn.Linear(columns, rows))
         head.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in state.items()})
-        head(torch.zeros(1, head[0].in_features))  # each layer takes what the one before it returns
+        head(torch.zeros(1, state["layers.0.weight"].shape[1]))  # each layer takes what the one before it returns
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file}: the head does not have the published layout: {reason}") from error

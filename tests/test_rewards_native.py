@@ -255,6 +255,24 @@ def test_a_corrupt_checkpoint_is_refused_by_name(name, how, tmp_path, monkeypatc
     assert not (tmp_path / "bomb-went-off").exists()
 
 
+@pytest.mark.parametrize("how", ["missing", "superfluous", "bias", "width"])
+def test_a_head_of_another_layout_is_refused_by_name(how, folders, tmp_path):
+    state = torch.load(folders / "laion_aesthetic" / "aesthetic-model.pth")
+    if how == "missing":
+        del state["layers.4.weight"]
+    elif how == "superfluous":
+        state["layers.8.weight"] = torch.zeros(1, 1)
+    elif how == "bias":
+        state["layers.2.bias"] = torch.zeros(7)
+    else:  # of the third layer, which no longer fits the second
+        state["layers.4.weight"] = torch.zeros(64, 7)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(folders / "laion_aesthetic" / file)
+    torch.save(state, tmp_path / "aesthetic-model.pth")
+    with refused("aesthetic-model.pth", "head"):
+        load_reward(f"laion_aesthetic:{tmp_path}")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_a_folder_lacks_is_named_with_its_address(name, tmp_path):
     with refused(str(tmp_path), "https://huggingface.co/", "/resolve/"):
