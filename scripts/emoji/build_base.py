@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.data import emoji
 from stepfuse.data.text_files import write_text
-from stepfuse.scripts.emoji.fit import STAGES, averaged
+from stepfuse.scripts.emoji.fit import STAGES, load_average
 from stepfuse.scripts.emoji.images import read_package
-from stepfuse.scripts.emoji.models import build_tokenizer, new_scheduler, new_text_encoder, new_unet
-from stepfuse.scripts.emoji.stages import load_clip, load_vae, train_clip, train_unet, train_vae
+from stepfuse.scripts.emoji.models import build_tokenizer, new_clip, new_denoiser, new_scheduler
+from stepfuse.scripts.emoji.stages import load_vae, train_clip, train_unet, train_vae
 
 
 def main() -> None:
@@ -48,17 +48,13 @@ def main() -> None:
 def export(folder: Path, package: str, seed: int) -> None:
     """Write pipeline and CLIP in float16 to `data/emoji-base`, and the facts of their model cards to the folder."""
     tokenizer = build_tokenizer(folder)
-    vae, unet, text_encoder = load_vae(folder), new_unet(), new_text_encoder(tokenizer)
-    weights = averaged(folder, "unet")
-    unet.load_state_dict(weights["unet"])
-    text_encoder.load_state_dict(weights["text_encoder"])
+    vae, denoiser = load_vae(folder), load_average("unet", new_denoiser(tokenizer), folder)
     latents = torch.load(folder / "latents.pt", weights_only=True)["latents"]
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 4))
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        **denoiser,
         tokenizer=tokenizer,
-        unet=unet,
         scheduler=new_scheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -66,13 +62,12 @@ def export(folder: Path, package: str, seed: int) -> None:
     )
     pipeline.to(torch.float16).save_pretrained(emoji.PIPELINE)
     prefix_text_encoder(emoji.PIPELINE / "text_encoder" / "model.safetensors")
-    clip = load_clip(folder).half()
-    clip.save_pretrained(emoji.CLIP)
+    load_average("clip", new_clip(tokenizer), folder).half().save_pretrained(emoji.CLIP)
     tokenizer.save_pretrained(emoji.CLIP)
     stages = {}
     for name, stage in STAGES.items():
         saved = torch.load(folder / f"{name}.pt", weights_only=True)
-        parameters = sum(v.numel() for module in saved["average"].values() for v in module.values())
+        parameters = sum(value.numel() for value in saved["average"].values())
         stages[name] = asdict(stage) | {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
     facts = {"package": package, "seed": seed, "torch": torch.__version__, "stages": stages}
     write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")

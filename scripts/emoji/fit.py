@@ -4,10 +4,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,31 +29,26 @@ STAGES = {
 
 def fit(
     name: str,
-    modules: dict[str, torch.nn.Module],
+    model: nn.Module,
     loss: Callable[[torch.Generator], Tensor],
     *,
     folder: Path,
     steps: int,
     seed: int,
     ema_decay: float = 0.998,
-) -> dict[str, dict[str, Tensor]]:
+) -> None:
     """AdamW with warm-up, a constant rate, linear decay over the last quarter, and an exponential average of weights.
 
     A checkpoint is written every 200 steps.
-
-    Returns:
-        The averaged state dict of each module.
     """
     learning_rate = STAGES[name].learning_rate
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    average = {key: {k: v.clone() for k, v in m.state_dict().items()} for key, m in modules.items()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    average = {key: value.clone() for key, value in model.state_dict().items()}
     start, seconds = 0, 0.0
     file = folder / f"{name}.pt"
     if file.exists():
         saved = torch.load(file, weights_only=True)
-        for key, module in modules.items():
-            module.load_state_dict(saved["modules"][key])
+        model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         average, start, seconds = saved["average"], saved["step"], saved["seconds"]
     begun, running = time.monotonic() - seconds, 0.0
@@ -63,30 +61,26 @@ def fit(
             group["lr"] = learning_rate * rate
         value = loss(generator)
         value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         decay = min(ema_decay, (step + 1) / (step + 10))
-        for key, module in modules.items():
-            for k, v in module.state_dict().items():
-                if v.is_floating_point():
-                    average[key][k].lerp_(v, 1 - decay)
+        for key, weight in model.state_dict().items():
+            if weight.is_floating_point():
+                average[key].lerp_(weight, 1 - decay)
         running = 0.98 * running + 0.02 * value.item()
         bar.set_postfix(loss=f"{running / (1 - 0.98 ** (step - start + 1)):.4f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {key: module.state_dict() for key, module in modules.items()}
-            seconds = time.monotonic() - begun
-            torch.save(
-                {"modules": state, "optimizer": optimizer.state_dict(), "average": average}
-                | {"step": step + 1, "seconds": seconds},
-                file.with_suffix(".tmp"),
-            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            state |= {"step": step + 1, "seconds": time.monotonic() - begun}
+            torch.save(state, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
-    return average
 
 
-def averaged(folder: Path, name: str) -> dict[str, dict[str, Tensor]]:
-    return torch.load(folder / f"{name}.pt", weights_only=True)["average"]
+def load_average(name: str, model: M, folder: Path) -> M:
+    """Give a model the averaged weights of its stage, and freeze it."""
+    model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["average"])
+    return model.eval().requires_grad_(False)
 
 
 def autocast() -> torch.autocast:

@@ -113,14 +113,12 @@ Rebuilt by `python -m stepfuse.scripts.emoji.build_base` and measured by
 Limits: 64 pixels, {len(emoji.concepts())} concepts, twelve grounds. It is made to be small and quick, for tests,
 demos and benchmarks; it draws nothing else.
 """
-    head = "---\nlicense: apache-2.0\nlibrary_name: {}\npipeline_tag: {}\n---\n\n# {}\n"
-    write_text(
-        emoji.PIPELINE / "README.md", head.format("diffusers", "text-to-image", "The stepfuse emoji base") + body
-    )
-    write_text(
-        emoji.CLIP / "README.md",
-        head.format("transformers", "zero-shot-image-classification", "The stepfuse emoji CLIP") + body,
-    )
+    head = "---\nlicense: apache-2.0\nlibrary_name: {}\npipeline_tag: {}\n---\n\n# The stepfuse emoji {}\n"
+    for folder, facts in (
+        (emoji.PIPELINE, ("diffusers", "text-to-image", "base")),
+        (emoji.CLIP, ("transformers", "zero-shot-image-classification", "CLIP")),
+    ):
+        write_text(folder / "README.md", head.format(*facts) + body)
 
 
 if __name__ == "__main__":

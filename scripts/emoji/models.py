@@ -5,7 +5,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
@@ -13,6 +13,7 @@ from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 
 MAX_TOKENS = 16
 LATENT_CHANNELS = 4
+WIDTHS = dict(hidden_size=192, intermediate_size=768, num_attention_heads=3)  # of every transformer
 
 
 def new_vae() -> AutoencoderTiny:
@@ -58,11 +59,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 def text_settings(tokenizer: CLIPTokenizer) -> dict:
     return dict(
+        **WIDTHS,
         vocab_size=len(tokenizer),
-        hidden_size=192,
-        intermediate_size=768,
         num_hidden_layers=2,
-        num_attention_heads=3,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -71,14 +70,7 @@ def text_settings(tokenizer: CLIPTokenizer) -> dict:
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    vision = dict(
-        hidden_size=192,
-        intermediate_size=768,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        image_size=emoji.RESOLUTION,
-        patch_size=8,
-    )
+    vision = dict(**WIDTHS, num_hidden_layers=5, image_size=emoji.RESOLUTION, patch_size=8)
     return CLIPModel(CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=128))
 
 
@@ -99,6 +91,11 @@ def new_unet() -> UNet2DConditionModel:
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer), projection_dim=128))
+
+
+def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """What one stage trains together: `unet` and `text_encoder`."""
+    return nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
 
 
 def new_scheduler() -> DDIMScheduler:

@@ -8,29 +8,20 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import CLIPModel
 
 from stepfuse.data import emoji
 from stepfuse.data.images import to_pixels
 from stepfuse.rewards.pixels import normalise
-from stepfuse.scripts.emoji.fit import STAGES, autocast, averaged, fit
+from stepfuse.scripts.emoji import models
+from stepfuse.scripts.emoji.fit import STAGES, autocast, fit, load_average
 from stepfuse.scripts.emoji.images import draw_batch, render
-from stepfuse.scripts.emoji.models import (
-    build_tokenizer,
-    new_clip,
-    new_scheduler,
-    new_text_encoder,
-    new_unet,
-    new_vae,
-    tokenize,
-)
 
 RENDERS_PER_PROMPT = 14
 
 
 def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
     """L1 on pixels and on differences of neighbours, with noise on the unit-variance latents for a smooth decoder."""
-    vae = new_vae()
+    vae = models.new_vae()
 
     def loss(generator: torch.Generator) -> Tensor:
         _, x = draw_batch(pictures, STAGES["vae"].batch_size, generator)
@@ -41,13 +32,11 @@ def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: 
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
         return (y - x).abs().mean() + 0.5 * (y - x).square().mean() + edges + 0.05 * spread
 
-    fit("vae", {"vae": vae}, loss, folder=folder, steps=steps, seed=seed)
+    fit("vae", vae, loss, folder=folder, steps=steps, seed=seed)
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:
-    vae = new_vae().eval()
-    vae.load_state_dict(averaged(folder, "vae")["vae"])
-    return vae.requires_grad_(False)
+    return load_average("vae", models.new_vae(), folder)
 
 
 def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
@@ -55,8 +44,8 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
 
     Captions of both splits are used: the reward must know all of them.
     """
-    tokenizer, vae = build_tokenizer(folder), load_vae(folder)
-    clip = new_clip(tokenizer)
+    tokenizer, vae = models.build_tokenizer(folder), load_vae(folder)
+    clip = models.new_clip(tokenizer)
     size = STAGES["clip"].batch_size
     split = ((size - size // 6, False), (size // 6, True))  # as many held-out captions as there are
 
@@ -69,7 +58,7 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
             level = 0.5 * torch.rand(len(z), 1, 1, 1, generator=generator)
             x[::3] = vae.decode(z + level * torch.randn(z.shape, generator=generator)).sample.float()
         x = (x.clamp(-1, 1) + 1) / 2
-        ids = tokenize(tokenizer, captions)
+        ids = models.tokenize(tokenizer, captions)
         with autocast():
             output = clip(input_ids=ids, attention_mask=None, pixel_values=normalise(x))
         logits = output.logits_per_image.float()
@@ -78,13 +67,7 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
         target = same / same.sum(1, keepdim=True)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
-    fit("clip", {"clip": clip}, loss, folder=folder, steps=steps, seed=seed + 1)
-
-
-def load_clip(folder: Path) -> CLIPModel:
-    clip = new_clip(build_tokenizer(folder)).eval()
-    clip.load_state_dict(averaged(folder, "clip")["clip"])
-    return clip.requires_grad_(False)
+    fit("clip", clip, loss, folder=folder, steps=steps, seed=seed + 1)
 
 
 def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tuple[Tensor, Tensor]:
@@ -95,14 +78,10 @@ def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tu
         pool = [prompt for prompt in emoji.prompts() if not prompt.held_out]
         latents, labels = [], []
         for index, prompt in enumerate(tqdm(pool, desc="latents", mininterval=20)):
-            pixels = torch.stack(
-                [
-                    to_pixels(render(pictures[prompt.concept], prompt.background, generator))
-                    for _ in range(RENDERS_PER_PROMPT)
-                ]
-            )
+            picture = pictures[prompt.concept]
+            renders = [to_pixels(render(picture, prompt.background, generator)) for _ in range(RENDERS_PER_PROMPT)]
             with torch.no_grad(), autocast():
-                latents.append(vae.encode(pixels * 2 - 1).latents.half())
+                latents.append(vae.encode(torch.stack(renders) * 2 - 1).latents.half())
             labels += [index] * RENDERS_PER_PROMPT
         torch.save({"latents": torch.cat(latents), "labels": torch.tensor(labels)}, file)
     saved = torch.load(file, weights_only=True)
@@ -114,11 +93,11 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
 
     Times are drawn logit-normally (arXiv:2403.03206): the middle of the path decides on shapes.
     """
-    tokenizer, scheduler = build_tokenizer(folder), new_scheduler()
+    tokenizer, scheduler = models.build_tokenizer(folder), models.new_scheduler()
     latents, labels = latent_bank(pictures, folder, seed)
     scale = 1 / latents.float().std()
-    ids = tokenize(tokenizer, [p.caption for p in emoji.prompts() if not p.held_out] + [""])
-    unet, text_encoder = new_unet(), new_text_encoder(tokenizer)
+    ids = models.tokenize(tokenizer, [p.caption for p in emoji.prompts() if not p.held_out] + [""])
+    model = models.new_denoiser(tokenizer)
     size = STAGES["unet"].batch_size
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -129,9 +108,8 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
         t = (1000 * torch.sigmoid(0.3 + torch.randn(size, generator=generator))).long().clamp(max=999)
         x_t = scheduler.add_noise(x_0, noise, t)
         with autocast():
-            states = text_encoder(ids[label]).last_hidden_state
-            v = unet(x_t, t, states).sample.float()
+            states = model["text_encoder"](ids[label]).last_hidden_state
+            v = model["unet"](x_t, t, states).sample.float()
         return functional.mse_loss(v, scheduler.get_velocity(x_0, noise, t))
 
-    modules = {"unet": unet, "text_encoder": text_encoder}
-    fit("unet", modules, loss, folder=folder, steps=steps, seed=seed + 3)
+    fit("unet", model, loss, folder=folder, steps=steps, seed=seed + 3)
