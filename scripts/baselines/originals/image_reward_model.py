@@ -1,9 +1,7 @@
-"""The image-reward package with random weights, scored one image at a time as published."""
+"""The image-reward package with random weights, as published."""
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import torch
 
@@ -29,50 +27,36 @@ MED_CONFIG = {
 }
 
 
-class Original:
-    """Make ImageReward.pt and med_config.json in a folder, load them as the package does, and score with it.
+def load(folder, size, vocabulary):
+    """Make ImageReward.pt and med_config.json, and load them as the package does.
 
     Args:
-        folder: where the published layout goes.
         vocabulary: the file of bert-base-uncased.
-        example: image_reward_original.py of the reward configurations, which does the loading.
-        size: `published`, or `small`: two layers in each encoder.
-        threads: of torch.
     """
+    import image_reward_original  # the shipped worker, which does the loading
+    from ImageReward.ImageReward import ImageReward
+    from ImageReward.models.BLIP import blip_pretrain
+    from ImageReward.models.BLIP.vit import VisionTransformer
+    from preparing import fill  # beside this file, where the worker looks
 
-    def __init__(self, folder: str, vocabulary: str, example: str, size: str, threads: int) -> None:
-        torch.set_num_threads(threads)
-        sys.path.append(str(Path(example).parent))
-        import image_reward_original  # the shipped worker, which does the loading
-        import preparing  # it lies beside this file, where the worker looks last
-
-        image_reward_original.define_operators()
-        from ImageReward.ImageReward import ImageReward
-        from ImageReward.models.BLIP import blip_pretrain
-        from ImageReward.models.BLIP.vit import VisionTransformer
-
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(vocabulary, target / "vocab.txt")
-        med_config = dict(MED_CONFIG)
-        if size == "small":
-            med_config |= {"num_hidden_layers": 2, "intermediate_size": 256}
-            blip_pretrain.create_vit = lambda *_: (
-                VisionTransformer(img_size=224, patch_size=16, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2),
-                128,
-            )
-        (target / "med_config.json").write_text(json.dumps(med_config), encoding="utf-8")
-        tokenizers = blip_pretrain.init_tokenizer.__globals__["BertTokenizer"]
-        published = tokenizers.from_pretrained
-        tokenizers.from_pretrained = lambda name: published(folder)
-        model = ImageReward(str(target / "med_config.json"))
-        tokenizers.from_pretrained = published
-        preparing.fill(model)
-        torch.save(model.state_dict(), target / "ImageReward.pt")
-        del model
-        self.score = image_reward_original.ImageRewardOriginal(
-            str(target / "ImageReward.pt"), med_config=str(target / "med_config.json"), vocabulary=folder
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(vocabulary, folder / "vocab.txt")
+    settings = dict(MED_CONFIG)
+    if size == "small":
+        settings |= {"num_hidden_layers": 2, "intermediate_size": 256}
+        blip_pretrain.create_vit = lambda *_: (
+            VisionTransformer(img_size=224, patch_size=16, embed_dim=128, depth=2, num_heads=2, mlp_ratio=2),
+            128,
         )
-
-    def __call__(self, images, prompts):
-        return self.score(images, prompts)
+    weights, med_config = str(folder / "ImageReward.pt"), str(folder / "med_config.json")
+    (folder / "med_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizers = blip_pretrain.init_tokenizer.__globals__["BertTokenizer"]
+    published = tokenizers.from_pretrained
+    tokenizers.from_pretrained = lambda name: published(str(folder))
+    model = ImageReward(med_config)
+    tokenizers.from_pretrained = published
+    fill(model)
+    torch.save(model.state_dict(), weights)
+    del model
+    model = image_reward_original.ImageRewardOriginal(weights, med_config=med_config, vocabulary=str(folder)).model
+    return lambda image, prompt: model.score(prompt, image)

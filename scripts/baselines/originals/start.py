@@ -26,7 +26,8 @@ def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> W
     """
     python = environment_python(REQUIREMENTS[name])
     example = CONFIGS / "image_reward_original.py"
-    arguments: dict[str, Any] = {"folder": str(folder), "example": str(example), "size": size, "threads": threads}
+    arguments: dict[str, Any] = {"name": name, "folder": str(folder), "example": str(example)}
+    arguments |= {"size": size, "threads": threads}
     if name == "image_reward":
         arguments["vocabulary"] = str(VOCABULARY)
     else:
@@ -35,7 +36,7 @@ def start_original(name: str, folder: Path, *, size: str, threads: int = 1) -> W
             raise ValueError(f"no {MERGES} in {python.parents[1]}; delete that folder, and it is made again")
         write_tokenizer(found[0], folder)
     settings = WorkerSettings(
-        function=f"{name}.py:Original",
+        function="original.py:Original",
         requirements=str(REQUIREMENTS[name]),
         arguments=arguments,
         batch_size=2**20,  # the original scores one image at a time
