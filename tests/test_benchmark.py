@@ -48,14 +48,14 @@ def settings(set_folder):
 
 @pytest.fixture(scope="module")
 def results(settings):
-    return benchmark_sampling(settings, progress=False)
+    return benchmark_sampling(settings)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_a_baseline_predicts_the_average_of_what_each_adapter_predicts(settings, baseline):
     """Ours, one adapter after the other, guided by the adapter itself; peft's mixed batch shares the base's e_u."""
     bench = Bench(settings)
-    names = bench.model.adapters
+    names = bench.adapters
     guidance = "shared" if baseline == "mixed_batch" else "full"
     denoiser = replace(bench.sampler.denoiser, guidance=Guidance(source=guidance, scale=SCALE))
     t = torch.tensor(500)
@@ -68,10 +68,10 @@ def test_a_baseline_predicts_the_average_of_what_each_adapter_predicts(settings,
 
 
 def test_a_set_lends_its_base_and_the_shape_of_its_adapters(set_folder):
-    model = set_model(str(set_folder), 5)
-    assert (model.lora.r, model.lora.target_modules) == (3, {"to_q", "to_k", "to_v", "to_out.0"})
-    assert list(model.pipeline.unet.peft_config) == list(model.adapters)
-    assert len(model.adapters) == 5
+    configs = set_model(str(set_folder), 5).unet.peft_config
+    assert len(configs) == 5
+    for config in configs.values():
+        assert (config.r, config.target_modules) == (3, {"to_q", "to_k", "to_v", "to_out.0"})
 
 
 def test_rows_are_counted_not_said(results):
@@ -95,7 +95,7 @@ def test_rows_are_counted_not_said(results):
 
 
 def test_the_median_lies_within_the_rounds_and_the_reference_is_one(settings):
-    measured = benchmark_sampling(replace(settings, baselines=(), repeats=3), progress=False)
+    measured = benchmark_sampling(replace(settings, baselines=(), repeats=3))
     assert [(row["ratio_min"], row["ratio"], row["ratio_max"]) for row in measured["rows"][:1]] == [(1, 1, 1)]
     assert all(0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in measured["rows"])
     assert torch.__version__ in measured["machine"]
@@ -111,7 +111,7 @@ def test_eight_adapters_weigh_what_their_factors_weigh(settings):
     """peft's own copy of N adapters and the stack of N + 1: 4-byte numbers, rank 3, over the layers' widths."""
     alone = replace(settings, images=1, steps=1, baselines=())
     bench = Bench(replace(alone, adapters=(1,)))
-    layers = [module for name, module in bench.model.pipeline.unet.named_modules() if name.endswith(".base_layer")]
+    layers = [module for name, module in bench.pipeline.unet.named_modules() if name.endswith(".base_layer")]
     factors = 4 * 3 * sum(sum(layer.weight.shape) for layer in layers)
     one, eight = (memory_of(replace(alone, adapters=(n,)), Row("product", n))["weights_mb"] for n in (1, 8))
     assert 1e6 * (eight - one) == pytest.approx(2 * 7 * factors)
@@ -125,7 +125,7 @@ def test_a_baseline_that_copies_the_network_weighs_as_many(settings):
 
 def test_what_does_not_fit_is_left_out_and_said(settings, monkeypatch):
     monkeypatch.setattr("stepfuse.scripts.benchmark.memory.free_memory", lambda device: 2e5)
-    measured = benchmark_sampling(replace(settings, rules=()), progress=False)
+    measured = benchmark_sampling(replace(settings, rules=()))
     assert set(measured["skipped"]) >= {"diffusion_blend, 3 adapters"}
     assert "diffusion_blend, 3 adapters: left out, copies of the network take" in sampling_table(measured)
 
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_left_out_and_said(settings, monkeypatch):
 def test_without_a_checkout_baselines_are_left_out_which_one_line_says(settings, monkeypatch, capsys):
     monkeypatch.setattr(harness, "has_baselines", lambda: False)
     few = replace(settings, rules=(), baselines=("separate", "set_adapters", "mixed_batch"))
-    measured = benchmark_sampling(few, progress=False)
+    measured = benchmark_sampling(few)
     assert [(row["way"], row["adapters"]) for row in measured["rows"]] == [
         (ONE_ADAPTER, 1),
         ("separate", 1),
@@ -142,7 +142,7 @@ def test_without_a_checkout_baselines_are_left_out_which_one_line_says(settings,
     line = (
         "set_adapters, mixed_batch: left out, comparing with other implementations needs a checkout of the repository."
     )
-    assert capsys.readouterr().err == f"{line}\n"
+    assert capsys.readouterr().err.startswith(f"{line}\n")
     assert sampling_table(measured).splitlines()[-1] == line
 
 
@@ -160,13 +160,13 @@ def test_one_adapter_that_does_not_fit_is_an_error_and_other_methods_are_left_ou
 
     device = torch.device("cpu")
     builders = {"a": method("a"), "b": method("b", full=True), "c": method("c")}
-    measured = measure(builders, repeats=2, device=device, progress=False)
+    measured = measure(builders, repeats=2, device=device)
     assert calls == [*"abcab", "close b", *"cac", "close a", "close c"]
     assert {name: len(seconds) for name, seconds in measured.seconds.items()} == {"a": 2, "c": 2}
     assert measured.skipped == {"b": "out of memory"}
     calls.clear()
     with refused("b does not fit in memory; give less"):
-        measure(builders, repeats=2, device=device, progress=False, required=["b"], hint="give less")
+        measure(builders, repeats=2, device=device, required=["b"], hint="give less")
     assert calls[-3:] == ["close a", "close b", "close c"]
 
 
@@ -184,14 +184,14 @@ def test_the_warm_up_may_be_another_run_and_batches_are_counted_in_it():
     method = Method(
         run=lambda: forward(5, True), warm_up=lambda: (forward(3, True), forward(4, False)), networks=[network]
     )
-    measured = measure({"a": lambda: method}, repeats=1, device=torch.device("cpu"), progress=False)
+    measured = measure({"a": lambda: method}, repeats=1, device=torch.device("cpu"))
     assert measured.batch_rows == {"a": (7, 3)}
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
 def test_compiled_methods_run_beside_eager_ones(settings):
     torch.compiler.reset()
-    measured = benchmark_sampling(replace(settings, compile="regional", rules=("product", "soup")), progress=False)
+    measured = benchmark_sampling(replace(settings, compile="regional", rules=("product", "soup")))
     compiled = {row["way"] for row in measured["rows"] if row["compiled"]}
     assert compiled == {ONE_ADAPTER, "product", "soup"}
     assert {row["way"] for row in measured["rows"]} - compiled == {"separate", *BASELINES}
@@ -201,7 +201,7 @@ def test_compiled_methods_run_beside_eager_ones(settings):
 def test_times_are_reported_before_memory_is_measured(settings):
     seen = []
     small = replace(settings, rules=(), baselines=(), memory=True)
-    benchmark_sampling(small, progress=False, report=lambda r: seen.append(r["rows"][0]["peak_memory_mb"]))
+    benchmark_sampling(small, report=lambda r: seen.append(r["rows"][0]["peak_memory_mb"]))
     assert seen[0] is None
     assert seen[1] > 0
 
@@ -234,8 +234,7 @@ def test_conditioning_of_sdxl_has_its_pooled_text_and_sizes():
     with torch.device("meta"):
         unet = UNet2DConditionModel(**ARCHITECTURES["sdxl"])
     unet = SimpleNamespace(config=unet.config, device="cpu", dtype=torch.float32)  # its weights need 10 GB
-    model = SimpleNamespace(pipeline=SimpleNamespace(unet=unet, tokenizer=None))
-    conditioning = random_conditioning(model, 2)
+    conditioning = random_conditioning(SimpleNamespace(unet=unet, tokenizer=None), 2)
     assert {name: value.shape for name, value in conditioning.positive.items()} == {
         "prompt_embeds": (2, 77, 2048),
         "text_embeds": (2, 1280),
@@ -291,10 +290,3 @@ def test_results_that_are_there_are_kept(set_folder, tmp_path):
     with pytest.raises(SystemExit, match="exists"):
         main(["benchmark", str(set_folder), "--output", str(output)])
     assert output.read_text() == "mine"
-
-
-def test_an_architecture_that_is_not_known_is_refused():
-    from stepfuse.scripts.benchmark.models import random_model
-
-    with refused("'sd3'", "sd15, sdxl"):
-        random_model("sd3", 1)

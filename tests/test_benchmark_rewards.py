@@ -7,7 +7,7 @@ from stepfuse.scripts.baselines.originals import start
 from stepfuse.scripts.benchmark import checkout, rewards
 from stepfuse.scripts.benchmark.rewards import benchmark_rewards, parity_table, reward_table
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
-from tests.fixtures_tiny import refused
+from stepfuse.scripts.cli.main import main
 
 
 class Original:
@@ -52,7 +52,7 @@ def originals(monkeypatch):
 def test_each_reward_is_compared_with_its_original_on_the_weights_that_it_wrote(originals):
     seen = []
     settings = RewardBenchmark(rewards=("hpsv2", "pickscore"), count=5, batch_size=2, repeats=3)
-    results = benchmark_rewards(settings, progress=False, report=lambda results: seen.append(len(results["rows"])))
+    results = benchmark_rewards(settings, report=lambda results: seen.append(len(results["rows"])))
     assert seen == [1, 2]
     assert [(original.calls, original.closed) for original in originals] == [([1, *[2, 2, 1] * 3], 1)] * 2
     assert results["gflop_per_second"] == {"float32": 7, "bfloat16": 7}
@@ -70,5 +70,5 @@ def test_each_reward_is_compared_with_its_original_on_the_weights_that_it_wrote(
 def test_rewards_are_compared_in_a_checkout_only(monkeypatch):
     assert checkout.has_baselines()
     monkeypatch.setattr(checkout, "has_baselines", lambda: False)
-    with refused("needs a checkout of the repository"):
-        benchmark_rewards(RewardBenchmark(count=1), progress=False)
+    with pytest.raises(SystemExit, match="needs a checkout of the repository"):
+        main(["benchmark", "rewards"])

@@ -69,7 +69,7 @@ def results(base, settings):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "base_pipeline", lambda settings: base)
         forget_accelerator()
-        return benchmark_training(replace(settings, timestep_fraction=0.4), progress=False)
+        return benchmark_training(replace(settings, timestep_fraction=0.4))
 
 
 def test_rows_through_unets_are_counted_not_said(results):
@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_left_out_and_said(base, settings, monkeypatch):
     monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
     monkeypatch.setattr(memory, "free_memory", lambda device: 1e3)
     monkeypatch.setattr(DDPOPyTorch, "learn", full)
-    measured = benchmark_training(replace(settings, steps=2, repeats=1), progress=False)
+    measured = benchmark_training(replace(settings, steps=2, repeats=1))
     assert [(row["way"], row["ratio"]) for row in measured["rows"]] == [("stepfuse", None)] * 3
     assert measured["skipped"]["ddpo, ddpo-pytorch"] == "out of memory"
     assert "dpo, SPO: left out, copies of the network take 0.0 GB" in training_table(measured)
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_left_out_and_said(base, settings, monkeypatch):
 def test_without_a_checkout_ours_is_measured_alone(base, settings, monkeypatch, capsys):
     monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
     monkeypatch.setattr(harness, "has_baselines", lambda: False)
-    measured = benchmark_training(replace(settings, algorithms=("dpo",), steps=2, repeats=1), progress=False)
+    measured = benchmark_training(replace(settings, algorithms=("dpo",), steps=2, repeats=1))
     assert [(row["way"], row["ratio"]) for row in measured["rows"]] == [("stepfuse", None)]
     assert capsys.readouterr().err.startswith("SPO: left out, comparing")
 
@@ -150,7 +150,7 @@ def test_another_error_is_no_matter_of_memory(base, settings, monkeypatch):
     monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
     monkeypatch.setattr(DDPOPyTorch, "learn", lambda self, samples: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
-        benchmark_training(replace(settings, steps=2, repeats=1), progress=False)
+        benchmark_training(replace(settings, steps=2, repeats=1))
 
 
 def test_rows_are_the_baseline_and_ours_and_what_else_is_asked_for(settings):
@@ -184,7 +184,7 @@ def test_one_image_and_half_precision_can_be_measured(base, settings, monkeypatc
     half = load_pipeline(base.name_or_path, dtype=torch.bfloat16)
     monkeypatch.setattr(training, "base_pipeline", lambda settings: half)
     one = replace(settings, images=1, steps=2, repeats=1, dtype="bfloat16", gradient_checkpointing=True)
-    assert len(benchmark_training(one, progress=False)["rows"]) == 5
+    assert len(benchmark_training(one)["rows"]) == 5
 
 
 def test_memory_is_of_a_process_of_its_own_and_reported_after_the_times(base, settings, monkeypatch):
@@ -192,7 +192,7 @@ def test_memory_is_of_a_process_of_its_own_and_reported_after_the_times(base, se
     monkeypatch.setattr(training, "base_pipeline", lambda settings: base)
     monkeypatch.setattr(training, "rows_of", lambda settings: [Row("ddpo", "ddpo-pytorch")])  # seconds each
     small = replace(settings, images=1, steps=1, repeats=1, memory=True)
-    benchmark_training(small, progress=False, report=lambda r: seen.append(r["rows"][0]["peak_memory_mb"]))
+    benchmark_training(small, report=lambda r: seen.append(r["rows"][0]["peak_memory_mb"]))
     assert seen[0] is None
     assert seen[1] > 50  # MB, of the embedded base: the other process knows no other
 

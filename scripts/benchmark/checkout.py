@@ -11,10 +11,5 @@ def has_baselines() -> bool:
 
 
 def require_checkout() -> None:
-    """Check that the baselines can be imported.
-
-    Raises:
-        ValueError: in an installation from a wheel.
-    """
     if not has_baselines():
         raise ValueError(f"{NEEDS_CHECKOUT}; install stepfuse from one by pip install -e .")

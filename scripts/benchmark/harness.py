@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm import tqdm
 
 from stepfuse.scripts.benchmark.checkout import NEEDS_CHECKOUT, has_baselines
-from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory, release_memory
+from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory
 from stepfuse.scripts.evaluation.costs import machine, now
 
-Columns = list[tuple[str, Callable[[dict[str, Any]], Any]]]  # of a table: the title, and an entry's cell
+Columns = list[tuple[str, Callable[[dict[str, Any]], str]]]  # of a table: the title, and an entry's cell
 Row = TypeVar("Row")  # a row of the results: hashable, and its text is its name
+LIBRARIES = ("torch", "diffusers", "peft", "transformers", "accelerate", "stepfuse")
+LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Method:
 
     run: Callable[[], Any]
     warm_up: Callable[[], Any] | None = None
-    networks: Sequence[nn.Module] = ()
+    networks: Sequence[Any] = ()
     close: Callable[[], None] = lambda: None
 
 
@@ -64,7 +67,6 @@ def measure(
     device: torch.device,
     required: Collection[Row] = (),
     hint: str = "",
-    progress: bool = True,
     title: str = "time",
 ) -> Measured[Row]:
     """Build and warm up each method, then time all of them in alternation, `repeats` rounds.
@@ -94,7 +96,7 @@ def measure(
         measured.seconds[row].append(now(device) - begin)
 
     try:
-        with tqdm(total=(repeats + 1) * len(builders), disable=not progress, desc=title) as bar:
+        with tqdm(total=(repeats + 1) * len(builders), desc=title) as bar:
             for turn in (warm_up, *[time] * repeats):
                 for row in builders:
                     bar.set_postfix_str(str(row))
@@ -105,7 +107,7 @@ def measure(
                         measured.seconds.pop(row, None)
                         if row in methods:
                             methods.pop(row).close()
-                        release_memory(device)
+                        clear_device_cache(garbage_collection=True)
                     bar.update()
     finally:
         for method in methods.values():
@@ -117,17 +119,15 @@ def _run_in_memory(turn: Callable[[Row], None], row: Row) -> str:
     """Take a row's turn; the reason where it does not fit in memory, else nothing."""
     try:
         turn(row)
-    except DoesNotFit as error:
-        return str(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return "out of memory"
+        return str(error) if isinstance(error, DoesNotFit) else "out of memory"
     return ""
 
 
 @contextmanager
-def _counted_rows(networks: Sequence[nn.Module]) -> Iterator[Callable[[], tuple[int, int]]]:
+def _counted_rows(networks: Sequence[Any]) -> Iterator[Callable[[], tuple[int, int]]]:
     """Count the batch entries that go through networks, and those of them whose output has a gradient."""
     total, with_gradient = 0, 0
 
@@ -163,33 +163,29 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def context(device: torch.device, libraries: Sequence[str]) -> dict[str, Any]:
+def context(device: torch.device) -> dict[str, Any]:
     """The machine and the versions that results are of."""
     return {
         "machine": machine(device),
-        "libraries": {name: importlib.metadata.version(name) for name in libraries},
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
     }
 
 
-# Baselines and tables ----------------------------------------------------------------------
-LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
-
-
-def available(rows: Sequence[Row], baselines: Mapping[Row, str]) -> tuple[list[Row], dict[str, str]]:
+def available(rows: Sequence[Any], baselines: Collection[str]) -> tuple[list[Any], dict[str, str]]:
     """The rows that can be measured here, and why baselines cannot, by their names; one line on stderr says so too.
 
     Args:
-        baselines: rows of other implementations, with the implementation's name.
+        baselines: methods that are other implementations.
     """
-    if not baselines or has_baselines():
+    names = ", ".join(dict.fromkeys(row.method for row in rows if row.method in baselines))
+    if not names or has_baselines():
         return list(rows), {}
-    names = ", ".join(dict.fromkeys(baselines.values()))
     print(f"{names}: left out, {NEEDS_CHECKOUT}.", file=sys.stderr)
-    return [row for row in rows if row not in baselines], {names: NEEDS_CHECKOUT}
+    return [row for row in rows if row.method not in baselines], {names: NEEDS_CHECKOUT}
 
 
-def cell(key: str, form: str) -> Callable[[dict[str, Any]], str]:
-    """A cell of a table: a number of a row's entry, or a dash in place of None."""
+def cell(key: str, form: str = "") -> Callable[[dict[str, Any]], str]:
+    """A cell of a table: a value of a row's entry, or a dash in place of None."""
     return lambda entry: "–" if entry[key] is None else format(entry[key], form)
 
 
@@ -203,7 +199,7 @@ def markdown_table(columns: Columns, results: dict[str, Any]) -> str:
     lines = [
         f"| {' | '.join(title for title, _ in columns)} |",
         f"|{'|'.join('---' if title in LEFT_ALIGNED else '--:' for title, _ in columns)}|",
-        *(f"| {' | '.join(str(text(entry)) for _, text in columns)} |" for entry in results["rows"]),
+        *(f"| {' | '.join(text(entry) for _, text in columns)} |" for entry in results["rows"]),
         *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items()),
     ]
     return "\n".join(lines)

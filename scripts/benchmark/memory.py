@@ -1,6 +1,5 @@
 """Memory of methods: measured in child processes, and checked before a network is copied."""
 
-import gc
 import math
 import multiprocessing
 from collections.abc import Callable, Mapping
@@ -9,7 +8,6 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from stepfuse.scripts.evaluation.costs import free_memory, peak_memory
@@ -17,7 +15,7 @@ from stepfuse.scripts.evaluation.costs import free_memory, peak_memory
 Report = Callable[[dict[str, Any]], None]
 
 
-class DoesNotFit(Exception):
+class DoesNotFit(MemoryError):
     """A method needs more memory than is free."""
 
 
@@ -26,8 +24,6 @@ def add_memory(
     entries: Mapping[Any, dict[str, Any]],
     memory_of: Callable[[Any, Any], dict[str, Any]],
     settings: Any,
-    *,
-    progress: bool,
     report: Report,
 ) -> None:
     """Measure the memory of each row in a new process, and add it to the row's entry, which else keeps its None.
@@ -37,7 +33,7 @@ def add_memory(
         memory_of: measures a row; importable by its name, since a child process calls it.
         report: called with the results after each row.
     """
-    for row, entry in tqdm(entries.items(), disable=not progress, desc="memory"):
+    for row, entry in tqdm(entries.items(), desc="memory"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
             try:
                 entry.update(process.submit(memory_of, settings, row).result())
@@ -56,18 +52,13 @@ def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None
     return None if math.isnan(found) else found
 
 
-def size_of(network: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(tensor.numel() * tensor.itemsize for tensor in (*network.parameters(), *network.buffers()))
-
-
-def check_copies(network: nn.Module, copies: int, device: torch.device) -> None:
+def check_copies(network: Any, copies: int, device: torch.device) -> None:
     """Check that a method that copies a network has room for the copies.
 
     Raises:
         DoesNotFit: where they take four fifths of the free memory or more.
     """
-    size, free = copies * size_of(network), free_memory(device)
+    size, free = copies * network.get_memory_footprint(), free_memory(device)
     if size >= 0.8 * free:
         raise DoesNotFit(f"copies of the network take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
 
@@ -76,10 +67,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is of memory: a GPU's, or the CPU's, for which torch has no class of error."""
     texts = ("not enough memory", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
-
-
-def release_memory(device: torch.device) -> None:
-    """Collect what is no longer referenced, and return it to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from peft import LoraConfig
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepfuse.data import emoji
-from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_base
@@ -55,52 +53,24 @@ SECOND_TEXT_ENCODER: dict[str, Any] = dict(
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A UNet with LoRAs of random weights on it, in a pipeline.
-
-    Attributes:
-        pipeline: with a text encoder and an autoencoder only where it is a set's base.
-        adapters: names of the LoRAs.
-        lora: the configuration of each.
-    """
-
-    pipeline: StableDiffusionPipeline
-    adapters: tuple[str, ...]
-    lora: LoraConfig
-
-
 def random_model(
-    architecture: str, count: int, *, rank: int = 4, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> Model:
-    """A UNet of random weights with LoRAs on its attention.
-
-    Raises:
-        ValueError: for an unknown architecture.
-    """
-    if architecture not in ARCHITECTURES:
-        expected = f"expected one of {', '.join(ARCHITECTURES)}{nearest(architecture, ARCHITECTURES)}"
-        raise ValueError(f"architecture {architecture!r}; {expected}")
+    architecture: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> StableDiffusionPipeline:
+    """A UNet of random weights, with LoRAs of rank 4 on its attention, in a pipeline that has no other network."""
     with torch.device(device), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(**ARCHITECTURES[architecture]).to(dtype).requires_grad_(False).eval()
+    _add_loras(unet, count, LoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
     parts = dict(vae=None, text_encoder=None, tokenizer=None, unet=unet, scheduler=DDIMScheduler(**STABLE_DIFFUSION))
     if architecture == "sdxl":
-        pipeline = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
-    else:
-        unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-        pipeline = StableDiffusionPipeline(**parts, **unchecked)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION))
-    return Model(pipeline=pipeline, adapters=_add_loras(unet, count, config), lora=config)
+        return StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None)
+    unchecked = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return StableDiffusionPipeline(**parts, **unchecked)
 
 
 def random_pipeline(architecture: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> DiffusionPipeline:
-    """A pipeline of random weights, with the tokenizer of the embedded base, which has fewer tokens than published.
-
-    Raises:
-        ValueError: for an unknown architecture.
-    """
-    pipeline = random_model(architecture, 0, dtype=dtype, device=device).pipeline
+    """A pipeline of random weights, with the tokenizer of the embedded base, which has fewer tokens than published."""
+    pipeline = random_model(architecture, 0, dtype=dtype, device=device)
     tokenizer = CLIPTokenizer.from_pretrained(emoji.PIPELINE / "tokenizer", model_max_length=77)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with torch.device(device), torch.random.fork_rng(devices=[]):
@@ -117,7 +87,9 @@ def random_pipeline(architecture: str, *, dtype: torch.dtype = torch.float32, de
     return pipeline
 
 
-def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Model:
+def set_model(
+    folder: str, count: int, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> StableDiffusionPipeline:
     """A set's base, with LoRAs of random weights configured as its first adapter is: as many as are wanted."""
     adapter_set = load_set(folder, read_weights=False)
     pipeline = load_base(adapter_set.base, dtype=dtype).to(device)
@@ -125,16 +97,16 @@ def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, de
     load_adapter(backbone_of(pipeline), first, base_fingerprint(pipeline.unet))
     config = pipeline.unet.peft_config[first.name]
     pipeline.unload_lora_weights()
-    return Model(pipeline=pipeline, adapters=_add_loras(pipeline.unet, count, config), lora=config)
+    _add_loras(pipeline.unet, count, config)
+    return pipeline
 
 
-def _add_loras(unet: Any, count: int, config: LoraConfig) -> tuple[str, ...]:
+def _add_loras(unet: Any, count: int, config: LoraConfig) -> None:
     """Add LoRAs that are not zero, in the UNet's precision; their time does not depend on their values."""
-    names = tuple(f"adapter{i + 1}" for i in range(count))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-        for name in names:
-            unet.add_adapter(copy.deepcopy(config), adapter_name=name)
+        for i in range(count):
+            unet.add_adapter(copy.deepcopy(config), adapter_name=f"adapter{i + 1}")
     generator = torch.Generator().manual_seed(0)
     for key, value in unet.named_parameters():
         if ".lora_" in key:
@@ -142,26 +114,26 @@ def _add_loras(unet: Any, count: int, config: LoraConfig) -> tuple[str, ...]:
             value.data = value.data.to(unet.dtype)
         if ".lora_A." in key or ".lora_B." in key:
             value.copy_(0.01 * torch.randn(value.shape, generator=generator))
-    return names
 
 
-def random_conditioning(model: Model, images: int) -> Conditioning:
+def random_conditioning(pipeline: StableDiffusionPipeline, images: int) -> Conditioning:
     """Random embeddings of the model's shape."""
-    unet, generator = model.pipeline.unet, torch.Generator().manual_seed(1)
-    tokens = 77 if model.pipeline.tokenizer is None else model.pipeline.tokenizer.model_max_length
+    unet, config, generator = pipeline.unet, pipeline.unet.config, torch.Generator().manual_seed(1)
+    tokens = 77 if pipeline.tokenizer is None else pipeline.tokenizer.model_max_length
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(images, *shape, generator=generator).to(unet.device, unet.dtype)
 
-    sides: list[dict[str, torch.Tensor]] = [{}, {}]
-    if unet.config.addition_embed_type == "text_time":
-        features = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        side = float(8 * unet.config.sample_size)
-        ids = torch.tensor([side, side, 0, 0, side, side]).to(unet.device, unet.dtype).expand(images, -1)
-        sides = [{"text_embeds": noise(features), "time_ids": ids} for _ in range(2)]
-    width = unet.config.cross_attention_dim
-    positive, negative = ({"prompt_embeds": noise(tokens, width)} | added for added in sides)
-    return Conditioning(positive=positive, negative=negative)
+    def embeddings() -> dict[str, torch.Tensor]:
+        prompts = {"prompt_embeds": noise(tokens, config.cross_attention_dim)}
+        if config.addition_embed_type != "text_time":
+            return prompts
+        side = float(8 * config.sample_size)
+        sizes = torch.tensor([side, side, 0, 0, side, side]).to(unet.device, unet.dtype).expand(images, -1)
+        features = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return prompts | {"text_embeds": noise(features), "time_ids": sizes}
+
+    return Conditioning(positive=embeddings(), negative=embeddings())
 
 
 def with_copied_unet(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,116 +23,106 @@ from stepfuse.rewards.image_files import in_batches, pair_prompts
 from stepfuse.rewards.image_reward import ImageReward
 from stepfuse.rewards.networks import NetworkReward
 from stepfuse.rewards.pickscore import pickscore
-from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.protocol import Reward, close
 from stepfuse.scripts.benchmark import harness, memory
-from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.harness import Method, cell
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 
 OURS: dict[str, Callable[..., NetworkReward]] = {"image_reward": ImageReward, "hpsv2": hpsv2, "pickscore": pickscore}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LIBRARIES = ("torch", "transformers", "stepfuse")
 PromptedBatch = tuple[Tensor, list[str]]
 
 
-def benchmark_rewards(
-    settings: RewardBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
-) -> dict[str, Any]:
+def benchmark_rewards(settings: RewardBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Each reward: the original one image at a time, and stepfuse in batches, in alternation.
 
     Args:
         report: called with the results after each reward.
 
     Raises:
-        ValueError: for images that cannot be read, an environment that cannot be made, and where this is not a checkout
-            of the repository.
+        ValueError: for images that cannot be read, and an environment that cannot be made.
     """
-    require_checkout()
     batches = _batches(settings)
     settings = replace(settings, threads=settings.threads or torch.get_num_threads())
+    names = {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name}
     with harness.cpu_threads(settings.threads):
         results: dict[str, Any] = {
             "format_version": 1,
             "gflop_per_second": dict.fromkeys(DTYPES, 0.0),
-            **harness.context(torch.device("cpu"), LIBRARIES),
-            "settings": asdict(settings)
-            | {"images": Path(settings.images).name, "prompts": Path(settings.prompts).name},
+            **harness.context(torch.device("cpu")),
+            "settings": asdict(settings) | names,
             "rows": [],
         }
         for name in settings.rewards:
-            row, speeds = _compare(name, settings, batches, progress=progress)
-            results["rows"].append(row)
-            for dtype, speed in speeds.items():
-                results["gflop_per_second"][dtype] = max(results["gflop_per_second"][dtype], speed)
+            results["rows"].append(_compare(name, settings, batches, results["gflop_per_second"]))
             report(results)
     return results
 
 
 def _compare(
-    name: str, settings: RewardBenchmark, batches: list[PromptedBatch], *, progress: bool
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """A row of the results, and the GFLOP a second of large products."""
+    name: str, settings: RewardBenchmark, batches: list[PromptedBatch], speeds: dict[str, float]
+) -> dict[str, Any]:
+    """A row of the results; `speeds`, the GFLOP a second of large products, are kept at their largest."""
     from stepfuse.scripts.baselines.originals.start import start_original
 
     rewards: dict[str, Reward] = {}
     scores: dict[str, Tensor] = {}
-    speeds = dict.fromkeys(DTYPES, 0.0)
     first = (batches[0][0][:1], batches[0][1][:1])
 
-    def score(method: str) -> None:
-        scores[method] = torch.cat([rewards[method](pixels, prompts).double() for pixels, prompts in batches])
-
-    def original() -> Method:
-        worker = rewards["original"] = start_original(name, folder, size=settings.size, threads=settings.threads or 1)
-        return Method(run=partial(score, "original"), warm_up=lambda: worker(*first), close=worker.close)
-
-    def ours(dtype: str) -> Method:
-        reward = rewards[dtype] = OURS[name](folder, torch.device("cpu"), DTYPES[dtype])
+    def load_ours(dtype: torch.dtype) -> Reward:
+        reward = OURS[name](folder, torch.device("cpu"), dtype)
         reward.batch_size = settings.batch_size
-        return Method(run=partial(score, dtype), warm_up=lambda: reward(*first))
+        return reward
 
-    def products(dtype: str) -> Method:
+    def method(key: str, load: Callable[[], Reward]) -> Method:
+        reward = rewards[key] = load()
+
         def run() -> None:
-            speeds[dtype] = max(speeds[dtype], _speed_of_products(DTYPES[dtype]))
+            scores[key] = torch.cat([reward(pixels, prompts).double() for pixels, prompts in batches])
+
+        return Method(run=run, warm_up=lambda: reward(*first), close=partial(close, reward))
+
+    def products(key: str) -> Method:
+        def run() -> None:
+            speeds[key] = max(speeds[key], _speed_of_products(DTYPES[key]))
 
         return Method(run=run)
 
     with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as temporary:
         folder = Path(temporary)
         # The warm-up of the original writes the weights, which the others load.
-        builders = {"original": original} | {dtype: partial(ours, dtype) for dtype in DTYPES}
-        builders |= {f"products in {dtype}": partial(products, dtype) for dtype in DTYPES}
-        measured = harness.measure(
+        loads = {"original": partial(start_original, name, folder, size=settings.size, threads=settings.threads or 1)}
+        loads |= {key: partial(load_ours, dtype) for key, dtype in DTYPES.items()}
+        builders = {key: partial(method, key, load) for key, load in loads.items()}
+        builders |= {f"products in {key}": partial(products, key) for key in DTYPES}
+        seconds = harness.measure(
             builders,
             repeats=settings.repeats,
             device=torch.device("cpu"),
             required=builders,
             hint="give a smaller --batch_size or --size small",
-            progress=progress,
             title=name,
-        )
+        ).seconds
     with FlopCounterMode(display=False) as counted:
         rewards["float32"](*first)
-    seconds, expected = measured.seconds, scores["original"]
+    expected = scores["original"]
+
+    def speed(key: str) -> dict[str, Any]:
+        return {"seconds": seconds[key], "images_per_second": len(expected) / statistics.median(seconds[key])}
+
+    deviation = expected.std().item() if len(expected) > 1 else 0.0
     row: dict[str, Any] = {
         "reward": name,
         "images": len(expected),
         "gflop_per_image": counted.get_total_flops() / 1e9,
-        "seconds": seconds["original"],
-        "images_per_second": len(expected) / statistics.median(seconds["original"]),
-        "scores": {
-            "mean": expected.mean().item(),
-            "deviation": expected.std().item() if len(expected) > 1 else 0.0,
-        },
+        **speed("original"),
+        "scores": {"mean": expected.mean().item(), "deviation": deviation},
     }
-    for dtype in DTYPES:
-        row[dtype] = {
-            "seconds": seconds[dtype],
-            "images_per_second": len(expected) / statistics.median(seconds[dtype]),
-            "ratio": harness.ratios(seconds["original"], seconds[dtype])["ratio"],
-            "largest_difference": (scores[dtype] - expected).abs().max().item(),
-        }
-    return row, speeds
+    for key in DTYPES:
+        difference = (scores[key] - expected).abs().max().item()
+        ratio = harness.ratios(seconds["original"], seconds[key])["ratio"]
+        row[key] = speed(key) | {"ratio": ratio, "largest_difference": difference}
+    return row
 
 
 def _speed_of_products(dtype: torch.dtype, side: int = 2048) -> float:
@@ -181,7 +170,7 @@ def reward_table(results: dict[str, Any]) -> str:
         return lambda row: f"{best / row['gflop_per_image'] / row['images_per_second']:.1f} ×"
 
     columns: harness.Columns = [
-        ("reward", itemgetter("reward")),
+        ("reward", cell("reward")),
         ("original, images/s", cell("images_per_second", ".3g")),
     ]
     for dtype in DTYPES:
@@ -192,8 +181,8 @@ def reward_table(results: dict[str, Any]) -> str:
 def parity_table(results: dict[str, Any]) -> str:
     """The differences of scores, beside the spread of the original's scores over the images."""
     columns: harness.Columns = [
-        ("reward", itemgetter("reward")),
-        ("images", itemgetter("images")),
+        ("reward", cell("reward")),
+        ("images", cell("images")),
         ("scores of the original", lambda row: f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"),
     ]
     return harness.markdown_table([*columns, *DIFFERENCES], results)

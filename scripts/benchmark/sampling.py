@@ -5,10 +5,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from stepfuse.fuse.backbones.denoiser import Denoiser
@@ -26,7 +26,6 @@ from stepfuse.scripts.benchmark.models import random_conditioning, random_model,
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
 
 ONE_ADAPTER = "one adapter"
-LIBRARIES = ("torch", "diffusers", "peft", "transformers")
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,7 @@ def rows_of(settings: SamplingBenchmark) -> list[Row]:
 
 
 @torch.no_grad()
-def benchmark_sampling(
-    settings: SamplingBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
-) -> dict[str, Any]:
+def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory in a process of its own.
 
     Args:
@@ -62,8 +59,7 @@ def benchmark_sampling(
         ValueError: where one adapter does not fit in memory.
     """
     device = torch.device(settings.device)
-    wanted = rows_of(settings)
-    rows, missing = harness.available(wanted, {row: row.method for row in wanted if row.method in BASELINES[1:]})
+    rows, missing = harness.available(rows_of(settings), BASELINES[1:])
     with harness.cpu_threads(settings.threads):
         bench = Bench(settings)
         measured = harness.measure(
@@ -73,15 +69,15 @@ def benchmark_sampling(
             device=device,
             required=[REFERENCE],
             hint="give fewer --images or a smaller --height",
-            progress=progress,
         )
-        lora = {"rank": bench.model.lora.r, "targets": sorted(bench.model.lora.target_modules)}
+        config = bench.pipeline.unet.peft_config[bench.adapters[0]]
+        lora = {"rank": config.r, "targets": sorted(config.target_modules)}
         del bench
-        memory.release_memory(device)  # each row loads the model again in its process
+        clear_device_cache(garbage_collection=True)  # each row loads the model again in its process
         described = asdict(settings)
         described["rivals"] = described.pop("baselines")  # their key in published results
         entries = {row: _entry(row, settings, measured) for row in rows if row in measured.seconds}
-        results = harness.context(device, LIBRARIES) | {
+        results = harness.context(device) | {
             "settings": described,
             "lora": lora,
             "skipped": missing | measured.skipped,
@@ -89,7 +85,7 @@ def benchmark_sampling(
         }
         report(results)
         if settings.memory:
-            memory.add_memory(results, entries, memory_of, settings, progress=progress, report=report)
+            memory.add_memory(results, entries, memory_of, settings, report)
     return results
 
 
@@ -116,17 +112,17 @@ def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
     with harness.cpu_threads(settings.threads):
         bench = Bench(replace(settings, adapters=(row.adapters,), steps=1, compile="", mode=""))
         method = bench.method(row)
-        weights = sum(memory.size_of(network) for network in method.networks)
+        weights = sum(network.get_memory_footprint() for network in method.networks)
         del bench  # a baseline that has copied the UNet does not need the first
-        memory.release_memory(device)
+        clear_device_cache(garbage_collection=True)
         return {"weights_mb": weights / 1e6, "peak_memory_mb": memory.peak_megabytes(method.run, device)}
 
 
 def sampling_table(results: dict[str, Any]) -> str:
     """The rows as a table: the ratio with its range over the rounds, and the ratio of the rows that networks ran."""
     columns: harness.Columns = [
-        ("method", itemgetter("way")),
-        ("adapters", itemgetter("adapters")),
+        ("method", cell("way")),
+        ("adapters", cell("adapters")),
         ("time ÷ one adapter", cell("ratio", ".2f")),
         ("range", ratio_range),
         ("rows ÷ its rows", cell("rows_ratio", ".2f")),
@@ -152,36 +148,35 @@ class Bench:
         quiet_libraries()
         check_rules(settings.rules)
         self.settings = settings
-        most = max(settings.adapters)
         build = random_model if settings.model in ARCHITECTURES else set_model
-        self.model = build(settings.model, most, dtype=getattr(torch, settings.dtype), device=settings.device)
-        pipeline = self.model.pipeline
-        self.conditioning = random_conditioning(self.model, settings.images)
-        backbone = backbone_of(pipeline)
+        dtype, most = getattr(torch, settings.dtype), max(settings.adapters)
+        self.pipeline = build(settings.model, most, dtype=dtype, device=settings.device)
+        self.adapters = tuple(self.pipeline.unet.peft_config)
+        self.conditioning = random_conditioning(self.pipeline, settings.images)
+        backbone = backbone_of(self.pipeline)
         shape = backbone.shape(settings.height, settings.width)
         x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
         self.x_T = x_T.to(settings.device)
         # Adapters are put into one batch, and compiled, in place: other methods then need a copy of the UNet.
-        self.plain = copy.deepcopy(pipeline.unet) if settings.compile else pipeline.unet
+        self.plain = copy.deepcopy(self.pipeline.unet) if settings.compile else self.pipeline.unet
         self._copies: dict[tuple[str, ...], nn.Module] = {}
         etas = torch.linspace(0.8, 1.0, most).tolist()
+        guidance = Guidance(scale=settings.guidance_scale)
         self.sampler = FusedSampler(
             objectives=tuple(
                 Objective(name=name, reward=name, variance=EtaSchedule(eta=eta), beta=1.0)
-                for name, eta in zip(self.model.adapters, etas, strict=True)
+                for name, eta in zip(self.adapters, etas, strict=True)
             ),
-            denoiser=Denoiser(
-                backbone=backbone, path=backbone.path(shape), guidance=Guidance(scale=settings.guidance_scale)
-            ),
+            denoiser=Denoiser(backbone=backbone, path=backbone.path(shape), guidance=guidance),
             reference=EtaSchedule(eta=1.0),
             rule=get_rule("product"),
             num_inference_steps=settings.steps,
-            default_weights={self.model.adapters[0]: 1.0},
+            default_weights={self.adapters[0]: 1.0},
         )
 
     def batch(self) -> None:
         """Put the adapters into one batch, and compile; UNets are copied before."""
-        batched = BatchedAdapters(self.model.pipeline.unet, self.model.adapters)
+        batched = BatchedAdapters(self.pipeline.unet, self.adapters)
         denoiser = replace(self.sampler.denoiser, batched=batched, rows_at_once=self.settings.rows_at_once)
         self.sampler = replace(self.sampler, denoiser=denoiser)
         if self.settings.compile:
@@ -191,12 +186,12 @@ class Bench:
 
     def copy_of(self, names: Sequence[str]) -> nn.Module:
         """A copy of the UNet with some of the adapters alone; the same one for the same names."""
-        if tuple(names) not in self._copies:
-            unet = copy.deepcopy(self.plain)
+        key = tuple(names)
+        if key not in self._copies:
+            unet = self._copies[key] = copy.deepcopy(self.plain)
             unet.set_adapter(list(names))  # first, for peft warns where an active adapter is deleted
-            unet.delete_adapters([name for name in self.model.adapters if name not in names])
-            self._copies[tuple(names)] = unet
-        return self._copies[tuple(names)]
+            unet.delete_adapters([name for name in self.adapters if name not in names])
+        return self._copies[key]
 
     def method(self, row: Row) -> Method:
         """A row's method, which holds only what it needs.
@@ -204,14 +199,14 @@ class Bench:
         Raises:
             DoesNotFit: for a baseline whose copies of the UNet need more memory than is free.
         """
-        names = self.model.adapters[: row.adapters]
+        names = self.adapters[: row.adapters]
         if row.method in BASELINES and row.method != SEPARATE:
             return self._baseline(row.method, names)
         if row.method != SEPARATE and self.sampler.denoiser.batched is None:
             self.batch()
         sampler = self.sampler.with_rule("product" if row.method in (ONE_ADAPTER, SEPARATE) else row.method)
         if row.method == SEPARATE:
-            plain = copy.copy(self.model.pipeline)
+            plain = copy.copy(self.pipeline)
             plain.unet = self.plain
             sampler = replace(sampler, denoiser=replace(sampler.denoiser, backbone=backbone_of(plain), batched=None))
         x_T, conditioning = self.x_T, self.conditioning
@@ -229,6 +224,5 @@ class Bench:
         baseline = BASELINES[name]
         memory.check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
         predict, networks = baseline.build(self.plain, self.copy_of, names, self.settings.guidance_scale)
-        scheduler = self.model.pipeline.scheduler
-        run = partial(denoise, predict, scheduler, self.settings.steps, self.x_T, self.conditioning)
+        run = partial(denoise, predict, self.pipeline.scheduler, self.settings.steps, self.x_T, self.conditioning)
         return Method(run=run, networks=networks)

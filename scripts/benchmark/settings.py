@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any, Literal
 
 from stepfuse.data.settings_fields import check_settings, setting
+from stepfuse.data.settings_file import require
 from stepfuse.fuse.rules.registry import RULES, check_rule_name
 
 # What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
@@ -25,6 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ),
 }
 MODELS = ("emoji", *ARCHITECTURES)
+NOT_MEASURED = ("base", "kl", "code", "rgg", "oracle")  # rules that do not fuse any adapters without rewards
 SEPARATE = "separate"
 BASELINES = (SEPARATE, "diffusion_blend", "set_adapters", "mixed_batch")
 REFERENCES = {"ddpo": "ddpo-pytorch", "dpo": "SPO"}  # by algorithm, the implementation that it is compared with
@@ -57,7 +59,7 @@ class SamplingBenchmark:
         device, dtype: Of the model.
 
     Raises:
-        ValueError: For numbers out of bounds and unknown names.
+        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
     """
 
     model: str
@@ -67,7 +69,11 @@ class SamplingBenchmark:
         metavar="1,2,4,8",
         least=1,
     )
-    rules: tuple[str, ...] = _what(("product", "systematic", "soup"), "Fusion rules to time.", suggestions=RULES)
+    rules: tuple[str, ...] = _what(
+        ("product", "systematic", "soup"),
+        "Fusion rules to time.",
+        suggestions=[rule for rule in RULES if rule not in NOT_MEASURED],
+    )
     baselines: tuple[str, ...] = _what(
         BASELINES,
         "Baselines to time, or '' for none. separate: the product with one forward pass per adapter; diffusion_blend: "
@@ -108,9 +114,12 @@ class SamplingBenchmark:
     def __post_init__(self) -> None:
         check_settings(self)
         for rule in self.rules:
-            check_rule_name(rule)
-        if not self.adapters:
-            raise ValueError("adapters is empty; expected numbers of 1 or more")
+            try:
+                check_rule_name(rule)
+            except ValueError as error:
+                raise ValueError(f"rules: {error}") from error
+            require(rule not in NOT_MEASURED, "rules", rule, "rules that fuse any adapters without rewards")
+        require(bool(self.adapters), "adapters", "empty", "numbers of 1 or more")
         if self.guidance_scale == 1:
             raise ValueError(
                 "guidance_scale 1 disables guidance, and the reference is one adapter with guidance; expected another"
@@ -130,7 +139,7 @@ class TrainingBenchmark:
         dtype: Of the frozen weights and of autocast.
 
     Raises:
-        ValueError: For numbers out of bounds and unknown names.
+        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
     """
 
     model: str = _what(
@@ -167,8 +176,7 @@ class TrainingBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.algorithms:
-            raise ValueError(f"algorithms is empty; expected some of {', '.join(REFERENCES)}")
+        require(bool(self.algorithms), "algorithms", "empty", f"some of {', '.join(REFERENCES)}")
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype 'float16' cannot be trained in on the CPU; expected float32 or bfloat16")
 
@@ -183,7 +191,7 @@ class RewardBenchmark:
     """Settings of `benchmark_rewards`.
 
     Raises:
-        ValueError: For numbers out of bounds and unknown names.
+        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
     """
 
     rewards: tuple[str, ...] = setting(ORIGINALS, "Rewards to time.", choices=ORIGINALS)
@@ -205,7 +213,6 @@ class RewardBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not self.rewards:
-            raise ValueError(f"rewards is empty; expected some of {', '.join(ORIGINALS)}")
+        require(bool(self.rewards), "rewards", "empty", f"some of {', '.join(ORIGINALS)}")
         if bool(self.images) != bool(self.prompts):
-            raise ValueError("--images and --prompts go together; give both or neither")
+            raise ValueError("images and prompts go together; give both or neither")

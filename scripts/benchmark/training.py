@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
 from accelerate.utils import patch_environment
+from accelerate.utils.memory import clear_device_cache
 
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.scripts.benchmark import harness, memory
@@ -21,8 +21,6 @@ from stepfuse.scripts.benchmark.harness import Measured, cell, ratio_range
 from stepfuse.scripts.benchmark.models import ATTENTION
 from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
 from stepfuse.scripts.benchmark.training_methods import OURS, REWARD, Row, base_pipeline, method_of
-
-LIBRARIES = ("torch", "diffusers", "peft", "transformers", "accelerate", "stepfuse")
 
 
 def rows_of(settings: TrainingBenchmark) -> list[Row]:
@@ -42,31 +40,24 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
     return rows
 
 
-def benchmark_training(
-    settings: TrainingBenchmark, *, progress: bool = True, report: memory.Report = lambda results: None
-) -> dict[str, Any]:
+def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory in a process of its own.
 
     Args:
         report: called with the results as soon as the times are known, and again with each row's memory.
     """
     device = torch.device(settings.device)
-    wanted = rows_of(settings)
-    rows, missing = harness.available(wanted, {row: row.method for row in wanted if row.method != OURS})
+    rows, missing = harness.available(rows_of(settings), [*REFERENCES.values()])
     with _prepared(settings):
         base = base_pipeline(settings)
-        measured = harness.measure(
-            {row: partial(method_of, row, settings, base) for row in rows},
-            repeats=settings.repeats,
-            device=device,
-            progress=progress,
-        )
-        del base
-        memory.release_memory(device)  # each row loads the model again in its process
+        builders = {row: partial(method_of, row, settings, base) for row in rows}
+        measured = harness.measure(builders, repeats=settings.repeats, device=device)
+        del base, builders
+        clear_device_cache(garbage_collection=True)  # each row loads the model again in its process
         entries = {row: _entry(row, measured, settings.images) for row in measured.seconds}
         results = {
             "format_version": 1,
-            **harness.context(device, LIBRARIES),
+            **harness.context(device),
             "settings": asdict(settings) | {"skip_first_steps": settings.skip_first_steps, "reward": REWARD},
             "lora": {"rank": 4, "targets": list(ATTENTION)},
             "skipped": missing | measured.skipped,
@@ -75,7 +66,7 @@ def benchmark_training(
         report(results)
         if settings.memory:
             eager = {row: entry for row, entry in entries.items() if row.compile == "no"}
-            memory.add_memory(results, eager, memory_of, settings, progress=progress, report=report)
+            memory.add_memory(results, eager, memory_of, settings, report)
     return results
 
 
@@ -123,8 +114,8 @@ def _prepared(settings: TrainingBenchmark) -> Iterator[None]:
 def training_table(results: dict[str, Any]) -> str:
     """The rows as a table: the baseline's time over each one's, with its range over the rounds."""
     columns: harness.Columns = [
-        ("algorithm", itemgetter("algorithm")),
-        ("method", itemgetter("name")),
+        ("algorithm", cell("algorithm")),
+        ("method", cell("name")),
         ("images/s", cell("images_per_second", ".3g")),
         ("baseline's time ÷ its time", cell("ratio", ".2f")),
         ("range", ratio_range),

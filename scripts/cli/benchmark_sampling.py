@@ -37,8 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
     require_new_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.set is not None:
         check_set(arguments.set, instead=KINDS)
-    model = arguments.architecture or str(arguments.set)
-    settings = settings_of(SamplingBenchmark, arguments, model=model, dtype=arguments.dtype)
+    settings = settings_of(SamplingBenchmark, arguments, model=arguments.architecture or str(arguments.set))
 
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, sampling_table
     from stepfuse.scripts.cli.load import prepare_device, write_results

@@ -19,12 +19,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda", dtype=arguments.dtype)
+    settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda")
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.cli.load import prepare_device, write_results
 
     device: Any = prepare_device(arguments.device)
-    settings = replace(settings, device=device)
-    write_results(benchmark_training, training_table, settings, arguments.output)
+    write_results(benchmark_training, training_table, replace(settings, device=device), arguments.output)

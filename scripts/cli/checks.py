@@ -8,17 +8,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import require_new_file
+from stepfuse.fuse.rules.options import RULE_OPTIONS
+from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
+from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.reward_name import parse_reward
-from stepfuse.scripts.cli.names import embedded_sets, reward_names
-
-if TYPE_CHECKING:
-    from stepfuse.fuse.rules.weights import Weights
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "xla")
+RULE_FLAGS = {field.name: rule for rule, options in RULE_OPTIONS.items() for field in fields(options)}
 
 
 def check_picture(file: Path, *, overwrite: bool, flag: str = "--output") -> None:
@@ -40,9 +41,8 @@ def check_safetensors(file: Path, *, overwrite: bool) -> None:
 
 def check_device_name(name: str) -> None:
     """Check the spelling of a torch device; whether it exists is known to torch."""
-    match = re.fullmatch(r"(?P<kind>[a-z]+)(:\d+)?", name)
-    if match is None or match["kind"] not in DEVICES:
-        kind = name.partition(":")[0]
+    kind = name.partition(":")[0]
+    if kind not in DEVICES or not re.fullmatch(r"[a-z]+(:\d+)?", name):
         raise ValueError(f"--device {name!r}; expected cpu, cuda, cuda:1 or another device{nearest(kind, DEVICES)}")
 
 
@@ -52,38 +52,30 @@ def check_texts(texts: Iterable[str]) -> None:
         raise ValueError("an empty --prompt; give some words")
 
 
-def check_rule(name: str | None, options: Mapping[str, Any]) -> None:
-    """Check the name of a fusion rule and the options that are given for it; None is the rule of a set."""
-    if name is None:
-        return
-    from stepfuse.fuse.rules.options import RULE_OPTIONS
-    from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
-
+def check_rule(name: str, options: Mapping[str, Any]) -> None:
+    """Check the name of a fusion rule and the options that are given for it."""
     try:
         check_rule_name(name)
     except ValueError as error:
         raise ValueError(f"--rule: {error}") from error
-    if is_user_code(name):
-        return  # its options are known once it is loaded
-    for rule, declared in RULE_OPTIONS.items():
-        for field in fields(declared):
-            if field.name in options and rule != name:
-                owner = f"--{field.name} is an option of the rule {rule}"
-                raise ValueError(f"rule {name} has no option {field.name!r}; {owner}")
+    for option in options:
+        if RULE_FLAGS[option] != name and not is_user_code(name):  # whose options are known once it is loaded
+            owner = f"--{option} is an option of the rule {RULE_FLAGS[option]}"
+            raise ValueError(f"rule {name} has no option {option!r}; {owner}")
 
 
 def check_reward(name: str) -> None:
     """Check that a reward's name is known, or that its file exists."""
-    reward, known = parse_reward(name), list(reward_names())
+    reward = parse_reward(name)
     if reward.path:
         if not Path(reward.path).is_file():
             raise ValueError(f"no reward {name!r}: no file {reward.path!r}")
     elif name.endswith(".py"):
         raise ValueError(f"no reward {name!r}; expected the function too: {name}:FUNCTION")
-    elif reward.kind == "catalogue" and reward.head not in known:
+    elif reward.kind == "catalogue" and reward.head not in REWARDS:
         raise ValueError(
-            f"no reward {reward.head!r}; expected one of {', '.join(known)}, path/to/file.py:function, "
-            f"path/to/file.yaml or http://HOST:PORT{nearest(reward.head, known)}"
+            f"no reward {reward.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, "
+            f"path/to/file.yaml or http://HOST:PORT{nearest(reward.head, REWARDS)}"
         )
 
 
@@ -98,14 +90,15 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
     Returns:
         The names of its adapters, as far as they can be read here; None for a set on the hub, which is not downloaded.
     """
-    from stepfuse.fuse.sets.hub import parse_id
-    from stepfuse.fuse.sets.manifest import MANIFEST, read_versioned
+    from stepfuse.fuse.sets.manifest import EMBEDDED_SETS, MANIFEST, read_versioned
 
     name, folder = str(given), given
-    if name in embedded_sets() and not (folder / MANIFEST).exists():
-        folder = embedded_sets()[name]
+    if name in EMBEDDED_SETS and not (folder / MANIFEST).exists():
+        folder = EMBEDDED_SETS[name]
     if not folder.exists():
-        near = nearest(name, [*embedded_sets(), *instead, *siblings(folder)])
+        from stepfuse.fuse.sets.hub import parse_id
+
+        near = nearest(name, [*EMBEDDED_SETS, *instead, *siblings(folder)])
         if parse_id(name) is None:
             raise ValueError(
                 f"no adapter set {name!r}; expected a folder with {MANIFEST}, a hub id OWNER/NAME, or emoji{near}"
@@ -125,8 +118,8 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
 
 def check_set_folder(given: Path) -> None:
     """Check that a set is in a folder that can be written, and neither embedded nor on the hub."""
-    known = check_set(given)
-    if not given.exists() and (str(given) in embedded_sets() or known is None):
+    check_set(given)
+    if not given.exists():
         raise ValueError(f"set {str(given)!r} is not in a folder; copy it to one: stepfuse pull {given} FOLDER")
 
 
@@ -138,17 +131,12 @@ def siblings(path: Path) -> list[str]:
         return []
 
 
-def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> "list[Weights]":
-    """Check weights as the command line gives them, `A=0.7,B=0.3` each.
+def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> list[Weights]:
+    """Weights by objective, of each text as the command line gives it, `A=0.7,B=0.3`.
 
     Args:
         names: The objectives of the set, or None if they are not known yet.
-
-    Returns:
-        The weights by objective.
     """
-    from stepfuse.fuse.rules.weights import WeightSchedule, label_weights, parse_weights
-
     parsed: list[Weights] = [parse_weights(text) for text in texts]
     for weights in parsed:
         for name in weights:
@@ -156,7 +144,7 @@ def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> "list[We
                 known = ", ".join(names)
                 raise ValueError(f"--weights: no objective {name!r}; the set has {known}{nearest(name, names)}")
         numbers = [value for value in weights.values() if not isinstance(value, WeightSchedule)]
-        if not all(math.isfinite(value) for value in numbers):
+        if not all(map(math.isfinite, numbers)):
             raise ValueError(f"--weights {label_weights(weights)}: expected finite numbers")
         if len(numbers) == len(weights) and sum(numbers) <= 0:
             raise ValueError(f"--weights {label_weights(weights)} sum to {sum(numbers):g}; expected a positive sum")

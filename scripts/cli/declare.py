@@ -7,7 +7,6 @@ from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
-from stepfuse.scripts.cli.names import GUIDANCE
 from stepfuse.scripts.cli.options import Container, option
 
 SET = (
@@ -15,8 +14,13 @@ SET = (
     "the package."
 )
 SET_FOLDER = "Folder of the adapter set."
-LICENSE = "an identifier of the Hugging Face Hub, such as apache-2.0 or creativeml-openrail-m"
 DTYPES = ("float32", "float16", "bfloat16")
+GUIDANCE = ("shared", "full", "off")  # of fuse/backbones/guidance.py, which imports torch
+GUIDANCE_TEXT = (
+    "Which model makes the unconditional prediction of classifier-free guidance. shared: the base, once for all "
+    "adapters; full: each adapter its own, which doubles the cost; off: no guidance (default: that of the set)."
+)
+SCALE_TEXT = "Scale of classifier-free guidance, such as 7.5; 1 is no guidance (default: that of the set)."
 
 
 def adapter_set(parser: Container, text: str = SET, **more: Any) -> None:
@@ -57,15 +61,10 @@ def batch_size(parser: Container, text: str = "Images denoised at once.", defaul
     option(parser, "--batch_size", int, text, default=default)
 
 
-def guidance(parser: Container) -> None:
+def guidance(parser: Container, text: str = GUIDANCE_TEXT, scale_text: str = SCALE_TEXT) -> None:
     """Classifier-free guidance, where it is not that of the set."""
-    text = (
-        "Which model makes the unconditional prediction of classifier-free guidance. shared: the base, once for all "
-        "adapters; full: each adapter its own, which doubles the cost; off: no guidance (default: that of the set)."
-    )
     option(parser, "--guidance", str, text, choices=GUIDANCE)
-    text = "Scale of classifier-free guidance, such as 7.5; 1 is no guidance (default: that of the set)."
-    option(parser, "--guidance_scale", float, text, metavar="G")
+    option(parser, "--guidance_scale", float, scale_text, metavar="G")
 
 
 def trust(parser: Container) -> None:
@@ -86,13 +85,13 @@ def reward(parser: Container) -> None:
     option(parser, "name", str, text, metavar="REWARD", complete=completion.rewards, check=check_reward)
 
 
+def license(parser: Container, what: str, default: str, name: str = "--license") -> None:
+    known = "an identifier of the Hugging Face Hub, such as apache-2.0 or creativeml-openrail-m"
+    option(parser, name, str, f"License of {what}, {known} (default: {default}).", metavar="ID")
+
+
 def base_license(parser: Container, default: str) -> None:
-    text = f"License of the base model, {LICENSE} (default: {default})."
-    option(parser, "--base_license", str, text, metavar="ID")
-
-
-def license(parser: Container, what: str, default: str) -> None:
-    option(parser, "--license", str, f"License of {what}, {LICENSE} (default: {default}).", metavar="ID")
+    license(parser, "the base model", default, "--base_license")
 
 
 def device(parser: Container) -> None:

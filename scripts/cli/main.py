@@ -4,7 +4,6 @@
 import argparse
 import importlib
 import os
-import re
 import select
 import sys
 from collections.abc import Sequence
@@ -91,10 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The arguments of one command; its function is the attribute `run`."""
     if "_ARGCOMPLETE" in os.environ:
         _complete()
-    words = list(arguments)
-    action = DEFAULT_ACTIONS.get(words[0] if words else "")
-    if action and not (words[1:] and (words[1] in ("-h", "--help") or f"{words[0]} {words[1]}" in COMMANDS)):
-        words.insert(1, action)
+    words = _with_action(arguments)
     parser = make_parser(words)
     if not words:
         parser.print_help(sys.stderr)
@@ -102,19 +98,24 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def _with_action(words: Sequence[str]) -> list[str]:
+    """The words of a command line, with the action that may be left out."""
+    command, *rest = words or [""]
+    action = DEFAULT_ACTIONS.get(command)
+    if action is None or (rest and (rest[0] in ("-h", "--help") or f"{command} {rest[0]}" in COMMANDS)):
+        return list(words)
+    return [command, action, *rest]
+
+
 def _complete() -> None:
     """Answer the shell, which asks by argcomplete's protocol what may follow on a line, and exit."""
     import argcomplete
 
-    line, point = os.environ["COMP_LINE"], int(os.environ["COMP_POINT"])
-    for group, action in DEFAULT_ACTIONS.items():
-        actions = "|".join(name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{group} "))
-        start = re.match(rf"\s*\S+\s+{group}\s+(?!({actions})\b)", line)
-        if start:
-            os.environ["COMP_LINE"] = f"{line[: start.end()]}{action} {line[start.end() :]}"
-            os.environ["COMP_POINT"] = str(point + len(action) + 1)
-    parser = make_parser(os.environ["COMP_LINE"].split()[1:])
-    argcomplete.autocomplete(parser, always_complete_options=False)
+    program, *given = os.environ["COMP_LINE"].split(" ")
+    words = _with_action(given) if given[1:] else given  # a command that is not followed by a space is completed itself
+    point = int(os.environ["COMP_POINT"]) + len(" ".join(words)) - len(" ".join(given))
+    os.environ |= {"COMP_LINE": " ".join([program, *words]), "COMP_POINT": str(point)}
+    argcomplete.autocomplete(make_parser(words), always_complete_options=False)
 
 
 def make_parser(words: Sequence[str] | None = None) -> Parser:
@@ -146,9 +147,9 @@ class _Version(argparse.Action):
     """Prints the version; to look it up costs more than the rest of `--help`."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        import importlib.metadata
+        from stepfuse import __version__
 
-        print(f"stepfuse {importlib.metadata.version('stepfuse')}")
+        print(f"stepfuse {__version__}")
         parser.exit()
 
 

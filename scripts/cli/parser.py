@@ -20,8 +20,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        defaults: dict[str, Any] = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-        super().__init__(**defaults | options)
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self._negative_number_matcher = NEGATIVE_NUMBER
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
@@ -68,29 +67,27 @@ class Parser(argparse.ArgumentParser):
 
     def _short_usage(self) -> str:
         """The positional arguments, the required options, and `[options]` for the others."""
-        parts = ["%(prog)s"]
+        positional, required = [], []
         for action in self._actions:
+            name = str(action.metavar or action.dest)
             if isinstance(action, argparse._SubParsersAction):
-                parts.append(f"{action.metavar} …")
+                positional.append(f"{name} …")
             elif not action.option_strings:
-                name = str(action.metavar or action.dest)
-                parts.append(f"[{name}]" if action.nargs == "?" else name)
-        for action in self._actions:
-            if action.option_strings and action.required:
-                parts.append(f"{action.option_strings[0]} {action.metavar or action.dest.upper()}")
-        return " ".join([*parts, "[options]"])
+                positional.append(f"[{name}]" if action.nargs == "?" else name)
+            elif action.required:
+                required.append(f"{action.option_strings[0]} {name}")
+        return " ".join(["%(prog)s", *positional, *required, "[options]"])
 
     def _check_flags(self, words: Sequence[str]) -> None:
         """Refuse unknown flags before argparse looks for missing arguments, which may be missing for that reason."""
         known = self._option_string_actions
-        before_command = self._subparsers is not None
         for word in words:
-            if word == "--" or (before_command and not word.startswith("-")):
+            is_flag = word.startswith("-") and word != "-"
+            if word == "--" or (self._subparsers is not None and not is_flag):
                 return
             name = word.partition("=")[0]
-            if not word.startswith("-") or word == "-" or " " in name or name in known or _is_number(word):
-                continue
-            self.error(f"unknown flag {name}{nearest(name, known)}")
+            if is_flag and " " not in name and name not in known and not NEGATIVE_NUMBER.match(word):
+                self.error(f"unknown flag {name}{nearest(name, known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -105,11 +102,3 @@ def _with_underscores(word: str) -> str:
     if not name.startswith("--") or " " in name or name == "--":
         return word
     return "--" + name.removeprefix("--").replace("-", "_") + equals + value
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True

@@ -1,18 +1,16 @@
 """`stepfuse sample`."""
 
 import argparse
-import re
 import sys
-from dataclasses import fields
 
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.settings_fields import Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.rules.options import RULE_OPTIONS
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import completion, declare
-from stepfuse.scripts.cli.checks import check_picture, check_rule, check_set, check_weights
-from stepfuse.scripts.cli.names import rule_names
-from stepfuse.scripts.cli.options import Container, option
+from stepfuse.scripts.cli.checks import RULE_FLAGS, check_picture, check_rule, check_set, check_weights
+from stepfuse.scripts.cli.options import Container, add_settings, option
 from stepfuse.scripts.cli.parser import Parser
 
 
@@ -23,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
     )
     declare.adapter_set(parser)
     _add_images(parser.group("what to generate"))
-    _add_fusion(parser.group("fusion"))
+    _add_fusion(parser)
     guidance = parser.group("guidance")
     declare.guidance(guidance)
     text = (
@@ -63,12 +61,13 @@ def _add_images(images: Container) -> None:
         option(images, f"--{name}", int, text, metavar="PIXELS")
 
 
-def _add_fusion(fusion: Container) -> None:
+def _add_fusion(parser: Parser) -> None:
+    fusion = parser.group("fusion")
     text = (
-        f"Fusion rule, one of {', '.join(rule_names())}, or a class in a file, path/to/file.py:Class (default: that of "
+        f"Fusion rule, one of {', '.join(RULES)}, or a class in a file, path/to/file.py:Class (default: that of "
         "the set)."
     )
-    option(fusion, "--rule", str, text, metavar="NAME", complete=completion.one_of(rule_names, "py"))
+    option(fusion, "--rule", str, text, metavar="NAME", complete=completion.rules)
     text = "0 is the base model, 1 the strength that the adapters were trained with, and more extrapolates."
     declare.strength(fusion, text)
     text = (
@@ -77,12 +76,8 @@ def _add_fusion(fusion: Container) -> None:
         "adapter was trained with."
     )
     option(fusion, "--weights_on", str, text, choices=("exponents", "rewards"), default="exponents")
-    for rule, declared in RULE_OPTIONS.items():
-        for field in fields(declared):
-            text, kind = field.metadata["text"], int if field.type is int else float
-            text = text if "(default" in text else f"{text.removesuffix('.')} (default: {field.default})."
-            more = {key: field.metadata[key] for key in ("metavar", "bounds")}
-            option(fusion, f"--{field.name}", kind, f"For the rule {rule}: {text[0].lower()}{text[1:]}", **more)
+    for rule, options in RULE_OPTIONS.items():
+        add_settings(parser, options, rule=rule)
     declare.trust(fusion)
 
 
@@ -108,9 +103,8 @@ def _add_speed(speed: Container) -> None:
 
 def parse_interval(text: str) -> tuple[float, float]:
     """`0.2-0.8` → (0.2, 0.8)."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*-\s*([0-9.]+)\s*", text)
     try:
-        begin, end = (float(part) for part in match.groups()) if match else (1.0, 0.0)
+        begin, end = map(float, text.split("-"))
     except ValueError:
         begin, end = 1.0, 0.0
     if not 0 <= begin < end <= 1:
@@ -120,9 +114,9 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 def run(arguments: argparse.Namespace) -> None:
     check_picture(arguments.output, overwrite=arguments.overwrite)
-    flags = [field.name for declared in RULE_OPTIONS.values() for field in fields(declared)]
-    options = {name: value for name in flags if (value := getattr(arguments, name)) is not None}
-    check_rule(arguments.rule, options)
+    options = {name: value for name in RULE_FLAGS if (value := getattr(arguments, name)) is not None}
+    if arguments.rule is not None:
+        check_rule(arguments.rule, options)
     interval = parse_interval(arguments.guidance_interval)
     if arguments.compile and arguments.forwards == "separate":
         raise ValueError("--compile needs --forwards batched: separate forwards would compile once for each adapter")
@@ -135,13 +129,13 @@ def run(arguments: argparse.Namespace) -> None:
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.scripts.cli.load import load_sampler
 
-    rule = get_rule(arguments.rule, **options) if arguments.rule else None
     loaded = load_set(arguments.set, read_weights=False)
+    rule = get_rule(arguments.rule, **options) if arguments.rule else get_default_rule(loaded.default_rule, **options)
     columns = columns or [loaded.default_weights]
     sampler = load_sampler(
         loaded,
         arguments,
-        rule=rule or get_default_rule(loaded.default_rule, **options),
+        rule=rule,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,
         forwards=arguments.forwards,

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 from stepfuse.scripts.cli import completion, declare
-from stepfuse.scripts.cli.names import GUIDANCE
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -37,10 +36,8 @@ def add_arguments(parser: Parser) -> None:
         "Guidance of a new set, and it must be that of an existing one. full: each adapter makes its own unconditional "
         "prediction, as LoRAs of other tools expect; shared: the base makes it for all; off: none (default: full)."
     )
-    option(parser, "--guidance", str, text, choices=GUIDANCE)
-    text = "Scale of classifier-free guidance (default: that of the set, or 7.5)."
-    option(parser, "--guidance_scale", float, text, metavar="G")
-    option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
+    declare.guidance(parser, text, "Scale of classifier-free guidance (default: that of the set, or 7.5).")
+    declare.steps(parser, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
     option(parser, "--unet_only", bool, text)

@@ -2,8 +2,10 @@
 
 import argparse
 
-from stepfuse.scripts.cli import completion, declare
+from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
+from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
+from stepfuse.scripts.cli.completion import one_of
 from stepfuse.scripts.cli.options import option
 from stepfuse.scripts.cli.parser import Parser
 
@@ -18,7 +20,7 @@ def add_arguments(parser: Parser) -> None:
         "Text file with one prompt per line, or a prompt set such as partiprompts:32 for 32 of its prompts (default: "
         "colours-heldout:16, or emoji-heldout:16 for the embedded base)."
     )
-    option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=completion.prompt_sets)
+    option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=one_of(PROMPT_SETS, "txt"))
     declare.steps(parser)
     declare.guidance(parser)
     declare.seed(parser)
@@ -27,8 +29,6 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from stepfuse.data.prompts import load_prompts, parse_prompts
-
     if arguments.prompts is not None:
         parse_prompts(arguments.prompts)
     check_set_folder(arguments.set)

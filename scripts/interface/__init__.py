@@ -4,7 +4,6 @@ They are imported when they are first used, so that `import stepfuse` takes no t
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -105,10 +104,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        try:
-            value: Any = version("stepfuse")
-        except PackageNotFoundError:
-            value = "unknown"
+        from importlib.metadata import version  # takes more time than the rest of `stepfuse --help`
+
+        value: Any = version("stepfuse")
     elif name in _MODULES:
         value = getattr(import_module(_MODULES[name]), name)
     else:
