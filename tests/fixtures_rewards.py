@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from stepfuse.scripts.baselines.originals.preparing import fill, random_tensor
+from stepfuse.scripts.baselines.originals.original import fill, random_tensor
 
 SUBJECTS = {
     "astronaut.png": "an astronaut in an orange suit",

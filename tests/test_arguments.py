@@ -23,7 +23,7 @@ from stepfuse.scripts.benchmark.sampling import check_rules
 from stepfuse.scripts.benchmark.settings import NOT_MEASURED, SamplingBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.main import make_parser, parse
-from stepfuse.scripts.cli.options import Number
+from stepfuse.scripts.cli.parser import Number
 
 
 def leaves(parser, *names):

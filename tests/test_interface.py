@@ -35,11 +35,10 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
 
 
 def test_type_checkers_are_told_the_modules_that_names_are_loaded_from() -> None:
-    tree = ast.parse(Path(str(stepfuse.__file__)).read_text(encoding="utf-8"))
-    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    tree = ast.parse(Path(str(stepfuse.__file__)).with_suffix(".pyi").read_text(encoding="utf-8"))
     declared = {
         alias.asname or alias.name: (node.module, alias.name)
-        for node in block.body
+        for node in tree.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

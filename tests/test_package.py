@@ -138,6 +138,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
         "scripts/evaluation/report.html.j2",
         "fuse/sets/adapter_set.schema.json",
         "rewards/bert-base-uncased-vocab.txt",
+        "scripts/interface/__init__.pyi",
     )
     data = [*embedded, *(ROOT / "configs").rglob("*.*"), *(ROOT / name for name in single)]
     typed = [ROOT / folder / "py.typed" for folder in (*LAYERS, "scripts/interface")]

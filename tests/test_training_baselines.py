@@ -214,7 +214,6 @@ def test_an_optimiser_step_moves_the_lora_alone(task, base):
         start = [parameter.clone() for parameter in loop.trainable]
         loop.step()
         assert any(not torch.equal(a, b) for a, b in zip(start, loop.trainable, strict=True))
-        loop.close()
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
 
 
@@ -225,4 +224,3 @@ def test_spo_holds_a_second_unet_and_ddpo_pytorch_none(task, base):
     assert_close(dict(spo.reference.named_parameters()), dict(base.unet.named_parameters()))
     loop = DDPOPyTorch(replace(task, pipeline=with_copied_unet(base)))
     assert loop.networks == (loop.unet,)
-    loop.close()

@@ -14,7 +14,7 @@ from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A rollout: all latents, by image and then step."""
+    """A rollout."""
 
     x_t: Float[Tensor, "images steps channels height width"]
     x_s: Float[Tensor, "images steps channels height width"]
@@ -25,18 +25,14 @@ class Samples:
 
 
 class DDPOPyTorch(Loop):
-    """PPO on a LoRA, with classifier-free guidance in training as well.
+    """PPO on a LoRA, with classifier-free guidance in training as well, on a share of each image's steps.
 
     Advantages are normalised over the whole rollout, as its tracker does until a prompt has 16 rewards.
-
-    Args:
-        timestep_fraction: share of each image's steps that are trained on, its `train.timestep_fraction`.
     """
 
     def __init__(self, task: Task, *, timestep_fraction: float = 1.0) -> None:
         super().__init__(task)
         self.learned = max(1, round(task.steps * timestep_fraction))
-        self.scoring = self.threads = ThreadPoolExecutor(2)
 
     def prepared(self) -> nn.Module:
         return Wrapped(self.unet)  # accelerate adds autocast to this module alone; rollouts call the UNet
@@ -54,7 +50,8 @@ class DDPOPyTorch(Loop):
             log_probs.append(mean_log_prob(x_s, mean, deviation))
             x_t = x_s.to(x_t.dtype)
             latents.append(x_t)
-        scores = self.scoring.submit(self.task.reward, self.backbone.decode(x_t), prompts)
+        with ThreadPoolExecutor(2) as threads:
+            scores = threads.submit(self.task.reward, self.backbone.decode(x_t), prompts)
         rewards = scores.result().to(self.device)
         return Samples(
             x_t=torch.stack(latents[:-1], dim=1),
@@ -66,7 +63,7 @@ class DDPOPyTorch(Loop):
         )
 
     def learn(self, samples: Samples) -> None:
-        """The gradient: a forward and backward pass of two rows an image, with the steps of each image shuffled."""
+        """A forward and backward pass of two rows an image, with the steps of each image shuffled."""
         self.unet.train()
         images, steps = samples.times.shape
         rows = torch.randperm(images, device=self.device)
@@ -80,8 +77,6 @@ class DDPOPyTorch(Loop):
 
 
 class Wrapped(nn.Module):
-    """A module that contains the UNet."""
-
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
         self.unet = unet

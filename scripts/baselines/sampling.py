@@ -23,12 +23,9 @@ CopyOf = Callable[[Sequence[str]], nn.Module]  # a copy of the UNet, with these 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """An implementation that the benchmark compares with.
+    """An implementation: its prediction of the blended noise with its networks, and how many copies of a UNet it holds.
 
-    Attributes:
-        build: from the UNet, its copies, names of adapters and the guidance scale to a prediction of the blended noise,
-            and the networks that it runs.
-        copies: how many copies of the UNet it holds for these adapters.
+    `build` is given the UNet, its copies, names of adapters and the guidance scale.
     """
 
     build: Callable[[nn.Module, CopyOf, Sequence[str], float], tuple[Blend, list]]

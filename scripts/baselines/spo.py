@@ -15,8 +15,6 @@ from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """A batch of steps, each with its best and worst candidate."""
-
     x_t: Latents
     winner: Latents
     loser: Latents
@@ -30,20 +28,16 @@ class Pairs:
 class SPO(Loop):
     """At each step the best of k candidates against the worst, with a second UNet for the reference.
 
-    The published reward is given the time of a step; here it is the reward that all methods share, of the x_0 predicted
-    at the step. The published loop takes an optimiser step after every micro-batch; here there is one for all of them.
-
-    Args:
-        candidates: k.
-        skip_first_steps: steps before the first one with candidates.
-        threshold: least difference between the rewards of a pair.
+    The first steps may have no candidates. The published reward is given the time of a step; here it is the reward that
+    all methods share, of the x_0 predicted at the step. The published loop takes an optimiser step after every
+    micro-batch; here there is one for all of them.
     """
 
-    def __init__(self, task: Task, *, candidates: int = 4, skip_first_steps: int = 4, threshold: float = 0.0) -> None:
+    def __init__(self, task: Task, *, candidates: int = 4, skip_first_steps: int = 4) -> None:
         self.reference = copy.deepcopy(task.pipeline.unet)
         super().__init__(task)
         self.networks += (self.reference,)
-        self.candidates, self.skip_first_steps, self.threshold = candidates, skip_first_steps, threshold
+        self.candidates, self.skip_first_steps = candidates, skip_first_steps
 
     @torch.no_grad()
     def rollout(self) -> Pairs:
@@ -78,14 +72,13 @@ class SPO(Loop):
     def _compare(
         self, drawn: Float[Tensor, "candidates images channels height width"], clean: Latents, prompts: list[str]
     ) -> tuple[Latents, Latents, Bool[Tensor, " images"]]:
-        """Winners and losers by the reward of their clean latents, and which pairs differ enough."""
         rewards = self.task.reward(self.backbone.decode(clean), prompts * self.candidates)
-        best, worst, kept = extremes(rewards.to(self.device).reshape(drawn.shape[:2]), self.threshold)
+        best, worst, kept = extremes(rewards.to(self.device).reshape(drawn.shape[:2]))
         rows = torch.arange(len(best), device=self.device)
         return drawn[best, rows], drawn[worst, rows], kept
 
     def learn(self, pairs: Pairs) -> None:
-        """The gradient: four forward passes of two rows a pair, although winner and loser have the same x_t."""
+        """Four forward passes of two rows a pair, although winner and loser have the same x_t."""
         if not len(pairs.times):
             raise ValueError("the candidates of every step have the same reward; expected different rewards")
         self.unet.train()
@@ -102,7 +95,7 @@ class SPO(Loop):
 
 
 def extremes(
-    rewards: Float[Tensor, "candidates images"], threshold: float
+    rewards: Float[Tensor, "candidates images"], threshold: float = 0.0
 ) -> tuple[Int[Tensor, " images"], Int[Tensor, " images"], Bool[Tensor, " images"]]:
     """Indices of the highest and lowest reward of each image, and whether these differ by more than the threshold."""
     (highest, best), (lowest, worst) = rewards.max(0), rewards.min(0)

@@ -10,7 +10,6 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,35 +32,22 @@ Times = Int[Tensor, " times"]  # one for all samples, or one a sample
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a loop trains, and on what.
+    """What a loop trains, and on what."""
 
-    Attributes:
-        pipeline: frozen and without a LoRA; its UNet is trained.
-        targets: the layers of the LoRA.
-        images: of a rollout, all in one micro-batch.
-        steps: denoising steps.
-        resolution: pixels; by default the model's.
-    """
-
-    pipeline: DiffusionPipeline
+    pipeline: DiffusionPipeline  # frozen and without a LoRA; its UNet is trained
     accelerator: Accelerator
     reward: Reward
     prompts: Sequence[str]
-    targets: Sequence[str]
-    images: int
+    targets: Sequence[str]  # the layers of the LoRA
+    images: int  # of a rollout, all in one micro-batch
     steps: int
-    resolution: int | None = None
+    resolution: int | None = None  # in pixels; by default the model's
     guidance_scale: float = 5.0
-    rank: int = 4
-    learning_rate: float = 1e-4
-    max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
 
 
 class Loop(ABC):
     """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows."""
-
-    threads: ThreadPoolExecutor | None = None
 
     def __init__(self, task: Task) -> None:
         self.task, self.pipeline, self.device = task, task.pipeline, task.accelerator.device
@@ -74,11 +60,11 @@ class Loop(ABC):
         self.shape = self.backbone.shape(side, side)
         self.blank = self.backbone.encode([""], height=side, width=side, device=self.device)
         self.random = random.Random(0)
-        add_lora(self.unet, "baseline", rank=task.rank, alpha=task.rank, targets=list(task.targets), seed=0)
+        add_lora(self.unet, "baseline", rank=4, alpha=4, targets=list(task.targets), seed=0)
         if task.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(self.trainable, lr=task.learning_rate, weight_decay=1e-4)
+        optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=1e-4)
         self.trained, self.optimizer = task.accelerator.prepare(self.prepared(), optimizer)
         self.networks: tuple[nn.Module, ...] = (self.unet,)
 
@@ -95,16 +81,10 @@ class Loop(ABC):
         """Accumulate the gradient of the mean loss on a rollout."""
 
     def step(self) -> None:
-        """All the work of one optimiser step."""
         self.learn(self.rollout())
-        self.task.accelerator.clip_grad_norm_(self.trainable, self.task.max_grad_norm)
+        self.task.accelerator.clip_grad_norm_(self.trainable, max_norm=1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def close(self) -> None:
-        """End the loop's threads."""
-        if self.threads is not None:
-            self.threads.shutdown()
 
     def begin(self) -> tuple[list[str], Conditioning, Latents]:
         """Prompts, their embeddings, computed each time, beside the one of "", and x_T."""
@@ -129,7 +109,7 @@ class Loop(ABC):
     def log_prob(
         self, network: nn.Module, x_t: Latents, t: Times, x_s: Latents, conditioning: Conditioning
     ) -> PerSample:
-        """log p(x_s | x_t) by `mean_log_prob`."""
+        """log p(x_s | x_t)."""
         _, mean, deviation = ddim_step(self.scheduler, self.predict(network, x_t, t, conditioning), t, x_t)
         return mean_log_prob(x_s, mean, deviation)
 

@@ -1,7 +1,6 @@
-"""Run methods in alternation: a warm-up, then several rounds; and what the results of all benchmarks share.
+"""Run methods in alternation, and what the results of all benchmarks share.
 
-A ratio is of two times of the same round, so that other load on the machine falls on both; the median of all rounds
-counts.
+A ratio is of two times of the same round, so that other load on the machine falls on both.
 """
 
 import importlib.metadata
@@ -29,35 +28,22 @@ LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method that is ready to run.
+    """A method that is ready to run."""
 
-    Attributes:
-        run: one measurement.
-        warm_up: what runs before the first measurement, by default `run`.
-        networks: networks whose batches are counted in the warm-up.
-        close: releases what the method holds, such as threads.
-    """
-
-    run: Callable[[], Any]
-    warm_up: Callable[[], Any] | None = None
-    networks: Sequence[Any] = ()
-    close: Callable[[], None] = lambda: None
+    run: Callable[[], Any]  # one measurement
+    warm_up: Callable[[], Any] | None = None  # before the first measurement; by default `run`
+    networks: Sequence[Any] = ()  # whose batches are counted in the warm-up
+    close: Callable[[], None] = lambda: None  # releases what the method holds, such as processes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Generic[Row]):
-    """What was measured, by row.
+    """What was measured, by row."""
 
-    Attributes:
-        seconds: of each round.
-        batch_rows: batch entries that went through the networks in the warm-up, and those of them whose output has a
-            gradient.
-        skipped: why a row could not be measured, by its text.
-    """
-
-    seconds: dict[Row, list[float]] = field(default_factory=dict)
+    seconds: dict[Row, list[float]] = field(default_factory=dict)  # of each round
+    # Batch entries that went through the networks in the warm-up, and those of them whose output has a gradient.
     batch_rows: dict[Row, tuple[int, int]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # why a row could not be measured, by its text
 
 
 def measure(
@@ -73,12 +59,8 @@ def measure(
 
     A method that runs out of memory is left out, with the reason in `skipped`.
 
-    Args:
-        required: rows without which there is nothing to compare.
-        hint: what to do where one of them does not fit in memory.
-
     Raises:
-        ValueError: where a required row does not fit in memory.
+        ValueError: where a `required` row does not fit in memory, with the `hint` what to do.
     """
     methods: dict[Row, Method] = {}
     measured: Measured[Row] = Measured()
@@ -128,7 +110,6 @@ def _run_in_memory(turn: Callable[[Row], None], row: Row) -> str:
 
 @contextmanager
 def _counted_rows(networks: Sequence[Any]) -> Iterator[Callable[[], tuple[int, int]]]:
-    """Count the batch entries that go through networks, and those of them whose output has a gradient."""
     total, with_gradient = 0, 0
 
     def count(_: nn.Module, arguments: tuple, output: Any) -> None:
@@ -145,7 +126,7 @@ def _counted_rows(networks: Sequence[Any]) -> Iterator[Callable[[], tuple[int, i
 
 
 def ratios(numerator: list[float] | None, denominator: list[float] | None) -> dict[str, float | None]:
-    """Median and range of the ratio of two methods' seconds in the same round; None where one was not measured."""
+    """Median and range over the rounds; None where one was not measured."""
     if numerator is None or denominator is None:
         return {"ratio": None, "ratio_min": None, "ratio_max": None}
     rounds = [a / b for a, b in zip(numerator, denominator, strict=True)]
@@ -164,19 +145,11 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def context(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that results are of."""
-    return {
-        "machine": machine(device),
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
-    }
+    return {"machine": machine(device), "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
 def available(rows: Sequence[Any], baselines: Collection[str]) -> tuple[list[Any], dict[str, str]]:
-    """The rows that can be measured here, and why baselines cannot, by their names; one line on stderr says so too.
-
-    Args:
-        baselines: methods that are other implementations.
-    """
+    """The rows that can be measured here, and why baselines cannot, by their names; one line on stderr says so too."""
     names = ", ".join(dict.fromkeys(row.method for row in rows if row.method in baselines))
     if not names or has_baselines():
         return list(rows), {}
@@ -190,7 +163,6 @@ def cell(key: str, form: str = "") -> Callable[[dict[str, Any]], str]:
 
 
 def ratio_range(entry: dict[str, Any]) -> str:
-    """The smallest and the largest ratio of a round."""
     return "–" if entry["ratio"] is None else f"{entry['ratio_min']:.2f}–{entry['ratio_max']:.2f}"
 
 

@@ -28,10 +28,7 @@ def add_memory(
 ) -> None:
     """Measure the memory of each row in a new process, and add it to the row's entry, which else keeps its None.
 
-    Args:
-        entries: of `results`, by row.
-        memory_of: measures a row; importable by its name, since a child process calls it.
-        report: called with the results after each row.
+    `memory_of` must be importable by its name, since the process calls it.
     """
     for row, entry in tqdm(entries.items(), desc="memory"):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -53,11 +50,7 @@ def peak_megabytes(run: Callable[[], Any], device: torch.device) -> float | None
 
 
 def check_copies(network: Any, copies: int, device: torch.device) -> None:
-    """Check that a method that copies a network has room for the copies.
-
-    Raises:
-        DoesNotFit: where they take four fifths of the free memory or more.
-    """
+    """Raise `DoesNotFit` if copies of a network take four fifths of the free memory or more."""
     size, free = copies * network.get_memory_footprint(), free_memory(device)
     if size >= 0.8 * free:
         raise DoesNotFit(f"copies of the network take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")

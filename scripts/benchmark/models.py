@@ -26,7 +26,7 @@ from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES
 
-# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have beside the libraries' defaults. Of both:
+# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have beside the libraries' defaults: both, and each.
 AUTOENCODER: dict[str, Any] = dict(
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
@@ -36,7 +36,6 @@ AUTOENCODER: dict[str, Any] = dict(
 TEXT_ENCODER: dict[str, Any] = dict(
     vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
 )
-# Further settings of each:
 AUTOENCODERS: dict[str, dict[str, Any]] = {
     "sd15": dict(sample_size=512, scaling_factor=0.18215),
     "sdxl": dict(sample_size=1024, scaling_factor=0.13025, force_upcast=True),
@@ -117,7 +116,6 @@ def _add_loras(unet: Any, count: int, config: LoraConfig) -> None:
 
 
 def random_conditioning(pipeline: StableDiffusionPipeline, images: int) -> Conditioning:
-    """Random embeddings of the model's shape."""
     unet, config, generator = pipeline.unet, pipeline.unet.config, torch.Generator().manual_seed(1)
     tokens = 77 if pipeline.tokenizer is None else pipeline.tokenizer.model_max_length
 

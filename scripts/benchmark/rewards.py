@@ -36,9 +36,6 @@ PromptedBatch = tuple[Tensor, list[str]]
 def benchmark_rewards(settings: RewardBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Each reward: the original one image at a time, and stepfuse in batches, in alternation.
 
-    Args:
-        report: called with the results after each reward.
-
     Raises:
         ValueError: for images that cannot be read, and an environment that cannot be made.
     """
@@ -157,10 +154,7 @@ DIFFERENCES: harness.Columns = [
 
 
 def reward_table(results: dict[str, Any]) -> str:
-    """The rows as a table in Markdown.
-
-    A bound is the ratio of images a second if stepfuse did nothing but products, at the best speed of a large layer.
-    """
+    """A bound is the ratio of images a second if stepfuse did nothing but products, at the speed of a large layer."""
 
     def speed(dtype: str) -> Callable[[dict[str, Any]], str]:
         return lambda row: f"{row[dtype]['images_per_second']:.3g} ({row[dtype]['ratio']:.2f} ×)"

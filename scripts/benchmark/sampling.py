@@ -50,10 +50,7 @@ def rows_of(settings: SamplingBenchmark) -> list[Row]:
 
 @torch.no_grad()
 def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
-    """Time every row in alternation, then measure each one's memory in a process of its own.
-
-    Args:
-        report: called with the results as soon as the times are known, and again with each row's memory.
+    """Time every row in alternation, then measure each one's memory; both are reported as soon as they are known.
 
     Raises:
         ValueError: where one adapter does not fit in memory.
@@ -90,7 +87,6 @@ def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = l
 
 
 def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> dict[str, Any]:
-    """A row of the results."""
     seconds, batch_rows = measured.seconds, measured.batch_rows
     return {
         "way": row.method,
@@ -119,7 +115,6 @@ def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
 
 
 def sampling_table(results: dict[str, Any]) -> str:
-    """The rows as a table: the ratio with its range over the rounds, and the ratio of the rows that networks ran."""
     columns: harness.Columns = [
         ("method", cell("way")),
         ("adapters", cell("adapters")),

@@ -1,4 +1,7 @@
-"""Settings of the three benchmarks, whose fields are options of `stepfuse benchmark`. Nothing here imports torch."""
+"""Settings of the three benchmarks, whose fields are options of `stepfuse benchmark`. Nothing here imports torch.
+
+A ValueError, for a number out of bounds or an unknown name, begins with the name of the field.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -52,17 +55,9 @@ def _threads(**group: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingBenchmark:
-    """Settings of `benchmark_sampling`.
+    """Settings of `benchmark_sampling`."""
 
-    Attributes:
-        model: `sd15` or `sdxl` for random weights of that architecture, or else a set.
-        device, dtype: Of the model.
-
-    Raises:
-        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
-    """
-
-    model: str
+    model: str  # `sd15` or `sdxl` for random weights of that architecture, or else a set
     adapters: tuple[int, ...] = _what(
         (1, 2, 4, 8),
         "Numbers of adapters to fuse; each rule and baseline is timed with each of them.",
@@ -134,12 +129,6 @@ class TrainingBenchmark:
 
     All images of an optimiser step are one micro-batch. The first fifth of the denoising steps of dpo has no
     candidates, as in SPO (4 of 20). LoRA weights are in float32. The memory of compiled rows is not measured.
-
-    Attributes:
-        dtype: Of the frozen weights and of autocast.
-
-    Raises:
-        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
     """
 
     model: str = _what(
@@ -172,7 +161,7 @@ class TrainingBenchmark:
     memory: bool = _memory()
     threads: int | None = _threads(group="how to run")
     device: Literal["cpu", "cuda"] = "cpu"
-    dtype: DType = "float32"
+    dtype: DType = "float32"  # of the frozen weights and of autocast
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -188,11 +177,7 @@ class TrainingBenchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class RewardBenchmark:
-    """Settings of `benchmark_rewards`.
-
-    Raises:
-        ValueError: For a number out of bounds or an unknown name; the error begins with the name of the field.
-    """
+    """Settings of `benchmark_rewards`."""
 
     rewards: tuple[str, ...] = setting(ORIGINALS, "Rewards to time.", choices=ORIGINALS)
     images: str = setting(

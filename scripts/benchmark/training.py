@@ -41,11 +41,7 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
 
 
 def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
-    """Time every row in alternation, then measure each one's memory in a process of its own.
-
-    Args:
-        report: called with the results as soon as the times are known, and again with each row's memory.
-    """
+    """Time every row in alternation, then measure each one's memory; both are reported as soon as they are known."""
     device = torch.device(settings.device)
     rows, missing = harness.available(rows_of(settings), [*REFERENCES.values()])
     with _prepared(settings):
@@ -112,7 +108,6 @@ def _prepared(settings: TrainingBenchmark) -> Iterator[None]:
 
 
 def training_table(results: dict[str, Any]) -> str:
-    """The rows as a table: the baseline's time over each one's, with its range over the rounds."""
     columns: harness.Columns = [
         ("algorithm", cell("algorithm")),
         ("method", cell("name")),

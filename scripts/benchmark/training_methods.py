@@ -30,25 +30,17 @@ REWARD = "colourfulness"  # cheap, and hardly ever the same for two images: SPO 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: a method of taking an optimiser step.
-
-    Attributes:
-        fraction: share of the denoising steps that are learned from.
-        compile: `no`, `regional` or `full`.
-        kl: whether the loss of stepfuse's DDPO has a KL to the base; ddpo-pytorch's has none.
-        together: of stepfuse, denoising steps in one forward pass of the loss.
-    """
+    """A row of the table: a method of taking an optimiser step."""
 
     algorithm: str
     method: str
-    fraction: float = 1.0
+    fraction: float = 1.0  # of the denoising steps, which are learned from
     compile: str = "no"
-    kl: bool = True
-    together: int = 1
+    kl: bool = True  # whether the loss of stepfuse's DDPO has a KL to the base; ddpo-pytorch's has none
+    together: int = 1  # denoising steps in one forward pass of the loss, of stepfuse
 
     @property
     def name(self) -> str:
-        """The method with its options."""
         more = [] if self.kl else ["no KL"]
         more += [f"{self.fraction:g} of the steps"] if self.fraction < 1 else []
         more += [f"{self.together} steps a forward"] if self.together > 1 else []
@@ -68,11 +60,7 @@ def base_pipeline(settings: TrainingBenchmark) -> DiffusionPipeline:
 
 
 def method_of(row: Row, settings: TrainingBenchmark, base: DiffusionPipeline) -> Method:
-    """A row's method; it trains a UNet that shares the frozen weights of the base model.
-
-    Raises:
-        DoesNotFit: for a baseline whose copies of the UNet need more memory than is free.
-    """
+    """A row's method; it trains a UNet that shares the frozen weights of the base model."""
     build = _stepfuse if row.method == OURS else _baseline
     return build(row, settings, with_copied_unet(base))
 
@@ -142,4 +130,4 @@ def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
     else:
         memory.check_copies(pipeline.unet, 1, accelerator.device)
         loop = SPO(task, candidates=settings.candidates, skip_first_steps=settings.skip_first_steps)
-    return Method(run=loop.step, networks=loop.networks, close=loop.close)
+    return Method(run=loop.step, networks=loop.networks)

@@ -1,13 +1,11 @@
 """`stepfuse benchmark rewards`."""
 
-import argparse
-
 from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -20,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
     declare.output(parser, "rewards.json", "JSON file for the results.")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     require_checkout()
     settings = settings_of(RewardBenchmark, arguments)
     require_new_file(arguments.output, overwrite=arguments.overwrite)

@@ -1,6 +1,5 @@
 """`stepfuse benchmark sampling`, also `stepfuse benchmark SET`."""
 
-import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +7,8 @@ from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
-from stepfuse.scripts.cli.options import add_settings, option, settings_of
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.options import add_settings, settings_of
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 KINDS = ("sampling", "rewards", "training")  # of benchmark, which may follow where a set may
 
@@ -31,7 +30,7 @@ def _sets_or_kinds(prefix: str, **_: Any) -> list[str]:
     return [*KINDS, *completion.adapter_sets(prefix)]
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     if (arguments.set is None) == (arguments.architecture is None):
         raise ValueError("benchmark needs a set or --architecture, one of them")
     require_new_file(arguments.output, overwrite=arguments.overwrite)

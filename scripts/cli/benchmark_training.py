@@ -1,6 +1,5 @@
 """`stepfuse benchmark training`."""
 
-import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +7,7 @@ from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     declare.output(parser.group("output"), "training.json", "JSON file for the results.")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda")
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 

@@ -1,11 +1,8 @@
 """`stepfuse build`."""
 
-import argparse
-
 from stepfuse.data.settings_file import find_config
 from stepfuse.scripts.cli import completion, declare
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -19,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(continued=True)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     config = find_config(arguments.config, "sets")
 
     from stepfuse.scripts.cli.load import prepare_device

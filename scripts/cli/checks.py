@@ -23,7 +23,6 @@ RULE_FLAGS = {field.name: rule for rule, options in RULE_OPTIONS.items() for fie
 
 
 def check_picture(file: Path, *, overwrite: bool, flag: str = "--output") -> None:
-    """Check that a picture can be saved under this name."""
     from PIL import Image
 
     require_new_file(file, overwrite=overwrite, option=flag)
@@ -33,7 +32,6 @@ def check_picture(file: Path, *, overwrite: bool, flag: str = "--output") -> Non
 
 
 def check_safetensors(file: Path, *, overwrite: bool) -> None:
-    """Check that a safetensors file can be written under this name."""
     if file.suffix != ".safetensors":
         raise ValueError(f"--output {file}; expected a name that ends in .safetensors")
     require_new_file(file, overwrite=overwrite)
@@ -47,7 +45,6 @@ def check_device_name(name: str) -> None:
 
 
 def check_texts(texts: Iterable[str]) -> None:
-    """Check that no prompt is empty."""
     if any(not text.strip() for text in texts):
         raise ValueError("an empty --prompt; give some words")
 
@@ -80,10 +77,9 @@ def check_reward(name: str) -> None:
 
 
 def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()) -> tuple[str, ...] | None:
-    """Check that an adapter set exists.
+    """Check that an adapter set exists: a folder, the name of an embedded set, or a hub id.
 
     Args:
-        given: A folder, the name of an embedded set, or a hub id.
         oracles: Whether to return the names of oracle adapters too.
         instead: Other words that may have been meant.
 

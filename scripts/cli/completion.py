@@ -3,8 +3,7 @@
 `eval "$(register-python-argcomplete stepfuse)"` enables it.
 """
 
-import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from stepfuse.configs import FOLDER
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.scripts.cli.checks import check_set
-
-Completer = Callable[..., Iterable[str]]
+from stepfuse.scripts.cli.parser import Arguments, Completer
 
 
 def one_of(known: Iterable[str], *suffixes: str) -> Completer:
@@ -39,7 +37,6 @@ def several(known: Iterable[str], suffix: str = "") -> Completer:
 
 
 def configs(folder: str) -> Completer:
-    """Packaged configurations of a folder, and YAML files."""
     return one_of([f"{folder}/{file.stem}" for file in sorted((FOLDER / folder).glob("*.yaml"))], "yaml", "yml")
 
 
@@ -56,7 +53,7 @@ def adapter_sets(prefix: str, **_: Any) -> list[str]:
     return [*EMBEDDED_SETS, *DirectoriesCompleter()(prefix)]
 
 
-def objectives(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+def objectives(prefix: str, parsed_args: Arguments, **_: Any) -> list[str]:
     """Names of the objectives of the set that is given before."""
     try:
         return list(check_set(Path(str(getattr(parsed_args, "set", None)))) or ())
@@ -64,6 +61,6 @@ def objectives(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[s
         return []
 
 
-def weights(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+def weights(prefix: str, parsed_args: Arguments, **_: Any) -> list[str]:
     """`A=` for each objective of the set that has no weight yet."""
     return several(objectives(prefix, parsed_args), "=")(prefix)

@@ -7,7 +7,7 @@ from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
 from stepfuse.data.text_files import printable
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
-from stepfuse.scripts.cli.options import Container, option
+from stepfuse.scripts.cli.parser import Container, option
 
 SET = (
     "Adapter set: a folder, a Hugging Face Hub id OWNER/NAME or OWNER/NAME@REVISION, or emoji, the set that is part of "
@@ -24,7 +24,6 @@ SCALE_TEXT = "Scale of classifier-free guidance, such as 7.5; 1 is no guidance (
 
 
 def adapter_set(parser: Container, text: str = SET, **more: Any) -> None:
-    """The adapter set that a command reads."""
     given: dict[str, Any] = {"metavar": "SET", "complete": completion.adapter_sets} | more
     option(parser, "set", Path, text, **given)
 
@@ -35,7 +34,6 @@ def prompt(parser: Container, text: str, *, required: bool = False) -> None:
 
 
 def weights(parser: Container, text: str, **more: Any) -> None:
-    """Weights of the objectives of a set."""
     option(parser, "--weights", str, text, metavar="A=0.7,B=0.3", complete=completion.weights, **more)
 
 
@@ -47,12 +45,7 @@ def seed(parser: Container, text: str = "Random seed.") -> None:
     option(parser, "--seed", int, text, default=0, bounds=SEED)
 
 
-def steps(parser: Container, text: str = "Number of denoising steps (default: that of the set).") -> None:
-    option(parser, "--steps", int, text)
-
-
 def eta(parser: Container, name: str, text: str, **more: Any) -> None:
-    """A variance as DDIM's eta."""
     bounds = Bounds(least=0, most=1, expected="a number from 0 to 1")
     option(parser, name, float, text, metavar="ETA", bounds=bounds, **more)
 
@@ -68,7 +61,6 @@ def guidance(parser: Container, text: str = GUIDANCE_TEXT, scale_text: str = SCA
 
 
 def trust(parser: Container) -> None:
-    """Permission to load rewards of a set that are code or servers."""
     text = (
         "Load rewards of the set that are Python files, which run their code, or servers, which are sent the images "
         "(default: refuse them)."
@@ -77,7 +69,6 @@ def trust(parser: Container) -> None:
 
 
 def reward(parser: Container) -> None:
-    """The reward that a command loads."""
     text = (
         "Name of a reward, such as image_reward; NAME:FOLDER with its weights; path/to/file.py:function; "
         "path/to/file.yaml; or a server, http://HOST:PORT."
@@ -90,24 +81,17 @@ def license(parser: Container, what: str, default: str, name: str = "--license")
     option(parser, name, str, f"License of {what}, {known} (default: {default}).", metavar="ID")
 
 
-def base_license(parser: Container, default: str) -> None:
-    license(parser, "the base model", default, "--base_license")
-
-
 def device(parser: Container) -> None:
-    """Where models run."""
     text = "Torch device, such as cpu or cuda:1 (default: cuda if available, else cpu)."
     option(parser, "--device", str, text, metavar="NAME", complete=completion.one_of(DEVICES), check=check_device_name)
 
 
 def precision(parser: Container, of: str = "the base model") -> None:
-    """Where models run, and in what precision."""
     device(parser)
     option(parser, "--dtype", str, f"Floating-point type of {of}.", default="float32", choices=DTYPES)
 
 
 def output(parser: Container, default: str, text: str) -> None:
-    """A file to write."""
     option(parser, "--output", Path, text, metavar="FILE", default=Path(default))
     overwrite(parser, "the output file")
 

@@ -1,10 +1,7 @@
 """`stepfuse demo`."""
 
-import argparse
-
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -26,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(continued=True)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     from stepfuse.scripts.recipes.demo import demo
 
     demo(arguments.output_dir, seed=arguments.seed, overwrite=arguments.overwrite, quick=arguments.quick)

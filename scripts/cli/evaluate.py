@@ -1,13 +1,10 @@
 """`stepfuse evaluate`."""
 
-import argparse
-
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.data.settings_file import find_config
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -36,7 +33,7 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(continued=True)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     if arguments.world:
         _measure_world(arguments)
         return
@@ -70,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(arguments.output_dir / "report.html")
 
 
-def _measure_world(arguments: argparse.Namespace) -> None:
+def _measure_world(arguments: Arguments) -> None:
     if arguments.set or arguments.config:
         raise ValueError("--world needs no set and no --config; give one or the other")
     require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite, option="--output_dir")

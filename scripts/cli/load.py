@@ -1,6 +1,5 @@
-"""What the bodies of several commands do with torch, which importing this module imports."""
+"""What the bodies of several commands do with torch."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED, quiet_libraries
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet
+from stepfuse.scripts.cli.parser import Arguments
 
 
 def prepare_device(name: str | None) -> str:
@@ -30,8 +30,7 @@ def prepare_device(name: str | None) -> str:
     return name
 
 
-def load_sampler(adapter_set: AdapterSet, arguments: argparse.Namespace, **options: Any) -> FusedSampler:
-    """A sampler of a set on the device and in the precision of the arguments."""
+def load_sampler(adapter_set: AdapterSet, arguments: Arguments, **options: Any) -> FusedSampler:
     device = prepare_device(arguments.device)
     return FusedSampler.from_pretrained(adapter_set, dtype=getattr(torch, arguments.dtype), device=device, **options)
 

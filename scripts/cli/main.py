@@ -147,9 +147,9 @@ class _Version(argparse.Action):
     """Prints the version; to look it up costs more than the rest of `--help`."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from stepfuse import __version__
+        import importlib.metadata
 
-        print(f"stepfuse {__version__}")
+        print(f"stepfuse {importlib.metadata.version('stepfuse')}")
         parser.exit()
 
 

@@ -1,15 +1,25 @@
-"""The argument parser of `stepfuse`: short usage lines, two spellings of flags, and errors with suggestions."""
+"""The argument parser of `stepfuse`: short usage lines, two spellings of flags, and errors with suggestions.
+
+Nothing here imports torch.
+"""
 
 import argparse
 import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from stepfuse.data.names import nearest
+from stepfuse.data.settings_fields import AT_LEAST_1, FINITE, Bounds
 from stepfuse.data.settings_file import NEGATIVE_NUMBER
+
+Arguments = argparse.Namespace
+Container = argparse._ActionsContainer  # a parser, or one of its groups
+Completer = Callable[..., Iterable[str]]
+BOUNDS = {int: AT_LEAST_1, float: FINITE}  # unless an option declares others
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,3 +112,69 @@ def _with_underscores(word: str) -> str:
     if not name.startswith("--") or " " in name or name == "--":
         return word
     return "--" + name.removeprefix("--").replace("-", "_") + equals + value
+
+
+@dataclass(frozen=True)
+class Number:
+    """The type of an option that is a number."""
+
+    name: str
+    kind: type[int] | type[float]
+    bounds: Bounds
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            return self.kind(text)
+        except ValueError:
+            example = "a whole number, such as 4" if self.kind is int else "a number, such as 0.5"
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {example}") from None
+
+    def check(self, value: int | float) -> None:
+        if not self.bounds.allow(value):
+            raise ValueError(f"{self.name} {value}; expected {self.bounds}")
+
+
+def option(
+    parser: Container,
+    name: str,
+    kind: Callable[[str], Any],
+    text: str,
+    *,
+    aliases: Sequence[str] = (),
+    metavar: str = "",
+    default: Any = None,
+    bounds: Bounds | None = None,
+    complete: Completer | None = None,
+    check: Callable[[Any], object] | None = None,
+    **more: Any,
+) -> None:
+    """Add an option `--name`, or a positional argument.
+
+    Args:
+        kind: Converts the value: `int` for a whole number of 1 or more, `float` for a finite number, `bool` for a flag
+            without a value, or a function.
+        text: What `--help` says. A default that it does not mention is appended.
+        bounds: Other bounds of a number.
+        complete: What the shell offers as values.
+        check: Raises a ValueError for an invalid value. It is called after all arguments are parsed, so that a missing
+            argument is reported first.
+        more: Of `add_argument`.
+    """
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    if kind is bool:
+        more["action"] = "store_false" if default else "store_true"
+    else:
+        if kind in (int, float):
+            kind = Number(name, kind, bounds or BOUNDS[kind])
+            check, metavar = kind.check, metavar or "N"
+        more |= {"type": kind, "metavar": metavar or None, "default": default}
+    action = parser.add_argument(name, *aliases, help=with_default(text, default), **more)
+    action.check = check  # type: ignore[attr-defined]
+    if complete is not None:
+        action.completer = complete  # type: ignore[attr-defined]
+
+
+def with_default(text: str, default: Any) -> str:
+    """A help text that ends in its default."""
+    return text if default is None or "(default" in text else f"{text.removesuffix('.')} (default: {default})."

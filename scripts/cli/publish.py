@@ -1,11 +1,8 @@
 """`stepfuse publish`."""
 
-import argparse
-
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -20,7 +17,7 @@ def add_arguments(parser: Parser) -> None:
     option(parser, "--yes", bool, "Upload without asking (default: ask first).")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     check_set(arguments.set)
 
     from stepfuse.fuse.sets.publish import check_token, confirmed, prepare, publish

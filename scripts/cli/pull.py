@@ -1,13 +1,11 @@
 """`stepfuse pull`."""
 
-import argparse
 from pathlib import Path
 
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
     declare.overwrite(parser, "the set in the output folder", folder=True)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
     check_set(arguments.set)
     require_empty_dir(output, overwrite=arguments.overwrite)

@@ -1,15 +1,13 @@
 """`stepfuse reward list`."""
 
-import argparse
-
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser
 
 
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse reward list")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     from stepfuse.scripts.recipes.rewards import list_rewards
 
     list_rewards()

@@ -1,13 +1,11 @@
 """`stepfuse reward score`."""
 
-import argparse
 from pathlib import Path
 
 from stepfuse.data.output_file import require_new_file
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_picture
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -30,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
     parser.set_defaults(continued=True)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     require_new_file(arguments.output, overwrite=arguments.overwrite)
     if arguments.picture is not None:
         check_picture(arguments.picture, overwrite=arguments.overwrite, flag="--picture")

@@ -1,12 +1,10 @@
 """`stepfuse reward serve`."""
 
-import argparse
 from pathlib import Path
 
 from stepfuse.data.settings_fields import Bounds
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 PORTS = Bounds(least=0, most=65535, expected="a whole number from 0 to 65535")
 
@@ -25,7 +23,7 @@ def add_arguments(parser: Parser) -> None:
     declare.device(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     import torch
 
     from stepfuse.scripts.cli.load import prepare_device

@@ -1,6 +1,5 @@
 """`stepfuse sample`."""
 
-import argparse
 import sys
 
 from stepfuse.data.output_file import atomic_file
@@ -10,8 +9,8 @@ from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import RULE_FLAGS, check_picture, check_rule, check_set, check_weights
-from stepfuse.scripts.cli.options import Container, add_settings, option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.options import add_settings
+from stepfuse.scripts.cli.parser import Arguments, Container, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -55,7 +54,7 @@ def _add_images(images: Container) -> None:
         "Random seed of the first row, 0 to 2^64 - 1; each further row adds 1, and the columns of a row share theirs."
     )
     declare.seed(images, text)
-    declare.steps(images, "Number of denoising steps, such as 25 (default: that of the set).")
+    option(images, "--steps", int, "Number of denoising steps, such as 25 (default: that of the set).")
     for name in ("height", "width"):
         text = f"{name.capitalize()} of the images in pixels, such as 512 (default: that of the base model)."
         option(images, f"--{name}", int, text, metavar="PIXELS")
@@ -112,7 +111,7 @@ def parse_interval(text: str) -> tuple[float, float]:
     return begin, end
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     check_picture(arguments.output, overwrite=arguments.overwrite)
     options = {name: value for name in RULE_FLAGS if (value := getattr(arguments, name)) is not None}
     if arguments.rule is not None:

@@ -1,6 +1,5 @@
 """`stepfuse set card`."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,8 +7,7 @@ from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -21,14 +19,14 @@ def add_arguments(parser: Parser) -> None:
     )
     option(parser, "--evaluation", Path, text, metavar="DIR")
     declare.license(parser, "adapters that do not record one", "none")
-    declare.base_license(parser, "as the set records it")
+    declare.license(parser, "the base model", "as the set records it", "--base_license")
     declare.prompt(parser, "Prompt of a row of the picture; repeat for more rows (default: three held-out prompts).")
     option(parser, "--no_strip", bool, "Draw no picture; an existing one stays in the set (default: draw one).")
     declare.seed(parser, "Random seed of the picture.")
     declare.precision(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     check_set_folder(arguments.set)
 
     from stepfuse.fuse.sampling.strip import ROWS, draw_strip

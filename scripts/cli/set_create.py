@@ -1,15 +1,12 @@
 """`stepfuse set create`."""
 
-import argparse
-from collections.abc import Iterable
 from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import siblings
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,18 +29,18 @@ def add_arguments(parser: Parser) -> None:
         "as the adapters record it)."
     )
     option(parser, "--base", str, text, metavar="OWNER/NAME")
-    declare.base_license(parser, "none")
+    declare.license(parser, "the base model", "none", "--base_license")
     declare.license(parser, "the adapters", "as the adapters record it")
     text = "Store the weights in float16, which halves their size (default: in the type they have)."
     option(parser, "--half", bool, text)
     declare.overwrite(parser, "the set in the output folder", folder=True)
 
 
-def check_adapters(folders: Iterable[Path]) -> None:
-    """Check that adapters were written by training, or belong to a set."""
+def run(arguments: Arguments) -> None:
     from stepfuse.fuse.sets.manifest import MANIFEST
 
-    for folder in folders:
+    require_empty_dir(arguments.output, overwrite=arguments.overwrite)
+    for folder in (*arguments.adapter, *arguments.oracle):
         if not folder.is_dir():
             near = nearest(str(folder), siblings(folder))
             raise ValueError(f"no adapter in {folder}; expected a folder, as written by training{near}")
@@ -52,11 +49,6 @@ def check_adapters(folders: Iterable[Path]) -> None:
                 f"no adapter in {folder}: it has no objective.json, which training writes; `stepfuse set import` takes "
                 "a LoRA of another tool"
             )
-
-
-def run(arguments: argparse.Namespace) -> None:
-    require_empty_dir(arguments.output, overwrite=arguments.overwrite)
-    check_adapters([*arguments.adapter, *arguments.oracle])
 
     from stepfuse.fuse.diffusion.variance import EtaSchedule
     from stepfuse.fuse.sets.create import create_set

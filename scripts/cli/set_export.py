@@ -1,14 +1,12 @@
 """`stepfuse set export`."""
 
-import argparse
 from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import resolve_folder
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -23,26 +21,20 @@ def add_arguments(parser: Parser) -> None:
     declare.overwrite(parser, "output files")
 
 
-def check_export_output(output: Path, objective: str | None, form: str, *, overwrite: bool) -> None:
-    """Check the output: a file for one adapter, except in peft's format, and a folder for all."""
-    if form != "peft" and objective is not None:
-        check_safetensors(output, overwrite=overwrite)
-    elif output.is_file():
-        what = "all adapters are written into a folder; name one adapter for one file" if objective is None else form
-        raise ValueError(f"--output {output} is a file; expected a folder ({what})")
-    else:
-        resolve_folder(output)
-
-
-def run(arguments: argparse.Namespace) -> None:
-    objective, names = arguments.objective, check_set(arguments.set, oracles=True)
+def run(arguments: Arguments) -> None:
+    objective, output, names = arguments.objective, arguments.output, check_set(arguments.set, oracles=True)
     if objective is not None and names is not None and objective not in names:
         known = f"it has {', '.join(names)}{nearest(objective, names)}"
         raise ValueError(f"set {arguments.set} has no adapter {objective!r}; {known}")
-    if arguments.output is not None:
-        check_export_output(arguments.output, objective, arguments.format, overwrite=arguments.overwrite)
+    if output is not None:
+        if arguments.format != "peft" and objective is not None:
+            check_safetensors(output, overwrite=arguments.overwrite)
+        elif output.is_file():
+            what = arguments.format if objective else "all adapters are written into a folder; name one for one file"
+            raise ValueError(f"--output {output} is a file; expected a folder ({what})")
+        else:
+            resolve_folder(output)
 
     from stepfuse.fuse.sets.export import export
 
-    options = {"form": arguments.format, "output": arguments.output, "overwrite": arguments.overwrite}
-    print(export(arguments.set, objective, **options))
+    print(export(arguments.set, objective, form=arguments.format, output=output, overwrite=arguments.overwrite))

@@ -1,12 +1,10 @@
 """`stepfuse set import`."""
 
-import argparse
 import re
 from pathlib import Path
 
 from stepfuse.scripts.cli import completion, declare
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,20 +35,12 @@ def add_arguments(parser: Parser) -> None:
         "prediction, as LoRAs of other tools expect; shared: the base makes it for all; off: none (default: full)."
     )
     declare.guidance(parser, text, "Scale of classifier-free guidance (default: that of the set, or 7.5).")
-    declare.steps(parser, "Denoising steps (default: those of the set, or 50).")
+    option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
     option(parser, "--unet_only", bool, text)
     text = "File to take from a folder or repository with several (default: the only one)."
     option(parser, "--weight_name", str, text, metavar="FILE")
-
-
-def check_lora(source: str) -> None:
-    """Check that a LoRA is a file or folder, or may be on the hub."""
-    from stepfuse.fuse.sets.hub import parse_id
-
-    if not Path(source).exists() and parse_id(source) is None:
-        raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
 
 
 def check_objective_name(name: str) -> None:
@@ -59,8 +49,12 @@ def check_objective_name(name: str) -> None:
         raise ValueError(f"--objective {name!r}; expected letters, digits, '_' and '-'")
 
 
-def run(arguments: argparse.Namespace) -> None:
-    check_lora(arguments.lora)
+def run(arguments: Arguments) -> None:
+    from stepfuse.fuse.sets.hub import parse_id
+
+    lora = arguments.lora
+    if not Path(lora).exists() and parse_id(lora) is None:
+        raise ValueError(f"no LoRA at {lora!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
 
     from stepfuse.fuse.backbones.loading import quiet_libraries
     from stepfuse.fuse.sets.import_lora import import_lora
@@ -70,5 +64,5 @@ def run(arguments: argparse.Namespace) -> None:
         *("objective", "eta", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
         *("weight_name", "variant"),
     )
-    loaded = import_lora(arguments.lora, arguments.set, **{name: getattr(arguments, name) for name in names})
+    loaded = import_lora(lora, arguments.set, **{name: getattr(arguments, name) for name in names})
     print(f"{arguments.set}: {', '.join(loaded.names)}")

@@ -1,11 +1,8 @@
 """`stepfuse set merge`."""
 
-import argparse
-
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set, check_weights
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -21,7 +18,7 @@ def add_arguments(parser: Parser) -> None:
     declare.output(parser, "lora.safetensors", "Output file, a name that ends in .safetensors.")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     check_safetensors(arguments.output, overwrite=arguments.overwrite)
     texts = [] if arguments.weights is None else [arguments.weights]
     weights = check_weights(texts, check_set(arguments.set))

@@ -6,8 +6,7 @@ from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
 from stepfuse.scripts.cli.completion import one_of
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -21,14 +20,14 @@ def add_arguments(parser: Parser) -> None:
         "colours-heldout:16, or emoji-heldout:16 for the embedded base)."
     )
     option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=one_of(PROMPT_SETS, "txt"))
-    declare.steps(parser)
+    option(parser, "--steps", int, "Number of denoising steps (default: that of the set).")
     declare.guidance(parser)
     declare.seed(parser)
     declare.batch_size(parser)
     declare.precision(parser)
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     if arguments.prompts is not None:
         parse_prompts(arguments.prompts)
     check_set_folder(arguments.set)

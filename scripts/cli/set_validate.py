@@ -1,11 +1,8 @@
 """`stepfuse set validate`."""
 
-import argparse
-
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
-from stepfuse.scripts.cli.options import option
-from stepfuse.scripts.cli.parser import Parser
+from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
 def add_arguments(parser: Parser) -> None:
@@ -14,7 +11,7 @@ def add_arguments(parser: Parser) -> None:
     option(parser, "--load", bool, "Load the base model and every adapter too (default: check the files only).")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: Arguments) -> None:
     check_set(arguments.set)
 
     from stepfuse.fuse.sets.adapter_set import load_set

@@ -44,16 +44,7 @@ def draw_batch(
 
 
 def render(picture: Image.Image, background: str, generator: torch.Generator) -> Image.Image:
-    """Draw an RGBA emoji on a background, with random size, position, shade and texture.
-
-    Args:
-        picture: RGBA, of the concept.
-        background: a name in `emoji.BACKGROUNDS`.
-        generator: of all random numbers.
-
-    Returns:
-        RGB image of 64×64 pixels.
-    """
+    """Draw an RGBA emoji on a background of `emoji.BACKGROUNDS`, with random size, position, shade and texture."""
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * torch.rand((), generator=generator).item()
@@ -67,7 +58,6 @@ def render(picture: Image.Image, background: str, generator: torch.Generator) ->
 
 
 def _background(colour: tuple[int, int, int], uniform: Callable[[float, float], float]) -> Image.Image:
-    """A plain, graded or striped background around one colour."""
     shade = uniform(-14, 14)
     angle, kind = uniform(0, 2 * math.pi), uniform(0, 1)
     axis = torch.linspace(-1, 1, emoji.RESOLUTION)

@@ -86,7 +86,6 @@ def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: 
 
 
 def write_cards(training: dict, figures: dict, note: str) -> None:
-    """Write model cards with what was trained, for how long, and the measurements."""
     stages = "\n".join(
         f"| {name} | {stage['parameters'] / 1e6:.2f} M | {stage['steps']} | {stage['batch_size']} | "
         f"{stage['learning_rate']:g} | {stage['seconds'] / 60:.0f} min |"

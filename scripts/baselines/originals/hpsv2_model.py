@@ -13,10 +13,9 @@ SMALL = {
 }
 
 
-def load(folder, size):
+def load(folder, size, fill):
     """Make HPS_v2_compressed.pt with open_clip's model, and load it into the package's fork of it."""
     import open_clip
-    from preparing import fill  # beside this file, where the worker looks
 
     # The fork reads its vocabulary when it is imported, and comes without.
     package = Path(importlib.util.find_spec("hpsv2").submodule_search_locations[0])

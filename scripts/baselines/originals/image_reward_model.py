@@ -27,7 +27,7 @@ MED_CONFIG = {
 }
 
 
-def load(folder, size, vocabulary):
+def load(folder, size, fill, vocabulary):
     """Make ImageReward.pt and med_config.json, and load them as the package does.
 
     Args:
@@ -37,7 +37,6 @@ def load(folder, size, vocabulary):
     from ImageReward.ImageReward import ImageReward
     from ImageReward.models.BLIP import blip_pretrain
     from ImageReward.models.BLIP.vit import VisionTransformer
-    from preparing import fill  # beside this file, where the worker looks
 
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(vocabulary, folder / "vocab.txt")

@@ -15,9 +15,8 @@ SMALL = {
 }
 
 
-def load(folder, size):
+def load(folder, size, fill):
     """Make config.json and model.safetensors in a folder that has tokenizer.json, and load them as the README does."""
-    from preparing import fill  # beside this file, where the worker looks
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizerFast
 
     sizes = PUBLISHED if size == "published" else SMALL
