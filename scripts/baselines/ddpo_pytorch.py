@@ -31,11 +31,8 @@ class DDPOPyTorch(Loop):
     """
 
     def __init__(self, task: Task, *, timestep_fraction: float = 1.0) -> None:
-        super().__init__(task)
+        super().__init__(task, wrap=Wrapped)  # accelerate adds autocast to this module alone; rollouts call the UNet
         self.learned = max(1, round(task.steps * timestep_fraction))
-
-    def prepared(self) -> nn.Module:
-        return Wrapped(self.unet)  # accelerate adds autocast to this module alone; rollouts call the UNet
 
     @torch.no_grad()
     def rollout(self) -> Samples:

@@ -9,7 +9,7 @@ import copy
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +49,7 @@ class Task:
 class Loop(ABC):
     """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, *, wrap: Callable[[nn.Module], nn.Module] = lambda unet: unet) -> None:
         self.task, self.pipeline, self.device = task, task.pipeline, task.accelerator.device
         self.backbone = backbone_of(self.pipeline)
         self.unet: Any = self.pipeline.unet
@@ -65,12 +65,8 @@ class Loop(ABC):
             self.unet.enable_gradient_checkpointing()
         self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=1e-4)
-        self.trained, self.optimizer = task.accelerator.prepare(self.prepared(), optimizer)
+        self.trained, self.optimizer = task.accelerator.prepare(wrap(self.unet), optimizer)
         self.networks: tuple[nn.Module, ...] = (self.unet,)
-
-    def prepared(self) -> nn.Module:
-        """The module that accelerate prepares."""
-        return self.unet
 
     @abstractmethod
     def rollout(self) -> Any:

@@ -74,8 +74,9 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     return CLIPModel(CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=128))
 
 
-def new_unet() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
+def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """The UNet and its text encoder, which one stage trains together."""
+    unet = UNet2DConditionModel(
         sample_size=emoji.RESOLUTION // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -87,15 +88,8 @@ def new_unet() -> UNet2DConditionModel:
         attention_head_dim=2,  # diffusers reads this as the number of heads
         norm_num_groups=16,
     )
-
-
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer), projection_dim=128))
-
-
-def new_denoiser(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
-    """What one stage trains together: `unet` and `text_encoder`."""
-    return nn.ModuleDict({"unet": new_unet(), "text_encoder": new_text_encoder(tokenizer)})
+    text_encoder = CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer), projection_dim=128))
+    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
 
 
 def new_scheduler() -> DDIMScheduler:
