@@ -88,9 +88,10 @@ def _compare(
     with tempfile.TemporaryDirectory(prefix="stepfuse-originals-") as temporary:
         folder = Path(temporary)
         # The warm-up of the original writes the weights, which the others load.
-        loads = {"original": partial(start_original, name, folder, size=settings.size, threads=settings.threads or 1)}
-        loads |= {key: partial(load_ours, dtype) for key, dtype in DTYPES.items()}
-        builders = {key: partial(method, key, load) for key, load in loads.items()}
+        start = partial(start_original, name, folder, size=settings.size, threads=settings.threads or 1)
+        builders = {"original": partial(method, "original", start)}
+        for key, dtype in DTYPES.items():
+            builders[key] = partial(method, key, partial(load_ours, dtype))
         builders |= {f"products in {key}": partial(products, key) for key in DTYPES}
         seconds = harness.measure(
             builders,

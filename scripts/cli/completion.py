@@ -61,6 +61,6 @@ def objectives(prefix: str, parsed_args: Arguments, **_: Any) -> list[str]:
         return []
 
 
-def weights(prefix: str, parsed_args: Arguments, **_: Any) -> list[str]:
+def weights(prefix: str, parsed_args: Arguments, **_: Any) -> Iterable[str]:
     """`A=` for each objective of the set that has no weight yet."""
     return several(objectives(prefix, parsed_args), "=")(prefix)

@@ -1,6 +1,5 @@
 """`stepfuse set profile`."""
 
-import argparse
 
 from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
 from stepfuse.scripts.cli import declare

@@ -71,9 +71,9 @@ def fit(
         running = 0.98 * running + 0.02 * value.item()
         bar.set_postfix(loss=f"{running / (1 - 0.98 ** (step - start + 1)):.4f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-            state |= {"step": step + 1, "seconds": time.monotonic() - begun}
-            torch.save(state, file.with_suffix(".tmp"))
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+            progress = {"step": step + 1, "seconds": time.monotonic() - begun}
+            torch.save({**states, **progress}, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
 
 
