@@ -1,6 +1,5 @@
 """`stepfuse set profile`."""
 
-
 from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set_folder
