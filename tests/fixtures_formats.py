@@ -12,13 +12,12 @@ from stepfuse.fuse.backbones.unet_names import UNetNames
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
-from stepfuse.fuse.lora.export import save_as
-from stepfuse.fuse.lora.factors import read_factors, state_factors
-from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.load import adapter_state
-from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.lora.export import save_kohya, save_peft
+from stepfuse.fuse.lora.factors import peft_state
+from stepfuse.fuse.lora.load import network_factors
+from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.adapter import read_factors, write_adapter
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl
 from tests.fixtures_zoo import KINDS, add
 
@@ -40,7 +39,7 @@ def make_adapters(bases, root):
         add(pipeline.unet, kind, KINDS[kind], seed=seed)
         adapter = write_adapter(
             root / base / kind,
-            pipeline.unet,
+            network_factors(pipeline.unet, kind),
             Objective(name=kind, reward="some", variance=EtaSchedule(), beta=0.1),
             base={"name_or_path": base} | base_fingerprint(pipeline.unet),
             guidance="shared",
@@ -60,11 +59,7 @@ def read_any_layout(file, unet, *, unet_only=False):
 
 def factors_of(adapters):
     """As peft holds them, before a file is written."""
-    made = {}
-    for (base, kind), (adapter, unet) in adapters.items():
-        state = {key: value.detach() for key, value in adapter_state(unet, kind).items()}
-        made[base, kind] = state_factors(adapter.folder, state, unet.peft_config[kind].to_dict())
-    return made
+    return {(base, kind): network_factors(unet, kind) for (base, kind), (_, unet) in adapters.items()}
 
 
 def peft_states(adapters, base, kind):
@@ -73,7 +68,7 @@ def peft_states(adapters, base, kind):
     config = unet.peft_config[kind].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     header = json.dumps({f"unet.{key}": value for key, value in config.items()})
-    state = {f"unet.{key}": value.detach() for key, value in adapter_state(unet, kind).items()}
+    state = {f"unet.{key}": value for key, value in peft_state(network_factors(unet, kind)).items()}
     return state, {METADATA: header}
 
 
@@ -98,7 +93,11 @@ def layers(unet):
 def export(adapters, base, kind, form, place):
     adapter, unet = adapters[base, kind]
     names = UNetNames(config=unet.config)
-    with open_lora(adapter.folder / WEIGHTS, [names.part]) as lora:
-        factors = read_factors(lora, adapter.sha256)
-    save_as(form, place, factors, base=base, names=names, title=adapter.name, prediction="epsilon")
+    part, factors = read_factors(adapter)
+    if form == "diffusers":
+        save_lora(place, factors, part)
+    elif form == "peft":
+        save_peft(place, factors, base)
+    else:
+        save_kohya(place, factors, names, title=adapter.name, prediction="epsilon")
     return place

@@ -16,6 +16,7 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
@@ -30,13 +31,10 @@ def small_set(base, root):
     """A set of `a` and `b`, of one layer each."""
     described = {"name_or_path": str(base)} | base_fingerprint(load_pipeline(str(base)).unet)
     for name in "ab":
-        shapes = {A.removeprefix("unet."): (2, 32), B.removeprefix("unet."): (32, 2)}
         write_adapter(
             root / name,
-            None,
+            {LAYER: Factors(down=torch.full((2, 32), 0.1), up=torch.full((32, 2), 0.1), alpha=2.0)},
             Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(), beta=0.1),
-            state={key: torch.full(shape, 0.1) for key, shape in shapes.items()},
-            config={"r": 2, "lora_alpha": 2},
             base=described,
             guidance="shared",
             guidance_scale=3.0,

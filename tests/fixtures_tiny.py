@@ -27,7 +27,9 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
+from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
@@ -149,7 +151,7 @@ def save_adapter(
     add_random_lora(pipeline, name, rank=rank, alpha=alpha, seed=seed)
     return write_adapter(
         folder,
-        pipeline.unet,
+        network_factors(pipeline.unet, name),
         Objective(name=name, reward=reward or f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta),
         base={"name_or_path": str(base)} | fingerprint,
         guidance=guidance,
@@ -173,7 +175,7 @@ def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha:
 def read_lora(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA file under peft's names."""
     with open_lora(file, ["unet"]) as lora:
-        return lora.read()
+        return {f"{lora.part}.{key}": value for key, value in peft_state(lora.factors()).items()}
 
 
 def networks(*adapters: str | None) -> list[Network]:

@@ -15,8 +15,9 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, copy_weights, load_adapter, read_adapter
+from stepfuse.fuse.sets.adapter import OBJECTIVE, load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import refused, save_adapter
 
@@ -329,5 +330,6 @@ def test_a_file_that_changes_while_a_set_is_made_of_it_is_not_copied(adapters, t
         return copy(adapters / "b" / WEIGHTS, target)  # as if it was replaced after its header was read
 
     monkeypatch.setattr("stepfuse.fuse.sets.adapter.shutil.copyfile", other)
-    with refused(str(adapters / "a" / WEIGHTS), "while it was copied"):
-        copy_weights(read_adapter(adapters / "a"), tmp_path)
+    with refused(f"a/{WEIGHTS}", "sha256"):
+        create_set(tmp_path / "set", [adapters / "a"])
+    assert list(tmp_path.iterdir()) == [adapters]

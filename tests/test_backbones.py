@@ -15,8 +15,9 @@ from stepfuse.fuse.backbones.guidance import Branch, Guidance, classifier_free
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import BACKBONES, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.layers import active_adapter
-from stepfuse.fuse.lora.load import adapter_state
+from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
@@ -121,9 +122,9 @@ def test_its_adapter_is_loaded_by_diffusers_under_the_name_of_its_network(words,
     ours = FusedSampler.from_pretrained(tmp_path / "set").denoiser.network
     theirs = load_pipeline(str(words)).transformer
     theirs.load_lora_adapter(load_file(file), prefix="transformer", adapter_name="mine")
-    loaded = adapter_state(theirs, "mine")
-    assert loaded.keys() == adapter_state(ours, "mine").keys()
-    assert all(torch.equal(value, loaded[key]) for key, value in adapter_state(ours, "mine").items())
+    loaded, put = (peft_state(network_factors(network, "mine")) for network in (theirs, ours))
+    assert loaded.keys() == put.keys()
+    assert all(torch.equal(value, loaded[key]) for key, value in put.items())
 
 
 def test_an_unknown_family_is_refused_by_name_with_those_there_are(words):

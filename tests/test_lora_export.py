@@ -10,14 +10,15 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.backbones.unet_names import UNetNames, sgm_path
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.export import save_kohya
-from stepfuse.fuse.lora.file import check_fits
+from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, read_any_layout
+from stepfuse.fuse.sets.export import export as export_set
+from tests.fixtures_formats import FACTORS_ALONE, assert_same, export, layers, peft_states, read_any_layout
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import KINDS, assert_alike, predict
 
@@ -70,10 +71,13 @@ def test_what_was_written_is_read_back(lora_bases, lora_adapters, lora_factors, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scales_are_those_of_peft(lora_adapters, lora_factors, kind):
+def test_scales_are_those_of_peft(lora_adapters, kind, tmp_path):
     """rsLoRA's root goes into alpha: alpha / r = lora_alpha / √r."""
     trained = lora_adapters["sd", kind][1]
-    scales = {name: layer.scaling for name, layer in lora_factors["sd", kind].items()}
+    state, metadata = peft_states(lora_adapters, "sd", kind)
+    save_file(state, tmp_path / "x.safetensors", metadata)
+    with open_lora(tmp_path / "x.safetensors", ["unet"]) as lora:
+        scales = {name: layer.scaling for name, layer in lora.layers.items()}
     assert scales == pytest.approx({name: trained.get_submodule(name).scaling[kind] for name in scales}, rel=1e-6)
 
 
@@ -81,8 +85,12 @@ def test_scales_are_those_of_peft(lora_adapters, lora_factors, kind):
 def test_what_kohyas_files_do_not_hold_is_refused(lora_adapters, kind, what, tmp_path):
     with refused(repr(kind), what, "diffusers or peft"):
         export(lora_adapters, "sd", kind, "kohya", tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_format_is_refused(tmp_path):
     with refused("'onnx'", "kohya"):
-        export(lora_adapters, "sd", kind, "onnx", tmp_path / "x")
+        export_set("emoji", None, form="onnx", output=tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
 

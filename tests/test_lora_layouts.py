@@ -37,7 +37,7 @@ def imported(file, base, *, unet_only=False):
     save_lora(written, factors, "unet")
     pipeline = copy.deepcopy(base)
     with open_lora(written, ["unet"]) as opened:
-        put_on(pipeline.unet, "unet", "imported", opened, opened.read())
+        put_on(pipeline.unet, "imported", written, opened.factors())
     return predict(pipeline.unet)
 
 

@@ -21,10 +21,10 @@ from stepfuse.data import emoji
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet_names import sgm_path
 from stepfuse.fuse.lora.config import METADATA
-from stepfuse.fuse.lora.factors import read_factors
+from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.layers import lora_layers
-from stepfuse.fuse.lora.load import adapter_state
+from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.merge import merge_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.lora.write import save_lora
@@ -192,7 +192,7 @@ def test_the_embedded_adapters_are_read_completely_by_diffusers_and_comfyui():
         assert (len(added), left) == (92, 0)
     pipeline.load_lora_weights(files[0])
     (name,) = pipeline.unet.peft_config
-    loaded, read = adapter_state(pipeline.unet, name), read_lora(files[0])
+    loaded, read = peft_state(network_factors(pipeline.unet, name)), read_lora(files[0])
     assert len(loaded) == len(read) == 2 * 92
     assert all(torch.equal(loaded[key.removeprefix("unet.")], value.float()) for key, value in read.items())
     assert {layer.scaling[name] for layer in lora_layers(pipeline.unet)} == {1}
@@ -204,20 +204,19 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.unet_names import UNetNames
-from stepfuse.fuse.lora.export import FORMATS, save_as
-from stepfuse.fuse.lora.factors import read_factors
-from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.lora.export import save_kohya, save_peft
+from stepfuse.fuse.lora.write import save_lora
+from stepfuse.fuse.sets.adapter import read_factors
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import save_adapter
 
 base, root = map(Path, sys.argv[1:])
 adapter = save_adapter(root / "a", base, "a", rank=2, alpha=3)
 names = UNetNames(config=UNet2DConditionModel.load_config(base, subfolder="unet"))
-for form in FORMATS:
-    with open_lora(adapter.folder / WEIGHTS, ["unet"]) as lora:
-        factors = read_factors(lora)
-    save_as(form, root / f"{form}.safetensors", factors, base=str(base), names=names, title="a", prediction="epsilon")
+part, factors = read_factors(adapter)
+save_lora(root / "diffusers.safetensors", factors, part)
+save_peft(root / "peft.safetensors", factors, str(base))
+save_kohya(root / "kohya.safetensors", factors, names, title="a", prediction="epsilon")
 for half in (False, True):
     create_set(root / f"set-{half}", [root / "a"], half=half)
 for file in sorted(file for file in root.rglob("*") if file.is_file()):
@@ -248,12 +247,12 @@ def test_a_set_in_the_former_layout_is_read_and_is_pulled_in_todays(stranger, tm
     header = json.dumps({"unet.r": 2, "unet.lora_alpha": 3})
     put_weights(stranger, save(state, metadata={METADATA: header}))
     with open_lora(load_set(stranger).adapters[0].folder / WEIGHTS, ["unet"]) as lora:
-        former = read_factors(lora)
+        former = lora.factors()
     assert former[LAYER].scaling == 1.5
     copy_set(str(stranger), tmp_path / "pulled")
     with open_lora(tmp_path / "pulled" / "a" / WEIGHTS, ["unet"]) as lora:
         assert lora.as_written
-        assert_same(read_factors(lora), former)
+        assert_same(lora.factors(), former)
     before, after = (json.loads((folder / MANIFEST).read_text()) for folder in (stranger, tmp_path / "pulled"))
     entries = zip(before["adapters"], after["adapters"], strict=True)
     changed = [one.pop("weights") != other.pop("weights") for one, other in entries]

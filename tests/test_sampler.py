@@ -13,6 +13,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import write_adapter
@@ -280,7 +281,7 @@ def test_an_adapter_saved_and_loaded_draws_the_bits_it_drew_before(base, tmp_pat
     add_random_lora(pipeline, "fresh", rank=2, alpha=5, seed=7)
     write_adapter(
         tmp_path / "fresh",
-        pipeline.unet,
+        network_factors(pipeline.unet, "fresh"),
         Objective(name="fresh", reward="none", variance=EtaSchedule(eta=0.8), beta=0.1),
         base={"name_or_path": str(base)} | fingerprint,
         guidance="shared",

@@ -21,6 +21,7 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule
 from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.weight_table import weight_table
@@ -123,13 +124,11 @@ def target(tmp_path_factory):
     described = {"name_or_path": str(base)} | base_fingerprint(load_pipeline(str(base)).unet)
     generator = torch.Generator().manual_seed(0)
     for name, reward in REWARDS.items():
-        shapes = {f"{LAYER}.lora_A.weight": (2, 32), f"{LAYER}.lora_B.weight": (32, 2)}
+        down, up = (0.1 * torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2)))
         write_adapter(
             root / name,
-            None,
+            {LAYER: Factors(down=down, up=up, alpha=4.0)},
             Objective(name=name, reward=reward, variance=SCHEDULES[name], beta=0.1),
-            state={key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()},
-            config={"r": 2, "lora_alpha": 4, "rank_pattern": {}, "alpha_pattern": {}, "target_modules": ["to_q"]},
             base=described,
             guidance="shared",
             guidance_scale=3.0,

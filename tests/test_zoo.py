@@ -17,7 +17,6 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA, UNUSED_SETTINGS, USED_SETTINGS
-from stepfuse.fuse.lora.factors import peft_config, peft_state
 from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
@@ -72,10 +71,8 @@ def adapters(base, places, tmp_path_factory):
         eta = ETAS[name == PARTNER]
         write_adapter(
             root / "imported" / name,
-            None,
+            factors,
             Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(eta=eta), beta=0.1),
-            state=peft_state(factors),
-            config=peft_config(factors),
             base={"name_or_path": base.name_or_path} | fingerprint,
             guidance="shared",
             guidance_scale=SCALE,

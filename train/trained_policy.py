@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.train.algorithm import Algorithm
@@ -80,7 +81,7 @@ def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, prog
     lora, parameters = split_state(policy.state)
     write_adapter(
         setup.output,
-        setup.backbone.network,
+        network_factors(setup.backbone.network, settings.name, lora),
         Objective(
             name=settings.name,
             reward=setup.reward.name,
@@ -88,7 +89,6 @@ def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, prog
             beta=algorithm.temperature(math.prod(setup.sampling.shape)),
             shaping=setup.reward.shaping,
         ),
-        state=lora,
         base=setup.base,
         guidance=settings.guidance,
         guidance_scale=settings.sample_guidance_scale,

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
+from stepfuse.fuse.lora.layers import check_exist
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack, Route
 
@@ -33,12 +34,11 @@ class BatchedAdapters:
         self.names = tuple(names)
         self.route: Route | None = None
         self._merged: Network | None = None
-        self._fixed: Route | None = None
+        self._fixed: Any = None  # a Route with all of its tensors
         layers = {k: m for k, m in network.named_modules() if isinstance(m, LoraLayer)}
-        for name in names:
-            if not any(name in layer.r for layer in layers.values()):
-                raise ValueError(f"the network has no adapter {name!r}")
-            for path, layer in layers.items():
+        check_exist(layers.values(), names)
+        for path, layer in layers.items():
+            for name in names:
                 if name in layer.r:
                     _check_layer(layer, path, name, unbatched)
         used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
@@ -82,19 +82,17 @@ class BatchedAdapters:
         return Route(base=0, up=up, down=down if _merge_of(merged) == "factors" else None, used=used.to(device))
 
     def fix(self, rows: int, device: torch.device) -> None:
-        """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them.
+        """Keep routes of up to `rows` rows in the same tensors, so that a compiled network is not compiled again.
 
-        Then other adapters or mixtures are other values, and nothing is compiled anew, nor any CUDA graph recorded.
+        Other adapters or mixtures are then other values, and no CUDA graph is recorded again.
         """
         up, down = (torch.zeros(rows, len(self.names), device=device, dtype=self._stacks[0].up.dtype) for _ in range(2))
         self._fixed = Route(base=0, experts=torch.zeros(rows, dtype=torch.int64, device=device), up=up, down=down)
 
     def _fixed_route(self, networks: Sequence[Network]) -> Route:
-        fixed = cast(Any, self._fixed)
-        if len(networks) > len(fixed.experts):
-            self.fix(len(networks), fixed.experts.device)
-            fixed = cast(Any, self._fixed)
-        merge = _merge_of(networks)
+        if len(networks) > len(self._fixed.experts):
+            self.fix(len(networks), self._fixed.experts.device)
+        fixed, merge = self._fixed, _merge_of(networks)
         if not merge:
             fixed.experts[: len(networks)].copy_(self._indices(networks))
             return replace(fixed, up=None, down=None)
@@ -110,7 +108,6 @@ class BatchedAdapters:
             stack.merged = None
 
     def _merge(self, network: Network, device: torch.device) -> None:
-        """Keep the merged weights of one network in every layer, until another is merged or they are released."""
         if network == self._merged:
             return
         self._merged = None
@@ -125,10 +122,8 @@ class BatchedAdapters:
 
     def _indices(self, networks: Sequence[Network]) -> Tensor:
         """The index of each network's adapter; that of the base is the number of adapters."""
-        names = [network.adapter for network in networks]
-        return torch.tensor(
-            [len(self.names) if name is None else self.names.index(name) for name in names], dtype=torch.int64
-        )
+        order = (*self.names, None)
+        return torch.tensor([order.index(network.adapter) for network in networks], dtype=torch.int64)
 
     def _coefficients(self, merged: Sequence[Network]) -> tuple[Tensor, Tensor]:
         """c and d of merged networks: for factors c = w and d = w / λ, whose product is λ (w / λ) (w / λ)."""
@@ -175,7 +170,6 @@ def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> L
 
 
 def _check_layer(layer: LoraLayer, path: str, name: str, unbatched: Collection[str]) -> None:
-    """Check that an adapter of a layer has a batched form."""
     variant = layer.lora_variant.get(name)
     base = layer.get_base_layer()
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):

@@ -1,10 +1,9 @@
-"""peft's configuration of LoRAs: made of layers, and read from what anybody may have written."""
+"""peft's configuration of LoRAs, read from untrusted files."""
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from stepfuse.data.json_file import parse_json
 from stepfuse.data.text_files import short_repr
@@ -14,7 +13,7 @@ METADATA = "lora_adapter_metadata"  # diffusers' name for peft's configuration i
 USED_SETTINGS = (
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias", "peft_type"),
 )
-# Settings that have no part in a forward of the trained adapter.
+# Settings that do not change a forward of the trained adapter.
 UNUSED_SETTINGS = (
     *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
     *("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform"),
@@ -25,81 +24,46 @@ UNUSED_SETTINGS = (
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class Layer(Protocol):
-    """The LoRA of one layer, its values with it or not; `shape` is that of the weight it is added to."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def alpha(self) -> float: ...
-    @property
-    def dora(self) -> bool: ...
-    @property
-    def has_bias(self) -> bool: ...
-
-
-def layer_settings(layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """peft's settings of layers by the module's path: the usual rank and alpha, and patterns for the others."""
-    rank, alpha = (
-        Counter(values).most_common(1)[0][0]
-        for values in ([layer.rank for layer in layers.values()], [layer.alpha for layer in layers.values()])
-    )
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {f"^{name}": layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {f"^{name}": layer.alpha for name, layer in layers.items() if layer.alpha != alpha},
-        "target_modules": sorted(layers),
-        "use_dora": any(layer.dora for layer in layers.values()),
-        "lora_bias": any(layer.has_bias for layer in layers.values()),
-    }
-
-
-def read_configs(
-    file: Path, metadata: Mapping[str, str], parts: Sequence[str], *, bare: str = ""
-) -> dict[str, dict[str, Any]]:
-    """peft's configuration by part, where the header has one.
+def read_config(
+    file: Path, metadata: Mapping[str, str], part: str, *, any_layout: bool = False
+) -> dict[str, Any] | None:
+    """peft's configuration of a network, where the header has one.
 
     Args:
-        parts: of the pipeline; the configurations of text encoders that are not among them are not looked at.
-        bare: the part of settings without one, as `save_lora_adapter` of a network writes them.
+        part: the pipeline's name of the network.
+        any_layout: settings may have no part, as `save_lora_adapter` of a network writes them, and those of text
+            encoders are skipped; by default they are refused.
 
     Raises:
-        ValueError: for metadata that is malformed, or of something else than a LoRA.
+        ValueError: for metadata that is malformed, of another part, or of something else than a LoRA.
     """
     if METADATA not in metadata:
-        return {}
+        return None
     try:
         settings = parse_json(metadata[METADATA].encode())
         if not isinstance(settings, dict):
             raise ValueError("it is not an object")
     except ValueError as error:
         raise ValueError(f"{file}: its metadata is malformed: {error}") from error
-    known = tuple(dict.fromkeys((*parts, *TEXT_PARTS)))
-    configs: dict[str, dict[str, Any]] = {}
+    known, config = (part, *TEXT_PARTS), {}
     for key, value in settings.items():
-        part, _, name = key.partition(".")
-        if bare and not name:
-            part, name = bare, part
-        if part not in known or not name:
+        of, _, name = key.partition(".")
+        if any_layout and not name:
+            of, name = part, of
+        if of not in known or not name:
             raise ValueError(
                 f"{file}: its metadata has {key[:100]!r}; expected keys that begin with {', '.join(known)}"
             )
-        if part in parts:
-            configs.setdefault(part, {})[name] = value
-    for config in configs.values():
-        check_config(file, config)
-    return configs
+        if of == part:
+            config[name] = value
+        elif not any_layout:
+            raise ValueError(f"{file}: its metadata is of {of}, and it has no tensors of that; fetch it again")
+    check_config(file, config)
+    return config or None
 
 
 def check_config(file: Path, config: Mapping[str, Any]) -> None:
-    """Check that a configuration of peft's is of a plain LoRA, rsLoRA or DoRA, and of the types it should have.
-
-    Raises:
-        ValueError: naming the setting at fault.
-    """
+    """Raise ValueError, naming the setting, unless a configuration is of a LoRA, rsLoRA or DoRA and its types are."""
 
     def positive(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 2**31
@@ -135,17 +99,16 @@ class Patterns:
     """Rank and alpha of modules by a checked configuration of peft's.
 
     peft takes the names in its patterns for regular expressions; here they are names, looked up without a search, so
-    that none can take for ever.
+    that no pattern takes long.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        patterns = {name: (config.get(name) or {}).items() for name in ("rank_pattern", "alpha_pattern")}
-        self._patterns = {
+        self._patterns = {}
+        for name in ("rank_pattern", "alpha_pattern"):
+            entries = list(enumerate((config.get(name) or {}).items()))
             # Reversed, so that of two spellings of one name the first counts, as in peft.
-            name: {plain_name(key): (index, value) for index, (key, value) in reversed(list(enumerate(pattern)))}
-            for name, pattern in patterns.items()
-        }
+            self._patterns[name] = {plain_name(key): (index, value) for index, (key, value) in reversed(entries)}
 
     def rank(self, module: str, default: int) -> Any:
         return self._first("rank_pattern", module, self.config.get("r", default))

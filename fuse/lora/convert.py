@@ -16,11 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from stepfuse.data.json_file import read_json
-from stepfuse.fuse.lora.config import check_config, read_configs
-from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS
+from stepfuse.fuse.lora.config import check_config, read_config
+from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.file import check_fits, check_layers, plain_modules
-from stepfuse.fuse.lora.keys import ALPHA, DOWN, TEXT, UP, LayerTable, LoRAKey, parse_key
+from stepfuse.fuse.lora.keys import ALPHA, DOWN, UP, LayerTable, LoRAKey, parse_key
 from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
 from stepfuse.fuse.lora.tensor_file import FLOATS, SMALL_FLOATS, open_tensors
@@ -37,9 +37,6 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
         names: of its layers in other tools' files.
         unet_only: leave out what is of text encoders.
 
-    Returns:
-        Factors by the layer's path in the network.
-
     Raises:
         ValueError: for a pickle, another kind of adapter, layers that the network does not have, parts of text
             encoders, and anything whose layer or scale is in doubt.
@@ -48,7 +45,7 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
         file = _file_in(file)
     check_no_pickle(file)
     part = names.part
-    with open_tensors(file, lambda key: parse_key(key, names).part != TEXT, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
+    with open_tensors(file, lambda key: not parse_key(key, names).of_text, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
         keys = [parse_key(key, names) for key in tensors.tensors]
         beside = _config_beside(file, keys)
         of_network = _of_network(file, keys, names, unet_only=unet_only)
@@ -56,7 +53,7 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
             raise ValueError(f"{file} has no layers of the network ({part}); nothing of it can be fused")
         modules = dict(plain_modules(network))
         found = _by_layer(file, of_network, LayerTable(modules, names))
-        config = read_configs(file, tensors.metadata, (part,), bare=part).get(part, beside)
+        config = read_config(file, tensors.metadata, part, any_layout=True) or beside
         if config is None:
             _check_wrapped(file, found)
         shapes = {
@@ -71,9 +68,8 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
         check_fits(file, layers, network)
         factors = {}
         for module, kinds in found.items():
-            layer = layers[module]
             state = {kind: tensors.tensor(kinds[kind].key).reshape(shape) for kind, shape in shapes[module].items()}
-            alpha = layer.scaling * layer.rank
+            alpha = layers[module].alpha
             if ALPHA in kinds:
                 key = kinds[ALPHA].key
                 alpha = _alpha(file, key, tensors.tensor(key), None if config is None else alpha)
@@ -82,11 +78,7 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
 
 
 def _file_in(folder: Path) -> Path:
-    """The weights in a folder: under the name that peft or diffusers gives them, or the only safetensors file.
-
-    Raises:
-        ValueError: for several, and for pickles alone.
-    """
+    """The weights in a folder: under the name that peft or diffusers gives them, or the only safetensors file."""
     usual = folder / (PEFT_WEIGHTS if (folder / PEFT_CONFIG).is_file() else WEIGHTS)
     if usual.is_file():
         return usual
@@ -102,14 +94,14 @@ def _file_in(folder: Path) -> Path:
 
 def _of_network(file: Path, keys: Sequence[LoRAKey], names: LayerNames, *, unet_only: bool) -> list[LoRAKey]:
     """The tensors of the network, all of one adapter."""
-    others = [name for name in keys if name.part != TEXT]
+    others = [name for name in keys if not name.of_text]
     refused = [name for name in others if name.refusal]
     if refused:
         # Weights and biases that are named so plainly may be part of another kind of adapter.
         plain = (parse_key("x.weight", names).refusal, parse_key("x", names).refusal)
         worst = next((name for name in refused if name.refusal not in plain), refused[0])
         raise ValueError(f"{file}: tensor {worst.key[:100]!r} is of {worst.refusal}")
-    texts = [name.key for name in keys if name.part == TEXT]
+    texts = [name.key for name in keys if name.of_text]
     if texts and not unet_only:
         raise ValueError(
             f"{file} has tensors of a text_encoder or an embedding too ({texts[0][:100]!r}), and fused adapters share "
@@ -149,7 +141,7 @@ def _by_layer(file: Path, names: Sequence[LoRAKey], table: LayerTable) -> Found:
 def _config_beside(file: Path, names: Sequence[LoRAKey]) -> dict[str, Any] | None:
     """peft's configuration in a file beside the weights, for keys that have peft's wrapper in them."""
     beside = file.parent / PEFT_CONFIG
-    if not beside.is_file() or not any("base_model.model." in name.key for name in names):
+    if not beside.is_file() or not any(PEFT_PREFIX in name.key for name in names):
         return None
     values = read_json(beside, "the configuration peft saves beside the weights")
     config = {key: value for key, value in values.items() if value}
@@ -160,10 +152,11 @@ def _config_beside(file: Path, names: Sequence[LoRAKey]) -> dict[str, Any] | Non
 def _check_wrapped(file: Path, found: Found) -> None:
     """Check that weights as peft alone writes them, which come without its configuration, state their alpha."""
     for kinds in found.values():
-        if kinds[DOWN].wrapped and ALPHA not in kinds:
+        key = kinds[DOWN].key
+        if key.startswith(PEFT_PREFIX) and ALPHA not in kinds:
             raise ValueError(
-                f"no {PEFT_CONFIG} in {file.parent}; {kinds[DOWN].key[:100]!r} has peft's wrapper base_model.model., "
-                "and peft writes alpha to that file: put it beside the weights"
+                f"no {PEFT_CONFIG} in {file.parent}; {key[:100]!r} has peft's wrapper {PEFT_PREFIX}, and peft writes "
+                "alpha to that file: put it beside the weights"
             )
 
 

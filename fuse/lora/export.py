@@ -1,72 +1,40 @@
-"""LoRAs in other tools' formats."""
+"""LoRAs written in the formats of peft and kohya-ss/sd-scripts."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stepfuse.data.json_file import write_json
-from stepfuse.data.names import nearest
 from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state
 from stepfuse.fuse.lora.names import LayerNames
-from stepfuse.fuse.lora.write import save_lora, sort_metadata
+from stepfuse.fuse.lora.write import save_tensors
 
-FORMATS = ("diffusers", "peft", "kohya")
 PEFT_PREFIX = "base_model.model."
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def save_as(
-    form: str,
-    output: Path,
-    factors: Mapping[str, Factors],
-    *,
-    base: str,
-    names: LayerNames,
-    title: str,
-    prediction: str,
-) -> None:
-    """Write a LoRA in another tool's format.
+def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
+    """Write a folder that `PeftModel.from_pretrained` reads.
 
     Args:
-        form: one of `FORMATS`.
-        output: a file; for `peft` a folder, which `PeftModel.from_pretrained` reads.
-        base: its name, for peft.
-        names: of the layers of the base's network.
-        title, prediction: of the LoRA and of the base, for kohya.
-
-    Raises:
-        ValueError: for another format, and an adapter that the format does not hold.
+        base: its name.
     """
-    check_format(form)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if form == "diffusers":
-        save_lora(output, factors, names.part)
-    elif form == "peft":
-        save_peft(output, factors, base)
-    else:
-        save_kohya(output, factors, names, title=title, prediction=prediction)
-
-
-def check_format(form: str, known: Sequence[str] = FORMATS) -> None:
-    if form not in known:
-        raise ValueError(f"format {form!r}; expected one of {', '.join(known)}{nearest(form, known)}")
-
-
-def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
-    """A folder as peft saves one."""
     output.mkdir(exist_ok=True)
     state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
-    save_file(state, output / PEFT_WEIGHTS, metadata={"format": "pt"})
+    save_tensors(output / PEFT_WEIGHTS, state, {"format": "pt"})
     config = peft_config(factors) | {"base_model_name_or_path": base, "inference_mode": True}
     write_json(output / PEFT_CONFIG, config, sort_keys=True)
 
 
 def save_kohya(output: Path, factors: Mapping[str, Factors], names: LayerNames, *, title: str, prediction: str) -> None:
-    """One file as sd-scripts saves it: each layer's A, B and alpha, which is the same in all layers.
+    """Write one file as sd-scripts does: each layer's A, B and alpha, which is the same in all layers.
+
+    Args:
+        names: of the layers of the base's network.
+        title, prediction: of the LoRA and of the base.
 
     Raises:
         ValueError: for a DoRA, of which ComfyUI and AUTOMATIC1111 compute something else than peft, and for a bias.
@@ -84,10 +52,9 @@ def save_kohya(output: Path, factors: Mapping[str, Factors], names: LayerNames, 
         name, up = names.kohya(module), layer.up
         if layer.alpha != alpha:  # diffusers 0.42 gives attention layers the alpha that most layers have
             up = (up.double() * (layer.alpha / alpha)).to(up.dtype)
-        state[f"{name}.lora_down.weight"] = layer.down.contiguous()
-        state[f"{name}.lora_up.weight"] = up.contiguous()
+        state[f"{name}.lora_down.weight"] = layer.down
+        state[f"{name}.lora_up.weight"] = up
         state[f"{name}.alpha"] = torch.tensor(alpha)
     first = next(iter(factors.values()))
     metadata = names.kohya_metadata(title=title, rank=first.rank, alpha=alpha, prediction=prediction)
-    save_file(state, output, metadata=metadata)
-    sort_metadata(output)
+    save_tensors(output, state, metadata)

@@ -1,29 +1,25 @@
-"""The factors of a LoRA, layer by layer, and peft's tensors and configuration made of them."""
+"""The factors of a LoRA, layer by layer, and peft's tensors and settings made of them."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
 
-from stepfuse.fuse.lora.config import check_config, layer_settings
-from stepfuse.fuse.lora.file import LoRAFile, LoRALayer, check_layers
-from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, set_key
-
-NETWORK = "network"  # the part of tensors that peft names without one, in errors
+from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The LoRA of one layer, W + (alpha / r) B A.
+    """The LoRA of one layer, W + (alpha / r) B A; of a file of which only the header was read, meta tensors.
 
     Attributes:
         down: A, (r, in) or (r, in, k, k).
         up: B, (out, r) or (out, r, 1, 1).
-        alpha: its numerator, rsLoRA's root in it.
-        magnitude: of a DoRA.
+        alpha: the numerator of the scale, which for rsLoRA includes √r.
+        magnitude: of a DoRA (arXiv:2402.09353).
         bias: of B.
     """
 
@@ -35,14 +31,14 @@ class Factors:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], alpha: float) -> "Factors":
-        """By the kinds of tensors, as `tensors` has them."""
+        """The inverse of `tensors`."""
         return cls(
             down=tensors[DOWN], up=tensors[UP], alpha=alpha, magnitude=tensors.get(MAGNITUDE), bias=tensors.get(BIAS)
         )
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those there are, by their kind in `stepfuse.fuse.lora.keys`."""
+        """The tensors that are not None, by their kind in `stepfuse.fuse.lora.keys`."""
         found = {DOWN: self.down, UP: self.up, MAGNITUDE: self.magnitude, BIAS: self.bias}
         return {kind: value for kind, value in found.items() if value is not None}
 
@@ -52,7 +48,7 @@ class Factors:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it is added to."""
+        """The shape of the weight it is added to."""
         return (len(self.up), *self.down.shape[1:])
 
     @property
@@ -72,47 +68,6 @@ class Factors:
         return Factors.of({kind: change(value) for kind, value in self.tensors.items()}, self.alpha)
 
 
-def read_factors(lora: LoRAFile, sha256: str | None = None) -> dict[str, Factors]:
-    """The network's layers of an open file, by the module's path; with a hash, those of exactly that file.
-
-    Raises:
-        ValueError: for another hash, and for numbers that are not finite.
-    """
-    state = {key.removeprefix(f"{lora.part}."): value for key, value in lora.read(sha256).items()}
-    return _from_layers(lora.layers.get(lora.part, {}), state)
-
-
-def state_factors(file: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Factors]:
-    """The layers of an adapter that peft holds.
-
-    Args:
-        file: that it is meant for, named in errors.
-        state: tensors under peft's keys, without a part.
-        config: peft's.
-
-    Raises:
-        ValueError: for tensors that do not go together, or a configuration of something else than a LoRA.
-    """
-    modules: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, value in state.items():
-        split = set_key(f"{NETWORK}.{key}", (NETWORK,))
-        if split is None:
-            raise ValueError(f"{file}: tensor {key[:100]!r} is not of a LoRA of peft's")
-        modules.setdefault(split[1], {})[split[2]] = tuple(value.shape)
-    check_config(file, config)
-    return _from_layers(check_layers(file, NETWORK, modules, config), state)
-
-
-def _from_layers(layers: Mapping[str, LoRALayer], state: Mapping[str, Tensor]) -> dict[str, Factors]:
-    kinds = (DOWN, UP, MAGNITUDE, BIAS)
-    return {
-        name: Factors.of(
-            {kind: state[f"{name}.{kind}"] for kind in kinds if f"{name}.{kind}" in state}, layer.scaling * layer.rank
-        )
-        for name, layer in layers.items()
-    }
-
-
 def peft_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Tensors under peft's keys."""
     return {
@@ -122,7 +77,23 @@ def peft_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     }
 
 
+def peft_settings(factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """peft's settings: the most frequent rank and alpha, and patterns for the layers that have others."""
+    ranks = {module: layer.rank for module, layer in factors.items()}
+    alphas = {module: layer.alpha for module, layer in factors.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{module}": value for module, value in ranks.items() if value != rank},
+        "alpha_pattern": {f"^{module}": value for module, value in alphas.items() if value != alpha},
+        "target_modules": sorted(factors),
+        "use_dora": any(layer.dora for layer in factors.values()),
+        "lora_bias": any(layer.has_bias for layer in factors.values()),
+    }
+
+
 def peft_config(factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """peft's configuration of these layers, each with a rank and an alpha of its own."""
-    settings = layer_settings(factors)
+    """peft's whole configuration, with its defaults for all other settings."""
+    settings = peft_settings(factors)
     return LoraConfig(**settings).to_dict() | {"target_modules": settings["target_modules"]}  # peft makes a set of them

@@ -13,14 +13,12 @@ ComfyUI (comfy/lora.py).
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cache
 
 from torch import nn
 
 from stepfuse.fuse.lora.names import LayerNames
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TEXT, OTHER = "text", "other"
 CHECKPOINT = "policy"  # the first part of keys in checkpoints of a training, whose state is not an adapter
 DOWN, UP, BIAS, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "alpha"
 MAX_LENGTH = 500  # of a key
@@ -71,44 +69,21 @@ class LoRAKey:
 
     Attributes:
         key: as it is in the file.
-        part: that of the base's network, TEXT for anything of a text encoder, OTHER for another network.
+        of_text: the tensor is of a text encoder.
         kind: DOWN, UP, BIAS, MAGNITUDE or ALPHA; empty where the tensor is not of a LoRA.
         layer: the layer without its prefixes, as the writing tool spells it.
         flat: its dots may be written as underscores.
         adapter: peft's name of the adapter, where the key has one.
-        wrapped: the key begins with peft's own wrapper, `base_model.model.`.
         refusal: what the tensor is of, where it cannot be fused.
     """
 
     key: str
-    part: str
+    of_text: bool = False
     kind: str = ""
     layer: str = ""
     flat: bool = False
     adapter: str | None = None
-    wrapped: bool = False
     refusal: str = ""
-
-
-@dataclass(frozen=True)
-class _Prefixes:
-    """What comes before a layer's path in keys of one network's files."""
-
-    wrapper: re.Pattern[str]
-    flat: re.Pattern[str]
-    flat_wrapper: re.Pattern[str]
-    other: re.Pattern[str]
-
-
-@cache
-def _prefixes(part: str, kohya_prefix: str) -> _Prefixes:
-    others = "|".join(network for network in _NETWORKS if network != part)
-    return _Prefixes(
-        wrapper=re.compile(rf"(?:{_WRAPPERS}|{part})\."),
-        flat=re.compile(rf"(?:{kohya_prefix.rstrip('_')}|lycoris)[._]"),
-        flat_wrapper=re.compile(rf"(?:{_WRAPPERS}|{part})_"),
-        other=re.compile(rf"(?:lora[._]|lycoris[._])?(?:{others})[._].*"),
-    )
 
 
 def parse_key(key: str, names: LayerNames) -> LoRAKey:
@@ -117,30 +92,20 @@ def parse_key(key: str, names: LayerNames) -> LoRAKey:
     Args:
         names: of the network that it may be of.
     """
-    prefixes = _prefixes(names.part, names.kohya_prefix)
     stem, kind, adapter = _split(key)
-    bare = _strip(stem, prefixes.wrapper)
+    bare = _strip(stem, rf"(?:{_WRAPPERS}|{names.part})\.")
     if _TEXT.fullmatch(bare):
-        return LoRAKey(key=key, part=TEXT, kind=kind)
+        return LoRAKey(key=key, kind=kind, of_text=True)
+    refusal, others = "", "|".join(network for network in _NETWORKS if network != names.part)
     if key.startswith(f"{CHECKPOINT}."):
         refusal = "a training checkpoint, which does not state the scale; take the adapter that the training writes"
-        return LoRAKey(key=key, part=OTHER, refusal=refusal)
-    if prefixes.other.fullmatch(bare):
-        return LoRAKey(key=key, part=OTHER, refusal="another network than the base's")
-    if not kind:
+    elif re.fullmatch(rf"(?:lora[._]|lycoris[._])?(?:{others})[._].*", bare):
+        refusal = "another network than the base's"
+    elif not kind:
         refusals = (what for pattern, what in _FOREIGN if pattern.fullmatch(key))
         refusal = next(refusals, "no LoRA in a layout that stepfuse knows: it names no layer and factor")
-        return LoRAKey(key=key, part=names.part, refusal=refusal)
-    prefix = prefixes.flat.match(bare)
-    return LoRAKey(
-        key=key,
-        part=names.part,
-        kind=kind,
-        layer=bare[prefix.end() :] if prefix else bare,
-        flat=prefix is not None,
-        adapter=adapter,
-        wrapped=key.startswith("base_model.model."),
-    )
+    layer = re.sub(rf"^(?:{names.kohya_prefix.rstrip('_')}|lycoris)[._]", "", bare)
+    return LoRAKey(key=key, kind=kind, layer=layer, flat=layer != bare, adapter=adapter, refusal=refusal)
 
 
 def set_key(key: str, networks: Collection[str]) -> tuple[str, str, str] | None:
@@ -177,10 +142,9 @@ def _split(key: str) -> tuple[str, str, str | None]:
     return key, "", None
 
 
-def _strip(text: str, prefix: re.Pattern[str]) -> str:
-    while match := prefix.match(text):
-        text = text[match.end() :]
-    return text
+def _strip(text: str, prefix: str) -> str:
+    """A text without a prefix, however often it is repeated."""
+    return re.sub(f"^(?:{prefix})+", "", text)
 
 
 class LayerTable:
@@ -193,16 +157,13 @@ class LayerTable:
 
     def __init__(self, modules: Mapping[str, nn.Module], names: LayerNames) -> None:
         self.modules, self.names = modules, names
-        self.layers = {name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)}
+        layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+        originals = {names.original(name): name for name in layers}
+        self.layers = {spelling: name for spelling, name in originals.items() if spelling is not None}
+        self.layers |= {name: name for name in layers}
         self.flat: dict[str, set[str]] = {}
-        self.originals: dict[str, str] = {}
-        for name in self.layers:
-            spellings = {name}
-            if (original := names.original(name)) is not None:
-                spellings.add(original)
-                self.originals[original] = name
-            for spelling in spellings:
-                self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
+        for spelling, name in self.layers.items():
+            self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
 
     def find(self, name: LoRAKey) -> str:
         """The path of the layer that a key is of.
@@ -213,22 +174,15 @@ class LayerTable:
         dotted = plain_path(name.layer)
         for path in (dotted, f"{dotted}.0"):  # to_out of attention processors
             if path in self.layers:
-                return path
-        if dotted in self.originals:
-            return self.originals[dotted]
+                return self.layers[path]
         flat = dotted.replace(".", "_")
-        found = (
-            self.flat.get(flat)
-            or self.flat.get(f"{flat}_0")
-            or self.flat.get(_strip(flat, _prefixes(self.names.part, self.names.kohya_prefix).flat_wrapper))
-        )
+        bare = _strip(flat, rf"(?:{_WRAPPERS}|{self.names.part})_")
+        found = self.flat.get(flat) or self.flat.get(f"{flat}_0") or self.flat.get(bare)
         if found is None:
             for path, module in self.modules.items():
                 if path and path.replace(".", "_") == flat:
-                    raise ValueError(
-                        f"{name.key[:100]!r} is of {path}, a {type(module).__name__}; expected a linear layer or a "
-                        "convolution"
-                    )
+                    what = f"{path}, a {type(module).__name__}"
+                    raise ValueError(f"{name.key[:100]!r} is of {what}; expected a linear layer or a convolution")
             spelled = name.key.partition(".")[0] if name.flat else dotted
             raise ValueError(f"the base has no layer {spelled[:100]!r}; the LoRA is of another base")
         if len(found) > 1:
@@ -243,7 +197,7 @@ def plain_path(layer: str) -> str:
     return f"{path}.0" if attention and path.endswith(".to_out") else path
 
 
-# The files that stepfuse writes -------------------------------------------------------------
+# The files that stepfuse writes.
 
 _ATTENTION = re.compile(r"(?P<block>.*\.attn[12])\.(?P<layer>to_[qkv]|to_out)(?:\.0)?")
 

@@ -1,6 +1,6 @@
 """peft's LoRA layers of a network: which adapters are on, one at a time or merged, and whether they can be merged."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,18 +12,15 @@ from torch import nn
 @contextmanager
 def active_adapter(network: nn.Module, name: str | None) -> Iterator[None]:
     """Run the network with one adapter, or with none, as the base."""
-    layers = lora_layers(network)
-    if name is not None and not any(name in layer.r for layer in layers):
-        raise ValueError(f"the network has no adapter {name!r}")
-    with _active(layers, [name] if name else []):
+    layers, names = lora_layers(network), [] if name is None else [name]
+    check_exist(layers, names)
+    with _active(layers, names):
         yield
 
 
 @contextmanager
 def adapter_on_last_rows(network: nn.Module, name: str, first: int) -> Iterator[None]:
-    """Run the network with an adapter, as it stands now, on the rows from `first` on, and with none on those before.
-
-    Without gradients: the rows of an output are changed in place.
+    """Run the network, without gradients, with an adapter on the rows from `first` on, and with none on those before.
 
     Raises:
         ValueError: for an adapter that does not exist, or a DoRA, which is no sum of two outputs.
@@ -34,7 +31,7 @@ def adapter_on_last_rows(network: nn.Module, name: str, first: int) -> Iterator[
     def add(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         down, up = layer.lora_A[name], layer.lora_B[name]
         added = up(down(inputs[0][first:].to(down.weight.dtype)))
-        output[first:] += (added * layer.scaling[name]).to(output.dtype)
+        output[first:] += (added * layer.scaling[name]).to(output.dtype)  # in place: there are no gradients
 
     hooks = [layer.register_forward_hook(add) for layer in layers if name in layer.scaling]
     try:
@@ -97,9 +94,8 @@ def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
 
 def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
     """Check that adapters exist, and are linear in their weights."""
+    check_exist(layers, names)
     for name in names:
-        if not any(name in layer.scaling for layer in layers):
-            raise ValueError(f"the network has no adapter {name!r}")
         if any(layer.use_dora.get(name, False) for layer in layers):
             raise ValueError(f"adapter {name!r} is a DoRA, which cannot be merged by weight; use the rule product")
 
@@ -120,6 +116,13 @@ def check_factors(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> Non
             )
 
 
+def check_exist(layers: Collection[BaseTunerLayer], names: Sequence[str]) -> None:
+    """Raise ValueError for an adapter that none of the layers has."""
+    for name in names:
+        if not any(name in layer.scaling for layer in layers):
+            raise ValueError(f"the network has no adapter {name!r}")
+
+
 @contextmanager
 def _scaled(layers: Sequence[BaseTunerLayer], weights: Mapping[str, float]) -> Iterator[None]:
     """Multiply the output of adapters within the block."""
@@ -136,18 +139,13 @@ def _scaled(layers: Sequence[BaseTunerLayer], weights: Mapping[str, float]) -> I
 
 @contextmanager
 def _active(layers: Sequence[BaseTunerLayer], names: list[str]) -> Iterator[None]:
-    before = [(layer.disable_adapters, list(layer.active_adapters)) for layer in layers]
+    """Set flags only: peft's own switches also change `requires_grad`, which training must keep."""
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
-        _activate(layer, not names, names or None)
+        layer._disable_adapters = not names
+        layer._active_adapter = names or layer._active_adapter
     try:
         yield
     finally:
         for layer, (disabled, active) in zip(layers, before, strict=True):
-            _activate(layer, disabled, active)
-
-
-def _activate(layer: BaseTunerLayer, disabled: bool, names: list[str] | None) -> None:
-    """Set flags only: peft's own switches also change `requires_grad`, which training must keep."""
-    layer._disable_adapters = disabled
-    if names is not None:
-        layer._active_adapter = names
+            layer._disable_adapters, layer._active_adapter = disabled, active

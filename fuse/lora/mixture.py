@@ -18,7 +18,7 @@ class Network:
         weights: (name, w_i) of each adapter.
         merge: `""` for the base and for one adapter, as it is; `"weights"` for the LoRA Σ w_i B_i A_i; `"factors"` for
             λ (Σ w_i B_i / λ) (Σ w_i A_i / λ) with λ = Σ w_i.
-        cacheable: The network will be run again, so that keeping its merged weights saves time.
+        cacheable: the network will be run again, so that keeping its merged weights saves time.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
@@ -32,13 +32,9 @@ class Network:
 
     @classmethod
     def merged(
-        cls,
-        weights: Mapping[str, float],
-        merge: Literal["weights", "factors"] = "weights",
-        *,
-        cacheable: bool = False,
+        cls, weights: Mapping[str, float], merge: Literal["weights", "factors"] = "weights", *, cacheable: bool = False
     ) -> "Network":
-        """One network of several adapters, by name."""
+        """The network of several adapters, by name."""
         return cls(tuple(weights.items()), merge, cacheable)
 
     @property

@@ -21,15 +21,11 @@ class LayerNames:
         return LayerNames(part=part, kohya_prefix=f"lora_{part}_")
 
     def original(self, module: str) -> str | None:
-        """diffusers' path of a layer → its path in the model's original repository; None where it has none."""
+        """The path of a layer in the model's original repository; None where it has none."""
         return None
 
     def kohya(self, module: str) -> str:
-        """diffusers' path of a layer → its name in kohya's files.
-
-        Raises:
-            ValueError: for a layer that has no name there.
-        """
+        """The name of a layer in kohya's files; ValueError for a layer that has none there."""
         return self.kohya_prefix + module.replace(".", "_")
 
     def kohya_metadata(self, *, title: str, rank: int, alpha: float, prediction: str) -> dict[str, str]:

@@ -6,16 +6,12 @@ from stepfuse.data.text_files import without_control_characters
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # as `pipe.load_lora_weights` looks for it
 
-# What torch, numpy and others unpickle, which runs whatever its author wanted.
+# What torch, numpy and others unpickle, which may run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".p", ".npy", ".npz", ".joblib", ".dill", ".h5")
 
 
 def check_no_pickle(file: PurePath) -> None:
-    """Check by its name that a file is no pickle.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raise ValueError for a file that may be a pickle, by its name."""
     if file.suffix.lower() in PICKLES:
         raise ValueError(
             f"{without_control_characters(file)} is a pickle or may be one, which can run code when it is read; "

@@ -24,7 +24,7 @@ Activations = Float[Tensor, "rows ..."]
 class Route:
     """Which LoRA each row of a batch has: none for the first rows, for the others one of three.
 
-    The tensors may be longer than the batch; what is left over says nothing.
+    The tensors may be longer than the batch; what is left over is not read.
 
     Attributes:
         base: how many rows at the front have none.
@@ -94,7 +94,6 @@ class LoRAStack(nn.Module):
         return self._beside[0]
 
     def forward(self, x: Activations, route: Route) -> Activations:
-        """The layer's output for a batch."""
         if route.merged:
             return self._through_merged(x, route.base)
         y = self.base(x)

@@ -1,4 +1,4 @@
-"""Safetensors files as anybody may have written them, opened and read once: bounded, checked, and hashed as read.
+"""Untrusted safetensors files, opened and read once: bounded, checked, and hashed as they are read.
 
     length of the header, 8 bytes | header, JSON | tensors, one after another       (the format of safetensors)
 
@@ -48,14 +48,7 @@ class TensorInfo:
 
 
 class TensorFile:
-    """An open safetensors file whose header was checked.
-
-    Attributes:
-        file: its path.
-        size: in bytes.
-        tensors: by key, in the order of their bytes.
-        metadata: of the header.
-    """
+    """An open safetensors file of `size` bytes whose header was checked; `tensors` are in the order of their bytes."""
 
     def __init__(self, file: Path, handle: BufferedReader, size: int) -> None:
         self.file, self.size, self._handle = file, size, handle
@@ -76,7 +69,7 @@ class TensorFile:
         """Every tensor, in one pass over the file; with a hash, those of exactly that file.
 
         Args:
-            keep: False to check the file without holding its tensors, which are read one at a time.
+            keep: False to check the file, a tensor at a time, and return none.
 
         Raises:
             ValueError: for another hash, and for numbers that are not finite.
@@ -95,13 +88,7 @@ class TensorFile:
             raise ValueError(f"{self.file}: tensor {not_finite} is not finite everywhere; train the adapter again")
         return found
 
-    def sha256(self) -> str:
-        """The hash of the file."""
-        self._handle.seek(0)
-        return hashlib.file_digest(self._handle, "sha256").hexdigest()
-
     def _load(self, key: str) -> tuple[Tensor, bytearray]:
-        """A tensor, and the bytes it was made of."""
         info = self.tensors[key]
         data = bytearray(info.end - info.start)
         self._handle.seek(len(self._head) + info.start)
@@ -130,7 +117,7 @@ def open_tensors(
         dtypes: types that tensors may have, by their names in safetensors.
 
     Raises:
-        ValueError: for what is none, is too large to be a LoRA, or is shorter or longer than its header says.
+        ValueError: for another file, one too large to be a LoRA, and one shorter or longer than its header says.
     """
     if not file.is_file():
         raise ValueError(f"no LoRA weights at {file}")

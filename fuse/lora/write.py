@@ -13,10 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from stepfuse.data.output_file import atomic_file
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.factors import Factors, peft_config
 from stepfuse.fuse.lora.keys import written_key
@@ -33,13 +32,23 @@ def save_lora(file: Path, factors: Mapping[str, Factors], part: str) -> None:
     scaled = {module: scale_to_one(factors[module]) for module in sorted(factors)}
     guarded = any(layer.dora or layer.has_bias for layer in scaled.values())
     state = {
-        f"{part}.{written_key(module, kind, guarded=guarded)}": value.contiguous()
+        f"{part}.{written_key(module, kind, guarded=guarded)}": value
         for module, layer in scaled.items()
         for kind, value in layer.tensors.items()
     }
     config = {f"{part}.{name}": value for name, value in peft_config(scaled).items()}
-    save_file(state, file, metadata={"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)})
-    sort_metadata(file)
+    save_tensors(file, state, {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)})
+
+
+def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with its metadata in order, which the library leaves to chance: one LoRA, one hash."""
+    content = save({key: value.contiguous() for key, value in state.items()})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(content[8:end])}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with open(file, "wb") as output:
+        output.writelines([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])
 
 
 def scale_to_one(layer: Factors) -> Factors:
@@ -55,15 +64,3 @@ def scale_to_one(layer: Factors) -> Factors:
 
     bias = None if layer.bias is None else scaled(layer.bias)
     return replace(layer, up=scaled(layer.up), bias=bias, alpha=float(layer.rank))
-
-
-def sort_metadata(file: Path) -> None:
-    """Put a safetensors file's metadata in order, which the library leaves to chance: one adapter, one hash."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with atomic_file(file) as temporary:
-        temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])

@@ -6,24 +6,26 @@ FOLDER/
 """
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stepfuse.data.file_info import file_hash
 from stepfuse.data.json_file import write_json
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.backbones.registry import parts
-from stepfuse.fuse.lora.factors import read_factors, state_factors
-from stepfuse.fuse.lora.file import LoRAFile, check_fits, check_parts, open_lora
-from stepfuse.fuse.lora.load import adapter_state, put_on
+from stepfuse.fuse.lora.factors import Factors
+from stepfuse.fuse.lora.file import LoRAFile, check_fits, open_lora
+from stepfuse.fuse.lora.load import put_on
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.lora.tensor_file import open_tensors
 from stepfuse.fuse.lora.write import save_lora, scale_to_one
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict, describe_weights
+from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, read_versioned
 
 OBJECTIVE = "objective.json"
@@ -31,11 +33,9 @@ OBJECTIVE = "objective.json"
 
 def write_adapter(
     folder: Path,
-    network: nn.Module | None,
+    factors: Mapping[str, Factors],
     objective: Objective,
     *,
-    state: dict[str, Tensor] | None = None,
-    config: dict[str, Any] | None = None,
     base: dict[str, Any],
     guidance: str,
     guidance_scale: float,
@@ -45,27 +45,24 @@ def write_adapter(
     license: str | None = None,
     source: str | None = None,
 ) -> Adapter:
-    """Save the adapter named `objective.name` of a network into a folder; `objective.json` comes last.
+    """Write an adapter's folder, its LoRA in float32; `objective.json` comes last.
 
     Args:
-        state, config: all its tensors in peft's names, and peft's configuration; by default those on the network.
+        factors: by the layer's path in the network.
         part: the pipeline's name of the network.
-        license, source: see `Adapter`.
+        base, …, source: see `Adapter`.
 
     Raises:
         ValueError: for tensors that are empty or not finite: nothing is written then.
     """
-    if state is None:
-        assert network is not None
-        state = adapter_state(network, objective.name)
-    for name, value in state.items():
-        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"adapter {objective.name!r}: {name} is empty or not finite; it is not saved")
+    for module, layer in factors.items():
+        for kind, value in layer.tensors.items():
+            if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+                what = f"{module}.{kind} is empty or not finite"
+                raise ValueError(f"adapter {objective.name!r}: {what}; it is not saved")
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / WEIGHTS
-    config = config or cast(Any, network).peft_config[objective.name].to_dict()
-    whole = {k: v.detach().float().contiguous().cpu() for k, v in state.items()}
-    save_lora(file, state_factors(file, whole, config), part)
+    stored = {module: layer.map(lambda value: value.float().cpu()) for module, layer in factors.items()}
+    save_lora(folder / WEIGHTS, stored, part)
     adapter = Adapter(
         folder=folder,
         objective=objective,
@@ -73,42 +70,44 @@ def write_adapter(
         guidance=guidance,
         guidance_scale=guidance_scale,
         num_inference_steps=num_inference_steps,
-        sha256=describe_weights(file)["sha256"],
+        sha256=file_hash(folder / WEIGHTS),
         record=record,
         license=license,
         source=source,
     )
     write_json(folder / OBJECTIVE, {"format_version": FORMAT_VERSION, **adapter_to_dict(adapter)})
-    return read_adapter(folder)
+    return adapter
 
 
-def copy_weights(adapter: Adapter, folder: Path, *, half: bool = False) -> None:
-    """Copy an adapter's weights, in the layout of `save_lora`; with `half` in float16.
+def copy_adapter(adapter: Adapter, folder: Path, *, half: bool = False) -> Adapter:
+    """Copy the weights of an adapter, which was checked, to a new folder; in another layout they are converted.
+
+    Args:
+        half: in float16.
+
+    Returns:
+        The adapter with the hash, size and rank of the copy, to be checked against the copy before it is used.
 
     Raises:
-        ValueError: for another file than the recorded one, and for values that float16 cannot hold.
+        ValueError: for weights to be converted that are not those recorded.
     """
-    source = adapter.folder / WEIGHTS
-    with open_lora(source, parts()) as lora:
+    folder.mkdir()
+    file = folder / WEIGHTS
+    with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
+        copied = replace(adapter, folder=folder, rank=lora.rank)
         if lora.as_written and not half:
-            shutil.copyfile(source, folder / WEIGHTS)
-            if describe_weights(folder / WEIGHTS)["sha256"] != adapter.sha256:
-                raise ValueError(f"{source} changed while it was copied, or is not the file that was recorded")
-            return
-        factors = {name: scale_to_one(layer) for name, layer in read_factors(lora, adapter.sha256).items()}
-    if half:
-        factors = {name: layer.map(Tensor.half) for name, layer in factors.items()}
-    save_lora(folder / WEIGHTS, factors, lora.part)
-    with open_tensors(folder / WEIGHTS) as tensors:
-        tensors.read(keep=False)  # what float16 cannot hold became infinite
+            shutil.copyfile(adapter.folder / WEIGHTS, file)
+        else:
+            factors = lora.factors(adapter.sha256)
+            if half:
+                factors = {name: scale_to_one(layer).map(Tensor.half) for name, layer in factors.items()}
+            save_lora(file, factors, lora.part)
+            copied = replace(copied, sha256=file_hash(file))
+    return replace(copied, size=file.stat().st_size)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read and check an adapter folder.
-
-    Raises:
-        ValueError: for a missing or malformed file, weights that are truncated, not finite, or not those recorded.
-    """
+    """Read and check an adapter folder; ValueError for a faulty file, and weights that are not those recorded."""
     folder = Path(folder)
     file = folder / OBJECTIVE
     values = read_versioned(file, "an adapter folder, as training writes it")
@@ -122,41 +121,27 @@ def read_adapter(folder: str | Path) -> Adapter:
     return adapter
 
 
-def check_adapter(adapter: Adapter) -> None:
+def check_adapter(adapter: Adapter, *, read_weights: bool = True) -> None:
     """Check that an adapter's file is a whole LoRA of a network, of finite numbers, and the one that was recorded.
 
     The file is opened and read once, a tensor at a time.
 
+    Args:
+        read_weights: False to check the header and the size alone.
+
     Raises:
         ValueError: naming the file.
     """
-    check_size(adapter)
     with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
-        _check_rank(adapter, lora)
-        check_parts(lora)
-        lora.tensors.read(adapter.sha256, keep=False)
+        _check_recorded(adapter, lora)
+        if read_weights:
+            lora.tensors.read(adapter.sha256, keep=False)
 
 
-def check_size(adapter: Adapter) -> None:
-    """Check that an adapter's file is there and of the size that the manifest says; it is not opened.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    file = adapter.folder / WEIGHTS
-    if not file.is_file():
-        raise ValueError(f"no LoRA weights at {file}")
-    size = file.stat().st_size
-    if adapter.size is not None and size != adapter.size:
-        raise ValueError(
-            f"{file} is truncated or another file: it has {size:,} bytes and the manifest says {adapter.size:,}; "
-            "fetch it again"
-        )
-
-
-def _check_rank(adapter: Adapter, lora: LoRAFile) -> None:
-    if adapter.rank is not None and lora.rank != adapter.rank:
-        raise ValueError(f"{lora.file} is of rank {lora.rank}, and the manifest says {adapter.rank}; fetch it again")
+def read_factors(adapter: Adapter) -> tuple[str, dict[str, Factors]]:
+    """The pipeline's name of the network, and the layers; ValueError for weights that are not those recorded."""
+    with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
+        return lora.part, lora.factors(adapter.sha256)
 
 
 def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
@@ -174,8 +159,20 @@ def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, An
             f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
             f"{adapter.base.get('name_or_path')!r}; load that one"
         )
-    with open_lora(adapter.folder / WEIGHTS, (backbone.part,)) as lora:
-        check_parts(lora)
-        check_fits(lora.file, lora.layers[backbone.part], backbone.network)
-        _check_rank(adapter, lora)
-        put_on(backbone.network, backbone.part, adapter.name, lora, lora.read(adapter.sha256))
+    file = adapter.folder / WEIGHTS
+    with open_lora(file, (backbone.part,)) as lora:
+        check_fits(file, lora.layers, backbone.network)
+        _check_recorded(adapter, lora)
+        put_on(backbone.network, adapter.name, file, lora.factors(adapter.sha256))
+
+
+def _check_recorded(adapter: Adapter, lora: LoRAFile) -> None:
+    """Check an open file against the size and the rank in the manifest, if the adapter is of a set."""
+    file, size = lora.tensors.file, lora.tensors.size
+    if adapter.size not in (None, size):
+        raise ValueError(
+            f"{file} is truncated or another file: it has {size:,} bytes and the manifest says {adapter.size:,}; "
+            "fetch it again"
+        )
+    if adapter.rank not in (None, lora.rank):
+        raise ValueError(f"{file} is of rank {lora.rank}, and the manifest says {adapter.rank}; fetch it again")

@@ -1,4 +1,4 @@
-"""An adapter set: one base, N adapters, and what is needed to fuse them rightly, as a folder.
+"""An adapter set: one base, N adapters, and what is needed to fuse them, as a folder.
 
 SET/
   adapter_set.json                        all that is known of it; docs/adapter-set.md
@@ -17,7 +17,7 @@ from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profi
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.rules.weight_table import weight_table
-from stepfuse.fuse.sets.adapter import check_adapter, check_size
+from stepfuse.fuse.sets.adapter import check_adapter
 from stepfuse.fuse.sets.entries import (
     Adapter,
     adapter_from_entry,
@@ -36,7 +36,7 @@ from stepfuse.fuse.sets.manifest import (
     check_schema,
     read_versioned,
 )
-from stepfuse.rewards.reward_name import Term, parse_reward
+from stepfuse.rewards.reward_name import parse_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +115,7 @@ class AdapterSet:
 
 
 def save_manifest(folder: Path, loaded: AdapterSet) -> None:
-    """Write the manifest of a set whose weights lie in the folder; what `load_set` reads again.
-
-    Raises:
-        ValueError: for values that no manifest holds; nothing is written then.
-    """
+    """Write the manifest of a set whose weights are in the folder; ValueError for values that its schema refuses."""
     values = {
         "format_version": FORMAT_VERSION,
         "base": loaded.base,
@@ -127,10 +123,9 @@ def save_manifest(folder: Path, loaded: AdapterSet) -> None:
         **sampling_to_dict(loaded),
         "default_weights": loaded.default_weights,
         "default_rule": loaded.default_rule,
-        "adapters": [adapter_to_entry(adapter, folder) for adapter in loaded.adapters],
+        "adapters": [adapter_to_entry(adapter) for adapter in loaded.adapters],
         "oracles": [
-            {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter, folder)}
-            for oracle in loaded.oracles
+            {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter)} for oracle in loaded.oracles
         ],
         "profiles": [profile_to_dict(profile) for profile in loaded.profiles],
         "evaluation": loaded.evaluation,
@@ -146,8 +141,8 @@ def load_set(folder: str | Path, *, read_weights: bool = True) -> AdapterSet:
     Args:
         folder: where it is; `emoji`, the set of the embedded base; or a hub id, `owner/name` or
             `owner/name@revision`.
-        read_weights: False where the weights are put on a base next, which reads and checks them: then their files are
-            looked up, and not opened, here.
+        read_weights: False where the weights are put on a base next, which compares them with their hashes: then only
+            the headers of their files are read and checked here.
 
     Raises:
         ValueError: naming the file at fault.
@@ -156,38 +151,29 @@ def load_set(folder: str | Path, *, read_weights: bool = True) -> AdapterSet:
     loaded = read_manifest(folder)
     check_files(folder)
     for adapter in loaded.all_adapters:
-        check_adapter(adapter) if read_weights else check_size(adapter)
+        check_adapter(adapter, read_weights=read_weights)
     return loaded
 
 
 def read_manifest(folder: Path) -> AdapterSet:
-    """The manifest of a set; no weights are looked at.
-
-    Raises:
-        ValueError: naming the manifest and the value at fault.
-    """
+    """Read the manifest of a set alone; ValueError, naming the value at fault, for a malformed one."""
     file = check_path_in_set(folder, MANIFEST)
     values = read_versioned(file, "an adapter set, as `stepfuse set create` writes it")
     check_schema(file, values)
-    mixed = values.get("oracles", [])
     entries = adapter_entries(values)
     try:
-        read = [adapter_from_entry(folder, entry, values["base"]) for entry in entries]
-        adapters, oracles = read[: len(values["adapters"])], read[len(values["adapters"]) :]
+        base = values["base"]
+        adapters = tuple(adapter_from_entry(folder, entry, base) for entry in values["adapters"])
         loaded = AdapterSet(
-            base=values["base"],
-            adapters=tuple(adapters),
+            base=base,
+            adapters=adapters,
             base_schedule=schedule_from_dict(values["reference"]),
             **sampling_from_dict(values),
             default_weights=values["default_weights"],
             default_rule=values.get("default_rule", "product"),
             oracles=tuple(
-                OracleAdapter(
-                    adapter=oracle,
-                    weights=given["weights"],
-                    scales={name: term.scale for name, term in oracle_terms(oracle, adapters).items()},
-                )
-                for oracle, given in zip(oracles, mixed, strict=True)
+                make_oracle(adapter_from_entry(folder, given["adapter"], base), adapters, given["weights"])
+                for given in values.get("oracles", [])
             ),
             profiles=tuple(profile_from_dict(profile) for profile in values.get("profiles", [])),
             evaluation=values.get("evaluation"),
@@ -205,11 +191,7 @@ def read_manifest(folder: Path) -> AdapterSet:
 
 
 def set_folder(folder: str | Path) -> Path:
-    """The folder of a set: a folder itself, one of `EMBEDDED_SETS` by its name, or one of the hub by its id.
-
-    Raises:
-        ValueError: for a hub id of which there is none.
-    """
+    """The folder of a set: a folder itself, one of `EMBEDDED_SETS` by its name, or one of the hub by its id."""
     if str(folder) in EMBEDDED_SETS and not (Path(folder) / MANIFEST).exists():
         return EMBEDDED_SETS[str(folder)]
     if not Path(folder).exists() and parse_id(str(folder)) is not None:
@@ -218,20 +200,29 @@ def set_folder(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def oracle_terms(oracle: Adapter, adapters: Sequence[Adapter]) -> dict[str, Term]:
-    """The terms of the reward an oracle was trained on, by objective, matched by the objectives' rewards."""
+def make_oracle(oracle: Adapter, adapters: Sequence[Adapter], weights: dict[str, float] | None = None) -> OracleAdapter:
+    """An oracle with its scales, and by default its weights, of the reward it was trained on.
+
+    Args:
+        adapters: whose rewards are the terms of that reward.
+
+    Raises:
+        ValueError: for another kind of reward, and a term that no adapter was trained on.
+    """
     reward = parse_reward(oracle.objective.reward)
     if reward.kind != "sum":
         raise ValueError(
             f"oracle {oracle.name!r} was trained on {oracle.objective.reward!r}; expected a weighted:… reward"
         )
     names = {adapter.objective.reward: adapter.name for adapter in adapters}
-    terms = {}
     for term in reward.terms:
         if term.name not in names:
             raise ValueError(
                 f"oracle {oracle.name!r} was trained on {term.name!r} too, and no adapter of the set was; "
                 f"the set's rewards are {', '.join(map(repr, names))}"
             )
-        terms[names[term.name]] = term
-    return terms
+    return OracleAdapter(
+        adapter=oracle,
+        weights={names[term.name]: term.weight for term in reward.terms} if weights is None else weights,
+        scales={names[term.name]: term.scale for term in reward.terms},
+    )

@@ -18,11 +18,10 @@ from stepfuse.fuse.rules.weights import label_weights
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP
 from stepfuse.rewards.registry import local_parts
 
 CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
-CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"
 CODE = """```python
 import torch
 
@@ -37,31 +36,28 @@ pipe.load_lora_weights("{source}", subfolder="{name}", weight_name="{file}")
 
 
 def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, source: str | None = None) -> Path:
-    """Write the set's README.md.
+    """Write the set's README.md; ValueError for one that stepfuse did not write, which is kept.
 
     Args:
-        pictures: an evaluation's folder, whose plot of the fronts goes along.
+        pictures: an evaluation's folder, whose plot of the fronts is copied.
         source: what users of the card load the set by; by default the folder.
-
-    Raises:
-        ValueError: for a README.md that stepfuse did not write, which is kept.
     """
     file = check_card(folder)
     if pictures is not None and (pictures / FRONTS).is_file():
         with atomic_file(folder / FRONTS) as picture:
             shutil.copyfile(pictures / FRONTS, picture)
-    shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
     with atomic_file(file) as temporary:
-        write_text(temporary, card(loaded, source=source or file_name(folder), shown=shown))
+        write_text(temporary, card(loaded, source=source or file_name(folder), shown=shown_on_card(folder)))
     return file
 
 
-def check_card(folder: Path) -> Path:
-    """Check that a set's README.md may be written.
+def shown_on_card(folder: Path) -> list[str]:
+    """The pictures in a set's folder."""
+    return [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
 
-    Raises:
-        ValueError: for one that stepfuse did not write.
-    """
+
+def check_card(folder: Path) -> Path:
+    """The path of a set's README.md; ValueError for one that stepfuse did not write."""
     file = folder / CARD
     if file.exists() and not is_card(file):
         raise ValueError(f"{file} was not written by stepfuse; move it, and the card can be written")
@@ -117,13 +113,14 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
 
 def front_matter(loaded: AdapterSet, source: str) -> str:
     """The hub's metadata, with what was measured as its model-index."""
-    licences = sorted({adapter.license for adapter in loaded.all_adapters if adapter.license})
-    named: dict[str, Any] = {"license": licences[0]} if len(licences) == 1 else {"license": "other"} if licences else {}
-    base = loaded.base["name_or_path"]
-    relation: dict[str, Any] = {"base_model": base, "base_model_relation": "adapter"} if parse_id(base) else {}
+    licences = {adapter.license for adapter in loaded.all_adapters if adapter.license}
+    known: dict[str, Any] = {}
+    if licences:
+        known["license"] = "other" if len(licences) > 1 else licences.pop()
+    if parse_id(base := loaded.base["name_or_path"]):
+        known |= {"base_model": base, "base_model_relation": "adapter"}
     data = ModelCardData(
-        **named,
-        **relation,
+        **known,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["stepfuse", "lora", "text-to-image", "multi-objective", "reinforcement-learning"],
@@ -147,35 +144,34 @@ def code(text: object) -> str:
 
 
 def _results(loaded: AdapterSet) -> list[EvalResult]:
-    """Gains of the set's own mixture where it was evaluated, else each adapter's on its own reward."""
-    if loaded.evaluation:
-        data = f"{loaded.evaluation['prompts']} prompts, {loaded.evaluation['seeds']} seeds"
-        cells = [c for c in loaded.evaluation["cells"] if c["rule"] == loaded.default_rule and c["strength"] == 1]
-        return [
-            _result(f"{loaded.evaluation['objectives'][name]}, gain over the base at {cell['weights']}", data, gain)
-            for cell in cells
+    """Gains of the set's mixtures where it was evaluated, else each adapter's on the reward it was trained on."""
+    data = "validation images of training"
+    gains = [(f"{a.objective.reward}, gain over the base", a.gain) for a in loaded.adapters if a.gain]
+    if (evaluation := loaded.evaluation) is not None:
+        data = f"{evaluation['prompts']} prompts, {evaluation['seeds']} seeds"
+        gains = [
+            (f"{evaluation['objectives'][name]}, gain over the base at {cell['weights']}", gain)
+            for cell in evaluation["cells"]
+            if cell["rule"] == loaded.default_rule and cell["strength"] == 1
             for name, gain in cell["gains"].items()
         ]
-    data = "validation images of training"
-    return [_result(f"{a.objective.reward}, gain over the base", data, a.gain) for a in loaded.adapters if a.gain]
-
-
-def _result(metric: str, data: str, gain: dict[str, Any]) -> EvalResult:
-    return EvalResult(
-        task_type="text-to-image",
-        dataset_type="prompts",
-        dataset_name=data,
-        metric_type="reward",
-        metric_name=metric,
-        metric_value=round(gain["mean"], 6),
-    )
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type="prompts",
+            dataset_name=data,
+            metric_type="reward",
+            metric_name=metric,
+            metric_value=round(gain["mean"], 6),
+        )
+        for metric, gain in gains
+    ]
 
 
 def _base(loaded: AdapterSet) -> str:
-    name = loaded.base["name_or_path"]
-    revision = loaded.base.get("revision")
-    at = f" at {code(revision)}" if revision else ""
-    return (f"[{name}](https://huggingface.co/{name})" if parse_id(name) else code(name)) + at
+    name, revision = loaded.base["name_or_path"], loaded.base.get("revision")
+    link = f"[{name}](https://huggingface.co/{name})" if parse_id(name) else code(name)
+    return f"{link} at {code(revision)}" if revision else link
 
 
 def _adapters(loaded: AdapterSet) -> str:
@@ -195,13 +191,11 @@ def _adapter(adapter: Adapter, weights: str = "") -> tuple[object, ...]:
         trained = f"elsewhere: {plain(adapter.source)}"
     kl = "–" if record.get("kl") is None else f"{record['kl']:.4g}"
     reward = f"oracle of {weights}" if weights else code(objective.reward)
-    gain = _interval(adapter.gain) if adapter.gain else "?"
-    rank = "?" if adapter.rank is None else adapter.rank
-    return (adapter.name, reward, trained, variance, f"{objective.beta:g}", rank, gain, kl, adapter.license or "?")
+    beta, gain = f"{objective.beta:g}", _interval(adapter.gain)
+    return (adapter.name, reward, trained, variance, beta, adapter.rank, gain, kl, adapter.license or "?")
 
 
 def _measured(loaded: AdapterSet) -> str:
-    """Gains over the base, an adapter or mixture a row."""
     evaluation = loaded.evaluation
     if evaluation is None:
         return "No evaluation was made of this set."
@@ -211,7 +205,7 @@ def _measured(loaded: AdapterSet) -> str:
     rows = []
     for cell in shown:
         strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
-        gains = [_interval(cell["gains"][name]) if name in cell["gains"] else "?" for name in names]
+        gains = [_interval(cell["gains"].get(name)) for name in names]
         rows.append([f"{code(cell['rule'])}{strength}", plain(cell["weights"]), *gains])
     parts = [
         f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
@@ -223,14 +217,13 @@ def _measured(loaded: AdapterSet) -> str:
     return "\n\n".join(parts)
 
 
-def _interval(gain: dict[str, Any]) -> str:
-    if gain["low"] is None:
-        return f"{gain['mean']:+.3g}"
-    return f"{gain['mean']:+.3g} [{gain['low']:+.3g}, {gain['high']:+.3g}]"
+def _interval(gain: dict[str, Any] | None) -> str:
+    if not gain:
+        return "?"
+    return f"{gain['mean']:+.3g}" + ("" if gain["low"] is None else f" [{gain['low']:+.3g}, {gain['high']:+.3g}]")
 
 
 def _limits(loaded: AdapterSet) -> str:
-    """Known limitations."""
     lines = ["Fused images are of the base: its licence, and what it must not be used for, hold for them too."]
     lines += ["A reward is what was optimised, not what was meant: what it does not see, it does not keep."]
     for adapter in loaded.adapters:
@@ -247,7 +240,6 @@ def _limits(loaded: AdapterSet) -> str:
 
 
 def _licences(loaded: AdapterSet) -> str:
-    """Of every part."""
     base = loaded.base.get("license") or "not stated here: see its own page"
     rows = [(adapter.name, plain(adapter.license or "not stated")) for adapter in loaded.all_adapters]
     return markdown_table(["part", "licence"], [(f"base, {_base(loaded)}", plain(base)), *rows])

@@ -13,13 +13,12 @@ from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.sets.adapter import OBJECTIVE, copy_weights, read_adapter
-from stepfuse.fuse.sets.adapter_set import AdapterSet, OracleAdapter, load_set, oracle_terms, save_manifest, set_folder
-from stepfuse.fuse.sets.card import CARD, is_card
+from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, make_oracle, read_manifest, save_manifest, set_folder
+from stepfuse.fuse.sets.card import is_card
 from stepfuse.fuse.sets.edit import add_license, check_writable
-from stepfuse.fuse.sets.entries import Adapter, describe_weights
-from stepfuse.fuse.sets.hub import PICTURES
-from stepfuse.fuse.sets.manifest import MANIFEST, adapter_entries, check_files, check_path_in_set, read_versioned
+from stepfuse.fuse.sets.entries import Adapter, weights_to_dict
+from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_files
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 
@@ -60,45 +59,38 @@ def create_set(
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
-    extra = [add_license(find_adapter(folder), license) for folder in oracles]
-    weights = [{name: term.weight for name, term in oracle_terms(oracle, adapters).items()} for oracle in extra]
-    all_adapters = [*adapters, *extra]
+    mixed = [make_oracle(add_license(find_adapter(folder), license), adapters) for folder in oracles]
+    all_adapters = [*adapters, *(oracle.adapter for oracle in mixed)]
     for adapter in all_adapters[1:]:
         if adapter.name in [a.name for a in all_adapters if a is not adapter]:
             raise ValueError(f"two adapters are named {adapter.name!r}; train one under another --objective_name")
         check_same(adapter, first)
-    known = _merge_bases(all_adapters)
+    known: dict[str, Any] = {}  # all that the adapters record of their base; of what several record, that of the first
+    for adapter in reversed(all_adapters):
+        known |= {key: value for key, value in adapter.base.items() if value is not None}
     if base_license is not None:
         known["license"] = base_license
     if base:
         known |= {"name_or_path": base, "revision": None}
+    created = AdapterSet(
+        base=known,
+        adapters=tuple(adapters),
+        base_schedule=base_schedule or EtaSchedule(eta=1.0),
+        guidance=first.guidance,
+        guidance_scale=first.guidance_scale,
+        num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
+        default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
+        oracles=tuple(mixed),
+        versions={name: version(name) for name in PACKAGES},
+    )
     with atomic_output_dir(output, ours=set_files, check=load_set) as temporary:
-        for adapter in all_adapters:
-            _copy(adapter, temporary / adapter.name, half=half)
-        created = AdapterSet(
-            base=known,
-            adapters=tuple(adapters),
-            base_schedule=base_schedule or EtaSchedule(eta=1.0),
-            guidance=first.guidance,
-            guidance_scale=first.guidance_scale,
-            num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
-            default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
-            oracles=tuple(
-                OracleAdapter(adapter=oracle, weights=mixture, scales={})
-                for oracle, mixture in zip(extra, weights, strict=True)
-            ),
-            versions={name: version(name) for name in PACKAGES},
-        )
-        save_manifest(temporary, created)
+        copies = created.map_adapters(lambda adapter: copy_adapter(adapter, temporary / adapter.name, half=half))
+        save_manifest(temporary, copies)
     return load_set(output, read_weights=False)
 
 
 def check_set_output(output: Path, *, overwrite: bool) -> None:
-    """Check that a set may be written to a folder: files of other origin stay, and the set must be valid with them.
-
-    Raises:
-        ValueError: for a folder that is not empty, unless `overwrite`, and for a pickle or a link to elsewhere in it.
-    """
+    """Raise ValueError for a folder that is not empty, unless `overwrite`, and for files that no set may hold in it."""
     folder = require_empty_dir(output, overwrite=overwrite, ours=set_files, writes=[MANIFEST])
     check_files(folder, besides=set_files(folder))
 
@@ -116,42 +108,39 @@ def set_files(folder: Path) -> set[Path]:
         names = [str(entry["folder"]) for entry in adapter_entries(values)]
     except (ValueError, KeyError, TypeError):
         names = [inner.name for inner in folder.iterdir() if (inner / WEIGHTS).is_file()]
-    shown = [name for name in PICTURES if name != CARD or is_card(folder / CARD)]
-    return files_named(folder, MANIFEST, *shown, *(Path(name, WEIGHTS) for name in names))
+    card = [CARD] if is_card(folder / CARD) else []
+    return files_named(folder, MANIFEST, *card, FRONTS, STRIP, *(Path(name, WEIGHTS) for name in names))
 
 
 def find_adapter(folder: str | Path) -> Adapter:
-    """An adapter in a folder, as training writes it, or in the subfolder of a set.
-
-    Raises:
-        ValueError: naming the file at fault.
-    """
+    """Read and check an adapter's folder, as training writes it, or one adapter of a set by its subfolder."""
     folder = Path(folder)
     if not (folder / OBJECTIVE).exists() and (folder.parent / MANIFEST).is_file():
-        for adapter in load_set(folder.parent).all_adapters:
+        for adapter in read_manifest(set_folder(folder.parent)).all_adapters:
             if adapter.folder.name == folder.name:
+                check_adapter(adapter)
                 return adapter
     return read_adapter(folder)
 
 
 def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
-    """Put one adapter more into a set; the manifest is written last. Default weights become equal.
+    """Add an adapter to a set; the default weights become equal.
 
     Raises:
         ValueError: for a name that is taken, another base or guidance, and a set that cannot be written.
     """
-    loaded, file = load_set(folder), check_writable(folder)
+    loaded, folder = load_set(folder), check_writable(folder)
     adapter, first = find_adapter(source), loaded.adapters[0]
-    if adapter.name in [known.name for known in loaded.all_adapters] or (file.parent / adapter.name).exists():
-        raise ValueError(f"set {file.parent} has {adapter.name!r} already; choose another name")
+    if adapter.name in [known.name for known in loaded.all_adapters] or (folder / adapter.name).exists():
+        raise ValueError(f"set {folder} has {adapter.name!r} already; choose another name")
     check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
-    pictures = {Path(name) for name in PICTURES}  # they stay
-    with atomic_output_dir(file.parent, ours=lambda folder: set_files(folder) - pictures, check=load_set) as temporary:
-        changed = loaded.map_adapters(lambda known: _copy(known, temporary / known.folder.name))
-        adapters = (*changed.adapters, _copy(adapter, temporary / adapter.name))
+    shown = {Path(name) for name in (CARD, FRONTS, STRIP)}  # they stay
+    with atomic_output_dir(folder, ours=lambda folder: set_files(folder) - shown, check=load_set) as temporary:
+        changed = loaded.map_adapters(lambda known: copy_adapter(known, temporary / known.folder.name))
+        adapters = (*changed.adapters, copy_adapter(adapter, temporary / adapter.name))
         weights = {known.name: 1 / len(adapters) for known in adapters}
         save_manifest(temporary, replace(changed, adapters=adapters, default_weights=weights))
-    return load_set(file.parent, read_weights=False)
+    return load_set(folder, read_weights=False)
 
 
 def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> AdapterSet:
@@ -166,22 +155,20 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     source = set_folder(name)
     loaded = load_set(source)
     with atomic_output_dir(output, ours=set_files, check=load_set) as temporary:
-        shutil.copyfile(source / MANIFEST, temporary / MANIFEST)
-        for adapter in loaded.all_adapters:
-            _copy(adapter, temporary / adapter.folder.name)
-        _record_weights(temporary)
-        for picture in PICTURES:
-            if (source / picture).is_file():
-                shutil.copyfile(source / picture, temporary / picture)
+        copies = loaded.map_adapters(lambda adapter: copy_adapter(adapter, temporary / adapter.folder.name))
+        for file in (MANIFEST, CARD, FRONTS, STRIP):
+            if (source / file).is_file():
+                shutil.copyfile(source / file, temporary / file)
+        if [copy.sha256 for copy in copies.all_adapters] != [adapter.sha256 for adapter in loaded.all_adapters]:
+            values = read_json(source / MANIFEST, "the manifest of an adapter set")
+            for entry, copy in zip(adapter_entries(values), copies.all_adapters, strict=True):
+                entry["weights"] = weights_to_dict(copy)
+            write_json(temporary / MANIFEST, values)
     return load_set(output, read_weights=False)
 
 
 def check_same(adapter: Adapter, first: Adapter) -> None:
-    """Check that an adapter is of the base and the guidance of another.
-
-    Raises:
-        ValueError: naming both.
-    """
+    """Raise ValueError for adapters of different bases, noise paths or guidance."""
     if not same_base(adapter.base, first.base):
         raise ValueError(
             f"adapter {adapter.name!r} belongs to base {adapter.base.get('name_or_path')!r} and "
@@ -198,29 +185,3 @@ def check_same(adapter: Adapter, first: Adapter) -> None:
             f"adapter {adapter.name!r} was trained with guidance {adapter.guidance} {adapter.guidance_scale:g} "
             f"and {first.name!r} with {first.guidance} {first.guidance_scale:g}; a set has one guidance"
         )
-
-
-def _merge_bases(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """All that adapters record of their common base; of what several record, that of the first."""
-    base: dict[str, Any] = {}
-    for adapter in reversed(adapters):
-        base |= {key: value for key, value in adapter.base.items() if value is not None}
-    return base
-
-
-def _copy(adapter: Adapter, folder: Path, *, half: bool = False) -> Adapter:
-    """An adapter with its weights copied to a new folder."""
-    folder.mkdir()
-    copy_weights(adapter, folder, half=half)
-    return replace(adapter, folder=folder, size=None, rank=None)
-
-
-def _record_weights(folder: Path) -> None:
-    """Put hash, size and rank of a set's files into its manifest, where they differ; nothing else of it changes."""
-    values = read_versioned(folder / MANIFEST, "the manifest of an adapter set")
-    entries = adapter_entries(values)
-    before = [entry["weights"] for entry in entries]
-    for entry in entries:
-        entry["weights"] = describe_weights(check_path_in_set(folder, entry["folder"], WEIGHTS))
-    if [entry["weights"] for entry in entries] != before:
-        write_json(folder / MANIFEST, values)

@@ -1,4 +1,4 @@
-"""Changes of what the manifest of a set says: licences, and what was measured."""
+"""Changes of what the manifest of a set says: licences, and what was measured. The weights stay, and are not read."""
 
 import os
 from collections.abc import Mapping
@@ -13,16 +13,12 @@ from stepfuse.fuse.sets.manifest import MANIFEST
 
 
 def set_licences(folder: str | Path, *, license: str | None, base_license: str | None) -> AdapterSet:
-    """State the licence of the adapters that have none stated, and of the base.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
+    """State the licence of the adapters that state none, and of the base; ValueError for a set that is not writable."""
+    loaded, folder = load_set(folder, read_weights=False), check_writable(folder)
     base = loaded.base if base_license is None else loaded.base | {"license": base_license}
     changed = replace(loaded, base=base).map_adapters(lambda adapter: add_license(adapter, license))
-    save_manifest(file.parent, changed)
-    return load_set(file.parent, read_weights=False)
+    save_manifest(folder, changed)
+    return load_set(folder, read_weights=False)
 
 
 def add_license(adapter: Adapter, license: str | None) -> Adapter:
@@ -31,24 +27,16 @@ def add_license(adapter: Adapter, license: str | None) -> Adapter:
 
 
 def add_profile(folder: str | Path, profile: GapProfile) -> None:
-    """Keep a gap profile with a set, in place of one of the same steps and guidance.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
+    """Keep a gap profile with a set, in place of one of the same steps and guidance."""
+    loaded, folder = load_set(folder, read_weights=False), check_writable(folder)
     settings = sampling_to_dict(profile)
     others = [other for other in loaded.profiles if sampling_to_dict(other) != settings]
-    save_manifest(file.parent, replace(loaded, profiles=(*others, profile)))
+    save_manifest(folder, replace(loaded, profiles=(*others, profile)))
 
 
 def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
-    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its own reward.
-
-    Raises:
-        ValueError: for what is no set, or cannot be written.
-    """
-    loaded, file = load_set(folder), check_writable(folder)
+    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its reward."""
+    loaded, folder = load_set(folder, read_weights=False), check_writable(folder)
     evaluation = shorten(summary)
     alone = {
         name: cell["gains"].get(name)
@@ -57,8 +45,8 @@ def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet
         if cell["rule"] == "product" and cell["strength"] == 1 and cell["weights"] == f"{name}=1"
     }
     adapters = tuple(replace(a, gain=alone.get(a.name) or a.gain) for a in loaded.adapters)
-    save_manifest(file.parent, replace(loaded, adapters=adapters, evaluation=evaluation))
-    return load_set(file.parent, read_weights=False)
+    save_manifest(folder, replace(loaded, adapters=adapters, evaluation=evaluation))
+    return load_set(folder, read_weights=False)
 
 
 def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,14 +63,10 @@ def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_writable(folder: str | Path) -> Path:
-    """The manifest of a set, to be written.
-
-    Raises:
-        ValueError: where it cannot be.
-    """
+    """The folder of a set whose manifest can be written; ValueError for another set."""
     file = set_folder(folder) / MANIFEST
     if not (Path(folder) / MANIFEST).exists():
         raise ValueError(f"set {str(folder)!r} is not in a folder; `stepfuse pull {folder} FOLDER` copies it to one")
     if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
         raise ValueError(f"{file} cannot be written; copy the set to another folder")
-    return file
+    return file.parent

@@ -12,8 +12,6 @@ from typing import Any
 
 from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.backbones.guidance import check_source
-from stepfuse.fuse.backbones.registry import parts
-from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
@@ -71,11 +69,7 @@ def sampling_to_dict(of: Any) -> dict[str, Any]:
 
 
 def sampling_from_dict(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `sampling_to_dict`, as keyword arguments.
-
-    Raises:
-        KeyError, TypeError, ValueError: for a value that is missing or of another kind.
-    """
+    """The inverse of `sampling_to_dict`; KeyError, TypeError or ValueError for a value that is missing or invalid."""
     steps, scale = values["num_inference_steps"], float(values["guidance_scale"])
     if not isinstance(steps, int | float) or steps < 1 or int(steps) != steps:
         raise ValueError(f"num_inference_steps {short_repr(steps)}; expected a whole number, 1 or more")
@@ -95,21 +89,6 @@ def objective_to_dict(objective: Objective) -> dict[str, Any]:
     }
 
 
-def objective_from_dict(values: Mapping[str, Any]) -> Objective:
-    """The inverse of `objective_to_dict`; without `shaping` there is none.
-
-    Raises:
-        KeyError, TypeError, ValueError: for values that make no objective.
-    """
-    return Objective(
-        name=values["name"],
-        reward=values["reward"],
-        variance=schedule_from_dict(values["variance"]),
-        beta=float(values["beta"]),
-        shaping=Shaping(**values.get("shaping", {})),
-    )
-
-
 def adapter_to_dict(adapter: Adapter) -> dict[str, Any]:
     """The values of `objective.json`."""
     return {
@@ -124,11 +103,7 @@ def adapter_to_dict(adapter: Adapter) -> dict[str, Any]:
 
 
 def adapter_from_dict(folder: Path, values: Mapping[str, Any]) -> Adapter:
-    """The inverse of `adapter_to_dict`; the weights are not read.
-
-    Raises:
-        KeyError, TypeError, ValueError: for values that make no adapter.
-    """
+    """The inverse of `adapter_to_dict`; KeyError, TypeError or ValueError for values that make no adapter."""
     record = values.get("record", {})
     if not isinstance(record, dict) or not isinstance(record.get("validation") or {}, dict):
         raise ValueError(f"record {record!r}; expected an object")
@@ -137,19 +112,19 @@ def adapter_from_dict(folder: Path, values: Mapping[str, Any]) -> Adapter:
     return _adapter(folder, values, base=_check_base(values["base"]), sha256=values["sha256"], record=record)
 
 
-def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
-    """The entry of an adapter in the manifest of a set in `folder`, where its weights have a subfolder."""
-    in_set = adapter.folder.parent.resolve() == folder.resolve()
-    subfolder = adapter.folder.name if in_set else adapter.name
-    weights = {"sha256": adapter.sha256, "bytes": adapter.size, "rank": adapter.rank}
-    if not in_set or adapter.size is None:
-        weights = describe_weights(folder / subfolder / WEIGHTS)
+def weights_to_dict(adapter: Adapter) -> dict[str, Any]:
+    """The manifest's description of an adapter's weights."""
+    return {"sha256": adapter.sha256, "bytes": adapter.size, "rank": adapter.rank}
+
+
+def adapter_to_entry(adapter: Adapter) -> dict[str, Any]:
+    """The entry of an adapter in the manifest of its set, of which its folder is a subfolder."""
     objective = objective_to_dict(adapter.objective)
     version = adapter.reward_version or reward_version(adapter)
     return {
         "name": objective["name"],
-        "folder": subfolder,
-        "weights": weights,
+        "folder": adapter.folder.name,
+        "weights": weights_to_dict(adapter),
         "reward": {"name": objective["reward"], "version": version, **objective["shaping"]},
         "beta": objective["beta"],
         "variance": objective["variance"],
@@ -162,11 +137,7 @@ def adapter_to_entry(adapter: Adapter, folder: Path) -> dict[str, Any]:
 
 
 def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, Any]) -> Adapter:
-    """The inverse of `adapter_to_entry`; the weights are not read.
-
-    Raises:
-        ValueError: for a folder that is not of the set, and values that make no objective.
-    """
+    """The inverse of `adapter_to_entry`; ValueError for a subfolder outside the set, and for invalid values."""
     path = check_path_in_set(folder, entry["folder"])
     check_path_in_set(folder, entry["folder"], WEIGHTS)
     reward, weights = entry["reward"], entry["weights"]
@@ -186,20 +157,21 @@ def adapter_from_entry(folder: Path, entry: Mapping[str, Any], base: dict[str, A
 
 def _adapter(folder: Path, values: Mapping[str, Any], **others: Any) -> Adapter:
     """The parts that `objective.json` and a manifest's entry have in common, and others."""
+    objective = Objective(
+        name=values["name"],
+        reward=values["reward"],
+        variance=schedule_from_dict(values["variance"]),
+        beta=float(values["beta"]),
+        shaping=Shaping(**values.get("shaping", {})),
+    )
     return Adapter(
         folder=folder,
-        objective=objective_from_dict(values),
+        objective=objective,
         license=values.get("license"),
         source=values.get("source"),
         **sampling_from_dict(values),
         **others,
     )
-
-
-def describe_weights(file: Path) -> dict[str, Any]:
-    """Hash, size and rank of a file of weights, as a manifest says them."""
-    with open_lora(file, parts()) as lora:
-        return {"sha256": lora.tensors.sha256(), "bytes": lora.tensors.size, "rank": lora.rank}
 
 
 def _check_base(base: Any) -> dict[str, Any]:
@@ -221,10 +193,9 @@ def reward_version(adapter: Adapter) -> str | None:
 
 
 def validation_gain(validation: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The mean reward after training minus the one before, with its 95 % interval, of training's own images.
+    """The mean reward after training minus the one before, ± 1.96 √(s_0² / n_0 + s_1² / n_1), its 95 % interval.
 
-    mean ± 1.96 √(s_0² / n_0 + s_1² / n_1): as of independent samples. Both are of the same prompts and noise, so the
-    interval is wider than it need be.
+    The images are of the same prompts and noise: as independent samples they have a wider interval than they need.
     """
     moments = [validation.get(moment) or {} for moment in ("before", "after")]
     if any("reward" not in moment for moment in moments):

@@ -1,6 +1,6 @@
 """Adapters of sets, and mixtures of them, as files of other tools."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,15 @@ from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir, resolve_folder
 from stepfuse.fuse.backbones.loading import layer_names
-from stepfuse.fuse.backbones.registry import parts
-from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS, check_format, save_as
-from stepfuse.fuse.lora.factors import Factors, read_factors
-from stepfuse.fuse.lora.file import open_lora
+from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS, save_kohya, save_peft
+from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.merge import merge_factors
-from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule
+from stepfuse.fuse.sets.adapter import read_factors
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
-from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST
 
 
@@ -35,8 +33,8 @@ def export(
         ValueError: for an objective that the set does not have, an output that exists or is a file of the set, and
             an adapter that the format cannot hold.
     """
-    check_format(form)
-    loaded = load_set(adapter_set)
+    _check_format(form, ("diffusers", "peft", "kohya"))
+    loaded = load_set(adapter_set, read_weights=False)
     adapters = loaded.adapters if objective is None else [a for a in loaded.all_adapters if a.name == objective]
     if not adapters:
         known = [a.name for a in loaded.all_adapters]
@@ -54,22 +52,17 @@ def export(
     if objective is not None and output is not None:
         check(output)
         with atomic_output_dir(output, ours=peft_files) if is_folder else atomic_file(output) as temporary:
-            _save(form, temporary, *_read(adapters[0]), loaded.base, title=objective)
+            _save(form, temporary, *read_factors(adapters[0]), loaded.base, title=objective)
         return output
     names = [adapter.name if is_folder else f"{adapter.name}.safetensors" for adapter in adapters]
     folder = output or Path(f"{form}-loras")
     resolve_folder(folder)
     for name in names:
         check(folder / name)
-
-    def exported(folder: Path) -> set[Path]:
-        if not is_folder:
-            return files_below(folder, *names)
-        return {Path(name, file) for name in names for file in peft_files(folder / name)}
-
-    with atomic_output_dir(folder, ours=exported) as temporary:
+    files = [f"{name}/{file}" for name in names for file in (PEFT_WEIGHTS, PEFT_CONFIG)] if is_folder else names
+    with atomic_output_dir(folder, ours=lambda folder: files_below(folder, *files)) as temporary:
         for adapter, name in zip(adapters, names, strict=True):
-            _save(form, temporary / name, *_read(adapter), loaded.base, title=adapter.name)
+            _save(form, temporary / name, *read_factors(adapter), loaded.base, title=adapter.name)
     return folder / names[0] if len(names) == 1 else folder
 
 
@@ -91,16 +84,16 @@ def merge(
     Raises:
         ValueError: for weights that make no mixture or change over the steps, a DoRA, and an output that exists.
     """
-    check_format(form, ("diffusers", "kohya"))
+    _check_format(form, ("diffusers", "kohya"))
     if output.suffix != ".safetensors":
         raise ValueError(f"output {output}; expected a name that ends in .safetensors")
-    loaded = load_set(adapter_set)
+    loaded = load_set(adapter_set, read_weights=False)
     _require_new_lora(output, loaded, overwrite=overwrite)
     given = loaded.default_weights if weights is None else weights
     if any(isinstance(weight, WeightSchedule) for weight in given.values()):
         raise ValueError("weights that change over the steps make no one LoRA; give numbers")
     table = (strength * weight_table([given], loaded.names)[0, :, 0]).tolist()
-    loras = [(a.name, weight, *_read(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
+    loras = [(a.name, weight, *read_factors(a)) for a, weight in zip(loaded.adapters, table, strict=True) if weight]
     if not loras:
         raise ValueError(f"strength {strength:g} leaves nothing to merge")
     merged, error = merge_factors([(name, weight, factors) for name, weight, _, factors in loras], rank)
@@ -117,29 +110,28 @@ def peft_files(folder: Path) -> set[Path]:
     return both if len(both) == 2 else set()
 
 
+def _check_format(form: str, known: Sequence[str]) -> None:
+    if form not in known:
+        raise ValueError(f"format {form!r}; expected one of {', '.join(known)}{nearest(form, known)}")
+
+
 def _save(
     form: str, output: Path, part: str, factors: Mapping[str, Factors], base: Mapping[str, Any], *, title: str
 ) -> None:
     """Write a LoRA of a base as a set describes it; a base whose prediction is not recorded predicts the noise."""
-    prediction = (base.get("noise_path") or {}).get("prediction_type", "epsilon")
-    names = layer_names(base) if form == "kohya" else LayerNames.of(part)
-    save_as(form, output, factors, base=base["name_or_path"], names=names, title=title, prediction=prediction)
+    if form == "diffusers":
+        save_lora(output, factors, part)
+    elif form == "peft":
+        save_peft(output, factors, base["name_or_path"])
+    else:
+        prediction = (base.get("noise_path") or {}).get("prediction_type", "epsilon")
+        save_kohya(output, factors, layer_names(base), title=title, prediction=prediction)
 
 
 def _require_new_lora(output: Path, loaded: AdapterSet, *, overwrite: bool) -> None:
-    """Check that a file may be written, and is not one of the set that is read.
-
-    Raises:
-        ValueError: where one exists, unless `overwrite`, and for the weights and the manifest of the set.
-    """
+    """Raise ValueError for an output that exists, unless `overwrite`, and for a file of the set that is read."""
     file = require_new_file(output, overwrite=overwrite)
     folders = [adapter.folder for adapter in loaded.all_adapters]
     of_set = (*(folder / WEIGHTS for folder in folders), folders[0].parent / MANIFEST)
     if file.is_file() and any(other.is_file() and file.samefile(other) for other in of_set):
         raise ValueError(f"output {output} is a file of the set itself, which would be damaged; choose another")
-
-
-def _read(adapter: Adapter) -> tuple[str, dict[str, Factors]]:
-    """The part of the pipeline that an adapter is of, and its layers."""
-    with open_lora(adapter.folder / WEIGHTS, parts()) as lora:
-        return lora.part, read_factors(lora, adapter.sha256)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from stepfuse.data.text_files import first_line
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
-from stepfuse.fuse.sets.manifest import MANIFEST, adapter_entries, check_schema, read_versioned
+from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_schema, read_versioned
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 UNREACHABLE = "{name}: the hub cannot be reached ({reason}); try again"
@@ -34,11 +34,10 @@ HUB_ERRORS: dict[type[Exception], str] = {  # the first that an error is an inst
     ConnectionError: UNREACHABLE,  # of hf_xet; OfflineModeIsEnabled is one
     HTTPError: UNREACHABLE,
 }
-PICTURES = ("README.md", "fronts.png", "strip.png")
 
 
 def parse_id(name: str) -> tuple[str, str | None] | None:
-    """`owner/name@revision` → repository and revision; None for what is no hub id."""
+    """`owner/name@revision` → repository and revision; None for other text."""
     match = ID.fullmatch(name)
     return (match["repository"], match["revision"]) if match else None
 
@@ -52,10 +51,7 @@ def fetch_set(name: str) -> Path:
     Raises:
         ValueError: for a repository, revision or manifest that is not there or may not be read, or a pickle.
     """
-    parsed = parse_id(name)
-    if parsed is None:
-        raise ValueError(f"{name!r} is no hub id; expected owner/name or owner/name@revision")
-    repository, revision = parsed
+    repository, revision = parse_id(name) or (name, None)
     with hub_errors(name):
         try:
             info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -75,17 +71,12 @@ def fetch_set(name: str) -> Path:
             raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
         hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
         manifest = Path(hf_hub_download(repository, MANIFEST, revision=info.sha))
-        wanted = _weights_of(name, manifest, sizes)
-        wanted += [file for file in sizes if file in PICTURES]
-        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=[MANIFEST, *wanted]))
+        wanted = [MANIFEST, CARD, FRONTS, STRIP, *_weights_of(name, manifest, sizes)]
+        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))
 
 
 def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> list[str]:
-    """The weights that a manifest names, checked to be there and as large as it says.
-
-    Raises:
-        ValueError: for a manifest that is none, and a file that is not what it says.
-    """
+    """The weights that a manifest names, checked to be there and as large as it says."""
     values = read_versioned(manifest, "an adapter set")
     check_schema(manifest, values)
     expected = {f"{entry['folder']}/{WEIGHTS}": entry["weights"]["bytes"] for entry in adapter_entries(values)}
@@ -97,11 +88,7 @@ def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> l
 
 
 def fetch_lora(name: str, weight_name: str | None) -> Path:
-    """The one safetensors file of a repository, or the one that is named.
-
-    Raises:
-        ValueError: for several without a name, for none, and for a repository that is not there.
-    """
+    """The one safetensors file of a repository, or the one that is named; ValueError where it is not there."""
     repository, revision = parse_id(name) or (name, None)
     with hub_errors(name):
         info = HfApi().model_info(repository, revision=revision)
@@ -112,11 +99,11 @@ def fetch_lora(name: str, weight_name: str | None) -> Path:
         if weight_name not in found:
             listed = ", ".join(found[:10]) or "none"
             raise ValueError(f"{name!r} has these safetensors files: {listed}; choose one with --weight_name")
+        file = Path(hf_hub_download(repository, weight_name, revision=info.sha))
         config = str(PurePosixPath(weight_name).with_name("adapter_config.json"))
-        if config in names and PurePosixPath(weight_name).name == "adapter_model.safetensors":
-            hf_hub_download(repository, config, revision=info.sha)
-            return Path(hf_hub_download(repository, weight_name, revision=info.sha)).parent
-        return Path(hf_hub_download(repository, weight_name, revision=info.sha))
+        if config in names and file.name == "adapter_model.safetensors":
+            return Path(hf_hub_download(repository, config, revision=info.sha)).parent
+        return file
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.convert import read_foreign
-from stepfuse.fuse.lora.factors import peft_config, peft_state
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
@@ -57,7 +56,7 @@ def import_lora(
     Raises:
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
     """
-    loaded = load_set(folder) if (folder / MANIFEST).is_file() else None
+    loaded = load_set(folder, read_weights=False) if (folder / MANIFEST).is_file() else None
     guidance, revision = check_source(guidance or "full"), None
     if loaded is not None:
         check_writable(folder)
@@ -84,10 +83,8 @@ def import_lora(
         adapter = Path(temporary, objective)
         write_adapter(
             adapter,
-            None,
+            factors,
             Objective(name=objective, reward=reward, variance=EtaSchedule(eta=eta), beta=0.0),
-            state=peft_state(factors),
-            config=peft_config(factors),
             base=described,
             guidance=guidance,
             guidance_scale=7.5 if guidance_scale is None else guidance_scale,
@@ -103,7 +100,7 @@ def import_lora(
 def _check_settings(
     folder: Path, loaded: AdapterSet, base: str | None, variant: str | None, guidance: str, guidance_scale: float
 ) -> None:
-    """Check what is given of a LoRA against the set that it is added to."""
+    """Raise ValueError for arguments that contradict the set that the LoRA is added to."""
     if base is not None and base != loaded.base["name_or_path"]:
         raise ValueError(f"set {folder} is of base {loaded.base['name_or_path']!r}; leave out --base")
     if variant is not None and variant != loaded.base.get("variant"):

@@ -1,4 +1,4 @@
-"""Files of a set as anybody may have made them: strict JSON, the schema of a manifest, and what may lie in a folder."""
+"""The untrusted files of a set: strict JSON, the schema of a manifest, and which files a folder may hold."""
 
 import os
 import re
@@ -17,6 +17,7 @@ from stepfuse.fuse.lora.safe_files import check_no_pickle
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
+CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"  # beside the manifest, where there are some
 EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 
@@ -25,32 +26,19 @@ def read_versioned(file: Path, what: str) -> dict[str, Any]:
     """Read a JSON object of the current format version.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: naming the file; for another version, with what to do about it.
     """
     values = read_json(file, what)
-    check_version(file, values.get("format_version"))
-    return values
-
-
-def check_version(file: Path, version: Any) -> None:
-    """Check that this version of stepfuse reads that version of the format.
-
-    Raises:
-        ValueError: for another, with what to do about it.
-    """
-    if version == FORMAT_VERSION and isinstance(version, int) and not isinstance(version, bool):
-        return
+    version = values.get("format_version")
+    if type(version) is int and version == FORMAT_VERSION:
+        return values
     newer = isinstance(version, int) and version > FORMAT_VERSION
     remedy = "upgrade: pip install --upgrade stepfuse" if newer else "create it again"
     raise ValueError(f"{file} has format_version {short_repr(version)}; this stepfuse reads {FORMAT_VERSION}; {remedy}")
 
 
 def check_schema(file: Path, values: Mapping[str, Any]) -> None:
-    """Check a manifest against its schema.
-
-    Raises:
-        ValueError: naming the file, the path of keys and the value.
-    """
+    """Raise ValueError, naming the keys and the value, for a manifest that does not follow its schema."""
     error = best_match(_validator().iter_errors(values))
     if error is not None:
         keys = ".".join(map(str, error.absolute_path))
@@ -68,12 +56,9 @@ def adapter_entries(values: Mapping[str, Any]) -> list[Any]:
 
 
 def check_path_in_set(folder: Path, *names: str) -> Path:
-    """A path in a set's folder, checked: neither a manifest nor a link may point to elsewhere.
+    """A path in a set's folder; ValueError for a name or a link that points to elsewhere.
 
     The hub's cache keeps files as links to its own `blobs`; those are of the set.
-
-    Raises:
-        ValueError: naming what points where it should not.
     """
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in (".", ".."):
@@ -86,13 +71,10 @@ def check_path_in_set(folder: Path, *names: str) -> Path:
 
 
 def check_files(folder: Path, besides: Collection[Path] = ()) -> None:
-    """Check that a set's folder holds data alone: no pickle, and no link to elsewhere.
+    """Raise ValueError for a pickle or a link to elsewhere in a set's folder.
 
     Args:
-        besides: files that are not looked at, as paths relative to the folder.
-
-    Raises:
-        ValueError: naming the file at fault.
+        besides: files that are not checked, as paths relative to the folder.
     """
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -105,7 +87,7 @@ def check_files(folder: Path, besides: Collection[Path] = ()) -> None:
 
 
 def _check_link(folder: Path, path: Path) -> None:
-    """Check that a path is in the folder, or in the cache that the folder is of, once its links are followed."""
+    """Raise ValueError unless a path is in the folder, or in the cache that it is of, once its links are followed."""
     allowed, absolute = [folder.resolve()], folder.absolute()
     if absolute.parent.name == "snapshots" and absolute.parents[1].name.startswith("models--"):
         # Of the repository, and since huggingface_hub 2 of the whole cache, by their hashes.

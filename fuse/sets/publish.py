@@ -13,9 +13,9 @@ from stepfuse.data.text_files import read_text
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, set_folder
-from stepfuse.fuse.sets.card import CARD, FRONTS, STRIP, card
+from stepfuse.fuse.sets.card import card, shown_on_card
 from stepfuse.fuse.sets.hub import hub_errors, parse_id
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import CARD, MANIFEST
 from stepfuse.rewards.registry import local_parts
 
 DEFAULT = "main"
@@ -61,63 +61,52 @@ def prepare(
     adapter_set: str | Path,
     repository: str,
     *,
-    revision: str | None = None,
+    revision: str = DEFAULT,
     private: bool = False,
     ask_hub: bool = True,
 ) -> Publication:
     """Check a set and collect the files to send; nothing is sent.
 
     Args:
+        revision: a branch.
         ask_hub: look up whether the repository exists, and what it holds.
 
     Raises:
         ValueError: for a faulty set, a base that others cannot load, licences that are not stated, a name that is no
             hub id, and a public repository where a private one is wanted.
     """
-    parsed = parse_id(repository)
-    if parsed is None or parsed[1] is not None:
+    if parse_id(repository) != (repository, None):
         raise ValueError(f"{repository!r}; expected OWNER/NAME, the revision by --revision")
     folder = set_folder(adapter_set)
     loaded = load_set(folder)
     check_publishable(loaded)
     check_secrets(folder / MANIFEST)
-    shown = [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
+    shown = shown_on_card(folder)
     files: dict[str, bytes | Path] = {
         CARD: card(loaded, source=repository, shown=shown).encode(),
         MANIFEST: folder / MANIFEST,
         **{name: folder / name for name in shown},
         **{f"{a.folder.name}/{WEIGHTS}": a.folder / WEIGHTS for a in loaded.all_adapters},
     }
-    branch = revision or DEFAULT
-    exists, in_repository = _remote(repository, branch, private) if ask_hub else (False, [])
-    stale = [name for name in in_repository if PurePosixPath(name).name == WEIGHTS and name not in files]
+    exists, in_repository = _remote(repository, revision, private) if ask_hub else (False, [])
     return Publication(
         repository=repository,
-        revision=branch,
+        revision=revision,
         private=private,
         exists=exists,
         files=files,
-        stale=tuple(stale),
-        notes=tuple(unsent_rewards(loaded)),
+        stale=tuple(name for name in in_repository if PurePosixPath(name).name == WEIGHTS and name not in files),
+        notes=tuple(
+            f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
+            "set, and cannot evaluate it by this reward unless you give it to them"
+            for adapter in loaded.all_adapters
+            for name, what in local_parts(adapter.objective.reward)
+        ),
     )
 
 
-def unsent_rewards(loaded: AdapterSet) -> list[str]:
-    """A line for each adapter's reward that is a local file, a local folder or a server: a set holds weights only."""
-    return [
-        f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
-        "set, and cannot evaluate it by this reward unless you give it to them"
-        for adapter in loaded.all_adapters
-        for name, what in local_parts(adapter.objective.reward)
-    ]
-
-
 def check_publishable(loaded: AdapterSet) -> None:
-    """Check that others can load the base, and that the licence of each part is stated.
-
-    Raises:
-        ValueError: naming what is not so.
-    """
+    """Raise ValueError unless others can load the base and the licence of each adapter is stated."""
     base = loaded.base["name_or_path"]
     if parse_id(base) is None and base not in EMBEDDED:
         raise ValueError(
@@ -132,14 +121,10 @@ def check_publishable(loaded: AdapterSet) -> None:
 
 
 def check_secrets(manifest: Path) -> None:
-    """Check that no address with a password is in what training recorded.
-
-    Raises:
-        ValueError: naming the host.
-    """
+    """Raise ValueError for an address with a password in what training recorded."""
     if found := re.search(r"[a-z]+://[^/\s\"@]+@(?P<host>[^/\s\"]+)", read_text(manifest)):
         raise ValueError(
-            f"{manifest} has an address at {found['host']} with a name or password in it, which everybody could read; "
+            f"{manifest} has an address at {found['host']} with a name or password in it, which would be public; "
             "take it out, or train with the reward at a plain address"
         )
 
@@ -147,8 +132,7 @@ def check_secrets(manifest: Path) -> None:
 def publish(publication: Publication) -> str:
     """Send it in one commit, and return the address of the commit.
 
-    The weights go first, a file at a time, and then the commit. Repeated after an interruption, it does not send again
-    what had arrived whole.
+    The weights go first, one file after another: repeated after an interruption, what had arrived is not sent again.
 
     Raises:
         ValueError: where the hub cannot be reached or does not take it.
@@ -166,29 +150,20 @@ def publish(publication: Publication) -> str:
                 api.preupload_lfs_files(repository, [operation], revision=branch)
         deleted = [CommitOperationDelete(name) for name in publication.stale]
         names = ", ".join(sorted({PurePosixPath(name).parts[0] for name in publication.files if "/" in name}))
-        done = api.create_commit(
-            repository, [*added, *deleted], commit_message=f"Adapter set: {names}", revision=branch
-        )
+        message = f"Adapter set: {names}"
+        done = api.create_commit(repository, [*added, *deleted], commit_message=message, revision=branch)
     return str(done.commit_url)
 
 
 def confirmed(publication: Publication) -> bool:
-    """Ask the person at the terminal.
-
-    Raises:
-        ValueError: where there is none to ask.
-    """
+    """Ask at the terminal; ValueError where standard input is not a terminal."""
     if not sys.stdin.isatty():
-        raise ValueError("nobody to ask; pass --yes to send it, or --dry_run to see what would be")
+        raise ValueError("no terminal to confirm at; pass --yes to send it, or --dry_run to list what would be sent")
     return input(f"Send to {publication.repository}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def check_token() -> None:
-    """Check that there is a token, before anything is prepared; it is never shown.
-
-    Raises:
-        ValueError: where there is none.
-    """
+    """Raise ValueError where there is no token of the hub; it is never shown."""
     if not get_token():
         raise ValueError("no token of the hub; log in: `hf auth login`, or set HF_TOKEN")
 

@@ -11,8 +11,8 @@ def add_arguments(parser: Parser) -> None:
     text = "Repository on the hub; it is created if it does not exist."
     option(parser, "repository", str, text, metavar="OWNER/NAME")
     option(parser, "--private", bool, "Create the repository as a private one (default: public).")
-    text = "Branch to upload to; it is created if it does not exist (default: main)."
-    option(parser, "--revision", str, text, metavar="BRANCH")
+    text = "Branch to upload to; it is created if it does not exist."
+    option(parser, "--revision", str, text, metavar="BRANCH", default="main")
     option(parser, "--dry_run", bool, "Only list what would be uploaded; needs no token (default: upload).")
     option(parser, "--yes", bool, "Upload without asking (default: ask first).")
 

@@ -31,12 +31,13 @@ def run(arguments: Arguments) -> None:
 
     from stepfuse.fuse.sampling.strip import ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set
-    from stepfuse.fuse.sets.card import STRIP, check_card, write_card
+    from stepfuse.fuse.sets.card import check_card, write_card
     from stepfuse.fuse.sets.edit import add_evaluation, check_writable, set_licences
+    from stepfuse.fuse.sets.manifest import STRIP
     from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
 
-    folder = check_writable(arguments.set).parent
-    loaded = load_set(folder)
+    folder = check_writable(arguments.set)
+    loaded = load_set(folder, read_weights=arguments.no_strip)  # those of a picture are read as it is drawn
     check_card(folder)  # before minutes go into the picture
     evaluation = arguments.evaluation
     if evaluation is not None and not (evaluation / "summary.json").is_file():

@@ -24,11 +24,11 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sampling.strip import ROWS, draw_strip
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
-from stepfuse.fuse.sets.card import STRIP, write_card
+from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.entries import Adapter
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.train import ddpo, dpo
