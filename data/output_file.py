@@ -8,10 +8,7 @@ from pathlib import Path
 
 
 def require_new_file(output: Path, *, overwrite: bool, option: str = "--output") -> Path:
-    """Check that a file may be written.
-
-    Returns:
-        Its path with links followed.
+    """The path of a file to be written, with links followed.
 
     Raises:
         ValueError: for one that exists, unless `overwrite`; for a folder; for a path below a file.
@@ -62,21 +59,13 @@ def temporary_name(file: Path) -> Path:
 
 @contextmanager
 def output_errors(output: Path) -> Iterator[None]:
-    """Turn errors of the file system into one line that names the output.
-
-    Raises:
-        ValueError: for any of them.
-    """
+    """Turn errors of the file system into a ValueError of one line that names the output."""
     try:
         yield
     except OSError as error:
         other = str(error.filename or "")
         named = f" ({other})" if other and other != str(output) else ""
         raise ValueError(f"output {output} cannot be written: {error.strerror or error}{named}") from error
-    except Exception as error:  # safetensors has an error of its own, without a number
-        if type(error).__name__ != "SafetensorError" or "Error while serializing" not in str(error):
-            raise
-        raise ValueError(f"output {output} cannot be written: {' '.join(str(error).split())}") from error
 
 
 def real_path(output: Path) -> Path:

@@ -20,11 +20,7 @@ Files = Callable[[Path], Iterable[Path]]  # of a folder, as paths relative to it
 
 
 def resolve_folder(output: Path) -> Path:
-    """The path of an output folder with links and `..` followed; it need not exist.
-
-    Raises:
-        ValueError: for a path that is a file or lies below one, or cannot be written.
-    """
+    """The path of an output folder with links and `..` followed; ValueError where none can be made or written."""
     with output_errors(output):
         folder = real_path(output)
         check_parents(output, folder)
@@ -40,18 +36,13 @@ def require_empty_dir(
     besides: Sequence[str] = (),
     option: str = "output",
 ) -> Path:
-    """Check that an output folder may be written: it is missing or empty, or with `overwrite` holds nothing in the way.
-
-    A replacement that was interrupted is completed first.
+    """The resolved path of an output folder that may be written; an interrupted replacement is completed first.
 
     Args:
         ours: lists the files in a folder that an earlier run of the command wrote, as paths relative to it.
         writes: names that the command will write; files of other origin under these names are refused.
         besides: names that do not count as content.
         option: what the command calls the folder.
-
-    Returns:
-        The resolved path of the folder.
 
     Raises:
         ValueError: for a folder that is not empty, unless `overwrite`, and for files that would be lost.
@@ -113,11 +104,7 @@ def atomic_output_dir(
 
 
 def complete_interrupted(output: Path) -> None:
-    """Complete a replacement of a folder's content that was interrupted, if there is one.
-
-    Raises:
-        ValueError: where it cannot be completed; it says where the files are.
-    """
+    """Complete an interrupted replacement of a folder's content; if it fails, ValueError says where the files are."""
     folder = Path(os.path.realpath(output))
     if (folder / WORK / PLAN).is_file():
         with output_errors(output), locked(output, folder, seconds=10):
@@ -125,11 +112,7 @@ def complete_interrupted(output: Path) -> None:
 
 
 def delete_files(output: Path, files: Iterable[Path]) -> None:
-    """Delete files of a folder, given as paths relative to it, and the subfolders that become empty.
-
-    Raises:
-        ValueError: for a file that cannot be deleted.
-    """
+    """Delete files of a folder, given as paths relative to it, and the subfolders that become empty."""
     folder = resolve_folder(output)
     with output_errors(output):
         files = reachable(folder, files)
