@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def watch(path: object) -> None:
 def reads(adapter_set, monkeypatch):
     """Opens by any Python function, and bytes read from the disk, of the weights of each adapter."""
     files = [str(adapter_set / name / WEIGHTS) for name in "ab"]
-    sizes = dict.fromkeys(files, 0)
+    sizes = Counter()
 
     class Counted(io.FileIO):
         def readinto(self, buffer):
