@@ -12,10 +12,9 @@ from stepfuse.fuse.backbones.unet_names import UNetNames
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
-from stepfuse.fuse.lora.export import save_kohya, save_peft
+from stepfuse.fuse.lora.export import save_kohya, save_lora, save_peft
 from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.load import network_factors
-from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import read_factors, write_adapter
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl

@@ -11,10 +11,9 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from safetensors.torch import save_file
 
 from stepfuse.fuse.backbones.unet_names import UNetNames
-from stepfuse.fuse.lora.export import save_kohya
+from stepfuse.fuse.lora.export import save_kohya, save_lora
 from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.merge import merge_factors
-from stepfuse.fuse.lora.write import save_lora
 from tests.fixtures_formats import assert_same, export, peft_states, read_any_layout
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, assert_alike, predict

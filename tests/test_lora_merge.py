@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraModel, set_peft_model_state_dict
 
+from stepfuse.fuse.lora.export import save_lora
 from stepfuse.fuse.lora.layers import merged_adapters
 from stepfuse.fuse.lora.merge import merge_factors
-from stepfuse.fuse.lora.write import save_lora
 from tests.fixtures_formats import peft_states
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, KINDS, assert_alike, predict

@@ -21,13 +21,13 @@ from stepfuse.data import emoji
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet_names import sgm_path
 from stepfuse.fuse.lora.config import METADATA
+from stepfuse.fuse.lora.export import save_lora
 from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.layers import lora_layers
 from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.merge import merge_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import copy_set
 from stepfuse.fuse.sets.manifest import MANIFEST
@@ -204,8 +204,7 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.backbones.unet_names import UNetNames
-from stepfuse.fuse.lora.export import save_kohya, save_peft
-from stepfuse.fuse.lora.write import save_lora
+from stepfuse.fuse.lora.export import save_kohya, save_lora, save_peft
 from stepfuse.fuse.sets.adapter import read_factors
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import save_adapter

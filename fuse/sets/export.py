@@ -9,11 +9,10 @@ from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file, require_new_file
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir, resolve_folder
 from stepfuse.fuse.backbones.loading import layer_names
-from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS, save_kohya, save_peft
+from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_WEIGHTS, save_kohya, save_lora, save_peft
 from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.merge import merge_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.lora.write import save_lora
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule
 from stepfuse.fuse.sets.adapter import read_factors
