@@ -28,14 +28,12 @@ class Backbone(ABC):
     Attributes:
         pipeline: the base.
         part: the pipeline's name of the network that LoRAs are of, which is also the prefix of their keys in files.
-        targets: the layers that get a LoRA by default, by the ends of their names.
         blocks: class names of the blocks that the network repeats, which regional compilation compiles.
         unbatched: names of layers whose first dimension is not that of images; a LoRA there cannot be batched.
         embeds: the arguments of `encode` that take embeddings in place of prompts.
     """
 
     part: ClassVar[str]
-    targets: ClassVar[Sequence[str]] = ("to_k", "to_q", "to_v", "to_out.0")
     blocks: ClassVar[Sequence[str]] = ()
     unbatched: ClassVar[Sequence[str]] = ()
     embeds: ClassVar[Sequence[str]] = ("prompt_embeds", "negative_prompt_embeds")
@@ -44,8 +42,7 @@ class Backbone(ABC):
         self.pipeline = pipeline
 
     @property
-    def network(self) -> Any:
-        """The network, an `nn.Module` with the methods of diffusers' models."""
+    def network(self) -> Any:  # an `nn.Module` with the methods of diffusers' models
         return getattr(self.pipeline, self.part)
 
     @property
@@ -70,23 +67,19 @@ class Backbone(ABC):
         Text encoders and tokenizers may be missing, where embeddings are given instead of prompts.
 
         Raises:
-            ValueError: naming the component, the key, its value and what is expected.
+            ValueError: naming the component, the key and its value.
         """
 
     @abstractmethod
     def check_can_encode(self) -> None:
-        """Check that the pipeline has what it needs to embed prompts.
-
-        Raises:
-            ValueError: naming what it lacks.
-        """
+        """Check that the pipeline has what it needs to embed prompts; a ValueError names what it lacks."""
 
     @abstractmethod
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """Height and width in pixels, by default those the network was trained at.
 
         Raises:
-            ValueError: for a size the pipeline cannot draw, or none where the network does not state one.
+            ValueError: for a size that the pipeline cannot draw, and without one where the network states none.
         """
 
     @abstractmethod
@@ -135,11 +128,7 @@ class Backbone(ABC):
         """
 
     def check_embeds(self, given: Sequence[str]) -> None:
-        """Check that the embeddings that are given, by name, are all that are needed, and no others.
-
-        Raises:
-            ValueError: naming one that is missing, or not taken.
-        """
+        """Check that the embeddings that are given, by name, are all that are needed, and no others."""
         if unknown := [name for name in given if name not in self.embeds]:
             raise ValueError(f"{unknown[0]} is given; this model takes {', '.join(self.embeds)}")
 

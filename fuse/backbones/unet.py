@@ -5,23 +5,39 @@ from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from stepfuse.data.library_messages import TRUNCATION, retrieve_latents, without_messages
 from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.fuse.backbones.unet_checks import check_pipeline
+from stepfuse.fuse.backbones.unet_checks import STATISTICS, check_autoencoder, check_texts, check_unet
 from stepfuse.fuse.backbones.unet_names import UNetNames
+from stepfuse.fuse.diffusion.configuration import Expected
 from stepfuse.fuse.diffusion.gaussian import Generators
 
 
 class StableDiffusion(Backbone):
-    """Stable Diffusion 1.x and 2.x. Inputs: `prompt_embeds`."""
+    """Stable Diffusion 1.x and 2.x. Inputs: `prompt_embeds`.
+
+    Attributes:
+        expected: what its pipeline supports of the configurations of `unet` and `vae`, beside what every such pipeline
+            does.
+        encoders: suffixes of the names of its text encoders; of each, whether it may have a projection, False or True.
+    """
 
     part = "unet"
     blocks = ("BasicTransformerBlock",)
-    xl: ClassVar[bool] = False
+    expected: ClassVar[Mapping[str, dict[str, Expected]]] = {
+        "unet": {
+            "addition_embed_type": Expected(
+                (None, "text"), "this pipeline gives its network nothing beside the prompt"
+            ),
+        },
+        "vae": dict.fromkeys(STATISTICS, Expected((None,), "this pipeline does not apply statistics of latents")),
+    }
+    encoders: ClassVar[Mapping[str, Sequence[bool]]] = {"": (False,)}
 
     @classmethod
     def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,11 +49,13 @@ class StableDiffusion(Backbone):
         return UNetNames(config=config)
 
     def check(self) -> None:
-        check_pipeline(self.pipeline, xl=self.xl)
+        check_unet(self.network, self.pipeline.vae, self.expected["unet"])
+        check_autoencoder(self.pipeline.vae, self.expected["vae"])
+        check_texts(self.pipeline, self.encoders)
         self.path().steps(1)  # a scheduler whose steps depend on the size of images has none here
 
     def check_can_encode(self) -> None:
-        suffix = "_2" if self.xl else ""
+        *_, suffix = self.encoders
         for part in (f"tokenizer{suffix}", f"text_encoder{suffix}"):
             if getattr(self.pipeline, part) is None:
                 raise ValueError(
@@ -45,14 +63,9 @@ class StableDiffusion(Backbone):
                 )
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        factor = self.pipeline.vae_scale_factor
-        native = self.network.config.sample_size
-        if native is None:
-            if height is None or width is None:
-                raise ValueError(
-                    "the base's UNet has sample_size None; give height and width, or resolution in training"
-                )
-            native = (0, 0)
+        factor, native = self.pipeline.vae_scale_factor, self.network.config.sample_size
+        if native is None and (height is None or width is None):
+            raise ValueError("the base's UNet has sample_size None; give height and width, or resolution in training")
         native_height, native_width = native if isinstance(native, list | tuple) else (native, native)
         size = (
             native_height * factor if height is None else height,
@@ -85,11 +98,12 @@ class StableDiffusion(Backbone):
         zero; elsewhere it is that of "".
         """
         positive, negative = embeds.get("prompt_embeds"), embeds.get("negative_prompt_embeds")
-        if positive is None or (negative is None and not self._zeros_without(negative_prompts)):
-            self.check_can_encode()
-        count = len(prompts) if prompts is not None else len(cast(Tensor, positive))
+        count = len(cast(Any, prompts if positive is None else positive))
         negatives = [None] * count if negative_prompts is None else list(negative_prompts)
         absent = torch.tensor([text is None for text in negatives])
+        zeros = absent & (negative is None and bool(self.pipeline.config.get("force_zeros_for_empty_prompt")))
+        if positive is None or (negative is None and not bool(zeros.all())):
+            self.check_can_encode()
         with without_messages(*TRUNCATION):  # `prompt_length` reports it
             found = self.pipeline.encode_prompt(
                 prompt=None if prompts is None else list(prompts),
@@ -99,59 +113,17 @@ class StableDiffusion(Backbone):
                 negative_prompt=None if bool(absent.all()) else [text or "" for text in negatives],
                 **{name: embeds.get(name) for name in self.embeds},
             )
-        if self.xl:
-            return self._with_pooled(found, absent, negative is None, height, width)
-        return Conditioning(positive={"prompt_embeds": found[0]}, negative={"prompt_embeds": found[1]})
+        return self._conditioning(found, zeros, height, width)
 
-    def _zeros_without(self, negative_prompts: Sequence[str | None] | None) -> bool:
-        """Whether the embedding without a negative prompt is zero, so that no text is embedded for it."""
-        none = negative_prompts is None or all(negative is None for negative in negative_prompts)
-        return none and bool(self.pipeline.config.get("force_zeros_for_empty_prompt"))
-
-    def _with_pooled(
-        self,
-        found: Sequence[Tensor],
-        absent: Tensor,
-        encoded: bool,
-        height: int | None,
-        width: int | None,
+    def _conditioning(
+        self, found: Sequence[Tensor], zeros: Bool[Tensor, " batch"], height: int | None, width: int | None
     ) -> Conditioning:
-        """Conditioning of SDXL.
+        """The network's inputs of what the pipeline's `encode_prompt` gives.
 
         Args:
-            found: embeddings of the prompts and of the negative prompts, then the pooled ones.
-            absent: which negative prompts are None.
-            encoded: the negative embeddings are of the pipeline's text encoders, not given.
+            zeros: the rows whose negative embedding is zero instead.
         """
-        positive, negative, pooled, negative_pooled = found
-        pooled, negative_pooled = pooled.to(positive), negative_pooled.to(positive)
-        if encoded and self.pipeline.config.force_zeros_for_empty_prompt:
-            zeros = absent.to(positive.device)  # of a list that has some, the others were embedded
-            negative = torch.where(zeros[:, None, None], 0, negative)
-            negative_pooled = torch.where(zeros[:, None], 0, negative_pooled)
-        size = self.size(height, width)
-        encoder = self.pipeline.text_encoder_2
-        ids = self.pipeline._get_add_time_ids(
-            size,
-            (0, 0),
-            size,
-            dtype=positive.dtype,
-            text_encoder_projection_dim=pooled.shape[-1] if encoder is None else encoder.config.projection_dim,
-        ).to(positive.device)
-        ids = ids.expand(len(positive), -1)
-        return Conditioning(
-            positive={"prompt_embeds": positive, "text_embeds": pooled, "time_ids": ids},
-            negative={"prompt_embeds": negative, "text_embeds": negative_pooled, "time_ids": ids},
-        )
-
-    def check_embeds(self, given: Sequence[str]) -> None:
-        for name in ("prompt_embeds", "negative_prompt_embeds"):
-            pooled = name.replace("prompt", "pooled_prompt")
-            if self.xl and (name in given) != (pooled in given):
-                missing, other = (pooled, name) if name in given else (name, pooled)
-                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
-            if not self.xl and pooled in given:
-                raise ValueError(f"{pooled} is given, which Stable Diffusion XL alone takes")
+        return Conditioning(positive={"prompt_embeds": found[0]}, negative={"prompt_embeds": found[1]})
 
     def predict(self, x: Latents, times: Tensor, inputs: Inputs, *, network: nn.Module | None = None) -> Latents:
         arguments = unet_arguments(inputs)
@@ -201,12 +173,65 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL. Inputs: `prompt_embeds`, `text_embeds` (pooled) and `time_ids` (the image size)."""
 
     embeds = (*Backbone.embeds, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    xl = True
+    expected: ClassVar[Mapping[str, dict[str, Expected]]] = {
+        "unet": {
+            "addition_embed_type": Expected(
+                ("text_time",), "this pipeline gives its network the pooled prompt and the image size"
+            ),
+        },
+        "vae": {},
+    }
+    encoders: ClassVar[Mapping[str, Sequence[bool]]] = {"": (False, True), "_2": (True,)}
 
     @classmethod
     def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
         """The invisible watermark is not loaded either."""
         return super().load_options(index) | {"add_watermarker": False}
+
+    def check(self) -> None:
+        super().check()
+        encoder, config = self.pipeline.text_encoder_2, self.network.config
+        if encoder is None:
+            return
+        try:
+            self._image_size((1, 1), encoder.config.projection_dim, self.network.dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"unet has projection_class_embeddings_input_dim {config.projection_class_embeddings_input_dim}, which "
+                f"does not fit the pooled prompt and six numbers of the image size: {str(error).splitlines()[0]}"
+            ) from error
+
+    def check_embeds(self, given: Sequence[str]) -> None:
+        super().check_embeds(given)
+        for name in Backbone.embeds:
+            pooled = name.replace("prompt", "pooled_prompt")
+            if (name in given) != (pooled in given):
+                other, missing = (name, pooled) if name in given else (pooled, name)
+                raise ValueError(f"{other} is given and {missing} is not; Stable Diffusion XL needs both")
+
+    def _conditioning(
+        self, found: Sequence[Tensor], zeros: Bool[Tensor, " batch"], height: int | None, width: int | None
+    ) -> Conditioning:
+        positive, negative, pooled, negative_pooled = found
+        pooled, negative_pooled = pooled.to(positive), negative_pooled.to(positive)
+        zeros = zeros.to(positive.device)
+        encoder = self.pipeline.text_encoder_2
+        pooled_width = pooled.shape[-1] if encoder is None else encoder.config.projection_dim
+        ids = self._image_size(self.size(height, width), pooled_width, positive.dtype)
+        ids = ids.to(positive.device).expand(len(positive), -1)
+        return Conditioning(
+            positive={"prompt_embeds": positive, "text_embeds": pooled, "time_ids": ids},
+            negative={
+                "prompt_embeds": torch.where(zeros[:, None, None], 0, negative),
+                "text_embeds": torch.where(zeros[:, None], 0, negative_pooled),
+                "time_ids": ids,
+            },
+        )
+
+    def _image_size(self, size: tuple[int, int], pooled_width: int, dtype: torch.dtype) -> Tensor:
+        """The image size as the network takes it; diffusers checks that it and the pooled prompt fit the network."""
+        none = (0, 0)
+        return self.pipeline._get_add_time_ids(size, none, size, dtype, text_encoder_projection_dim=pooled_width)
 
 
 def unet_arguments(inputs: Inputs) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The check of a Stable Diffusion's whole configuration when it is loaded: UNet, autoencoder and text encoders."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import (
@@ -15,6 +16,7 @@ from transformers import CLIPTextModelWithProjection
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 
 AUTOENCODERS = (AutoencoderKL, AutoencoderTiny, AsymmetricAutoencoderKL)
+STATISTICS = ("latents_mean", "latents_std")  # of an autoencoder's latents, by channel
 
 # The UNet's own forward uses these, whatever their values. Channels are compared with the autoencoder's below, and
 # pipelines check `projection_class_embeddings_input_dim`.
@@ -47,17 +49,13 @@ UNET_EXPECTED = {
     "dual_cross_attention": Expected((False, None), "networks with two conditions are not supported"),
     "attention_type": Expected(("default",), "networks with boxes (GLIGEN) are not supported"),
 }
-ADDED_EMBEDDINGS = {
-    False: Expected((None, "text"), "this pipeline gives its network nothing beside the prompt"),
-    True: Expected(("text_time",), "this pipeline gives its network the pooled prompt and the image size"),
-}
 
 # Channels and statistics of latents are checked below; pipelines do not use `latent_magnitude` and `latent_shift`.
 AUTOENCODER_HANDLED = frozenset(
     {
         *("act_fn", "block_out_channels", "decoder_block_out_channels", "down_block_out_channels"),
         *("down_block_types", "encoder_block_out_channels", "force_upcast", "latent_channels", "latent_magnitude"),
-        *("latent_shift", "latents_mean", "latents_std", "layers_per_block", "layers_per_down_block"),
+        *("latent_shift", *STATISTICS, "layers_per_block", "layers_per_down_block"),
         *("layers_per_up_block", "mid_block_add_attention", "norm_num_groups", "num_decoder_blocks"),
         *("num_encoder_blocks", "sample_size", "scaling_factor", "up_block_out_channels", "up_block_types"),
         *("upsample_fn", "upsampling_scaling_factor", "use_post_quant_conv", "use_quant_conv"),
@@ -70,26 +68,15 @@ AUTOENCODER_EXPECTED = {
 }
 
 
-def check_pipeline(pipeline: DiffusionPipeline, *, xl: bool) -> None:
-    """Check that everything in a configuration that changes images is supported; see `Backbone.check`.
+def check_unet(unet: Any, vae: Any, expected: dict[str, Expected]) -> None:
+    """Check that everything in a UNet's configuration that changes images is supported.
 
     Args:
-        xl: the pipeline is Stable Diffusion XL.
-
-    Raises:
-        ValueError: naming the component, the key, its value and what is expected.
+        expected: of its model family alone, beside `UNET_EXPECTED`.
     """
-    _check_unet(pipeline, xl)
-    _check_autoencoder(pipeline, xl)
-    _check_texts(pipeline, xl)
-
-
-def _check_unet(pipeline: DiffusionPipeline, xl: bool) -> None:
-    unet, vae = pipeline.unet, pipeline.vae
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"unet is a {type(unet).__name__}; expected UNet2DConditionModel")
-    expected = UNET_EXPECTED | {"addition_embed_type": ADDED_EMBEDDINGS[xl]}
-    check_configuration("unet", unet, handled=UNET_HANDLED, expected=expected)
+    check_configuration("unet", unet, handled=UNET_HANDLED, expected=UNET_EXPECTED | expected)
     inputs, outputs, latents = unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels
     if inputs != latents:
         kind = {2 * latents + 1: " of inpainting", 2 * latents: " of editing by instructions"}.get(inputs, "")
@@ -104,23 +91,24 @@ def _check_unet(pipeline: DiffusionPipeline, xl: bool) -> None:
         )
 
 
-def _check_autoencoder(pipeline: DiffusionPipeline, xl: bool) -> None:
-    vae = pipeline.vae
+def check_autoencoder(vae: Any, expected: dict[str, Expected]) -> None:
+    """Check that everything in an autoencoder's configuration that changes images is supported.
+
+    Args:
+        expected: of its model family alone, beside `AUTOENCODER_EXPECTED`.
+    """
     if not isinstance(vae, AUTOENCODERS):
         known = ", ".join(kind.__name__ for kind in AUTOENCODERS)
         raise ValueError(f"vae is a {type(vae).__name__}; expected one of {known}")
-    check_configuration("vae", vae, handled=AUTOENCODER_HANDLED, expected=AUTOENCODER_EXPECTED)
+    handled, expected = AUTOENCODER_HANDLED - expected.keys(), AUTOENCODER_EXPECTED | expected
+    check_configuration("vae", vae, handled=handled, expected=expected)
     scale = vae.config.scaling_factor
     if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
         raise ValueError(f"vae has scaling_factor {scale!r}; expected a finite number other than 0")
-    given = {key: vae.config.get(key) for key in ("latents_mean", "latents_std")}
-    stated = {key: value for key, value in given.items() if value is not None}
+    given = {key: vae.config.get(key) for key in STATISTICS}
+    stated = [key for key, value in given.items() if value is not None]
     if not stated:
         return
-    if not xl:
-        raise ValueError(
-            f"vae has {' and '.join(stated)}, which {type(pipeline).__name__} does not apply; expected None"
-        )
     for key, value in given.items():
         if not isinstance(value, list | tuple) or len(value) != vae.config.latent_channels:
             raise ValueError(
@@ -130,9 +118,14 @@ def _check_autoencoder(pipeline: DiffusionPipeline, xl: bool) -> None:
         raise ValueError(f"vae has latents_std {given['latents_std']!r}; expected numbers other than 0")
 
 
-def _check_texts(pipeline: DiffusionPipeline, xl: bool) -> None:
+def check_texts(pipeline: DiffusionPipeline, encoders: Mapping[str, Sequence[bool]]) -> None:
+    """Check that text encoders fit their tokenizers, and the network what all of them give.
+
+    Args:
+        encoders: `StableDiffusion.encoders`. Where the last is missing, embeddings are given in place of prompts.
+    """
     width = 0
-    for suffix in ("", "_2") if xl else ("",):
+    for suffix, projections in encoders.items():
         encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
         if (encoder is None) != (tokenizer is None):
             missing = ("text_encoder" if encoder is None else "tokenizer") + suffix
@@ -141,9 +134,8 @@ def _check_texts(pipeline: DiffusionPipeline, xl: bool) -> None:
             continue
         config = encoder.config
         width += getattr(config, "hidden_size", 0)
-        pooled = isinstance(encoder, CLIPTextModelWithProjection)
-        if (suffix == "_2" and not pooled) or (not xl and pooled):
-            wanted = "CLIPTextModelWithProjection" if suffix else "CLIPTextModel"
+        if isinstance(encoder, CLIPTextModelWithProjection) not in projections:
+            wanted = "CLIPTextModelWithProjection" if True in projections else "CLIPTextModel"
             raise ValueError(f"text_encoder{suffix} is a {type(encoder).__name__}; expected {wanted}")
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and tokenizer.model_max_length > longest:
@@ -151,26 +143,8 @@ def _check_texts(pipeline: DiffusionPipeline, xl: bool) -> None:
                 f"tokenizer{suffix} has model_max_length {tokenizer.model_max_length}; expected {longest} at most, the "
                 f"positions of text_encoder{suffix}"
             )
-    if xl and pipeline.text_encoder is not None and pipeline.text_encoder_2 is None:
-        return  # benchmarks and users who give embeddings
-    if width:
+    if encoder is not None and width:
         _check_width(pipeline.unet.config, width)
-    if xl and pipeline.text_encoder_2 is not None:
-        side = 8 * pipeline.vae_scale_factor
-        try:  # its sizes must fit the network's
-            pipeline._get_add_time_ids(
-                (side, side),
-                (0, 0),
-                (side, side),
-                dtype=pipeline.unet.dtype,
-                text_encoder_projection_dim=pipeline.text_encoder_2.config.projection_dim,
-            )
-        except ValueError as error:
-            raise ValueError(
-                f"unet has projection_class_embeddings_input_dim "
-                f"{pipeline.unet.config.projection_class_embeddings_input_dim}, which does not fit the pooled prompt "
-                f"and six numbers of the image size: {str(error).splitlines()[0]}"
-            ) from error
 
 
 def _check_width(config: Any, width: int) -> None:
