@@ -187,18 +187,11 @@ def test_guided_predictions_of_some_rows_are_combined_row_by_row(source):
     assert guided.flatten().tolist() == [-37.0, 3.0]
 
 
-def test_guidance_is_off_outside_its_interval():
-    guidance = Guidance(interval=(0.25, 0.75))
-    assert [guidance.at(k, 4).source for k in range(4)] == ["off", "shared", "shared", "off"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(source="both"), "'both'"),
         (dict(scale=float("nan")), "finite"),
-        (dict(interval=(0.5, 0.5)), "0.5-0.5"),
-        (dict(interval=(-0.1, 0.5)), "-0.1-0.5"),
     ],
 )
 def test_guidance_that_makes_no_sense_is_refused(options, message):

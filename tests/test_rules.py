@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
-from stepfuse.fuse.backbones.guidance import Guidance
+from stepfuse.fuse.backbones.guidance import Branch, Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
@@ -177,7 +177,7 @@ def test_a_soup_predicts_as_weights_merged_by_hand(sampler, base, folders, rule,
     with torch.no_grad():
         got = soup.step(x_t, 1, plan, conditioning)
         # guidance "shared": e_u of the base, at 3
-        unconditional = sampler.denoiser.forward(x_t, plan.steps[1][0], conditioning, "-", BASE)[0]
+        unconditional = sampler.denoiser.run(x_t, plan.steps[1][0], conditioning, [Branch(BASE, "-")])[0]
         conditional = plain.unet(x_t, plan.steps[1][0], conditioning.positive["prompt_embeds"]).sample
     # v = Σ a_i eta_i² of the ancestral variance, the base's eta being 1
     eta = math.sqrt(strength * (0.3 * 0.4**2 + 0.7 * 0.9**2) + 1 - strength)

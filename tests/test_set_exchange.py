@@ -13,6 +13,7 @@ from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors import safe_open
 
+from stepfuse.fuse.backbones.guidance import Branch
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.mixture import Network
@@ -116,7 +117,7 @@ def test_a_lora_from_elsewhere_makes_a_set_and_joins_one(root, stranger, tmp_pat
     pipeline.load_lora_weights(stranger.parent, weight_name=stranger.name)
     sampler = FusedSampler.from_pretrained(tmp_path / "set")
     x = noise(0)
-    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", Network.of("style"))
+    (ours,) = sampler.denoiser.run(x, 500, sampler_conditioning(sampler), [Branch(Network.of("style"), "+")])
     assert_near(ours, predict(pipeline, x))
 
 
@@ -213,7 +214,7 @@ def test_a_mixture_as_one_file_draws_what_the_soup_draws(root, tmp_path, form, c
     sampler = FusedSampler.from_pretrained(root / "set", rule="soup", guidance="off")
     x = noise(0)
     soup = Network.merged({"a": 1.5 * 0.5, "b": 1.5 * 0.3, "c": 1.5 * 0.2})
-    (ours,) = sampler.denoiser.forward(x, 500, sampler_conditioning(sampler), "+", soup)
+    (ours,) = sampler.denoiser.run(x, 500, sampler_conditioning(sampler), [Branch(soup, "+")])
     assert_near(predict(pipeline, x), ours, 1e-4)
 
 

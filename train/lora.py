@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Router
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import NoisePath
@@ -88,8 +89,8 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
 
 
 @dataclass(frozen=True)
-class SharedForward:
-    """Base and policy in one forward pass, without gradients: a `Router` with the LoRA's present weights."""
+class SharedForward(Router):
+    """Base and policy in one forward pass, without gradients, with the LoRA's present weights."""
 
     network: nn.Module
     adapter: str

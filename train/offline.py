@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from stepfuse.data.images import to_pixels
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
-from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.guidance import Branch, Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.train.algorithm import Algorithm, Batch, Source, StepGaussians, preference_loss
@@ -88,7 +88,7 @@ def noise_pairs(
     path = denoiser.path
     clean, e, t = torch.cat([winner, loser]), torch.cat([noise, noise]), torch.cat([times, times])
     x_t = path.noised(clean, e, t)
-    (reference,) = denoiser.forward(x_t, t, conditioning, "+", BASE)
+    (reference,) = denoiser.run(x_t, t, conditioning, [Branch(BASE, "+")])
     return NoisedPairs(x_t=x_t, times=t, target=path.target(clean, e, t), reference=reference)
 
 

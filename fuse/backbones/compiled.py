@@ -5,18 +5,17 @@ from typing import Any
 import torch
 
 from stepfuse.fuse.backbones.base import Backbone
-from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.backbones.denoiser import Denoiser
 
 
-def compile_batched(backbone: Backbone, batched: object, how: str, rows: int, **options: Any) -> None:
-    """Compile in place. Weights, strengths, schedules and adapters in use are values to it: other ones compile nothing
-    anew. A soup is another network than adapters one a row; and a second number of rows in a batch compiles once more,
-    as a single row does, but no third.
+def compile_batched(denoiser: Denoiser, how: str, rows: int, **options: Any) -> None:
+    """Compile a network and its batched adapters in place.
 
-    Raises torch's limit of graphs for one piece of code to 64, for blocks of all widths share theirs.
+    Weights, strengths, schedules and adapters in use are values to it: other ones compile nothing anew. A soup is
+    another network than adapters one a row; and a second number of rows in a batch compiles once more, as a single row
+    does, but no third. Torch's limit of graphs for one piece of code becomes 64, for blocks of all widths share theirs.
 
     Args:
-        batched: what runs the adapters, which must be `BatchedAdapters`.
         how: `regional` or `full`, see `compile_network`; faster on a GPU with mode="reduce-overhead" (CUDA graphs).
         rows: the most rows of a batch foreseen; more compile once more.
         options: for `torch.compile`.
@@ -26,11 +25,11 @@ def compile_batched(backbone: Backbone, batched: object, how: str, rows: int, **
     """
     if how not in ("regional", "full"):
         raise ValueError(f"compile {how!r}; expected regional or full")
-    if not isinstance(batched, BatchedAdapters):
+    if denoiser.batched is None:
         raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
-    batched.fix(rows, backbone.device)
+    denoiser.batched.fix(rows, denoiser.backbone.device)
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    compile_network(backbone, how, fullgraph=True, **options)
+    compile_network(denoiser.backbone, how, fullgraph=True, **options)
 
 
 def compile_network(backbone: Backbone, how: str, **options: Any) -> None:

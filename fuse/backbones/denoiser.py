@@ -19,8 +19,7 @@ from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 class Router(Protocol):
     """What runs several networks in one forward, each on rows of its own."""
 
-    @property
-    def network(self) -> nn.Module: ...
+    network: nn.Module
 
     def route_of(self, networks: Sequence[Network], device: torch.device) -> Any:
         """The route of rows with these networks, those of the base first."""
@@ -30,15 +29,16 @@ class Router(Protocol):
         """The network on a batch of such rows."""
         ...
 
+    def fix(self, rows: int, device: torch.device) -> None:
+        """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them."""
+
+    def release(self) -> None:
+        """Give back the memory of merged weights."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guided:
-    """Guided predictions, one a network.
-
-    Attributes:
-        predictions: e.
-        negative: e_u of the base, where all of them have it in common.
-    """
+    """Guided predictions, one a network, and e_u of the base where all of them have it in common."""
 
     predictions: list[Latents]
     negative: Latents | None
@@ -90,7 +90,8 @@ class Denoiser:
         Args:
             rows: which of x_t's rows each network is wanted for; by default all.
         """
-        return self.guided(x_t, t, conditioning, networks, rows).predictions
+        branches = self.guidance.branches(networks, rows)
+        return self.combine(branches, self.run(x_t, t, conditioning, branches))
 
     def guided(
         self,
@@ -98,21 +99,17 @@ class Denoiser:
         t: Time,
         conditioning: Conditioning,
         networks: Sequence[Network],
-        rows: Sequence[Rows | None] | None = None,
         *,
         negative: Latents | None = None,
     ) -> Guided:
-        """The same, with what another call at (x_t, t) need not compute again.
+        """Guided predictions with what another call at (x_t, t) need not compute again.
 
         Args:
-            negative: of an earlier call at (x_t, t).
-
-        Raises:
-            ValueError: for a negative where predictions have none in common.
+            negative: of an earlier call there; a ValueError where predictions have none in common.
         """
         if negative is not None and not self.guidance.shares:
             raise ValueError(f"guidance {self.guidance} has no e_u in common that an earlier call could give")
-        branches = self.guidance.branches(networks, rows)
+        branches = self.guidance.branches(networks)
         known = [] if negative is None else [negative]
         outputs = [*known, *self.run(x_t, t, conditioning, branches[len(known) :])]
         return Guided(
@@ -123,15 +120,12 @@ class Denoiser:
         """Guided predictions of the raw ones of `guidance.branches`."""
         return self.guidance.combine(branches, outputs, self.backbone.guide)
 
-    def forward(self, x_t: Latents, t: Time, conditioning: Conditioning, kinds: str, network: Network) -> list[Latents]:
-        """Raw predictions for `+`, `-` or `-+`, in float32 or wider."""
-        return self.run(x_t, t, conditioning, [Branch(network, kind) for kind in kinds])
-
     def run(self, x_t: Latents, t: Time, conditioning: Conditioning, branches: Sequence[Branch]) -> list[Latents]:
-        """Raw predictions of branches, in as few forwards as there are networks: one where they are batched."""
+        """Raw predictions of branches, in float32 or wider: a forward for each network, or one if they are batched."""
         groups: dict[Any, list[int]] = {}
         for index, branch in enumerate(branches):
-            groups.setdefault(self._together(branch.network), []).append(index)
+            alone = self.batched is None or branch.network == BASE
+            groups.setdefault(branch.network if alone else branch.network.merge, []).append(index)
         if self.batched is not None and BASE in groups and len(groups) > 1:  # the base goes with any
             base = groups.pop(BASE)
             groups[next(iter(groups))][:0] = base
@@ -141,26 +135,23 @@ class Denoiser:
             outputs |= zip(indices, self._forward(x_t, t, conditioning, together), strict=True)
         return [outputs[index] for index in range(len(branches))]
 
-    def _together(self, network: Network) -> Any:
-        """What branches must have in common to be run in one forward."""
-        return network if self.batched is None or network == BASE else network.merge
-
     def _forward(self, x_t: Latents, t: Time, conditioning: Conditioning, branches: Sequence[Branch]) -> list[Latents]:
         """Branches of one network, stacked; in several forwards only where `rows_at_once` says so."""
-        counts = [len(x_t) if branch.rows is None else len(branch.rows) for branch in branches]
-        networks = [branch.network for branch, count in zip(branches, counts, strict=True) for _ in range(count)]
-        rows = [None if branch.rows is None else branch.rows.to(x_t.device) for branch in branches]
-        x = torch.cat([x_t if some is None else x_t[some] for some in rows])
+        rows: list[slice | Rows] = [
+            slice(None) if branch.rows is None else branch.rows.to(x_t.device) for branch in branches
+        ]
+        parts = [x_t[some] for some in rows]
+        networks = [branch.network for branch, part in zip(branches, parts, strict=True) for _ in range(len(part))]
+        x = torch.cat(parts)
         times = self.path.network_time(t).to(x_t.device).expand(len(x_t))
-        times = torch.cat([times if some is None else times[some] for some in rows])
-        parts = [conditioning if some is None else conditioning[some] for some in rows]
-        inputs = stack([part.inputs(branch.kind) for part, branch in zip(parts, branches, strict=True)])
+        times = torch.cat([times[some] for some in rows])
+        inputs = stack([conditioning[some].inputs(branch.kind) for some, branch in zip(rows, branches, strict=True)])
         most = self.rows_at_once or len(x)
         outputs = []
-        for some in (slice(first, first + most) for first in range(0, len(x), most)):
-            with self._active(networks[some], x.device):
-                outputs.append(self.backbone.predict(x[some], times[some], input_rows(inputs, some)))
-        return list(torch.cat(outputs).split(counts))
+        for piece in (slice(first, first + most) for first in range(0, len(x), most)):
+            with self._active(networks[piece], x.device):
+                outputs.append(self.backbone.predict(x[piece], times[piece], input_rows(inputs, piece)))
+        return list(torch.cat(outputs).split([len(part) for part in parts]))
 
     def _active(self, networks: Sequence[Network], device: torch.device) -> AbstractContextManager[None]:
         """The model as these networks on the rows of its batch."""

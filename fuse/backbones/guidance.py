@@ -39,24 +39,18 @@ class Guidance:
     Attributes:
         source: where e_u comes from. `shared`: the base; `full`: the network itself; `off`: the prediction is e_c.
         scale: g.
-        interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at the others
-            the prediction is e_c (arXiv:2404.07724).
 
     Raises:
-        ValueError: for another source, a scale that is not finite, or an interval that is empty or not within [0, 1].
+        ValueError: for another source, or a scale that is not finite.
     """
 
     source: str = "shared"
     scale: float = 5.0
-    interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         check_source(self.source)
         if not math.isfinite(self.scale):
             raise ValueError(f"guidance_scale {self.scale}; expected a finite number")
-        begin, end = self.interval
-        if not 0 <= begin < end <= 1:
-            raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
 
     def __str__(self) -> str:
         return self.source if self.source == "off" else f"{self.source} {self.scale:g}"
@@ -70,11 +64,6 @@ class Guidance:
     def shares(self) -> bool:
         """Whether all guided predictions have e_u of the base in common, which is then the first of the branches."""
         return self.source == "shared" and self.scale != 1
-
-    def at(self, step_index: int, count: int) -> "Guidance":
-        """The guidance at one of `count` steps: none outside the interval."""
-        begin, end = self.interval
-        return self if begin <= step_index / count < end else replace(self, source="off")
 
     def branches(self, networks: Sequence[Network], rows: Sequence[Rows | None] | None = None) -> list[Branch]:
         """The raw predictions that the guided ones of networks are made of.
@@ -110,11 +99,7 @@ class Guidance:
 
 
 def check_source(source: object) -> str:
-    """Check the name of a source of e_u.
-
-    Raises:
-        ValueError: for another one.
-    """
+    """Check the name of a source of e_u; a ValueError lists those there are."""
     if source not in GUIDANCE:
         raise ValueError(f"guidance {source!r}; expected one of {', '.join(GUIDANCE)}{nearest(source, GUIDANCE)}")
     return str(source)

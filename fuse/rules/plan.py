@@ -48,6 +48,9 @@ class Plan:
         strength: λ.
         guidance_interval: (begin, end) as shares of the steps, outside of which there is no guidance.
         gaps: KL( product ‖ soup ) of each step and image in nats, from the set's gap profile, for rules that use it.
+
+    Raises:
+        ValueError: For an interval that is empty or not within [0, 1].
     """
 
     path: NoisePath
@@ -60,6 +63,11 @@ class Plan:
     strength: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     gaps: Float[Tensor, "steps batch"] | None = None
+
+    def __post_init__(self) -> None:
+        begin, end = self.guidance_interval
+        if not 0 <= begin < end <= 1:
+            raise ValueError(f"guidance_interval {begin:g}-{end:g}; expected shares of the steps, such as 0.2-0.8")
 
     @cached_property
     def adapters(self) -> tuple[Expert, ...]:
@@ -76,6 +84,11 @@ class Plan:
         """a_i = λ w_i, and 1 - λ for the base, float64, in the order of `experts`."""
         base = torch.full_like(self.weights[:, :1], 1 - self.strength)
         return torch.cat([self.strength * self.weights, base], 1)
+
+    def is_guided(self, step_index: int) -> bool:
+        """Whether there is guidance at a step: where begin ≤ k / T < end."""
+        begin, end = self.guidance_interval
+        return begin <= step_index / len(self.steps) < end
 
     def __getitem__(self, images: slice | Rows) -> "Plan":
         """The plan of some of the images."""

@@ -18,14 +18,15 @@ from stepfuse.rewards.protocol import Reward, score
 
 
 def predict_batch(denoiser: Denoiser, plan: Plan, conditioning: Conditioning) -> PredictFn:
-    """Guided predictions of a batch, each step with the guidance that the plan's interval gives it."""
-    guidance = replace(denoiser.guidance, interval=plan.guidance_interval)
-    at_step = {t: replace(denoiser, guidance=guidance.at(k, len(plan.steps))) for k, (t, _) in enumerate(plan.steps)}
+    """Guided predictions of a batch, and those without guidance at steps outside the plan's interval."""
+    unguided = replace(denoiser, guidance=replace(denoiser.guidance, source="off"))
+    guided_times = {t for step_index, (t, _) in enumerate(plan.steps) if plan.is_guided(step_index)}
 
     def predict(
         x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
     ) -> list[Latents]:
-        return at_step[t].predictions(x_t, t, conditioning[images.to(x_t.device)], networks, rows)
+        used = denoiser if t in guided_times else unguided
+        return used.predictions(x_t, t, conditioning[images.to(x_t.device)], networks, rows)
 
     return predict
 

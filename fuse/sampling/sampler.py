@@ -23,7 +23,6 @@ from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
@@ -166,7 +165,7 @@ class FusedSampler:
         Raises:
             ValueError: for another word than regional or full, or without batched forwards.
         """
-        compile_batched(self.backbone, self.denoiser.batched, how, rows, **options)
+        compile_batched(self.denoiser, how, rows, **options)
 
     @property
     def backbone(self) -> Backbone:
@@ -207,7 +206,6 @@ class FusedSampler:
         Raises:
             ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
         """
-        replace(self.denoiser.guidance, interval=guidance_interval)  # which checks it
         path = self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape)
         plan = make_plan(
             self.default_weights if weights is None else weights,
@@ -380,7 +378,7 @@ class FusedSampler:
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
-        if isinstance(self.denoiser.batched, BatchedAdapters):
+        if self.denoiser.batched:
             self.denoiser.batched.release()
 
     def _refuse_rewards(self) -> None:
