@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.compiled import compile_network
@@ -18,7 +17,7 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.sampling.finite import check_latents, check_pixels
+from stepfuse.fuse.sampling.finite import check_latents, decode_finite
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
@@ -121,9 +120,7 @@ class Setup:
             with self.accelerator.autocast():
                 latents = rollout(sampling, self.embed(prompts), generators).latents
             check_latents(latents, prompts)
-            pixels = self.backbone.decode_unclamped(latents)
-            check_pixels(pixels, prompts)
-            return VaeImageProcessor.denormalize(pixels)
+            return decode_finite(self.backbone, latents, prompts)
 
         return draw
 

@@ -95,9 +95,11 @@ class Plan:
         gaps = None if self.gaps is None else self.gaps[:, images]
         return replace(self, weights=self.weights[..., images], gaps=gaps)
 
-    def names_with_weight(self, adapters: Sequence[Expert]) -> list[str]:
-        """The names of those objectives and oracles that have a weight other than 0 at some step of some image."""
-        return [e.name for e in adapters if bool(self.weights[:, self.adapters.index(e)].any())]
+    @property
+    def names_with_weight(self) -> list[str]:
+        """The names of the objectives and oracles that have a weight other than 0 at some step of some image."""
+        weighed = self.weights.any(2).any(0).tolist()
+        return [expert.name for expert, has_weight in zip(self.adapters, weighed, strict=True) if has_weight]
 
     def relative_variances(self, experts: Sequence[Expert], step_index: int) -> Float[Tensor, " experts"]:
         """r of experts at a step: their variances in units of the ancestral one."""

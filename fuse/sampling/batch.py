@@ -1,4 +1,4 @@
-"""What one batch of images gives to the rule that denoises it: predictions, rewards, and negative prompts."""
+"""What one batch of images gives to the rule that denoises it: predictions and rewards."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,15 +38,3 @@ def score_batch(reward: Reward, name: str, backbone: Backbone, prompts: Sequence
         return score(reward, backbone.decode(clean), [prompts[i] for i in images.tolist()], name=name)
 
     return score_latents
-
-
-def negative_prompts(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """One negative prompt an image: those given, or the same for all.
-
-    Raises:
-        ValueError: for another number of them.
-    """
-    negatives = [given] * count if given is None or isinstance(given, str) else list(given)
-    if len(negatives) != count:
-        raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")
-    return negatives

@@ -1,15 +1,14 @@
 """The multi-objective sampler with the interface of a diffusers pipeline."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
-from stepfuse.data.images import to_image
 from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import Time
@@ -17,7 +16,7 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.rules.run import AfterStep
 from stepfuse.fuse.rules.weights import Weights, label_weights, weight_rows
-from stepfuse.fuse.sampling.batch import negative_prompts
+from stepfuse.fuse.sampling.inputs import check_texts, negative_prompts, repeat
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.create import copy_set
@@ -63,11 +62,9 @@ class FusedPipeline:
         """
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set, read_weights=False)
-        device = "cpu" if pipeline is None else pipeline.device
-        chosen = dtype or torch_dtype or torch.float32
-        options = {"device": device} | options
-        sampler = FusedSampler.from_pretrained(adapter_set, pipeline=pipeline, dtype=chosen, **options)
-        return cls(sampler, adapter_set)
+        options.setdefault("device", pipeline.device if pipeline else "cpu")
+        dtype = dtype or torch_dtype or torch.float32
+        return cls(FusedSampler.from_pretrained(adapter_set, pipeline=pipeline, dtype=dtype, **options), adapter_set)
 
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = False) -> None:
         """Write the adapter set to a folder, of which `from_pretrained` makes a pipeline that draws the same images.
@@ -173,97 +170,59 @@ class FusedPipeline:
             ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
         """
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
-        embeds = {
+        backbone, each = self.sampler.backbone, num_images_per_prompt
+        named = {
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
         }
-        self._check_embeds(prompts, negative_prompt, embeds)
-        count = len(prompts) if prompts is not None else len(cast(Tensor, prompt_embeds))
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt {num_images_per_prompt}; expected 1 or more")
+        embeds: dict[str, Any] = {k: value.to(backbone.device) for k, value in named.items() if value is not None}
+        check_texts(backbone, {"prompt": prompt, "negative_prompt": negative_prompt}, embeds)
+        if each < 1:
+            raise ValueError(f"num_images_per_prompt {each}; expected 1 or more")
         if output_type not in OUTPUTS:
             raise ValueError(
                 f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}{nearest(output_type, OUTPUTS)}"
             )
         if unknown := [name for name in callback_on_step_end_tensor_inputs if name != "latents"]:
             raise ValueError(f"callback_on_step_end_tensor_inputs {unknown[0]!r}; latents is all there is")
-        each = num_images_per_prompt
-        rows = weights if weights is None or isinstance(weights, Mapping) else weight_rows(weights, self.names)
-        if isinstance(rows, list) and len(rows) == count:
-            rows = _repeat(rows, each)
-        negative = negative_prompt
+        count = len(embeds["prompt_embeds"] if prompts is None else prompts)
+        rows = None if weights is None else weight_rows(weights, self.names)
+        if rows and len(rows) == count:
+            rows = repeat(rows, each)
+        negatives = negative_prompts(negative_prompt, count)
         conditioning = None
-        if any(value is not None for value in embeds.values()):
-            negatives = negative_prompts(negative, count)
-            backbone = self.sampler.backbone
-            given: dict[str, Any] = {
-                key: None if value is None else value.to(backbone.device) for key, value in embeds.items()
-            }
-            conditioning = backbone.encode(prompts, negatives, height=height, width=width, **given)
-            conditioning, prompts, negative = conditioning.repeat(each), None, None
-        if negative is not None and not isinstance(negative, str):
-            negative = _repeat(list(negative), each)
-        images = self._sampler(rule, guidance, guidance_scale).sample(
-            None if prompts is None else _repeat(prompts, each),
+        if embeds:
+            conditioning = backbone.encode(prompts, negatives, height=height, width=width, **embeds).repeat(each)
+        images: Any = self._sampler(rule, guidance, guidance_scale).sample(
+            None if conditioning else repeat(prompts or (), each),
             rows,
             strength=strength,
             weights_on=weights_on,
             num_inference_steps=num_inference_steps,
             guidance_interval=guidance_interval,
             generator=generator,
-            negative_prompt=negative,
+            negative_prompt=repeat(negatives, each),
             conditioning=conditioning,
             latents=latents,
             height=height,
             width=width,
             batch_size=batch_size or max(1, count * each),
-            output_type="latent" if output_type == "latent" else "pt",
+            output_type="pt" if output_type == "np" else output_type,
             progress=not self._progress.get("disable", False),
             after=self._after(callback_on_step_end) if callback_on_step_end else None,
         )
-        assert isinstance(images, Tensor)
         self.sampler.pipeline.maybe_free_model_hooks()
-        result: Any = images
-        if output_type == "pil":
-            result = [to_image(pixels) for pixels in images]
-        elif output_type == "np":
-            result = images.permute(0, 2, 3, 1).numpy()
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
-
-    def _check_embeds(
-        self,
-        prompts: list[str] | None,
-        negative_prompt: str | Sequence[str | None] | None,
-        embeds: Mapping[str, Tensor | None],
-    ) -> None:
-        """Check what is given of prompts and embeddings, as diffusers' pipelines do.
-
-        Raises:
-            ValueError: naming what is missing or given twice.
-        """
-        given = [name for name, value in embeds.items() if value is not None]
-        if prompts is None and "prompt_embeds" not in given:
-            raise ValueError("no prompt; give prompt or prompt_embeds")
-        if prompts is not None and "prompt_embeds" in given:
-            raise ValueError("both prompt and prompt_embeds are given; give one of the two")
-        if negative_prompt is not None and "negative_prompt_embeds" in given:
-            raise ValueError("both negative_prompt and negative_prompt_embeds are given; give one of the two")
-        self.sampler.backbone.check_embeds(given)
-        first, second = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
-        if first is not None and second is not None and first.shape != second.shape:
-            raise ValueError(
-                f"prompt_embeds has shape {tuple(first.shape)} and negative_prompt_embeds {tuple(second.shape)}; "
-                "expected one shape"
-            )
+        if output_type == "np":
+            images = images.permute(0, 2, 3, 1).numpy()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _sampler(self, rule: str | FusionRule | None, guidance: str | None, scale: float | None) -> FusedSampler:
         """The sampler as one call wants it."""
         sampler = self.sampler if rule is None else self.sampler.with_rule(rule)
         now = sampler.denoiser.guidance
-        wanted = replace(now, source=now.source if guidance is None else guidance)
-        wanted = wanted if scale is None else replace(wanted, scale=scale)
+        wanted = replace(now, source=guidance or now.source, scale=now.scale if scale is None else scale)
         return replace(sampler, denoiser=replace(sampler.denoiser, guidance=wanted))
 
     def _after(self, callback: CallbackOnStepEnd) -> AfterStep:
@@ -271,7 +230,7 @@ class FusedPipeline:
 
         def after(step_index: int, t: Time, latents: Tensor) -> tuple[Tensor, bool]:
             returned = callback(self, step_index, t, {"latents": latents}) or {}
-            return returned.get("latents", latents), not self._interrupt
+            return returned.get("latents", latents), not self.interrupt
 
         return after
 
@@ -279,6 +238,7 @@ class FusedPipeline:
 
     @property
     def interrupt(self) -> bool:
+        """Whether a callback has stopped the run, by setting `_interrupt` as in diffusers' pipelines."""
         return self._interrupt
 
     @property
@@ -330,11 +290,6 @@ class FusedPipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         """`disable=True` hides the bar."""
         self._progress = options
-
-
-def _repeat(values: Sequence[Any], count: int) -> list[Any]:
-    """a a b b."""
-    return [value for value in values for _ in range(count)]
 
 
 def _rule_name(rule: FusionRule) -> str:

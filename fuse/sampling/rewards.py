@@ -6,7 +6,6 @@ import torch
 
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.plan import Plan
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import is_catalogued, load_reward
 from stepfuse.rewards.weighted import as_sum
@@ -42,13 +41,12 @@ def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, t
         ) from error
 
 
-def check_scales(plan: Plan, scales: Mapping[str, float]) -> None:
+def check_scales(used: Sequence[str], scales: Mapping[str, float]) -> None:
     """Check that rewards weighed against each other have units; one alone needs none.
 
     Raises:
         ValueError: naming an objective without.
     """
-    used = plan.names_with_weight(plan.objectives)
     unknown = [name for name in used if name not in scales]
     if len(used) > 1 and unknown:
         raise ValueError(
@@ -58,15 +56,14 @@ def check_scales(plan: Plan, scales: Mapping[str, float]) -> None:
 
 
 def check_gradients(
-    plan: Plan, rule: FusionRule, objectives: Sequence[Objective], rewards: Mapping[str, Reward], device: torch.device
+    used: Sequence[Objective], rewards: Mapping[str, Reward], rule: FusionRule, device: torch.device
 ) -> None:
-    """Check that the rewards in use, and every term of weighted ones, are differentiable, by one small image.
+    """Check that the rewards of objectives, and every term of weighted ones, are differentiable, by one small image.
 
     Raises:
         ValueError: naming a reward that is not.
     """
-    used = plan.names_with_weight(plan.objectives)
-    for objective in (o for o in objectives if o.name in used):
+    for objective in used:
         for name, term in as_sum(rewards[objective.name], objective.reward).rewards.items():
             pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)
             with torch.enable_grad():

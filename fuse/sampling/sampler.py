@@ -1,41 +1,32 @@
 """The multi-objective sampler: N adapters fused at every denoising step, for any weights."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.images import to_image
-from stepfuse.fuse.backbones.base import Backbone, Shape
-from stepfuse.fuse.backbones.compiled import compile_batched
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
-from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
 from stepfuse.fuse.rules.base import FusionRule
-from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
-from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.plan import Plan, make_plan
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
-from stepfuse.fuse.rules.run import AfterStep, Run, image_generators, uniform_numbers
+from stepfuse.fuse.rules.run import AfterStep, image_generators
 from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.rules.weights import Weights
-from stepfuse.fuse.sampling.batch import negative_prompts, predict_batch, score_batch
-from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, check_pixels
+from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, decode_finite
+from stepfuse.fuse.sampling.inputs import negative_prompts
 from stepfuse.fuse.sampling.load import load_denoiser
-from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, reward_of
+from stepfuse.fuse.sampling.policies import FusedPolicies
+from stepfuse.fuse.sampling.rewards import reward_of
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.rewards.protocol import Reward
 
@@ -43,38 +34,11 @@ BatchObserver = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedSampler:
+class FusedSampler(FusedPolicies):
     """Sample the fusion of several aligned policies over one base, by default their product (MSDDA, arXiv:2604.14379).
 
-        p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i),     a_i = λ w_i,  Σ w_i = 1
-
-    Attributes:
-        objectives: what each was aligned to, and with which variance schedule.
-        denoiser: the guided predictions of the base, with one LoRA an objective on it, under the objective's name.
-        reference: variance schedule of the base policy, p_ref.
-        rule: how the Gaussians of a step are fused.
-        num_inference_steps: default number of steps.
-        default_weights: used where `sample` gets none.
-        oracles: adapters trained on weighted rewards, on the network too.
-        oracle_weights: what each of them was trained on, by objective.
-        rewards: of the objectives, by name; only rules that need rewards read them.
-        reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
-        profiles: measured gaps between soup and product, for rules with a gate.
-        trust_rewards: load rewards that are files of code or servers, if objectives name such.
+    p* ∝ p_ref^(1 - Σ a_i) Π p_i^(a_i),     a_i = λ w_i,  Σ w_i = 1
     """
-
-    objectives: tuple[Objective, ...]
-    denoiser: Denoiser
-    reference: VarianceSchedule
-    rule: FusionRule
-    num_inference_steps: int
-    default_weights: Weights
-    oracles: tuple[Objective, ...] = ()
-    oracle_weights: tuple[Mapping[str, float], ...] = ()
-    rewards: Mapping[str, Reward] = field(default_factory=dict)
-    reward_scales: Mapping[str, float] = field(default_factory=dict)
-    profiles: tuple[GapProfile, ...] = ()
-    trust_rewards: bool = False
 
     @classmethod
     def from_pretrained(
@@ -159,93 +123,6 @@ class FusedSampler:
         }
         return replace(self, rule=rule, rewards=rewards)
 
-    def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
-        """Compile the network, in place: `stepfuse.fuse.backbones.compiled.compile_batched`.
-
-        Raises:
-            ValueError: for another word than regional or full, or without batched forwards.
-        """
-        compile_batched(self.denoiser, how, rows, **options)
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.denoiser.backbone
-
-    @property
-    def pipeline(self) -> DiffusionPipeline:
-        """The base, with all adapters on its network."""
-        return self.backbone.pipeline
-
-    @property
-    def names(self) -> list[str]:
-        return [objective.name for objective in self.objectives]
-
-    def plan(
-        self,
-        weights: Weights | Sequence[Weights] | None,
-        count: int,
-        *,
-        strength: float = 1.0,
-        weights_on: str = "exponents",
-        num_inference_steps: int | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        shape: Shape | None = None,
-    ) -> Plan:
-        """What a run for `count` images will do, checked by the rule before anything is computed.
-
-        Args:
-            weights: one mapping for all, or one an image; objectives left out get 0.
-            count: how many images.
-            strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
-            weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i scale_i: weights on the raw rewards.
-            num_inference_steps: by default the set's.
-            guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
-                the others the prediction is e_c (arXiv:2404.07724).
-            shape: of one latent, by default the model's own; the steps of some models depend on it.
-
-        Raises:
-            ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
-        """
-        path = self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape)
-        plan = make_plan(
-            self.default_weights if weights is None else weights,
-            count,
-            path=path,
-            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            objectives=self.objectives,
-            oracles=self.oracles,
-            oracle_weights=self.oracle_weights,
-            reference=self.reference,
-            strength=strength,
-            weights_on=weights_on,
-            guidance_interval=guidance_interval,
-        )
-        rule, guidance = self.rule, self.denoiser.guidance
-        if rule.merges:
-            check = check_factors if rule.merges == "factors" else check_mergeable
-            check(lora_layers(self.denoiser.network), plan.names_with_weight(plan.adapters))
-        if rule.uses_gaps:
-            profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
-            plan = replace(plan, gaps=profile.at(plan.weights, [expert.name for expert in plan.adapters]))
-        if rule.needs == "gradients":
-            check_gradients(plan, rule, self.objectives, self.rewards, self.backbone.device)
-        if rule.needs == "rewards":
-            check_scales(plan, self.reward_scales)
-        return rule.prepare(plan)
-
-    def step(self, x_t: Latents, step_index: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
-        """The fused Gaussian of x_s given x_t at one step of the plan, from 0; networks of weight 0 are not run.
-
-        Rules that select experts at random take generators of the seeds 0, 1, 2 …; `sample` takes each image's.
-
-        Raises:
-            ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
-                whole images and their prompts, so `sample` alone has them.
-        """
-        self._refuse_rewards()
-        uniforms = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
-        return self.rule.fuse(self._run(plan, conditioning, None).step(step_index, x_t, uniforms))
-
     @torch.no_grad()
     def sample(
         self,
@@ -298,7 +175,7 @@ class FusedSampler:
         if (prompts is None) == (conditioning is None):
             raise ValueError("expected prompts or conditioning, one of the two")
         if conditioning is not None:
-            self._refuse_rewards()
+            self.check_without_prompts()
             prompts = [f"number {row + 1}" for row in range(len(conditioning))]
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or ())
         if not prompts:
@@ -337,61 +214,27 @@ class FusedSampler:
                     given = self.backbone.encode(prompts[rows], negatives[rows], height=height, width=width)
                 else:
                     given = conditioning[rows].to(device)
-                run = self._run(plan[rows], given, prompts[rows])
-                noise, finite = generators[rows], FiniteSteps()
+                run = self.run(plan[rows], given, prompts[rows])
+                noise = generators[rows]
                 if latents is None:
                     x_T = randn_tensor((len(noise), *shape), generator=noise, device=device, dtype=torch.float32)
                 else:
                     x_T = latents[rows].to(device, torch.float32)
+                finite: FiniteSteps = []
 
                 def watch(
-                    c: Conditioning, which: slice, finite: FiniteSteps, step: FusionStep, gaussian: Gaussian
+                    c: Conditioning, which: slice, flags: FiniteSteps, step: FusionStep, gaussian: Gaussian
                 ) -> None:
                     bar.update()
-                    finite.note(step.t, gaussian)
+                    flags.append((step.t, torch.isfinite(gaussian.mean).all()))  # stays on the device
                     if observe:
                         observe(step, gaussian, c, which)
 
                 run = replace(run, observe=partial(watch, given, rows, finite), after=after)
                 x_0 = self.rule.denoise(run, x_T, noise)
                 check_latents(x_0, prompts[rows], finite)
-                if output_type == "latent":
-                    outputs.append(x_0)
-                    continue
-                pixels = self.backbone.decode_unclamped(x_0)
-                check_pixels(pixels, prompts[rows])
-                outputs.append(VaeImageProcessor.denormalize(pixels).cpu())
+                if output_type != "latent":
+                    x_0 = decode_finite(self.backbone, x_0, prompts[rows]).cpu()
+                outputs.append(x_0)
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output
-
-    @torch.no_grad()
-    def denoise(
-        self, x_T: Latents, plan: Plan, conditioning: Conditioning, generators: list[torch.Generator]
-    ) -> Latents:
-        """From x_T to x_0 latents, as `sample` does between embedding prompts and decoding; for rules without rewards.
-
-        Raises:
-            ValueError: for rules that need rewards, which are of whole images and their prompts.
-        """
-        self._refuse_rewards()
-        return self.rule.denoise(self._run(plan, conditioning, None), x_T, generators)
-
-    def release(self) -> None:
-        """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
-        if self.denoiser.batched:
-            self.denoiser.batched.release()
-
-    def _refuse_rewards(self) -> None:
-        if self.rule.needs:
-            raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
-
-    def _run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None) -> Run:
-        """The run of one batch: its predictions and rewards know which row belongs to which image."""
-        needed = self.objectives if self.rule.needs and prompts is not None else ()
-        return Run(
-            plan=plan,
-            predict_fn=predict_batch(self.denoiser, plan, conditioning),
-            rewards=[score_batch(self.rewards[o.name], o.reward, self.backbone, prompts or ()) for o in needed],
-            # A reward alone needs no unit; of several, `plan` has checked it.
-            scales=[self.reward_scales.get(o.name, 1.0) for o in needed],
-        )

@@ -1,0 +1,178 @@
+"""Several aligned policies over one base, and the rule that fuses them at every denoising step, for any weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from stepfuse.fuse.backbones.base import Backbone, Shape
+from stepfuse.fuse.backbones.compiled import compile_batched
+from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
+from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
+from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.plan import Plan, make_plan
+from stepfuse.fuse.rules.run import Run, uniform_numbers
+from stepfuse.fuse.rules.weights import Weights
+from stepfuse.fuse.sampling.batch import predict_batch, score_batch
+from stepfuse.fuse.sampling.rewards import check_gradients, check_scales
+from stepfuse.rewards.protocol import Reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedPolicies:
+    """Several aligned policies over one base, fused by a rule.
+
+    Attributes:
+        objectives: what each was aligned to, and with which variance schedule.
+        denoiser: the guided predictions of the base, with one LoRA an objective on it, under the objective's name.
+        reference: variance schedule of the base policy, p_ref.
+        rule: how the Gaussians of a step are fused.
+        num_inference_steps: default number of steps.
+        default_weights: used where none are given.
+        oracles: adapters trained on weighted rewards, on the network too.
+        oracle_weights: what each of them was trained on, by objective.
+        rewards: of the objectives, by name; only rules that need rewards read them.
+        reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
+        profiles: measured gaps between soup and product, for rules with a gate.
+        trust_rewards: load rewards that are files of code or servers, if objectives name such.
+    """
+
+    objectives: tuple[Objective, ...]
+    denoiser: Denoiser
+    reference: VarianceSchedule
+    rule: FusionRule
+    num_inference_steps: int
+    default_weights: Weights
+    oracles: tuple[Objective, ...] = ()
+    oracle_weights: tuple[Mapping[str, float], ...] = ()
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    reward_scales: Mapping[str, float] = field(default_factory=dict)
+    profiles: tuple[GapProfile, ...] = ()
+    trust_rewards: bool = False
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.denoiser.backbone
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The base, with all adapters on its network."""
+        return self.backbone.pipeline
+
+    @property
+    def names(self) -> list[str]:
+        return [objective.name for objective in self.objectives]
+
+    def plan(
+        self,
+        weights: Weights | Sequence[Weights] | None,
+        count: int,
+        *,
+        strength: float = 1.0,
+        weights_on: str = "exponents",
+        num_inference_steps: int | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        shape: Shape | None = None,
+    ) -> Plan:
+        """What a run for `count` images will do, checked by the rule before anything is computed.
+
+        Args:
+            weights: one mapping for all, or one an image; objectives left out get 0.
+            strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
+            weights_on: `exponents`, w_i as given; `rewards`, w_i beta_i scale_i: weights on the raw rewards.
+            num_inference_steps: by default the set's.
+            guidance_interval: (begin, end) as shares of the steps: step k of T is guided where begin ≤ k / T < end; at
+                the others the prediction is e_c (arXiv:2404.07724).
+            shape: of one latent, by default the model's own; the steps of some models depend on it.
+
+        Raises:
+            ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
+        """
+        plan = make_plan(
+            self.default_weights if weights is None else weights,
+            count,
+            path=self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape),
+            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
+            objectives=self.objectives,
+            oracles=self.oracles,
+            oracle_weights=self.oracle_weights,
+            reference=self.reference,
+            strength=strength,
+            weights_on=weights_on,
+            guidance_interval=guidance_interval,
+        )
+        rule, guidance = self.rule, self.denoiser.guidance
+        used = plan.names_with_weight
+        if rule.merges:
+            check = check_factors if rule.merges == "factors" else check_mergeable
+            check(lora_layers(self.denoiser.network), used)
+        if rule.uses_gaps:
+            profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
+            plan = replace(plan, gaps=profile.at(plan.weights, [expert.name for expert in plan.adapters]))
+        if rule.needs == "gradients":
+            check_gradients([o for o in self.objectives if o.name in used], self.rewards, rule, self.backbone.device)
+        if rule.needs == "rewards":
+            check_scales(used, self.reward_scales)
+        return rule.prepare(plan)
+
+    def step(self, x_t: Latents, step_index: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
+        """The fused Gaussian of x_s given x_t at one step of the plan, from 0; networks of weight 0 are not run.
+
+        Rules that select experts at random take generators of the seeds 0, 1, 2 …; `sample` takes each image's.
+
+        Raises:
+            ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
+                whole images and their prompts, so `sample` alone has them.
+        """
+        uniforms = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
+        return self.rule.fuse(self.run(plan, conditioning).step(step_index, x_t, uniforms))
+
+    @torch.no_grad()
+    def denoise(
+        self, x_T: Latents, plan: Plan, conditioning: Conditioning, generators: list[torch.Generator]
+    ) -> Latents:
+        """From x_T to x_0 latents, as `sample` does between embedding prompts and decoding; for rules without rewards.
+
+        Raises:
+            ValueError: for rules that need rewards, which are of whole images and their prompts.
+        """
+        return self.rule.denoise(self.run(plan, conditioning), x_T, generators)
+
+    def run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None = None) -> Run:
+        """The run of one batch: its predictions and rewards know which row belongs to which image."""
+        if prompts is None:
+            self.check_without_prompts()
+        needed = self.objectives if self.rule.needs else ()
+        return Run(
+            plan=plan,
+            predict_fn=predict_batch(self.denoiser, plan, conditioning),
+            rewards=[score_batch(self.rewards[o.name], o.reward, self.backbone, prompts or ()) for o in needed],
+            # A reward alone needs no unit; of several, `plan` has checked it.
+            scales=[self.reward_scales.get(o.name, 1.0) for o in needed],
+        )
+
+    def check_without_prompts(self) -> None:
+        """Check that the rule needs no rewards, which are of prompts."""
+        if self.rule.needs:
+            raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
+
+    def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
+        """Compile the network, in place: `stepfuse.fuse.backbones.compiled.compile_batched`.
+
+        Raises:
+            ValueError: for another word than regional or full, or without batched forwards.
+        """
+        compile_batched(self.denoiser, how, rows, **options)
+
+    def release(self) -> None:
+        """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
+        if self.denoiser.batched:
+            self.denoiser.batched.release()
