@@ -16,9 +16,9 @@ def compile_batched(denoiser: Denoiser, how: str, rows: int, **options: Any) -> 
     does, but no third. Torch's limit of graphs for one piece of code becomes 64, for blocks of all widths share theirs.
 
     Args:
-        how: `regional` or `full`, see `compile_network`; faster on a GPU with mode="reduce-overhead" (CUDA graphs).
+        how: `regional` or `full`, see `compile_network`.
         rows: the most rows of a batch foreseen; more compile once more.
-        options: for `torch.compile`.
+        options: for `torch.compile`; on a GPU mode="reduce-overhead" (CUDA graphs) is faster.
 
     Raises:
         ValueError: for another word, or without batched forwards.
@@ -33,14 +33,9 @@ def compile_batched(denoiser: Denoiser, how: str, rows: int, **options: Any) -> 
 
 
 def compile_network(backbone: Backbone, how: str, **options: Any) -> None:
-    """Compile a network in place.
+    """Compile a network in place, with these options of `torch.compile`.
 
-    Args:
-        how: `regional`, the blocks that it repeats, once for each width: in seconds; or `full`, all of it: in minutes.
-        options: for `torch.compile`.
-
-    Raises:
-        ValueError: where the network has none of the blocks.
+    `regional`: the blocks that it repeats, once for each width, in seconds; `full`: all of it, in minutes.
     """
     if how == "full":
         backbone.network.compile(**options)

@@ -13,11 +13,7 @@ Inputs = Mapping[str, Tensor]  # by name, a row an image
 class Conditioning:
     """Embeddings of prompts and of negative prompts, and whatever else a network is given: a row an image.
 
-    The names are those of the backbone that encoded the prompts, which alone reads them.
-
-    Attributes:
-        positive: tensors by name, of the prompts.
-        negative: tensors of the same names, of the negative prompts.
+    Both have the same names, those of the backbone that encoded the prompts, which alone reads them.
     """
 
     positive: Inputs

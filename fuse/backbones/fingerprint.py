@@ -9,13 +9,8 @@ import torch
 
 from stepfuse.data.file_info import text_hash
 from stepfuse.fuse.backbones.base import Backbone
-from stepfuse.fuse.backbones.loading import EMBEDDED
-from stepfuse.fuse.backbones.weight_files import (
-    cached_folder,
-    component_variants,
-    file_names,
-    only_variant,
-)
+from stepfuse.fuse.backbones.loading import stored_at
+from stepfuse.fuse.backbones.weight_files import cached_folder, component_variants, file_names, only_variant
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 
@@ -44,29 +39,27 @@ def describe_base(
 ) -> dict[str, Any]:
     """What an adapter's files record of the base it belongs to.
 
-    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the network as it was loaded: its
-    tensors' names and bytes, in the order of names; in another precision it is another. It is left out unless `hashed`,
-    for it takes seconds of large ones. `variant` is that of the weight files, if they are of one.
+    Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the network as it was loaded, and
+    another in another precision. It is left out unless `hashed`, for it takes seconds of large ones. `variant` is that
+    of the weight files, if they are of one.
     """
-    variant = variant or loaded_variant(backbone, name_or_path, revision)
+    variant = variant or _loaded_variant(backbone, name_or_path, revision)
+    folder = cached_folder(name_or_path, revision)
+    cached = folder is not None and folder != Path(
+        name_or_path
+    )  # in the hub's cache, whose folders are named by commit
     return {
         "name_or_path": name_or_path,
-        "revision": cached_commit(name_or_path, revision) or revision,
+        "revision": folder.name if folder and cached else revision,
         "weights_sha256": weights_hash(backbone.network) if hashed else None,
         "noise_path": backbone.path().describe(),
         **({"variant": variant} if variant else {}),
     } | base_fingerprint(backbone.network)
 
 
-def cached_commit(repository: str, revision: str | None) -> str | None:
-    """The commit that a hub id was loaded at, if it is one and is in the hub's cache."""
-    folder = cached_folder(repository, revision)
-    return None if folder is None or folder == Path(repository) else folder.name
-
-
-def loaded_variant(backbone: Backbone, name_or_path: str, revision: str | None) -> str | None:
+def _loaded_variant(backbone: Backbone, name_or_path: str, revision: str | None) -> str | None:
     """The variant that a pipeline was loaded under when none was asked for, by its files on this machine."""
-    files = file_names(str(EMBEDDED.get(name_or_path, name_or_path)), revision, ask=False)
+    files = file_names(stored_at(name_or_path), revision, ask=False)
     try:
         return only_variant(component_variants(files, backbone.pipeline.components))
     except ValueError:
@@ -83,11 +76,7 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def check_path(base: Mapping[str, Any], path: NoisePath) -> None:
-    """Check that a noise path is the one an adapter was trained on, where that is recorded.
-
-    Raises:
-        ValueError: naming what differs.
-    """
+    """Check that a noise path is the one an adapter was trained on, where that is recorded."""
     described = path.describe()
     for key, value in (base.get("noise_path") or {}).items():
         if described.get(key) != value:

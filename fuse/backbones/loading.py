@@ -15,10 +15,7 @@ from stepfuse.fuse.backbones.weight_files import check_complete, component_varia
 from stepfuse.fuse.lora.names import LayerNames
 
 EMBEDDED = {"emoji": emoji.PIPELINE}
-
-
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
-
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +46,7 @@ def load_pipeline(
         ValueError: for a pipeline of another family or with an unsupported configuration, a folder without one, and
             weights that are not there in this variant.
     """
-    path = str(EMBEDDED.get(name_or_path, name_or_path))
+    path = stored_at(name_or_path)
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
     except OSError as error:
@@ -57,60 +54,53 @@ def load_pipeline(
             f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
             f"to {Path.cwd()} unless it is absolute, or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
         ) from error
-    try:
-        family = backbone_class(str(index.get("_class_name")))
-    except ValueError as error:
-        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:
         options |= {"use_safetensors": True}
-    options |= family.load_options(index)
-    with quiet_loading(progress=name_or_path not in EMBEDDED):
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, **options)
-        except (OSError, ValueError, NotImplementedError) as error:
-            found = _other_variant(name_or_path, index, revision, variant, error, safe=safe)
-            pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
     try:
+        family = backbone_class(str(index.get("_class_name")))
+        options |= family.load_options(index)
+        with quiet_loading(progress=name_or_path not in EMBEDDED):
+            try:
+                pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, **options)
+            except (OSError, ValueError, NotImplementedError) as error:
+                found = _other_variant(path, index, variant, error, options)
+                logger.warning("%r has weights under variant %s only, which is loaded", name_or_path, found)
+                pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
         check_complete(pipeline, path, revision, options)
-    except ValueError as error:
-        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
-    backbone = family(pipeline)
-    try:
+        backbone = family(pipeline)
         backbone.check()
         backbone.check_can_encode()
     except ValueError as error:
-        raise ValueError(f"{name_or_path!r}: {error}") from error
+        raise ValueError(f"{name_or_path!r} cannot be loaded: {error}") from error
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipeline
 
 
+def stored_at(name_or_path: str) -> str:
+    """The folder of an embedded base; other names as they are."""
+    return str(EMBEDDED.get(name_or_path, name_or_path))
+
+
 def _other_variant(
-    name: str, index: Mapping[str, Any], revision: str | None, variant: str | None, error: Exception, *, safe: bool
+    path: str, index: Mapping[str, Any], variant: str | None, error: Exception, options: Mapping[str, Any]
 ) -> str:
     """The only variant that there are weights of, where a pipeline could not be loaded under none.
 
     Raises:
         ValueError: naming the variants that there are, or else what went wrong.
     """
-    kind = " from safetensors" if safe else ""
-    message = f"{name!r} cannot be loaded{kind}: {str(error).strip().splitlines()[0]}"
+    safe = bool(options.get("use_safetensors"))
     parts = [part for part in index if part not in IGNORED_PARTS]
-    found = component_variants(file_names(str(EMBEDDED.get(name, name)), revision), parts, safe=safe)
-    if variant is not None:
-        known = sorted({str(other) for variants in found.values() for other in variants - {None}})
-        if variant not in known:
-            message = f"{name!r} has no weights under variant {variant!r}; it has {', '.join(known) or 'no variants'}"
-        raise ValueError(message) from error
-    try:
-        other = only_variant(found)
-    except ValueError as several:
-        raise ValueError(f"{name!r} cannot be loaded{kind}: {several}") from error
+    found = component_variants(file_names(path, options["revision"]), parts, safe=safe)
+    known = sorted({str(other) for variants in found.values() for other in variants - {None}})
+    if variant is not None and variant not in known:
+        raise ValueError(f"it has no weights under variant {variant!r}; it has {', '.join(known) or 'no variants'}")
+    other = only_variant(found) if variant is None else None
     if other is None:
-        raise ValueError(message) from error
-    logger.warning("%r has weights under variant %s only, which is loaded", name, other)
+        raise ValueError(f"{str(error).strip().splitlines()[0]}{' (from safetensors)' * safe}") from error
     return other
 
 
@@ -132,7 +122,7 @@ def layer_names(base: Mapping[str, Any]) -> LayerNames:
         ValueError: where the configuration is not found.
     """
     name, revision = base["name_or_path"], base.get("revision")
-    path = str(EMBEDDED.get(name, name))
+    path = stored_at(name)
     try:
         family = backbone_class(DiffusionPipeline.load_config(path, revision=revision)["_class_name"])
         return family.names(AutoModel.load_config(path, subfolder=family.part, revision=revision))

@@ -14,21 +14,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CutPrompt:
-    """A prompt of which a tokenizer drops the end.
-
-    Attributes:
-        prompt: as it was given.
-        tokenizer: the pipeline's name for it, `tokenizer` or `tokenizer_2`.
-        removed: what is dropped.
-        tokens: how many tokens the prompt has, its begin and end included.
-        limit: how many the text encoder takes.
-    """
+    """A prompt of which a tokenizer drops the end."""
 
     prompt: str
-    tokenizer: str
+    tokenizer: str  # the pipeline's name for it, `tokenizer` or `tokenizer_2`
     removed: str
-    tokens: int
-    limit: int
+    tokens: int  # of the prompt, with its begin and end
+    limit: int  # how many the text encoder takes
 
     def __str__(self) -> str:
         return (
@@ -49,37 +41,23 @@ def cut_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> list[Cut
         with without_messages(*TRUNCATION):
             converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]  # textual inversions
             rows = tokenizer(converted).input_ids
-        found += [
-            CutPrompt(
-                prompt=text,
-                tokenizer=name,
-                removed=tokenizer.decode(row[limit - 1 : -1]).strip(),
-                tokens=len(row),
-                limit=limit,
-            )
-            for text, row in zip(texts, rows, strict=True)
-            if len(row) > limit
-        ]
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > limit:
+                removed = tokenizer.decode(row[limit - 1 : -1]).strip()
+                found.append(CutPrompt(prompt=text, tokenizer=name, removed=removed, tokens=len(row), limit=limit))
     return found
 
 
 def warn_of_cuts(pipeline: DiffusionPipeline, prompts: Sequence[str | None], *, counted: bool = False) -> None:
-    """Log what is cut of prompts.
-
-    Args:
-        prompts: None stands for no prompt.
-        counted: one line with how many prompts are cut, and the first of them, instead of a line for each.
-    """
-    texts = [prompt for prompt in prompts if prompt]
-    cut = cut_prompts(pipeline, texts)
-    if not counted:
-        for each in cut:
-            logger.warning("%s", each)
+    """Log what is cut of prompts, a line for each, or if counted in one line how many are and the first of them."""
+    texts = {prompt for prompt in prompts if prompt}
+    cut = cut_prompts(pipeline, [prompt for prompt in prompts if prompt])
+    if counted and cut:
+        lost = len({each.prompt for each in cut})
+        logger.warning("%d of %d prompts are longer than the text encoder takes; %s", lost, len(texts), cut[0])
         return
-    if cut:
-        lost = {each.prompt for each in cut}
-        count = len(dict.fromkeys(texts))
-        logger.warning("%d of %d prompts are longer than the text encoder takes; %s", len(lost), count, cut[0])
+    for each in cut:
+        logger.warning("%s", each)
 
 
 def _shortened(text: str) -> str:

@@ -32,8 +32,7 @@ def cached_folder(path: str, revision: str | None) -> Path | None:
 def file_names(path: str, revision: str | None, *, ask: bool = True) -> list[str]:
     """The files of a pipeline, relative to its folder or repository; none where they cannot be known.
 
-    Args:
-        ask: ask the hub; otherwise only what is on this machine counts.
+    With `ask` the hub is asked; otherwise only what is on this machine counts.
     """
     if ask and not Path(path).is_dir():
         try:
@@ -47,22 +46,17 @@ def file_names(path: str, revision: str | None, *, ask: bool = True) -> list[str
 
 
 def component_variants(
-    files: Iterable[str], components: Iterable[str], *, safe: bool = False
+    files: Iterable[str], components: Collection[str], *, safe: bool = False
 ) -> dict[str, set[str | None]]:
-    """The variants of each component's weights, None standing for weights under no variant.
+    """The variants of the weights that components have among these files, None standing for weights under no variant.
 
-    Args:
-        files: as `file_names` gives them.
-        components: those that matter.
-        safe: only safetensors count.
+    With `safe` only safetensors count.
     """
-    wanted = set(components)
-    found: dict[str, set[str | None]] = {}
-    for match in filter(None, map(WEIGHT_FILE.fullmatch, files)):
-        if match["component"] in wanted:
-            variants = found.setdefault(match["component"], set())
-            if match["kind"] == "safetensors" or not safe:
-                variants.add(match["variant"])
+    matches = [match for match in map(WEIGHT_FILE.fullmatch, files) if match and match["component"] in components]
+    found: dict[str, set[str | None]] = {match["component"]: set() for match in matches}
+    for match in matches:
+        if match["kind"] == "safetensors" or not safe:
+            found[match["component"]].add(match["variant"])
     return found
 
 
@@ -95,13 +89,8 @@ def only_variant(found: Mapping[str, set[str | None]]) -> str | None:
 def check_complete(pipeline: DiffusionPipeline, path: str, revision: str | None, given: Collection[str] = ()) -> None:
     """Check that the files of a pipeline held every weight of its components.
 
-    diffusers leaves weights that are missing without values, and transformers initialises them at random.
-
-    Args:
-        pipeline: as it was loaded.
-        path: from where.
-        revision: of a repository on the hub.
-        given: components that were not loaded from there.
+    diffusers leaves weights that are missing without values, and transformers initialises them at random. Components
+    in `given` were not loaded from there.
 
     Raises:
         ValueError: naming the component and the first weight that is missing.

@@ -9,14 +9,11 @@ from stepfuse.fuse.backbones.base import Backbone
 
 
 def check_texts(backbone: Backbone, texts: Mapping[str, Any], embeds: Mapping[str, Tensor]) -> None:
-    """Check what is given of prompts and embeddings, as diffusers' pipelines do.
+    """Check that nothing is missing or given twice, as diffusers' pipelines do.
 
     Args:
-        texts: `prompt` and `negative_prompt`; None for those that are not given.
-        embeds: those that are given, by the names that diffusers' pipelines take them by.
-
-    Raises:
-        ValueError: naming what is missing or given twice.
+        texts: `prompt` and `negative_prompt`, or None for one that is not given.
+        embeds: those that are given, by the names of diffusers' arguments.
     """
     if texts["prompt"] is None and "prompt_embeds" not in embeds:
         raise ValueError("no prompt; give prompt or prompt_embeds")
@@ -31,11 +28,7 @@ def check_texts(backbone: Backbone, texts: Mapping[str, Any], embeds: Mapping[st
 
 
 def negative_prompts(given: str | Sequence[str | None] | None, count: int) -> list[str | None]:
-    """One negative prompt an image: those given, or the same for all.
-
-    Raises:
-        ValueError: for another number of them.
-    """
+    """One negative prompt an image: those given, or the same for all."""
     negatives = [given] * count if given is None or isinstance(given, str) else list(given)
     if len(negatives) != count:
         raise ValueError(f"{len(negatives)} negative prompts for {count} prompts; expected 1 or {count}")

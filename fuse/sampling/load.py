@@ -25,15 +25,11 @@ def load_denoiser(
     dtype: torch.dtype,
     device: str | torch.device,
 ) -> Denoiser:
-    """The guided predictions of a set's base, with a LoRA for each adapter on its network.
-
-    Args:
-        pipeline: the base if it is loaded already; by default the one the set names.
-        forwards: one of `FORWARDS`.
+    """The guided predictions of a set's base, with a LoRA for each adapter; for the arguments see `FusedSampler`.
 
     Raises:
-        ValueError: for another word than those of `FORWARDS`, a pipeline that is not the set's base, or that is
-            offloaded already, and for a faulty adapter.
+        ValueError: for an unknown word for forwards, a pipeline that is not the set's base, or that is offloaded
+            already, and for a faulty adapter.
     """
     if forwards not in FORWARDS:
         raise ValueError(f"forwards {forwards!r}; expected {' or '.join(FORWARDS)}")
@@ -46,18 +42,13 @@ def load_denoiser(
     if any(parameter.is_meta for parameter in network.parameters()):
         raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
     backbone.pipeline.to(device)
-    fingerprint = base_fingerprint(network)
+    fingerprint, path = base_fingerprint(network), backbone.path(backbone.default_shape)
     if not same_base(adapter_set.base, fingerprint):
         raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
-    path = backbone.path(backbone.default_shape)
     check_path(adapter_set.base, path)
+    names = []
     for adapter in adapter_set.all_adapters:
         load_adapter(backbone, adapter, fingerprint)
-    names = [adapter.name for adapter in adapter_set.all_adapters]
-    return Denoiser(
-        backbone=backbone,
-        path=path,
-        guidance=guidance,
-        batched=BatchedAdapters(network, names, backbone.unbatched) if forwards == "batched" else None,
-        rows_at_once=rows_at_once,
-    )
+        names.append(adapter.name)
+    batched = BatchedAdapters(network, names, backbone.unbatched) if forwards == "batched" else None
+    return Denoiser(backbone=backbone, path=path, guidance=guidance, batched=batched, rows_at_once=rows_at_once)

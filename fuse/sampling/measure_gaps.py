@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -22,11 +23,9 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 
 def mixtures_of(names: Sequence[str], default: Mapping[str, float]) -> list[dict[str, float]]:
     """What a profile is measured at: the set's default weights and each pair, half and half."""
-    mixtures = [{name: share for name, share in default.items() if share}]
-    for pair in combinations(names, 2):
-        if not any(mixture.keys() == set(pair) for mixture in mixtures):
-            mixtures.append(dict.fromkeys(pair, 0.5))
-    return [mixture for mixture in mixtures if len(mixture) > 1]
+    first = {name: share for name, share in default.items() if share}
+    pairs = [dict.fromkeys(pair, 0.5) for pair in combinations(names, 2) if first.keys() != set(pair)]
+    return [first, *pairs] if len(first) > 1 else pairs
 
 
 @torch.no_grad()
@@ -51,22 +50,17 @@ def measure_gaps(
     sampler = sampler.with_rule("product")
     warn_of_cuts(sampler.pipeline, prompts, counted=True)
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
-    rows = []
+    gaps = torch.full((len(mixtures), count, len(prompts)), torch.nan, dtype=torch.float64)
     batches = -(-len(prompts) // batch_size)
     with tqdm(total=len(mixtures) * count * batches, disable=not progress, desc="profile") as bar:
-        for mixture in mixtures:
-            gaps = torch.zeros(count, len(prompts), dtype=torch.float64)
 
-            def observe(
-                step: FusionStep, gaussian: Gaussian, _: Conditioning, which: slice, gaps: Tensor = gaps
-            ) -> None:
-                bar.update()
-                if bool((gaussian.variance > 0).all()):
-                    soup = gated(step, torch.ones(len(step.x_t), dtype=torch.bool))
-                    gaps[step.step_index, which] = gaussian.kl(soup).double().cpu()
-                else:
-                    gaps[step.step_index, which] = torch.nan
+        def observe(of: Tensor, step: FusionStep, gaussian: Gaussian, _: Conditioning, which: slice) -> None:
+            bar.update()
+            if bool((gaussian.variance > 0).all()):
+                soup = gated(step, torch.ones(len(step.x_t), dtype=torch.bool))
+                of[step.step_index, which] = gaussian.kl(soup).double().cpu()
 
+        for index, mixture in enumerate(mixtures):
             sampler.sample(
                 prompts,
                 mixture,
@@ -75,11 +69,11 @@ def measure_gaps(
                 batch_size=batch_size,
                 output_type="latent",
                 progress=False,
-                observe=observe,
+                observe=partial(observe, gaps[index]),
                 report_cuts=False,
             )
-            rows.append(tuple(None if gap != gap else max(gap, 0.0) for gap in gaps.mean(1).tolist()))
-    if all(gap is None for row in rows for gap in row):
+    means = gaps.mean(2)
+    if bool(means.isnan().all()):
         raise ValueError("the set's steps have no noise (eta 0), so a soup has no KL to the product; gates need none")
     guidance = sampler.denoiser.guidance
     return GapProfile(
@@ -88,7 +82,7 @@ def measure_gaps(
         guidance_scale=guidance.effective_scale,
         images=len(prompts),
         mixtures=tuple(mixtures),
-        gaps=tuple(rows),
+        gaps=tuple(tuple(None if math.isnan(gap) else max(gap, 0.0) for gap in row) for row in means.tolist()),
     )
 
 

@@ -54,8 +54,7 @@ class FusedPipeline:
             adapter_set: a folder, a hub id, `owner/name` or `owner/name@revision`, or a set already read.
             pipeline: the base if it is loaded already; by default the one the set names.
             dtype, torch_dtype: of the base; float32 by default.
-            options: `rule`, `guidance`, `guidance_scale`, `forwards`, `rows_at_once` and the others of
-                `FusedSampler.from_pretrained`.
+            options: the others of `FusedSampler.from_pretrained`.
 
         Raises:
             ValueError: for a faulty set, and a pipeline that is not the set's base.
@@ -70,11 +69,7 @@ class FusedPipeline:
         """Write the adapter set to a folder, of which `from_pretrained` makes a pipeline that draws the same images.
 
         The base is not copied: the set names it, as before. Rule, guidance and guidance scale become those of this
-        pipeline.
-
-        Args:
-            save_directory: the folder; made if it is not there.
-            overwrite: replace its content.
+        pipeline. With `overwrite` the content of the folder is replaced.
 
         Raises:
             ValueError: for a folder that is not empty, a pipeline that was not made of a set, and a rule whose options
@@ -144,18 +139,14 @@ class FusedPipeline:
         Args:
             prompt: one or several; None where `prompt_embeds` is given.
             weights: by objective: one mapping for all images, one a prompt, or one an image; by default the set's.
-            strength: λ; 0 is the base, 1 the trained strength, beyond 1 extrapolates.
-            weights_on: `exponents`, or `rewards`: see `FusedSampler.plan`.
-            rule: by default the one the pipeline was made with.
+            strength, weights_on, num_inference_steps, guidance_interval: see `FusedSampler.plan`.
+            rule, guidance, guidance_scale: by default those the pipeline was made with.
             height, width: pixels; by default the base's own.
-            num_inference_steps: by default the set's.
-            guidance, guidance_scale: by default those the pipeline was made with.
-            guidance_interval: (begin, end) as shares of the steps.
             negative_prompt: one for all images, or one a prompt. Without one, Stable Diffusion takes the embedding of
                 "" and SDXL, where its `force_zeros_for_empty_prompt` is set, zeros; as diffusers' pipelines do.
             num_images_per_prompt: images of one prompt follow each other.
-            generator: one for each image, on which alone the image depends, or a single one. Of a single image, a
-                single generator gives the noise that it gives in diffusers; of several, it seeds one for each.
+            generator: one for each image, on which alone the image depends, or a single one. It gives a single image
+                the noise that it gives in diffusers, and seeds a generator for each of several.
             latents: noise to begin with, (images, channels, h, w), in place of noise drawn with the generators.
             prompt_embeds, negative_prompt_embeds: embeddings, a row a prompt, in place of prompts.
             pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL needs beside them.

@@ -129,8 +129,7 @@ class FusedPolicies:
         Rules that select experts at random take generators of the seeds 0, 1, 2 …; `sample` takes each image's.
 
         Raises:
-            ValueError: for a fused precision that is not positive, and for rules that need rewards: these are of
-                whole images and their prompts, so `sample` alone has them.
+            ValueError: for a fused precision that is not positive, and for rules that need rewards.
         """
         uniforms = uniform_numbers(plan, [torch.Generator().manual_seed(i) for i in range(len(x_t))])
         return self.rule.fuse(self.run(plan, conditioning).step(step_index, x_t, uniforms))
@@ -139,11 +138,7 @@ class FusedPolicies:
     def denoise(
         self, x_T: Latents, plan: Plan, conditioning: Conditioning, generators: list[torch.Generator]
     ) -> Latents:
-        """From x_T to x_0 latents, as `sample` does between embedding prompts and decoding; for rules without rewards.
-
-        Raises:
-            ValueError: for rules that need rewards, which are of whole images and their prompts.
-        """
+        """From x_T to x_0 latents, as `sample` does between encoding and decoding; for rules that need no rewards."""
         return self.rule.denoise(self.run(plan, conditioning), x_T, generators)
 
     def run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None = None) -> Run:
@@ -165,11 +160,7 @@ class FusedPolicies:
             raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
-        """Compile the network, in place: `stepfuse.fuse.backbones.compiled.compile_batched`.
-
-        Raises:
-            ValueError: for another word than regional or full, or without batched forwards.
-        """
+        """Compile the network, in place: see `stepfuse.fuse.backbones.compiled.compile_batched`."""
         compile_batched(self.denoiser, how, rows, **options)
 
     def release(self) -> None:

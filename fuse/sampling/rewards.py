@@ -14,11 +14,7 @@ GRADIENT_PROMPT = "a red apple on a blue background"  # any: gradients are there
 
 
 def check_trusted(objective: Objective, *, trusted: bool) -> None:
-    """Check that the reward a set names neither runs a stranger's code nor sends images to a stranger's server.
-
-    Raises:
-        ValueError: for a reward that is not of the catalogue, unless its set is trusted.
-    """
+    """Check that the reward a set names neither runs a stranger's code nor sends images to a stranger's server."""
     if not trusted and not is_catalogued(objective.reward):
         raise ValueError(
             f"the set names {objective.reward[:200]!r} as the reward of {objective.name!r}, which is code or a server; "
@@ -27,11 +23,7 @@ def check_trusted(objective: Objective, *, trusted: bool) -> None:
 
 
 def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, trusted: bool = False) -> Reward:
-    """The reward an objective names.
-
-    Raises:
-        ValueError: where it cannot be loaded, or may not.
-    """
+    """The reward an objective names, if it may and can be loaded."""
     check_trusted(objective, trusted=trusted)
     try:
         return load_reward(objective.reward, device)
@@ -42,11 +34,7 @@ def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, t
 
 
 def check_scales(used: Sequence[str], scales: Mapping[str, float]) -> None:
-    """Check that rewards weighed against each other have units; one alone needs none.
-
-    Raises:
-        ValueError: naming an objective without.
-    """
+    """Check that rewards weighed against each other have units; one alone needs none."""
     unknown = [name for name in used if name not in scales]
     if len(used) > 1 and unknown:
         raise ValueError(
@@ -58,11 +46,7 @@ def check_scales(used: Sequence[str], scales: Mapping[str, float]) -> None:
 def check_gradients(
     used: Sequence[Objective], rewards: Mapping[str, Reward], rule: FusionRule, device: torch.device
 ) -> None:
-    """Check that the rewards of objectives, and every term of weighted ones, are differentiable, by one small image.
-
-    Raises:
-        ValueError: naming a reward that is not.
-    """
+    """Check that the rewards of objectives, and every term of weighted ones, are differentiable, by one small image."""
     for objective in used:
         for name, term in as_sum(rewards[objective.name], objective.reward).rewards.items():
             pixels = torch.full((1, 3, 64, 64), 0.5, device=device, requires_grad=True)

@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Arguments) -> None:
     check_set_folder(arguments.set)
 
-    from stepfuse.fuse.sampling.strip import ROWS, draw_strip
+    from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.fuse.sets.card import check_card, write_card
     from stepfuse.fuse.sets.edit import add_evaluation, check_writable, set_licences
@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> None:
     if evaluation is not None and not (evaluation / "summary.json").is_file():
         raise ValueError(f"no summary.json in {evaluation}; expected the output of stepfuse evaluate")
     if not arguments.no_strip:
-        prompts = arguments.prompt or heldout_prompts(loaded, ROWS)
+        prompts = arguments.prompt or heldout_prompts(loaded, STRIP_ROWS)
         strip = draw_strip(load_sampler(loaded, arguments), prompts, seed=arguments.seed, progress=True)
         with atomic_file(folder / STRIP) as temporary:
             strip.save(temporary)

@@ -20,8 +20,8 @@ from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
+from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sampling.strip import ROWS, draw_strip
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.card import write_card
@@ -168,7 +168,7 @@ def build(file: Path, *, device: str) -> Path:
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():
             sampler = FusedSampler.from_pretrained(loaded, device=device)
-            strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:ROWS])
+            strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:STRIP_ROWS])
             with atomic_file(folder / STRIP) as temporary:
                 strip.save(temporary)
         write_card(folder, loaded, pictures)
