@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from stepfuse.fuse.backbones.conditioning import Conditioning, join
-from stepfuse.fuse.backbones.guidance import Branch, Guidance, classifier_free
+from stepfuse.fuse.backbones.guidance import Branch, Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import BACKBONES, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
@@ -183,7 +183,9 @@ def test_guided_predictions_of_some_rows_are_combined_row_by_row(source):
         wanted = torch.arange(3.0) if branch.rows is None else branch.rows.float()
         return (wanted * 10 if branch.kind == "-" else torch.ones(len(wanted))).reshape(-1, 1, 1, 1)
 
-    (guided,) = guidance.combine(branches, [raw(branch) for branch in branches], classifier_free)
+    (guided,) = guidance.combine(
+        branches, [raw(branch) for branch in branches], lambda e_u, e_c, g: e_u + g * (e_c - e_u)
+    )
     assert guided.flatten().tolist() == [-37.0, 3.0]
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
-from stepfuse.fuse.backbones.guidance import Latents, classifier_free
+from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.lora.names import LayerNames
@@ -64,10 +64,8 @@ class Backbone(ABC):
     def check(self) -> None:
         """Check that everything in the pipeline's configuration that changes its images is supported.
 
-        Text encoders and tokenizers may be missing, where embeddings are given instead of prompts.
-
-        Raises:
-            ValueError: naming the component, the key and its value.
+        Text encoders and tokenizers may be missing, where embeddings are given instead of prompts. A ValueError names
+        the component, the key, its value and what is expected.
         """
 
     @abstractmethod
@@ -76,10 +74,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width in pixels, by default those the network was trained at.
-
-        Raises:
-            ValueError: for a size that the pipeline cannot draw, and without one where the network states none.
+        """Height and width in pixels, by default those the network was trained at; a ValueError for others than it can
+        draw, and for none where the network states none.
         """
 
     @abstractmethod
@@ -114,7 +110,7 @@ class Backbone(ABC):
         device: torch.device | None = None,
         **embeds: Tensor | None,
     ) -> Conditioning:
-        """Embed prompts as the pipeline itself does.
+        """Embed prompts as the pipeline itself does; a ValueError says which text encoder is missing.
 
         Args:
             prompts: None where embeddings are given.
@@ -122,9 +118,6 @@ class Backbone(ABC):
             height, width: of the images, which some networks are given.
             device: of the text encoders; by default that on which the pipeline computes.
             embeds: embeddings to take instead, by the names in `embeds`.
-
-        Raises:
-            ValueError: for prompts without a text encoder.
         """
 
     def check_embeds(self, given: Sequence[str]) -> None:
@@ -137,7 +130,6 @@ class Backbone(ABC):
         """One forward: the network's prediction, in float32 or wider, as the noise path takes it.
 
         Args:
-            x: latents.
             times: of the network, one a row (`NoisePath.network_time`).
             inputs: as `Conditioning.inputs` gives them.
             network: run in place of the pipeline's, a wrapped one for instance.
@@ -145,7 +137,7 @@ class Backbone(ABC):
 
     def guide(self, negative: Latents, positive: Latents, scale: float) -> Latents:
         """e_u + g (e_c - e_u)."""
-        return classifier_free(negative, positive, scale)
+        return negative + scale * (positive - negative)
 
     def decode(self, latents: Latents) -> Pixels:
         """Latents → float32 pixels in [0, 1], differentiable."""

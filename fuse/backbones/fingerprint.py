@@ -45,9 +45,7 @@ def describe_base(
     """
     variant = variant or _loaded_variant(backbone, name_or_path, revision)
     folder = cached_folder(name_or_path, revision)
-    cached = folder is not None and folder != Path(
-        name_or_path
-    )  # in the hub's cache, whose folders are named by commit
+    cached = folder is not None and folder != Path(name_or_path)  # by the hub, in a folder named by the commit
     return {
         "name_or_path": name_or_path,
         "revision": folder.name if folder and cached else revision,

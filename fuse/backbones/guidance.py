@@ -17,17 +17,11 @@ Combine = Callable[[Latents, Latents, float], Latents]  # e_u, e_c and g
 
 @dataclass(frozen=True)
 class Branch:
-    """One raw prediction: of a network, under the positive (`+`) or the negative (`-`) prompt.
-
-    Attributes:
-        network: the base, one adapter, or several merged.
-        kind: `+` or `-`.
-        rows: the rows of the batch that it is predicted for; by default all, in order.
-    """
+    """One raw prediction: of a network, under the positive (`+`) or the negative (`-`) prompt."""
 
     network: Network
     kind: str
-    rows: Rows | None = None
+    rows: Rows | None = None  # those of the batch that it is predicted for; by default all, in order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +97,3 @@ def check_source(source: object) -> str:
     if source not in GUIDANCE:
         raise ValueError(f"guidance {source!r}; expected one of {', '.join(GUIDANCE)}{nearest(source, GUIDANCE)}")
     return str(source)
-
-
-def classifier_free(negative: Latents, positive: Latents, scale: float) -> Latents:
-    """e_u + g (e_c - e_u)."""
-    return negative + scale * (positive - negative)

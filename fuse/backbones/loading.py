@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
-from stepfuse.data.library_messages import quiet_loading
+from stepfuse.data.library_messages import LIBRARIES, quiet_loading
 from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
@@ -132,9 +132,6 @@ def layer_names(base: Mapping[str, Any]) -> LayerNames:
 
 def quiet_libraries() -> None:
     """For programs: diffusers and transformers report errors only, and load without progress bars."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
+    for library in LIBRARIES:
         library.set_verbosity_error()
         library.disable_progress_bar()

@@ -1,5 +1,8 @@
 """The model families, by the class of their pipeline."""
 
+from collections.abc import Sequence
+
+import diffusers
 from diffusers import DiffusionPipeline
 
 from stepfuse.data.names import nearest
@@ -13,27 +16,33 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 
 def backbone_class(name: str) -> type[Backbone]:
-    """The family of a pipeline class, by the name of that.
+    """The family of one of diffusers' pipeline classes, by its name.
 
     Raises:
-        ValueError: for a class that is not in `BACKBONES`.
+        ValueError: for a class that is neither in `BACKBONES` nor derived from one that is.
     """
-    if name not in BACKBONES:
-        raise ValueError(
-            f"{name} is of no model family that stepfuse knows; expected {' or '.join(BACKBONES)}"
-            f"{nearest(name, BACKBONES)}"
-        )
-    return BACKBONES[name]
+    found = getattr(diffusers, name) if name not in BACKBONES and hasattr(diffusers, name) else None
+    return _family([name, *(_names(found) if isinstance(found, type) else ())])
 
 
 def backbone_of(pipeline: DiffusionPipeline) -> Backbone:
-    """A pipeline as a backbone; its class, or one that it is derived from, is in `BACKBONES`.
+    """A pipeline as a backbone; see `backbone_class`."""
+    return _family(_names(type(pipeline)))(pipeline)
 
-    Raises:
-        ValueError: for a pipeline of another family.
-    """
-    names = [kind.__name__ for kind in type(pipeline).__mro__]
-    return backbone_class(next((name for name in names if name in BACKBONES), names[0]))(pipeline)
+
+def _family(names: Sequence[str]) -> type[Backbone]:
+    """The first family there is of pipeline classes, by their names."""
+    for name in names:
+        if name in BACKBONES:
+            return BACKBONES[name]
+    raise ValueError(
+        f"{names[0]} is of no model family that stepfuse knows; expected {' or '.join(BACKBONES)}"
+        f"{nearest(names[0], BACKBONES)}"
+    )
+
+
+def _names(pipeline_class: type) -> list[str]:
+    return [kind.__name__ for kind in pipeline_class.__mro__]
 
 
 def parts() -> tuple[str, ...]:

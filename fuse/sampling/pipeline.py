@@ -77,33 +77,26 @@ class FusedPipeline:
         """
         if self.adapter_set is None:
             raise ValueError("this pipeline was not made of an adapter set; use FusedPipeline.from_pretrained")
-        guidance = self.sampler.denoiser.guidance
-        values: dict[str, Any] = {
-            "default_rule": _rule_name(self.sampler.rule),
-            "guidance": guidance.source,
-            "guidance_scale": guidance.scale,
-        }
+        rule, guidance = self.sampler.rule, self.sampler.denoiser.guidance
+        if rule.name not in RULES or rule != RULES[rule.name]():
+            known = ", ".join(RULES)
+            raise ValueError(f"rule {rule!r} cannot be saved: a set holds the names of {known}, without options")
         folder = Path(save_directory)
         saved = copy_set(self.adapter_set.adapters[0].folder.parent, folder, overwrite=overwrite)
-        if any(getattr(saved, key) != value for key, value in values.items()):
-            save_manifest(folder, replace(saved, **values))
+        wanted = replace(saved, default_rule=rule.name, guidance=guidance.source, guidance_scale=guidance.scale)
+        if wanted != saved:
+            save_manifest(folder, wanted)
 
     def __repr__(self) -> str:
         sampler = self.sampler
         base = type(sampler.pipeline).__name__
         if self.adapter_set is not None:
             base = f"{self.adapter_set.base['name_or_path']!r} ({base})"
-        parts = {
-            "base": base,
-            "objectives": label_weights(sampler.default_weights),
-            "rule": repr(sampler.rule),
-            "guidance": str(sampler.denoiser.guidance),
-            "num_inference_steps": str(sampler.num_inference_steps),
-            "device": str(self.device),
-            "dtype": str(self.dtype),
-        }
-        lines = "\n".join(f"  {key}: {value}" for key, value in parts.items())
-        return f"{type(self).__name__}(\n{lines}\n)"
+        return (
+            f"{type(self).__name__}(\n  base: {base}\n  objectives: {label_weights(sampler.default_weights)}\n"
+            f"  rule: {sampler.rule}\n  guidance: {sampler.denoiser.guidance}\n"
+            f"  num_inference_steps: {sampler.num_inference_steps}\n  device: {self.device}\n  dtype: {self.dtype}\n)"
+        )
 
     @torch.no_grad()
     def __call__(
@@ -281,14 +274,3 @@ class FusedPipeline:
     def set_progress_bar_config(self, **options: Any) -> None:
         """`disable=True` hides the bar."""
         self._progress = options
-
-
-def _rule_name(rule: FusionRule) -> str:
-    """The name of a rule with its default options.
-
-    Raises:
-        ValueError: for a rule that has other options, or none of `RULES`.
-    """
-    if rule.name in RULES and rule == RULES[rule.name]():
-        return rule.name
-    raise ValueError(f"rule {rule!r} cannot be saved: a set holds the names of {', '.join(RULES)}, without options")
