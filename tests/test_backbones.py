@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stepfuse.fuse.backbones.conditioning import Conditioning, join
 from stepfuse.fuse.backbones.guidance import Branch, Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.backbones.registry import BACKBONES, backbone_of
+from stepfuse.fuse.backbones.registry import BACKBONES, backbone_class, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.layers import active_adapter
@@ -135,6 +135,25 @@ def test_an_unknown_family_is_refused_by_name_with_those_there_are(words):
             ValueError, match=r"WordDiffusionPipeline.*StableDiffusionPipeline or StableDiffusionXLPipeline"
         ):
             refused()
+
+
+class DerivedWordPipeline(WordDiffusionPipeline):
+    """A user's pipeline, derived from one of a family."""
+
+
+def test_a_pipeline_derived_from_one_of_a_family_is_loaded_too(words, monkeypatch):
+    index = words / "model_index.json"
+    index.write_text(index.read_text().replace("WordDiffusionPipeline", "DerivedWordPipeline"))
+    monkeypatch.setattr("diffusers.DerivedWordPipeline", DerivedWordPipeline, raising=False)
+    pipeline = load_pipeline(str(words))
+    assert type(pipeline) is DerivedWordPipeline
+    assert backbone_class("DerivedWordPipeline") is type(backbone_of(pipeline)) is BACKBONES["WordDiffusionPipeline"]
+
+
+@pytest.mark.parametrize("name", ["DDPMPipeline", "UNet2DModel", "utils", "None", "no such class"])
+def test_a_name_of_no_family_is_refused_whatever_diffusers_has_under_it(name):
+    with pytest.raises(ValueError, match=name):
+        backbone_class(name)
 
 
 # Conditioning

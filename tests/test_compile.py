@@ -1,11 +1,13 @@
 """Compiled networks: what is a value to them and compiles nothing anew."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from stepfuse.fuse.backbones.denoiser import Router
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.weights import WeightSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -131,6 +133,33 @@ def test_compiled_by_inductor_the_numbers_are_the_same(eager, compiled):
     other = {"a": 0.2, "b": 0.2, "c": 0.6}
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.testing.assert_close(draw(compiled, other), draw(eager, other), atol=1e-4, rtol=1e-4)
+
+
+class ForwardingRouter(Router):
+    """A router of no class that the sampler knows."""
+
+    def __init__(self, inner):
+        self.inner, self.network, self.calls = inner, inner.network, []
+
+    def route_of(self, networks, device):
+        return self.inner.route_of(networks, device)
+
+    def routed(self, route):
+        return self.inner.routed(route)
+
+    def fix(self, rows, device):
+        self.calls.append(("fix", rows))
+
+    def release(self):
+        self.calls.append(("release",))
+
+
+def test_a_router_of_any_class_is_told_of_compilation_and_release(compiled):
+    router = ForwardingRouter(compiled.denoiser.batched)
+    sampler = replace(compiled, denoiser=replace(compiled.denoiser, batched=router))
+    sampler.compile("regional", rows=8, backend="eager")
+    sampler.release()
+    assert router.calls == [("fix", 8), ("release",)]
 
 
 def test_what_cannot_be_compiled_is_refused(set_folder):

@@ -102,6 +102,7 @@ def test_a_callback_can_stop_the_run(pipe):
     def stop(given, step, t, inputs):
         kept.append(inputs["latents"])
         given._interrupt = step == 1
+        assert given.interrupt == (step == 1)
 
     kept: list[torch.Tensor] = []
     images = pipe(
@@ -110,6 +111,8 @@ def test_a_callback_can_stop_the_run(pipe):
     assert len(kept) == 2
     assert torch.equal(images, kept[-1])
     assert len(pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent").images) == 2  # whole again
+    with pytest.raises(AttributeError):  # as in diffusers' pipelines
+        pipe.interrupt = True
 
 
 def test_guidance_steps_and_rule_may_be_of_one_call(pipe, set_folder):
@@ -264,6 +267,17 @@ def test_incomplete_embeddings_are_refused(pipe):
         wrong = {}
     with refused("pooled_prompt_embeds"):
         pipe(**given | wrong)
+
+
+def test_embeddings_that_the_family_does_not_take_or_that_lack_their_pair_are_named(pipe):
+    given = embeddings(pipe, PROMPTS, None)
+    if len(given) == 4:
+        given.pop("negative_prompt_embeds")
+        with refused("negative_pooled_prompt_embeds is given and negative_prompt_embeds is not"):
+            pipe(**given)
+    else:
+        with refused("pooled_prompt_embeds is given", "prompt_embeds, negative_prompt_embeds"):
+            pipe(**given, pooled_prompt_embeds=torch.zeros(2, 24))
 
 
 def test_without_text_encoders_embeddings_are_drawn(pipe, set_folder):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
@@ -306,6 +307,20 @@ def test_a_whole_interval_is_the_default_and_scale_1_is_no_guidance(sampler):
     with counted_rows(sampler.pipeline.unet) as count:
         assert torch.equal(draw(one, THIRDS), draw(off, THIRDS))
     assert count() == 2 * 3 * 3 * len(PROMPTS)
+
+
+def test_a_run_needs_one_denoiser_with_guidance_and_one_without(sampler, monkeypatch):
+    made = []
+    monkeypatch.setattr(Denoiser, "__post_init__", lambda self: made.append(self.guidance.source))
+    draw(sampler, THIRDS, num_inference_steps=5, guidance_interval=(0.2, 0.6))
+    assert made == ["off"]  # the other is the sampler's own
+
+
+def test_a_plan_of_an_interval_that_is_none_cannot_be_made(sampler):
+    plan = sampler.plan(THIRDS, 1, num_inference_steps=4, guidance_interval=(0.25, 0.75))
+    assert [plan.is_guided(step_index) for step_index in range(4)] == [False, True, True, False]
+    with refused("guidance_interval 0.75-0.25"):
+        replace(plan, guidance_interval=(0.75, 0.25))
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.8, 0.2), (-0.1, 0.5), (0.2, 1.5)])

@@ -10,7 +10,7 @@ from torch import nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning, input_rows, stack
-from stepfuse.fuse.backbones.guidance import Branch, Guidance, Latents
+from stepfuse.fuse.backbones.guidance import Branch, Guidance, Latents, SomeRows
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.lora.layers import active_adapter, averaged_factors, merged_adapters
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
@@ -78,18 +78,9 @@ class Denoiser:
         return self.backbone.network
 
     def predictions(
-        self,
-        x_t: Latents,
-        t: Time,
-        conditioning: Conditioning,
-        networks: Sequence[Network],
-        rows: Sequence[Rows | None] | None = None,
+        self, x_t: Latents, t: Time, conditioning: Conditioning, networks: Sequence[Network], rows: SomeRows = None
     ) -> list[Latents]:
-        """Guided predictions at (x_t, t), one a network.
-
-        Args:
-            rows: which of x_t's rows each network is wanted for; by default all.
-        """
+        """Guided predictions at (x_t, t), one a network, each for these rows of x_t."""
         branches = self.guidance.branches(networks, rows)
         return self.combine(branches, self.run(x_t, t, conditioning, branches))
 
@@ -112,9 +103,8 @@ class Denoiser:
         branches = self.guidance.branches(networks)
         known = [] if negative is None else [negative]
         outputs = [*known, *self.run(x_t, t, conditioning, branches[len(known) :])]
-        return Guided(
-            predictions=self.combine(branches, outputs), negative=outputs[0] if self.guidance.shares else None
-        )
+        shared = outputs[0] if self.guidance.shares else None
+        return Guided(predictions=self.combine(branches, outputs), negative=shared)
 
     def combine(self, branches: Sequence[Branch], outputs: Sequence[Latents]) -> list[Latents]:
         """Guided predictions of the raw ones of `guidance.branches`."""

@@ -12,6 +12,7 @@ from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 
 GUIDANCE = ("shared", "full", "off")
 Latents = Float[Tensor, "_ channels height width"]
+SomeRows = Sequence[Rows | None] | None  # of a batch, for each network; by default all
 Combine = Callable[[Latents, Latents, float], Latents]  # e_u, e_c and g
 
 
@@ -59,13 +60,10 @@ class Guidance:
         """Whether all guided predictions have e_u of the base in common, which is then the first of the branches."""
         return self.source == "shared" and self.scale != 1
 
-    def branches(self, networks: Sequence[Network], rows: Sequence[Rows | None] | None = None) -> list[Branch]:
-        """The raw predictions that the guided ones of networks are made of.
+    def branches(self, networks: Sequence[Network], rows: SomeRows = None) -> list[Branch]:
+        """The raw predictions that the guided ones of networks, on these rows, are made of.
 
         With `shared`, N networks need N + 1; e_u is predicted for all rows.
-
-        Args:
-            rows: the rows that each network is predicted for; by default all.
         """
         wanted = [None] * len(networks) if rows is None else rows
         positive = [Branch(network, "+", some) for network, some in zip(networks, wanted, strict=True)]

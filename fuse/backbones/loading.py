@@ -87,11 +87,7 @@ def stored_at(name_or_path: str) -> str:
 def _other_variant(
     path: str, index: Mapping[str, Any], variant: str | None, error: Exception, options: Mapping[str, Any]
 ) -> str:
-    """The only variant that there are weights of, where a pipeline could not be loaded under none.
-
-    Raises:
-        ValueError: naming the variants that there are, or else what went wrong.
-    """
+    """The only variant that there are weights of, where a pipeline could not be loaded under none."""
     safe = bool(options.get("use_safetensors"))
     parts = [part for part in index if part not in IGNORED_PARTS]
     found = component_variants(file_names(path, options["revision"]), parts, safe=safe)
@@ -105,11 +101,7 @@ def _other_variant(
 
 
 def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load the base that an adapter or a set names, at its recorded revision and variant, from safetensors only.
-
-    Raises:
-        ValueError: see `load_pipeline`.
-    """
+    """Load the base that an adapter or a set names, at its recorded revision and variant, from safetensors only."""
     return load_pipeline(
         base["name_or_path"], dtype=dtype, revision=base.get("revision"), variant=base.get("variant"), safe=True
     )

@@ -22,21 +22,15 @@ class StableDiffusion(Backbone):
     """Stable Diffusion 1.x and 2.x. Inputs: `prompt_embeds`.
 
     Attributes:
-        expected: what its pipeline supports of the configurations of `unet` and `vae`, beside what every such pipeline
-            does.
+        added: the supported values of the UNet's `addition_embed_type`.
+        not_applied: keys of the autoencoder's configuration that the pipeline does not apply.
         encoders: suffixes of the names of its text encoders; of each, whether it may have a projection, False or True.
     """
 
     part = "unet"
     blocks = ("BasicTransformerBlock",)
-    expected: ClassVar[Mapping[str, dict[str, Expected]]] = {
-        "unet": {
-            "addition_embed_type": Expected(
-                (None, "text"), "this pipeline gives its network nothing beside the prompt"
-            ),
-        },
-        "vae": dict.fromkeys(STATISTICS, Expected((None,), "this pipeline does not apply statistics of latents")),
-    }
+    added = Expected((None, "text"), "this pipeline gives its network nothing beside the prompt")
+    not_applied: ClassVar[Sequence[str]] = STATISTICS
     encoders: ClassVar[Mapping[str, Sequence[bool]]] = {"": (False,)}
 
     @classmethod
@@ -49,8 +43,8 @@ class StableDiffusion(Backbone):
         return UNetNames(config=config)
 
     def check(self) -> None:
-        check_unet(self.network, self.pipeline.vae, self.expected["unet"])
-        check_autoencoder(self.pipeline.vae, self.expected["vae"])
+        check_unet(self.network, self.pipeline.vae, self.added)
+        check_autoencoder(self.pipeline.vae, self.not_applied)
         check_texts(self.pipeline, self.encoders)
         self.path().steps(1)  # a scheduler whose steps depend on the size of images has none here
 
@@ -118,11 +112,7 @@ class StableDiffusion(Backbone):
     def _conditioning(
         self, found: Sequence[Tensor], zeros: Bool[Tensor, " batch"], height: int | None, width: int | None
     ) -> Conditioning:
-        """The network's inputs of what the pipeline's `encode_prompt` gives.
-
-        Args:
-            zeros: the rows whose negative embedding is zero instead.
-        """
+        """The network's inputs of what `encode_prompt` gives; in the rows of `zeros` the negative embedding is zero."""
         return Conditioning(positive={"prompt_embeds": found[0]}, negative={"prompt_embeds": found[1]})
 
     def predict(self, x: Latents, times: Tensor, inputs: Inputs, *, network: nn.Module | None = None) -> Latents:
@@ -173,14 +163,8 @@ class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL. Inputs: `prompt_embeds`, `text_embeds` (pooled) and `time_ids` (the image size)."""
 
     embeds = (*Backbone.embeds, "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    expected: ClassVar[Mapping[str, dict[str, Expected]]] = {
-        "unet": {
-            "addition_embed_type": Expected(
-                ("text_time",), "this pipeline gives its network the pooled prompt and the image size"
-            ),
-        },
-        "vae": {},
-    }
+    added = Expected(("text_time",), "this pipeline gives its network the pooled prompt and the image size")
+    not_applied = ()
     encoders: ClassVar[Mapping[str, Sequence[bool]]] = {"": (False, True), "_2": (True,)}
 
     @classmethod

@@ -68,15 +68,11 @@ AUTOENCODER_EXPECTED = {
 }
 
 
-def check_unet(unet: Any, vae: Any, expected: dict[str, Expected]) -> None:
-    """Check that everything in a UNet's configuration that changes images is supported.
-
-    Args:
-        expected: of its model family alone, beside `UNET_EXPECTED`.
-    """
+def check_unet(unet: Any, vae: Any, added: Expected) -> None:
+    """Check that everything in a UNet's configuration that changes images is supported."""
     if not isinstance(unet, UNet2DConditionModel):
         raise ValueError(f"unet is a {type(unet).__name__}; expected UNet2DConditionModel")
-    check_configuration("unet", unet, handled=UNET_HANDLED, expected=UNET_EXPECTED | expected)
+    check_configuration("unet", unet, handled=UNET_HANDLED, expected=UNET_EXPECTED | {"addition_embed_type": added})
     inputs, outputs, latents = unet.config.in_channels, unet.config.out_channels, vae.config.latent_channels
     if inputs != latents:
         kind = {2 * latents + 1: " of inpainting", 2 * latents: " of editing by instructions"}.get(inputs, "")
@@ -91,17 +87,13 @@ def check_unet(unet: Any, vae: Any, expected: dict[str, Expected]) -> None:
         )
 
 
-def check_autoencoder(vae: Any, expected: dict[str, Expected]) -> None:
-    """Check that everything in an autoencoder's configuration that changes images is supported.
-
-    Args:
-        expected: of its model family alone, beside `AUTOENCODER_EXPECTED`.
-    """
+def check_autoencoder(vae: Any, not_applied: Sequence[str]) -> None:
+    """Check that everything in an autoencoder's configuration that changes images is supported."""
     if not isinstance(vae, AUTOENCODERS):
         known = ", ".join(kind.__name__ for kind in AUTOENCODERS)
         raise ValueError(f"vae is a {type(vae).__name__}; expected one of {known}")
-    handled, expected = AUTOENCODER_HANDLED - expected.keys(), AUTOENCODER_EXPECTED | expected
-    check_configuration("vae", vae, handled=handled, expected=expected)
+    expected = AUTOENCODER_EXPECTED | dict.fromkeys(not_applied, Expected((None,), "this pipeline does not apply it"))
+    check_configuration("vae", vae, handled=AUTOENCODER_HANDLED - set(not_applied), expected=expected)
     scale = vae.config.scaling_factor
     if not isinstance(scale, int | float) or not math.isfinite(scale) or scale == 0:
         raise ValueError(f"vae has scaling_factor {scale!r}; expected a finite number other than 0")
@@ -119,11 +111,7 @@ def check_autoencoder(vae: Any, expected: dict[str, Expected]) -> None:
 
 
 def check_texts(pipeline: DiffusionPipeline, encoders: Mapping[str, Sequence[bool]]) -> None:
-    """Check that text encoders fit their tokenizers, and the network what all of them give.
-
-    Args:
-        encoders: `StableDiffusion.encoders`. Where the last is missing, embeddings are given in place of prompts.
-    """
+    """Check that text encoders fit their tokenizers, and the network what all of them give, if there is the last."""
     width = 0
     for suffix, projections in encoders.items():
         encoder, tokenizer = (getattr(pipeline, part + suffix) for part in ("text_encoder", "tokenizer"))
@@ -143,14 +131,11 @@ def check_texts(pipeline: DiffusionPipeline, encoders: Mapping[str, Sequence[boo
                 f"tokenizer{suffix} has model_max_length {tokenizer.model_max_length}; expected {longest} at most, the "
                 f"positions of text_encoder{suffix}"
             )
-    if encoder is not None and width:
-        _check_width(pipeline.unet.config, width)
-
-
-def _check_width(config: Any, width: int) -> None:
-    key = "encoder_hid_dim" if config.encoder_hid_dim_type else "cross_attention_dim"
-    wanted = config[key] if isinstance(config[key], list | tuple) else [config[key]]
-    if any(dim != width for dim in wanted):
+    if encoder is None or not width:
+        return
+    key = "encoder_hid_dim" if pipeline.unet.config.encoder_hid_dim_type else "cross_attention_dim"
+    stated = pipeline.unet.config[key]
+    if any(dim != width for dim in (stated if isinstance(stated, list | tuple) else [stated])):
         raise ValueError(
-            f"unet has {key} {config[key]}; expected {width}, the width of what the text encoders give for a prompt"
+            f"unet has {key} {stated}; expected {width}, the width of what the text encoders give for a prompt"
         )

@@ -63,8 +63,7 @@ def component_variants(
 def only_variant(found: Mapping[str, set[str | None]]) -> str | None:
     """The variant to load where some components have no other weights; None where all have weights under none.
 
-    Raises:
-        ValueError: naming the variants where there are several, and components that have no weights.
+    A ValueError names the variants where there are several, and components that have no weights.
     """
     lacking = {name: variants for name, variants in found.items() if None not in variants}
     if not lacking:
@@ -91,9 +90,6 @@ def check_complete(pipeline: DiffusionPipeline, path: str, revision: str | None,
 
     diffusers leaves weights that are missing without values, and transformers initialises them at random. Components
     in `given` were not loaded from there.
-
-    Raises:
-        ValueError: naming the component and the first weight that is missing.
     """
     folder = cached_folder(path, revision)
     for name, module in pipeline.components.items():

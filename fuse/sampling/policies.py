@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.base import Backbone, Shape
-from stepfuse.fuse.backbones.compiled import compile_batched
+from stepfuse.fuse.backbones.compiled import compile_network
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
@@ -142,7 +142,7 @@ class FusedPolicies:
         return self.rule.denoise(self.run(plan, conditioning), x_T, generators)
 
     def run(self, plan: Plan, conditioning: Conditioning, prompts: Sequence[str] | None = None) -> Run:
-        """The run of one batch: its predictions and rewards know which row belongs to which image."""
+        """The run of one batch; without prompts, for rules that need no rewards."""
         if prompts is None:
             self.check_without_prompts()
         needed = self.objectives if self.rule.needs else ()
@@ -160,8 +160,27 @@ class FusedPolicies:
             raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
 
     def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
-        """Compile the network, in place: see `stepfuse.fuse.backbones.compiled.compile_batched`."""
-        compile_batched(self.denoiser, how, rows, **options)
+        """Compile the network and its batched adapters, in place.
+
+        Weights, strengths, schedules and adapters in use are values to it: other ones compile nothing anew. A soup is
+        another network than adapters one a row; and a second number of rows in a batch compiles once more, as a single
+        row does, but no third. Torch's limit of graphs for one piece of code becomes 64: blocks of all widths share it.
+
+        Args:
+            how: `regional` or `full`, see `compile_network`.
+            rows: the most rows of a batch foreseen; more compile once more.
+            options: for `torch.compile`; on a GPU mode="reduce-overhead" (CUDA graphs) is faster.
+
+        Raises:
+            ValueError: for another word, or without batched forwards.
+        """
+        if how not in ("regional", "full"):
+            raise ValueError(f"compile {how!r}; expected regional or full")
+        if self.denoiser.batched is None:
+            raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
+        self.denoiser.batched.fix(rows, self.backbone.device)
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        compile_network(self.backbone, how, fullgraph=True, **options)
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""

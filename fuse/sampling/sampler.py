@@ -14,9 +14,11 @@ from tqdm import tqdm
 
 from stepfuse.data.images import to_image
 from stepfuse.fuse.backbones.conditioning import Conditioning
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
+from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
 from stepfuse.fuse.rules.run import AfterStep, image_generators
@@ -24,12 +26,13 @@ from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, decode_finite
 from stepfuse.fuse.sampling.inputs import negative_prompts
-from stepfuse.fuse.sampling.load import load_denoiser
+from stepfuse.fuse.sampling.load import load_backbone
 from stepfuse.fuse.sampling.policies import FusedPolicies
 from stepfuse.fuse.sampling.rewards import reward_of
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.rewards.protocol import Reward
 
+FORWARDS = ("batched", "separate")
 BatchObserver = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
 
 
@@ -76,24 +79,25 @@ class FusedSampler(FusedPolicies):
         Raises:
             ValueError: for a faulty set, a pipeline that is not the set's base, or a rule whose rewards are not there.
         """
+        if forwards not in FORWARDS:
+            raise ValueError(f"forwards {forwards!r}; expected {' or '.join(FORWARDS)}")
         if isinstance(rule, str):
             rule = get_rule(rule)  # before anything is loaded
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set, read_weights=False)
         rule = rule or get_default_rule(adapter_set.default_rule)
+        scale = adapter_set.guidance_scale if guidance_scale is None else guidance_scale
+        chosen = Guidance(source=guidance or adapter_set.guidance, scale=scale)
+        backbone = load_backbone(adapter_set, pipeline, dtype, device)
+        names = [adapter.name for adapter in adapter_set.all_adapters]
         sampler = cls(
             objectives=adapter_set.objectives,
-            denoiser=load_denoiser(
-                adapter_set,
-                pipeline,
-                guidance=Guidance(
-                    source=guidance or adapter_set.guidance,
-                    scale=adapter_set.guidance_scale if guidance_scale is None else guidance_scale,
-                ),
-                forwards=forwards,
+            denoiser=Denoiser(
+                backbone=backbone,
+                path=backbone.path(backbone.default_shape),
+                guidance=chosen,
+                batched=BatchedAdapters(backbone.network, names, backbone.unbatched) if forwards == "batched" else None,
                 rows_at_once=rows_at_once,
-                dtype=dtype,
-                device=device,
             ),
             reference=adapter_set.base_schedule,
             rule=rule,
@@ -164,8 +168,7 @@ class FusedSampler(FusedPolicies):
             progress: show a bar over the steps.
             observe: called at each step, before it is sampled, with the step, its Gaussian, the conditioning of the
                 batch, and which of the prompts the batch holds.
-            after: called after each step with its index, t and sample; returns the sample to continue with, and
-                whether to continue.
+            after: see `Run`.
             report_cuts: log what is cut of prompts that are longer than the text encoder takes.
 
         Raises:
