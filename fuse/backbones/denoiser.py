@@ -31,9 +31,11 @@ class Router(Protocol):
 
     def fix(self, rows: int, device: torch.device) -> None:
         """Keep routes of up to so many rows in tensors that stay where they are, as compiled networks want them."""
+        return
 
     def release(self) -> None:
-        """Give back the memory of merged weights."""
+        """Give back the memory of merged weights, where there are any."""
+        return
 
 
 @dataclass(frozen=True, kw_only=True)
