@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 
 from stepfuse.rewards.statistics import Resamples, resample_prompts, resampled_means
-from stepfuse.scripts.evaluation.metric import CellValues, interval
+from stepfuse.scripts.evaluation.metric import CellValues
 from stepfuse.scripts.evaluation.metrics import all_metrics
 from stepfuse.scripts.evaluation.setup import Setup
 
@@ -62,8 +63,8 @@ class Cells:
     def objectives(self) -> list[str]:
         return [name for name, _ in self.setup.objectives]
 
-    def where(self, rule: str) -> list[int]:
-        return [i for i, cell in enumerate(self.cells) if cell.rule == rule]
+    def where(self, rule: str) -> tuple[int, ...]:
+        return tuple(i for i, cell in enumerate(self.cells) if cell.rule == rule)
 
     def find(self, rule: str, weights: str, strength: float = 1.0) -> int | None:
         """The index of the cell of a rule at these weights and strength."""
@@ -71,6 +72,11 @@ class Cells:
             if self.cells[i].weights == weights and abs(self.cells[i].strength - strength) < 1e-6:
                 return i
         return None
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """Mean scaled rewards, (1 + draws, cells, objectives)."""
+        return self.means(self.scaled).transpose(2, 1, 0)
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """(…, images) → (…, 1 + draws): the means of the images, then of every bootstrap draw."""
@@ -83,15 +89,11 @@ class Cells:
             values=values[i], base=values[self.base], is_base=i == self.base, prompts=self.prompts, means=self.means
         )
 
-    def gap(self, weights: np.ndarray, better: int | None, worse: int | None) -> dict | None:
-        """Σ w_i (r_i − r'_i)/σ_i between two cells; None where one of them is missing."""
+    def gap(self, weights: np.ndarray, better: int | None, worse: int | None) -> np.ndarray | None:
+        """Means (1 + draws,) of Σ w_i (r_i − r'_i)/σ_i between two cells; None where one of them is missing."""
         if better is None or worse is None:
             return None
-        return interval(self.means(self.differences(weights, better, worse)))
-
-    def differences(self, weights: np.ndarray, better: int, worse: int) -> np.ndarray:
-        """The same of each image."""
-        return np.tensordot(weights, self.scaled[:, better] - self.scaled[:, worse], 1)
+        return self.means(np.tensordot(weights, self.scaled[:, better] - self.scaled[:, worse], 1))
 
 
 def arrange(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> Cells:
@@ -107,30 +109,28 @@ def arrange(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int
     needed = [*identity, *shares, "prompt", "seed", *(f"reward_{reward}" for reward in setup.rewards)]
     if missing := [column for column in needed if column not in results]:
         raise ValueError(f"the results have no column {missing[0]!r}; expected one of that name")
-    groups = [
-        (
-            Cell(rule=rule, weights=weights, strength=float(strength), shares=rows[shares].iloc[0].to_numpy(float)),
-            rows.sort_values(["prompt", "seed"]),
-        )
-        for (rule, weights, strength), rows in results.groupby(identity, sort=False, dropna=False)
-    ]
-    base = [i for i, (cell, _) in enumerate(groups) if cell.rule == "base"]
+    cells, tables = [], []
+    for (rule, weights, strength), rows in results.groupby(identity, sort=False, dropna=False):
+        of_objectives = rows[shares].iloc[0].to_numpy(float)
+        cells.append(Cell(rule=rule, weights=weights, strength=float(strength), shares=of_objectives))
+        tables.append(rows.sort_values(["prompt", "seed"]))
+    base = [i for i, cell in enumerate(cells) if cell.rule == "base"]
     if len(base) != 1:
         raise ValueError(f"the results have {len(base)} cells of rule 'base'; expected one")
-    pairs = _pairs(groups[base[0]][1])
-    for cell, rows in groups:
+    pairs = _pairs(tables[base[0]])
+    for cell, rows in zip(cells, tables, strict=True):
         _check_images(cell, _pairs(rows), pairs)
     values = {
-        metric.name: np.stack([rows[metric.name].to_numpy(float) for _, rows in groups])
+        metric.name: np.stack([rows[metric.name].to_numpy(float) for rows in tables])
         for metric in all_metrics(setup.rewards)
         if metric.name in results
     }
-    prompts = tuple(prompt for prompt, _ in pairs)
+    prompts, seeds = zip(*pairs, strict=True)
     return Cells(
         setup=setup,
-        cells=tuple(cell for cell, _ in groups),
+        cells=tuple(cells),
         prompts=prompts,
-        seeds=tuple(seed for _, seed in pairs),
+        seeds=seeds,
         values=values,
         scaled=np.stack([values[f"reward_{reward}"] / setup.scales[reward] for _, reward in setup.objectives]),
         base=base[0],

@@ -1,17 +1,20 @@
 """What an evaluation measures: its configuration, and the cells that it lists."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
 from stepfuse.data.seeds import LIMIT
-from stepfuse.data.settings_file import check_types, read_settings, require
+from stepfuse.data.settings_fields import Bounds, check_settings, setting
+from stepfuse.data.settings_file import read_settings, require
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
+
+SCALE = Bounds(above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +27,7 @@ class EvaluationConfig:
         seeds_per_prompt: images of each prompt in each cell.
         seed: from which the seed of every image is derived.
         grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
-        weights: further weights, as `a=0.5,b=0.5` in quotes or as mappings, each of sum 1; for rules that do not list
-            weights.
+        weights: further weights of sum 1, as `a=0.5,b=0.5` in quotes or as mappings; for rules that list none.
         rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of `label`, `weights`,
             `strength` or `strengths`, and options of the rule.
         rewards: held-out rewards to measure besides those of the objectives.
@@ -42,34 +44,27 @@ class EvaluationConfig:
     dataset_name: str | None = None
     dataset_split: str = "train"
     caption_column: str = "caption"
-    seeds_per_prompt: int = 4
-    seed: int = 0
-    grid: int = 2
-    weights: list = field(default_factory=list)
-    rules: list = field(default_factory=lambda: ["base", "product"])
-    rewards: list[str] = field(default_factory=list)
-    scales: dict = field(default_factory=dict)
-    steps: int | None = None
+    seeds_per_prompt: int = setting(4, least=1)
+    seed: int = setting(0, least=0, below=LIMIT, expected="an integer from 0 to 2^64 - 1")
+    grid: int = setting(2, least=1)
+    weights: list = setting([])
+    rules: list = setting(["base", "product"])
+    rewards: list[str] = setting([])
+    scales: dict = setting({})
+    steps: int | None = setting(None, least=1)
     guidance: str | None = None
     guidance_scale: float | None = None
-    batch_size: int = 32
-    kl_seeds: int = 1
+    batch_size: int = setting(32, least=1)
+    kl_seeds: int = setting(1, least=0)
     embedding: str = ""
-    strip_prompts: int = 4
+    strip_prompts: int = setting(4, least=0)
 
     def __post_init__(self) -> None:
-        if self.guidance is False:  # what YAML makes of the bare word
-            object.__setattr__(self, "guidance", "off")
-        check_types(self)
-        for name in ("seeds_per_prompt", "grid", "batch_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("kl_seeds", "strip_prompts"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        require(0 <= self.seed < LIMIT, "seed", self.seed, "an integer from 0 to 2^64 - 1")
+        check_settings(self)
         require(bool(self.rules), "rules", self.rules, "at least one rule")
         for name, scale in self.scales.items():
-            good = isinstance(scale, int | float) and 0 < scale < float("inf")
-            require(good, f"the scale of {name}", scale, "a positive number")
+            valid = isinstance(scale, int | float) and SCALE.allow(scale)
+            require(valid, f"the scale of {name}", scale, str(SCALE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +103,7 @@ def read_config(file: Path) -> EvaluationConfig:
     """An evaluation's YAML.
 
     Raises:
-        ValueError: for a missing or malformed file, an unknown key, naming the nearest, or a value out of range.
+        ValueError: naming the file, for what `read_settings` refuses or a value out of bounds.
     """
     values = read_settings(file, EvaluationConfig)
     try:
@@ -173,9 +168,7 @@ def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Seque
 def _read_weights(given: Any, names: Sequence[str]) -> Weights:
     """Weights of a config, those of 0 left out, so that one mixture has one name.
 
-    Raises:
-        ValueError: for anything but text or a mapping; for constant weights that do not sum to 1, which is what YAML
-            makes of an unquoted `a=0.5,b=0.5` in a list.
+    Constant weights must sum to 1: those of an unquoted `a=0.5,b=0.5` in a YAML list, which is two texts, do not.
     """
     if not isinstance(given, str | dict):
         raise ValueError(f'weights {given!r}; expected text such as "a=0.5,b=0.5", or a mapping')
@@ -185,9 +178,8 @@ def _read_weights(given: Any, names: Sequence[str]) -> Weights:
         return weights
     if not all(isinstance(w, int | float) for w in weights.values()):
         raise ValueError(f"weights {given!r}; expected a number for each objective")
-    total = sum(weights.values())
     shares = weight_table([weights], names)[0, :, 0].tolist()
-    if abs(total - 1) > 0.01:
+    if abs((total := sum(weights.values())) - 1) > 0.01:
         raise ValueError(f"weights {given!r} sum to {total:g}; expected 1 (in a list, a=0.5,b=0.5 needs quotes)")
     return {name: round(share, 6) for name, share in zip(names, shares, strict=True) if share}
 

@@ -1,15 +1,17 @@
 """Quality of fronts, computed by moocore: hypervolume, and distance to a reference front. Rewards are maximised."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import moocore
 import numpy as np
 from scipy.stats import spearmanr
 
 from stepfuse.scripts.evaluation.cells import Cells
-from stepfuse.scripts.evaluation.metric import Statistic, finite, interval, over, ratio
+from stepfuse.scripts.evaluation.metric import Statistic, interval, over, ratio
 
 Costs = Mapping[str, Statistic]  # a metric's name → how the figures of several cells are averaged
+Indices = tuple[int, ...]  # of cells
 MARGIN = 0.1  # of the range over all cells, below the smallest mean
 
 
@@ -32,12 +34,13 @@ def hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.array([indicator(cells) if len(cells) else np.nan for cells in map(_known, points)])
 
 
-def distances(points: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """IGD, draw by draw: the mean distance from the non-dominated points of `oracle` to the nearest of `points`.
+def distances(points: np.ndarray, fronts: Sequence[np.ndarray]) -> np.ndarray:
+    """IGD, draw by draw: the mean distance from the points of a front to the nearest of (draws, cells, objectives).
 
-    Coello Coello and Reyes Sierra 2004. Both are (draws, cells, objectives).
+    Coello Coello and Reyes Sierra 2004.
     """
-    return np.array([_distance(_known(p), _known(o)) for p, o in zip(points, oracle, strict=True)])
+    pairs = zip(map(_known, points), fronts, strict=True)
+    return np.array([moocore.igd(p, ref=o, maximise=True) if len(p) and len(o) else np.nan for p, o in pairs])
 
 
 def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
@@ -50,91 +53,87 @@ def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
 
 
 def rule_figures(
-    table: Cells, grid: list[str], points: np.ndarray, reference: np.ndarray, cells: list[dict], costs: Costs
+    table: Cells,
+    grid: list[str],
+    reference: np.ndarray,
+    cells: list[dict],
+    regrets: Sequence[np.ndarray | None],
+    costs: Costs,
 ) -> dict[str, dict]:
     """Every rule's front: its volume, its distance to the oracle's, both against product's, and its costs.
 
     Args:
         grid: the weights that any rule was measured at.
-        points: mean scaled rewards, (draws, cells, objectives).
         reference: of the hypervolume.
-        cells: their figures.
+        cells: the figures of all cells.
+        regrets: bootstrap means of their regret.
     """
+
+    @cache
+    def volume(indices: Indices) -> np.ndarray:
+        return hypervolumes(table.points[:, indices], reference)
+
     product, oracle = table.where("product"), table.where("oracle")
-    volumes = {
-        rule: hypervolumes(points[:, table.where(rule)], reference)
-        for rule in dict.fromkeys(cell.rule for cell in table.cells)
-    }
+    fronts = [moocore.filter_dominated(o, maximise=True) if len(o) else o for o in map(_known, table.points[:, oracle])]
     figures = {}
-    for rule, volume in volumes.items():
+    for rule in dict.fromkeys(cell.rule for cell in table.cells):
         held = table.where(rule)
         full = [i for i in held if table.cells[i].full_strength]
         shares = np.array([table.cells[i].shares for i in full]).reshape(-1, len(table.objectives))
         weights = {table.cells[i].weights for i in held}
+        compared = product and rule != "product"
         figures[rule] = {
             "cells": len(held),
             "lacks": [] if rule == "base" else [w for w in grid if w not in weights],
-            "hypervolume": interval(volume),
-            "over_product": None if rule == "product" or not product else interval(volume - volumes["product"]),
-            "matched": None if rule == "product" else _matched(table, held, points, reference, cells, costs),
-            "igd": interval(distances(points[:, held], points[:, oracle])) if oracle and rule != "oracle" else None,
-            "regret": None if rule == "oracle" else _regret(table, full),
+            "hypervolume": interval(volume(held)),
+            "over_product": interval(volume(held) - volume(product)) if compared else None,
+            "matched": _matched(table, held, volume, cells, costs) if compared else None,
+            "igd": interval(distances(table.points[:, held], fronts)) if oracle and rule != "oracle" else None,
+            "regret": _mean_regret(table, full, regrets) if rule != "oracle" else None,
             "monotonicity": {
-                name: monotonicity(shares[:, k], points[0, full, k]) for k, name in enumerate(table.objectives)
+                name: monotonicity(shares[:, k], table.points[0, full, k]) for k, name in enumerate(table.objectives)
             },
         } | average_costs(costs, cells, held)
     return figures
 
 
-def average_costs(costs: Costs, cells: list[dict], indices: list[int]) -> dict[str, float | None]:
+def average_costs(costs: Costs, cells: list[dict], indices: Sequence[int]) -> dict[str, float | None]:
     """What some cells cost on average."""
-    return {name: finite(over(average, (cells[i][name] for i in indices))) for name, average in costs.items()}
+    return {name: over(average, (cells[i][name] for i in indices)) for name, average in costs.items()}
 
 
 def _matched(
-    table: Cells,
-    held: list[int],
-    points: np.ndarray,
-    reference: np.ndarray,
-    cells: list[dict],
-    costs: Costs,
+    table: Cells, held: Indices, volume: Callable[[Indices], np.ndarray], cells: list[dict], costs: Costs
 ) -> dict | None:
     """A rule against product, over the weights and strengths that both have."""
-    pairs = [(i, table.find("product", table.cells[i].weights, table.cells[i].strength)) for i in held]
-    both = [(i, j) for i, j in pairs if j is not None]
-    if not both:
+    pairs = {i: table.find("product", table.cells[i].weights, table.cells[i].strength) for i in held}
+    ours = tuple(i for i, j in pairs.items() if j is not None)
+    products = tuple(j for j in pairs.values() if j is not None)
+    if not ours:
         return None
-    ours, products = [i for i, _ in both], [j for _, j in both]
-    difference = hypervolumes(points[:, ours], reference) - hypervolumes(points[:, products], reference)
     spent, by_product = (average_costs(dict.fromkeys(costs, np.mean), cells, indices) for indices in (ours, products))
-
     return {
-        "cells": len(both),
+        "cells": len(ours),
         "mixed": sum(not table.cells[i].one_hot for i in ours),
-        "over_product": interval(difference),
+        "over_product": interval(volume(ours) - volume(products)),
     } | {f"{name}_ratio": ratio(spent[name], by_product[name]) for name in costs}
 
 
-def _regret(table: Cells, full: list[int]) -> dict | None:
+def _mean_regret(table: Cells, full: Sequence[int], regrets: Sequence[np.ndarray | None]) -> dict | None:
     """Mean regret over the mixed weights that an oracle was trained at, and the same less that of product."""
-
-    def mean_gap(pairs: list[tuple[int, int]]) -> dict | None:
-        gaps = [table.differences(table.setup.trained_weights(table.cells[i].shares), j, i) for i, j in pairs]
-        return interval(table.means(np.stack(gaps)).mean(0)) if gaps else None
-
-    mixed = [i for i in full if not table.cells[i].one_hot]  # all the weight on one adapter is no question of fusion
-    trained = [(i, j) for i in mixed if (j := table.find("oracle", table.cells[i].weights)) is not None]
-    if not trained:
+    known = {  # all the weight on one adapter is no question of fusion
+        i: regret for i in full if (regret := regrets[i]) is not None and not table.cells[i].one_hot
+    }
+    if not known:
         return None
-    products = [(i, table.find("product", table.cells[i].weights)) for i, _ in trained]
-    paired = [(i, j) for i, j in products if j is not None and table.cells[i].rule != "product"]
-    return {"weights": len(trained), "mean": mean_gap(trained), "over_product": mean_gap(paired)}
-
-
-def _distance(points: np.ndarray, oracle: np.ndarray) -> float:
-    if not len(points) or not len(oracle):
-        return float("nan")
-    return moocore.igd(points, ref=moocore.filter_dominated(oracle, maximise=True), maximise=True)
+    products = {i: table.find("product", table.cells[i].weights) for i in known if table.cells[i].rule != "product"}
+    gaps = [table.gap(table.setup.trained_weights(table.cells[i].shares), j, i) for i, j in products.items()]
+    paired = [gap for gap in gaps if gap is not None]
+    return {
+        "weights": len(known),
+        "mean": interval(np.mean([*known.values()], axis=0)),
+        "over_product": interval(np.mean(paired, axis=0)) if paired else None,
+    }
 
 
 def _known(points: np.ndarray) -> np.ndarray:

@@ -42,7 +42,6 @@ Aggregate = Callable[[CellValues], Any]
 
 
 def mean(cell: CellValues) -> dict | None:
-    """The mean over the images with its interval."""
     return interval(cell.means(cell.values))
 
 
@@ -74,7 +73,7 @@ def missing(cell: CellValues) -> int:
 
 def over_images(statistic: Statistic) -> Aggregate:
     """A statistic of the images' values, without an interval."""
-    return lambda cell: finite(over(statistic, cell.values))
+    return lambda cell: over(statistic, cell.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +84,7 @@ class Figure:
         path: keys that lead to it in a cell, or in a rule.
         heading: of the column; without one there is no column.
         description: what the page says that the column means.
-        aggregate: computes the figure from the images of a cell; None where it is computed from several metrics or
-            cells.
+        aggregate: computes it from the images of a cell; None where it depends on several metrics or cells.
         signed: intervals are shown with a sign.
         places: decimals of a number; by default as many as give three significant digits.
         suffix: follows a number.
@@ -101,7 +99,7 @@ class Figure:
     suffix: str = ""
 
     def of(self, row: Mapping[str, Any]) -> Any:
-        """The figure of a cell or rule; None where it is unknown or was not measured."""
+        """The figure of a cell or rule; None where it is not known."""
         value: Any = row
         for key in self.path:
             value = None if value is None else value.get(key)
@@ -152,6 +150,8 @@ class Metric:
 
     @property
     def figures(self) -> tuple[Figure, ...]:
+        if self.over_cells is None:
+            return (self.figure, *self.further)
         relative = Figure(
             path=("of_one_adapter", self.name),
             heading=f"{self.title} / one",
@@ -160,7 +160,7 @@ class Metric:
             places=2,
             suffix=" ×",
         )
-        return (self.figure, *([relative] if self.over_cells else []), *self.further)
+        return (self.figure, relative, *self.further)
 
     def measure(self, batch: MetricBatch) -> np.ndarray:
         """Its value for each image of a batch.
@@ -174,10 +174,11 @@ class Metric:
         return np.broadcast_to(values, count)
 
 
-def interval(means: np.ndarray) -> dict[str, float | None] | None:
+def interval(means: np.ndarray | None) -> dict[str, float | None] | None:
     """Bootstrap means (1 + draws,) as an interval in JSON; None where there is not even an estimate."""
-    found = percentile_interval(means)
-    return {key: finite(value) for key, value in vars(found).items()} if np.isfinite(found.mean) else None
+    if means is None or not np.isfinite(means[0]):
+        return None
+    return {key: finite(value) for key, value in vars(percentile_interval(means)).items()}
 
 
 def finite(value: float) -> float | None:
@@ -185,11 +186,11 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def over(statistic: Statistic, values: Iterable[float | None]) -> float:
-    """A statistic of those values that are known; NaN without any."""
+def over(statistic: Statistic, values: Iterable[float | None]) -> float | None:
+    """A statistic of those values that are known; None without any."""
     array = np.array(list(values), dtype=np.float64)
     known = array[np.isfinite(array)]
-    return float(statistic(known)) if len(known) else float("nan")
+    return float(statistic(known)) if len(known) else None
 
 
 def ratio(value: float | None, unit: float | None) -> float | None:
