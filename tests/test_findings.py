@@ -8,6 +8,7 @@ import pytest
 
 from stepfuse.data.intervals import decimals, excludes_zero
 from stepfuse.data.intervals import interval_text as text
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.evaluation import report
 from stepfuse.scripts.evaluation.findings import findings
 from tests.fixtures_evaluation import UNKNOWN, cell, figures, noisy
@@ -21,26 +22,33 @@ def front(rule, middle, *, nfe=40.0):
     return [noisy(rule, share, point).assign(nfe=nfe) for share, point in points.items()]
 
 
-def facts(*cells, kind=None):
+def facts(*cells, kind=None, rules=RULES):
     """The findings of these cells and a base at (0, 0), of one kind."""
-    found = findings(figures(cell("base", None), *cells))
+    found = findings(figures(cell("base", None), *cells), rules)
     return [finding for finding in found if finding.kind == kind] if kind else found
+
+
+def comparison_of(finding):
+    """Where the interval of a finding lies."""
+    if not excludes_zero(finding.value):
+        return "within noise"
+    return "above" if finding.value["mean"] > 0 else "below"
 
 
 @pytest.mark.parametrize(("middle", "comparison"), [(1.9, "above"), (1.7, "below")])
 def test_a_front_is_above_or_below_products_as_the_figures_are(middle, comparison):
     """The base at (0, 0) makes (−0.2, −0.2) the reference; 1.8 half way is what product has."""
     (finding,) = facts(*front("product", 1.8), *front("soup", middle), kind="hypervolume")
-    assert (finding.rule, finding.metric, finding.comparison) == ("soup", "hypervolume", comparison)
+    assert (finding.rule, finding.metric, comparison_of(finding)) == ("soup", "hypervolume", comparison)
     assert finding.details == {"matched": 3, "all_cells": None, "cells": 3, "product_cells": 3}
 
 
 def test_equal_fronts_are_within_noise_and_the_cheaper_rule_is_found():
     cells = [*front("product", 1.8, nfe=60), *front("soup", 1.8, nfe=30), *front("code", 1.9, nfe=300)]
     soup, _ = facts(*cells, kind="hypervolume")
-    assert (soup.rule, soup.comparison) == ("soup", "within noise")
+    assert (soup.rule, comparison_of(soup)) == ("soup", "within noise")
     (cheapest,) = facts(*cells, kind="cheapest")
-    assert (cheapest.rule, cheapest.details["nfe"], cheapest.comparison) == ("soup", 0.5, "within noise")
+    assert (cheapest.rule, cheapest.details["nfe"], comparison_of(cheapest)) == ("soup", 0.5, "within noise")
 
 
 def test_a_cheaper_rule_of_less_volume_is_not_within_noise():
@@ -69,7 +77,7 @@ def test_weights_at_which_product_is_not_best_have_the_better_rule_and_its_diffe
     (won,) = facts(*cells, kind="weights_won")
     assert won.details == {"weights": 3, "won": 2, "lost": 1, "resolved": 1}
     (better,) = facts(*cells, kind="better_rule")
-    assert (better.rule, better.comparison, better.details) == ("soup", "above", {"weights": "x=0.5,y=0.5"})
+    assert (better.rule, comparison_of(better), better.details) == ("soup", "above", {"weights": "x=0.5,y=0.5"})
     assert better.value["mean"] == pytest.approx(0.1)
 
 
@@ -98,11 +106,21 @@ def test_rules_that_see_the_rewards_are_kept_apart_from_those_that_fuse():
         cell("code", 0.5, (3, 3), seconds=7.5),
     ]
     (code,) = facts(*cells, kind="rewarded")
-    assert (code.rule, code.comparison, code.value["mean"]) == ("code", "above", pytest.approx(2))
+    assert (code.rule, comparison_of(code), code.value["mean"]) == ("code", "above", pytest.approx(2))
     assert (code.details["weights"], code.details["seconds"]) == ("x=0.5,y=0.5", 7.5)
     assert code.details["held_out"] == {"rz": {"mean": 0, "low": 0, "high": 0}}
     (won,) = facts(*cells, kind="weights_won")
     assert (won.details["won"], won.details["weights"]) == (1, 1)
+
+
+def test_a_rule_under_another_label_is_what_the_rule_says_it_is():
+    """Best of 4 and an oracle have labels of their own; neither is a rule that fuses, nor the cheapest."""
+    cells = [*front("product", 1.8, nfe=60), *front("best of 4", 1.9, nfe=30), *front("trained", 1.9, nfe=30)]
+    rules = {"product": RULES["product"], "best of 4": RULES["code"], "trained": RULES["oracle"]}
+    assert {finding.rule for finding in facts(*cells, kind="rewarded", rules=rules)} == {"best of 4"}
+    (won,) = facts(*cells, *front("mine", 1.7), kind="weights_won", rules=rules)
+    assert (won.details["won"], won.details["weights"]) == (3, 3)
+    assert facts(*cells, kind="none_cheaper", rules=rules)
 
 
 def test_the_lowest_regret_is_that_of_rules_with_all_of_the_oracles_weights():

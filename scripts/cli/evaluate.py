@@ -47,14 +47,15 @@ def run(arguments: Arguments) -> None:
     import torch
 
     from stepfuse.scripts.cli.load import prepare_device
-    from stepfuse.scripts.evaluation.config import read_config
+    from stepfuse.scripts.evaluation.config import cells_of, read_config
     from stepfuse.scripts.evaluation.report import sentences
     from stepfuse.scripts.evaluation.run import evaluate
 
     device = prepare_device(arguments.device)
+    settings = read_config(config)
     summary = evaluate(
         arguments.set,
-        read_config(config),
+        settings,
         arguments.output_dir,
         overwrite=arguments.overwrite,
         device=device,
@@ -63,7 +64,8 @@ def run(arguments: Arguments) -> None:
         trust_rewards=arguments.trust_rewards,
     )
     if summary:  # the main process
-        print("\n".join(f"- {line}" for line in sentences(summary)))
+        rules = {cell.label: cell.rule for cell in cells_of(settings, list(summary["objectives"]))}
+        print("\n".join(f"- {line}" for line in sentences(summary, rules)))
         print(arguments.output_dir / "report.html")
 
 

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stepfuse.data.intervals import ROUNDING, excludes_zero
+from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
-
-REWARD_RULES = [name for name, rule in RULES.items() if rule.needs]  # while sampling
-NOT_FUSING = [*REWARD_RULES, *(name for name, rule in RULES.items() if rule.accepts in ("none", "trained"))]
+from stepfuse.scripts.evaluation.setup import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +16,10 @@ class Finding:
 
     Attributes:
         kind: the macro of `findings.j2` that words it.
-        rule: the rule that it is about.
+        rule: the label of the rule that it is about.
         metric: what was measured of it.
-        value: an interval, of the rule's difference from product or the base, or of the rule alone; None where the fact
-            is of counts and ratios, which `details` holds.
+        value: an interval, of the rule's difference from product or the base, or of the rule alone; None for a fact of
+            counts and ratios.
         details: the weights, costs and counts of its kind.
     """
 
@@ -30,21 +29,28 @@ class Finding:
     value: dict | None
     details: Mapping[str, Any]
 
-    @property
-    def comparison(self) -> str:
-        """Whether the interval lies "above" or "below" 0, or is "within noise"; "unknown" without one."""
-        if self.value is None or self.value["low"] is None:
-            return "unknown"
-        if not excludes_zero(self.value):
-            return "within noise"
-        return "above" if self.value["mean"] > 0 else "below"
 
+def findings(summary: dict, rules: Rules = RULES) -> list[Finding]:
+    """Facts computed from the figures of `summarise`.
 
-def findings(summary: dict) -> list[Finding]:
-    """Facts computed from the figures of `summarise`."""
-    sections = [_volumes, _regrets, _weak_oracles, _best_weights, _rewarded]
-    sections += [_cheapest, _monotone, _diversity, _held_out, _missing]
-    return [finding for section in sections for finding in section(summary)]
+    Args:
+        rules: by the label that cells have for them; other labels are taken for rules that fuse.
+    """
+    labels = {label: rules.get(label, FusionRule) for label in summary["rules"]}
+    rewarded = [label for label, rule in labels.items() if rule.needs]  # they see the rewards while sampling
+    fusing = [label for label, rule in labels.items() if not rule.needs and rule.accepts not in ("none", "trained")]
+    return [
+        *_volumes(summary),
+        *_regrets(summary),
+        *_weak_oracles(summary),
+        *_best_weights(summary, fusing),
+        *_rewarded(summary, rewarded),
+        *_cheapest(summary, fusing),
+        *_monotone(summary),
+        *_diversity(summary),
+        *_held_out(summary),
+        *_missing(summary),
+    ]
 
 
 def _fact(kind: str, rule: str = "product", metric: str = "", value: dict | None = None, /, **details: Any) -> Finding:
@@ -82,15 +88,17 @@ def _regrets(summary: dict) -> Iterator[Finding]:
         yield _fact("no_oracle")
         return
     count = max(regret["weights"] for regret in known.values())
-    ranked = sorted((r for r in known if known[r]["weights"] == count), key=lambda r: known[r]["mean"]["mean"])
+    lowest, *others = sorted(
+        (rule for rule in known if known[rule]["weights"] == count), key=lambda rule: known[rule]["mean"]["mean"]
+    )
     yield _fact(
         "lowest_regret",
-        ranked[0],
+        lowest,
         "regret",
-        known[ranked[0]]["mean"],
+        known[lowest]["mean"],
         weights=count,
-        next=[(rule, known[rule]["mean"]) for rule in ranked[1:2]],
-        over_product=known[ranked[0]]["over_product"],
+        next=[(rule, known[rule]["mean"]) for rule in others[:1]],
+        over_product=known[lowest]["over_product"],
         fewer_weights={rule: regret["weights"] for rule, regret in known.items() if regret["weights"] < count},
     )
 
@@ -104,11 +112,11 @@ def _weak_oracles(summary: dict) -> Iterator[Finding]:
             yield _fact("weak_oracle", "oracle", "scalarised_gain", gain, weights=cell["weights"])
 
 
-def _best_weights(summary: dict) -> Iterator[Finding]:
+def _best_weights(summary: dict, fusing: list[str]) -> Iterator[Finding]:
     """At how many weights product is best of the rules that fuse, at strength 1, and which rule is best elsewhere."""
     others: dict[str, list[dict]] = {}
     for cell in summary["cells"]:
-        if cell["over_product"] is not None and cell["strength"] == 1 and cell["rule"] not in NOT_FUSING:
+        if cell["over_product"] is not None and cell["strength"] == 1 and cell["rule"] in fusing:
             others.setdefault(cell["weights"], []).append(cell)
     best = [max(cells, key=lambda cell: cell["over_product"]["mean"]) for cells in others.values()]
     lost = [cell for cell in best if cell["over_product"]["mean"] > ROUNDING]
@@ -120,10 +128,10 @@ def _best_weights(summary: dict) -> Iterator[Finding]:
         yield _fact("better_rule", cell["rule"], "over_product", cell["over_product"], weights=cell["weights"])
 
 
-def _rewarded(summary: dict) -> Iterator[Finding]:
+def _rewarded(summary: dict, rewarded: list[str]) -> Iterator[Finding]:
     """What seeing the rewards while sampling gains over product, and what it costs."""
     for cell in summary["cells"]:
-        if cell["rule"] in REWARD_RULES and cell["over_product"] is not None:
+        if cell["rule"] in rewarded and cell["over_product"] is not None:
             gains = {reward: cell["rewards"][reward]["gain"] for reward in summary["held_out"]}
             yield _fact(
                 "rewarded",
@@ -136,18 +144,16 @@ def _rewarded(summary: dict) -> Iterator[Finding]:
             )
 
 
-def _cheapest(summary: dict) -> Iterator[Finding]:
+def _cheapest(summary: dict, fusing: list[str]) -> Iterator[Finding]:
     """The rule of the fewest network evaluations whose hypervolume is not clearly below product's."""
     cheaper = {}
     for rule, figures in summary["rules"].items():
         matched = figures["matched"]
-        if rule in NOT_FUSING or not matched or not matched["mixed"] or not matched["over_product"]:
-            continue
-        if (matched.get("nfe_ratio") or 1) < 1:
+        comparable = rule in fusing and matched and matched["mixed"] and matched["over_product"]
+        if comparable and (matched.get("nfe_ratio") or 1) < 1:
             cheaper[rule] = matched
     bounds = {rule: matched["over_product"]["high"] for rule, matched in cheaper.items()}
-    within = [rule for rule, high in bounds.items() if high is not None and high >= -ROUNDING]
-    if within:
+    if within := [rule for rule, high in bounds.items() if high is not None and high >= -ROUNDING]:
         rule = min(within, key=lambda rule: cheaper[rule]["nfe_ratio"])
         matched = cheaper[rule]
         costs = {"nfe": matched["nfe_ratio"], "seconds": matched.get("seconds_ratio"), "cells": matched["cells"]}

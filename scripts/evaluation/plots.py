@@ -5,7 +5,6 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +28,7 @@ FAINT_LABEL = "faint: another strength, or weight on a further objective"
 BARS_LABEL = "bars: 95 % interval of the gain over the base"
 LONGEST = 44  # characters of a line of an axis label
 ACROSS = 3  # fronts beside each other in one picture
+SWATCH = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
 
 
 def axis_label(objective: str, reward: str) -> str:
@@ -37,9 +37,8 @@ def axis_label(objective: str, reward: str) -> str:
     The arrow points along the axis, upwards where the label is turned to stand beside a vertical axis.
     """
     unit = reward_unit(reward)
-    name = (
-        objective if objective == reward else f"{objective}: {textwrap.shorten(reward, 2 * LONGEST, placeholder='…')}"
-    )
+    shown = textwrap.shorten(reward, 2 * LONGEST, placeholder="…")
+    name = objective if objective == reward else f"{objective}: {shown}"
     better = f"({unit}, higher is better →)" if unit else "(higher is better →)"
     lines = textwrap.wrap(f"{name} {better.replace(' ', GLUE)}", LONGEST, break_on_hyphens=False)
     return "\n".join(lines).replace(GLUE, " ")
@@ -71,53 +70,51 @@ def plots(summary: dict) -> Iterator[dict[str, str]]:
             yield {"title": title, "svg": svg}
 
 
-def swatches(rules: Sequence[str]) -> dict[str, str]:
+def swatches(summary: dict) -> dict[str, str]:
     """The marker of every rule as a small SVG, for a legend."""
     from matplotlib.markers import MarkerStyle
 
     svgs = {}
-    for rule, (colour, marker) in styles(rules).items():
+    for rule, (colour, marker) in styles(list(summary["rules"])).items():
         style = MarkerStyle(marker)
         outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=np.float64)
         points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
-        svgs[rule] = (
-            '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">'
-            f'<polygon points="{points}" transform="scale({1 / np.abs(outline).max():.3f})" '
-            f'fill="{colour}"/></svg>'
-        )
+        scale = f"scale({1 / np.abs(outline).max():.3f})"
+        svgs[rule] = SWATCH.format(f'<polygon points="{points}" transform="{scale}" fill="{colour}"/>')
     return svgs
 
 
 def keys(summary: dict) -> list[tuple[str, str]]:
     """Other entries of the fronts' legend: a small SVG and its text each, faint points only where there are some."""
-    svg = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
-    faint = svg.format(f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>')
-    bars = svg.format('<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>')
-    return [(faint, FAINT_LABEL)] * has_faint(summary) + [(bars, BARS_LABEL)] * _has_bars(summary)
+    faint = SWATCH.format(f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>')
+    bars = SWATCH.format('<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>')
+    return [(faint, FAINT_LABEL)] * _has_faint(summary) + [(bars, BARS_LABEL)] * _has_bars(summary)
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
     """A small plot as an element of the page; `salt` makes its ids unique there, `label` is for screen readers."""
     import matplotlib
+    from markupsafe import escape
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), _without_glyph_warnings():
-        figure, axes = pyplot.subplots(figsize=(4.6, 3.9), layout="constrained")
-        draw(axes)
-        file = io.StringIO()
+    file = io.StringIO()
+    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), warnings.catch_warnings():
+        # The browser draws the letters, so it does not matter which of them matplotlib's font lacks.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
+        figure = Figure(figsize=(4.6, 3.9), layout="constrained")
+        draw(figure.subplots())
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        pyplot.close(figure)
-    return _inline(file.getvalue(), salt, f"{label}; the table Cells has them")
+    svg = file.getvalue()
+    svg = re.sub(r'id="(rule-\d+)-\w+"', r'class="\1"', svg[svg.index("<svg") :])
+    svg = re.sub(r'\bid="', f'id="{salt}-', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\1{salt}-", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}; the table Cells has them" ', 1)
 
 
 def save_fronts(file: Path, summary: dict) -> None:
     """Save the fronts of every pair of objectives in one picture with a legend, for documents and cards."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     pairs = list(combinations(summary["objectives"], 2))
     if not pairs:
@@ -125,24 +122,17 @@ def save_fronts(file: Path, summary: dict) -> None:
     across = min(ACROSS, len(pairs))
     down = -(-len(pairs) // across)
     with matplotlib.rc_context(SETTINGS):
-        size = (4.6 * across, 4.0 * down)
-        figure, grid = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
-        for axes in grid.flat[len(pairs) :]:
-            axes.remove()
-        for axes, pair in zip(grid.flat, pairs, strict=False):
-            _draw_front(axes, summary, pair, writable=drawable)
+        figure = Figure(figsize=(4.6 * across, 4.0 * down), layout="constrained")
+        for i, pair in enumerate(pairs, start=1):
+            _draw_front(figure.add_subplot(down, across, i), summary, pair, writable=drawable)
         _add_legend(figure, summary)
         figure.savefig(file, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
 
 
-def has_faint(summary: dict) -> bool:
+def _has_faint(summary: dict) -> bool:
     """Whether some front has a faint point."""
-    return any(
-        not _is_main(cell, edge(summary["cells"], *pair))
-        for pair in combinations(summary["objectives"], 2)
-        for cell in summary["cells"]
-    )
+    edges = [edge(summary["cells"], *pair) for pair in combinations(summary["objectives"], 2)]
+    return any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"])
 
 
 def _has_bars(summary: dict) -> bool:
@@ -153,18 +143,19 @@ def _add_legend(figure: Any, summary: dict) -> None:
     """Below the fronts: every rule's marker, faint points and bars, in as many columns as the figure is wide."""
     from matplotlib.lines import Line2D
 
-    marks: list[Any] = [
-        Line2D([], [], color=colour, marker=marker, linestyle="", label=drawable(rule))
+    mark = partial(Line2D, [], [], linestyle="")
+    marks = [
+        mark(color=colour, marker=marker, label=drawable(rule))
         for rule, (colour, marker) in styles(list(summary["rules"])).items()
     ]
-    if has_faint(summary):
-        marks.append(Line2D([], [], color="black", marker="o", linestyle="", alpha=FAINT, label=FAINT_LABEL))
+    if _has_faint(summary):
+        marks.append(mark(color="black", marker="o", alpha=FAINT, label=FAINT_LABEL))
     if _has_bars(summary):
-        marks.append(Line2D([], [], color="black", marker="+", ms=12, mew=0.8, linestyle="", label=BARS_LABEL))
+        marks.append(mark(color="black", marker="+", ms=12, mew=0.8, label=BARS_LABEL))
     width, height = figure.get_size_inches()
     for columns in range(len(marks), 0, -1):
         legend = figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
-        extent = legend.get_window_extent(figure.canvas.get_renderer())
+        extent = legend.get_window_extent()
         if columns == 1 or extent.width <= figure.bbox.width:
             break
         legend.remove()
@@ -180,7 +171,6 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
     measured = [c for c in summary["cells"] if all(c["rewards"][reward]["mean"] for reward in rewards)]
     on_edge = edge(measured, *pair)
     for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
-        group = f"rule-{i}"
         cells = [cell for cell in measured if cell["rule"] == rule]
         mixed = any(max(cell["shares"].values()) < 1 - 1e-6 for cell in cells if cell["shares"])
         key = "strength" if mixed else "weights"  # a rule of single objectives goes along strengths
@@ -191,12 +181,11 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
         for value, joined in lines.items():
             means = [[cell["rewards"][reward]["mean"]["mean"] for cell in joined] for reward in rewards]
             alpha = FAINT if key == "strength" and value != 1 else 0.9
-            (line,) = axes.plot(*means, "-", color=style[0], lw=1.3, alpha=alpha)
-            line.set_gid(f"{group}-line")
+            axes.plot(*means, "-", color=style[0], lw=1.3, alpha=alpha, gid=f"rule-{i}-line")
         for cell in cells:
             figures = [cell["rewards"][reward] for reward in rewards]
             points, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
-            _draw_point(axes, points, gains, rule, style, group, faint=not _is_main(cell, on_edge))
+            _draw_point(axes, points, gains, rule, style, f"rule-{i}-point", faint=not _is_main(cell, on_edge))
     _finish(axes, *(axis_label(writable(name), writable(summary["objectives"][name])) for name in pair))
 
 
@@ -206,7 +195,7 @@ def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
             point = metric.figure.of(cell), WEIGHTED_GAIN.of(cell)
             if cell["rule"] == rule and None not in point:
                 values = [value if isinstance(value, dict) else {"mean": value, "low": None} for value in point]
-                _draw_point(axes, values, values, rule, style, f"rule-{i}")
+                _draw_point(axes, values, values, rule, style, f"rule-{i}-point")
     unit = f" ({metric.unit})" if metric.unit else ""
     _finish(axes, f"{metric.title}{unit}", "weighted gain over the base (σ)")
 
@@ -217,20 +206,20 @@ def _draw_point(
     bars: Sequence[dict | None],
     rule: str,
     style: tuple[str, str],
-    group: str,
+    gid: str,
     *,
     faint: bool = False,
 ) -> None:
     """One cell at two means, with the half lengths of two intervals as bars."""
     colour, marker = style
-    lengths = [[[end] for end in half_lengths(bar)] if bar and bar["low"] is not None else None for bar in bars]
-    (x, y), (x_bars, y_bars) = (mean["mean"] for mean in means), lengths
+    x, y = ([mean["mean"]] for mean in means)
+    x_bars, y_bars = ([[end] for end in half_lengths(bar)] if bar and bar["low"] is not None else None for bar in bars)
     drawn = axes.errorbar(
-        [x], [y], xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
+        x, y, xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
         ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=FAINT if faint else 1.0, zorder=3 if faint else 4,
     )  # fmt: skip
     for artist in drawn.get_children():
-        artist.set_gid(f"{group}-point")
+        artist.set_gid(gid)
 
 
 def _finish(axes: Any, x_label: str, y_label: str) -> None:
@@ -243,22 +232,3 @@ def _finish(axes: Any, x_label: str, y_label: str) -> None:
 def _is_main(cell: dict, on_edge: Sequence[dict]) -> bool:
     """Whether a cell is drawn in full: the base, and the edge between the two objectives at strength 1."""
     return cell["rule"] == "base" or (cell["strength"] == 1 and cell in on_edge)
-
-
-@contextmanager
-def _without_glyph_warnings() -> Iterator[None]:
-    """In an SVG the browser draws the letters, so it does not matter which of them matplotlib's font lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
-        yield
-
-
-def _inline(svg: str, salt: str, label: str) -> str:
-    """The <svg> element alone, with ids that are unique in the page; the ids of rules become classes."""
-    from markupsafe import escape
-
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r'id="(rule-\d+)-\w+"', r'class="\1"', svg)
-    svg = re.sub(r'\bid="', f'id="{salt}-', svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\1{salt}-", svg)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)

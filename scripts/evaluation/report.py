@@ -14,38 +14,40 @@ from PIL import Image
 
 from stepfuse.data.intervals import excludes_zero, interval_text
 from stepfuse.data.text_files import write_text
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.metric import finite
 from stepfuse.scripts.evaluation.plots import edge, keys, plots, swatches
-from stepfuse.scripts.evaluation.setup import Setup
+from stepfuse.scripts.evaluation.setup import Rules, Setup
 from stepfuse.scripts.evaluation.tables import cells_table, rules_table
 
 SHOWN = 128  # pixels of the page: the longer side of an image is no larger
 LARGEST = 256  # pixels; what is larger is shrunk: a page of hundreds of photographs does not open
+Key = tuple[str, str, float | None]  # of a cell: rule, weights, strength
+Picture = dict[str, Any]  # the attributes of an <img>
 
 
 def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup) -> None:
     """Write the page: images from weight to weight, plots, tables, and then findings and what was measured."""
-    rules = list(summary["rules"])
-    marks = swatches(rules)
+    marks = swatches(summary)
     template = _environment(html=True).get_template("report.html.j2")
     page = template.render(
         setup=setup,
         summary=summary,
-        findings=sentences(summary, html=True),
+        findings=sentences(summary, setup.rules, html=True),
         plots=[{"title": plot["title"], "svg": Markup(plot["svg"])} for plot in plots(summary)],
         keys=[{"mark": Markup(mark), "label": label} for mark, label in keys(summary)],
-        legend=[{"rule": rule, "mark": Markup(marks[rule])} for rule in rules],
+        legend=[{"rule": rule, "mark": Markup(mark)} for rule, mark in marks.items()],
         tables={"Rules": rules_table(summary), "Cells": cells_table(summary)},
         strips=strips(results, summary),
     )
     write_text(file, page)
 
 
-def sentences(summary: dict, *, html: bool = False) -> list[str]:
+def sentences(summary: dict, rules: Rules = RULES, *, html: bool = False) -> list[str]:
     """The findings in words, as the page and the command line give them."""
     macros = _environment(html=html).get_template("findings.j2").module
-    return [getattr(macros, finding.kind)(finding) for finding in findings(summary)]
+    return [getattr(macros, finding.kind)(finding) for finding in findings(summary, rules)]
 
 
 def _environment(*, html: bool) -> Environment:
@@ -63,75 +65,59 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
 
     Images off every edge come last, as "other weights".
     """
-    images = _images(results)
-    shots = list(dict.fromkeys((prompt, seed) for _, _, _, prompt, seed in images))
-    drawn = {key[:3] for key in images}
+    pictures = _pictures(results)
+    drawn = {key for shot in pictures.values() for key in shot}
     cells = [cell for cell in summary["cells"] if _key(cell) in drawn and cell["rule"] != "base"]
     base = next(_key(cell) for cell in summary["cells"] if cell["rule"] == "base")
-    groups = []
+    groups, on_edges = [], set()
     for first, second in combinations(summary["objectives"], 2):
-        on_edge = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
-        columns = {share: f"{1 - share:.3g} / {share:.3g}" for share in sorted({share for _, share in on_edge})}
-        groups.append((f"{first} / {second}", on_edge, columns))
-    on_edges = {_key(cell) for _, on_edge, _ in groups for cell, _ in on_edge}
+        members = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
+        columns = {share: f"{1 - share:.3g} / {share:.3g}" for share in sorted({share for _, share in members})}
+        groups.append((f"{first} / {second}", members, columns))
+        on_edges |= {_key(cell) for cell, _ in members}
     others = [(cell, cell["weights"]) for cell in cells if _key(cell) not in on_edges]
     groups.append(("other weights", others, {weights: weights.replace(",", ", ") for _, weights in others}))
-    blocks = [
-        _strip(title, members, columns, images, base, shot, list(summary["rules"]))
-        for title, members, columns in groups
-        for shot in shots
-    ]
-    return [block for block in blocks if block["rows"]]
+    blocks = []
+    for title, members, columns in groups:
+        for (prompt, seed), shot in pictures.items():
+            block = {"title": title, "prompt": prompt, "seed": seed, "columns": [*columns.values()]}
+            if rows := _rows(members, list(columns), shot, list(summary["rules"])):
+                blocks.append(block | {"base": shot.get(base), "rows": rows})
+    return blocks
 
 
-def _strip(
-    title: str,
-    members: list[tuple[dict, Any]],
-    columns: dict[Any, str],
-    images: dict[tuple, dict[str, Any]],
-    base: tuple,
-    shot: tuple[str, int],
-    rules: list[str],
-) -> dict[str, Any]:
-    rows: dict[tuple[str, float], dict[Any, dict[str, Any]]] = {}
+def _rows(members: list[tuple[dict, Any]], columns: list, shot: dict[Key, Picture], rules: list[str]) -> list[dict]:
+    """The rows of a block: for each rule and strength the picture of every column that has one."""
+    rows: dict[tuple[int, float], dict[Any, Picture]] = {}
     for cell, column in members:
-        if picture := images.get((*_key(cell), *shot)):
-            alt = f"{shot[0]}, seed {shot[1]}: {cell['rule']} at {cell['weights']}, strength {cell['strength']:g}"
-            rows.setdefault((cell["rule"], cell["strength"]), {})[column] = {**picture, "alt": alt}
-    base_image = images.get((*base, *shot))
-    return {
-        "title": title,
-        "prompt": shot[0],
-        "seed": shot[1],
-        "columns": list(columns.values()),
-        "base": {**base_image, "alt": f"{shot[0]}, seed {shot[1]}: base"} if base_image else None,
-        "rows": [
-            {
-                "label": rule if strength == 1 else f"{rule}, strength {strength:g}",
-                "images": [row.get(c) for c in columns],
-            }
-            for (rule, strength), row in sorted(rows.items(), key=lambda row: (rules.index(row[0][0]), row[0][1]))
-        ],
-    }
+        if picture := shot.get(_key(cell)):
+            rows.setdefault((rules.index(cell["rule"]), cell["strength"]), {})[column] = picture
+    return [
+        {
+            "label": rules[i] if strength == 1 else f"{rules[i]}, strength {strength:g}",
+            "images": [rows[i, strength].get(column) for column in columns],
+        }
+        for i, strength in sorted(rows)
+    ]
 
 
-def _key(cell: dict) -> tuple[str, str, float | None]:
+def _key(cell: dict) -> Key:
     return cell["rule"], cell["weights"], cell["strength"]
 
 
-def _images(results: pd.DataFrame) -> dict[tuple, dict[str, Any]]:
-    """Rule, weights, strength, prompt and seed → picture, in the order of the table."""
-    if "image" not in results:
-        return {}
-    rows = results[results["image"].map(lambda image: isinstance(image, bytes))]
+def _pictures(results: pd.DataFrame) -> dict[tuple[str, int], dict[Key, Picture]]:
+    """(prompt, seed) → the picture of each cell that kept one, in the order of the table."""
+    pictures: dict[tuple[str, int], dict[Key, Picture]] = {}
     columns = ["rule", "weights", "strength", "prompt", "seed", "image"]
-    return {
-        (rule, weights, finite(strength), prompt, seed): _picture(image)
-        for rule, weights, strength, prompt, seed, image in rows[columns].itertuples(index=False)
-    }
+    for rule, weights, strength, prompt, seed, image in results.reindex(columns=columns).itertuples(index=False):
+        if isinstance(image, bytes):
+            cell = f"{rule} at {weights}, strength {strength:g}" if weights else rule
+            picture = _picture(image) | {"alt": f"{prompt}, seed {seed}: {cell}"}
+            pictures.setdefault((prompt, seed), {})[rule, weights, finite(strength)] = picture
+    return pictures
 
 
-def _picture(png: bytes) -> dict[str, Any]:
+def _picture(png: bytes) -> Picture:
     """A data URI and the size an image is shown at; `small` images are shown enlarged, without smoothing."""
     kind = "png"
     with Image.open(io.BytesIO(png)) as image:

@@ -1,26 +1,40 @@
 """What an evaluation measured, and how."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.registry import RULES
+
+Rules = Mapping[str, FusionRule | type[FusionRule]]  # by the label that tables have for them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What was measured, and how."""
+    """What was measured, and how.
 
-    objectives: tuple[tuple[str, str], ...]  # (name, reward)
-    rewards: tuple[str, ...]  # all of them, those of the objectives and held-out ones
-    scales: Mapping[str, float]  # of each objective's reward, the unit it is scalarised in
-    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on
+    Attributes:
+        objectives: (name, reward) of each.
+        rewards: those of the objectives and held-out ones.
+        scales: by reward of an objective, the unit it is scalarised in.
+        held_out: those of `rewards` that nothing was trained on.
+        oracles: weights and scales of each, by objective.
+    """
+
+    objectives: tuple[tuple[str, str], ...]
+    rewards: tuple[str, ...]
+    scales: Mapping[str, float]
+    held_out: tuple[str, ...] = ()
+    rules: Rules = field(default_factory=lambda: RULES)
     title: str = "Evaluation"
     base: str = ""
     steps: int
     guidance: float
     machine: str = ""
     command: str = ""
-    oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()  # weights and scales, by objective
+    oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()
 
     def __post_init__(self) -> None:
         for name, reward in self.objectives:

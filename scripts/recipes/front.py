@@ -17,16 +17,14 @@ def draw_front(file: Path, results: dict) -> None:
 
     Every mixture is a point, labelled with the weight of the second objective; a mixture without a gain has no bars.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
     names = first, second = results["objectives"]
     rewards = results.get("rewards", results["objectives"])
     base, means = results["means"]["base"], {w: m for w, m in results["means"].items() if w != "base"}
-    figure, axes = pyplot.subplots(figsize=(6.5, 5), layout="constrained")
+    figure = Figure(figsize=(6.5, 5), layout="constrained")
+    axes = figure.subplots()
     points = {weight: (mean[first], mean[second]) for weight, mean in means.items()}
     legend = f"fused, with the weight of {second}; the rest is {first}"
     axes.plot(*zip(*points.values(), strict=True), "-o", color="tab:blue", label=legend, zorder=3)
@@ -52,4 +50,3 @@ def draw_front(file: Path, results: dict) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
