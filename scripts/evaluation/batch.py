@@ -19,12 +19,10 @@ class MetricBatch:
 
     Attributes:
         evaluation: with the configuration, the rewards and the CLIP model.
-        cell: the rule, weights and strength of the images.
-        sampler: with that rule.
+        sampler: with the cell's rule.
         images: prompt and index of the seed of each image.
         pixels: in [0, 1], on the CPU.
-        forwards: network evaluations of the whole batch.
-        seconds: of the whole batch.
+        forwards, seconds: network evaluations and time of the whole batch.
         peak_memory_mb: while it was sampled; NaN where it cannot be measured.
     """
 

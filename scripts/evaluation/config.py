@@ -69,18 +69,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCell:
-    """One rule at one mixture: a row of the tables.
-
-    Attributes:
-        label: the rule as tables name it.
-        rule: the rule itself.
-        weights: by objective; None for the base.
-        strength: λ.
-    """
+    """One rule, which tables name by its label, at one mixture and strength λ: a row of the tables."""
 
     label: str
     rule: FusionRule
-    weights: Weights | None
+    weights: Weights | None  # None for the base
     strength: float = 1.0
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from stepfuse.rewards.statistics import paired_interval, percentile_interval
 from stepfuse.scripts.evaluation.batch import MetricBatch
 
-Means = Callable[[np.ndarray], np.ndarray]  # (…, images) → (…, 1 + draws): of the images, then of every bootstrap draw
+Means = Callable[[np.ndarray], np.ndarray]  # (…, images) → (…, 1 + draws): of all, then of every bootstrap draw
 Statistic = Callable[[np.ndarray], Any]
 
 
@@ -22,7 +22,7 @@ class CellValues:
         values, base: (images,), NaN where an image has none.
         is_base: whether the cell is the base itself.
         prompts: of each image.
-        means: bootstrap means, of the same draws of prompts for every metric and cell.
+        means: by the same draws of prompts for every metric and cell.
     """
 
     values: np.ndarray

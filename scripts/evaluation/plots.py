@@ -14,6 +14,7 @@ import numpy as np
 
 from stepfuse.data.intervals import half_lengths
 from stepfuse.data.lettering import GLUE, drawable
+from stepfuse.data.output_file import atomic_file
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.evaluation.metric import Metric
 from stepfuse.scripts.evaluation.metrics import METRICS
@@ -112,7 +113,7 @@ def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
 
 
 def save_fronts(file: Path, summary: dict) -> None:
-    """Save the fronts of every pair of objectives in one picture with a legend, for documents and cards."""
+    """Save the fronts of every pair of objectives, if there are any, in one picture with a legend."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -121,12 +122,12 @@ def save_fronts(file: Path, summary: dict) -> None:
         return
     across = min(ACROSS, len(pairs))
     down = -(-len(pairs) // across)
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context(SETTINGS), atomic_file(file) as temporary:
         figure = Figure(figsize=(4.6 * across, 4.0 * down), layout="constrained")
         for i, pair in enumerate(pairs, start=1):
             _draw_front(figure.add_subplot(down, across, i), summary, pair, writable=drawable)
         _add_legend(figure, summary)
-        figure.savefig(file, dpi=110, metadata={"Software": None})
+        figure.savefig(temporary, dpi=110, metadata={"Software": None})
 
 
 def _has_faint(summary: dict) -> bool:

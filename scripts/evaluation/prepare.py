@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stepfuse.data import emoji
 from stepfuse.data.file_info import text_hash
-from stepfuse.data.names import nearest
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
@@ -24,9 +23,9 @@ from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
-from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, cells_of
 from stepfuse.scripts.evaluation.costs import machine
+from stepfuse.scripts.evaluation.scales import check_oracles, measured_scale, unscaled_objectives
 from stepfuse.scripts.evaluation.setup import Setup
 from stepfuse.train.rollout import sample_generator
 
@@ -37,11 +36,12 @@ class Evaluation:
 
     Attributes:
         rewards: by name, of the objectives and held out.
-        embedder: for the diversity; None where the configuration names none.
+        embedder: for the diversity, if there is one.
         unscaled: objectives whose scales are measured on the base's images.
     """
 
     config: EvaluationConfig
+    adapter_set: AdapterSet
     sampler: FusedSampler
     cells: list[PlannedCell]
     prompts: list[str]
@@ -59,8 +59,17 @@ class Evaluation:
             ValueError: naming the cell, reward or scale at fault.
         """
         cells = cells_of(config, adapter_set.names)
-        prompts = _load_prompts(config)
-        unscaled = _unscaled(config, adapter_set)
+        prompts = load_prompts(
+            config.prompts,
+            dataset_name=config.dataset_name,
+            split=config.dataset_split,
+            column=config.caption_column,
+            seed=config.seed,
+        )
+        prompts = list(dict.fromkeys(prompts))
+        if len(prompts) < 2:
+            raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
+        unscaled = unscaled_objectives(config, adapter_set.names)
         by_objective = {o.name: o.reward for o in adapter_set.objectives}
         rewards = {name: load_reward(name, device) for name in dict.fromkeys([*by_objective.values(), *config.rewards])}
         for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
@@ -79,16 +88,16 @@ class Evaluation:
             device=device,
         )
         for cell in cells:
+            fused = sampler.with_rule(cell.rule)
             try:
-                sampler.with_rule(cell.rule).plan(
-                    cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps
-                )
+                fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps)
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
         warn_of_cuts(sampler.pipeline, prompts, counted=True)
         clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in EMBEDDED else None)
         return cls(
             config=config,
+            adapter_set=adapter_set,
             sampler=sampler,
             cells=cells,
             prompts=prompts,
@@ -98,24 +107,11 @@ class Evaluation:
         )
 
     def with_measured_scales(self, base: Sequence[Path]) -> "Evaluation":
-        """The same with the scales that the configuration does not give, measured on the tables of the base's images.
-
-        Raises:
-            ValueError: for a reward that is the same for all images of each prompt.
-        """
+        """The same with the scales that the configuration does not give, measured on tables of the base's images."""
         table = pd.concat([pd.read_parquet(part) for part in base], ignore_index=True)
-        scales = dict(self.sampler.reward_scales)
-        for objective in self.sampler.objectives:
-            if objective.name in self.unscaled:
-                values = table[f"reward_{objective.reward}"].to_numpy()
-                scale = deviation_within(values, table["prompt"].to_list())
-                if not scale > 1e-9 * abs(values).max():
-                    raise ValueError(
-                        f"the scale of {objective.name!r} cannot be measured: {objective.reward!r} does not differ "
-                        "among the base's images of one prompt; add it to scales in the config"
-                    )
-                scales[objective.name] = scale
-        return dataclasses.replace(self, sampler=dataclasses.replace(self.sampler, reward_scales=scales))
+        unscaled = [objective for objective in self.sampler.objectives if objective.name in self.unscaled]
+        measured = {objective.name: measured_scale(table, objective) for objective in unscaled}
+        return replace(self, sampler=replace(self.sampler, reward_scales={**self.sampler.reward_scales, **measured}))
 
     @property
     def device(self) -> torch.device:
@@ -149,30 +145,32 @@ class Evaluation:
         assert isinstance(output, Tensor)
         return output
 
-    def setup(self, name: str, adapter_set: AdapterSet, command: str) -> Setup:
+    def setup(self, name: str, command: str) -> Setup:
         """What the tables and the page say was measured."""
-        objectives, denoiser = self.sampler.objectives, self.sampler.denoiser
+        objectives = self.sampler.objectives
+        scales = {o.reward: self.sampler.reward_scales[o.name] for o in objectives}
         return Setup(
             objectives=tuple((o.name, o.reward) for o in objectives),
             rewards=tuple(self.rewards),
-            scales={o.reward: self.sampler.reward_scales[o.name] for o in objectives},
-            held_out=tuple(reward for reward in self.rewards if reward not in [o.reward for o in objectives]),
+            scales=scales,
+            held_out=tuple(reward for reward in self.rewards if reward not in scales),
+            rules={cell.label: cell.rule for cell in self.cells},
             title=f"Evaluation of {name}",
-            base=str(adapter_set.base["name_or_path"]),
-            oracles=tuple((oracle.weights, oracle.scales) for oracle in adapter_set.oracles),
+            base=str(self.adapter_set.base["name_or_path"]),
+            oracles=tuple((oracle.weights, oracle.scales) for oracle in self.adapter_set.oracles),
             steps=self.steps,
-            guidance=denoiser.guidance.effective_scale,
+            guidance=self.sampler.denoiser.guidance.effective_scale,
             machine=machine(self.device),
             command=command,
         )
 
-    def identity(self, adapter_set: AdapterSet, dtype: torch.dtype) -> dict[str, Any]:
+    def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
-        sampler, oracles = self.sampler, adapter_set.oracles
+        sampler = self.sampler
         identity = {
             "format_version": 1,
             "config": dataclasses.asdict(self.config),
-            "adapters": {a.name: a.sha256 for a in (*adapter_set.adapters, *(o.adapter for o in oracles))},
+            "adapters": {adapter.name: adapter.sha256 for adapter in self.adapter_set.all_adapters},
             "objectives": [
                 [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
                 for o in (*sampler.objectives, *sampler.oracles)
@@ -187,52 +185,3 @@ class Evaluation:
         if any(cell.rule.uses_gaps for cell in self.cells):
             identity["profiles"] = [profile_to_dict(profile) for profile in sampler.profiles]
         return identity
-
-
-def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales: Mapping[str, float]) -> None:
-    """Validate that the oracles were trained on the weighted rewards that regret is measured in.
-
-    Raises:
-        ValueError: for oracles whose rewards were weighted in other units.
-    """
-    if all(cell.rule.accepts != "trained" for cell in cells):
-        return
-    for oracle in adapter_set.oracles:
-        ratios = [scales[name] / scale for name, scale in oracle.scales.items()]
-        if max(ratios) > 1.001 * min(ratios):
-            trained = ", ".join(f"{name}: {scale:g}" for name, scale in oracle.scales.items())
-            given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
-            raise ValueError(
-                f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}, "
-                "so its regret would be that of another reward. Give its units as scales, or leave scales out to have "
-                "them measured"
-            )
-
-
-def _load_prompts(config: EvaluationConfig) -> list[str]:
-    prompts = load_prompts(
-        config.prompts,
-        dataset_name=config.dataset_name,
-        split=config.dataset_split,
-        column=config.caption_column,
-        seed=config.seed,
-    )
-    prompts = list(dict.fromkeys(prompts))
-    if len(prompts) < 2:
-        raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
-    return prompts
-
-
-def _unscaled(config: EvaluationConfig, adapter_set: AdapterSet) -> tuple[str, ...]:
-    """Objectives without a scale in the configuration."""
-    for name in config.scales:
-        if name not in adapter_set.names:
-            known = adapter_set.names
-            raise ValueError(f"scales name {name!r}; the set has {', '.join(known)}{nearest(name, known)}")
-    unscaled = tuple(name for name in adapter_set.names if name not in config.scales)
-    if unscaled and config.seeds_per_prompt < 2:
-        raise ValueError(
-            f"the scale of {unscaled[0]!r} is measured among the images of one prompt, and seeds_per_prompt is "
-            f"{config.seeds_per_prompt}; expected 2 or more, or a scale for each objective in the config"
-        )
-    return unscaled

@@ -22,7 +22,6 @@ from stepfuse.data.folder_files import files_below, files_named
 from stepfuse.data.json_file import write_json
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.output_folder import delete_files, require_empty_dir
-from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.sampling.rewards import check_trusted
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.manifest import read_versioned
@@ -52,18 +51,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample, measure and report. An interrupted run resumes where it stopped, with the same numbers.
 
-    Scales that the configuration does not give are measured on the images of the base, which are sampled first: the
-    standard deviation of the reward among the images of one prompt.
-
-    Rewards that the set names and that are code or servers are loaded with `trust_rewards` only.
-
+    Scales that the configuration does not give are measured on the images of the base, which are sampled first.
+    Rewards of the set that are code or servers are loaded with `trust_rewards` only.
     Under `accelerate launch` the batches are divided among the processes.
+
+    Returns:
+        The figures; nothing in other processes than the main one.
 
     Raises:
         ValueError: before anything is sampled, for an unknown rule, a rule without its reward or oracle, or a reward
             that does not work; and for a reward that fails later.
     """
-    quiet_libraries()
     state = PartialState(cpu=device == "cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
         raise ValueError(
@@ -74,7 +72,7 @@ def evaluate(
     for objective in loaded.objectives:
         check_trusted(objective, trusted=trust_rewards)
     evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
-    identity = evaluation.identity(loaded, dtype)
+    identity = evaluation.identity(dtype)
     if state.is_main_process:
         _claim(output, identity, overwrite=overwrite)
     state.wait_for_everyone()
@@ -91,11 +89,11 @@ def evaluate(
         return {}
     tables = [pd.read_parquet(part).assign(rule=cell.label) for cell, part in parts]
     results = pd.concat(tables, ignore_index=True)
-    return write_results(output, results, evaluation.setup(str(adapter_set), loaded, command))
+    return write_results(output, results, evaluation.setup(str(adapter_set), command))
 
 
 def write_results(output: Path, results: pd.DataFrame, setup: Setup) -> dict[str, Any]:
-    """Write the table of all images, its figures, the page and the fronts; the figures are returned."""
+    """Write the table of all images, its figures, the page and the fronts; returns the figures."""
     table, figures, page, fronts = (output / name for name in RESULTS)
     summary = summarise(results, setup)
     with atomic_file(table) as temporary:
@@ -103,8 +101,7 @@ def write_results(output: Path, results: pd.DataFrame, setup: Setup) -> dict[str
     write_json(figures, summary)
     with atomic_file(page) as temporary:
         write_report(temporary, results, summary, setup)
-    with atomic_file(fronts) as temporary:
-        save_fronts(temporary, summary)
+    save_fronts(fronts, summary)
     return summary
 
 
@@ -120,21 +117,19 @@ def evaluation_files(folder: Path) -> set[Path]:
 
 def _claim(output: Path, identity: dict[str, Any], *, overwrite: bool) -> None:
     """Accept an empty folder, one that an earlier run of the same evaluation began, or with `overwrite` any."""
-    folder = require_empty_dir(output, overwrite=True, ours=evaluation_files)
+    writes = (DESCRIPTION, PARTS, *RESULTS) if overwrite else ()
+    folder = require_empty_dir(output, overwrite=True, ours=evaluation_files, writes=writes)
     if overwrite:
-        require_empty_dir(output, overwrite=True, ours=evaluation_files, writes=(DESCRIPTION, PARTS, *RESULTS))
         delete_files(output, evaluation_files(folder))
     file = folder / DESCRIPTION
-    if file.is_file():
-        stored = read_versioned(file, "an evaluation")
-        stored.pop(MEASURED, None)
-        if stored != json.loads(json.dumps(identity)):
-            raise ValueError(
-                f"output {output} holds another evaluation (its config, prompts or adapters differ); choose another or "
-                "pass --overwrite"
-            )
+    if not file.is_file():
+        require_empty_dir(output, overwrite=overwrite)
+        write_json(file, identity)
         return
-    if not overwrite:
-        require_empty_dir(output, overwrite=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, identity)
+    stored = read_versioned(file, "an evaluation")
+    stored.pop(MEASURED, None)
+    if stored != json.loads(json.dumps(identity)):
+        raise ValueError(
+            f"output {output} holds another evaluation (its config, prompts or adapters differ); choose another or "
+            "pass --overwrite"
+        )

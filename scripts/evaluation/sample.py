@@ -23,7 +23,7 @@ def sample_cells(
 ) -> list[tuple[PlannedCell, Path]]:
     """Sample and measure cells, a file for each batch; files that exist are kept.
 
-    Cells whose images are the same, as they are one adapter under several rules, share their files.
+    Cells whose images are the same, as they are one adapter under several rules, share the files of the first of them.
 
     Returns:
         The files of each cell.
@@ -31,29 +31,26 @@ def sample_cells(
     Raises:
         ValueError: for a reward that fails, naming the cell; the files written before are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    first: dict[tuple, int] = {}
-    for i, cell in enumerate(evaluation.cells):
-        first.setdefault(cell.images, i)
+    keys, batches = [cell.images for cell in evaluation.cells], evaluation.batches
     files = {
         (i, j): folder / f"{i:04d}-{j:04d}.parquet"
-        for i in dict.fromkeys(first[cell.images] for cell in cells)
-        for j in range(len(evaluation.batches))
+        for i in dict.fromkeys(keys.index(cell.images) for cell in cells)
+        for j in range(len(batches))
     }
     of_this_process = list(files.items())[state.process_index :: state.num_processes]
-    with tqdm(total=len(of_this_process), disable=not state.is_main_process, desc="evaluate", unit="batch") as bar:
-        for (i, j), file in of_this_process:
-            cell = evaluation.cells[i]
-            bar.set_postfix_str(str(cell))
-            if not file.exists():
-                try:
-                    table = measure(sample_batch(evaluation, cell, evaluation.batches[j]))
-                except ValueError as error:
-                    raise ValueError(f"{cell}: {error}; run again to resume, the finished batches are kept") from error
-                with atomic_file(file) as temporary:
-                    table.to_parquet(temporary)
-            bar.update()
-    return [(cell, files[first[cell.images], j]) for cell in cells for j in range(len(evaluation.batches))]
+    bar = tqdm(of_this_process, disable=not state.is_main_process, desc="evaluate", unit="batch")
+    for (i, j), file in bar:
+        cell = evaluation.cells[i]
+        bar.set_postfix_str(str(cell))
+        if file.exists():
+            continue
+        try:
+            table = measure(sample_batch(evaluation, cell, batches[j]))
+        except ValueError as error:
+            raise ValueError(f"{cell}: {error}; run again to resume, the finished batches are kept") from error
+        with atomic_file(file) as temporary:
+            table.to_parquet(temporary)
+    return [(cell, files[keys.index(cell.images), j]) for cell in cells for j in range(len(batches))]
 
 
 @torch.no_grad()
