@@ -1,12 +1,7 @@
 """A world whose every policy is known in closed form, for holding fusion rules to.
 
-The data are a Gaussian mixture, x_0 ~ Σ_j π_j N(μ_j, s_j² I) in two dimensions, and the noise path is Stable
-Diffusion's. Tilting the mixture by exp(h·x_0 - κ |x_0|²/2) gives a mixture again:
-
-    1/s_j'² = 1/s_j² + κ,    μ_j' = s_j'² (μ_j / s_j² + h),
-    π_j' ∝ π_j (s_j'/s_j)² exp(|μ_j'|² / 2 s_j'² - |μ_j|² / 2 s_j²)
-
-With h = alpha_t x_t / sigma_t² and κ = alpha_t² / sigma_t² that is p(x_0 | x_t), so E[x_0 | x_t] = Σ_j π_j' μ_j'.
+The data are a Gaussian mixture in two dimensions, and the noise path is Stable Diffusion's. p(x_0 | x_t) is the mixture
+tilted by h = alpha_t x_t / sigma_t² and κ = alpha_t² / sigma_t² (`mixture.py`), so E[x_0 | x_t] = Σ_j π_j' μ_j'.
 
 Objective i has the reward q_i(x) = g_i·x - k_i |x - c_i|²/2, and at the step from t to s (DDIM, arXiv:2010.02502,
 eq. 12 and 16, under the objective's own eta: mean m_i, variance v_i) the step reward
@@ -34,67 +29,18 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from stepfuse.data.names import nearest
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
-from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.base import FusionRule, average_variance
 from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run
 from stepfuse.fuse.rules.step import FusionStep, Score
+from stepfuse.scripts.oracle_world.mixture import Mixture
 
 DIM = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """Σ_j π_j N(μ_j, s_j² I).
-
-    Attributes:
-        weights: π_j, summing to 1.
-        means: μ_j, (components, dimensions).
-        variances: s_j².
-    """
-
-    weights: np.ndarray
-    means: np.ndarray
-    variances: np.ndarray
-
-    def shares(self, slope: np.ndarray, curvature: float) -> np.ndarray:
-        """π_j' of the tilt by exp(slope·x - curvature |x|²/2), a row for each of slope's."""
-        tilted, squares = self.tilted_variances(curvature), (self.means**2).sum(1)
-        # |μ_j'|² / s_j'² = s_j'² |μ_j / s_j² + slope|², multiplied out: a matrix product is far faster than the square.
-        constant = np.log(self.weights) + (self.means.shape[1] * np.log(tilted / self.variances)) / 2
-        constant += squares * (tilted / self.variances - 1) / self.variances / 2
-        logits = slope @ (self.means * (tilted / self.variances)[:, None]).T + constant
-        logits += (slope**2).sum(-1, keepdims=True) * tilted / 2
-        logits -= logits.max(-1, keepdims=True)
-        np.exp(logits, out=logits)
-        return logits / logits.sum(-1, keepdims=True)
-
-    def tilted_variances(self, curvature: float) -> np.ndarray:
-        """s_j'²."""
-        return 1 / (1 / self.variances + curvature)
-
-    def tilted_mean(self, slope: np.ndarray, curvature: float) -> np.ndarray:
-        """Σ_j π_j' μ_j' = Σ_j π_j' s_j'² μ_j / s_j² + slope Σ_j π_j' s_j'², a row for each of slope's."""
-        scaled = self.shares(slope, curvature) * self.tilted_variances(curvature)
-        return scaled @ (self.means / self.variances[:, None]) + slope * scaled.sum(-1, keepdims=True)
-
-    def tilted(self, slope: np.ndarray, curvature: float) -> "Mixture":
-        """The mixture ∝ p(x) exp(slope·x - curvature |x|²/2), for one slope."""
-        variances = self.tilted_variances(curvature)
-        means = variances[:, None] * (self.means / self.variances[:, None] + slope)
-        return Mixture(weights=self.shares(slope, curvature), means=means, variances=variances)
-
-    def sample(self, count: int, random: np.random.Generator) -> np.ndarray:
-        which = random.choice(len(self.weights), size=count, p=self.weights)
-        noise = random.standard_normal((count, self.means.shape[1]))
-        return self.means[which] + np.sqrt(self.variances[which])[:, None] * noise
-
-
 DATA = Mixture(
     weights=np.array([0.3, 0.25, 0.2, 0.15, 0.1]),
     means=np.array([[0.0, 0.0], [2.0, 0.5], [0.3, 1.9], [-1.6, 0.9], [-0.6, -1.8]]),
@@ -150,20 +96,12 @@ class AlignedSchedule(VarianceSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The data, objectives with their policies, a number of steps and weights.
-
-    Attributes:
-        objectives: of the policies.
-        weights: w_i, summing to 1.
-        steps: the number of denoising steps.
-        base_eta: of the base.
-    """
+    """Objectives with their policies and weights w_i that sum to 1, and a number of denoising steps."""
 
     objectives: Sequence[Objective]
     weights: Sequence[float]
     steps: int
     base_eta: float
-    data: Mixture = DATA
 
     @cached_property
     def squares(self) -> np.ndarray:
@@ -184,6 +122,10 @@ class World:
     def _tilt_scale(self) -> float:
         return 1 / sum(self.squares[s] ** 0.5 * self.ancestral(t, s) for t, s in self.times)
 
+    @property
+    def _weighted(self) -> list[tuple[float, Objective]]:
+        return list(zip(self.weights, self.objectives, strict=True))
+
     # The closed form --------------------------------------------------------------------------
 
     def ancestral(self, t: int, s: int) -> float:
@@ -198,7 +140,7 @@ class World:
     def clean(self, x_t: np.ndarray, t: int) -> np.ndarray:
         """E[x_0 | x_t]."""
         square = self.squares[t]
-        return self.data.tilted_mean(square**0.5 / (1 - square) * x_t, square / (1 - square))
+        return DATA.tilted_mean(square**0.5 / (1 - square) * x_t, square / (1 - square))
 
     def noise(self, x_t: np.ndarray, t: int) -> np.ndarray:
         """E[e | x_t] = (x_t - alpha_t E[x_0 | x_t]) / sigma_t."""
@@ -220,42 +162,22 @@ class World:
     def target(self, x_t: np.ndarray, t: int, s: int) -> Gaussian:
         """p*(x_s | x_t): the sums of the weighted policies' precisions and linear terms, the square completed."""
         noise = self.noise(x_t, t)
-        pairs = list(zip(self.weights, self.objectives, strict=True))
-        precision = sum(w * self.precision(objective, t, s) for w, objective in pairs)
-        linear = sum(w * self.linear(objective, x_t, noise, t, s) for w, objective in pairs)
+        precision = sum(w * self.precision(objective, t, s) for w, objective in self._weighted)
+        linear = sum(w * self.linear(objective, x_t, noise, t, s) for w, objective in self._weighted)
         variance = torch.full((1, 1), 1 / precision, dtype=torch.float64)
         return Gaussian(mean=torch.from_numpy(linear / precision), variance=variance)
 
     def tilted_data(self) -> Mixture:
         """p_w(x_0) ∝ p(x_0) exp(Σ w_i q_i(x_0))."""
-        pairs = list(zip(self.weights, self.objectives, strict=True))
-        slope = np.sum([w * (np.array(o.slope) + o.curvature * np.array(o.centre)) for w, o in pairs], axis=0)
-        return self.data.tilted(slope, sum(w * o.curvature for w, o in pairs))
+        slopes = [w * (np.array(o.slope) + o.curvature * np.array(o.centre)) for w, o in self._weighted]
+        return DATA.tilted(np.sum(slopes, axis=0), sum(w * o.curvature for w, o in self._weighted))
 
     def draw_tilted_data(self, count: int, random: np.random.Generator) -> np.ndarray:
         """Draws of p_w at the noise that a run ends on: alpha_final x_0 + sigma_final e."""
-        noise = random.standard_normal((count, DIM))
-        return (
-            self.squares[-1] ** 0.5 * self.tilted_data().sample(count, random) + (1 - self.squares[-1]) ** 0.5 * noise
-        )
+        noise, square = random.standard_normal((count, DIM)), self.squares[-1]
+        return square**0.5 * self.tilted_data().sample(count, random) + (1 - square) ** 0.5 * noise
 
     # What the package is given ----------------------------------------------------------------
-
-    def plan(self, batch: int) -> Plan:
-        """The run as the package's rules see it."""
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        schedules: list[VarianceSchedule] = [
-            AlignedSchedule(self, objective) if objective.curvature else EtaSchedule(eta=objective.eta)
-            for objective in self.objectives
-        ]
-        return Plan(
-            path=self.path,
-            steps=self.times,
-            objectives=[Expert.adapter(name, schedule) for name, schedule in zip(self.names, schedules, strict=True)],
-            base=Expert.base(EtaSchedule(eta=self.base_eta)),
-            weights=weights[None, :, None].expand(self.steps, -1, batch),
-            strength=1.0,
-        )
 
     @property
     def names(self) -> list[str]:
@@ -269,8 +191,6 @@ class World:
         square_t, square_s = self.squares[t], self.squares[s]
         shrink, noise, predictions = (square_s / square_t) ** 0.5, self.noise(x, t), []
         for network in networks:
-            if network.merge:
-                raise ValueError("this world has no network whose weights could be merged")
             if network == BASE:
                 predictions.append(torch.from_numpy(noise))
                 continue
@@ -285,6 +205,24 @@ class World:
         """q_i of x_0, for rules that need rewards."""
         return [objective.reward for objective in self.objectives]
 
+    def run(self, rule: FusionRule, batch: int) -> Run:
+        """What this world offers to a rule."""
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        schedules: list[VarianceSchedule] = [
+            AlignedSchedule(self, objective) if objective.curvature else EtaSchedule(eta=objective.eta)
+            for objective in self.objectives
+        ]
+        plan = Plan(
+            path=self.path,
+            steps=self.times,
+            objectives=[Expert.adapter(name, schedule) for name, schedule in zip(self.names, schedules, strict=True)],
+            base=Expert.base(EtaSchedule(eta=self.base_eta)),
+            weights=weights[None, :, None].expand(self.steps, -1, batch),
+            strength=1.0,
+        )
+        scales = [1.0] * len(self.weights)
+        return Run(plan=rule.prepare(plan), predict_fn=self.predict, rewards=self.rewards(), scales=scales)
+
     def run_target(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x_0 of the target policy from x_T."""
         for t, s in self.times:
@@ -298,15 +236,6 @@ class World:
             x = rule.fuse(run.step(k, x, uniforms)).sample(generator)
         return x
 
-    def run(self, rule: FusionRule, batch: int) -> Run:
-        """What this world offers to a rule."""
-        return Run(
-            plan=rule.prepare(self.plan(batch)),
-            predict_fn=self.predict,
-            rewards=self.rewards(),
-            scales=[1.0] * len(self.weights),
-        )
-
 
 class AverageStep(FusionRule):
     """N(Σ a_i m_i, Σ a_i v_i): the step of the policies' mixture in its first two moments.
@@ -318,27 +247,11 @@ class AverageStep(FusionRule):
     def fuse(self, step: FusionStep) -> Gaussian:
         used = step.used
         predictions, exponents = step.predict_used(used), step.exponents(used)[:, :, None]
-        gaussians = [step.transition(e, step.variance(i)) for e, i in zip(predictions, used, strict=True)]
-        mean = sum(a * gaussian.mean for a, gaussian in zip(exponents, gaussians, strict=True))
-        variance = sum(a * gaussian.variance for a, gaussian in zip(exponents, gaussians, strict=True))
-        return Gaussian(mean=mean, variance=variance)
+        means = [step.transition(e, step.variance(i)).mean for e, i in zip(predictions, used, strict=True)]
+        return Gaussian(mean=(exponents * torch.stack(means)).sum(0), variance=average_variance(step))
 
 
 def world_of(variances: str, weights: Sequence[float], steps: int) -> World:
-    """The world with as many objectives as weights.
-
-    Raises:
-        ValueError: for a number of objectives that is not 2 to 4, or variances of another name.
-    """
-    if variances not in OBJECTIVES:
-        raise ValueError(
-            f"variances {variances!r}; expected one of {', '.join(OBJECTIVES)}{nearest(variances, OBJECTIVES)}"
-        )
-    if not 2 <= len(weights) <= len(OBJECTIVES[variances]):
-        raise ValueError(f"{len(weights)} objectives; expected 2 to {len(OBJECTIVES[variances])}")
-    return World(
-        objectives=OBJECTIVES[variances][: len(weights)],
-        weights=weights,
-        steps=steps,
-        base_eta=BASE_ETA[variances],
-    )
+    """The world of `variances`, "equal" or "distinct", with as many objectives as weights, 2 to 4."""
+    objectives = OBJECTIVES[variances][: len(weights)]
+    return World(objectives=objectives, weights=weights, steps=steps, base_eta=BASE_ETA[variances])
