@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from stepfuse.data import emoji
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.rewards.scoring_queue import ScoringQueue
-from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
+from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.lora import Policy, add_lora, step_gaussians

@@ -18,7 +18,8 @@ from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import card
 from stepfuse.scripts.cli.main import main
-from stepfuse.scripts.recipes.build_set import BuildConfig, Training, assemble, read_build
+from stepfuse.scripts.recipes.build_set import BuildConfig, assemble, read_build
+from stepfuse.scripts.recipes.training import Training
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings
@@ -183,6 +184,7 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
         ({"evaluate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"accelerate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"profile": "nowhere"}, "no prompts 'nowhere'"),
+        ({"reference_eta": 1.5}, "reference_eta is 1.5; expected a number in [0, 1]"),
         ({"ouput_dir": "x"}, "did you mean 'output_dir'?"),
     ],
 )
@@ -205,7 +207,7 @@ def test_a_second_build_in_one_folder_is_refused(tmp_path):
 
 def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):
     config = BuildConfig(objectives=[{}])
-    trainings = [Training(algorithm="dpo", settings=DPOSettings(), sha256="", folder=adapters / "a")]
+    trainings = [Training(settings=DPOSettings(), folder=adapters / "a")]
     output = tmp_path / "out" / "set"
     assert assemble(output, config, trainings, []).names == ["a"]
     made = output.with_name("set-of.json")

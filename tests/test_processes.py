@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from stepfuse.scripts.recipes.build_set import SUPERVISOR
 from stepfuse.scripts.recipes.supervisor import SECONDS
+from stepfuse.scripts.recipes.training import SUPERVISOR
 
 # A launcher that starts a worker in a session of its own, as torch's agent does, which starts another; each writes its
 # number. The worker takes no notice of SIGTERM.

@@ -15,7 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
+from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train.checkpoints import read_state
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.optimization import SchedulerType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stepfuse.scripts.recipes.build_set import SINGLE_PROCESS
+from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.policy_settings import LR_SCHEDULERS

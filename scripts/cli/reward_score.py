@@ -51,6 +51,5 @@ def run(arguments: Arguments) -> None:
         arguments.output,
         device=torch.device(prepare_device(arguments.device)),
         batch_size=arguments.batch_size,
-        overwrite=arguments.overwrite,
         picture=arguments.picture,
     )

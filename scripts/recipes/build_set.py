@@ -1,23 +1,18 @@
 """`stepfuse build`: from raw rewards to a set that can be published, in one command that can be resumed."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.prompts import load_prompts
-from stepfuse.data.settings_file import check_names, check_types, find_config, read_settings, require
-from stepfuse.data.text_files import write_text
-from stepfuse.data.yaml_file import yaml_text
+from stepfuse.data.settings_fields import check_settings, setting
+from stepfuse.data.settings_file import check_names, find_config, read_settings, require
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
 from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
@@ -27,21 +22,12 @@ from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.edit import add_evaluation, add_profile
-from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.train import ddpo, dpo
+from stepfuse.scripts.recipes.training import PROGRAMS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
-from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
-
-PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
-    "dpo": (str(dpo.__file__), DPOSettings),
-    "ddpo": (str(ddpo.__file__), DDPOSettings),
-}
-SUPERVISOR = Path(__file__).parent / "supervisor.py"
-SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,40 +47,17 @@ class BuildConfig:
     """
 
     output_dir: str = "outputs/set"
-    objectives: list = field(default_factory=list)
-    oracles: list = field(default_factory=list)
+    objectives: list = setting([])
+    oracles: list = setting([])
     accelerate: str = ""
-    reference_eta: float = 1.0
+    reference_eta: float = setting(1.0, least=0, most=1)
     half: bool = False
     profile: str = ""
     evaluate: str = ""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        check_settings(self)
         require(bool(self.objectives), "objectives", self.objectives, "a mapping of algorithm and config for each")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One adapter to be trained.
-
-    Attributes:
-        folder: named by objective and configuration, so that another configuration has another folder.
-    """
-
-    algorithm: str
-    settings: TrainSettings
-    sha256: str
-    folder: Path
-
-    @property
-    def finished(self) -> Adapter | None:
-        """The adapter, where it was trained with these settings."""
-        try:
-            adapter = read_adapter(self.folder)
-        except ValueError:
-            return None
-        return adapter if adapter.record.get("config_sha256") == self.sha256 else None
 
 
 def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
@@ -113,8 +76,7 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
         for name in ("pretrained_model_name_or_path", "guidance", "sample_guidance_scale"):
             value, expected = getattr(settings, name), getattr(first, name)
             require(value == expected, f"{name} of {settings.name}", value, f"{expected}, as {first.name} has it")
-    if config.accelerate:
-        _find(config.accelerate, file, "accelerate")
+    _launcher(config, file)  # finds a missing file
     if config.profile:
         load_prompts(config.profile)
     return config, objectives, oracles, read_config(_find(config.evaluate, file, "eval")) if config.evaluate else None
@@ -129,25 +91,20 @@ def build(file: Path, *, device: str) -> Path:
         ValueError: for a wrong configuration, a training that fails, another build in the same folder.
     """
     config, objectives, oracles, evaluation = read_build(file)
-    output = Path(config.output_dir)
+    output, trainings = Path(config.output_dir), [*objectives, *oracles]
+    folder = output / "set"
     with locked(output):
         check_made(output)
-        configuration = config.accelerate and str(_find(config.accelerate, file, "accelerate"))
-        launcher: Sequence[str] = ["--config_file", configuration] if configuration else SINGLE_PROCESS
-        trainings = [*objectives, *oracles]
         for i, training in enumerate(trainings, start=1):
-            heading = f"[{i}/{len(trainings)}] {training.settings.name}"
-            if training.finished:
-                print(f"{heading}: done, {training.folder}", flush=True)
-                continue
-            print(f"{heading}: {training.algorithm}, {training.folder}", flush=True)
-            train(training, launcher)
-        folder = output / "set"
+            finished = training.finished
+            state = "done" if finished else training.settings.algorithm
+            print(f"[{i}/{len(trainings)}] {training.settings.name}: {state}, {training.folder}", flush=True)
+            if not finished:
+                train(training, _launcher(config, file))
         loaded = assemble(folder, config, objectives, oracles)
         if config.profile and not loaded.profiles:
             print(f"profile: {config.profile}", flush=True)
-            sampler = FusedSampler.from_pretrained(loaded, device=device)
-            profile = measure_gaps(sampler, load_prompts(config.profile))
+            profile = measure_gaps(FusedSampler.from_pretrained(loaded, device=device), load_prompts(config.profile))
             add_profile(folder, profile)
             print(describe_gaps(profile))
             loaded = load_set(folder)
@@ -155,16 +112,9 @@ def build(file: Path, *, device: str) -> Path:
         if evaluation is not None:
             pictures = output / f"evaluation-{_identity(loaded, evaluation)}"
             print(f"evaluation: {pictures}", flush=True)
-            summary = evaluate(
-                folder,
-                evaluation,
-                pictures,
-                overwrite=False,
-                device=device,
-                dtype=torch.float32,
-                command=f"stepfuse build {file}",
-                trust_rewards=True,  # the configurations of the build name them
-            )
+            command = f"stepfuse build {file}"
+            # The configurations of the build name the rewards, so they are trusted.
+            summary = evaluate(folder, evaluation, pictures, device=device, command=command, trust_rewards=True)
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():
             sampler = FusedSampler.from_pretrained(loaded, device=device)
@@ -173,44 +123,6 @@ def build(file: Path, *, device: str) -> Path:
                 strip.save(temporary)
         write_card(folder, loaded, pictures)
     return folder
-
-
-def train(training: Training, launcher: Sequence[str]) -> None:
-    """Train by `accelerate launch`, from the newest checkpoint if there is one.
-
-    Raises:
-        ValueError: where the training fails or writes no complete adapter.
-    """
-    program, _ = PROGRAMS[training.algorithm]
-    file = training.folder.with_name(training.folder.name + ".yaml")
-    values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
-    with atomic_file(file) as temporary:
-        write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
-    launch(program, ["--config", str(file)], launcher, training.settings.name)
-    if not training.finished:
-        raise ValueError(f"training {training.settings.name!r} wrote no complete adapter to {training.folder}")
-
-
-def launch(program: str, arguments: Sequence[str], launcher: Sequence[str], name: str) -> None:
-    """Run one training with `accelerate launch`. Its processes end with this one, even where this one is killed.
-
-    Raises:
-        ValueError: where it ends with another status than 0.
-    """
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *launcher]
-    command += ["--num_cpu_threads_per_process", str(torch.get_num_threads()), program, *arguments]
-    supervised = [sys.executable, "-P", str(SUPERVISOR), *command]
-    # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
-    with subprocess.Popen(supervised, stdin=subprocess.PIPE, start_new_session=True) as process:
-        try:
-            status = process.wait()
-        except BaseException:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait()
-            raise
-    if status:
-        raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to resume")
 
 
 def check_made(output: Path) -> Path:
@@ -229,11 +141,11 @@ def assemble(
     folder: Path, config: BuildConfig, objectives: Sequence[Training], oracles: Sequence[Training]
 ) -> AdapterSet:
     """The set of these adapters; an existing set of the same adapters stays, with its profiles and evaluation."""
-    wanted = [read_adapter(training.folder) for training in (*objectives, *oracles)]
-    reference = EtaSchedule(eta=config.reference_eta)
-    made = check_made(folder.parent)  # hashes of the trained adapters: stored in float16 they have others
-    identity = {"adapters": [a.sha256 for a in wanted], "reference_eta": config.reference_eta, "half": config.half}
-    if (folder / MANIFEST).exists() and made.exists() and read_json(made, "the parts of a set") == identity:
+    made = check_made(folder.parent)
+    # Hashes of the trained adapters: stored in float16 they have others.
+    hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
+    identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half}
+    if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
         return load_set(folder)
     print(f"set: {folder}", flush=True)
     if not made.exists():
@@ -242,7 +154,7 @@ def assemble(
         folder,
         [training.folder for training in objectives],
         oracles=[training.folder for training in oracles],
-        base_schedule=reference,
+        base_schedule=EtaSchedule(eta=config.reference_eta),
         half=config.half,
         overwrite=True,
     )
@@ -251,14 +163,15 @@ def assemble(
 
 
 def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
-    """One entry of `objectives` or `oracles`."""
+    """One entry of `objectives` or `oracles`; its folder is named by objective and configuration."""
     expected = "a mapping with `algorithm` and `config`"
     require(isinstance(entry, dict) and {"algorithm", "config"} <= set(entry), "an objective", entry, expected)
-    known = f"one of {', '.join(PROGRAMS)}{nearest(entry['algorithm'], PROGRAMS)}"
-    require(entry["algorithm"] in PROGRAMS, "algorithm", entry["algorithm"], known)
-    _, kind = PROGRAMS[entry["algorithm"]]
-    changes = {name: value for name, value in entry.items() if name not in ("algorithm", "config")}
-    path = _find(entry["config"], file, entry["algorithm"])
+    changes = dict(entry)
+    algorithm, name = changes.pop("algorithm"), changes.pop("config")
+    known = f"one of {', '.join(PROGRAMS)}{nearest(algorithm, PROGRAMS)}"
+    require(algorithm in PROGRAMS, "algorithm", algorithm, known)
+    _, kind = PROGRAMS[algorithm]
+    path = _find(name, file, algorithm)
     values = read_settings(path, kind, besides=("env",))
     values.pop("env", None)
     try:
@@ -266,9 +179,15 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
         settings = kind(**values | changes)
     except ValueError as error:
         raise ValueError(f"{file}: {path}: {error}") from error
-    sha256 = config_hash(settings)
-    folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{sha256[:8]}"
-    return Training(algorithm=entry["algorithm"], settings=settings, sha256=sha256, folder=folder)
+    folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{config_hash(settings)[:8]}"
+    return Training(settings=settings, folder=folder)
+
+
+def _launcher(config: BuildConfig, file: Path) -> Sequence[str]:
+    """Arguments of `accelerate launch` for every training."""
+    if not config.accelerate:
+        return SINGLE_PROCESS
+    return ["--config_file", str(_find(config.accelerate, file, "accelerate"))]
 
 
 def _find(name: str, file: Path, folder: str) -> Path:
@@ -284,6 +203,6 @@ def _find(name: str, file: Path, folder: str) -> Path:
 
 def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:
     """Eight hexadecimal digits for these adapters and this evaluation, so that another has another folder."""
-    adapters = [adapter.sha256 for adapter in (*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles))]
+    adapters = [adapter.sha256 for adapter in loaded.all_adapters]
     text = json.dumps([adapters, asdict(evaluation)], sort_keys=True, default=str)
     return text_hash(text)[:8]

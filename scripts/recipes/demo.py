@@ -21,10 +21,9 @@ from stepfuse.fuse.sets.create import create_set, set_files
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
-from stepfuse.scripts.recipes.build_set import PROGRAMS, SINGLE_PROCESS, Training, train
 from stepfuse.scripts.recipes.front import draw_front, mixture_name
+from stepfuse.scripts.recipes.training import PROGRAMS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import LOCK, locked, training_files
-from stepfuse.train.provenance import config_hash
 from stepfuse.train.rollout import sample_generator
 
 TRAINING = {  # objective → algorithm, config
@@ -40,8 +39,8 @@ PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     """Train, fuse, measure and report; True where the intervals on held-out prompts show every claim.
 
-    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes: a training from its
-    newest checkpoint, and nothing that is finished is done again.
+    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes, a training from its
+    newest checkpoint.
 
     Raises:
         ValueError: for an output folder that holds something else or a demo of other settings, and where training
@@ -56,13 +55,13 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
             print(f"finished before; --overwrite starts again: {output}")
             return report(output, read_json(output / RESULTS, "the results of a demo"))
         for one in trainings:
-            if one.finished:
-                print(f"\nTraining {one.settings.name!r}: finished, {one.folder}", flush=True)
-                continue
             algorithm, config = TRAINING[one.settings.name]
             command = f"accelerate launch train/{algorithm}.py --config configs/{config}"
-            print(f"\nTraining {one.settings.name!r}: {command}", flush=True)
-            train(one, SINGLE_PROCESS)
+            finished = one.finished
+            state = f"finished, {one.folder}" if finished else command
+            print(f"\nTraining {one.settings.name!r}: {state}", flush=True)
+            if not finished:
+                train(one, SINGLE_PROCESS)
         print("\nFusing them, and measuring on held-out prompts …", flush=True)
         create_set(output / SET, [one.folder for one in trainings], overwrite=True)
         results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
@@ -76,16 +75,14 @@ def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
     algorithm, config = TRAINING[name]
     _, kind = PROGRAMS[algorithm]
     values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
-    settings = kind(**values)
-    return Training(algorithm=algorithm, settings=settings, sha256=config_hash(settings), folder=folder)
+    return Training(settings=kind(**values), folder=folder)
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
     """Accept an empty folder, one where the same demo was begun, or with `overwrite` any.
 
     Raises:
-        ValueError: for a folder that holds something else or a demo of other settings, and for files of other origin
-            under the names that are written.
+        ValueError: as `demo`, and for files of other origin under the names that are written.
     """
     if overwrite:
         writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
@@ -143,30 +140,25 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
         assert isinstance(images, torch.Tensor)
         return images, {name: score(r, images, chosen, name=name).tolist() for name, r in rewards.items()}
 
-    base_images, base = draw(0.5, strength=0.0)
-    drawn = {weight: draw(weight) for weight in SLIDER}
-    columns = [base_images, *[images for images, _ in drawn.values()]]
+    drawn = {"base": draw(0.5, strength=0.0)} | {str(weight): draw(weight) for weight in SLIDER}
     heads = ["base", *[weights_heading({first: 1 - w, second: w}) for w in SLIDER]]
-    rows = [[to_image(images[i]) for images in columns] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
+    rows = [[to_image(images[i]) for images, _ in drawn.values()] for i in range(0, GRID_ROWS * SEEDS, SEEDS)]
     slider, front = (output / name for name in PICTURES)
     with atomic_file(slider) as temporary:
         labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(temporary)
-    scores = {weight: values for weight, (_, values) in drawn.items()}
-    means = [{name: sum(v) / len(v) for name, v in values.items()} for values in (base, *scores.values())]
+    scores = {column: values for column, (_, values) in drawn.items()}
 
-    def gain(weight: float, name: str) -> dict[str, float]:
-        return vars(paired_interval(scores[weight][name], base[name], chosen))
+    def gains(weight: float) -> dict[str, dict[str, float]]:
+        pairs = {name: (scores[str(weight)][name], scores["base"][name]) for name in rewards}
+        return {name: vars(paired_interval(*pair, chosen)) for name, pair in pairs.items()}
 
     results = {
         "objectives": [first, second],
         "rewards": [o.reward for o in sampler.objectives],
         "prompts": prompts,
         "seeds_per_prompt": SEEDS,
-        "means": dict(zip(["base", *map(str, SLIDER)], means, strict=True)),
-        "gain_over_base": {
-            mixture_name(weight, first, second): {name: gain(weight, name) for name in (first, second)}
-            for weight in SLIDER
-        },
+        "means": {column: {name: sum(v) / len(v) for name, v in values.items()} for column, values in scores.items()},
+        "gain_over_base": {mixture_name(weight, first, second): gains(weight) for weight in SLIDER},
     }
     with atomic_file(front) as temporary:
         draw_front(temporary, results)
@@ -185,15 +177,12 @@ def report(output: Path, results: dict) -> bool:
     print(f"{'':{wide}}{first:>30}{second:>30}")
     for name, values in gains.items():
         print(f"{name:{wide}}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
-    claims = {
-        f"the {first} adapter raises {first}": gains[f"{first} alone"][first]["low"] > 0,
-        f"the {second} adapter raises {second}": gains[f"{second} alone"][second]["low"] > 0,
-        f"the middle fusion beats the base in {first}": gains["middle"][first]["low"] > 0,
-        f"the middle fusion beats the base in {second}": gains["middle"][second]["low"] > 0,
-    }
+    claims = {f"the {name} adapter raises {name}": gains[f"{name} alone"][name] for name in (first, second)}
+    claims |= {f"the middle fusion beats the base in {name}": gains["middle"][name] for name in (first, second)}
+    shown = {claim: gain["low"] > 0 for claim, gain in claims.items()}
     print()
-    for claim, held in claims.items():
+    for claim, held in shown.items():
         print(f"{'shown    ' if held else 'NOT SHOWN'}  {claim}")
     print(f"\n{output / 'slider.png'}\n{output / 'front.png'}\n{output / 'results.json'}")
     print(f"{results['minutes']:.1f} minutes")
-    return all(claims.values())
+    return all(shown.values())

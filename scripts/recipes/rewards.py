@@ -5,7 +5,6 @@ import json
 import secrets
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from PIL import Image
@@ -15,7 +14,7 @@ from stepfuse.data.file_info import text_hash
 from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge
-from stepfuse.data.output_file import atomic_file, require_new_file
+from stepfuse.data.output_file import atomic_file, output_errors, real_path
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
@@ -50,41 +49,33 @@ def score_folder(
     *,
     device: torch.device,
     batch_size: int,
-    overwrite: bool,
     picture: Path | None = None,
 ) -> None:
-    """Write file_name, prompt and score of every image to a CSV file, in order.
+    """Write file_name, prompt and score of every image to a CSV file, in order; a file that exists is replaced.
 
     Rows are added to a temporary file as they are scored. Interrupted, and run again, it resumes after the last row.
 
     Raises:
-        ValueError: for images, prompts or a reward that cannot be loaded, and for a table that exists.
+        ValueError: for images, prompts or a reward that cannot be loaded, and a file that cannot be written.
     """
-    table = require_new_file(output, overwrite=overwrite)
-    if picture is not None:
-        require_new_file(picture, overwrite=overwrite, option="--picture")
     items = pair_prompts(folder, prompts)
-    try:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        partial = _partial_file(table, name, items)
+    with output_errors(output):
+        partial = _partial_file(real_path(output), name, items)
+        partial.parent.mkdir(parents=True, exist_ok=True)
         done = _whole_rows(partial)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
         write_text(partial, "".join(map(_line, done)))
-    except OSError as error:
-        raise ValueError(f"{output} cannot be written: {error.strerror}") from error
     reward = load_reward(name, device)
-    scores = [row[2] for row in done]
     try:
-        with open(partial, "a", encoding="utf-8", newline="\n") as handle:
-            scores += _score_rest(reward, name, items[len(done) :], handle, device, batch_size)
+        _score_rest(reward, name, items[len(done) :], partial, device, batch_size)
     finally:
         close(reward)
-    with open(partial, "w", newline="", encoding="utf-8") as handle:
-        rows = csv.writer(handle)
-        rows.writerow(COLUMNS)
-        rows.writerows((item.name, item.prompt, repr(value)) for item, value in zip(items, scores, strict=True))
-    partial.replace(table)
+    rows = _whole_rows(partial)
+    with atomic_file(output) as temporary, open(temporary, "w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([COLUMNS, *((*row, repr(value)) for *row, value in rows)])
+    partial.unlink()
+    scores = [value for *_, value in rows]
     values = torch.tensor(scores, dtype=torch.float64)
     ends = f"{values.min():.4g} to {values.max():.4g}"
     print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
@@ -132,15 +123,14 @@ def serve(name: str, *, host: str, port: int, token_file: Path | None, device: t
 
 
 def _score_rest(
-    reward: Reward,
-    name: str,
-    items: list[PromptedImage],
-    handle: TextIO,
-    device: torch.device,
-    batch_size: int,
-) -> list[float]:
-    scores: list[float] = []
-    with tqdm(total=len(items), desc=name, unit="image") as bar, torch.no_grad():
+    reward: Reward, name: str, items: list[PromptedImage], partial: Path, device: torch.device, batch_size: int
+) -> None:
+    """Add a row for each of these images to the unfinished table."""
+    with (
+        open(partial, "a", encoding="utf-8", newline="\n") as handle,
+        tqdm(total=len(items), desc=name, unit="image") as bar,
+        torch.no_grad(),
+    ):
         for batch, pixels in in_batches(items, batch_size):
             try:
                 values = score(reward, pixels.to(device), [item.prompt for item in batch], name=name).tolist()
@@ -148,9 +138,7 @@ def _score_rest(
                 raise ValueError(f"{batch[0].name} to {batch[-1].name}: {error}") from error
             handle.writelines(_line([i.name, i.prompt, v]) for i, v in zip(batch, values, strict=True))
             handle.flush()
-            scores += values
             bar.update(len(batch))
-    return scores
 
 
 def _partial_file(output: Path, name: str, items: list[PromptedImage]) -> Path:

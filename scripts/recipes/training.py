@@ -1,0 +1,78 @@
+"""A training as a part of a longer run: started with `accelerate launch`, resumed, and found again once finished."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from stepfuse.data.output_file import atomic_file
+from stepfuse.data.text_files import write_text
+from stepfuse.data.yaml_file import yaml_text
+from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.entries import Adapter
+from stepfuse.train import ddpo, dpo
+from stepfuse.train.provenance import config_hash
+from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
+
+PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
+    "dpo": (str(dpo.__file__), DPOSettings),
+    "ddpo": (str(ddpo.__file__), DDPOSettings),
+}
+SUPERVISOR = Path(__file__).parent / "supervisor.py"
+SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One adapter to be trained, and the folder that its program writes."""
+
+    settings: TrainSettings
+    folder: Path
+
+    @cached_property
+    def sha256(self) -> str:
+        return config_hash(self.settings)
+
+    @property
+    def finished(self) -> Adapter | None:
+        """The adapter, where it was trained with these settings."""
+        try:
+            adapter = read_adapter(self.folder)
+        except ValueError:
+            return None
+        return adapter if adapter.record.get("config_sha256") == self.sha256 else None
+
+
+def train(training: Training, launcher: Sequence[str]) -> None:
+    """Train by `accelerate launch`, from the newest checkpoint if there is one.
+
+    Its processes end with this one, even where this one is killed.
+
+    Raises:
+        ValueError: where the training fails or writes no complete adapter.
+    """
+    name, file = training.settings.name, training.folder.with_name(training.folder.name + ".yaml")
+    values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
+    with atomic_file(file) as temporary:
+        write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
+    program, _ = PROGRAMS[training.settings.algorithm]
+    command = [sys.executable, "-P", str(SUPERVISOR), sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    command += [*launcher, "--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    command += [program, "--config", str(file)]
+    # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            status = process.wait()
+        except BaseException:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+            raise
+    if status:
+        raise ValueError(f"training {name!r} ended with status {status}; see the lines above, and run again to resume")
+    if not training.finished:
+        raise ValueError(f"training {name!r} wrote no complete adapter to {training.folder}")
