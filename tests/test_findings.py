@@ -39,7 +39,7 @@ def comparison_of(finding):
 def test_a_front_is_above_or_below_products_as_the_figures_are(middle, comparison):
     """The base at (0, 0) makes (−0.2, −0.2) the reference; 1.8 half way is what product has."""
     (finding,) = facts(*front("product", 1.8), *front("soup", middle), kind="hypervolume")
-    assert (finding.rule, finding.metric, comparison_of(finding)) == ("soup", "hypervolume", comparison)
+    assert (finding.rule, comparison_of(finding)) == ("soup", comparison)
     assert finding.details == {"matched": 3, "all_cells": None, "cells": 3, "product_cells": 3}
 
 
@@ -145,7 +145,7 @@ def test_held_out_rewards_are_counted_against_product_too():
     change = {1.0: -1.0, 0.5: 1.0, 0.0: 0.0}
     rows = [cell("product", share, (1, 1), reward_rz=gain, diversity=0.3) for share, gain in change.items()]
     found = {finding.kind: finding for finding in findings(figures(cell("base", None, diversity=0.4), *rows))}
-    assert found["held_out"].metric == "rz"
+    assert found["held_out"].reward == "rz"
     assert found["held_out"].details == {"cells": 3, "lower": 1, "higher": 1, "within_noise": 1}
     assert found["diversity"].details == pytest.approx({"low": 0.75, "high": 0.75})
 
@@ -153,7 +153,7 @@ def test_held_out_rewards_are_counted_against_product_too():
 def test_images_without_a_score_are_counted():
     lost = cell("product", 1.0, own=lambda i, k: {"reward_rz": UNKNOWN} if i == 0 else {})
     (missing,) = facts(lost, kind="missing")
-    assert (missing.metric, missing.details) == ("rz", {"images": 2, "cells": 1})
+    assert (missing.reward, missing.details) == ("rz", {"images": 2, "cells": 1})
 
 
 def test_every_kind_of_finding_has_its_sentence_with_its_numbers():

@@ -63,6 +63,11 @@ class Cells:
     def objectives(self) -> list[str]:
         return [name for name, _ in self.setup.objectives]
 
+    @property
+    def grid(self) -> list[str]:
+        """The weights that any rule was measured at."""
+        return list(dict.fromkeys(cell.weights for cell in self.cells if cell.weighted))
+
     def where(self, rule: str) -> tuple[int, ...]:
         return tuple(i for i, cell in enumerate(self.cells) if cell.rule == rule)
 
@@ -97,9 +102,7 @@ class Cells:
 
 
 def arrange(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> Cells:
-    """Cells in the order of the table, images in the order of prompts and seeds.
-
-    Metrics that the table does not have, as they were not measured then, are left out.
+    """Cells in the order of the table, images in the order of prompts and seeds, metrics that the table has.
 
     Raises:
         ValueError: for a missing column, without exactly one cell of rule base, for a cell of other images, and for

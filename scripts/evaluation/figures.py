@@ -15,11 +15,8 @@ from stepfuse.scripts.evaluation.setup import Setup
 def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> dict:
     """Figures of a table of images, as plain JSON values; an interval is {"mean", "low", "high"}, None what is unknown.
 
-    Intervals are 95 % percentile bootstraps over prompts. All but the gains of single rewards (`paired_interval`)
-    are computed from the same `draws` samples of prompts, so differences between cells and rules are paired.
-
-    Raises:
-        ValueError: as `arrange`.
+    Intervals are 95 % percentile bootstraps over prompts. All but the gains of single rewards (`paired_interval`) are
+    computed from the same `draws` samples of prompts, so differences are paired. Raises ValueError as `arrange`.
     """
     table = arrange(results, setup, draws=draws, seed=seed)
     metrics = [metric for metric in all_metrics(setup.rewards) if metric.name in table.values]
@@ -33,7 +30,6 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
     for figures in cells:
         figures["of_one_adapter"] = {name: ratio(figures[name], (one_adapter or {}).get(name)) for name in costs}
     of_rules = {metric.name: costs[metric.name] for metric in metrics if metric.of_rules}
-    grid = list(dict.fromkeys(c.weights for c in table.cells if c.weighted))
     return {
         "prompts": len(set(table.prompts)),
         "seeds": len(set(table.seeds)),
@@ -43,11 +39,11 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "rewards": list(setup.rewards),
         "held_out": list(setup.held_out),
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
-        "grid": grid,
+        "grid": table.grid,
         "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),
         "one_adapter": one_adapter,
         "cells": cells,
-        "rules": rule_figures(table, grid, reference, cells, regrets, of_rules),
+        "rules": rule_figures(table, reference, cells, regrets, of_rules),
     }
 
 

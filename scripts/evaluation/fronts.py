@@ -18,24 +18,21 @@ MARGIN = 0.1  # of the range over all cells, below the smallest mean
 def reference_point(points: np.ndarray) -> np.ndarray:
     """Of (cells, objectives) the smallest mean less 10 % of the range, objective by objective."""
     known = _known(points)
-    if not len(known):
-        return np.full(points.shape[1], np.nan)
-    low, high = known.min(0), known.max(0)
-    return low - MARGIN * (high - low)
+    return known.min(0) - MARGIN * np.ptp(known, 0) if len(known) else np.full(points.shape[1], np.nan)
 
 
 def hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of (draws, cells, objectives) the volume between the front and the reference point, draw by draw.
+    """Of (draws, cells, objectives) the volume between front and reference point (Zitzler and Thiele 1998), by draw.
 
-    Zitzler and Thiele 1998. A mean of draws lies above the estimate: noise pushes a front outwards, one of
-    many cells more than one of few. Compare fronts of the same cells.
+    A mean of draws lies above the estimate: noise pushes a front outwards, one of many cells more than one of few.
+    Compare fronts of the same cells.
     """
     indicator = moocore.Hypervolume(ref=reference, maximise=True)
     return np.array([indicator(cells) if len(cells) else np.nan for cells in map(_known, points)])
 
 
 def distances(points: np.ndarray, fronts: Sequence[np.ndarray]) -> np.ndarray:
-    """IGD, draw by draw: the mean distance from the points of a front to the nearest of (draws, cells, objectives).
+    """IGD by draw: the mean distance from the points of a front to the nearest of (draws, cells, objectives).
 
     Coello Coello and Reyes Sierra 2004.
     """
@@ -53,20 +50,13 @@ def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
 
 
 def rule_figures(
-    table: Cells,
-    grid: list[str],
-    reference: np.ndarray,
-    cells: list[dict],
-    regrets: Sequence[np.ndarray | None],
-    costs: Costs,
+    table: Cells, reference: np.ndarray, cells: list[dict], regrets: Sequence[np.ndarray | None], costs: Costs
 ) -> dict[str, dict]:
     """Every rule's front: its volume, its distance to the oracle's, both against product's, and its costs.
 
     Args:
-        grid: the weights that any rule was measured at.
         reference: of the hypervolume.
-        cells: the figures of all cells.
-        regrets: bootstrap means of their regret.
+        cells, regrets: the figures of all cells, and bootstrap means of their regret.
     """
 
     @cache
@@ -84,7 +74,7 @@ def rule_figures(
         compared = product and rule != "product"
         figures[rule] = {
             "cells": len(held),
-            "lacks": [] if rule == "base" else [w for w in grid if w not in weights],
+            "lacks": [] if rule == "base" else [w for w in table.grid if w not in weights],
             "hypervolume": interval(volume(held)),
             "over_product": interval(volume(held) - volume(product)) if compared else None,
             "matched": _matched(table, held, volume, cells, costs) if compared else None,

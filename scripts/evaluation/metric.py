@@ -117,8 +117,7 @@ class Metric:
 
     Attributes:
         name: its column in results.parquet.
-        title: the heading of its column on the page.
-        description: what it is, for the page.
+        title, description: what the page calls it, and says of it.
         unit: of its values.
         per_image: its value for each image of a batch, or one value for all of them; NaN where there is none.
         aggregate: the figure of a cell.
@@ -152,22 +151,18 @@ class Metric:
     def figures(self) -> tuple[Figure, ...]:
         if self.over_cells is None:
             return (self.figure, *self.further)
+        multiple = "as a multiple of one adapter's: product at strength 1, all weight on one objective"
         relative = Figure(
             path=("of_one_adapter", self.name),
             heading=f"{self.title} / one",
-            description=f"{self.figure.description}, as a multiple of one adapter's: product at strength 1, all weight "
-            "on one objective",
+            description=f"{self.figure.description}, {multiple}",
             places=2,
             suffix=" ×",
         )
         return (self.figure, relative, *self.further)
 
     def measure(self, batch: MetricBatch) -> np.ndarray:
-        """Its value for each image of a batch.
-
-        Raises:
-            ValueError: for another number of values.
-        """
+        """Its value for each image of a batch."""
         values, count = np.asarray(self.per_image(batch), dtype=np.float64), len(batch.images)
         if values.shape not in ((), (count,)):
             raise ValueError(f"metric {self.name!r} gave values of shape {values.shape} for {count} images")

@@ -4,7 +4,7 @@ import io
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -25,11 +25,18 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
 FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
 FAINT = 0.35  # opacity
-FAINT_LABEL = "faint: another strength, or weight on a further objective"
-BARS_LABEL = "bars: 95 % interval of the gain over the base"
 LONGEST = 44  # characters of a line of an axis label
 ACROSS = 3  # fronts beside each other in one picture
 SWATCH = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
+FAINT_LABEL = "faint: another strength, or weight on a further objective"
+BARS_LABEL = "bars: 95 % interval of the gain over the base"
+SHAPES = {  # of the legend's labels: as an element of an SVG, and as properties of a line of matplotlib
+    FAINT_LABEL: (f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>', {"marker": "o", "alpha": FAINT}),
+    BARS_LABEL: (
+        '<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>',
+        {"marker": "+", "markersize": 12, "markeredgewidth": 0.8},
+    ),
+}
 
 
 def axis_label(objective: str, reward: str) -> str:
@@ -45,7 +52,7 @@ def axis_label(objective: str, reward: str) -> str:
     return "\n".join(lines).replace(GLUE, " ")
 
 
-def styles(rules: Sequence[str]) -> dict[str, tuple[str, str]]:
+def styles(rules: Collection[str]) -> dict[str, tuple[str, str]]:
     """Rule → colour and marker; base and oracle are black."""
     others = [rule for rule in rules if rule not in FIXED]
     drawn = {rule: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, rule in enumerate(others)}
@@ -76,7 +83,7 @@ def swatches(summary: dict) -> dict[str, str]:
     from matplotlib.markers import MarkerStyle
 
     svgs = {}
-    for rule, (colour, marker) in styles(list(summary["rules"])).items():
+    for rule, (colour, marker) in styles(summary["rules"]).items():
         style = MarkerStyle(marker)
         outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=np.float64)
         points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
@@ -86,10 +93,8 @@ def swatches(summary: dict) -> dict[str, str]:
 
 
 def keys(summary: dict) -> list[tuple[str, str]]:
-    """Other entries of the fronts' legend: a small SVG and its text each, faint points only where there are some."""
-    faint = SWATCH.format(f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>')
-    bars = SWATCH.format('<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>')
-    return [(faint, FAINT_LABEL)] * _has_faint(summary) + [(bars, BARS_LABEL)] * _has_bars(summary)
+    """Other entries of the fronts' legend: a small SVG and its text each."""
+    return [(SWATCH.format(SHAPES[label][0]), label) for label in _labels(summary)]
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
@@ -130,29 +135,23 @@ def save_fronts(file: Path, summary: dict) -> None:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
 
 
-def _has_faint(summary: dict) -> bool:
-    """Whether some front has a faint point."""
+def _labels(summary: dict) -> list[str]:
+    """What the legend explains besides the rules: faint points and bars, where some front has them."""
     edges = [edge(summary["cells"], *pair) for pair in combinations(summary["objectives"], 2)]
-    return any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"])
-
-
-def _has_bars(summary: dict) -> bool:
-    return any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values())
+    faint = any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"])
+    bars = any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values())
+    return [FAINT_LABEL] * faint + [BARS_LABEL] * bars
 
 
 def _add_legend(figure: Any, summary: dict) -> None:
     """Below the fronts: every rule's marker, faint points and bars, in as many columns as the figure is wide."""
     from matplotlib.lines import Line2D
 
-    mark = partial(Line2D, [], [], linestyle="")
-    marks = [
-        mark(color=colour, marker=marker, label=drawable(rule))
-        for rule, (colour, marker) in styles(list(summary["rules"])).items()
-    ]
-    if _has_faint(summary):
-        marks.append(mark(color="black", marker="o", alpha=FAINT, label=FAINT_LABEL))
-    if _has_bars(summary):
-        marks.append(mark(color="black", marker="+", ms=12, mew=0.8, label=BARS_LABEL))
+    marks: list[Line2D] = []
+    for rule, (colour, marker) in styles(summary["rules"]).items():
+        marks.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=drawable(rule)))
+    for label in _labels(summary):
+        marks.append(Line2D([], [], linestyle="", color="black", label=label, **SHAPES[label][1]))
     width, height = figure.get_size_inches()
     for columns in range(len(marks), 0, -1):
         legend = figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
@@ -171,7 +170,7 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
     rewards = [summary["objectives"][name] for name in pair]
     measured = [c for c in summary["cells"] if all(c["rewards"][reward]["mean"] for reward in rewards)]
     on_edge = edge(measured, *pair)
-    for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
+    for i, (rule, style) in enumerate(styles(summary["rules"]).items()):
         cells = [cell for cell in measured if cell["rule"] == rule]
         mixed = any(max(cell["shares"].values()) < 1 - 1e-6 for cell in cells if cell["shares"])
         key = "strength" if mixed else "weights"  # a rule of single objectives goes along strengths
@@ -186,17 +185,17 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
         for cell in cells:
             figures = [cell["rewards"][reward] for reward in rewards]
             points, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
-            _draw_point(axes, points, gains, rule, style, f"rule-{i}-point", faint=not _is_main(cell, on_edge))
+            _draw_point(axes, points, gains, style, f"rule-{i}-point", faint=not _is_main(cell, on_edge))
     _finish(axes, *(axis_label(writable(name), writable(summary["objectives"][name])) for name in pair))
 
 
 def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
-    for i, (rule, style) in enumerate(styles(list(summary["rules"])).items()):
+    for i, (rule, style) in enumerate(styles(summary["rules"]).items()):
         for cell in summary["cells"]:
             point = metric.figure.of(cell), WEIGHTED_GAIN.of(cell)
             if cell["rule"] == rule and None not in point:
                 values = [value if isinstance(value, dict) else {"mean": value, "low": None} for value in point]
-                _draw_point(axes, values, values, rule, style, f"rule-{i}-point")
+                _draw_point(axes, values, values, style, f"rule-{i}-point")
     unit = f" ({metric.unit})" if metric.unit else ""
     _finish(axes, f"{metric.title}{unit}", "weighted gain over the base (σ)")
 
@@ -205,7 +204,6 @@ def _draw_point(
     axes: Any,
     means: Sequence[dict],
     bars: Sequence[dict | None],
-    rule: str,
     style: tuple[str, str],
     gid: str,
     *,
@@ -216,8 +214,8 @@ def _draw_point(
     x, y = ([mean["mean"]] for mean in means)
     x_bars, y_bars = ([[end] for end in half_lengths(bar)] if bar and bar["low"] is not None else None for bar in bars)
     drawn = axes.errorbar(
-        x, y, xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8,
-        ms=9 if rule in FIXED else 6, mec="white", mew=0.6, alpha=FAINT if faint else 1.0, zorder=3 if faint else 4,
+        x, y, xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, mec="white", mew=0.6,
+        ms=9 if style in FIXED.values() else 6, alpha=FAINT if faint else 1.0, zorder=3 if faint else 4,
     )  # fmt: skip
     for artist in drawn.get_children():
         artist.set_gid(gid)

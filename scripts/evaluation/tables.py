@@ -106,11 +106,8 @@ def cells_table(summary: dict) -> dict[str, Any]:
 
 
 def table(figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Headings and entries as the page's template takes them."""
-    return {
-        "heads": [{"head": figure.heading, "title": figure.description} for figure in figures],
-        "rows": [[_entry(figure, figure.of(row)) for figure in figures] for row in rows],
-    }
+    """Columns and entries as the page's template takes them."""
+    return {"columns": figures, "rows": [[_entry(figure, figure.of(row)) for figure in figures] for row in rows]}
 
 
 def _entry(figure: Figure, value: Any) -> dict[str, Any]:
@@ -118,15 +115,14 @@ def _entry(figure: Figure, value: Any) -> dict[str, Any]:
 
     An unknown value is sorted last; a pair is a number to sort by and its text.
     """
-    sort: Any = value
-    text = str(value)
+    sort, text, brackets = value, str(value), ""
     if value is None:
         sort, text = "", "—"
     elif isinstance(value, tuple):
         sort, text = value
     elif isinstance(value, dict):
-        sort, text = value["mean"], interval_text(value, signed=figure.signed)
+        sort = value["mean"]
+        text, _, brackets = interval_text(value, signed=figure.signed).partition(" ")
     elif isinstance(value, float):
         text = number_text(value, figure.places) + figure.suffix
-    main, _, rest = text.partition(" [") if isinstance(value, dict) else (text, "", "")
-    return {"main": main, "range": rest and f"[{rest}", "sort": sort, "number": not isinstance(value, str)}
+    return {"main": text, "range": brackets, "sort": sort, "number": not isinstance(value, str)}
