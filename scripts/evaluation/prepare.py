@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,6 +15,7 @@ from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.rules.gap_profile import profile_to_dict
+from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet
@@ -25,7 +25,7 @@ from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, cells_of
 from stepfuse.scripts.evaluation.costs import machine
-from stepfuse.scripts.evaluation.scales import check_oracles, measured_scale, unscaled_objectives
+from stepfuse.scripts.evaluation.scales import check_scales, measured_scale
 from stepfuse.scripts.evaluation.setup import Setup
 from stepfuse.train.rollout import sample_generator
 
@@ -37,7 +37,6 @@ class Evaluation:
     Attributes:
         rewards: by name, of the objectives and held out.
         embedder: for the diversity, if there is one.
-        unscaled: objectives whose scales are measured on the base's images.
     """
 
     config: EvaluationConfig
@@ -47,7 +46,6 @@ class Evaluation:
     prompts: list[str]
     rewards: Mapping[str, Reward]
     embedder: CLIPReward | None
-    unscaled: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
@@ -69,21 +67,19 @@ class Evaluation:
         prompts = list(dict.fromkeys(prompts))
         if len(prompts) < 2:
             raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
-        unscaled = unscaled_objectives(config, adapter_set.names)
+        check_scales(config, adapter_set, cells)
         by_objective = {o.name: o.reward for o in adapter_set.objectives}
         rewards = {name: load_reward(name, device) for name in dict.fromkeys([*by_objective.values(), *config.rewards])}
         for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
             for begin in range(0, len(prompts), config.batch_size):
                 some = prompts[begin : begin + config.batch_size]
                 score(reward, torch.full((len(some), 3, 64, 64), 0.5, device=device), some, name=name)
-        if not unscaled:
-            check_oracles(adapter_set, cells, config.scales)
         sampler = FusedSampler.from_pretrained(
             adapter_set,
             guidance=config.guidance,
             guidance_scale=config.guidance_scale,
             rewards={name: rewards[reward] for name, reward in by_objective.items()},
-            reward_scales=dict.fromkeys(unscaled, 1.0) | config.scales,  # until they are measured
+            reward_scales=dict.fromkeys(adapter_set.names, 1.0) | config.scales,  # until they are measured
             dtype=dtype,
             device=device,
         )
@@ -103,14 +99,16 @@ class Evaluation:
             prompts=prompts,
             rewards=rewards,
             embedder=clip_score(clip, device) if clip else None,
-            unscaled=unscaled,
         )
 
-    def with_measured_scales(self, base: Sequence[Path]) -> "Evaluation":
-        """The same with the scales that the configuration does not give, measured on tables of the base's images."""
-        table = pd.concat([pd.read_parquet(part) for part in base], ignore_index=True)
-        unscaled = [objective for objective in self.sampler.objectives if objective.name in self.unscaled]
-        measured = {objective.name: measured_scale(table, objective) for objective in unscaled}
+    @property
+    def unscaled(self) -> list[Objective]:
+        """Objectives whose scales are measured on the base's images."""
+        return [objective for objective in self.sampler.objectives if objective.name not in self.config.scales]
+
+    def with_measured_scales(self, base: pd.DataFrame) -> "Evaluation":
+        """The same with the scales of these, given the table of the base's images."""
+        measured = {objective.name: measured_scale(base, objective) for objective in self.unscaled}
         return replace(self, sampler=replace(self.sampler, reward_scales={**self.sampler.reward_scales, **measured}))
 
     @property

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 
@@ -31,7 +30,6 @@ from stepfuse.scripts.evaluation.plots import save_fronts
 from stepfuse.scripts.evaluation.prepare import Evaluation
 from stepfuse.scripts.evaluation.report import write_report
 from stepfuse.scripts.evaluation.sample import sample_cells
-from stepfuse.scripts.evaluation.setup import Setup
 
 DESCRIPTION, PARTS = "evaluation.json", "parts"
 RESULTS = ("results.parquet", "summary.json", "report.html", "fronts.png")
@@ -49,14 +47,11 @@ def evaluate(
     command: str = "",
     trust_rewards: bool = False,
 ) -> dict[str, Any]:
-    """Sample, measure and report. An interrupted run resumes where it stopped, with the same numbers.
+    """Sample, measure and report; returns the figures. An interrupted run resumes, with the same numbers.
 
     Scales that the configuration does not give are measured on the images of the base, which are sampled first.
-    Rewards of the set that are code or servers are loaded with `trust_rewards` only.
-    Under `accelerate launch` the batches are divided among the processes.
-
-    Returns:
-        The figures; nothing in other processes than the main one.
+    Rewards of the set that are code or servers are loaded with `trust_rewards` only. Under `accelerate launch` the
+    batches are divided among the processes, and the main one reports.
 
     Raises:
         ValueError: before anything is sampled, for an unknown rule, a rule without its reward or oracle, or a reward
@@ -78,24 +73,16 @@ def evaluate(
     state.wait_for_everyone()
     if evaluation.unscaled:
         base = sample_cells(evaluation, output / PARTS, state, evaluation.cells[:1])
-        state.wait_for_everyone()  # every process measures the scales on all images of the base
-        evaluation = evaluation.with_measured_scales([part for _, part in base])
+        evaluation = evaluation.with_measured_scales(base)
         if state.is_main_process:
             measured = {name: evaluation.sampler.reward_scales[name] for name in loaded.names}
             write_json(output / DESCRIPTION, identity | {MEASURED: measured})
-    parts = sample_cells(evaluation, output / PARTS, state, evaluation.cells)
-    state.wait_for_everyone()
+    results = sample_cells(evaluation, output / PARTS, state, evaluation.cells)
     if not state.is_main_process:
         return {}
-    tables = [pd.read_parquet(part).assign(rule=cell.label) for cell, part in parts]
-    results = pd.concat(tables, ignore_index=True)
-    return write_results(output, results, evaluation.setup(str(adapter_set), command))
-
-
-def write_results(output: Path, results: pd.DataFrame, setup: Setup) -> dict[str, Any]:
-    """Write the table of all images, its figures, the page and the fronts; returns the figures."""
-    table, figures, page, fronts = (output / name for name in RESULTS)
+    setup = evaluation.setup(str(adapter_set), command)
     summary = summarise(results, setup)
+    table, figures, page, fronts = (output / name for name in RESULTS)
     with atomic_file(table) as temporary:
         results.to_parquet(temporary)
     write_json(figures, summary)

@@ -20,13 +20,10 @@ from stepfuse.scripts.evaluation.prepare import Evaluation
 
 def sample_cells(
     evaluation: Evaluation, folder: Path, state: PartialState, cells: Sequence[PlannedCell]
-) -> list[tuple[PlannedCell, Path]]:
-    """Sample and measure cells, a file for each batch; files that exist are kept.
+) -> pd.DataFrame:
+    """Sample and measure cells, a file for each batch; files that exist are kept. The table of all their images.
 
     Cells whose images are the same, as they are one adapter under several rules, share the files of the first of them.
-
-    Returns:
-        The files of each cell.
 
     Raises:
         ValueError: for a reward that fails, naming the cell; the files written before are kept.
@@ -50,7 +47,13 @@ def sample_cells(
             raise ValueError(f"{cell}: {error}; run again to resume, the finished batches are kept") from error
         with atomic_file(file) as temporary:
             table.to_parquet(temporary)
-    return [(cell, files[keys.index(cell.images), j]) for cell in cells for j in range(len(batches))]
+    state.wait_for_everyone()
+    tables = [
+        pd.read_parquet(files[keys.index(cell.images), j]).assign(rule=cell.label)
+        for cell in cells
+        for j in range(len(batches))
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The units σ that rewards are weighed in: given by the configuration, or measured on the base's images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import pandas as pd
 
@@ -11,22 +11,35 @@ from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell
 
 
-def unscaled_objectives(config: EvaluationConfig, names: Sequence[str]) -> tuple[str, ...]:
-    """Objectives of a set without a scale in the configuration.
+def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Sequence[PlannedCell]) -> None:
+    """Check the scales of a configuration.
 
     Raises:
-        ValueError: for a scale of another name, and where scales cannot be measured.
+        ValueError: for one of no objective, where those left out cannot be measured, and for an oracle that was trained
+            on a reward weighted in other units.
     """
-    for name in config.scales:
+    names, scales = adapter_set.names, config.scales
+    for name in scales:
         if name not in names:
             raise ValueError(f"scales name {name!r}; the set has {', '.join(names)}{nearest(name, names)}")
-    unscaled = tuple(name for name in names if name not in config.scales)
+    unscaled = [name for name in names if name not in scales]
     if unscaled and config.seeds_per_prompt < 2:
         raise ValueError(
             f"the scale of {unscaled[0]!r} is measured among the images of one prompt, and seeds_per_prompt is "
             f"{config.seeds_per_prompt}; expected 2 or more, or a scale for each objective in the config"
         )
-    return unscaled
+    if unscaled or all(cell.rule.accepts != "trained" for cell in cells):
+        return
+    for oracle in adapter_set.oracles:
+        ratios = [scales[name] / scale for name, scale in oracle.scales.items()]
+        if max(ratios) > 1.001 * min(ratios):
+            trained = ", ".join(f"{name}: {scale:g}" for name, scale in oracle.scales.items())
+            given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
+            raise ValueError(
+                f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}, "
+                "so its regret would be that of another reward. Give its units as scales, or leave scales out to have "
+                "them measured"
+            )
 
 
 def measured_scale(base: pd.DataFrame, objective: Objective) -> float:
@@ -43,23 +56,3 @@ def measured_scale(base: pd.DataFrame, objective: Objective) -> float:
             "base's images of one prompt; add it to scales in the config"
         )
     return scale
-
-
-def check_oracles(adapter_set: AdapterSet, cells: Sequence[PlannedCell], scales: Mapping[str, float]) -> None:
-    """Check that the oracles were trained on the weighted rewards that regret is measured in.
-
-    Raises:
-        ValueError: for oracles whose rewards were weighted in other units.
-    """
-    if all(cell.rule.accepts != "trained" for cell in cells):
-        return
-    for oracle in adapter_set.oracles:
-        ratios = [scales[name] / scale for name, scale in oracle.scales.items()]
-        if max(ratios) > 1.001 * min(ratios):
-            trained = ", ".join(f"{name}: {scale:g}" for name, scale in oracle.scales.items())
-            given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
-            raise ValueError(
-                f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}, "
-                "so its regret would be that of another reward. Give its units as scales, or leave scales out to have "
-                "them measured"
-            )
