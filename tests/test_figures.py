@@ -8,7 +8,6 @@ import pytest
 
 from stepfuse.rewards.statistics import paired_interval
 from stepfuse.scripts.evaluation.figures import summarise
-from stepfuse.scripts.evaluation.setup import Setup
 from tests.fixtures_evaluation import PROMPTS, SETUP, UNKNOWN, cell, figures, noisy, of
 from tests.fixtures_tiny import refused
 
@@ -234,16 +233,6 @@ def test_a_missing_column_and_a_single_prompt_are_refused():
         summarise(cell("base", None).drop(columns="reward_rz"), SETUP)
     with refused("at least two prompts"):
         figures(cell("base", None, prompts=("a",)))
-
-
-def test_a_setup_that_does_not_fit_together_is_refused():
-    known = {"rewards": ("rx",), "steps": 20, "guidance": 4.0}
-    with refused("objective 'y'", "'ry'"):
-        Setup(objectives=(("y", "ry"),), scales={"ry": 1.0}, **known)
-    with refused("'rx'", "0.0"):
-        Setup(objectives=(("x", "rx"),), scales={"rx": 0.0}, **known)
-    with refused("'rz'"):
-        Setup(objectives=(("x", "rx"),), scales={"rx": 1.0}, held_out=("rz",), **known)
 
 
 def test_regret_is_of_the_reward_that_the_oracle_was_trained_on():

@@ -73,8 +73,9 @@ def test_the_tilted_data_have_the_moments_of_quadrature(kind: str, weights: tupl
     world = world_of(kind, weights, 10)
     axis = torch.linspace(-8, 8, 401, dtype=torch.float64)
     grid = torch.cartesian_prod(axis, axis)
-    rewards = zip(weights, world.rewards(), strict=True)
-    log_density = mixture(1.0, 0.0).log_prob(grid) + sum(w * q(grid, torch.arange(len(grid))) for w, q in rewards)
+    rewards = zip(weights, world.objectives, strict=True)
+    weighted = sum(w * objective.reward(grid, torch.arange(len(grid))) for w, objective in rewards)
+    log_density = mixture(1.0, 0.0).log_prob(grid) + weighted
     density = log_density.softmax(0)
     tilted = world.tilted_data()
     np.testing.assert_allclose(tilted.weights @ tilted.means, density @ grid, atol=1e-8)

@@ -25,18 +25,12 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
 FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
 FAINT = 0.35  # opacity
+LABELS = {
+    "faint": "faint: another strength, or weight on a further objective",
+    "bars": "bars: 95 % interval of the gain over the base",
+}
 LONGEST = 44  # characters of a line of an axis label
 ACROSS = 3  # fronts beside each other in one picture
-SWATCH = '<svg class="swatch" viewBox="-1.2 -1.2 2.4 2.4" width="14" height="14" aria-hidden="true">{}</svg>'
-FAINT_LABEL = "faint: another strength, or weight on a further objective"
-BARS_LABEL = "bars: 95 % interval of the gain over the base"
-SHAPES = {  # of the legend's labels: as an element of an SVG, and as properties of a line of matplotlib
-    FAINT_LABEL: (f'<circle r="0.9" fill="#000" opacity="{FAINT}"/>', {"marker": "o", "alpha": FAINT}),
-    BARS_LABEL: (
-        '<path d="M-1.1 0H1.1M0 -1.1V1.1" stroke="#000" stroke-width="0.2"/>',
-        {"marker": "+", "markersize": 12, "markeredgewidth": 0.8},
-    ),
-}
 
 
 def axis_label(objective: str, reward: str) -> str:
@@ -78,23 +72,15 @@ def plots(summary: dict) -> Iterator[dict[str, str]]:
             yield {"title": title, "svg": svg}
 
 
-def swatches(summary: dict) -> dict[str, str]:
-    """The marker of every rule as a small SVG, for a legend."""
+def swatches(summary: dict) -> Iterator[dict[str, str]]:
+    """The marker of every rule as the outline of an SVG's polygon within [-1, 1]², for the page's legend."""
     from matplotlib.markers import MarkerStyle
 
-    svgs = {}
     for rule, (colour, marker) in styles(summary["rules"]).items():
         style = MarkerStyle(marker)
         outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=np.float64)
-        points = " ".join(f"{x:.2f},{-y:.2f}" for x, y in outline)
-        scale = f"scale({1 / np.abs(outline).max():.3f})"
-        svgs[rule] = SWATCH.format(f'<polygon points="{points}" transform="{scale}" fill="{colour}"/>')
-    return svgs
-
-
-def keys(summary: dict) -> list[tuple[str, str]]:
-    """Other entries of the fronts' legend: a small SVG and its text each."""
-    return [(SWATCH.format(SHAPES[label][0]), label) for label in _labels(summary)]
+        outline /= np.abs(outline).max()
+        yield {"rule": rule, "colour": colour, "points": " ".join(f"{x:.3f},{-y:.3f}" for x, y in outline)}
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
@@ -135,12 +121,14 @@ def save_fronts(file: Path, summary: dict) -> None:
         figure.savefig(temporary, dpi=110, metadata={"Software": None})
 
 
-def _labels(summary: dict) -> list[str]:
+def labels(summary: dict) -> dict[str, str]:
     """What the legend explains besides the rules: faint points and bars, where some front has them."""
     edges = [edge(summary["cells"], *pair) for pair in combinations(summary["objectives"], 2)]
-    faint = any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"])
-    bars = any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values())
-    return [FAINT_LABEL] * faint + [BARS_LABEL] * bars
+    drawn = {
+        "faint": any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"]),
+        "bars": any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values()),
+    }
+    return {kind: text for kind, text in LABELS.items() if drawn[kind]}
 
 
 def _add_legend(figure: Any, summary: dict) -> None:
@@ -150,8 +138,9 @@ def _add_legend(figure: Any, summary: dict) -> None:
     marks: list[Line2D] = []
     for rule, (colour, marker) in styles(summary["rules"]).items():
         marks.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=drawable(rule)))
-    for label in _labels(summary):
-        marks.append(Line2D([], [], linestyle="", color="black", label=label, **SHAPES[label][1]))
+    shapes = {"faint": {"marker": "o", "alpha": FAINT}, "bars": {"marker": "+", "ms": 12, "mew": 0.8}}
+    for kind, label in labels(summary).items():
+        marks.append(Line2D([], [], linestyle="", color="black", label=label, **shapes[kind]))
     width, height = figure.get_size_inches()
     for columns in range(len(marks), 0, -1):
         legend = figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)

@@ -17,7 +17,7 @@ from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.metric import finite
-from stepfuse.scripts.evaluation.plots import edge, keys, plots, swatches
+from stepfuse.scripts.evaluation.plots import edge, labels, plots, swatches
 from stepfuse.scripts.evaluation.setup import Rules, Setup
 from stepfuse.scripts.evaluation.tables import cells_table, rules_table
 
@@ -29,15 +29,14 @@ Picture = dict[str, Any]  # the attributes of an <img>
 
 def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup) -> None:
     """Write the page: images from weight to weight, plots, tables, and then findings and what was measured."""
-    marks = swatches(summary)
     template = _environment(html=True).get_template("report.html.j2")
     page = template.render(
         setup=setup,
         summary=summary,
         findings=sentences(summary, setup.rules, html=True),
         plots=[{"title": plot["title"], "svg": Markup(plot["svg"])} for plot in plots(summary)],
-        keys=[{"mark": Markup(mark), "label": label} for mark, label in keys(summary)],
-        legend=[{"rule": rule, "mark": Markup(mark)} for rule, mark in marks.items()],
+        swatches=swatches(summary),
+        labels=labels(summary),
         tables={"Rules": rules_table(summary), "Cells": cells_table(summary)},
         strips=strips(results, summary),
     )

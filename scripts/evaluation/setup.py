@@ -36,15 +36,6 @@ class Setup:
     command: str = ""
     oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()
 
-    def __post_init__(self) -> None:
-        for name, reward in self.objectives:
-            if reward not in self.rewards:
-                raise ValueError(f"objective {name!r} has reward {reward!r}; expected one of {list(self.rewards)}")
-            if not self.scales.get(reward, 0) > 0:
-                raise ValueError(f"reward {reward!r} has scale {self.scales.get(reward)}; expected a positive number")
-        if unknown := [reward for reward in self.held_out if reward not in self.rewards]:
-            raise ValueError(f"held-out reward {unknown[0]!r} was not measured; expected one of {list(self.rewards)}")
-
     def trained_weights(self, shares: np.ndarray) -> np.ndarray:
         """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.
 

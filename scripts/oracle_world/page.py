@@ -34,9 +34,9 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
         f"target's by {max(cell['product_from_target'] for cell in cells):.1e} at most."
         + _listed(" Not", [cell for cell in cells if cell not in exact])
     )
-    kinds: dict[str, list[dict]] = {}
-    for cell in cells:
-        kinds.setdefault(cell["variances"], []).append(cell)
+    kinds = {
+        kind: [c for c in cells if c["variances"] == kind] for kind in dict.fromkeys(c["variances"] for c in cells)
+    }
     for kind, members in kinds.items():
         kls = [cell["rules"]["average_noise"]["kl"] for cell in members]
         yield f"`average_noise`, {kind} variances: an expected KL of {min(kls):.2g} to {max(kls):.2g} nats a run."
@@ -49,23 +49,20 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
         yield f"`{name}` ends beyond the floor's bound in {counts}."
     for lead, key in CLOSER.items():
         for kind, members in kinds.items():
-            pairs = [cell for cell in members if cell["objectives"] == 2]
-            if not pairs:
-                continue
-            groups = {answer: [c for c in pairs if c[key] == answer] for answer in ("yes", "no", "not resolved")}
-            counts = ", ".join(f"{answer} in {len(group)}" for answer, group in groups.items())
-            yield (
-                f"`systematic` is closer than `switch` to {lead}; two objectives, {kind} variances: "
-                f"{counts} of {len(pairs)} cells."
-                + _listed(" No", groups["no"])
-                + _listed(" Not resolved", groups["not resolved"])
-            )
+            if pairs := [cell for cell in members if cell["objectives"] == 2]:
+                groups = {answer: [c for c in pairs if c[key] == answer] for answer in ("yes", "no", "not resolved")}
+                counts = ", ".join(f"{answer} in {len(group)}" for answer, group in groups.items())
+                yield (
+                    f"`systematic` is closer than `switch` to {lead}; two objectives, {kind} variances: "
+                    f"{counts} of {len(pairs)} cells."
+                    + _listed(" No", groups["no"])
+                    + _listed(" Not resolved", groups["not resolved"])
+                )
     for kind, members in kinds.items():
-        floors = [cell["floor"]["mean"] for cell in members]
         yield (
             "The average step N(Σ a_i m_i, Σ a_i v_i), what picking one expert a step tends to in short steps, ends "
             f"{_range(cell['average_step_from_blend'] for cell in members)} from the target with {kind} variances "
-            f"(the floor is {min(floors):.3f} to {max(floors):.3f}); from it `switch` ends "
+            f"(the floor is {_range(cell['floor'] for cell in members)}); from it `switch` ends "
             f"{_range(cell['rules']['switch']['to_average_step'] for cell in members)} and `systematic` "
             f"{_range(cell['rules']['systematic']['to_average_step'] for cell in members)}."
         )
@@ -85,11 +82,10 @@ def page(result: dict) -> str:
     def of_rules(names: Sequence[str], figure: str, heading: str = "{}") -> list[tuple[str, str]]:
         return [(heading.format(name), f"rules.{name}.{figure}") for name in names]
 
-    measured, ending = (*GAUSSIAN, *PICKING), ("base", "product", *PICKING, *REWARDED)
     tables = {  # title → columns: heading, and where a cell has it
         "Distance to the step-level target, and expected KL a run": [
             ("floor (bound)", "floor"),
-            *of_rules(measured, "to_target"),
+            *of_rules((*GAUSSIAN, *PICKING), "to_target"),
             *of_rules(GAUSSIAN, "kl", "KL {}"),
         ],
         "Distance to the blend, the product's own output": [
@@ -106,7 +102,7 @@ def page(result: dict) -> str:
             ("floor", "tilted_data.floor"),
             ("floor of code", "rules.code.floor_tilted_data"),
             ("step-level target", "tilted_data.target"),
-            *of_rules(ending, "to_tilted_data"),
+            *of_rules(("base", "product", *PICKING, *REWARDED), "to_tilted_data"),
         ],
     }
     parts = [

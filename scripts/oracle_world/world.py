@@ -37,7 +37,7 @@ from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 from stepfuse.fuse.rules.base import FusionRule, average_variance
 from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run
-from stepfuse.fuse.rules.step import FusionStep, Score
+from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.scripts.oracle_world.mixture import Mixture
 
 DIM = 2
@@ -201,10 +201,6 @@ class World:
             predictions.append(torch.from_numpy((mean - shrink * x) / gain))
         return [e if some is None else e[some] for e, some in zip(predictions, rows, strict=True)]
 
-    def rewards(self) -> list[Score]:
-        """q_i of x_0, for rules that need rewards."""
-        return [objective.reward for objective in self.objectives]
-
     def run(self, rule: FusionRule, batch: int) -> Run:
         """What this world offers to a rule."""
         weights = torch.tensor(self.weights, dtype=torch.float64)
@@ -220,8 +216,8 @@ class World:
             weights=weights[None, :, None].expand(self.steps, -1, batch),
             strength=1.0,
         )
-        scales = [1.0] * len(self.weights)
-        return Run(plan=rule.prepare(plan), predict_fn=self.predict, rewards=self.rewards(), scales=scales)
+        rewards, scales = [objective.reward for objective in self.objectives], [1.0] * len(self.weights)
+        return Run(plan=rule.prepare(plan), predict_fn=self.predict, rewards=rewards, scales=scales)
 
     def run_target(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x_0 of the target policy from x_T."""
