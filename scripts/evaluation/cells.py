@@ -105,8 +105,7 @@ def arrange(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int
     """Cells in the order of the table, images in the order of prompts and seeds, metrics that the table has.
 
     Raises:
-        ValueError: for a missing column, without exactly one cell of rule base, for a cell of other images, and for
-            fewer than two prompts.
+        ValueError: for a missing column, other than one cell of rule base, and a cell of other images.
     """
     identity, shares = ["rule", "weights", "strength"], [f"w_{name}" for name, _ in setup.objectives]
     needed = [*identity, *shares, "prompt", "seed", *(f"reward_{reward}" for reward in setup.rewards)]

@@ -1,6 +1,6 @@
 """What an evaluation measures: its configuration, and the cells that it lists."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
 from pathlib import Path
@@ -77,15 +77,24 @@ class PlannedCell:
     strength: float = 1.0
 
     @property
+    def key(self) -> tuple:
+        return self.label, self.weights_label, self.strength
+
+    @property
     def images(self) -> tuple:
         """A key that is equal for cells whose images are the same, so that these are sampled once."""
         single = self.weights is not None and len(self.weights) == 1 and self.strength == 1
-        rule = "one adapter" if single and self.rule.is_one_adapter else self.label
-        return rule, self.weights_label, self.strength
+        return ("one adapter", *self.key[1:]) if single and self.rule.is_one_adapter else self.key
 
     @property
     def weights_label(self) -> str:
         return "" if self.weights is None else label_weights(self.weights)
+
+    def shares(self, names: Sequence[str]) -> list[float]:
+        """w_i, NaN for the base and where they change over the steps."""
+        if self.weights is None or _is_scheduled(self.weights):
+            return [float("nan")] * len(names)
+        return _shares(self.weights, names)
 
     def __str__(self) -> str:
         strength = "" if self.strength == 1 else f" strength {self.strength:g}"
@@ -93,11 +102,7 @@ class PlannedCell:
 
 
 def read_config(file: Path) -> EvaluationConfig:
-    """An evaluation's YAML.
-
-    Raises:
-        ValueError: naming the file, for what `read_settings` refuses or a value out of bounds.
-    """
+    """An evaluation's YAML; a ValueError names the file."""
     values = read_settings(file, EvaluationConfig)
     try:
         return EvaluationConfig(**values)
@@ -106,21 +111,14 @@ def read_config(file: Path) -> EvaluationConfig:
 
 
 def simplex(names: Sequence[str], grid: int) -> list[dict[str, float]]:
-    """All weights that are multiples of 1/grid and sum to 1, objectives of weight 0 left out.
-
-    One adapter alone first, then mixtures of ever more.
-    """
+    """All weights that are multiples of 1/grid and sum to 1, without those of 0: one adapter alone first."""
     rows = [row for row in combinations(range(grid, -1, -1), repeat=len(names)) if sum(row) == grid]
     rows.sort(key=lambda row: sum(k > 0 for k in row))
     return [{name: k / grid for name, k in zip(names, row, strict=True) if k} for row in rows]
 
 
 def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell]:
-    """Every cell of an evaluation; the base is always the first.
-
-    Raises:
-        ValueError: for rules, options or weights that are none, or two cells of one name.
-    """
+    """Every cell of an evaluation, the base first; a ValueError names a rule, options or weights that are wrong."""
     standard = [*simplex(names, config.grid), *(_read_weights(w, names) for w in config.weights)]
     standard = list({label_weights(w): w for w in standard}.values())
     cells = [PlannedCell(label="base", rule=get_rule("base"), weights=None)]
@@ -129,11 +127,10 @@ def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell
         if not isinstance(values, dict) or not isinstance(values.get("rule"), str):
             raise ValueError(f"rules has the entry {entry!r}; expected a name, or a mapping with `rule`")
         cells += _cells_of_rule(dict(values), names, standard)
-    seen = set()
+    keys = [cell.key for cell in cells]
     for cell in cells:
-        if (key := (cell.label, cell.weights_label, cell.strength)) in seen:
+        if keys.count(cell.key) > 1:
             raise ValueError(f"two cells are {cell}; give one rule another `label`")
-        seen.add(key)
     return cells
 
 
@@ -149,12 +146,11 @@ def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Seque
     rule = get_rule(name, **{str(option): value for option, value in values.items()})
     if rule.accepts == "none":
         return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None)]
+    mixtures = [w for w in standard if rule.accepts != "single" or len(w) == 1]
     if texts is not None:
         if not isinstance(texts, list) or not texts:
             raise ValueError(f"rule {label} has weights {texts!r}; expected a list, such as [a=0.5,b=0.5]")
-        mixtures: list[Weights] = [_read_weights(text, names) for text in texts]
-    else:
-        mixtures = [w for w in standard if rule.accepts != "single" or len(w) == 1]
+        mixtures = [_read_weights(text, names) for text in texts]
     return [PlannedCell(label=label, rule=rule, weights=w, strength=float(s)) for w in mixtures for s in strengths]
 
 
@@ -166,19 +162,20 @@ def _read_weights(given: Any, names: Sequence[str]) -> Weights:
     if not isinstance(given, str | dict):
         raise ValueError(f'weights {given!r}; expected text such as "a=0.5,b=0.5", or a mapping')
     weights = parse_weights(given) if isinstance(given, str) else given
-    if any(isinstance(w, WeightSchedule) for w in weights.values()):
-        weight_table([weights], names)
-        return weights
-    if not all(isinstance(w, int | float) for w in weights.values()):
+    if not all(isinstance(w, int | float | WeightSchedule) for w in weights.values()):
         raise ValueError(f"weights {given!r}; expected a number for each objective")
-    shares = weight_table([weights], names)[0, :, 0].tolist()
+    shares = _shares(weights, names)
+    if _is_scheduled(weights):
+        return weights
     if abs((total := sum(weights.values())) - 1) > 0.01:
         raise ValueError(f"weights {given!r} sum to {total:g}; expected 1 (in a list, a=0.5,b=0.5 needs quotes)")
     return {name: round(share, 6) for name, share in zip(names, shares, strict=True) if share}
 
 
-def shares_of(cell: PlannedCell, names: Sequence[str]) -> Mapping[str, float]:
-    """w_i of a cell, NaN for the base and where they change over the steps."""
-    if cell.weights is None or any(isinstance(w, WeightSchedule) for w in cell.weights.values()):
-        return dict.fromkeys(names, float("nan"))
-    return dict(zip(names, weight_table([cell.weights], names)[0, :, 0].tolist(), strict=True))
+def _is_scheduled(weights: Weights) -> bool:
+    return any(isinstance(weight, WeightSchedule) for weight in weights.values())
+
+
+def _shares(weights: Weights, names: Sequence[str]) -> list[float]:
+    """Shares of the first step, which sum to 1."""
+    return weight_table([weights], names)[0, :, 0].tolist()

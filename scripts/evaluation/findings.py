@@ -16,10 +16,8 @@ class Finding:
 
     Attributes:
         kind: the macro of `findings.j2` that words it.
-        rule: the label of the rule that it is about.
-        reward: a reward that it is about.
-        value: an interval, of the rule's difference from product or the base, or of the rule alone; None for a fact of
-            counts and ratios.
+        rule, reward: what it is about, the rule by its label.
+        value: an interval, of the rule's difference from product or the base, or of the rule alone, if there is one.
         details: the weights, costs and counts of its kind.
     """
 
@@ -31,11 +29,7 @@ class Finding:
 
 
 def findings(summary: dict, rules: Rules = RULES) -> list[Finding]:
-    """Facts computed from the figures of `summarise`.
-
-    Args:
-        rules: by the label that cells have for them; other labels are taken for rules that fuse.
-    """
+    """Facts computed from the figures of `summarise`; labels that `rules` lacks are taken for rules that fuse."""
     labels = {label: rules.get(label, FusionRule) for label in summary["rules"]}
     rewarded = [label for label, rule in labels.items() if rule.needs]  # they see the rewards while sampling
     fusing = [label for label, rule in labels.items() if not rule.needs and rule.accepts not in ("none", "trained")]

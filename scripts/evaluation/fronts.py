@@ -52,11 +52,9 @@ def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
 def rule_figures(
     table: Cells, reference: np.ndarray, cells: list[dict], regrets: Sequence[np.ndarray | None], costs: Costs
 ) -> dict[str, dict]:
-    """Every rule's front: its volume, its distance to the oracle's, both against product's, and its costs.
+    """Every rule's front: its volume above the reference, its distance to the oracle's, and its costs.
 
-    Args:
-        reference: of the hypervolume.
-        cells, regrets: the figures of all cells, and bootstrap means of their regret.
+    `cells` and `regrets` are the figures of all cells, and bootstrap means of their regret.
     """
 
     @cache

@@ -51,11 +51,7 @@ class Evaluation:
     def prepare(
         cls, adapter_set: AdapterSet, config: EvaluationConfig, *, device: str, dtype: torch.dtype
     ) -> "Evaluation":
-        """Load what is needed and check that every cell can be sampled.
-
-        Raises:
-            ValueError: naming the cell, reward or scale at fault.
-        """
+        """Load what is needed and check that every cell can be sampled; a ValueError names what cannot."""
         cells = cells_of(config, adapter_set.names)
         prompts = load_prompts(
             config.prompts,

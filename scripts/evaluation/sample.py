@@ -13,7 +13,7 @@ from tqdm import tqdm
 from stepfuse.data.images import to_image
 from stepfuse.data.output_file import atomic_file
 from stepfuse.scripts.evaluation.batch import MetricBatch, sample_batch
-from stepfuse.scripts.evaluation.config import PlannedCell, shares_of
+from stepfuse.scripts.evaluation.config import PlannedCell
 from stepfuse.scripts.evaluation.metrics import all_metrics
 from stepfuse.scripts.evaluation.prepare import Evaluation
 
@@ -24,9 +24,7 @@ def sample_cells(
     """Sample and measure cells, a file for each batch; files that exist are kept. The table of all their images.
 
     Cells whose images are the same, as they are one adapter under several rules, share the files of the first of them.
-
-    Raises:
-        ValueError: for a reward that fails, naming the cell; the files written before are kept.
+    A ValueError of a reward names the cell; the files written before are kept.
     """
     keys, batches = [cell.images for cell in evaluation.cells], evaluation.batches
     files = {
@@ -59,7 +57,7 @@ def sample_cells(
 @torch.no_grad()
 def measure(batch: MetricBatch) -> pd.DataFrame:
     """A row for each image: its cell, prompt and seed, and every metric."""
-    cell, evaluation = batch.cell, batch.evaluation
+    cell, evaluation, names = batch.cell, batch.evaluation, batch.sampler.names
     pictured = evaluation.prompts[: evaluation.config.strip_prompts]
     pictures = [
         _png(pixels) if seed == 0 and prompt in pictured else None
@@ -69,7 +67,7 @@ def measure(batch: MetricBatch) -> pd.DataFrame:
         {
             "rule": cell.label,
             "weights": cell.weights_label,
-            **{f"w_{name}": share for name, share in shares_of(cell, batch.sampler.names).items()},
+            **{f"w_{name}": share for name, share in zip(names, cell.shares(names), strict=True)},
             "strength": cell.strength,
             "prompt": batch.prompts,
             "seed": batch.seeds,

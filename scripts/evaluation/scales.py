@@ -12,12 +12,7 @@ from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell
 
 
 def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Sequence[PlannedCell]) -> None:
-    """Check the scales of a configuration.
-
-    Raises:
-        ValueError: for one of no objective, where those left out cannot be measured, and for an oracle that was trained
-            on a reward weighted in other units.
-    """
+    """Check that scales are of objectives, those left out can be measured, and oracles were trained in these units."""
     names, scales = adapter_set.names, config.scales
     for name in scales:
         if name not in names:
@@ -43,11 +38,7 @@ def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Seque
 
 
 def measured_scale(base: pd.DataFrame, objective: Objective) -> float:
-    """The standard deviation of an objective's reward among the base's images of one prompt.
-
-    Raises:
-        ValueError: for a reward that is the same for all images of each prompt.
-    """
+    """The standard deviation of an objective's reward among the base's images of one prompt; a ValueError for 0."""
     values = base[f"reward_{objective.reward}"].to_numpy()
     scale = deviation_within(values, base["prompt"].to_list())
     if not scale > 1e-9 * abs(values).max():

@@ -111,10 +111,7 @@ def table(figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _entry(figure: Figure, value: Any) -> dict[str, Any]:
-    """What is shown, an interval's brackets apart from its mean, and the number or text that rows are sorted by.
-
-    An unknown value is sorted last; a pair is a number to sort by and its text.
-    """
+    """What is shown, an interval's brackets apart, and what rows are sorted by; a pair is a sort key and text."""
     sort, text, brackets = value, str(value), ""
     if value is None:
         sort, text = "", "—"

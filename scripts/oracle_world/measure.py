@@ -1,7 +1,4 @@
-"""Every fusion rule measured in worlds whose optimum is known: `world.json`, and `world.md` to read.
-
-A cell is a number of objectives, their weights, a number of steps, and variances that are equal or distinct.
-"""
+"""Every fusion rule measured in worlds whose optimum is known: `world.json`, and `world.md` to read."""
 
 import time
 from collections.abc import Sequence
@@ -48,13 +45,8 @@ def measure_world(
 ) -> dict:
     """Measure every cell, and write `world.json` and `world.md`; returns what `world.json` holds.
 
-    Args:
-        samples: final samples a replicate with two objectives, where the verdicts are; half as many with more.
-        objectives: numbers of objectives, of 2, 3 and 4.
-        steps: numbers of denoising steps.
-
-    Raises:
-        ValueError: for fewer than 2 samples or replicates, or an unknown number of objectives or steps.
+    A cell is a number of objectives, 2 to 4, their weights, a number of steps, and variances that are equal or
+    distinct. Each replicate has `samples` final samples with two objectives, where the verdicts are; half with more.
     """
     for name, count in (("samples", samples), ("replicates", replicates)):
         if count < 2:

@@ -13,17 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Σ_j π_j N(μ_j, s_j² I).
+    """Σ_j π_j N(μ_j, s_j² I)."""
 
-    Attributes:
-        weights: π_j, summing to 1.
-        means: μ_j, (components, dimensions).
-        variances: s_j².
-    """
-
-    weights: np.ndarray
-    means: np.ndarray
-    variances: np.ndarray
+    weights: np.ndarray  # π_j, summing to 1
+    means: np.ndarray  # μ_j, (components, dimensions)
+    variances: np.ndarray  # s_j²
 
     def tilted_weights(self, slope: np.ndarray, curvature: float) -> np.ndarray:
         """π_j', a row for each of h = slope; κ = curvature."""

@@ -34,9 +34,8 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
         f"target's by {max(cell['product_from_target'] for cell in cells):.1e} at most."
         + _listed(" Not", [cell for cell in cells if cell not in exact])
     )
-    kinds = {
-        kind: [c for c in cells if c["variances"] == kind] for kind in dict.fromkeys(c["variances"] for c in cells)
-    }
+    names = dict.fromkeys(cell["variances"] for cell in cells)
+    kinds = {kind: [cell for cell in cells if cell["variances"] == kind] for kind in names}
     for kind, members in kinds.items():
         kls = [cell["rules"]["average_noise"]["kl"] for cell in members]
         yield f"`average_noise`, {kind} variances: an expected KL of {min(kls):.2g} to {max(kls):.2g} nats a run."

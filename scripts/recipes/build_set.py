@@ -61,11 +61,7 @@ class BuildConfig:
 
 
 def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
-    """A build's YAML, and every configuration it names; a path is looked for here and beside the file.
-
-    Raises:
-        ValueError: for anything wrong in any of them, before anything is trained.
-    """
+    """A build's YAML, and every configuration it names; a ValueError names what is wrong in any of them."""
     config = BuildConfig(**read_settings(file, BuildConfig))
     objectives = [_training(entry, config, file) for entry in config.objectives]
     oracles = [_training(entry, config, file) for entry in config.oracles]
@@ -83,9 +79,7 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
 
 
 def build(file: Path, *, device: str) -> Path:
-    """Train what is not trained, create the set, profile, evaluate, write the card; the set's folder.
-
-    Run again, it resumes where it was interrupted, and repeats nothing that is done.
+    """Train, create the set, profile, evaluate, write the card; the set's folder. What is done is not repeated.
 
     Raises:
         ValueError: for a wrong configuration, a training that fails, another build in the same folder.
@@ -126,11 +120,7 @@ def build(file: Path, *, device: str) -> Path:
 
 
 def check_made(output: Path) -> Path:
-    """The path of the file that records which adapters the set of a build was made of.
-
-    Raises:
-        ValueError: for a set that was not built here, which this build would replace.
-    """
+    """The file that records which adapters a set was made of; a ValueError for a set that was not built here."""
     made = output / "set-of.json"
     if (output / "set" / MANIFEST).exists() and not made.exists():
         raise ValueError(f"{output / 'set'} holds a set that was not built here; move it, or choose another output_dir")

@@ -32,6 +32,7 @@ TRAINING = {  # objective → algorithm, config
 }
 QUICK = {"max_train_steps": 1, "num_validation_images": 2, "sample_num_steps": 4}
 STATE, SET, RESULTS, PICTURES = "demo.json", "set", "results.json", ("slider.png", "front.png")
+FILES = (STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
 PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 
@@ -39,8 +40,7 @@ PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     """Train, fuse, measure and report; True where the intervals on held-out prompts show every claim.
 
-    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes, a training from its
-    newest checkpoint.
+    Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes.
 
     Raises:
         ValueError: for an output folder that holds something else or a demo of other settings, and where training
@@ -58,8 +58,8 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
             algorithm, config = TRAINING[one.settings.name]
             command = f"accelerate launch train/{algorithm}.py --config configs/{config}"
             finished = one.finished
-            state = f"finished, {one.folder}" if finished else command
-            print(f"\nTraining {one.settings.name!r}: {state}", flush=True)
+            what = f"finished, {one.folder}" if finished else command
+            print(f"\nTraining {one.settings.name!r}: {what}", flush=True)
             if not finished:
                 train(one, SINGLE_PROCESS)
         print("\nFusing them, and measuring on held-out prompts …", flush=True)
@@ -79,14 +79,9 @@ def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
-    """Accept an empty folder, one where the same demo was begun, or with `overwrite` any.
-
-    Raises:
-        ValueError: as `demo`, and for files of other origin under the names that are written.
-    """
+    """Accept an empty folder, one where the same demo was begun, or with `overwrite` one without files in the way."""
     if overwrite:
-        writes = (*TRAINING, SET, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
-        require_empty_dir(output, overwrite=True, ours=demo_files, writes=writes, besides=(LOCK,))
+        require_empty_dir(output, overwrite=True, ours=demo_files, writes=(*TRAINING, SET, *FILES), besides=(LOCK,))
         delete_files(output, demo_files(output))
     known = read_state(output)
     if known is None:
@@ -112,7 +107,7 @@ def demo_files(folder: Path) -> set[Path]:
     """The files of the demo in a folder, which --overwrite replaces; none where no demo was begun."""
     if read_state(folder) is None:
         return set()
-    files = files_named(folder, STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+    files = files_named(folder, *FILES)
     for name in TRAINING:
         files |= {Path(name, file) for file in (Path(LOCK), *training_files(folder / name))}
     return files | {Path(SET, file) for file in set_files(folder / SET)}
@@ -147,18 +142,19 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     with atomic_file(slider) as temporary:
         labelled_grid(rows, chosen[: GRID_ROWS * SEEDS : SEEDS], heads).save(temporary)
     scores = {column: values for column, (_, values) in drawn.items()}
-
-    def gains(weight: float) -> dict[str, dict[str, float]]:
-        pairs = {name: (scores[str(weight)][name], scores["base"][name]) for name in rewards}
-        return {name: vars(paired_interval(*pair, chosen)) for name, pair in pairs.items()}
-
+    gains = {
+        mixture_name(weight, first, second): {
+            name: vars(paired_interval(scores[str(weight)][name], scores["base"][name], chosen)) for name in rewards
+        }
+        for weight in SLIDER
+    }
     results = {
         "objectives": [first, second],
         "rewards": [o.reward for o in sampler.objectives],
         "prompts": prompts,
         "seeds_per_prompt": SEEDS,
         "means": {column: {name: sum(v) / len(v) for name, v in values.items()} for column, values in scores.items()},
-        "gain_over_base": {mixture_name(weight, first, second): gains(weight) for weight in SLIDER},
+        "gain_over_base": gains,
     }
     with atomic_file(front) as temporary:
         draw_front(temporary, results)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from stepfuse.data.intervals import half_lengths
 from stepfuse.scripts.evaluation.plots import axis_label
 
@@ -20,29 +22,27 @@ def draw_front(file: Path, results: dict) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
-    names = first, second = results["objectives"]
+    names = results["objectives"]
     rewards = results.get("rewards", results["objectives"])
     base, means = results["means"]["base"], {w: m for w, m in results["means"].items() if w != "base"}
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
-    points = {weight: (mean[first], mean[second]) for weight, mean in means.items()}
-    legend = f"fused, with the weight of {second}; the rest is {first}"
-    axes.plot(*zip(*points.values(), strict=True), "-o", color="tab:blue", label=legend, zorder=3)
-    gains = {w: results["gain_over_base"].get(mixture_name(float(w), first, second)) for w in points}
-    measured = [weight for weight, gain in gains.items() if gain]
-    if measured:
-        bars = [zip(*(half_lengths(gains[weight][name]) for weight in measured), strict=True) for name in names]
+    points = np.array([[mean[name] for name in names] for mean in means.values()])
+    legend = f"fused, with the weight of {names[1]}; the rest is {names[0]}"
+    axes.plot(*points.T, "-o", color="tab:blue", label=legend, zorder=3)
+    gains = [results["gain_over_base"].get(mixture_name(float(weight), *names)) for weight in means]
+    if known := [i for i, gain in enumerate(gains) if gain]:
+        x_bars, y_bars = (np.transpose([half_lengths(gains[i][name]) for i in known]) for name in names)
         axes.errorbar(
-            *zip(*(points[weight] for weight in measured), strict=True), xerr=list(bars[0]), yerr=list(bars[1]),
-            fmt="none", ecolor="tab:blue", elinewidth=1, capsize=2.5, alpha=0.7,
-            label="95 % interval of the gain over the base",
+            *points[known].T, xerr=x_bars, yerr=y_bars, fmt="none", ecolor="tab:blue", elinewidth=1, capsize=2.5,
+            alpha=0.7, label="95 % interval of the gain over the base",
         )  # fmt: skip
-    for weight, point in points.items():
+    for weight, point in zip(means, points, strict=True):
         axes.annotate(
             f"{float(weight):g}", point, textcoords="offset points", xytext=(7, 7), fontsize=9, zorder=5,
             path_effects=[withStroke(linewidth=3, foreground="white")],
         )  # fmt: skip
-    axes.plot(base[first], base[second], "s", color="dimgray", label="base", zorder=3)
+    axes.plot(*(base[name] for name in names), "s", color="dimgray", label="base", zorder=3)
     axes.margins(0.12)
     labels = [axis_label(name, reward) for name, reward in zip(names, rewards, strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], title="Mean rewards on held-out prompts")

@@ -5,6 +5,7 @@ import json
 import secrets
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -54,9 +55,6 @@ def score_folder(
     """Write file_name, prompt and score of every image to a CSV file, in order; a file that exists is replaced.
 
     Rows are added to a temporary file as they are scored. Interrupted, and run again, it resumes after the last row.
-
-    Raises:
-        ValueError: for images, prompts or a reward that cannot be loaded, and a file that cannot be written.
     """
     items = pair_prompts(folder, prompts)
     with output_errors(output):
@@ -76,9 +74,8 @@ def score_folder(
         csv.writer(handle).writerows([COLUMNS, *((*row, repr(value)) for *row, value in rows)])
     partial.unlink()
     scores = [value for *_, value in rows]
-    values = torch.tensor(scores, dtype=torch.float64)
-    ends = f"{values.min():.4g} to {values.max():.4g}"
-    print(f"{file_name(output)}: {len(values)} images, {name} {values.mean():.4g} on average, {ends}")
+    ends = f"{min(scores):.4g} to {max(scores):.4g}"
+    print(f"{file_name(output)}: {len(scores)} images, {name} {fmean(scores):.4g} on average, {ends}")
     if picture is not None:
         show_ranked(items, scores, picture)
         print(f"{file_name(picture)}: the best {min(SHOWN, len(items))} first")
@@ -102,11 +99,7 @@ def _tile(image: Image.Image) -> Image.Image:
 
 
 def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:
-    """Serve a reward until interrupted.
-
-    Raises:
-        ValueError: for a reward that cannot be loaded, a token that is not valid, or an address that is in use.
-    """
+    """Serve a reward until interrupted."""
     given = read_token(token_file)
     token = given or secrets.token_urlsafe(24)
     reward = load_reward(name, device)

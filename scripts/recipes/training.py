@@ -48,9 +48,7 @@ class Training:
 
 
 def train(training: Training, launcher: Sequence[str]) -> None:
-    """Train by `accelerate launch`, from the newest checkpoint if there is one.
-
-    Its processes end with this one, even where this one is killed.
+    """Train by `accelerate launch`, from the newest checkpoint; its processes end with this one, even if it is killed.
 
     Raises:
         ValueError: where the training fails or writes no complete adapter.
