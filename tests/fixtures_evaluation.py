@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pandas as pd
 
+from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.figures import summarise
-from stepfuse.scripts.evaluation.setup import Setup
 
 SETUP = Setup(
     objectives=(("x", "rx"), ("y", "ry")),

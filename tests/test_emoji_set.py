@@ -16,10 +16,9 @@ from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.rewards.statistics import deviation_within
-from stepfuse.scripts.evaluation.config import cells_of, read_config
+from stepfuse.scripts.evaluation.config import Setup, cells_of, read_config
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.report import sentences
-from stepfuse.scripts.evaluation.setup import Setup
 from stepfuse.scripts.oracle_world.page import page, verdicts
 from tests.fixtures_tiny import generators
 

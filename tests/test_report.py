@@ -14,10 +14,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.plots import save_fronts, styles
 from stepfuse.scripts.evaluation.report import strips, write_report
-from stepfuse.scripts.evaluation.setup import Setup
 
 HOSTILE = '<script>alert(1)</script> & "quoted"'
 NAMES = ("left", "<b>up</b> $_x$", "away")  # objectives

@@ -13,8 +13,7 @@ from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.rules.run import uniform_numbers
 from stepfuse.scripts.cli.main import main
-from stepfuse.scripts.oracle_world.cell import expected_kl, sliced_distance
-from stepfuse.scripts.oracle_world.measure import WEIGHTS, measure_world
+from stepfuse.scripts.oracle_world.measure import WEIGHTS, expected_kl, measure_world, sliced_distance
 from stepfuse.scripts.oracle_world.world import DATA, AverageStep, World, world_of
 
 KINDS = ("equal", "distinct")

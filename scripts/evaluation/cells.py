@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from stepfuse.rewards.statistics import Resamples, resample_prompts, resampled_means
+from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.metric import CellValues
 from stepfuse.scripts.evaluation.metrics import all_metrics
-from stepfuse.scripts.evaluation.setup import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,21 @@ class Cells:
     def points(self) -> np.ndarray:
         """Mean scaled rewards, (1 + draws, cells, objectives)."""
         return self.means(self.scaled).transpose(2, 1, 0)
+
+    @cached_property
+    def oracles(self) -> list[int | None]:
+        """The oracle at the weights of each cell; for one adapter alone that adapter, unless another was trained."""
+        trained = [self.find("oracle", cell.weights) if cell.weighted else None for cell in self.cells]
+        return [
+            self.find("product", cell.weights) if oracle is None and cell.weighted and cell.one_hot else oracle
+            for cell, oracle in zip(self.cells, trained, strict=True)
+        ]
+
+    @cached_property
+    def regrets(self) -> list[np.ndarray | None]:
+        """Means (1 + draws,) of what each cell's oracle has more, by the reward that it was trained on."""
+        weights = [self.setup.trained_weights(cell.shares) for cell in self.cells]
+        return [self.gap(w, oracle, i) for i, (w, oracle) in enumerate(zip(weights, self.oracles, strict=True))]
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """(…, images) → (…, 1 + draws): the means of the images, then of every bootstrap draw."""

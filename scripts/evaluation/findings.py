@@ -7,7 +7,7 @@ from typing import Any
 from stepfuse.data.intervals import ROUNDING, excludes_zero
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.scripts.evaluation.setup import Rules
+from stepfuse.scripts.evaluation.config import Rules
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from PIL import Image
 from stepfuse.data.intervals import excludes_zero, interval_text
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.registry import RULES
+from stepfuse.scripts.evaluation.config import Rules, Setup
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.metric import finite
 from stepfuse.scripts.evaluation.plots import edge, labels, plots, swatches
-from stepfuse.scripts.evaluation.setup import Rules, Setup
 from stepfuse.scripts.evaluation.tables import cells_table, rules_table
 
 SHOWN = 128  # pixels of the page: the longer side of an image is no larger
