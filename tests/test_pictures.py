@@ -24,7 +24,7 @@ from stepfuse.rewards.image_files import PromptedImage
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
-from stepfuse.scripts.recipes.front import draw_front
+from stepfuse.scripts.recipes.demo import draw_front
 from stepfuse.scripts.recipes.rewards import show_ranked
 from stepfuse.train.samples import save_samples
 from tests.fixtures_evaluation import cell, figures

@@ -9,7 +9,6 @@ import pandas as pd
 
 from stepfuse.rewards.statistics import Resamples, resample_prompts, resampled_means
 from stepfuse.scripts.evaluation.config import Setup
-from stepfuse.scripts.evaluation.metric import CellValues
 from stepfuse.scripts.evaluation.metrics import all_metrics
 
 
@@ -83,31 +82,22 @@ class Cells:
         """Mean scaled rewards, (1 + draws, cells, objectives)."""
         return self.means(self.scaled).transpose(2, 1, 0)
 
-    @cached_property
-    def oracles(self) -> list[int | None]:
-        """The oracle at the weights of each cell; for one adapter alone that adapter, unless another was trained."""
-        trained = [self.find("oracle", cell.weights) if cell.weighted else None for cell in self.cells]
-        return [
-            self.find("product", cell.weights) if oracle is None and cell.weighted and cell.one_hot else oracle
-            for cell, oracle in zip(self.cells, trained, strict=True)
-        ]
+    def oracle_of(self, cell: Cell) -> int | None:
+        """The oracle at the weights of a cell; for one adapter alone that adapter, unless another was trained."""
+        if not cell.weighted:
+            return None
+        trained = self.find("oracle", cell.weights)
+        return self.find("product", cell.weights) if trained is None and cell.one_hot else trained
 
     @cached_property
     def regrets(self) -> list[np.ndarray | None]:
         """Means (1 + draws,) of what each cell's oracle has more, by the reward that it was trained on."""
         weights = [self.setup.trained_weights(cell.shares) for cell in self.cells]
-        return [self.gap(w, oracle, i) for i, (w, oracle) in enumerate(zip(weights, self.oracles, strict=True))]
+        return [self.gap(weights[i], self.oracle_of(cell), i) for i, cell in enumerate(self.cells)]
 
     def means(self, values: np.ndarray) -> np.ndarray:
         """(…, images) → (…, 1 + draws): the means of the images, then of every bootstrap draw."""
         return resampled_means(values, self.resamples)
-
-    def of_metric(self, name: str, i: int) -> CellValues:
-        """One metric's values in cell i."""
-        values = self.values[name]
-        return CellValues(
-            values=values[i], base=values[self.base], is_base=i == self.base, prompts=self.prompts, means=self.means
-        )
 
     def gap(self, weights: np.ndarray, better: int | None, worse: int | None) -> np.ndarray | None:
         """Means (1 + draws,) of Σ w_i (r_i − r'_i)/σ_i between two cells; None where one of them is missing."""

@@ -14,17 +14,13 @@ import torch
 
 def machine(device: torch.device) -> str:
     """The device, threads and version of torch, for figures that depend on them."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return f"{name}{threads}, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    """The processor's name (Linux only; its architecture elsewhere)."""
-    file = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    file = Path("/proc/cpuinfo")  # of Linux only
     lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else f"{platform.machine()} CPU"
+    name, *_ = [*names, f"{platform.machine()} CPU"]
+    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 @contextmanager

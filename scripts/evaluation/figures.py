@@ -14,12 +14,12 @@ from scipy.stats import spearmanr
 
 from stepfuse.scripts.evaluation.cells import Cells, arrange
 from stepfuse.scripts.evaluation.config import Setup
-from stepfuse.scripts.evaluation.metric import Metric, Statistic, finite, interval, over, ratio
+from stepfuse.scripts.evaluation.metric import CellValues, Metric, Statistic, finite, interval, over, ratio
 from stepfuse.scripts.evaluation.metrics import all_metrics
 
 Costs = Mapping[str, Statistic]  # a metric's name → how the figures of several cells are averaged
 Indices = tuple[int, ...]  # of cells
-MARGIN = 0.1  # of the range over all cells, below the smallest mean
+MARGIN = 0.1
 
 
 def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: int = 0) -> dict:
@@ -31,7 +31,10 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
     table = arrange(results, setup, draws=draws, seed=seed)
     metrics = [metric for metric in all_metrics(setup.rewards) if metric.name in table.values]
     costs = {metric.name: metric.over_cells for metric in metrics if metric.over_cells is not None}
-    reference = reference_point(table.points[0])
+    # Of the hypervolume, the same for all rules and draws: the smallest mean less 10 % of the range, by objective.
+    means = _known(table.points[0])
+    nowhere = np.full(len(table.objectives), np.nan)
+    reference = means.min(0) - MARGIN * np.ptp(means, 0) if len(means) else nowhere
     cells = [_cell(table, i, metrics) for i in range(len(table.cells))]
     # One trained adapter: rule product at strength 1 with all the weight on one objective.
     single = [i for i in table.where("product") if table.cells[i].one_hot and table.cells[i].full_strength]
@@ -58,7 +61,8 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
 
 def _cell(table: Cells, i: int, metrics: list[Metric]) -> dict[str, Any]:
     """The figures of one cell, but for those that are multiples of one adapter's."""
-    cell, oracle = table.cells[i], table.oracles[i]
+    cell = table.cells[i]
+    oracle = table.oracle_of(cell)
     product = table.find("product", cell.weights, cell.strength) if cell.rule != "product" else None
     figures: dict[str, Any] = {
         "rule": cell.rule,
@@ -72,27 +76,14 @@ def _cell(table: Cells, i: int, metrics: list[Metric]) -> dict[str, Any]:
         "over_product": interval(table.gap(cell.shares, i, product)),
     }
     for metric in metrics:
-        values = table.of_metric(metric.name, i)
+        column = table.values[metric.name]
+        values = CellValues(
+            values=column[i], base=column[table.base], is_base=i == table.base, prompts=table.prompts, means=table.means
+        )
         for figure in metric.figures:
             if figure.aggregate is not None:
                 figure.store(figures, figure.aggregate(values))
     return figures
-
-
-def reference_point(points: np.ndarray) -> np.ndarray:
-    """Of (cells, objectives) the smallest mean less 10 % of the range, objective by objective."""
-    known = _known(points)
-    return known.min(0) - MARGIN * np.ptp(known, 0) if len(known) else np.full(points.shape[1], np.nan)
-
-
-def hypervolumes(points: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of (draws, cells, objectives) the volume between front and reference point (Zitzler and Thiele 1998), by draw.
-
-    A mean of draws lies above the estimate: noise pushes a front outwards, one of many cells more than one of few.
-    Compare fronts of the same cells.
-    """
-    indicator = moocore.Hypervolume(ref=reference, maximise=True)
-    return np.array([indicator(cells) if len(cells) else np.nan for cells in map(_known, points)])
 
 
 def distances(points: np.ndarray, fronts: Sequence[np.ndarray]) -> np.ndarray:
@@ -116,9 +107,17 @@ def monotonicity(shares: np.ndarray, means: np.ndarray) -> float | None:
 def rule_figures(table: Cells, reference: np.ndarray, cells: list[dict], costs: Costs) -> dict[str, dict]:
     """Every rule's front: its volume above the reference, its distance to the oracle's, and its costs."""
 
+    indicator = moocore.Hypervolume(ref=reference, maximise=True)
+
     @cache
     def volume(indices: Indices) -> np.ndarray:
-        return hypervolumes(table.points[:, indices], reference)
+        """By draw, between the front of these cells and the reference point (Zitzler and Thiele 1998).
+
+        A mean of draws lies above the estimate: noise pushes a front outwards, one of many cells more than one of few.
+        Compare fronts of the same cells.
+        """
+        points = map(_known, table.points[:, indices])
+        return np.array([indicator(cells) if len(cells) else np.nan for cells in points])
 
     product, oracle = table.where("product"), table.where("oracle")
     fronts = [moocore.filter_dominated(o, maximise=True) if len(o) else o for o in map(_known, table.points[:, oracle])]

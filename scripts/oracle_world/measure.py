@@ -14,6 +14,7 @@ Intervals are 95 %, Student's t over replicates; of `code`, which draws image by
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -133,9 +134,7 @@ def measure_cell(world: World, *, samples: int, replicates: int, seeds: np.rando
     def run_rule(rule: FusionRule, seed: int) -> np.ndarray:
         return run(lambda x, generator: world.run_rule(rule, x, uniforms, generator), seed)
 
-    def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return sliced_distance(a, b, replicates)
-
+    distance = partial(sliced_distance, replicates=replicates)
     reference, second = run(world.run_target, reference_seed), run(world.run_target, noise_seed)
     blend, mixed = (run_rule(rule, reference_seed) for rule in (get_rule("product"), AverageStep()))
     random = np.random.default_rng(other_seed)

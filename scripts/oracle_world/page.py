@@ -66,7 +66,8 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
             f"{_range(cell['rules']['systematic']['to_average_step'] for cell in members)}."
         )
     for name in REWARDED:
-        nearer, best = (sum(_mean(cell, name) < _mean(cell, other) for cell in cells) for other in ("base", "product"))
+        ends = [{rule: figures["to_tilted_data"]["mean"] for rule, figures in cell["rules"].items()} for cell in cells]
+        nearer, best = (sum(end[name] < end[other] for end in ends) for other in ("base", "product"))
         yield (
             f"`{name}` uses rewards of x_0, with no temperature of its own: it ends nearer than the base to the "
             f"tilted data, the target of RL on whole runs, in {nearer} of {len(cells)} cells, and nearer than "
@@ -126,10 +127,6 @@ def label(cell: dict) -> str:
 
 def _listed(lead: str, cells: Sequence[dict]) -> str:
     return f"{lead}: {'; '.join(label(cell) for cell in cells)}." if cells else ""
-
-
-def _mean(cell: dict, rule: str) -> float:
-    return cell["rules"][rule]["to_tilted_data"]["mean"]
 
 
 def _range(values: Iterable[dict[str, float]]) -> str:

@@ -104,7 +104,10 @@ def build(file: Path, *, device: str) -> Path:
             loaded = load_set(folder)
         pictures = None
         if evaluation is not None:
-            pictures = output / f"evaluation-{_identity(loaded, evaluation)}"
+            # Another folder for other adapters or another evaluation.
+            identity = [[adapter.sha256 for adapter in loaded.all_adapters], asdict(evaluation)]
+            digest = text_hash(json.dumps(identity, sort_keys=True, default=str))
+            pictures = output / f"evaluation-{digest[:8]}"
             print(f"evaluation: {pictures}", flush=True)
             command = f"stepfuse build {file}"
             # The configurations of the build name the rewards, so they are trusted.
@@ -189,10 +192,3 @@ def _find(name: str, file: Path, folder: str) -> Path:
         return find_config(name, folder)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def _identity(loaded: AdapterSet, evaluation: EvaluationConfig) -> str:
-    """Eight hexadecimal digits for these adapters and this evaluation, so that another has another folder."""
-    adapters = [adapter.sha256 for adapter in loaded.all_adapters]
-    text = json.dumps([adapters, asdict(evaluation)], sort_keys=True, default=str)
-    return text_hash(text)[:8]

@@ -63,7 +63,7 @@ def score_folder(
         done = _whole_rows(partial)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
-        write_text(partial, "".join(map(_line, done)))
+        write_text(partial, "".join(json.dumps(row) + "\n" for row in done))
     reward = load_reward(name, device)
     try:
         _score_rest(reward, name, items[len(done) :], partial, device, batch_size)
@@ -129,7 +129,8 @@ def _score_rest(
                 values = score(reward, pixels.to(device), [item.prompt for item in batch], name=name).tolist()
             except ValueError as error:
                 raise ValueError(f"{batch[0].name} to {batch[-1].name}: {error}") from error
-            handle.writelines(_line([i.name, i.prompt, v]) for i, v in zip(batch, values, strict=True))
+            rows = [[item.name, item.prompt, value] for item, value in zip(batch, values, strict=True)]
+            handle.writelines(json.dumps(row) + "\n" for row in rows)  # in ASCII: lines end between rows alone
             handle.flush()
             bar.update(len(batch))
 
@@ -147,8 +148,3 @@ def _whole_rows(file: Path) -> list[list]:
     """The rows of an unfinished table, without a last one that was cut off."""
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def _line(row: list) -> str:
-    """A row as JSON, in ASCII, so that line breaks occur between rows alone."""
-    return json.dumps(row) + "\n"
