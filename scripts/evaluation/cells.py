@@ -40,23 +40,16 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Column k of every array is the same prompt and seed, row i the cell `cells[i]`.
-
-    Attributes:
-        values: (cells, images) of every metric that was measured, by its name.
-        scaled: (objectives, cells, images), the rewards in units of their scales.
-        base: the index of the base.
-        resamples: bootstrap draws of prompts, the same for all that is computed.
-    """
+    """Column k of every array is the same prompt and seed, row i the cell `cells[i]`."""
 
     setup: Setup
     cells: tuple[Cell, ...]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    values: Mapping[str, np.ndarray]
-    scaled: np.ndarray
+    values: Mapping[str, np.ndarray]  # (cells, images) of every metric that was measured
+    scaled: np.ndarray  # (objectives, cells, images), the rewards in units of their scales
     base: int
-    resamples: Resamples
+    resamples: Resamples  # of prompts, the same for all that is computed
 
     @property
     def objectives(self) -> list[str]:
@@ -72,10 +65,8 @@ class Cells:
 
     def find(self, rule: str, weights: str, strength: float = 1.0) -> int | None:
         """The index of the cell of a rule at these weights and strength."""
-        for i in self.where(rule):
-            if self.cells[i].weights == weights and abs(self.cells[i].strength - strength) < 1e-6:
-                return i
-        return None
+        cells = ((i, self.cells[i]) for i in self.where(rule))
+        return next((i for i, cell in cells if cell.weights == weights and abs(cell.strength - strength) < 1e-6), None)
 
     @cached_property
     def points(self) -> np.ndarray:

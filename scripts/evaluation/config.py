@@ -186,20 +186,12 @@ def _shares(weights: Weights, names: Sequence[str]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What was measured, and how.
+    """What was measured, and how."""
 
-    Attributes:
-        objectives: (name, reward) of each.
-        rewards: those of the objectives and held-out ones.
-        scales: by reward of an objective, the unit it is scalarised in.
-        held_out: those of `rewards` that nothing was trained on.
-        oracles: weights and scales of each, by objective.
-    """
-
-    objectives: tuple[tuple[str, str], ...]
-    rewards: tuple[str, ...]
-    scales: Mapping[str, float]
-    held_out: tuple[str, ...] = ()
+    objectives: tuple[tuple[str, str], ...]  # (name, reward)
+    rewards: tuple[str, ...]  # all of them, those of the objectives and held-out ones
+    scales: Mapping[str, float]  # of each objective's reward, the unit it is scalarised in
+    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on
     rules: Rules = field(default_factory=lambda: RULES)
     title: str = "Evaluation"
     base: str = ""
@@ -207,7 +199,7 @@ class Setup:
     guidance: float
     machine: str = ""
     command: str = ""
-    oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()
+    oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()  # weights and scales, by objective
 
     def trained_weights(self, shares: np.ndarray) -> np.ndarray:
         """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.

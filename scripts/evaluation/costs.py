@@ -26,15 +26,10 @@ def machine(device: torch.device) -> str:
 @contextmanager
 def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
     """Count the images that go through a network: its function evaluations."""
-    total = 0
-
-    def count(_: torch.nn.Module, arguments: tuple) -> None:
-        nonlocal total
-        total += len(arguments[0])
-
-    handle = module.register_forward_pre_hook(count)
+    rows: list[int] = []
+    handle = module.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
     try:
-        yield lambda: total
+        yield lambda: sum(rows)
     finally:
         handle.remove()
 

@@ -9,11 +9,7 @@ from stepfuse.scripts.evaluation.metric import Figure, Metric, ratio_to_base
 
 
 def mean_distances(embedder: CLIPReward, pixels: Tensor, seeds: int) -> list[float]:
-    """Mean 1 - cos between the CLIP embeddings of the images of one prompt, for each of its images.
-
-    Args:
-        pixels: of all prompts, the `seeds` images of each after each other.
-    """
+    """Mean 1 - cos between the CLIP embeddings of the `seeds` images of each prompt, which follow each other."""
     embeddings = functional.normalize(embedder.embed_images(pixels), dim=1).unflatten(0, (-1, seeds))
     cosines = embeddings @ embeddings.transpose(1, 2)
     off_diagonal = (cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (seeds * (seeds - 1))

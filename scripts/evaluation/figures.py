@@ -32,9 +32,8 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
     metrics = [metric for metric in all_metrics(setup.rewards) if metric.name in table.values]
     costs = {metric.name: metric.over_cells for metric in metrics if metric.over_cells is not None}
     # Of the hypervolume, the same for all rules and draws: the smallest mean less 10 % of the range, by objective.
-    means = _known(table.points[0])
-    nowhere = np.full(len(table.objectives), np.nan)
-    reference = means.min(0) - MARGIN * np.ptp(means, 0) if len(means) else nowhere
+    means = _known(table.points[0]) if len(_known(table.points[0])) else table.points[0]
+    reference = means.min(0) - MARGIN * np.ptp(means, 0)
     cells = [_cell(table, i, metrics) for i in range(len(table.cells))]
     # One trained adapter: rule product at strength 1 with all the weight on one objective.
     single = [i for i in table.where("product") if table.cells[i].one_hot and table.cells[i].full_strength]
@@ -87,10 +86,7 @@ def _cell(table: Cells, i: int, metrics: list[Metric]) -> dict[str, Any]:
 
 
 def distances(points: np.ndarray, fronts: Sequence[np.ndarray]) -> np.ndarray:
-    """IGD by draw: the mean distance from the points of a front to the nearest of (draws, cells, objectives).
-
-    Coello Coello and Reyes Sierra 2004.
-    """
+    """IGD (Coello Coello and Reyes Sierra 2004) by draw: mean distance from a front's points to the nearest point."""
     pairs = zip(map(_known, points), fronts, strict=True)
     return np.array([moocore.igd(p, ref=o, maximise=True) if len(p) and len(o) else np.nan for p, o in pairs])
 

@@ -16,20 +16,13 @@ Statistic = Callable[[np.ndarray], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CellValues:
-    """One metric in one cell and in the base. Index k of both arrays is the same prompt and seed.
+    """One metric in one cell and in the base. Index k of both arrays is the same prompt and seed."""
 
-    Attributes:
-        values, base: (images,), NaN where an image has none.
-        is_base: whether the cell is the base itself.
-        prompts: of each image.
-        means: by the same draws of prompts for every metric and cell.
-    """
-
-    values: np.ndarray
+    values: np.ndarray  # (images,), NaN where an image has none
     base: np.ndarray
-    is_base: bool
+    is_base: bool  # whether the cell is the base itself
     prompts: Sequence[str]
-    means: Means
+    means: Means  # by the same draws of prompts for every metric and cell
 
     @property
     def paired(self) -> np.ndarray | None:

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from stepfuse.rewards.protocol import score
+from stepfuse.rewards.registry import reward_unit
+from stepfuse.scripts.evaluation.batch import MetricBatch
 from stepfuse.scripts.evaluation.cost_metrics import FORWARDS, PEAK_MEMORY, SECONDS
 from stepfuse.scripts.evaluation.diversity import DIVERSITY
 from stepfuse.scripts.evaluation.kl import KL_TO_BASE
-from stepfuse.scripts.evaluation.metric import Metric
-from stepfuse.scripts.evaluation.reward_metric import reward_metric
+from stepfuse.scripts.evaluation.metric import Figure, Metric, gain, missing, wins
 
 METRICS: dict[str, Metric] = {
     "diversity": DIVERSITY,
@@ -20,3 +24,39 @@ METRICS: dict[str, Metric] = {
 def all_metrics(rewards: Sequence[str], held_out: Sequence[str] = ()) -> list[Metric]:
     """A metric for each reward, then those of `METRICS`."""
     return [*(reward_metric(name, held_out=name in held_out) for name in rewards), *METRICS.values()]
+
+
+def reward_metric(name: str, *, held_out: bool) -> Metric:
+    """The mean score of the images, its gain over the base, and the share of images that score more than the base's."""
+    unit = f", {reward_unit(name)}" if reward_unit(name) else ""
+    note = " (held out: nothing was trained on it)" if held_out else ""
+
+    def scores(batch: MetricBatch) -> Tensor:
+        pixels = batch.pixels.to(batch.evaluation.device)
+        return score(batch.evaluation.rewards[name], pixels, batch.prompts, name=name).cpu()
+
+    return Metric(
+        name=f"reward_{name}",
+        title=name,
+        description=f"Mean {name} of the images{unit}; higher is better{note}",
+        per_image=scores,
+        path=("rewards", name, "mean"),
+        further=(
+            Figure(
+                path=("rewards", name, "gain"),
+                heading=f"{name} gain",
+                description=f"Mean of {name} minus the base's at the same prompt and seed{unit}{note}",
+                aggregate=gain,
+                signed=True,
+            ),
+            Figure(
+                path=("rewards", name, "wins"),
+                heading=f"{name} wins",
+                description=f"Share of images with a higher {name} than the base's of the same prompt and seed, ties "
+                f"half{note}",
+                aggregate=wins,
+            ),
+            Figure(path=("rewards", name, "missing"), aggregate=missing),
+        ),
+        plotted=False,  # the fronts show the objectives' rewards
+    )

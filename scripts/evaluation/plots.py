@@ -20,6 +20,7 @@ from stepfuse.scripts.evaluation.metric import Metric
 from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.tables import WEIGHTED_GAIN
 
+Style = tuple[str, str]  # colour and marker
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#6A3D9A", "#B2182B", "#4D9221", "#525252")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
@@ -46,7 +47,7 @@ def axis_label(objective: str, reward: str) -> str:
     return "\n".join(lines).replace(GLUE, " ")
 
 
-def styles(rules: Collection[str]) -> dict[str, tuple[str, str]]:
+def styles(rules: Collection[str]) -> dict[str, Style]:
     """Rule → colour and marker; base and oracle are black."""
     others = [rule for rule in rules if rule not in FIXED]
     drawn = {rule: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, rule in enumerate(others)}
@@ -190,13 +191,7 @@ def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
 
 
 def _draw_point(
-    axes: Any,
-    means: Sequence[dict],
-    bars: Sequence[dict | None],
-    style: tuple[str, str],
-    gid: str,
-    *,
-    faint: bool = False,
+    axes: Any, means: Sequence[dict], bars: Sequence[dict | None], style: Style, gid: str, *, faint: bool = False
 ) -> None:
     """One cell at two means, with the half lengths of two intervals as bars."""
     colour, marker = style

@@ -32,20 +32,15 @@ from stepfuse.train.rollout import sample_generator
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything that is needed to sample and score the cells.
-
-    Attributes:
-        rewards: by name, of the objectives and held out.
-        embedder: for the diversity, if there is one.
-    """
+    """Everything that is needed to sample and score the cells."""
 
     config: EvaluationConfig
     adapter_set: AdapterSet
     sampler: FusedSampler
     cells: list[PlannedCell]
     prompts: list[str]
-    rewards: Mapping[str, Reward]
-    embedder: CLIPReward | None
+    rewards: Mapping[str, Reward]  # of the objectives and held out
+    embedder: CLIPReward | None  # for the diversity
 
     @classmethod
     def prepare(
@@ -103,9 +98,17 @@ class Evaluation:
         return [objective for objective in self.sampler.objectives if objective.name not in self.config.scales]
 
     def with_measured_scales(self, base: pd.DataFrame) -> "Evaluation":
-        """The same with the scales of these, given the table of the base's images."""
-        measured = {objective.name: measured_scale(base, objective) for objective in self.unscaled}
-        return replace(self, sampler=replace(self.sampler, reward_scales={**self.sampler.reward_scales, **measured}))
+        """The same with the scales of these: the deviations of rewards among the base's images of one prompt."""
+        scales = dict(self.sampler.reward_scales)
+        for objective in self.unscaled:
+            values = base[f"reward_{objective.reward}"].to_numpy()
+            scales[objective.name] = scale = deviation_within(values, base["prompt"].to_list())
+            if not scale > 1e-9 * abs(values).max():
+                raise ValueError(
+                    f"the scale of {objective.name!r} cannot be measured: {objective.reward!r} does not differ among "
+                    "the base's images of one prompt; add it to scales in the config"
+                )
+        return replace(self, sampler=replace(self.sampler, reward_scales=scales))
 
     @property
     def device(self) -> torch.device:
@@ -205,15 +208,3 @@ def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Seque
                 "so its regret would be that of another reward. Give its units as scales, or leave scales out to have "
                 "them measured"
             )
-
-
-def measured_scale(base: pd.DataFrame, objective: Objective) -> float:
-    """The standard deviation of an objective's reward among the base's images of one prompt; a ValueError for 0."""
-    values = base[f"reward_{objective.reward}"].to_numpy()
-    scale = deviation_within(values, base["prompt"].to_list())
-    if not scale > 1e-9 * abs(values).max():
-        raise ValueError(
-            f"the scale of {objective.name!r} cannot be measured: {objective.reward!r} does not differ among the "
-            "base's images of one prompt; add it to scales in the config"
-        )
-    return scale

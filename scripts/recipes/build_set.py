@@ -25,7 +25,7 @@ from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.scripts.recipes.training import PROGRAMS, SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
 
@@ -161,10 +161,9 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     require(isinstance(entry, dict) and {"algorithm", "config"} <= set(entry), "an objective", entry, expected)
     changes = dict(entry)
     algorithm, name = changes.pop("algorithm"), changes.pop("config")
-    known = f"one of {', '.join(PROGRAMS)}{nearest(algorithm, PROGRAMS)}"
-    require(algorithm in PROGRAMS, "algorithm", algorithm, known)
-    _, kind = PROGRAMS[algorithm]
-    path = _find(name, file, algorithm)
+    known = f"one of {', '.join(SETTINGS)}{nearest(algorithm, SETTINGS)}"
+    require(algorithm in SETTINGS, "algorithm", algorithm, known)
+    kind, path = SETTINGS[algorithm], _find(name, file, algorithm)
     values = read_settings(path, kind, besides=("env",))
     values.pop("env", None)
     try:

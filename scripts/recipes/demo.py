@@ -24,7 +24,7 @@ from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
 from stepfuse.scripts.evaluation.plots import axis_label
-from stepfuse.scripts.recipes.training import PROGRAMS, SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.rollout import sample_generator
 
@@ -45,8 +45,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
     Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes.
 
     Raises:
-        ValueError: for an output folder that holds something else or a demo of other settings, and where training
-            fails.
+        ValueError: for a folder that holds something else or a demo of other settings, and where training fails.
     """
     began = time.monotonic()
     trainings = [training(name, output / name, seed=seed, quick=quick) for name in TRAINING]
@@ -75,7 +74,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
 def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
     """One training of the demo, with a checkpoint after every step."""
     algorithm, config = TRAINING[name]
-    _, kind = PROGRAMS[algorithm]
+    kind = SETTINGS[algorithm]
     values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
     return Training(settings=kind(**values), folder=folder)
 
@@ -195,7 +194,7 @@ def mixture_name(weight: float, first: str, second: str) -> str:
 def draw_front(file: Path, results: dict) -> None:
     """Plot the mean rewards of the mixtures in `results.json` with the 95 % intervals of their gains over the base.
 
-    Every mixture is a point, labelled with the weight of the second objective; a mixture without a gain has no bars.
+    Every mixture is a point, labelled with the weight of the second objective; one without a gain has no bars.
     """
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke

@@ -43,14 +43,7 @@ def list_rewards() -> None:
 
 
 def score_folder(
-    name: str,
-    folder: Path,
-    prompts: Path,
-    output: Path,
-    *,
-    device: torch.device,
-    batch_size: int,
-    picture: Path | None = None,
+    name: str, folder: Path, prompts: Path, output: Path, *, device: torch.device, batch_size: int, picture: Path | None
 ) -> None:
     """Write file_name, prompt and score of every image to a CSV file, in order; a file that exists is replaced.
 

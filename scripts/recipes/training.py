@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -14,14 +15,10 @@ from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.entries import Adapter
-from stepfuse.train import ddpo, dpo
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
 
-PROGRAMS: dict[str, tuple[str, type[TrainSettings]]] = {
-    "dpo": (str(dpo.__file__), DPOSettings),
-    "ddpo": (str(ddpo.__file__), DDPOSettings),
-}
+SETTINGS: dict[str, type[TrainSettings]] = {"dpo": DPOSettings, "ddpo": DDPOSettings}  # of train/dpo.py, train/ddpo.py
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
@@ -57,10 +54,9 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
     with atomic_file(file) as temporary:
         write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
-    program, _ = PROGRAMS[training.settings.algorithm]
     command = [sys.executable, "-P", str(SUPERVISOR), sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     command += [*launcher, "--num_cpu_threads_per_process", str(torch.get_num_threads())]
-    command += [program, "--config", str(file)]
+    command += [str(files("stepfuse.train") / f"{training.settings.algorithm}.py"), "--config", str(file)]
     # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
         try:
