@@ -21,12 +21,12 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def all_metrics(rewards: Sequence[str], held_out: Sequence[str] = ()) -> list[Metric]:
+def all_metrics(rewards: Sequence[str]) -> list[Metric]:
     """A metric for each reward, then those of `METRICS`."""
-    return [*(reward_metric(name, held_out=name in held_out) for name in rewards), *METRICS.values()]
+    return [*map(reward_metric, rewards), *METRICS.values()]
 
 
-def reward_metric(name: str, *, held_out: bool) -> Metric:
+def reward_metric(name: str, *, held_out: bool = False) -> Metric:
     """The mean score of the images, its gain over the base, and the share of images that score more than the base's."""
     unit = f", {reward_unit(name)}" if reward_unit(name) else ""
     note = " (held out: nothing was trained on it)" if held_out else ""

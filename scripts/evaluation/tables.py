@@ -5,7 +5,7 @@ from typing import Any
 
 from stepfuse.data.intervals import interval_text, number_text
 from stepfuse.scripts.evaluation.metric import Figure
-from stepfuse.scripts.evaluation.metrics import METRICS, all_metrics
+from stepfuse.scripts.evaluation.metrics import METRICS, reward_metric
 
 RULE = Figure(path=("rule",), heading="rule", description="How the adapters are combined")
 _SCALED = "; Σ w·r/σ, w the weights, r the rewards, σ their units"
@@ -77,11 +77,8 @@ def rules_table(summary: dict) -> dict[str, Any]:
         )
         for name in summary["objectives"]
     ]
-    costs = [
-        Figure(path=(metric.name,), heading=metric.title, description=metric.of_rules)
-        for metric in METRICS.values()
-        if metric.of_rules
-    ]
+    metrics = [metric for metric in METRICS.values() if metric.of_rules]
+    costs = [Figure(path=(metric.name,), heading=metric.title, description=metric.of_rules) for metric in metrics]
     grid = len(summary["grid"])
     rows = []
     for rule, figures in summary["rules"].items():
@@ -93,14 +90,10 @@ def rules_table(summary: dict) -> dict[str, Any]:
 
 def cells_table(summary: dict) -> dict[str, Any]:
     """A row for each cell."""
-    metrics = all_metrics(summary["rewards"], summary["held_out"])
-    rewards, others = metrics[: len(summary["rewards"])], metrics[len(summary["rewards"]) :]
-    figures = [
-        *MIXTURE,
-        *(figure for metric in rewards for figure in metric.figures),
-        *COMPARISONS,
-        *(figure for metric in others if metric.name in summary["cells"][0] for figure in metric.figures),
-    ]
+    rewards = [reward_metric(name, held_out=name in summary["held_out"]) for name in summary["rewards"]]
+    others = [metric for metric in METRICS.values() if metric.name in summary["cells"][0]]
+    of_rewards, of_others = ([figure for m in metrics for figure in m.figures] for metrics in (rewards, others))
+    figures = [*MIXTURE, *of_rewards, *COMPARISONS, *of_others]
     rows = [{**cell, "weights": cell["weights"].replace(",", ", ") or "—"} for cell in summary["cells"]]
     return table([figure for figure in figures if figure.heading], rows)
 

@@ -74,9 +74,9 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
 def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
     """One training of the demo, with a checkpoint after every step."""
     algorithm, config = TRAINING[name]
-    kind = SETTINGS[algorithm]
-    values = read_settings(FOLDER / config, kind) | {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
-    return Training(settings=kind(**values), folder=folder)
+    changes = {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
+    settings = SETTINGS[algorithm](**read_settings(FOLDER / config, SETTINGS[algorithm]) | changes)
+    return Training(settings=settings, folder=folder)
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
