@@ -14,11 +14,9 @@ import pytest
 import torch
 import yaml
 
-from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards.colourfulness import colourfulness
-from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.batch import sample_batch
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.diversity import mean_distances
@@ -28,47 +26,13 @@ from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.prepare import Evaluation
 from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.train.rollout import sample_generator
-from tests.fixtures_tiny import networks, refused, save_adapter, save_stable_diffusion
-
-PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a cat on a pink background"]
-NAMES = ["a", "b"]
-CONFIG = dict(
-    prompts="prompts.txt",
-    seeds_per_prompt=2,
-    grid=2,
-    rules=[
-        "product",
-        "systematic",
-        {"rule": "kl", "strengths": [0.5]},
-        {"rule": "code", "candidates": 2, "block_size": 2},
-    ],
-    rewards=["emoji_background"],
-    scales={"a": 5.0, "b": 0.2},
-    steps=3,
-    batch_size=4,
-    strip_prompts=1,
-)
-
-MEASURED = CONFIG | dict(rules=["product", CONFIG["rules"][-1]], scales={"a": 5.0})
+from tests.fixtures_evaluated import CONFIG, MEASURED, PROMPTS, save_desk, table, without_costs
+from tests.fixtures_tiny import networks, refused, save_adapter
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory):
-    """A folder with a set of two adapters and an oracle at the middle, and prompts."""
-    folder = tmp_path_factory.mktemp("desk")
-    base = save_stable_diffusion(folder / "base")
-    rewards = {
-        "a": "colourfulness",
-        "b": "compressibility",
-        "mix": "weighted:1*colourfulness/5 + 1*compressibility/0.2",
-    }
-    for seed, (name, reward) in enumerate(rewards.items()):
-        schedule = EtaSchedule(eta=0.5 + 0.2 * seed)
-        save_adapter(folder / name, base, name, seed=seed, variance=schedule, reward=reward, guidance="off")
-    create_set(folder / "set", [folder / "a", folder / "b"], oracles=[folder / "mix"])
-    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    create_set(folder / "plain", [folder / "a", folder / "b"])
-    return folder
+    return save_desk(tmp_path_factory.mktemp("desk"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,14 +50,6 @@ def drawn(desk):
     finally:
         os.chdir(before)
     return desk / "out"
-
-
-def table(output):
-    return pd.read_parquet(output / "results.parquet")
-
-
-def without_costs(frame):
-    return frame.drop(columns=["seconds", "peak_memory_mb"])
 
 
 # What is drawn
@@ -281,48 +237,6 @@ def test_another_evaluation_is_not_written_into_the_folder(drawn):
         evaluate("set", EvaluationConfig(**CONFIG), drawn / "parts")
 
 
-# Refusals, before anything is drawn
-
-
-@pytest.mark.parametrize(
-    ("changes", "culprits"),
-    [
-        (dict(rules=["sum"]), ["'sum'", "product"]),
-        (dict(rules=[{"rule": "product", "candidates": 2}]), ["product", "'candidates'"]),
-        (dict(rules=[{"weights": []}]), ["rules"]),
-        (dict(rules=["product", "product"]), ["product a=1", "label"]),
-        (dict(rules=[{"rule": "kl", "strengths": [3]}]), ["kl", "3"]),
-        (dict(rules=["oracle"], grid=4), ["oracle a=0.75,b=0.25", "no oracle"]),
-        (dict(rules=["rgg"]), ["rgg b=1", "compressibility"]),
-        (dict(weights=["a=0.5", "b=0.5"]), ["a=0.5", "quotes"]),
-        (dict(weights=["c=1"]), ["'c'"]),
-        (dict(weights=[3]), ["3"]),
-        (dict(rewards=["mystery"]), ["'mystery'"]),
-        (dict(rewards=["rewards.py:broken"]), ["rewards.py:broken"]),
-        (dict(rules=["oracle"], scales={"a": 1, "b": 1}), ["'mix'", "a: 5, b: 0.2", "a: 1, b: 1"]),
-        (dict(rules=[{"rule": "soup", "label": "base"}]), ["soup", "'base'"]),
-        (dict(rules=[{"rule": "soup", "label": "product"}]), ["soup", "'product'"]),
-        (dict(rules=[{"rule": "soup", "strengths": []}]), ["soup", "strengths"]),
-        (dict(rules=[{"rule": "soup", "weights": []}]), ["soup", "weights"]),
-        (dict(rules=[{"rule": "rgg", "growth": "1e-2"}]), ["growth", "'1e-2'"]),
-        (dict(rules=[{"rule": "product", 1: 2}]), ["product", "'1'"]),
-        (dict(prompts="grounds.txt"), ["'a dog'", "background"]),
-        (dict(scales={"a": 0, "b": 1}), ["scale of a"]),
-        (dict(scales={"c": 1, "a": 1, "b": 1}), ["'c'"]),
-        (dict(prompts="nowhere.txt"), ["nowhere.txt"]),
-        (dict(prompts="prompts.txt:1"), ["2 or more"]),
-        (dict(steps=0), ["0"]),
-        (dict(guidance="sideways"), ["sideways"]),
-    ],
-)
-def test_what_cannot_be_evaluated_is_named_and_nothing_is_written(desk, tmp_path, changes, culprits):
-    (desk / "grounds.txt").write_text("\n".join([*PROMPTS, "a dog"]))
-    (desk / "rewards.py").write_text("def broken(images, prompts):\n    return images.flatten(1).mean(1) / 0\n")
-    with refused(*culprits):
-        evaluate("set", EvaluationConfig(**CONFIG | changes), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 # Scales
 
 
@@ -394,6 +308,15 @@ def test_oracles_may_be_trained_in_other_units_than_are_measured(desk, tmp_path)
     assert summary["rules"]["product"]["regret"]["mean"]["mean"] == pytest.approx(expected)
 
 
+def test_a_set_of_one_objective_has_figures_and_a_page_and_no_fronts(desk, tmp_path):
+    create_set(tmp_path / "set", [desk / "a"])
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"], scales={"a": 5.0}, kl_seeds=0))
+    summary = evaluate(tmp_path / "set", config, tmp_path / "out")
+    assert [cell["rule"] for cell in summary["cells"]] == ["base", "product"]
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"evaluation.json", "parts", "results.parquet", "summary.json", "report.html"}
+
+
 # Folders
 
 
@@ -414,75 +337,3 @@ def test_overwriting_deletes_the_evaluation_and_nothing_else(drawn, tmp_path):
     assert output.stat().st_ino == place
     assert len(table(output)) == 4 * 6
     assert (output / "notes.md").read_text() == (output / "mine.txt").read_text() == "mine"
-
-
-def test_an_evaluation_is_not_written_over_files_of_a_set(desk, tmp_path):
-    shutil.copytree(desk / "plain", tmp_path / "set")
-    (tmp_path / "set" / "fronts.png").write_text("the card's")
-    before = {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()}
-    with refused("fronts.png"):
-        evaluate(tmp_path / "set", EvaluationConfig(**CONFIG), tmp_path / "set", overwrite=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "set").rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize(
-    "change", [dict(base_schedule=EtaSchedule(eta=0.5)), dict(oracles=[])], ids=["reference", "oracles"]
-)
-def test_parts_of_another_set_are_not_gone_on_with(desk, tmp_path, change):
-    """The adapters' weights are the same; what is fused with them is not."""
-    config = EvaluationConfig(**CONFIG | dict(rules=["product"]))
-    whole = dict(oracles=[desk / "mix"])
-    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole)
-    evaluate(tmp_path / "set", config, tmp_path / "out")
-    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole | change, overwrite=True)
-    with refused("another evaluation"):
-        evaluate(tmp_path / "set", config, tmp_path / "out")
-    create_set(tmp_path / "set", [desk / "a", desk / "b"], **whole, overwrite=True)
-    with refused("another evaluation"):
-        evaluate(tmp_path / "set", config, tmp_path / "out", dtype=torch.bfloat16)
-    evaluate(tmp_path / "set", config, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("body", "culprit"),
-    [("return [][3]", "IndexError"), ("raise ValueError('a line\\nand another')", "a line and another")],
-)
-def test_a_reward_that_raises_is_one_line(desk, tmp_path, body, culprit):
-    (desk / "raises.py").write_text(f"def raises(images, prompts):\n    {body}\n")
-    with refused("'raises.py:raises'", culprit):
-        evaluate("set", EvaluationConfig(**CONFIG | dict(rewards=["raises.py:raises"])), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_reward_that_fails_midway_is_named_and_what_was_drawn_is_kept(desk, tmp_path):
-    """It works on gray and on the first picture, then no more; mended, the run goes on."""
-    (desk / "tired.py").write_text(
-        "calls = 0\n\n\ndef tired(images, prompts):\n    global calls\n    calls += 1\n"
-        "    return images.flatten(1).mean(1) * (1 if calls < 4 else float('nan'))\n"
-    )
-    config = EvaluationConfig(**CONFIG | dict(rules=["product"], rewards=["tired.py:tired"]))
-    with refused("product", "tired.py:tired", "nan", "run again"):
-        evaluate("set", config, tmp_path / "out")
-    # One call was for the gray picture, so the second and third gave a batch each.
-    assert len(list((tmp_path / "out" / "parts").glob("*.parquet"))) == 2
-    (desk / "tired.py").write_text("def tired(images, prompts):\n    return images.flatten(1).mean(1)\n")
-    evaluate("set", config, tmp_path / "out")
-    assert len(table(tmp_path / "out")) == 4 * 6
-
-
-@pytest.mark.parametrize(
-    ("arguments", "culprit"),
-    [
-        ([], "--config"),
-        (["set"], "--config"),
-        (["set", "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["nowhere", "--config", "config.yaml"], "nowhere"),
-        (["set", "--world", "gmm"], "--world"),
-    ],
-)
-def test_the_command_names_what_is_missing(desk, arguments, culprit):
-    (desk / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    with pytest.raises(SystemExit) as stop:
-        main(["evaluate", *arguments, "--output_dir", "never"])
-    assert culprit in str(stop.value)
-    assert not (desk / "never").exists()

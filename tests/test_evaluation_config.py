@@ -38,12 +38,25 @@ def test_every_config_that_is_shipped_makes_cells(config):
     assert {"base", "product", "systematic", "soup"} <= {cell.label for cell in cells}
 
 
+def test_a_config_may_switch_guidance_off(tmp_path):
+    (tmp_path / "config.yaml").write_text("guidance: off\n")
+    assert read_config(tmp_path / "config.yaml").guidance == "off"
+
+
 @pytest.mark.parametrize(
     ("text", "culprits"),
     [
         ("seeds_per_promt: 3", ["'seeds_per_promt'", "'seeds_per_prompt'"]),
         ("seeds_per_prompt: many", ["seeds_per_prompt", "many"]),
         ("seeds_per_prompt: 0", ["seeds_per_prompt", "0"]),
+        ("batch_size: 0", ["batch_size is 0", "1 or more"]),
+        ("grid: 0", ["grid is 0", "1 or more"]),
+        ("steps: 0", ["steps is 0", "1 or more"]),
+        ("kl_seeds: -1", ["kl_seeds is -1", "0 or more"]),
+        ("strip_prompts: -1", ["strip_prompts is -1", "0 or more"]),
+        ("seed: -1", ["seed is -1", "2^64 - 1"]),
+        ("guidance_scale: .nan", ["guidance_scale is nan", "a finite number"]),
+        ("scales: {a: .inf}", ["the scale of a is inf", "a positive number"]),
         ("rules: []", ["rules"]),
         ("[", ["YAML"]),
         ("", ["does not hold settings"]),

@@ -187,6 +187,16 @@ def test_the_same_prompts_are_drawn_for_all_rules_so_equal_rules_differ_by_nothi
     assert rules["switch"]["over_product"] == sure(0)
 
 
+def test_a_front_that_several_figures_need_is_measured_once(monkeypatch):
+    """Those of base, product and switch, each at the estimate and 20 draws; switch has the weights of product."""
+    measured = []
+    monkeypatch.setattr("moocore.Hypervolume", lambda **_: lambda points: measured.append(points) or 1.0)
+    cells = [noisy(rule, share, (1, 2)) for rule in ("product", "switch") for share in (1.0, 0.5)]
+    rules = figures(cell("base", None), *cells, draws=20)["rules"]
+    assert rules["switch"]["matched"]["over_product"] == rules["switch"]["over_product"] == sure(0)
+    assert len(measured) == 3 * 21
+
+
 def test_a_rule_of_fewer_weights_is_compared_at_those_that_product_has_too():
     """Of the same points switch lacks one, and with it volume; where both were measured they are equal."""
     points = ((1.0, (2, 1)), (0.5, (1.8, 1.8)), (0.0, (1, 2)))
