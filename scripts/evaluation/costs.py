@@ -50,9 +50,8 @@ def peak_memory(device: torch.device) -> Iterator[Any]:
 
 
 def _high_water_mark() -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").split("\n")
-    (line,) = [line for line in lines if line.startswith("VmHWM:")]
-    return int(line.split()[1]) * 1024 / 1e6
+    status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+    return int(status.split("\nVmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def free_memory(device: torch.device) -> float:

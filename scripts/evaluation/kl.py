@@ -22,16 +22,15 @@ def kl_to_base(batch: MetricBatch) -> Tensor:
     measured = [i for i, seed in enumerate(batch.seeds) if seed < batch.evaluation.config.kl_seeds]
     if not measured or batch.cell.rule.latents_per_image > 1:
         return total
-    sums = torch.zeros(len(measured), dtype=torch.float64)
+    total[measured] = 0
 
     def add(step: FusionStep, gaussian: Gaussian, conditioning: Conditioning, rows: slice) -> None:
         variance = step.variance(step.plan.base)
         if bool((gaussian.variance > 0).all()) and bool((variance > 0).all()):
             (prediction,) = batch.sampler.denoiser.predictions(step.x_t, step.t, conditioning, [BASE])
-            sums[rows] += gaussian.kl(step.transition(prediction, variance)).double().cpu()
+            total[measured[rows]] += gaussian.kl(step.transition(prediction, variance)).double().cpu()
 
     batch.sample_again(measured, add)
-    total[measured] = sums
     return total
 
 

@@ -139,7 +139,7 @@ def _add_legend(figure: Any, summary: dict) -> None:
     marks: list[Line2D] = []
     for rule, (colour, marker) in styles(summary["rules"]).items():
         marks.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=drawable(rule)))
-    shapes = {"faint": {"marker": "o", "alpha": FAINT}, "bars": {"marker": "+", "ms": 12, "mew": 0.8}}
+    shapes: dict[str, Any] = {"faint": {"marker": "o", "alpha": FAINT}, "bars": {"marker": "+", "ms": 12, "mew": 0.8}}
     for kind, label in labels(summary).items():
         marks.append(Line2D([], [], linestyle="", color="black", label=label, **shapes[kind]))
     width, height = figure.get_size_inches()

@@ -163,24 +163,23 @@ class Evaluation:
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
-        sampler = self.sampler
         identity = {
             "format_version": 1,
             "config": dataclasses.asdict(self.config),
             "adapters": {adapter.name: adapter.sha256 for adapter in self.adapter_set.all_adapters},
             "objectives": [
                 [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
-                for o in (*sampler.objectives, *sampler.oracles)
+                for o in (*self.sampler.objectives, *self.sampler.oracles)
             ],
-            "reference": schedule_to_dict(sampler.reference),
-            "guidance": [sampler.denoiser.guidance.source, sampler.denoiser.guidance.scale],
+            "reference": schedule_to_dict(self.sampler.reference),
+            "guidance": [self.sampler.denoiser.guidance.source, self.sampler.denoiser.guidance.scale],
             "steps": self.steps,
             "scales": dict(self.config.scales),
             "dtype": str(dtype),
             "prompts": text_hash("\n".join(self.prompts)),
         }
         if any(cell.rule.uses_gaps for cell in self.cells):
-            identity["profiles"] = [profile_to_dict(profile) for profile in sampler.profiles]
+            identity["profiles"] = [profile_to_dict(profile) for profile in self.sampler.profiles]
         return identity
 
 

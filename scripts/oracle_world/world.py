@@ -34,7 +34,7 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
-from stepfuse.fuse.rules.base import FusionRule, average_variance
+from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run
 from stepfuse.fuse.rules.step import FusionStep
@@ -243,8 +243,10 @@ class AverageStep(FusionRule):
     def fuse(self, step: FusionStep) -> Gaussian:
         used = step.used
         predictions, exponents = step.predict_used(used), step.exponents(used)[:, :, None]
-        means = [step.transition(e, step.variance(i)).mean for e, i in zip(predictions, used, strict=True)]
-        return Gaussian(mean=(exponents * torch.stack(means)).sum(0), variance=average_variance(step))
+        variances = [step.variance(expert) for expert in used]
+        means = [step.transition(e, v).mean for e, v in zip(predictions, variances, strict=True)]
+        mean, variance = ((exponents * torch.stack(moments)).sum(0) for moments in (means, variances))
+        return Gaussian(mean=mean, variance=variance)
 
 
 def world_of(variances: str, weights: Sequence[float], steps: int) -> World:

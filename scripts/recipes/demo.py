@@ -209,9 +209,10 @@ def draw_front(file: Path, results: dict) -> None:
     axes.plot(*points.T, "-o", color="tab:blue", label=legend, zorder=3)
     gains = [results["gain_over_base"].get(mixture_name(float(weight), *names)) for weight in means]
     if known := [i for i, gain in enumerate(gains) if gain]:
+        x, y = points[known].T
         x_bars, y_bars = (np.transpose([half_lengths(gains[i][name]) for i in known]) for name in names)
         axes.errorbar(
-            *points[known].T, xerr=x_bars, yerr=y_bars, fmt="none", ecolor="tab:blue", elinewidth=1, capsize=2.5,
+            x, y, xerr=x_bars, yerr=y_bars, fmt="none", ecolor="tab:blue", elinewidth=1, capsize=2.5,
             alpha=0.7, label="95 % interval of the gain over the base",
         )  # fmt: skip
     for weight, point in zip(means, points, strict=True):
