@@ -27,6 +27,22 @@ def resolve_folder(output: Path) -> Path:
     return folder
 
 
+@contextmanager
+def created_folder(output: Path) -> Iterator[Path]:
+    """Create an output folder with its parents; if the block raises an error, delete those created that are empty."""
+    folder = resolve_folder(output)
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with output_errors(output):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    except BaseException:
+        with suppress(OSError):  # a folder that holds something stays
+            for path in created:
+                path.rmdir()
+        raise
+
+
 def require_empty_dir(
     output: Path,
     *,
@@ -78,29 +94,19 @@ def atomic_output_dir(
         ValueError: for an output that cannot be written, is in use by another process, or holds files of other origin
             where new files are to be.
     """
-    folder = resolve_folder(output)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with output_errors(output):
-            folder.mkdir(parents=True, exist_ok=True)
-            with locked(output, folder, seconds=0):
-                complete_swap(output, folder)
-                work = folder / WORK
-                try:
-                    remove(work)
-                    (work / NEW).mkdir(parents=True)
-                    yield work / NEW
-                    if check is not None:
-                        check(work / NEW)
-                    swap(output, folder, reachable(folder, ours(folder)))
-                finally:
-                    if not (work / PLAN).exists():  # or the rollback failed too: the next run completes it
-                        remove(work)
-    except BaseException:
-        with suppress(OSError):  # a folder that holds something stays
-            for path in made:
-                path.rmdir()
-        raise
+    with created_folder(output) as folder, output_errors(output), locked(output, folder, seconds=0):
+        complete_swap(output, folder)
+        work = folder / WORK
+        try:
+            remove(work)
+            (work / NEW).mkdir(parents=True)
+            yield work / NEW
+            if check is not None:
+                check(work / NEW)
+            swap(output, folder, reachable(folder, ours(folder)))
+        finally:
+            if not (work / PLAN).exists():  # or the rollback failed too: the next run completes it
+                remove(work)
 
 
 def complete_interrupted(output: Path) -> None:

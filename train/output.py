@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from stepfuse.data.folder_files import files_below, files_named
-from stepfuse.data.output_folder import delete_files, require_empty_dir, resolve_folder
+from stepfuse.data.output_folder import created_folder, delete_files, require_empty_dir
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import read_yaml, yaml_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -34,30 +34,25 @@ def locked(folder: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    resolved = resolve_folder(folder)
-    created = [path for path in (resolved, *resolved.parents) if not path.exists()]
-    try:
-        resolved.mkdir(parents=True, exist_ok=True)
+    with created_folder(folder):
         lock = FileLock(folder / LOCK, blocking=False)
-        lock.acquire()
-    except Timeout:
-        holder = ""
-        with suppress(OSError):
-            holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
-        raise ValueError(
-            f"{folder} is in use by {holder or 'another run'}; wait until it ends or choose another --output_dir"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"output {folder} cannot be written to: {error.strerror}; choose another") from error
-    try:
-        write_text(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
-        yield
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # a folder that is not empty is kept
-            for path in created:
-                path.rmdir()
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = ""
+            with suppress(OSError):
+                holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+            raise ValueError(
+                f"{folder} is in use by {holder or 'another run'}; wait until it ends or choose another --output_dir"
+            ) from None
+        except OSError as error:
+            raise ValueError(f"output {folder} cannot be written to: {error.strerror}; choose another") from error
+        try:
+            write_text(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
 
 
 def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | None:
