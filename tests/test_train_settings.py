@@ -1,10 +1,7 @@
 """A setting that cannot work ends a run with one line that names it, before anything is written."""
 
-import dataclasses
 import math
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,9 +11,7 @@ import transformers
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.optimization import SchedulerType
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.policy_settings import LR_SCHEDULERS
@@ -266,15 +261,8 @@ def test_boolean_that_is_no_truth_value_is_refused(desk, monkeypatch):
 
 
 def test_flags_may_have_dashes_and_their_values_keep_theirs(desk):
-    words = [
-        "--train-batch-size=2",
-        "--output-dir",
-        "my-run",
-        "--prompts=emoji-heldout",
-        "--lora-target-modules",
-        "a-b",
-    ]
-    settings = parse_settings(DPOSettings, words)
+    words = "--train-batch-size=2 --output-dir my-run --prompts=emoji-heldout --lora-target-modules a-b"
+    settings = parse_settings(DPOSettings, words.split())
     assert (settings.train_batch_size, settings.output_dir) == (2, "my-run")
     assert (settings.prompts, settings.lora_target_modules) == ("emoji-heldout", ["a-b"])
 
@@ -320,63 +308,10 @@ def test_quoted_values_of_a_config_are_converted_or_named_with_the_file(desk, mo
     assert "'many'" in line
 
 
-def test_only_the_command_line_has_flags(desk, monkeypatch):
-    # transformers' HfArgumentParser would read them from a file with the program's name, too
-    Path("dpo.args").write_text("--rank 3")
-    monkeypatch.setattr(sys, "argv", ["dpo.py"])
-    assert parse_settings(DPOSettings, []) == DPOSettings()
-
-
 def test_environment_of_a_config_is_set(desk, monkeypatch):
     monkeypatch.setenv("STEPFUSE_TRIED", "no")
     parsed("env:\n  STEPFUSE_TRIED: 1\n")
     assert os.environ["STEPFUSE_TRIED"] == "1"
-
-
-# Help
-
-
-@pytest.mark.parametrize(("algorithm", "settings"), [("dpo", DPOSettings), ("ddpo", DDPOSettings)])
-def test_help_explains_every_setting_once_under_a_heading_with_its_default(capsys, algorithm, settings):
-    with pytest.raises(SystemExit) as end:
-        parse_settings(settings, ["--help"])
-    assert not end.value.code
-    text = capsys.readouterr().out
-    listed = text.partition("\n\n")[2]
-    flags = re.findall(r"^  (--\S+)", listed, flags=re.MULTILINE)
-    names = [field.name for field in dataclasses.fields(settings)]
-    assert [flag.rstrip(",").removeprefix("--") for flag in flags] == ["config", *names]
-    assert not re.search(r"--\w+-", listed)  # one spelling
-    entries = re.split(r"^  --", listed, flags=re.MULTILINE)[2:]
-    for name, entry in zip(names, entries, strict=True):
-        told = " ".join(entry.split())
-        assert "(default: " in told, name
-        assert len(told.partition(" ")[2].split()) > 4, name
-    headings = re.findall(r"^(\S.*):$", listed, flags=re.MULTILINE)
-    assert len(headings) == len(set(headings)) > 8
-    assert ("DDPO" in headings) == (algorithm == "ddpo")
-
-
-def test_help_and_wrong_arguments_need_neither_torch_nor_a_warning(tmp_path):
-    Path(tmp_path, "wrong.yaml").write_text("rank: 0\n")
-    program = """
-import sys
-from stepfuse.train import ddpo, dpo
-for main in (dpo.main, ddpo.main):
-    for words in (["--help"], ["--rank", "x"], ["--config", "wrong.yaml"], ["--config", "none"], ["--beta", "-1"]):
-        sys.argv = ["train", *words]
-        try:
-            main()
-        except SystemExit as end:
-            print("ended:", end.code)
-assert not {"torch", "transformers", "diffusers", "accelerate"} & set(sys.modules)
-"""
-    done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    endings = [line for line in done.stdout.splitlines() if line.startswith("ended:")]
-    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True] * 2
 
 
 # Places
@@ -445,41 +380,7 @@ def test_resuming_from_nothing_is_refused(desk, monkeypatch, wanted, exists):
     assert Path("mine").exists() == exists
 
 
-# As a program
-
-
-def test_program_prints_one_line_and_exits_with_1(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train" / "dpo.py"), "--sample_eta", "1.5"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("error: sample_eta is 1.5; expected a number in (0, 1]")
-    assert "Traceback" not in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_launched_quietly_the_line_is_the_last(tmp_path):
-    words = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *SINGLE_PROCESS, "-m", "stepfuse.train.dpo"]
-    done = subprocess.run([*words, "--rank", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: rank is 0; expected 1 or more"
-    assert "Traceback" not in done.stderr
-
-
-def test_torchrun_gets_the_line_for_its_summary(desk, monkeypatch):
-    file = Path("error.json").absolute()
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    monkeypatch.setattr(sys, "argv", ["train/dpo.py", "--rank", "0"])
-    with pytest.raises(SystemExit):
-        dpo.main()
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
-    summary = ChildFailedError("train/dpo.py", {0: failure}).format_msg()
-    assert "error: rank is 0; expected 1 or more" in summary
+# Bounds
 
 
 def test_learning_rate_schedulers_are_those_of_diffusers_that_need_no_list_of_steps():
