@@ -49,7 +49,8 @@ def collect_pairs(setup: Setup, pairs: Iterator[Pair], step: int) -> tuple[list[
     for rows in setup.micro_batches():
         own = [all_pairs[i] for i in rows]
         generators = [sample_generator(setup.settings.seed, "pairs", step, i) for i in rows]
-        winner, loser = (encode_side(setup, own, side, generators) for side in ("winner", "loser"))
+        winner = encode_images(setup, [pair.winner() for pair in own], generators)
+        loser = encode_images(setup, [pair.loser() for pair in own], generators)
         # one noise and one time per pair, so that winner and loser differ by the image alone
         noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators]).to(winner)
         times = torch.cat([denoiser.path.draw(g) for g in generators])
@@ -61,12 +62,11 @@ def collect_pairs(setup: Setup, pairs: Iterator[Pair], step: int) -> tuple[list[
     return batches, {}
 
 
-def encode_side(setup: Setup, pairs: Sequence[Pair], side: str, generators: list[torch.Generator]) -> Latents:
-    """One image of each pair, scaled to the base's size by the shorter side, cropped in the centre and encoded."""
+def encode_images(setup: Setup, images: Sequence[Image.Image], generators: list[torch.Generator]) -> Latents:
+    """Images scaled to the base's size by the shorter side, cropped in the centre and encoded."""
     resolution = setup.settings.resolution
     height, width = setup.backbone.size(resolution, resolution)
-    opened = [pair.picture(side) for pair in pairs]
-    fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in opened]
+    fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in images]
     return setup.backbone.encode_pixels(torch.stack([to_pixels(image) for image in fitted]), generators)
 
 

@@ -1,8 +1,9 @@
 """Preference pairs of a data set: two images for one prompt, of which one is preferred."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,16 @@ from stepfuse.train.settings import DPOSettings
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two images for one prompt, as they are in the data set.
+    """Two images for one prompt.
 
     Attributes:
-        winner, loser: the values of the columns of the preferred image and of the other.
-        winner_column, loser_column: names of these columns.
-        folder: folder that paths of images are relative to.
+        winner, loser: read the preferred image and the other, upright and in RGB. For an image that is missing or
+            cannot be read they raise ValueError, which names its column and the prompt.
     """
 
     prompt: str
-    winner: Any
-    loser: Any
-    winner_column: str
-    loser_column: str
-    folder: Path
-
-    def picture(self, side: str) -> Image.Image:
-        """The winner or the loser, upright and in RGB.
-
-        Raises:
-            ValueError: for an image that is missing or cannot be read, naming its column and the prompt.
-        """
-        name = f"the image for the prompt {self.prompt!r} in column {getattr(self, f'{side}_column')!r}"
-        return read_picture(getattr(self, side), self.folder, name)
+    winner: Callable[[], Image.Image]
+    loser: Callable[[], Image.Image]
 
 
 class PreferencePairs:
@@ -126,6 +114,8 @@ class PreferencePairs:
         if preferred not in (0, 1):
             return None
         one, other = (first, second) if preferred == 1 else (second, first)
-        return Pair(
-            prompt=prompt, winner=row[one], loser=row[other], winner_column=one, loser_column=other, folder=self.folder
+        described = f"the image for the prompt {prompt!r} in column"
+        winner, loser = (
+            partial(read_picture, row[name], self.folder, f"{described} {name!r}") for name in (one, other)
         )
+        return Pair(prompt=prompt, winner=winner, loser=loser)
