@@ -4,6 +4,8 @@ Prompts such as "A green dog." and "A green dog and a red car." are split by the
 both splits, and every colour and every object is, so held-out prompts combine known colours and objects in new ways.
 """
 
+from stepfuse.data.emoji import with_article
+
 # DPOK (arXiv:2305.16381, section 5) trains on one prompt each for colour, composition, counting and location.
 DPOK_PROMPTS = (
     "A green colored rabbit.",
@@ -39,12 +41,6 @@ def colour_prompts(*, held_out: bool) -> list[str]:
 
 
 def _prompt(i: int, diagonal: int, shift: int) -> str:
-    phrase = _phrase(i, diagonal)
-    if shift:
-        phrase += f" and {_phrase((i + shift) % len(OBJECTS), diagonal)}"
-    return f"{phrase.capitalize()}."
-
-
-def _phrase(i: int, diagonal: int) -> str:
-    colour = COLOURS[(diagonal - i) % len(COLOURS)]
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {OBJECTS[i]}"
+    indices = [i, (i + shift) % len(OBJECTS)] if shift else [i]
+    phrases = [with_article(f"{COLOURS[(diagonal - k) % len(COLOURS)]} {OBJECTS[k]}") for k in indices]
+    return f"{' and '.join(phrases).capitalize()}."

@@ -41,10 +41,11 @@ class EmojiPrompt:
 
     @property
     def caption(self) -> str:
-        return f"{_with_article(self.concept)} on {_with_article(self.background)} background"
+        return f"{with_article(self.concept)} on {with_article(self.background)} background"
 
 
-def _with_article(noun: str) -> str:
+def with_article(noun: str) -> str:
+    """`an apple`, `a cat`; a noun that begins with u takes `a`, as `a unicorn`."""
     return f"{'an' if noun[0] in 'aeio' else 'a'} {noun}"
 
 

@@ -84,12 +84,22 @@ def _upright(image: Image.Image) -> Image.Image:
     return upright.convert("RGB")
 
 
+def to_bytes(pixels: Float[Tensor, "*batch 3 height width"]) -> np.ndarray:
+    """Convert pixels in [0, 1] to uint8 (*batch, height, width, 3), rounded to nearest, as in an image file."""
+    rounded = (pixels.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    return rounded.movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def from_bytes(array: np.ndarray, device: str | torch.device = "cpu") -> Float[Tensor, "*batch 3 height width"]:
+    """Convert uint8 (*batch, height, width, 3) to pixels in [0, 1]."""
+    return torch.from_numpy(array).to(device).movedim(-1, -3).float() / 255
+
+
 def to_image(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
     """Convert pixels in [0, 1] to an 8-bit PIL image, rounded to nearest."""
-    array = pixels.mul(255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
-    return Image.fromarray(array.numpy())
+    return Image.fromarray(to_bytes(pixels))
 
 
 def to_pixels(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """Convert a PIL image to RGB pixels in [0, 1]."""
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float().div(255)
+    return from_bytes(np.array(image.convert("RGB")))

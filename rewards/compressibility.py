@@ -16,7 +16,7 @@ QUALITY = 95  # as in DDPO
 def incompressibility(images: Pixels, prompts: Sequence[str]) -> Scores:
     """Return the size as a JPEG file of quality 95, in kB of 1000 bytes. Not differentiable; prompts are not used."""
     sizes = []
-    for pixels in images.detach().float().cpu():
+    for pixels in images:
         buffer = io.BytesIO()
         to_image(pixels).save(buffer, format="JPEG", quality=QUALITY)
         sizes.append(buffer.tell() / 1000)

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn import functional
 
+from stepfuse.data.images import from_bytes, to_bytes
 from stepfuse.rewards.protocol import Pixels
 
 # Channel means and standard deviations that OpenAI's CLIP, OpenCLIP and BLIP are trained with.
@@ -45,7 +45,7 @@ def resize_and_crop(images: Pixels, size: int, *, round_margins: bool = False) -
     box = (left, top, left + size, top + size)
     resized = [Image.fromarray(a).resize(target[::-1], Image.Resampling.BICUBIC).crop(box) for a in to_bytes(images)]
     arrays = np.stack([np.asarray(image) for image in resized])
-    return torch.from_numpy(arrays).to(images.device).permute(0, 3, 1, 2).float() / 255
+    return from_bytes(arrays, images.device)
 
 
 def resize_and_crop_smoothly(images: Pixels, size: int, *, round_margins: bool = False) -> Pixels:
@@ -73,12 +73,6 @@ def resize_and_pad(images: Pixels, size: int) -> Pixels:
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     top, left = (size - height) // 2, (size - width) // 2
     return functional.pad(pixels, (left, size - width - left, top, size - height - top))
-
-
-def to_bytes(images: Pixels) -> np.ndarray:
-    """Convert pixels in [0, 1] to uint8 (batch, height, width, 3), rounded to nearest, as in an image file."""
-    rounded: Tensor = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
-    return rounded.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def _crop_box(images: Pixels, size: int, round_margins: bool) -> tuple[tuple[int, int], int, int]:

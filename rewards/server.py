@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stepfuse.data.images import from_bytes
 from stepfuse.rewards.protocol import Reward, Scores, score
 from stepfuse.rewards.worker.messages import MAX_BODY_BYTES, MessageError, decode, encode
 
@@ -54,8 +55,7 @@ class RewardServer(ThreadingHTTPServer):
     def score(self, pixels: np.ndarray, prompts: Sequence[str]) -> Scores:
         """Score images of dtype uint8 and shape (batch, height, width, 3)."""
         with self.lock, torch.no_grad():
-            images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() / 255
-            return score(self.reward, images, prompts, name=self.name)
+            return score(self.reward, from_bytes(pixels, self.device), prompts, name=self.name)
 
 
 class _Handler(BaseHTTPRequestHandler):

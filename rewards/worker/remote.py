@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stepfuse.rewards.pixels import to_bytes
+from stepfuse.data.images import to_bytes
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.rewards.worker.messages import batch_slices, encode
 
