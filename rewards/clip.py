@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from stepfuse.rewards.networks import NetworkReward
 from stepfuse.rewards.pixels import normalise
 from stepfuse.rewards.protocol import Pixels, Scores
-from stepfuse.rewards.published import Published
+from stepfuse.rewards.published import Published, damage_errors
 
 Tokenize = Callable[[Sequence[str]], Int[Tensor, "batch length"]]
 
@@ -68,10 +68,8 @@ def load_clip_tokenizer(file: Path, length: int, clean: Callable[[str], str] = s
     token. Padding does not change an embedding: attention is causal, and the embedding is read at the first end-of-text
     token.
     """
-    try:
+    with damage_errors(file, "a tokenizer"):
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain `Exception`
-        raise ValueError(f"{file} is not a tokenizer ({error}); delete it and download it again") from error
     end = tokenizer.token_to_id("<|endoftext|>")
     if end is None:
         raise ValueError(f"{file} has no token <|endoftext|>; expected the tokenizer of a CLIP model")

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.data.text_files import first_line
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.pixels import resize_and_crop_smoothly
@@ -27,8 +28,8 @@ def clip_score(
         model = CLIPModel.from_pretrained(source, dtype=dtype).to(device)
         tokenizer = CLIPTokenizer.from_pretrained(source)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no CLIP model at {str(source)!r}; expected a hub id or a folder ({reason})") from error
+        expected = f"expected a hub id or a folder ({first_line(error)})"
+        raise ValueError(f"no CLIP model at {str(source)!r}; {expected}") from error
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(prompts: Sequence[str]) -> Int[Tensor, "batch length"]:

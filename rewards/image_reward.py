@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import NetworkReward, count_layers, load_head, load_model, read_config, rename
 from stepfuse.rewards.pixels import normalise, resize_and_crop
 from stepfuse.rewards.protocol import Pixels, Scores
-from stepfuse.rewards.published import Published, find_files, load_state
+from stepfuse.rewards.published import Published, damage_errors, find_files, load_state
 
 CHECKPOINT = Published(
     repo="THUDM/ImageReward",
@@ -70,13 +71,13 @@ class ImageReward(NetworkReward):
         vision = {name.removeprefix("blip.visual_encoder."): v for name, v in state.items() if "visual_encoder" in name}
         text = {name.removeprefix("blip.text_encoder."): v for name, v in state.items() if "text_encoder" in name}
         head = {name.removeprefix("mlp."): v for name, v in state.items() if name.startswith("mlp.")}
-        vision_config, text_config = _configs(file, vision, read_config(med_config, dict))
+        with damage_errors(file, "an ImageReward checkpoint in the published layout"):
+            vision_config = _vision_config(vision)
+        text_config = read_config(med_config, partial(_text_config, width=vision_config.hidden_size))
         self.size = vision_config.image_size
         vision = {rename(name, VISION_NAMES, BLOCK_NAMES): tensor for name, tensor in vision.items()}
-        self.vision = load_model(BlipVisionModel, vision_config, vision, file)
-        self.text = load_model(BlipTextModel, text_config, text, file, add_pooling_layer=False)
-        for module in (self.vision, self.text):
-            module.requires_grad_(False).eval().to(device, dtype)
+        self.vision = load_model(BlipVisionModel, vision_config, vision, file).to(device, dtype)
+        self.text = load_model(BlipTextModel, text_config, text, file, add_pooling_layer=False).to(device, dtype)
         self.head = load_head(head, file).to(device)
         self.device, self.dtype = device, dtype
 
@@ -109,27 +110,25 @@ def load_tokenizer() -> BertTokenizer:
     return tokenizer
 
 
-def _configs(file: Path, vision: dict[str, Tensor], med: dict[str, Any]) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Configure the vision encoder by the shapes of its tensors, and the text encoder by med_config.json."""
-    try:
-        width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
-        vision_config = BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=vision["blocks.0.mlp.fc1.weight"].shape[0],
-            num_hidden_layers=count_layers(vision, "blocks."),
-            num_attention_heads=width // 64,
-            image_size=round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch,
-            patch_size=patch,
-            hidden_act="gelu",
-            layer_norm_eps=1e-6,
-        )
-        text = {name: med[name] for name in TEXT_KEYS}
-        return vision_config, BlipTextConfig(**text, encoder_hidden_size=width, is_decoder=True)
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{file} or med_config.json has no {error}; expected the published layout") from error
-    except Exception as error:  # transformers raises many types of exception
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"med_config.json or {file} holds an invalid size: {reason}") from error
+def _vision_config(vision: dict[str, Tensor]) -> BlipVisionConfig:
+    """The configuration of the vision encoder, by the shapes of its tensors."""
+    width, patch = vision["cls_token"].shape[-1], vision["patch_embed.proj.weight"].shape[-1]
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=vision["blocks.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=count_layers(vision, "blocks."),
+        num_attention_heads=width // 64,
+        image_size=round((vision["pos_embed"].shape[1] - 1) ** 0.5) * patch,
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(med: dict[str, Any], width: int) -> BlipTextConfig:
+    """The configuration of the text encoder, which attends to image features of this width, by med_config.json."""
+    sizes = {name: med[name] for name in TEXT_KEYS}
+    return BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
 
 
 IMAGE_REWARD = NamedReward(

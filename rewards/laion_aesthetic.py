@@ -44,8 +44,7 @@ class LAIONAesthetic(NetworkReward):
         config_file, weights, head = find_files(FILES, folder, "laion_aesthetic")
         config = read_config(config_file, CLIPConfig.from_dict).vision_config
         vision = {name: tensor for name, tensor in load_state(weights).items() if name.startswith(VISION)}
-        self.clip = load_model(CLIPVisionModelWithProjection, config, vision, weights)
-        self.clip.requires_grad_(False).eval().to(device, dtype)
+        self.clip = load_model(CLIPVisionModelWithProjection, config, vision, weights).to(device, dtype)
         self.head = load_head(load_state(head), head).to(device)
         self.size = config.image_size
 

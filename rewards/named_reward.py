@@ -41,14 +41,10 @@ class NamedReward:
     files: tuple[Published, ...] = ()
     needs: str = ""
 
-    @property
-    def download(self) -> int:
-        """Bytes of `files`. Packages of an environment are not included."""
-        return sum(file.size for file in self.files)
-
     def state(self) -> str:
         """Return "ready", what the argument must give, or what happens at first use."""
-        missing = [file for file in self.files if not _is_cached(file)]
+        cached = [try_to_load_from_cache(file.repo, file.name, revision=file.revision) for file in self.files]
+        missing = [file for file, path in zip(self.files, cached, strict=True) if not isinstance(path, str)]
         if missing:
             return f"downloads {size_label(sum(file.size for file in missing))} at first use"
         if self.file is not None:
@@ -63,10 +59,6 @@ def table(rewards: Mapping[str, NamedReward]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [("reward", "gradient", "download", "in memory", "at first use", "licence", "source")]
     for name, info in rewards.items():
         gradient = "yes" if info.differentiable else "no"
-        sizes = size_label(info.download), size_label(info.weights)
-        rows.append((name, gradient, *sizes, info.state(), info.licence, info.source))
+        download = size_label(sum(file.size for file in info.files))  # without packages of an environment
+        rows.append((name, gradient, download, size_label(info.weights), info.state(), info.licence, info.source))
     return rows
-
-
-def _is_cached(file: Published) -> bool:
-    return isinstance(try_to_load_from_cache(file.repo, file.name, revision=file.revision), str)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stepfuse.data.json_file import read_json
 from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.rewards.published import damage_errors
 
 # Indices of the linear layers in a published head; the indices between them belong to dropout layers.
 HEAD_LAYERS = (0, 2, 4, 6, 7)
@@ -45,11 +46,8 @@ class NetworkReward(ABC):
 
 def read_config(file: Path, create: Callable[[dict[str, Any]], Any]) -> Any:
     """Create a configuration from the object in a published JSON file, or raise ValueError."""
-    try:
+    with damage_errors(file, "a configuration"):
         return create(read_json(file, "a published configuration"))
-    except Exception as error:  # transformers raises many types of exception
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{file} is not a configuration ({reason}); delete it and download it again") from error
 
 
 def rename(name: str, names: Mapping[str, str], block_names: Mapping[str, str]) -> str:
@@ -69,7 +67,7 @@ def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def load_model(model_class: Any, config: Any, state: dict[str, Tensor], file: Path, **options: Any) -> Any:
-    """Create a transformers model with exactly the weights of `state`, in float32 on the CPU.
+    """Create a frozen transformers model with exactly the weights of `state`, in float32 on the CPU.
 
     `options` are further arguments of `from_pretrained`. If a tensor is missing, unexpected, or has another shape, a
     ValueError names it and `file`.
@@ -88,7 +86,7 @@ def load_model(model_class: Any, config: Any, state: dict[str, Tensor], file: Pa
         if report[f"{problem}_keys"]:
             first = min(map(str, report[f"{problem}_keys"]))
             raise ValueError(f"{file}: {problem} tensors, such as {first}; expected the published layout")
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def load_head(state: Mapping[str, Tensor], file: Path) -> nn.Sequential:
@@ -96,14 +94,11 @@ def load_head(state: Mapping[str, Tensor], file: Path) -> nn.Sequential:
 
     If `state` holds other tensors, or their shapes do not match, a ValueError names `file`.
     """
-    try:
+    with damage_errors(file, "a checkpoint whose head has the published layout"):
         head = nn.Sequential()
         for index in HEAD_LAYERS:
             rows, columns = state[f"layers.{index}.weight"].shape
             head.add_module(str(index), nn.Linear(columns, rows))
         head.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in state.items()})
         head(torch.zeros(1, state["layers.0.weight"].shape[1]))  # each layer takes what the one before it returns
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: the head does not have the published layout: {reason}") from error
     return head.requires_grad_(False).eval()

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import CLIPConfig
 
 from stepfuse.rewards.networks import count_layers, rename
+from stepfuse.rewards.published import damage_errors
 
 NAMES = {
     "visual.transformer.resblocks": "vision_model.encoder.layers",
@@ -47,12 +48,8 @@ def from_open_clip(state: dict[str, Tensor], file: Path) -> tuple[CLIPConfig, di
                 converted[f"{block}self_attn.{part}_proj.{parameter}"] = values.contiguous()
         elif name != "attn_mask":  # a buffer in files of older versions
             converted[name] = tensor.T.contiguous() if original in TRANSPOSED else tensor
-    try:
+    with damage_errors(file, "an open_clip ViT in the published layout"):
         return _config(state), converted
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
-            f"{file} lacks a tensor of open_clip's ViT ({error}); expected the published layout"
-        ) from error
 
 
 def _config(state: dict[str, Tensor]) -> CLIPConfig:

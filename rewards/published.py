@@ -1,7 +1,8 @@
 """Published weights of reward models: downloaded from the hub once, pinned and verified, or read from a folder."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,23 @@ def find_files(files: Sequence[Published], folder: str | Path | None, reward: st
         ValueError: If a file is missing and cannot be downloaded, or if its hash differs from the published one. The
             message gives the commands or the address to download the file, for the reward of this name.
     """
-    if folder is not None:
-        return [_find_in_folder(file, Path(folder)) for file in files]
-    return [_download(file, files, reward) for file in files]
+    if folder is None:
+        return [_download(file, files, reward) for file in files]
+    for file in files:
+        if not Path(folder, file.name).is_file():
+            url = f"https://huggingface.co/{file.repo}/resolve/{file.revision}/{file.name}"
+            raise ValueError(f"{folder} has no file {file.name}; download {url} into it")
+    return [Path(folder, file.name) for file in files]
+
+
+@contextmanager
+def damage_errors(file: Path, expected: str) -> Iterator[None]:
+    """Turn any error of reading a published file into a ValueError that names it and says what it is not."""
+    try:
+        yield
+    except Exception as error:  # the libraries raise many types of exception for damaged files
+        reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
+        raise ValueError(f"{file} is not {expected} ({reason}); delete it and download it again") from error
 
 
 def load_state(file: Path) -> dict[str, Tensor]:
@@ -52,15 +67,12 @@ def load_state(file: Path) -> dict[str, Tensor]:
 
     Raises ValueError if the file is corrupt, holds anything but tensors, or holds values that are not finite.
     """
-    try:
+    with damage_errors(file, "a readable checkpoint"):
         if file.suffix == ".safetensors":
             state: Any = load_file(file)
         else:
             with warnings.catch_warnings(action="ignore"):  # about pickle protocols, which are refused
                 state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # corrupt files raise many types of exception
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{file} is not a readable checkpoint ({reason}); delete it and download it again") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
@@ -69,13 +81,6 @@ def load_state(file: Path) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{file}: tensor {name} has values that are not finite; delete it and download it again")
     return state
-
-
-def _find_in_folder(file: Published, folder: Path) -> Path:
-    if not (folder / file.name).is_file():
-        url = f"https://huggingface.co/{file.repo}/resolve/{file.revision}/{file.name}"
-        raise ValueError(f"{folder} has no file {file.name}; download {url} into it")
-    return folder / file.name
 
 
 def _download(file: Published, files: Sequence[Published], reward: str) -> Path:

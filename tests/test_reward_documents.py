@@ -56,5 +56,5 @@ def test_every_reward_is_in_the_table_with_its_download_and_gradient() -> None:
         (line,) = [line for line in lines if f"`{name}`" in line or f"`{name}:" in line.split("|")[1]]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         assert cells[2].startswith("yes" if info.differentiable else "no") or name == "weighted"
-        assert (f"downloads {size_label(info.download)}" in cells[3]) == bool(info.files)
+        assert (f"downloads {size_label(sum(file.size for file in info.files))}" in cells[3]) == bool(info.files)
         assert cells[4].split(",")[0].split(" ")[0] in (*info.licence.split(" "), "weights:", "the", "")

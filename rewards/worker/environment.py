@@ -1,6 +1,5 @@
 """Python environments of workers, created once per requirements file and cached."""
 
-import fcntl
 import os
 import platform
 import shutil
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, CalledProcessError, run
 from typing import IO
+
+from filelock import FileLock
 
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.text_files import read_text
@@ -21,8 +22,6 @@ def environment_folder(requirements: Path, python: str | None = None) -> Path:
     It is in STEPFUSE_CACHE, by default ~/.cache/stepfuse, and its name contains a hash of the requirements, the version
     of Python, and the machine's architecture. If the requirements file is missing, ValueError is raised.
     """
-    if not requirements.is_file():
-        raise ValueError(f"no requirements file {requirements}")
     version = python or platform.python_version()
     key = text_hash("\0".join([read_text(requirements), version, platform.machine()]))[:12]
     cache = os.environ.get("STEPFUSE_CACHE")
@@ -52,8 +51,7 @@ def environment_python(requirements: Path, python: str | None = None) -> Path:
         except OSError as error:
             reason = f"cannot create {folder.parent} ({error.strerror})"
             raise ValueError(f"{reason}; set STEPFUSE_CACHE to a folder") from error
-        with open(folder.with_name(f"{folder.name}.lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not is_complete(folder):  # another process may have created it
                 _create(folder, requirements, python)
     return folder / "bin" / "python"
