@@ -3,6 +3,7 @@
 import codecs
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 _BYTE_ORDER_MARKS = {
@@ -116,6 +117,12 @@ def short_repr(value: object) -> str:
     """A value as Python writes it, on one line, its end left out if it is long."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def quoted(texts: Iterable[str], most: int = 3) -> str:
+    """Distinct texts in quotes, separated by commas: the first few, and the number of others."""
+    names = [repr(text) for text in dict.fromkeys(texts)]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def without_control_characters(text: object) -> str:

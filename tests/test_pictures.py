@@ -15,7 +15,8 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw
 
 from stepfuse.data import lettering
-from stepfuse.data.grid import labelled_grid
+from stepfuse.data.grid import captioned_grid, labelled_grid
+from stepfuse.data.images import to_image
 from stepfuse.data.lettering import Lettering, drawable
 from stepfuse.fuse.rules.weights import parse_weights
 from stepfuse.fuse.sampling.pictures import sampled_picture, weights_heading
@@ -26,7 +27,6 @@ from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
 from stepfuse.scripts.recipes.demo import draw_front
 from stepfuse.scripts.recipes.rewards import show_ranked
-from stepfuse.train.samples import save_samples
 from tests.fixtures_evaluation import cell, figures
 
 LONG = "a very detailed painting of a red apple on a blue table, seen from above in the light of an early morning, "
@@ -171,8 +171,7 @@ def test_weights_that_change_over_the_steps_have_a_heading():
 def test_captions_below_images_are_complete(drawn, tmp_path, side):
     captions = ["a fox", LONG, WORD * 2, "", "Привет, мир", "f"]
     images = torch.rand(6, 3, side, side, generator=torch.Generator().manual_seed(0))
-    save_samples(tmp_path / "new" / "samples.png", images, captions, columns=4)
-    sheet = np.asarray(Image.open(tmp_path / "new" / "samples.png"))
+    sheet = np.asarray(captioned_grid([to_image(pixels) for pixels in images], captions))
     ink = [box for text, box in drawn if text]
     assert all(apart(a, b) for i, a in enumerate(ink) for b in ink[:i])
     assert all(box[0] >= 0 and box[2] <= sheet.shape[1] and box[3] <= sheet.shape[0] for box in ink)

@@ -14,12 +14,13 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.algorithms import DDPO
+from stepfuse.train.collect import learned_steps
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.loop import train_adapter
 from stepfuse.train.lora import Policy
 from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
-from stepfuse.train.timesteps import learnable_steps, learned_steps
+from stepfuse.train.setup import learnable_steps
 from tests.fixtures_tiny import denoiser_of, read_lora, refused
 from tests.fixtures_training import (
     COMMON,

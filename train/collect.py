@@ -19,8 +19,8 @@ from stepfuse.train.health import Health, diversity
 from stepfuse.train.lora import step_gaussians
 from stepfuse.train.rollout import D, Sampling, Trajectory, out_of_inference, sample_generator
 from stepfuse.train.scoring import Scorer
+from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
-from stepfuse.train.timesteps import learned_steps
 
 ScoreLatents = Callable[[Latents], "Future[Float[Tensor, ' images']]"]
 
@@ -62,6 +62,17 @@ class RolloutAlgorithm(Algorithm[D]):
         self, policy: nn.Module, sampling: Sampling, steps: Sequence[D], conditioning: Conditioning
     ) -> Sequence[StepGaussians]:
         return step_gaussians(policy, sampling, steps, conditioning)
+
+
+def learned_steps(settings: TrainSettings, learnable: list[int], step: int) -> frozenset[int]:
+    """`train_timestep_fraction` of the learnable steps, drawn for each rollout, the same on every process.
+
+    Gradients come from some steps only, as in Flow-GRPO-Fast (arXiv:2505.05470) and MixGRPO (arXiv:2507.21802); here
+    every step stays random, since fusion needs each transition of the policy.
+    """
+    count = max(1, round(settings.train_timestep_fraction * len(learnable)))
+    drawn = torch.randperm(len(learnable), generator=sample_generator(settings.seed, "timesteps", step))
+    return frozenset(learnable[i] for i in drawn[:count].tolist())
 
 
 def collect_rollouts(

@@ -73,13 +73,10 @@ def describe_start(settings: TrainSettings, start: Path | None, step: int) -> st
     return ""
 
 
-def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: float | None, reward: str) -> str:
-    """Say where the adapter is, what the validation images show, and which command comes next.
-
-    The adapter is of this step, and `kl`, if it is known, is its KL divergence to the base model in nats per image.
-    """
+def describe_end(settings: TrainSettings, progress: Progress, reward: str) -> str:
+    """Say where the adapter is, what the validation images show, and which command comes next."""
     output = Path(settings.output_dir)
-    lines = [f"adapter {settings.name}, step {step}: {output}"]
+    lines = [f"adapter {settings.name}, step {progress.step}: {output}"]
     before, after = (progress.validation.get(moment) for moment in ("before", "after"))
     if before and after:
         images = f"{after['images']} validation images"
@@ -88,8 +85,8 @@ def describe_end(settings: TrainSettings, progress: Progress, step: int, kl: flo
         if not gain and progress.validation_rewards.get("before"):
             gain = " (no gain: the images after were drawn with another seed, other prompts or other settings)"
         lines[-1] += gain
-    if kl is not None:
-        lines.append(f"KL divergence to the base model: {kl:.4g} nats per image")
+    if progress.kl is not None:
+        lines.append(f"KL divergence to the base model: {progress.kl:.4g} nats per image")
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
     folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"

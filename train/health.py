@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stepfuse.data.text_files import quoted
 from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.checkpoints import Progress
 
@@ -16,7 +17,6 @@ logger = logging.getLogger(__name__)
 SIDE = 8  # pixels of the thumbnails that diversity is measured on
 ENTRIES = 200  # most entries in the record
 COLLAPSED = "diversity has collapsed"
-STOPPED = "stopped: KL beyond max_kl"
 
 
 class Health:
@@ -41,7 +41,7 @@ class Health:
         """Record something that is not finite and is skipped; otherwise a ValueError that names step and prompts."""
         if not self.skips:
             raise ValueError(
-                f"step {step}: {what} for {listed(prompts)}; training stopped, checkpoints are kept. "
+                f"step {step}: {what} for {quoted(sorted(prompts))}; training stopped, checkpoints are kept. "
                 "--nonfinite skip skips them"
             )
         self.note(f"skipped: {what}", step, prompts=sorted(set(prompts)))
@@ -70,10 +70,3 @@ def diversity(images: Float[Tensor, "all 3 8 8"], groups: Int[Tensor, " all"]) -
     flat = images.flatten(1).double()
     variances = [flat[groups == group].var(0, correction=0) for group in groups.unique()]
     return torch.stack(variances).mean().sqrt().item()
-
-
-def listed(prompts: Sequence[str], most: int = 3) -> str:
-    """Prompts in one line: the first few, and the number of others."""
-    names = sorted(set(prompts))
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(repr(name) for name in names[:most]) + more

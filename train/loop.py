@@ -78,11 +78,11 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
     if not stopped:
         validator.record("after")
         update_best(setup, progress, validator)
-    policy = select_policy(setup, progress, stopped=stopped)
+    state = select_policy(setup, progress, stopped=stopped)
     if accelerator.is_main_process:
-        write_policy(policy, setup, algorithm, progress)
+        write_policy(state, setup, algorithm, progress)
         setup.embed.report_streamed()
-        print(describe_end(settings, progress, policy.step, policy.kl, setup.reward.name), flush=True)
+        print(describe_end(settings, progress, setup.reward.name), flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

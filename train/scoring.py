@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.rewards.protocol import Pixels, Scores, close
+from stepfuse.rewards.protocol import Pixels, close
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.scoring_queue import ScoringQueue
@@ -26,7 +26,8 @@ class TrainingReward:
     """The reward of a run as a sum of terms, its shaping, and the queue that it is computed in.
 
     Attributes:
-        name: name of the reward; of a weighted one, with the scales that were fitted.
+        reward: the unshaped reward.
+        name: its name; of a weighted one, with the scales that were fitted.
         shaping: as configured or fitted.
     """
 
@@ -38,14 +39,6 @@ class TrainingReward:
         self.asked = {"reward": settings.reward, "images": settings.fit_reward, "clip": settings.reward_clip}
         self.finite = settings.nonfinite == "stop"
         self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
-
-    def raw(self, pixels: Pixels, prompts: Sequence[str]) -> Scores:
-        """The unshaped reward."""
-        return self.columns(pixels, prompts).sum(1)
-
-    def columns(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
-        """The values that the reward is fitted on: its terms, unshaped."""
-        return self.reward.terms_of(pixels, prompts)
 
     def terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
         """The terms of the reward, which sum to it; the shaped reward, if it is shaped.
@@ -60,7 +53,7 @@ class TrainingReward:
         return self.reward.weights if self.shaping == Shaping() else torch.ones(1)
 
     def fit(self, columns: Float[Tensor, "images terms"]) -> dict[str, Any]:
-        """Name and shaping from `columns` of images of the base, as values that `restore` takes.
+        """Name and shaping from the unshaped terms of images of the base, as values that `restore` takes.
 
         Raises:
             ValueError: for a reward, or a term, that is the same for all images.

@@ -1,7 +1,7 @@
 """What a run trains with: base model, policy, optimiser and reward, loaded and checked before anything is written."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,13 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.sampling.finite import check_latents, decode_finite
-from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
 from stepfuse.train.lora import Policy, SharedForward, add_lora
 from stepfuse.train.provenance import provenance
-from stepfuse.train.rollout import Sampling, rollout, sample_generator
+from stepfuse.train.rollout import Sampling
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.timesteps import learnable_steps
-
-Draw = Callable[[Sequence[str], Sequence[int]], Pixels]
 
 
 class Setup:
@@ -106,23 +101,15 @@ class Setup:
         schedule = self.sampling.schedule.with_parameters(self.engine.schedule_parameters())
         return dataclasses.replace(self.sampling, schedule=schedule, **changes)
 
-    def drawer(self, key: str, *, base: bool = False) -> Draw:
-        """A function that draws images of the policy, or of the base model, from prompts and their indices.
 
-        Images with the same key and index have the same noise.
-        """
-        sampling = dataclasses.replace(self.sampling, adapter=None) if base else self.current_sampling()
-        sampling = dataclasses.replace(sampling, learned=frozenset())
-
-        @torch.no_grad()
-        def draw(prompts: Sequence[str], indices: Sequence[int]) -> Pixels:
-            generators = [sample_generator(self.settings.seed, key, index) for index in indices]
-            with self.accelerator.autocast():
-                latents = rollout(sampling, self.embed(prompts), generators).latents
-            check_latents(latents, prompts)
-            return decode_finite(self.backbone, latents, prompts)
-
-        return draw
+def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
+    """Indices of the denoising steps that can be trained on: random ones, after the first that are skipped."""
+    like = torch.zeros(1, 1, 1, 1)
+    return [
+        index
+        for index, (t, s) in enumerate(sampling.steps)
+        if index >= settings.skip_first_steps and sampling.trains_on(index, sampling.variance(t, s, like))
+    ]
 
 
 def make_policy(backbone: Backbone, settings: TrainSettings, schedule: VarianceSchedule) -> Policy:

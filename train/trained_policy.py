@@ -1,7 +1,6 @@
 """Which policy becomes the adapter: the last one, or the checkpoint with the highest validation reward."""
 
 import math
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,20 +9,11 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.train.algorithm import Algorithm
 from stepfuse.train.checkpoints import Progress
-from stepfuse.train.health import STOPPED, Health
+from stepfuse.train.health import Health
 from stepfuse.train.lora import split_state
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
 from stepfuse.train.validation import Validator
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainedPolicy:
-    """A policy: its tensors by `Policy.trainable_state`, its step, and its KL in nats per image, if it is measured."""
-
-    state: dict[str, Tensor]
-    step: int
-    kl: float | None
 
 
 def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> bool:
@@ -31,7 +21,7 @@ def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> 
     limit, kl = settings.max_kl, progress.kl
     if limit is None or kl is None or kl <= limit:
         return False
-    health.note(STOPPED, progress.step, kl=kl, max_kl=limit)
+    health.note("stopped: KL beyond max_kl", progress.step, kl=kl, max_kl=limit)
     return True
 
 
@@ -52,8 +42,10 @@ def update_best(setup: Setup, progress: Progress, validator: Validator) -> None:
     validator.keep_rewards("best")
 
 
-def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> TrainedPolicy:
-    """The policy that becomes the adapter; its validation is that after training.
+def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> dict[str, Tensor]:
+    """The `trainable_state` of the policy that becomes the adapter.
+
+    If that is an earlier one, step, KL and validation of the progress become those of this policy.
 
     Args:
         stopped: whether the KL limit stopped training.
@@ -63,22 +55,23 @@ def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> Trained
     """
     settings = setup.settings
     if not (stopped or settings.load_best_model_at_end):
-        return TrainedPolicy(state=setup.engine.trainable_state(), step=progress.step, kl=progress.kl)
+        return setup.engine.trainable_state()
     if progress.best_state is None:
         raise ValueError(
             f"step {progress.step}: the KL is {progress.kl:.4g} nats per image, above max_kl {settings.max_kl:g}, and "
             f"there is no checkpoint yet; lower checkpointing_steps ({settings.checkpointing_steps}) or learning_rate "
             f"({settings.learning_rate:g})"
         )
+    progress.step, progress.kl = progress.best["step"], progress.best["kl"]
     progress.validation["after"] = progress.best["validation"]
     progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
-    return TrainedPolicy(state=progress.best_state, step=progress.best["step"], kl=progress.best["kl"])
+    return progress.best_state
 
 
-def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, progress: Progress) -> None:
+def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, progress: Progress) -> None:
     """Write a policy to the output folder as an adapter, with its objective and the record of its training."""
     settings = setup.settings
-    lora, parameters = split_state(policy.state)
+    lora, parameters = split_state(state)
     write_adapter(
         setup.output,
         network_factors(setup.backbone.network, settings.name, lora),
@@ -95,8 +88,8 @@ def write_policy(policy: TrainedPolicy, setup: Setup, algorithm: Algorithm, prog
         num_inference_steps=settings.sample_num_steps,
         record={
             "algorithm": algorithm.name,
-            "steps": policy.step,
-            "kl": policy.kl,
+            "steps": progress.step,
+            "kl": progress.kl,
             "validation": progress.validation,
             "best": progress.best,
             "health": progress.health,

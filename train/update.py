@@ -10,9 +10,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from stepfuse.data.text_files import quoted
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
-from stepfuse.train.health import Health, listed
+from stepfuse.train.health import Health
 from stepfuse.train.setup import Setup
 
 
@@ -101,6 +102,8 @@ class Update(Generic[S]):
             return False
         all_prompts = gather_object(prompts)
         if self.setup.engine.deepspeed and self.health.skips:
-            raise ValueError(f"step {step}: {what}, for {listed(all_prompts)}; with DeepSpeed a step cannot be skipped")
+            raise ValueError(
+                f"step {step}: {what}, for {quoted(sorted(all_prompts))}; with DeepSpeed a step cannot be skipped"
+            )
         self.health.not_finite(what, step, all_prompts)
         return True

@@ -1,7 +1,7 @@
 """The validation images of a run: drawn by all processes together, scored, saved and compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,16 +9,17 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor
 
-from stepfuse.data.grid import CELL
+from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import printable
+from stepfuse.fuse.sampling.finite import check_latents, decode_finite
 from stepfuse.rewards.protocol import Pixels, Scores
 from stepfuse.train.checkpoints import Progress
-from stepfuse.train.samples import save_samples
+from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.setup import Draw, Setup
+from stepfuse.train.setup import Setup
 from stepfuse.train.trackers import log_images
 
 SHOWN = 16  # images that are logged
@@ -76,7 +77,9 @@ class Validator:
         setup, step, validation = self.setup, self.progress.step, self.current()
         if setup.accelerator.is_main_process:
             labels = [f"{p}\nreward {r:.4g}" for p, r in zip(self.prompts, validation.rewards, strict=True)]
-            save_samples(setup.output / "samples" / f"step-{step:06d}.png", validation.pixels, labels)
+            file = setup.output / "samples" / f"step-{step:06d}.png"
+            file.parent.mkdir(exist_ok=True)
+            captioned_grid([to_image(pixels) for pixels in validation.pixels], labels).save(file)
             log_images(setup.accelerator.trackers, step, *captioned(self.prompts, validation, self.base))
         setup.accelerator.log({"validation_reward": validation.summary()["reward"]}, step=step)
 
@@ -106,14 +109,10 @@ class Validator:
     @torch.no_grad()
     def _draw(self, prompts: list[str], *, base: bool = False) -> Validation:
         setup = self.setup
-        pixels, rewards = [], []
-        for batch, images in draw_together(setup, prompts, setup.drawer("validation", base=base)):
-            rewards.append(setup.reward.raw(images, batch))
-            pixels.append(images)
-        return Validation(
-            pixels=gathered(setup.accelerator, torch.cat(pixels), len(prompts)),
-            rewards=gathered(setup.accelerator, torch.cat(rewards), len(prompts)),
-        )
+        drawn = draw_together(setup, "validation", prompts, base=base)
+        scored = [(images, setup.reward.reward(images, batch)) for batch, images in drawn]
+        pixels, rewards = (gathered(setup.accelerator, share, len(prompts)) for share in zip(*scored, strict=True))
+        return Validation(pixels=pixels, rewards=rewards)
 
 
 def captioned(
@@ -141,24 +140,34 @@ def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list
     return [wanted[i * len(wanted) // count if count < len(wanted) else i % len(wanted)] for i in range(count)]
 
 
-def draw_together(setup: Setup, prompts: Sequence[str], draw: Draw) -> Iterator[tuple[list[str], Pixels]]:
-    """This process's share of images, one micro-batch at a time: prompts and pixels.
+@torch.no_grad()
+def draw_together(
+    setup: Setup, key: str, prompts: Sequence[str], *, base: bool = False
+) -> Iterator[tuple[list[str], Pixels]]:
+    """This process's share of images of the policy, or of the base model, by micro-batch: prompts and pixels.
 
-    Every process has as many batches as any other, since with ZeRO-3 all take part in each forward pass; if prompts do
-    not divide, the last processes draw some of the first again.
+    The noise of an image depends on the key and the index of its prompt. Every process has as many batches as any
+    other, since with ZeRO-3 all take part in each forward pass; if prompts do not divide, the last processes draw some
+    of the first again.
     """
+    sampling = replace(setup.sampling, adapter=None) if base else setup.current_sampling()
+    sampling = replace(sampling, learned=frozenset())
     each = -(-len(prompts) // setup.accelerator.num_processes)
     first = setup.accelerator.process_index * each
     for start in range(first, first + each, setup.settings.train_batch_size):
         end = min(start + setup.settings.train_batch_size, first + each)
         indices = [index % len(prompts) for index in range(start, end)]
         batch = [prompts[index] for index in indices]
-        yield batch, draw(batch, indices)
+        generators = [sample_generator(setup.settings.seed, key, index) for index in indices]
+        with setup.accelerator.autocast():
+            latents = rollout(sampling, setup.embed(batch), generators).latents
+        check_latents(latents, batch)
+        yield batch, decode_finite(setup.backbone, latents, batch)
 
 
-def gathered(accelerator: Accelerator, share: Tensor, count: int) -> Tensor:
-    """The shares of all processes, in order, without those that were drawn twice; on the CPU."""
-    return accelerator.gather(share.contiguous())[:count].cpu()
+def gathered(accelerator: Accelerator, share: Sequence[Tensor], count: int) -> Tensor:
+    """The batches of all processes as one, in order, without what was drawn twice; on the CPU."""
+    return accelerator.gather(torch.cat(list(share)).contiguous())[:count].cpu()
 
 
 def fit_reward(setup: Setup, progress: Progress) -> None:
@@ -168,8 +177,8 @@ def fit_reward(setup: Setup, progress: Progress) -> None:
         if progress.step:
             raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
         prompts = [setup.prompts[i * len(setup.prompts) // count] for i in range(count)]
-        shares = draw_together(setup, prompts, setup.drawer("fit"))
-        columns = torch.cat([setup.reward.columns(pixels, batch) for batch, pixels in shares])
+        shares = draw_together(setup, "fit", prompts)
+        columns = [setup.reward.reward.terms_of(pixels, batch) for batch, pixels in shares]
         progress.reward = setup.reward.fit(gathered(setup.accelerator, columns, count))
     if progress.reward:
         setup.reward.restore(progress.reward)

@@ -7,6 +7,7 @@ from diffusers.image_processor import VaeImageProcessor
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stepfuse.data.text_files import quoted
 from stepfuse.fuse.backbones.base import Backbone, Pixels
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.noise_path import Time
@@ -49,10 +50,10 @@ def _not_finite(values: Float[Tensor, "batch *shape"]) -> list[int]:
 
 
 def _named(rows: Sequence[int], prompts: Sequence[str]) -> str:
-    texts = list(dict.fromkeys(prompts[row] for row in rows))
-    shown = ", ".join(repr(text) for text in texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+    texts = {prompts[row]: None for row in rows}
     count = "the image" if len(rows) == 1 else f"{len(rows)} images"
-    return f"{count} of {'prompt' if len(texts) == 1 else 'prompts'} {shown} {'is' if len(rows) == 1 else 'are'}"
+    noun, verb = "prompt" if len(texts) == 1 else "prompts", "is" if len(rows) == 1 else "are"
+    return f"{count} of {noun} {quoted(texts)} {verb}"
 
 
 def _first(steps: FiniteSteps) -> str:

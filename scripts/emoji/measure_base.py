@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data import emoji
+from stepfuse.data.grid import captioned_grid
+from stepfuse.data.images import to_image
 from stepfuse.data.text_files import read_text, write_text
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.scripts.emoji.images import draw_batch, read_package
 from stepfuse.train.rollout import sample_generator
-from stepfuse.train.samples import save_samples
 
 GUIDANCE_SCALE = 4.0
 STEPS = 20
@@ -55,7 +56,8 @@ def main() -> None:
     }
     print(json.dumps(figures))
     if arguments.picture:
-        save_samples(arguments.picture, sampled[:48], prompts[:48], columns=8)
+        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
+        captioned_grid([to_image(pixels) for pixels in sampled[:48]], prompts[:48], columns=8).save(arguments.picture)
     if arguments.training:
         write_cards(json.loads(read_text(arguments.training)), figures, arguments.note)
 
