@@ -17,6 +17,7 @@ from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import read_factors, write_adapter
+from stepfuse.fuse.sets.entries import Adapter
 from tests.fixtures_tiny import save_stable_diffusion, save_stable_diffusion_xl
 from tests.fixtures_zoo import KINDS, add
 
@@ -37,15 +38,16 @@ def make_adapters(bases, root):
         pipeline = copy.deepcopy(bases[base])
         add(pipeline.unet, kind, KINDS[kind], seed=seed)
         adapter = write_adapter(
-            root / base / kind,
+            Adapter(
+                folder=root / base / kind,
+                objective=Objective(name=kind, reward="some", variance=EtaSchedule(), beta=0.1),
+                base={"name_or_path": base} | base_fingerprint(pipeline.unet),
+                guidance="shared",
+                guidance_scale=3.0,
+                num_inference_steps=3,
+            ),
             network_factors(pipeline.unet, kind),
-            Objective(name=kind, reward="some", variance=EtaSchedule(), beta=0.1),
-            base={"name_or_path": base} | base_fingerprint(pipeline.unet),
-            guidance="shared",
-            guidance_scale=3.0,
-            num_inference_steps=3,
-            record={},
-            part="unet",
+            "unet",
         )
         made[base, kind] = adapter, pipeline.unet
     return made

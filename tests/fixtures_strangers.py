@@ -21,6 +21,7 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -32,15 +33,16 @@ def small_set(base, root):
     described = {"name_or_path": str(base)} | base_fingerprint(load_pipeline(str(base)).unet)
     for name in "ab":
         write_adapter(
-            root / name,
+            Adapter(
+                folder=root / name,
+                objective=Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(), beta=0.1),
+                base=described,
+                guidance="shared",
+                guidance_scale=3.0,
+                num_inference_steps=3,
+            ),
             {LAYER: Factors(down=torch.full((2, 32), 0.1), up=torch.full((32, 2), 0.1), alpha=2.0)},
-            Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(), beta=0.1),
-            base=described,
-            guidance="shared",
-            guidance_scale=3.0,
-            num_inference_steps=3,
-            record={},
-            part="unet",
+            "unet",
         )
     create_set(root / "set", [root / "a", root / "b"])
     return root / "set"

@@ -150,15 +150,18 @@ def save_adapter(
     fingerprint = base_fingerprint(pipeline.unet)
     add_random_lora(pipeline, name, rank=rank, alpha=alpha, seed=seed)
     return write_adapter(
-        folder,
+        Adapter(
+            folder=folder,
+            objective=Objective(
+                name=name, reward=reward or f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta
+            ),
+            base={"name_or_path": str(base)} | fingerprint,
+            guidance=guidance,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+        ),
         network_factors(pipeline.unet, name),
-        Objective(name=name, reward=reward or f"reward_of_{name}", variance=variance or EtaSchedule(), beta=beta),
-        base={"name_or_path": str(base)} | fingerprint,
-        guidance=guidance,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        record={},
-        part="unet",
+        "unet",
     )
 
 

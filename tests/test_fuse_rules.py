@@ -42,6 +42,7 @@ def test_rules_go_by_name():
         ("rgg", {"growth": "1e-2"}, ["growth is '1e-2'"]),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_rules_and_options_that_are_not_there_are_named(name, options, culprits):
     with refused(*culprits):
         get_rule(name, **options)

@@ -83,7 +83,9 @@ def linear_step(etas, weights, *, strength=1.0, t=500, s=250, prediction_type="e
         strength=strength,
     )
     x_t = torch.randn(2, 5, dtype=torch.float64)
-    return FusionStep(plan=plan, step_index=0, x_t=x_t, predict_fn=predict, uniforms=torch.zeros(2, 3))
+    return FusionStep(
+        plan=plan, step_index=0, x_t=x_t, predict_fn=predict, uniforms=torch.zeros(2, 3), images=torch.arange(2)
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
@@ -256,8 +258,10 @@ def test_a_described_gate_takes_in_the_steps_it_names():
 
 def test_sets_that_have_no_gap_are_refused(sampler):
     one = replace(sampler, objectives=sampler.objectives[:1], default_weights={"a": 1.0})
-    with refused("one objective", "a"):
+    with refused("one objective", "'a'", "a gate too"):
         measure_gaps(one, PROMPTS, progress=False)
+    with refused("two objectives or more", "'a' alone", "without a gate"):
+        draw(replace(one, rule=Product(gate=0.5)), {"a": 1.0})
     still = tuple(replace(o, variance=TableSchedule(etas=(0.0,))) for o in sampler.objectives)
     deterministic = replace(sampler, objectives=still, reference=EtaSchedule(eta=0.0))
     with refused("no noise"):

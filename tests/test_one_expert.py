@@ -97,7 +97,14 @@ def random_step(exponents, images):
         strength=strength,
     )
     uniforms = uniform_numbers(plan, generators(*range(images)))
-    return FusionStep(plan=plan, step_index=0, x_t=torch.zeros(images, 1), predict_fn=spy([]), uniforms=uniforms)
+    return FusionStep(
+        plan=plan,
+        step_index=0,
+        x_t=torch.zeros(images, 1),
+        predict_fn=spy([]),
+        uniforms=uniforms,
+        images=torch.arange(images),
+    )
 
 
 def spy(seen):

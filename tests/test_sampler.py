@@ -18,6 +18,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.scripts.evaluation.costs import counted_rows
 from tests.fixtures_sampler import (
     ETAS,
@@ -280,15 +281,16 @@ def test_an_adapter_saved_and_loaded_draws_the_bits_it_drew_before(base, tmp_pat
     fingerprint = base_fingerprint(pipeline.unet)
     add_random_lora(pipeline, "fresh", rank=2, alpha=5, seed=7)
     write_adapter(
-        tmp_path / "fresh",
+        Adapter(
+            folder=tmp_path / "fresh",
+            objective=Objective(name="fresh", reward="none", variance=EtaSchedule(eta=0.8), beta=0.1),
+            base={"name_or_path": str(base)} | fingerprint,
+            guidance="shared",
+            guidance_scale=SCALE,
+            num_inference_steps=3,
+        ),
         network_factors(pipeline.unet, "fresh"),
-        Objective(name="fresh", reward="none", variance=EtaSchedule(eta=0.8), beta=0.1),
-        base={"name_or_path": str(base)} | fingerprint,
-        guidance="shared",
-        guidance_scale=SCALE,
-        num_inference_steps=3,
-        record={},
-        part="unet",
+        "unet",
     )
     create_set(tmp_path / "set", [tmp_path / "fresh"])
     loaded = FusedSampler.from_pretrained(tmp_path / "set")

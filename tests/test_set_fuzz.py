@@ -29,6 +29,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import save_stable_diffusion
 
@@ -126,15 +127,17 @@ def target(tmp_path_factory):
     for name, reward in REWARDS.items():
         down, up = (0.1 * torch.randn(shape, generator=generator) for shape in ((2, 32), (32, 2)))
         write_adapter(
-            root / name,
+            Adapter(
+                folder=root / name,
+                objective=Objective(name=name, reward=reward, variance=SCHEDULES[name], beta=0.1),
+                base=described,
+                guidance="shared",
+                guidance_scale=3.0,
+                num_inference_steps=3,
+                record={"steps": 5, "validation": {"before": {"reward": 0.5, "deviation": 0.1, "images": 8}}},
+            ),
             {LAYER: Factors(down=down, up=up, alpha=4.0)},
-            Objective(name=name, reward=reward, variance=SCHEDULES[name], beta=0.1),
-            base=described,
-            guidance="shared",
-            guidance_scale=3.0,
-            num_inference_steps=3,
-            record={"steps": 5, "validation": {"before": {"reward": 0.5, "deviation": 0.1, "images": 8}}},
-            part="unet",
+            "unet",
         )
     create_set(root / "set", [root / "a", root / "b"], oracles=[root / "both"])
     manifest = json.loads((root / "set" / MANIFEST).read_text())

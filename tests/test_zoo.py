@@ -23,6 +23,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.entries import Adapter
 from tests.fixtures_formats import read_any_layout
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion
@@ -70,15 +71,16 @@ def adapters(base, places, tmp_path_factory):
         check_fits(places[name], factors, base.unet)
         eta = ETAS[name == PARTNER]
         write_adapter(
-            root / "imported" / name,
+            Adapter(
+                folder=root / "imported" / name,
+                objective=Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(eta=eta), beta=0.1),
+                base={"name_or_path": base.name_or_path} | fingerprint,
+                guidance="shared",
+                guidance_scale=SCALE,
+                num_inference_steps=STEPS,
+            ),
             factors,
-            Objective(name=name, reward=f"reward_of_{name}", variance=EtaSchedule(eta=eta), beta=0.1),
-            base={"name_or_path": base.name_or_path} | fingerprint,
-            guidance="shared",
-            guidance_scale=SCALE,
-            num_inference_steps=STEPS,
-            record={},
-            part="unet",
+            "unet",
         )
     for name in AS_WRITTEN:
         put(root / "imported" / name, root / "as written" / name, places[name])

@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.base import Backbone
-from stepfuse.fuse.backbones.compiled import compile_network
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import describe_base
 from stepfuse.fuse.backbones.guidance import Guidance
@@ -126,6 +125,6 @@ def make_policy(backbone: Backbone, settings: TrainSettings, schedule: VarianceS
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if settings.compile != "no":
-        compile_network(backbone, settings.compile)
+        backbone.compile(settings.compile)
     network.train()
     return Policy(backbone, settings.name, schedule)

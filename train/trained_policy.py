@@ -7,6 +7,7 @@ from torch import Tensor
 from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.algorithm import Algorithm
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
@@ -72,10 +73,9 @@ def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, p
     """Write a policy to the output folder as an adapter, with its objective and the record of its training."""
     settings = setup.settings
     lora, parameters = split_state(state)
-    write_adapter(
-        setup.output,
-        network_factors(setup.backbone.network, settings.name, lora),
-        Objective(
+    adapter = Adapter(
+        folder=setup.output,
+        objective=Objective(
             name=settings.name,
             reward=setup.reward.name,
             variance=setup.sampling.schedule.with_parameters(parameters),
@@ -95,5 +95,5 @@ def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, p
             "health": progress.health,
         }
         | setup.record,
-        part=setup.backbone.part,
     )
+    write_adapter(adapter, network_factors(setup.backbone.network, settings.name, lora), setup.backbone.part)

@@ -17,7 +17,7 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.lora.names import LayerNames
 
 Shape = tuple[int, int, int]  # channels, height and width of one latent
-Pixels = Float[Tensor, "batch 3 height width"]
+Pixels = Float[Tensor, "batch 3 image_height image_width"]  # other sizes than those of `Latents`
 
 
 class Backbone(ABC):
@@ -49,6 +49,20 @@ class Backbone(ABC):
     def device(self) -> torch.device:
         """Where the pipeline computes; with offloading its modules lie elsewhere meanwhile."""
         return self.pipeline._execution_device
+
+    def compile(self, how: str, **options: Any) -> None:
+        """Compile the network in place, with these options of `torch.compile`.
+
+        `regional`: the blocks that it repeats, once for each width, in seconds; `full`: all of it, in minutes.
+        """
+        if how == "full":
+            self.network.compile(**options)
+            return
+        blocks = [module for module in self.network.modules() if type(module).__name__ in self.blocks]
+        if not blocks:
+            raise ValueError(f"the network has no blocks to compile ({', '.join(self.blocks)}); compile it in full")
+        for block in blocks:
+            block.compile(**options)
 
     @classmethod
     def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:

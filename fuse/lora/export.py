@@ -19,8 +19,7 @@ from torch import Tensor
 
 from stepfuse.data.json_file import write_json
 from stepfuse.fuse.lora.config import METADATA
-from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state
-from stepfuse.fuse.lora.keys import written_key
+from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state, written_state
 from stepfuse.fuse.lora.names import LayerNames
 
 PEFT_PREFIX = "base_model.model."
@@ -36,14 +35,10 @@ def save_lora(file: Path, factors: Mapping[str, Factors], part: str) -> None:
         part: the pipeline's name of the network.
     """
     scaled = {module: scale_to_one(factors[module]) for module in sorted(factors)}
-    guarded = any(layer.dora or layer.has_bias for layer in scaled.values())
-    state = {
-        f"{part}.{written_key(module, kind, guarded=guarded)}": value
-        for module, layer in scaled.items()
-        for kind, value in layer.tensors.items()
-    }
     config = {f"{part}.{name}": value for name, value in peft_config(scaled).items()}
-    save_tensors(file, state, {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)})
+    save_tensors(
+        file, written_state(scaled, part), {"format": "pt", METADATA: json.dumps(config, indent=2, sort_keys=True)}
+    )
 
 
 def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import Tensor
 
-from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP
+from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, written_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,16 @@ def peft_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     """Tensors under peft's keys."""
     return {
         f"{module}.{kind}": value.contiguous()
+        for module, layer in factors.items()
+        for kind, value in layer.tensors.items()
+    }
+
+
+def written_state(factors: Mapping[str, Factors], part: str) -> dict[str, Tensor]:
+    """Tensors under the keys of the files that stepfuse writes."""
+    guarded = any(layer.dora or layer.has_bias for layer in factors.values())
+    return {
+        f"{part}.{written_key(module, kind, guarded=guarded)}": value
         for module, layer in factors.items()
         for kind, value in layer.tensors.items()
     }

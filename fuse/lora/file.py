@@ -20,8 +20,8 @@ from torch import nn
 
 from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.lora.config import Patterns, read_config
-from stepfuse.fuse.lora.factors import Factors
-from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, TEXT_PARTS, UP, parse_key, set_key, written_key
+from stepfuse.fuse.lora.factors import Factors, written_state
+from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, TEXT_PARTS, UP, parse_key, set_key
 from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.tensor_file import TensorFile, open_tensors
 
@@ -52,11 +52,8 @@ class LoRAFile:
     @property
     def as_written(self) -> bool:
         """The file is in the layout that stepfuse writes: its keys, and scaling 1 in every layer."""
-        guarded = any(layer.dora or layer.has_bias for layer in self.layers.values())
-        return all(layer.scaling == 1 for layer in self.layers.values()) and all(
-            key == f"{self.part}.{written_key(module, kind, guarded=guarded)}"
-            for (_, module, kind), key in self.keys.items()
-        )
+        keys = written_state(self.layers, self.part).keys()
+        return keys == set(self.keys.values()) and all(layer.scaling == 1 for layer in self.layers.values())
 
     def factors(self, sha256: str | None = None) -> dict[str, Factors]:
         """The layers with their values; with a hash, those of exactly that file.

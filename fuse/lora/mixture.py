@@ -7,7 +7,7 @@ from typing import Literal
 from jaxtyping import Int
 from torch import Tensor
 
-Rows = Int[Tensor, " rows"]  # indices of rows of a batch
+Rows = Int[Tensor, " _"]  # indices of rows of a batch; several of them in one call are of different lengths
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a run of the sampler is asked for: its steps, its experts, and how much of each."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -11,9 +11,6 @@ from torch import Tensor
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
-from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.weight_table import weight_table
-from stepfuse.fuse.rules.weights import Weights, weight_rows
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,54 +108,3 @@ class Plan:
         """The weights of one image at one step, for messages."""
         weights = self.weights[step_index, :, image].tolist()
         return ", ".join(f"{expert.name}={w:g}" for expert, w in zip(self.objectives, weights, strict=False))
-
-
-def make_plan(
-    weights: Weights | Sequence[Weights],
-    count: int,
-    *,
-    path: NoisePath,
-    num_inference_steps: int,
-    objectives: Sequence[Objective],
-    oracles: Sequence[Objective],
-    oracle_weights: Sequence[Mapping[str, float]],
-    reference: VarianceSchedule,
-    strength: float,
-    weights_on: str,
-    guidance_interval: tuple[float, float],
-) -> Plan:
-    """The plan of a run for `count` images; `FusedSampler.plan` explains the arguments.
-
-    Raises:
-        ValueError: For invalid weights or an invalid strength.
-    """
-    names = [objective.name for objective in objectives]
-    rows = weight_rows(weights, names)
-    if len(rows) not in (1, count):
-        raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
-    steps = path.steps(num_inference_steps)
-    table = weight_table(rows, names, len(steps)).expand(-1, -1, count)
-    if weights_on == "rewards":
-        for objective in objectives:
-            if objective.temperature == 0:
-                raise ValueError(
-                    f"weights_on rewards goes by every adapter's beta, and {objective.name!r} was trained with none; "
-                    "weigh exponents"
-                )
-        table = table * torch.tensor([[o.temperature] for o in objectives], dtype=torch.float64)
-        table = table / table.sum(1, keepdim=True)
-    elif weights_on != "exponents":
-        raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
-    if not 0 <= strength < float("inf"):
-        raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
-    return Plan(
-        path=path,
-        steps=steps,
-        objectives=[Expert.adapter(objective.name, objective.variance) for objective in objectives],
-        base=Expert.base(reference),
-        oracles=[Expert.adapter(oracle.name, oracle.variance) for oracle in oracles],
-        oracle_weights=weight_table(oracle_weights, names)[0].T,
-        weights=torch.cat([table, torch.zeros(len(steps), len(oracles), count, dtype=torch.float64)], 1),
-        strength=float(strength),
-        guidance_interval=guidance_interval,
-    )

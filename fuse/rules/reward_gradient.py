@@ -37,14 +37,13 @@ class RewardGradientGuidance(FusionRule):
         (prediction,) = step.predict([step.plan.base.network])
         gaussian = step.transition(prediction, step.variance(step.plan.base))
         clean, _ = step.plan.path.clean_and_noise(step.x_t, prediction, step.t)
-        images = torch.arange(len(clean)) if step.images is None else step.images
         total = torch.zeros_like(clean)
         for objective, score in zip(step.plan.objectives, step.rewards, strict=True):
             weight = step.weight(objective).to(clean)
             if bool(weight.any()):
                 with torch.enable_grad():
                     x_0 = clean.detach().requires_grad_()
-                    (gradient,) = torch.autograd.grad(score(x_0, images).sum(), x_0)
+                    (gradient,) = torch.autograd.grad(score(x_0, step.images).sum(), x_0)
                 total += per_sample(weight, clean) * functional.normalize(gradient, dim=1)
         k = step.step_index * 50 / len(step.plan.steps)
         scale = min((1 + self.growth) ** k - 1, 1.0)

@@ -41,7 +41,7 @@ class Run:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def step(
-        self, step_index: int, x_t: Latents, uniforms: Float[Tensor, "batch draws"], *, images: Rows | None = None
+        self, step_index: int, x_t: Latents, uniforms: Float[Tensor, "images draws"], *, images: Rows | None = None
     ) -> FusionStep:
         """A step of the run, for all images or for one latent of each of `images`."""
         return FusionStep(
@@ -51,7 +51,7 @@ class Run:
             predict_fn=self.predict_fn,
             uniforms=uniforms if images is None else uniforms[images],
             rewards=self.rewards,
-            images=images,
+            images=torch.arange(len(x_t)) if images is None else images,
             memory=self.memory,
         )
 

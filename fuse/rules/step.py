@@ -29,9 +29,9 @@ class FusionStep:
         plan: The run this is a step of, for as many images as x_t has rows.
         step_index: k, from 0.
         uniforms: Each image's random numbers in [0, 1), the same at every step; as many as there are steps, or experts.
+        images: Which images of the batch the rows of x_t are.
         rewards: A reward of x_0 latents for each objective, differentiable where the reward is; for rules that need
             them.
-        images: Which images of the batch the rows of x_t are; by default all, in order.
         memory: What the rule keeps from step to step of the run.
     """
 
@@ -40,8 +40,8 @@ class FusionStep:
     x_t: Latents
     predict_fn: PredictFn
     uniforms: Float[Tensor, "batch draws"]
+    images: Rows
     rewards: Sequence[Score] = ()
-    images: Rows | None = None
     memory: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -80,13 +80,12 @@ class FusionStep:
 
     def predict(self, networks: Sequence[Network], rows: Sequence[Rows] | None = None) -> list[Latents]:
         """Predictions at (x_t, t), each as large as x_t; with `rows` for these rows of x_t, and 0 elsewhere."""
-        images = torch.arange(len(self.x_t)) if self.images is None else self.images
         if rows is None:
-            return self.predict_fn(self.x_t, self.t, networks, images, [None] * len(networks))
+            return self.predict_fn(self.x_t, self.t, networks, self.images, [None] * len(networks))
         run = [i for i, wanted in enumerate(rows) if len(wanted)]
         some = [None if len(rows[i]) == len(self.x_t) else rows[i] for i in run]
         results = [torch.zeros_like(self.x_t)] * len(networks)
-        predictions = self.predict_fn(self.x_t, self.t, [networks[i] for i in run], images, some)
+        predictions = self.predict_fn(self.x_t, self.t, [networks[i] for i in run], self.images, some)
         for i, wanted, prediction in zip(run, some, predictions, strict=True):
             results[i] = prediction
             if wanted is not None:

@@ -45,7 +45,10 @@ def measure_gaps(
     """
     mixtures = mixtures_of(sampler.names, dict(sampler.default_weights))  # type: ignore[arg-type]
     if not mixtures:
-        raise ValueError(f"the set has one objective in use, {', '.join(sampler.names)}: a gap needs two")
+        raise ValueError(
+            f"the set has one objective, {sampler.names[0]!r}, whose soup is the product; a gap is of two or more, "
+            "and a gate too"
+        )
     check_mergeable(lora_layers(sampler.denoiser.network), sampler.names)
     sampler = sampler.with_rule("product")
     warn_of_cuts(sampler.pipeline, prompts, counted=True)

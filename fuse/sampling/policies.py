@@ -6,23 +6,27 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor
 
 from stepfuse.fuse.backbones.base import Backbone, Shape
-from stepfuse.fuse.backbones.compiled import compile_network
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.layers import check_factors, check_mergeable, lora_layers
+from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.gap_profile import GapProfile, find_profile
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.fuse.rules.plan import Plan, make_plan
+from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run, uniform_numbers
-from stepfuse.fuse.rules.weights import Weights
-from stepfuse.fuse.sampling.batch import predict_batch, score_batch
-from stepfuse.fuse.sampling.rewards import check_gradients, check_scales
+from stepfuse.fuse.rules.step import PredictFn
+from stepfuse.fuse.rules.weight_table import weight_table
+from stepfuse.fuse.rules.weights import Weights, weight_rows
+from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, score_batch
 from stepfuse.rewards.protocol import Reward
 
 
@@ -96,17 +100,20 @@ class FusedPolicies:
         Raises:
             ValueError: for weights, a strength or an interval that make no plan, or that the rule refuses.
         """
-        plan = make_plan(
-            self.default_weights if weights is None else weights,
-            count,
-            path=self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape),
-            num_inference_steps=self.num_inference_steps if num_inference_steps is None else num_inference_steps,
-            objectives=self.objectives,
-            oracles=self.oracles,
-            oracle_weights=self.oracle_weights,
-            reference=self.reference,
-            strength=strength,
-            weights_on=weights_on,
+        path = self.denoiser.path if shape is None else self.backbone.bind(self.denoiser.path, shape)
+        steps = path.steps(self.num_inference_steps if num_inference_steps is None else num_inference_steps)
+        table = self._weight_table(self.default_weights if weights is None else weights, count, len(steps), weights_on)
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"strength {strength}; expected a finite number, 0 or more")
+        plan = Plan(
+            path=path,
+            steps=steps,
+            objectives=[Expert.adapter(objective.name, objective.variance) for objective in self.objectives],
+            base=Expert.base(self.reference),
+            oracles=[Expert.adapter(oracle.name, oracle.variance) for oracle in self.oracles],
+            oracle_weights=weight_table(self.oracle_weights, self.names)[0].T,
+            weights=torch.cat([table, table.new_zeros(len(steps), len(self.oracles), count)], 1),
+            strength=float(strength),
             guidance_interval=guidance_interval,
         )
         rule, guidance = self.rule, self.denoiser.guidance
@@ -115,6 +122,11 @@ class FusedPolicies:
             check = check_factors if rule.merges == "factors" else check_mergeable
             check(lora_layers(self.denoiser.network), used)
         if rule.uses_gaps:
+            if len(self.objectives) == 1:
+                raise ValueError(
+                    f"a gate needs a set of two objectives or more, and this one has {self.names[0]!r} alone, whose "
+                    "soup is the product; sample without a gate"
+                )
             profile = find_profile(self.profiles, len(plan.steps), guidance.source, guidance.effective_scale)
             plan = replace(plan, gaps=profile.at(plan.weights, [expert.name for expert in plan.adapters]))
         if rule.needs == "gradients":
@@ -122,6 +134,27 @@ class FusedPolicies:
         if rule.needs == "rewards":
             check_scales(used, self.reward_scales)
         return rule.prepare(plan)
+
+    def _weight_table(
+        self, weights: Weights | Sequence[Weights], count: int, steps: int, weights_on: str
+    ) -> Float[Tensor, "steps objectives batch"]:
+        """w_i of the objectives at each step and for each of `count` images, summing to 1."""
+        rows = weight_rows(weights, self.names)
+        if len(rows) not in (1, count):
+            raise ValueError(f"{len(rows)} sets of weights for {count} images; expected 1 or {count}")
+        if weights_on not in ("exponents", "rewards"):
+            raise ValueError(f"weights_on {weights_on!r}; expected exponents or rewards")
+        table = weight_table(rows, self.names, steps).expand(-1, -1, count)
+        if weights_on == "exponents":
+            return table
+        for objective in self.objectives:
+            if objective.temperature == 0:
+                raise ValueError(
+                    f"weights_on rewards goes by every adapter's beta, and {objective.name!r} was trained with none; "
+                    "weigh exponents"
+                )
+        table = table * torch.tensor([[o.temperature] for o in self.objectives], dtype=torch.float64)
+        return table / table.sum(1, keepdim=True)
 
     def step(self, x_t: Latents, step_index: int, plan: Plan, conditioning: Conditioning) -> Gaussian:
         """The fused Gaussian of x_s given x_t at one step of the plan, from 0; networks of weight 0 are not run.
@@ -148,11 +181,24 @@ class FusedPolicies:
         needed = self.objectives if self.rule.needs else ()
         return Run(
             plan=plan,
-            predict_fn=predict_batch(self.denoiser, plan, conditioning),
+            predict_fn=self._predict_fn(plan, conditioning),
             rewards=[score_batch(self.rewards[o.name], o.reward, self.backbone, prompts or ()) for o in needed],
             # A reward alone needs no unit; of several, `plan` has checked it.
             scales=[self.reward_scales.get(o.name, 1.0) for o in needed],
         )
+
+    def _predict_fn(self, plan: Plan, conditioning: Conditioning) -> PredictFn:
+        """Guided predictions of a batch, and those without guidance at steps outside the plan's interval."""
+        unguided = replace(self.denoiser, guidance=replace(self.denoiser.guidance, source="off"))
+        guided_times = {t for step_index, (t, _) in enumerate(plan.steps) if plan.is_guided(step_index)}
+
+        def predict(
+            x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
+        ) -> list[Latents]:
+            used = self.denoiser if t in guided_times else unguided
+            return used.predictions(x_t, t, conditioning[images.to(x_t.device)], networks, rows)
+
+        return predict
 
     def check_without_prompts(self) -> None:
         """Check that the rule needs no rewards, which are of prompts."""
@@ -167,7 +213,7 @@ class FusedPolicies:
         row does, but no third. Torch's limit of graphs for one piece of code becomes 64: blocks of all widths share it.
 
         Args:
-            how: `regional` or `full`, see `compile_network`.
+            how: `regional` or `full`, see `Backbone.compile`.
             rows: the most rows of a batch foreseen; more compile once more.
             options: for `torch.compile`; on a GPU mode="reduce-overhead" (CUDA graphs) is faster.
 
@@ -180,7 +226,7 @@ class FusedPolicies:
             raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
         self.denoiser.batched.fix(rows, self.backbone.device)
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        compile_network(self.backbone, how, fullgraph=True, **options)
+        self.backbone.compile(how, fullgraph=True, **options)
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""

@@ -3,9 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.step import Score
 from stepfuse.rewards.protocol import Reward, score
 from stepfuse.rewards.registry import is_catalogued, load_reward
 from stepfuse.rewards.weighted import as_sum
@@ -31,6 +37,15 @@ def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, t
         raise ValueError(
             f"rule {rule.name} needs the reward of objective {objective.name!r}: {error}; or pass it as rewards={{…}}"
         ) from error
+
+
+def score_batch(reward: Reward, name: str, backbone: Backbone, prompts: Sequence[str]) -> Score:
+    """A reward as a function of x_0 latents and of which images of the batch they belong to."""
+
+    def score_latents(clean: Latents, images: Rows) -> Float[Tensor, " rows"]:
+        return score(reward, backbone.decode(clean), [prompts[i] for i in images.tolist()], name=name)
+
+    return score_latents
 
 
 def check_scales(used: Sequence[str], scales: Mapping[str, float]) -> None:

@@ -24,58 +24,33 @@ from stepfuse.fuse.lora.factors import Factors
 from stepfuse.fuse.lora.file import LoRAFile, check_fits, open_lora
 from stepfuse.fuse.lora.load import put_on
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, read_versioned
 
 OBJECTIVE = "objective.json"
 
 
-def write_adapter(
-    folder: Path,
-    factors: Mapping[str, Factors],
-    objective: Objective,
-    *,
-    base: dict[str, Any],
-    guidance: str,
-    guidance_scale: float,
-    num_inference_steps: int,
-    record: dict[str, Any],
-    part: str,
-    license: str | None = None,
-    source: str | None = None,
-) -> Adapter:
-    """Write an adapter's folder, its LoRA in float32; `objective.json` comes last.
+def write_adapter(adapter: Adapter, factors: Mapping[str, Factors], part: str) -> Adapter:
+    """Write an adapter's folder, its LoRA in float32, and return it with the hash; `objective.json` comes last.
 
     Args:
         factors: by the layer's path in the network.
         part: the pipeline's name of the network.
-        base, …, source: see `Adapter`.
 
     Raises:
         ValueError: for tensors that are empty or not finite: nothing is written then.
     """
+    file = adapter.folder / WEIGHTS
     for module, layer in factors.items():
         for kind, value in layer.tensors.items():
             if value.numel() == 0 or not bool(torch.isfinite(value).all()):
                 what = f"{module}.{kind} is empty or not finite"
-                raise ValueError(f"adapter {objective.name!r}: {what}; it is not saved")
-    folder.mkdir(parents=True, exist_ok=True)
+                raise ValueError(f"adapter {adapter.name!r}: {what}; it is not saved")
+    file.parent.mkdir(parents=True, exist_ok=True)
     stored = {module: layer.map(lambda value: value.float().cpu()) for module, layer in factors.items()}
-    save_lora(folder / WEIGHTS, stored, part)
-    adapter = Adapter(
-        folder=folder,
-        objective=objective,
-        base=base,
-        guidance=guidance,
-        guidance_scale=guidance_scale,
-        num_inference_steps=num_inference_steps,
-        sha256=file_hash(folder / WEIGHTS),
-        record=record,
-        license=license,
-        source=source,
-    )
-    write_json(folder / OBJECTIVE, {"format_version": FORMAT_VERSION, **adapter_to_dict(adapter)})
+    save_lora(file, stored, part)
+    adapter = replace(adapter, sha256=file_hash(file))
+    write_json(adapter.folder / OBJECTIVE, {"format_version": FORMAT_VERSION, **adapter_to_dict(adapter)})
     return adapter
 
 

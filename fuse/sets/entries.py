@@ -31,7 +31,7 @@ class Adapter:
         guidance: `shared`, `full` or `off`, as it was trained.
         guidance_scale: g of that guidance.
         num_inference_steps: denoising steps of its training.
-        sha256: hash of the weights file.
+        sha256: hash of the weights file, once it is written.
         record: algorithm, reward before and after, KL spent, configuration, versions.
         gain: of the mean reward over the base, `mean` and the bounds of its 95 % interval `low` and `high`.
         reward_version: of the reward it was trained on.
@@ -46,7 +46,7 @@ class Adapter:
     guidance: str
     guidance_scale: float
     num_inference_steps: int
-    sha256: str
+    sha256: str = ""
     record: dict[str, Any] = field(default_factory=dict)
     gain: dict[str, Any] | None = None
     reward_version: str | None = None

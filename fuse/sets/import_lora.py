@@ -14,6 +14,7 @@ from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.create import add_adapter, create_set
 from stepfuse.fuse.sets.edit import check_writable
+from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import fetch_lora, parse_id
 from stepfuse.fuse.sets.manifest import MANIFEST
 
@@ -80,21 +81,18 @@ def import_lora(
     network = backbone.network
     factors = read_foreign(path, network, backbone.names(network.config), unet_only=unet_only)
     with tempfile.TemporaryDirectory() as temporary:
-        adapter = Path(temporary, objective)
-        write_adapter(
-            adapter,
-            factors,
-            Objective(name=objective, reward=reward, variance=EtaSchedule(eta=eta), beta=0.0),
+        adapter = Adapter(
+            folder=Path(temporary, objective),
+            objective=Objective(name=objective, reward=reward, variance=EtaSchedule(eta=eta), beta=0.0),
             base=described,
             guidance=guidance,
             guidance_scale=7.5 if guidance_scale is None else guidance_scale,
             num_inference_steps=steps or 50,
-            record={},
-            part=backbone.part,
             license=license,
             source=source if parse_id(source) else Path(source).name,
         )
-        return create_set(folder, [adapter]) if loaded is None else add_adapter(folder, adapter)
+        write_adapter(adapter, factors, backbone.part)
+        return create_set(folder, [adapter.folder]) if loaded is None else add_adapter(folder, adapter.folder)
 
 
 def _check_settings(
