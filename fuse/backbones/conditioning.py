@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Inputs = Mapping[str, Tensor]  # by name, a row an image
 
@@ -53,7 +54,7 @@ def stack(parts: Sequence[Inputs]) -> dict[str, Tensor]:
     Where the second dimension, that of tokens, differs, the shorter ones are padded with zeros at their end; a mask is
     padded so too, and says which tokens count.
     """
-    return {name: _cat([part[name] for part in parts]) for name in parts[0]}
+    return {name: _stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def input_rows(inputs: Inputs, rows: slice | Tensor) -> dict[str, Tensor]:
@@ -61,10 +62,7 @@ def input_rows(inputs: Inputs, rows: slice | Tensor) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in inputs.items()}
 
 
-def _cat(values: Sequence[Tensor]) -> Tensor:
+def _stack(values: Sequence[Tensor]) -> Tensor:
     if len({value.shape[1:] for value in values}) > 1:
-        longest = max(value.shape[1] for value in values)
-        values = [
-            nn.functional.pad(value, [0, 0] * (value.ndim - 2) + [0, longest - value.shape[1]]) for value in values
-        ]
+        return pad_sequence([row for value in values for row in value], batch_first=True)
     return torch.cat(list(values))

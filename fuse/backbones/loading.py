@@ -108,11 +108,7 @@ def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) ->
 
 
 def layer_names(base: Mapping[str, Any]) -> LayerNames:
-    """Names of the layers of a base's network in other tools' files, by its configuration; no weights are loaded.
-
-    Raises:
-        ValueError: where the configuration is not found.
-    """
+    """Names of a base's layers in other tools' files, by its configuration; a ValueError where that is not found."""
     name, revision = base["name_or_path"], base.get("revision")
     path = stored_at(name)
     try:

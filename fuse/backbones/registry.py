@@ -16,11 +16,7 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 
 def backbone_class(name: str) -> type[Backbone]:
-    """The family of one of diffusers' pipeline classes, by its name.
-
-    Raises:
-        ValueError: for a class that is neither in `BACKBONES` nor derived from one that is.
-    """
+    """The family of one of diffusers' pipeline classes; ValueError for one not derived from any in `BACKBONES`."""
     found = getattr(diffusers, name) if name not in BACKBONES and hasattr(diffusers, name) else None
     return _family([name, *(_names(found) if isinstance(found, type) else ())])
 

@@ -71,11 +71,7 @@ class UNetNames(LayerNames):
 
 
 def sgm_path(module: str, config: Mapping[str, Any]) -> str:
-    """diffusers' path of a layer → the one in Stability's UNet, n = layers_per_block + 1 blocks a level.
-
-    Raises:
-        ValueError: for a layer that Stability's UNet does not have.
-    """
+    """diffusers' path of a layer → that in Stability's UNet, where it has one; a ValueError for other layers."""
     if module in OUTSIDE:
         return OUTSIDE[module]
     layers = config["layers_per_block"]

@@ -68,11 +68,7 @@ def scale_to_one(layer: Factors) -> Factors:
 
 
 def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
-    """Write a folder that `PeftModel.from_pretrained` reads.
-
-    Args:
-        base: its name.
-    """
+    """Write a folder that `PeftModel.from_pretrained` reads, with the name of the base."""
     output.mkdir(exist_ok=True)
     state = {PEFT_PREFIX + key: value for key, value in peft_state(factors).items()}
     save_tensors(output / PEFT_WEIGHTS, state, {"format": "pt"})

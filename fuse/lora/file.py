@@ -56,11 +56,7 @@ class LoRAFile:
         return keys == set(self.keys.values()) and all(layer.scaling == 1 for layer in self.layers.values())
 
     def factors(self, sha256: str | None = None) -> dict[str, Factors]:
-        """The layers with their values; with a hash, those of exactly that file.
-
-        Raises:
-            ValueError: for another hash, and for numbers that are not finite.
-        """
+        """The layers with their values, finite and, with a hash, of exactly that file; a ValueError otherwise."""
         state = self.tensors.read(sha256)
         return {
             module: Factors.of({kind: state[self.keys[self.part, module, kind]] for kind in layer.tensors}, layer.alpha)

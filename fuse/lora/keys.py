@@ -87,11 +87,7 @@ class LoRAKey:
 
 
 def parse_key(key: str, names: LayerNames) -> LoRAKey:
-    """Take a key apart; every key has a result.
-
-    Args:
-        names: of the network that it may be of.
-    """
+    """Take a key apart, by the names of the network that it may be of; every key has a result."""
     stem, kind, adapter = _split(key)
     bare = _strip(stem, rf"(?:{_WRAPPERS}|{names.part})\.")
     if _TEXT.fullmatch(bare):
@@ -109,11 +105,7 @@ def parse_key(key: str, names: LayerNames) -> LoRAKey:
 
 
 def set_key(key: str, networks: Collection[str]) -> tuple[str, str, str] | None:
-    """Part, module and kind of a tensor in the file of a set; nothing for keys of other layouts.
-
-    Args:
-        networks: names of networks that a LoRA may be of.
-    """
+    """Part, module and kind of a tensor in the file of a set, of one of these networks; None for other layouts."""
     stem, kind, adapter = _split(key)
     part, _, layer = stem.partition(".")
     if (
@@ -166,11 +158,7 @@ class LayerTable:
             self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
 
     def find(self, name: LoRAKey) -> str:
-        """The path of the layer that a key is of.
-
-        Raises:
-            ValueError: for a layer that the network does not have, that can have no LoRA, or that is not unique.
-        """
+        """The path of the layer a key is of; ValueError unless it is one, and one that can have a LoRA."""
         dotted = plain_path(name.layer)
         for path in (dotted, f"{dotted}.0"):  # to_out of attention processors
             if path in self.layers:

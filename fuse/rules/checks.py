@@ -8,11 +8,7 @@ from stepfuse.fuse.rules.plan import Plan
 
 
 def check_strength(plan: Plan) -> None:
-    """Check that the product's precision is positive at every step, which depends on variances alone.
-
-    Raises:
-        ValueError: naming the step, the weights and the largest valid strength.
-    """
+    """Check by the variances that each step's precision is positive; a ValueError has the largest valid strength."""
     images = plan.weights.shape[2]
     limits = torch.full((len(plan.steps), images), torch.inf, dtype=torch.float64)
     for k in range(len(plan.steps)):

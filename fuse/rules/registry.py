@@ -40,11 +40,7 @@ def is_user_code(name: str) -> bool:
 
 
 def check_rule_name(name: str) -> None:
-    """Check that a rule is in `RULES`, or that its file exists; no code is run.
-
-    Raises:
-        ValueError: With the nearest name.
-    """
+    """Check that a rule is in `RULES`, or that its file exists; no code is run. A ValueError has the nearest name."""
     file = name.rpartition(":")[0]
     if name in RULES or (is_user_code(name) and Path(file).is_file()):
         return
@@ -58,11 +54,7 @@ def check_rule_name(name: str) -> None:
 
 
 def get_rule(name: str, **options: Any) -> "FusionRule":
-    """A rule by its name in `RULES`, or from a file, `path/to/file.py:Class`, with its options.
-
-    Raises:
-        ValueError: For an unknown name, a file without such a rule, or an option that the rule does not have.
-    """
+    """A rule by its name in `RULES`, or `path/to/file.py:Class`, with its options; ValueError for unknown ones."""
     check_rule_name(name)
     kind = RULES[name] if name in RULES else _load_rule(name)
     fields = [field.name for field in dataclasses.fields(kind)]

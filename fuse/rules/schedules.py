@@ -19,11 +19,7 @@ SCHEDULES: "Registry[type[VarianceSchedule]]" = Registry(
 
 
 def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
-    """A schedule as JSON values: its kind in `SCHEDULES` and its fields, `{"kind": "eta", "eta": 0.5}`.
-
-    Raises:
-        ValueError: for a schedule whose class is not in `SCHEDULES`.
-    """
+    """A schedule as JSON values, `{"kind": "eta", "eta": 0.5}`; a ValueError for a class that is not in `SCHEDULES`."""
     for kind, known in SCHEDULES.items():
         if type(schedule) is known:
             return {"kind": kind} | schedule.to_json()
@@ -31,11 +27,7 @@ def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
 
 
 def schedule_from_dict(values: Any) -> "VarianceSchedule":
-    """The inverse of `schedule_to_dict`.
-
-    Raises:
-        ValueError: for an unknown kind, and for fields that the kind does not have or that are out of range.
-    """
+    """The inverse of `schedule_to_dict`; ValueError for unknown kinds and fields, and for values out of range."""
     kind = str(values.get("kind")) if isinstance(values, dict) else ""
     if kind not in SCHEDULES:
         raise ValueError(

@@ -21,21 +21,13 @@ FiniteSteps = list[tuple[Time, Bool[Tensor, ""]]]  # t of each step, and whether
 
 
 def check_latents(latents: Latents, prompts: Sequence[str], steps: FiniteSteps | None = None) -> None:
-    """Check that final latents are finite.
-
-    Raises:
-        ValueError: naming the images, the first step that was not finite if steps are given, and what to try.
-    """
+    """Check that final latents are finite; a ValueError names the images, the first step at fault, and what to try."""
     if bad := _not_finite(latents):
         raise ValueError(f"{_named(bad, prompts)} not finite{_first(steps or [])}; {HELP}")
 
 
 def decode_finite(backbone: Backbone, latents: Latents, prompts: Sequence[str]) -> Pixels:
-    """Latents, which are finite, → pixels in [0, 1], which are checked before they are clamped.
-
-    Raises:
-        ValueError: naming the images and what to try.
-    """
+    """Finite latents → pixels in [0, 1], checked before they are clamped; a ValueError names the images."""
     pixels = backbone.decode_unclamped(latents)
     if bad := _not_finite(pixels):
         raise ValueError(

@@ -43,12 +43,8 @@ class Publication:
     stale: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
-
     def __str__(self) -> str:
-        sizes = self.sizes
+        sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
         kind = "private" if self.private else "public"
         where = f"{self.repository}, branch {self.revision}" + ("" if self.exists else f" (a new {kind} repository)")
         lines = [f"to {where}, in one commit:"]
