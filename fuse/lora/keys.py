@@ -158,7 +158,7 @@ class LayerTable:
             self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
 
     def find(self, name: LoRAKey) -> str:
-        """The path of the layer a key is of; ValueError unless it is one, and one that can have a LoRA."""
+        """The path of the layer a key is of; a ValueError unless there is one, and it can have a LoRA."""
         dotted = plain_path(name.layer)
         for path in (dotted, f"{dotted}.0"):  # to_out of attention processors
             if path in self.layers:

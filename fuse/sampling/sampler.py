@@ -113,11 +113,7 @@ class FusedSampler(FusedPolicies):
         return sampler.with_rule(rule)
 
     def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
-        """The same sampler under another rule, with the rewards it needs loaded.
-
-        Raises:
-            ValueError: for an unknown rule, or a reward that cannot be loaded.
-        """
+        """The same sampler under another rule, with the rewards it needs loaded; a ValueError where it cannot be."""
         rule = get_rule(rule) if isinstance(rule, str) else rule
         if not rule.needs:
             return replace(self, rule=rule)

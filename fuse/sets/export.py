@@ -41,28 +41,25 @@ def export(
             f"set {adapter_set} has no adapter {objective!r}; it has {', '.join(known)}{nearest(objective, known)}"
         )
     is_folder = form == "peft"
-
-    def check(path: Path) -> None:
+    names = [adapter.name if is_folder else f"{adapter.name}.safetensors" for adapter in adapters]
+    alone = objective is not None and output is not None  # then the output is the file itself
+    output = output or Path(f"{form}-loras")
+    if not alone:
+        resolve_folder(output)
+    for path in [output] if alone else [output / name for name in names]:
         if is_folder:
             require_empty_dir(path, overwrite=overwrite, ours=peft_files)
         else:
             _require_new_lora(path, loaded, overwrite=overwrite)
-
-    if objective is not None and output is not None:
-        check(output)
+    if alone:
         with atomic_output_dir(output, ours=peft_files) if is_folder else atomic_file(output) as temporary:
-            _save(form, temporary, *read_factors(adapters[0]), loaded.base, title=objective)
+            _save(form, temporary, *read_factors(adapters[0]), loaded.base, title=adapters[0].name)
         return output
-    names = [adapter.name if is_folder else f"{adapter.name}.safetensors" for adapter in adapters]
-    folder = output or Path(f"{form}-loras")
-    resolve_folder(folder)
-    for name in names:
-        check(folder / name)
     files = [f"{name}/{file}" for name in names for file in (PEFT_WEIGHTS, PEFT_CONFIG)] if is_folder else names
-    with atomic_output_dir(folder, ours=lambda folder: files_below(folder, *files)) as temporary:
+    with atomic_output_dir(output, ours=lambda folder: files_below(folder, *files)) as temporary:
         for adapter, name in zip(adapters, names, strict=True):
             _save(form, temporary / name, *read_factors(adapter), loaded.base, title=adapter.name)
-    return folder / names[0] if len(names) == 1 else folder
+    return output / names[0] if len(names) == 1 else output
 
 
 def merge(

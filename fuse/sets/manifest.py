@@ -23,11 +23,7 @@ SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 
 
 def read_versioned(file: Path, what: str) -> dict[str, Any]:
-    """Read a JSON object of the current format version.
-
-    Raises:
-        ValueError: naming the file; for another version, with what to do about it.
-    """
+    """Read a JSON object of the current format version; a ValueError says what to do about another one."""
     values = read_json(file, what)
     version = values.get("format_version")
     if type(version) is int and version == FORMAT_VERSION:
@@ -71,11 +67,7 @@ def check_path_in_set(folder: Path, *names: str) -> Path:
 
 
 def check_files(folder: Path, besides: Collection[Path] = ()) -> None:
-    """Raise ValueError for a pickle or a link to elsewhere in a set's folder.
-
-    Args:
-        besides: files that are not checked, as paths relative to the folder.
-    """
+    """Raise ValueError for a pickle or a link to elsewhere in a folder, besides these paths relative to it."""
     for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(parent, name)
