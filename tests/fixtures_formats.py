@@ -13,8 +13,7 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_kohya, save_lora, save_peft
-from stepfuse.fuse.lora.factors import peft_state
-from stepfuse.fuse.lora.load import network_factors
+from stepfuse.fuse.lora.factors import network_factors, peft_state
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import read_factors, write_adapter
 from stepfuse.fuse.sets.entries import Adapter

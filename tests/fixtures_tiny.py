@@ -27,9 +27,8 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
-from stepfuse.fuse.lora.factors import peft_state
+from stepfuse.fuse.lora.factors import network_factors, peft_state
 from stepfuse.fuse.lora.file import open_lora
-from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter

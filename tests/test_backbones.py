@@ -15,9 +15,8 @@ from stepfuse.fuse.backbones.guidance import Branch, Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import BACKBONES, backbone_class, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
-from stepfuse.fuse.lora.factors import peft_state
+from stepfuse.fuse.lora.factors import network_factors, peft_state
 from stepfuse.fuse.lora.layers import active_adapter
-from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set

@@ -116,7 +116,7 @@ def test_rules_are_listed_without_torch_and_imported_when_asked_for():
         "assert 'kl' in RULES and len([*RULES]) == 11\n"
         "assert 'torch' not in sys.modules and 'stepfuse.fuse.rules.product' not in sys.modules\n"
         "assert RULES['kl'].__name__ == 'KL' and 'stepfuse.fuse.rules.product' in sys.modules\n"
-        "assert 'stepfuse.fuse.rules.soup' not in sys.modules\n"
+        "assert 'stepfuse.fuse.rules.averages' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -13,9 +13,9 @@ from torch import nn
 from stepfuse.fuse.backbones.unet_names import UNetNames, sgm_path
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.export import save_lora
+from stepfuse.fuse.lora.factors import put_on
 from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.keys import LayerTable, parse_key
-from stepfuse.fuse.lora.load import put_on
 from tests.fixtures_formats import assert_same, peft_states, read_any_layout
 from tests.fixtures_tiny import refused
 from tests.fixtures_zoo import FIRST, KINDS, LINEAR, assert_alike, lora, predict, randomise

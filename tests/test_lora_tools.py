@@ -22,10 +22,9 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.unet_names import sgm_path
 from stepfuse.fuse.lora.config import METADATA
 from stepfuse.fuse.lora.export import save_lora
-from stepfuse.fuse.lora.factors import peft_state
+from stepfuse.fuse.lora.factors import network_factors, peft_state
 from stepfuse.fuse.lora.file import open_lora
 from stepfuse.fuse.lora.layers import lora_layers
-from stepfuse.fuse.lora.load import network_factors
 from stepfuse.fuse.lora.merge import merge_factors
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import load_set

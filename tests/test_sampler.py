@@ -13,7 +13,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
-from stepfuse.fuse.lora.load import network_factors
+from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import write_adapter

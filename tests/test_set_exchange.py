@@ -330,7 +330,7 @@ def test_a_sets_own_rule_and_weights_are_its_default(mine):
 
 def test_a_rule_that_is_a_file_is_not_run_because_a_set_names_it(mine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("evil.py").write_text("open('made', 'w').close()\nfrom stepfuse.fuse.rules.soup import Soup as Evil\n")
+    Path("evil.py").write_text("open('made', 'w').close()\nfrom stepfuse.fuse.rules.averages import Soup as Evil\n")
     values = json.loads((mine / MANIFEST).read_text())
     (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "evil.py:Evil"}))
     with refused("'evil.py:Evil'", "code", "--rule"):

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from stepfuse.fuse.lora.load import network_factors
+from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.entries import Adapter

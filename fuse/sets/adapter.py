@@ -20,9 +20,8 @@ from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.backbones.registry import parts
 from stepfuse.fuse.lora.export import save_lora, scale_to_one
-from stepfuse.fuse.lora.factors import Factors
+from stepfuse.fuse.lora.factors import Factors, put_on
 from stepfuse.fuse.lora.file import LoRAFile, check_fits, open_lora
-from stepfuse.fuse.lora.load import put_on
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict
 from stepfuse.fuse.sets.manifest import FORMAT_VERSION, read_versioned
