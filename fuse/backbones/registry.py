@@ -17,13 +17,13 @@ BACKBONES: dict[str, type[Backbone]] = {
 
 def backbone_class(name: str) -> type[Backbone]:
     """The family of one of diffusers' pipeline classes; ValueError for one not derived from any in `BACKBONES`."""
-    found = None if name in BACKBONES else getattr(diffusers, name, None)  # whose module is imported by this
-    return _family([name, *(kind.__name__ for kind in getattr(found, "__mro__", ()))])
+    found = getattr(diffusers, name) if name not in BACKBONES and hasattr(diffusers, name) else None
+    return _family([name, *(_names(found) if isinstance(found, type) else ())])
 
 
 def backbone_of(pipeline: DiffusionPipeline) -> Backbone:
     """A pipeline as a backbone; see `backbone_class`."""
-    return _family([kind.__name__ for kind in type(pipeline).__mro__])(pipeline)
+    return _family(_names(type(pipeline)))(pipeline)
 
 
 def _family(names: Sequence[str]) -> type[Backbone]:
@@ -35,6 +35,10 @@ def _family(names: Sequence[str]) -> type[Backbone]:
         f"{names[0]} is of no model family that stepfuse knows; expected {' or '.join(BACKBONES)}"
         f"{nearest(names[0], BACKBONES)}"
     )
+
+
+def _names(pipeline_class: type) -> list[str]:
+    return [kind.__name__ for kind in pipeline_class.__mro__]
 
 
 def parts() -> tuple[str, ...]:
