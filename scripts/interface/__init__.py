@@ -1,42 +1,18 @@
 """The public interface of stepfuse: names that README, cards and documentation use.
 
-They are imported when they are first used, so that `import stepfuse` takes no time and no memory. Type checkers read
-their types in `__init__.pyi`.
+`__init__.pyi` lists them, for type checkers and for this module, which imports a name when it is first used: so
+`import stepfuse` takes no time and no memory.
 """
 
+import re
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-_MODULES = {
-    "AdapterSet": "stepfuse.fuse.sets.adapter_set",
-    "BACKBONES": "stepfuse.fuse.backbones.registry",
-    "Backbone": "stepfuse.fuse.backbones.base",
-    "Conditioning": "stepfuse.fuse.backbones.conditioning",
-    "DDPOSettings": "stepfuse.train.settings",
-    "DPOSettings": "stepfuse.train.settings",
-    "FusedPipeline": "stepfuse.fuse.sampling.pipeline",
-    "FusedSampler": "stepfuse.fuse.sampling.sampler",
-    "FusionRule": "stepfuse.fuse.rules.base",
-    "FusionStep": "stepfuse.fuse.rules.step",
-    "Gaussian": "stepfuse.fuse.diffusion.gaussian",
-    "METRICS": "stepfuse.scripts.evaluation.metrics",
-    "Metric": "stepfuse.scripts.evaluation.metric",
-    "MetricBatch": "stepfuse.scripts.evaluation.batch",
-    "NoisePath": "stepfuse.fuse.diffusion.noise_path",
-    "Pixels": "stepfuse.rewards.protocol",
-    "REWARDS": "stepfuse.rewards.catalogue",
-    "RULES": "stepfuse.fuse.rules.registry",
-    "Reward": "stepfuse.rewards.protocol",
-    "SCHEDULES": "stepfuse.fuse.rules.schedules",
-    "ScheduleOption": "stepfuse.fuse.diffusion.variance",
-    "Scores": "stepfuse.rewards.protocol",
-    "Time": "stepfuse.fuse.diffusion.noise_path",
-    "VarianceSchedule": "stepfuse.fuse.diffusion.variance",
-    "create_set": "stepfuse.fuse.sets.create",
-    "load_reward": "stepfuse.rewards.registry",
-    "load_set": "stepfuse.fuse.sets.adapter_set",
-    "train_adapter": "stepfuse.train.loop",
-}
+# Name → module, of lines such as `from stepfuse.rewards.protocol import Reward as Reward`.
+_IMPORT = re.compile(r"^from (?P<module>\S+) import (?P<name>\w+) as (?P=name)$", re.MULTILINE)
+_STUB = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+_MODULES = {found["name"]: found["module"] for found in _IMPORT.finditer(_STUB)}
 
 __all__ = ["__version__", *_MODULES]
 
