@@ -132,9 +132,9 @@ def test_without_a_gap_small_enough_the_gate_is_the_product(sampler):
 def test_steps_below_the_gate_cost_one_network(sampler, gaps, rows):
     """One row an image for the soup or three for the adapters, and one for guidance."""
     gate = replace(sampler, profiles=(profile([gaps]),), rule=Product(gate=0.5))
-    with counted_rows(sampler.pipeline.unet) as count:
+    with counted_rows(sampler.pipeline.unet) as counted:
         images = draw(gate, THIRDS)
-    assert count() == rows * len(PROMPTS)
+    assert counted["rows"] == rows * len(PROMPTS)
     product = draw(sampler, THIRDS)
     assert torch.equal(images, product) == (min(gaps) > 0.5)
     # Nearer than the soup of the users' weights, which knows nothing of variances.
@@ -175,9 +175,9 @@ def test_a_gap_is_the_largest_measured_of_the_objectives_in_use():
 )
 def test_a_gate_that_was_not_measured_is_refused_before_anything_runs(sampler, options, culprits):
     gate = replace(sampler, profiles=(profile([[0.1] * 3]),), rule=Product(gate=0.5))
-    with counted_rows(sampler.pipeline.unet) as count, refused(*culprits):
+    with counted_rows(sampler.pipeline.unet) as counted, refused(*culprits):
         draw(gate, THIRDS, **options)
-    assert count() == 0
+    assert counted["rows"] == 0
 
 
 def test_a_gate_over_doras_is_refused(tmp_path):
@@ -190,12 +190,12 @@ def test_a_gate_over_doras_is_refused(tmp_path):
     for layer in lora_layers(sampler.pipeline.unet):
         layer.use_dora["b"] = True
     gate = replace(sampler, profiles=(profile([[0.1] * 3], [{"a": 0.5, "b": 0.5}]),), rule=Product(gate=0.5))
-    with counted_rows(sampler.pipeline.unet) as count:
+    with counted_rows(sampler.pipeline.unet) as counted:
         with refused("'b'", "DoRA"):
             draw(gate, {"a": 0.5, "b": 0.5})
         with refused("'b'", "DoRA"):
             measure_gaps(sampler, PROMPTS, progress=False)
-    assert count() == 0
+    assert counted["rows"] == 0
 
 
 def test_a_gate_of_another_guidance_is_refused(sampler):
@@ -287,9 +287,9 @@ def test_a_profile_that_makes_no_sense_is_refused(changes, culprit):
 
 def test_outside_its_interval_guidance_costs_nothing_and_the_prediction_is_the_conditional_one(sampler):
     """Three steps, 0 to 2/3 of them guided: 2 rows, 2 rows, 1 row; and 0 to 0.01 is guidance in the first alone."""
-    with counted_rows(sampler.pipeline.unet) as count:
+    with counted_rows(sampler.pipeline.unet) as counted:
         draw(sampler, {"a": 1}, guidance_interval=(0.0, 2 / 3))
-        assert count() == (2 + 2 + 1) * len(PROMPTS)
+        assert counted["rows"] == (2 + 2 + 1) * len(PROMPTS)
     seen = {}
 
     def observe(step, gaussian, conditioning, rows):
@@ -308,9 +308,9 @@ def test_a_whole_interval_is_the_default_and_scale_1_is_no_guidance(sampler):
     assert torch.equal(draw(sampler, THIRDS, guidance_interval=(0.0, 1.0)), draw(sampler, THIRDS))
     one = replace(sampler, denoiser=replace(sampler.denoiser, guidance=Guidance(scale=1.0)))
     off = replace(sampler, denoiser=replace(sampler.denoiser, guidance=Guidance(source="off")))
-    with counted_rows(sampler.pipeline.unet) as count:
+    with counted_rows(sampler.pipeline.unet) as counted:
         assert torch.equal(draw(one, THIRDS), draw(off, THIRDS))
-    assert count() == 2 * 3 * 3 * len(PROMPTS)
+    assert counted["rows"] == 2 * 3 * 3 * len(PROMPTS)
 
 
 def test_a_run_needs_one_denoiser_with_guidance_and_one_without(sampler, monkeypatch):

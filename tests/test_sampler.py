@@ -225,9 +225,9 @@ def test_a_step_is_one_forward_of_a_row_for_each_objective_in_use_and_one_for_gu
 ):
     """An image has no row of an objective whose weight is 0 for it; without batching each network runs by itself."""
     chosen = changed(sampler, guidance=guidance)
-    with counted_rows(sampler.pipeline.unet) as count:
+    with counted_rows(sampler.pipeline.unet) as counted:
         together = latents(chosen, PROMPTS, weights, strength=strength)
-        assert (count_forwards(), count()) == (3, 3 * rows * len(PROMPTS))
+        assert (count_forwards(), counted["rows"]) == (3, 3 * rows * len(PROMPTS))
     chosen = replace(chosen, denoiser=replace(chosen.denoiser, batched=None))
     torch.testing.assert_close(latents(chosen, PROMPTS, weights, strength=strength), together, atol=1e-5, rtol=1e-5)
     assert count_forwards() == 3 + 3 * networks

@@ -13,12 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import nn
 from tqdm import tqdm
 
+from stepfuse.data.markdown import markdown_table
 from stepfuse.scripts.benchmark.checkout import NEEDS_CHECKOUT, has_baselines
 from stepfuse.scripts.benchmark.memory import DoesNotFit, is_out_of_memory
-from stepfuse.scripts.evaluation.costs import machine, now
+from stepfuse.scripts.evaluation.costs import counted_rows, machine, now
 
 Columns = list[tuple[str, Callable[[dict[str, Any]], str]]]  # of a table: the title, and an entry's cell
 Row = TypeVar("Row")  # a row of the results: hashable, and its text is its name
@@ -67,9 +67,9 @@ def measure(
 
     def warm_up(row: Row) -> None:
         method = methods[row] = builders[row]()
-        with _counted_rows(method.networks) as counts:
+        with counted_rows(*method.networks) as counted:
             (method.warm_up or method.run)()
-        measured.batch_rows[row] = counts()
+        measured.batch_rows[row] = counted["rows"], counted["with_gradient"]
         measured.seconds[row] = []
 
     def time(row: Row) -> None:
@@ -106,23 +106,6 @@ def _run_in_memory(turn: Callable[[Row], None], row: Row) -> str:
             raise
         return str(error) if isinstance(error, DoesNotFit) else "out of memory"
     return ""
-
-
-@contextmanager
-def _counted_rows(networks: Sequence[Any]) -> Iterator[Callable[[], tuple[int, int]]]:
-    total, with_gradient = 0, 0
-
-    def count(_: nn.Module, arguments: tuple, output: Any) -> None:
-        nonlocal total, with_gradient
-        total += len(arguments[0])
-        with_gradient += len(output[0]) if output[0].requires_grad else 0
-
-    handles = [network.register_forward_hook(count) for network in networks]
-    try:
-        yield lambda: (total, with_gradient)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def ratios(numerator: list[float] | None, denominator: list[float] | None) -> dict[str, float | None]:
@@ -166,12 +149,9 @@ def ratio_range(entry: dict[str, Any]) -> str:
     return "–" if entry["ratio"] is None else f"{entry['ratio_min']:.2f}–{entry['ratio_max']:.2f}"
 
 
-def markdown_table(columns: Columns, results: dict[str, Any]) -> str:
+def results_table(columns: Columns, results: dict[str, Any]) -> str:
     """A line for each row of the results, and one for each row that could not be measured."""
-    lines = [
-        f"| {' | '.join(title for title, _ in columns)} |",
-        f"|{'|'.join('---' if title in LEFT_ALIGNED else '--:' for title, _ in columns)}|",
-        *(f"| {' | '.join(text(entry) for _, text in columns)} |" for entry in results["rows"]),
-        *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items()),
-    ]
-    return "\n".join(lines)
+    titles = [title for title, _ in columns]
+    rows = [[text(entry) for _, text in columns] for entry in results["rows"]]
+    table = markdown_table(titles, rows, right=[title for title in titles if title not in LEFT_ALIGNED])
+    return "\n".join([table, *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items())])

@@ -170,7 +170,7 @@ def reward_table(results: dict[str, Any]) -> str:
     ]
     for dtype in DTYPES:
         columns += [(dtype, speed(dtype)), ("bound", bound(dtype))]
-    return harness.markdown_table([*columns, *DIFFERENCES], results)
+    return harness.results_table([*columns, *DIFFERENCES], results)
 
 
 def parity_table(results: dict[str, Any]) -> str:
@@ -180,4 +180,4 @@ def parity_table(results: dict[str, Any]) -> str:
         ("images", cell("images")),
         ("scores of the original", lambda row: f"{row['scores']['mean']:.3f} ± {row['scores']['deviation']:.3f}"),
     ]
-    return harness.markdown_table([*columns, *DIFFERENCES], results)
+    return harness.results_table([*columns, *DIFFERENCES], results)

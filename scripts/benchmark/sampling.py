@@ -125,7 +125,7 @@ def sampling_table(results: dict[str, Any]) -> str:
         ("weights, MB", cell("weights_mb", ",.0f")),
         ("peak memory, MB", cell("peak_memory_mb", ",.0f")),
     ]
-    return harness.markdown_table(columns, results)
+    return harness.results_table(columns, results)
 
 
 def check_rules(names: Sequence[str]) -> None:

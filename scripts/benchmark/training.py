@@ -118,4 +118,4 @@ def training_table(results: dict[str, Any]) -> str:
         ("with gradient", cell("gradient_rows_an_image", "g")),
         ("peak memory, MB", cell("peak_memory_mb", ",.0f")),
     ]
-    return harness.markdown_table(columns, results)
+    return harness.results_table(columns, results)

@@ -54,9 +54,9 @@ def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> Metr
     """All images of the prompts with these indices in one cell."""
     images = [(evaluation.prompts[i], seed) for i in rows for seed in range(evaluation.config.seeds_per_prompt)]
     sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
-    with counted_rows(sampler.denoiser.network) as count, peak_memory(device) as peak:
+    with counted_rows(sampler.denoiser.network) as counted, peak_memory(device) as peak:
         begin = now(device)
         pixels = evaluation.sample(sampler, cell, images, output_type="pt")
         seconds = now(device) - begin
-    costs = {"forwards": count(), "seconds": seconds, "peak_memory_mb": peak()}
+    costs = {"forwards": counted["rows"], "seconds": seconds, "peak_memory_mb": peak()}
     return MetricBatch(evaluation=evaluation, cell=cell, sampler=sampler, images=images, pixels=pixels, **costs)

@@ -3,13 +3,15 @@
 import os
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import nn
 
 
 def machine(device: torch.device) -> str:
@@ -24,14 +26,18 @@ def machine(device: torch.device) -> str:
 
 
 @contextmanager
-def counted_rows(module: torch.nn.Module) -> Iterator[Any]:
-    """Count the images that go through a network: its function evaluations."""
-    rows: list[int] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
-    try:
-        yield lambda: sum(rows)
-    finally:
-        handle.remove()
+def counted_rows(*networks: nn.Module) -> Iterator[Counter[str]]:
+    """Count the `rows` of batches that go through networks, and those of them whose output has a gradient."""
+    counts: Counter[str] = Counter(rows=0, with_gradient=0)
+
+    def count(_: nn.Module, arguments: tuple, output: Any) -> None:
+        counts["rows"] += len(arguments[0])
+        counts["with_gradient"] += len(output[0]) if output[0].requires_grad else 0
+
+    with ExitStack() as hooks:
+        for network in networks:
+            hooks.enter_context(network.register_forward_hook(count))
+        yield counts
 
 
 @contextmanager
