@@ -5,13 +5,12 @@ from pathlib import Path
 import torch
 
 from stepfuse.configs import FOLDER
-from stepfuse.data.names import nearest
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
 from stepfuse.rewards.protocol import Reward
 from stepfuse.rewards.reward_file import read_reward_file
-from stepfuse.rewards.reward_name import RewardName, parse_reward
+from stepfuse.rewards.reward_name import RewardName, check_catalogued, parse_reward
 from stepfuse.rewards.user_code import load_function
 from stepfuse.rewards.weighted import Weighted
 
@@ -62,13 +61,7 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
             return read_reward_file(Path(name), load_reward, device)
         case "sum":
             return Weighted(parsed.terms, lambda term: load_reward(term, device, dtype))
-    if parsed.head not in REWARDS:
-        if name.endswith(".py"):
-            raise ValueError(f"reward {name!r} names no function; expected {name}:function")
-        raise ValueError(
-            f"no reward {parsed.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, or "
-            f"path/to/file.yaml{nearest(parsed.head, REWARDS)}"
-        )
+    check_catalogued(parsed)
     entry = REWARDS[parsed.head]
     if entry.build is not None:
         return entry.build(parsed.argument or None, device, dtype)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from stepfuse.data.names import nearest
 from stepfuse.rewards.catalogue import REWARDS
 
 TERM = re.compile(
@@ -73,6 +74,18 @@ def parse_reward(text: str) -> RewardName:
     if text.endswith(YAML) and (head == text or head not in REWARDS):
         return RewardName(text=text, kind="file", head=head, path=text)
     return RewardName(text=text, kind="catalogue", head=head, argument=argument)
+
+
+def check_catalogued(reward: RewardName) -> None:
+    """Raise ValueError for a reward of the catalogue that is not in it, and for a file without its function."""
+    if reward.kind != "catalogue" or reward.head in REWARDS:
+        return
+    if reward.text.endswith(".py"):
+        raise ValueError(f"reward {reward.text!r} names no function; expected {reward.text}:function")
+    raise ValueError(
+        f"no reward {reward.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, "
+        f"path/to/file.yaml or http://HOST:PORT{nearest(reward.head, REWARDS)}"
+    )
 
 
 def parse_terms(text: str) -> tuple[Term, ...]:

@@ -40,7 +40,6 @@ from stepfuse.scripts.cli.main import main, parse
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.scripts.recipes.rewards import list_rewards
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import save_adapter, save_stable_diffusion
@@ -233,7 +232,7 @@ def test_the_example_reward_is_loaded_and_listed_by_its_name(
     half_red[:, 0, :2] = 1
     values = load_reward(name)(torch.cat([white, half_red]), ["", ""])
     assert values.tolist() == pytest.approx([100.0, 100 * 0.299 / 2])
-    list_rewards()
+    main(["reward", "list"])
     assert re.search(r"^brightness +yes +.*ITU-R BT.601", capsys.readouterr().out, re.MULTILINE)
 
 

@@ -16,9 +16,9 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, make_oracle, read_manifest, save_manifest, set_folder
 from stepfuse.fuse.sets.card import is_card
-from stepfuse.fuse.sets.edit import add_license, check_writable
+from stepfuse.fuse.sets.edit import add_license
 from stepfuse.fuse.sets.entries import Adapter, weights_to_dict
-from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_files
+from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_files, check_writable
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 

@@ -1,15 +1,14 @@
 """Changes of what the manifest of a set says: licences, and what was measured. The weights stay, and are not read."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stepfuse.fuse.rules.gap_profile import GapProfile
-from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest, set_folder
+from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.entries import Adapter, sampling_to_dict
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import check_writable
 
 
 def set_licences(folder: str | Path, *, license: str | None, base_license: str | None) -> AdapterSet:
@@ -26,12 +25,13 @@ def add_license(adapter: Adapter, license: str | None) -> Adapter:
     return replace(adapter, license=adapter.license or license)
 
 
-def add_profile(folder: str | Path, profile: GapProfile) -> None:
+def add_profile(folder: str | Path, profile: GapProfile) -> AdapterSet:
     """Keep a gap profile with a set, in place of one of the same steps and guidance."""
     loaded, folder = load_set(folder, read_weights=False), check_writable(folder)
     settings = sampling_to_dict(profile)
     others = [other for other in loaded.profiles if sampling_to_dict(other) != settings]
     save_manifest(folder, replace(loaded, profiles=(*others, profile)))
+    return load_set(folder, read_weights=False)
 
 
 def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
@@ -60,13 +60,3 @@ def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
             kept = {key: cell[key] for key in ("rule", "weights", "strength")}
             cells.append(kept | {"gains": known})
     return {"prompts": summary["prompts"], "seeds": summary["seeds"], "objectives": dict(rewards), "cells": cells}
-
-
-def check_writable(folder: str | Path) -> Path:
-    """The folder of a set whose manifest can be written; ValueError for another set."""
-    file = set_folder(folder) / MANIFEST
-    if not (Path(folder) / MANIFEST).exists():
-        raise ValueError(f"set {str(folder)!r} is not in a folder; `stepfuse pull {folder} FOLDER` copies it to one")
-    if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
-        raise ValueError(f"{file} cannot be written; copy the set to another folder")
-    return file.parent

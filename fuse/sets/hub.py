@@ -42,6 +42,12 @@ def parse_id(name: str) -> tuple[str, str | None] | None:
     return (match["repository"], match["revision"]) if match else None
 
 
+def check_lora(source: str) -> None:
+    """Raise ValueError for a LoRA that is neither a path here nor a hub id."""
+    if not Path(source).exists() and parse_id(source) is None:
+        raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
+
+
 def fetch_set(name: str) -> Path:
     """The folder of a set in the hub's cache, downloaded if it is not there; an interrupted download is resumed.
 

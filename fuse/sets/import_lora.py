@@ -13,10 +13,9 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.create import add_adapter, create_set
-from stepfuse.fuse.sets.edit import check_writable
 from stepfuse.fuse.sets.entries import Adapter
-from stepfuse.fuse.sets.hub import fetch_lora, parse_id
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.hub import check_lora, fetch_lora, parse_id
+from stepfuse.fuse.sets.manifest import MANIFEST, check_writable
 
 UNKNOWN = "unknown"  # the reward of a LoRA that was not trained on one
 
@@ -57,6 +56,7 @@ def import_lora(
     Raises:
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
     """
+    check_lora(source)
     loaded = load_set(folder, read_weights=False) if (folder / MANIFEST).is_file() else None
     guidance, revision = check_source(guidance or "full"), None
     if loaded is not None:
@@ -69,8 +69,6 @@ def import_lora(
         raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
     path = Path(source)
     if not path.exists():
-        if parse_id(source) is None:
-            raise ValueError(f"no LoRA at {source!r}; expected a safetensors file, a folder of peft's, or a hub id")
         path = fetch_lora(source, weight_name)
     elif weight_name is not None:
         path /= weight_name

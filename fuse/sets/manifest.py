@@ -12,6 +12,7 @@ from jsonschema.exceptions import best_match
 
 from stepfuse.data import emoji
 from stepfuse.data.json_file import read_json
+from stepfuse.data.output_folder import complete_interrupted
 from stepfuse.data.text_files import one_line, short_repr, without_control_characters
 from stepfuse.fuse.lora.safe_files import check_no_pickle
 
@@ -31,6 +32,17 @@ def read_versioned(file: Path, what: str) -> dict[str, Any]:
     newer = isinstance(version, int) and version > FORMAT_VERSION
     remedy = "upgrade: pip install --upgrade stepfuse" if newer else "create it again"
     raise ValueError(f"{file} has format_version {short_repr(version)}; this stepfuse reads {FORMAT_VERSION}; {remedy}")
+
+
+def check_writable(folder: str | Path) -> Path:
+    """The folder of a set whose manifest can be written; ValueError for another set."""
+    file = Path(folder, MANIFEST)
+    complete_interrupted(file.parent)
+    if not file.exists():
+        raise ValueError(f"set {str(folder)!r} is not in a folder; `stepfuse pull {folder} FOLDER` copies it to one")
+    if not (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)):
+        raise ValueError(f"{file} cannot be written; copy the set to another folder")
+    return file.parent
 
 
 def check_schema(file: Path, values: Mapping[str, Any]) -> None:

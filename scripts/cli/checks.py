@@ -15,8 +15,7 @@ from stepfuse.data.output_file import require_new_file
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
-from stepfuse.rewards.catalogue import REWARDS
-from stepfuse.rewards.reward_name import parse_reward
+from stepfuse.rewards.reward_name import check_catalogued, parse_reward
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "xla")
 RULE_FLAGS = {field.name: rule for rule, options in RULE_OPTIONS.items() for field in fields(options)}
@@ -64,16 +63,9 @@ def check_rule(name: str, options: Mapping[str, Any]) -> None:
 def check_reward(name: str) -> None:
     """Check that a reward's name is known, or that its file exists."""
     reward = parse_reward(name)
-    if reward.path:
-        if not Path(reward.path).is_file():
-            raise ValueError(f"no reward {name!r}: no file {reward.path!r}")
-    elif name.endswith(".py"):
-        raise ValueError(f"no reward {name!r}; expected the function too: {name}:FUNCTION")
-    elif reward.kind == "catalogue" and reward.head not in REWARDS:
-        raise ValueError(
-            f"no reward {reward.head!r}; expected one of {', '.join(REWARDS)}, path/to/file.py:function, "
-            f"path/to/file.yaml or http://HOST:PORT{nearest(reward.head, REWARDS)}"
-        )
+    check_catalogued(reward)
+    if reward.path and not Path(reward.path).is_file():
+        raise ValueError(f"no reward {name!r}: no file {reward.path!r}")
 
 
 def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()) -> tuple[str, ...] | None:
@@ -86,7 +78,7 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
     Returns:
         The names of its adapters, as far as they can be read here; None for a set on the hub, which is not downloaded.
     """
-    from stepfuse.fuse.sets.manifest import EMBEDDED_SETS, MANIFEST, read_versioned
+    from stepfuse.fuse.sets.manifest import EMBEDDED_SETS, MANIFEST, adapter_entries, read_versioned
 
     name, folder = str(given), given
     if name in EMBEDDED_SETS and not (folder / MANIFEST).exists():
@@ -104,19 +96,10 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
         return None
     values = read_versioned(folder / MANIFEST, "an adapter set, as written by `stepfuse set create`")
     try:
-        entries = [*values["adapters"]]
-        if oracles:
-            entries += [oracle["adapter"] for oracle in values.get("oracles", [])]
+        entries = adapter_entries(values) if oracles else values["adapters"]
         return tuple(str(adapter["name"]) for adapter in entries)
     except (KeyError, TypeError):
         return None  # a malformed manifest: loading it explains what is wrong
-
-
-def check_set_folder(given: Path) -> None:
-    """Check that a set is in a folder that can be written, and neither embedded nor on the hub."""
-    check_set(given)
-    if not given.exists():
-        raise ValueError(f"set {str(given)!r} is not in a folder; copy it to one: stepfuse pull {given} FOLDER")
 
 
 def siblings(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ from stepfuse.data.settings_file import find_config
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
+from stepfuse.scripts.oracle_world.page import FILES, world_files
 
 
 def add_arguments(parser: Parser) -> None:
@@ -72,10 +73,10 @@ def run(arguments: Arguments) -> None:
 def _measure_world(arguments: Arguments) -> None:
     if arguments.set or arguments.config:
         raise ValueError("--world needs no set and no --config; give one or the other")
-    require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite, option="--output_dir")
+    output = arguments.output_dir
+    require_empty_dir(output, overwrite=arguments.overwrite, ours=world_files, writes=FILES, option="--output_dir")
 
-    from stepfuse.scripts.oracle_world.measure import FILES, measure_world, world_files
+    from stepfuse.scripts.oracle_world.measure import measure_world
 
-    require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite, ours=world_files, writes=FILES)
-    measure_world(arguments.output_dir, seed=arguments.seed)
-    print((arguments.output_dir / "world.md").read_text(encoding="utf-8"))
+    measure_world(output, seed=arguments.seed)
+    print((output / "world.md").read_text(encoding="utf-8"))

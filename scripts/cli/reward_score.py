@@ -39,8 +39,6 @@ def run(arguments: Arguments) -> None:
     if not arguments.prompts.is_file():
         raise ValueError(f"--prompts {arguments.prompts}; expected a file, with one prompt per line for instance")
 
-    import torch
-
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.rewards import score_folder
 
@@ -49,7 +47,7 @@ def run(arguments: Arguments) -> None:
         arguments.images,
         arguments.prompts,
         arguments.output,
-        device=torch.device(prepare_device(arguments.device)),
+        device=prepare_device(arguments.device),
         batch_size=arguments.batch_size,
         picture=arguments.picture,
     )

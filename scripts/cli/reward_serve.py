@@ -24,10 +24,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    import torch
-
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.rewards import serve
 
-    device = torch.device(prepare_device(arguments.device))
+    device = prepare_device(arguments.device)
     serve(arguments.name, host=arguments.host, port=arguments.port, token_file=arguments.token_file, device=device)

@@ -6,7 +6,7 @@ from pathlib import Path
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.checks import check_set_folder
+from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
@@ -27,16 +27,18 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    check_set_folder(arguments.set)
+    check_set(arguments.set)
+
+    from stepfuse.fuse.sets.manifest import STRIP, check_writable
+
+    folder = check_writable(arguments.set)
 
     from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.fuse.sets.card import check_card, write_card
-    from stepfuse.fuse.sets.edit import add_evaluation, check_writable, set_licences
-    from stepfuse.fuse.sets.manifest import STRIP
+    from stepfuse.fuse.sets.edit import add_evaluation, set_licences
     from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
 
-    folder = check_writable(arguments.set)
     loaded = load_set(folder, read_weights=arguments.no_strip)  # those of a picture are read as it is drawn
     check_card(folder)  # before minutes go into the picture
     evaluation = arguments.evaluation

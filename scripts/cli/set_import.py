@@ -50,11 +50,9 @@ def check_objective_name(name: str) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    from stepfuse.fuse.sets.hub import parse_id
+    from stepfuse.fuse.sets.hub import check_lora
 
-    lora = arguments.lora
-    if not Path(lora).exists() and parse_id(lora) is None:
-        raise ValueError(f"no LoRA at {lora!r}; expected a safetensors file, a folder of a peft adapter, or a hub id")
+    check_lora(arguments.lora)
 
     from stepfuse.fuse.backbones.loading import quiet_libraries
     from stepfuse.fuse.sets.import_lora import import_lora
@@ -64,5 +62,5 @@ def run(arguments: Arguments) -> None:
         *("objective", "eta", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
         *("weight_name", "variant"),
     )
-    loaded = import_lora(lora, arguments.set, **{name: getattr(arguments, name) for name in names})
+    loaded = import_lora(arguments.lora, arguments.set, **{name: getattr(arguments, name) for name in names})
     print(f"{arguments.set}: {', '.join(loaded.names)}")

@@ -2,7 +2,7 @@
 
 from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.checks import check_set_folder
+from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.completion import one_of
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
@@ -28,15 +28,18 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Arguments) -> None:
     if arguments.prompts is not None:
         parse_prompts(arguments.prompts)
-    check_set_folder(arguments.set)
+    check_set(arguments.set)
+
+    from stepfuse.fuse.sets.manifest import check_writable
+
+    check_writable(arguments.set)  # before minutes go into measuring
 
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
     from stepfuse.fuse.sets.adapter_set import load_set
-    from stepfuse.fuse.sets.edit import add_profile, check_writable
+    from stepfuse.fuse.sets.edit import add_profile
     from stepfuse.scripts.cli.load import heldout_prompts, load_sampler
 
     loaded = load_set(arguments.set, read_weights=False)
-    check_writable(arguments.set)  # before minutes go into measuring
     prompts = load_prompts(arguments.prompts) if arguments.prompts else heldout_prompts(loaded, 16)
     sampler = load_sampler(loaded, arguments, guidance=arguments.guidance, guidance_scale=arguments.guidance_scale)
     measured = measure_gaps(

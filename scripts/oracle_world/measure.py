@@ -26,8 +26,7 @@ from scipy.stats import t as student
 from torch import Tensor
 from tqdm import tqdm
 
-from stepfuse.data.folder_files import files_named
-from stepfuse.data.json_file import read_json, write_json
+from stepfuse.data.json_file import write_json
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.base import FusionRule
@@ -36,6 +35,7 @@ from stepfuse.scripts.oracle_world.page import (
     CANDIDATES,
     CODE_IMAGES,
     EXACT,
+    FILES,
     GAUSSIAN,
     NOT_MEASURED,
     PICKING,
@@ -44,22 +44,12 @@ from stepfuse.scripts.oracle_world.page import (
 )
 from stepfuse.scripts.oracle_world.world import BASE_ETA, DATA, DIM, OBJECTIVES, AverageStep, World, world_of
 
-FILES = ("world.json", "world.md")
 DIRECTIONS = 32
 WEIGHTS: dict[int, tuple[tuple[float, ...], ...]] = {
     2: ((0.5, 0.5), (0.8, 0.2)),
     3: ((1 / 3, 1 / 3, 1 / 3), (0.6, 0.3, 0.1)),
     4: ((0.25, 0.25, 0.25, 0.25), (0.5, 0.25, 0.15, 0.1)),
 }
-
-
-def world_files(folder: Path) -> set[Path]:
-    """The files that `measure_world` wrote in a folder, which --overwrite replaces; none where there is no world."""
-    try:
-        values = read_json(folder / FILES[0], "the figures of a world")
-    except ValueError:
-        return set()
-    return files_named(folder, *FILES) if "verdicts" in values else set()
 
 
 def measure_world(

@@ -1,10 +1,14 @@
-"""The oracle world's figures in words and tables: `world.md`."""
+"""The files of an oracle world: its figures in words and tables, `world.md`. Nothing here imports torch."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from stepfuse.data.folder_files import files_named
+from stepfuse.data.json_file import read_json
 from stepfuse.data.markdown import markdown_table
 
+FILES = ("world.json", "world.md")
 EXACT = 1e-9  # nats a run: above rounding, far below any difference
 GAUSSIAN = ("base", "product", "average_noise")  # one Gaussian given x_t, so the KL has a closed form
 PICKING = ("switch", "systematic")
@@ -22,6 +26,15 @@ NOT_MEASURED = {
     "kl": "it takes one objective; for one it is product",
     "oracle": "the target's own second run, the floor, stands for a perfectly trained one",
 }
+
+
+def world_files(folder: Path) -> set[Path]:
+    """The files that `measure_world` wrote in a folder, which --overwrite replaces; none where there is no world."""
+    try:
+        values = read_json(folder / FILES[0], "the figures of a world")
+    except ValueError:
+        return set()
+    return files_named(folder, *FILES) if "verdicts" in values else set()
 
 
 def verdicts(cells: Sequence[dict]) -> Iterator[str]:

@@ -99,9 +99,8 @@ def build(file: Path, *, device: str) -> Path:
         if config.profile and not loaded.profiles:
             print(f"profile: {config.profile}", flush=True)
             profile = measure_gaps(FusedSampler.from_pretrained(loaded, device=device), load_prompts(config.profile))
-            add_profile(folder, profile)
+            loaded = add_profile(folder, profile)
             print(describe_gaps(profile))
-            loaded = load_set(folder)
         pictures = None
         if evaluation is not None:
             # Another folder for other adapters or another evaluation.
@@ -139,7 +138,7 @@ def assemble(
     hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
     identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half}
     if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
-        return load_set(folder)
+        return load_set(folder, read_weights=False)  # whoever uses the weights reads them
     print(f"set: {folder}", flush=True)
     if not made.exists():
         write_json(made, {})  # from here on the set is known to be built here

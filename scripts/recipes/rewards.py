@@ -1,4 +1,4 @@
-"""`stepfuse reward`: list them, score a folder with one, serve one."""
+"""`stepfuse reward score` and `stepfuse reward serve`: score a folder of images with a reward, serve one."""
 
 import csv
 import json
@@ -17,9 +17,7 @@ from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge
 from stepfuse.data.output_file import atomic_file, output_errors, real_path
 from stepfuse.data.text_files import file_name, write_text
-from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
-from stepfuse.rewards.named_reward import table
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
 from stepfuse.rewards.registry import load_reward
@@ -30,20 +28,8 @@ COLUMNS = ("file_name", "prompt", "score")
 SHOWN = 32  # images of a picture
 
 
-def list_rewards() -> None:
-    """Print the table of `stepfuse reward list`, its columns aligned."""
-    rows = table(REWARDS)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(
-        "\nWith weights in a folder: NAME:FOLDER. Other rewards: path/to/file.py:function, or path/to/file.yaml with "
-        "reward:, worker: or http:, or the address of a server, http://127.0.0.1:8765"
-    )
-
-
 def score_folder(
-    name: str, folder: Path, prompts: Path, output: Path, *, device: torch.device, batch_size: int, picture: Path | None
+    name: str, folder: Path, prompts: Path, output: Path, *, device: str, batch_size: int, picture: Path | None
 ) -> None:
     """Write file_name, prompt and score of every image to a CSV file, in order; a file that exists is replaced.
 
@@ -91,7 +77,7 @@ def _tile(image: Image.Image) -> Image.Image:
     return tile
 
 
-def serve(name: str, *, host: str, port: int, token_file: Path | None, device: torch.device) -> None:
+def serve(name: str, *, host: str, port: int, token_file: Path | None, device: str) -> None:
     """Serve a reward until interrupted."""
     given = read_token(token_file)
     token = given or secrets.token_urlsafe(24)
@@ -109,7 +95,7 @@ def serve(name: str, *, host: str, port: int, token_file: Path | None, device: t
 
 
 def _score_rest(
-    reward: Reward, name: str, items: list[PromptedImage], partial: Path, device: torch.device, batch_size: int
+    reward: Reward, name: str, items: list[PromptedImage], partial: Path, device: str, batch_size: int
 ) -> None:
     """Add a row for each of these images to the unfinished table."""
     with (
