@@ -205,6 +205,18 @@ def test_a_second_build_in_one_folder_is_refused(tmp_path):
     assert "is in use by process" in str(error.value.code)
 
 
+def test_a_set_that_stays_is_read_without_its_weights(adapters, tmp_path, monkeypatch):
+    """Sampling compares them with their hashes anyway."""
+    trainings = [Training(settings=DPOSettings(), folder=adapters / "a")]
+    output = tmp_path / "out" / "set"
+    created = assemble(output, BuildConfig(objectives=[{}]), trainings, [])
+    read = []
+    monkeypatch.setattr("stepfuse.scripts.recipes.build_set.load_set", lambda *_, **options: read.append(options))
+    assemble(output, BuildConfig(objectives=[{}]), trainings, [])
+    assert created.names == ["a"]
+    assert read == [{"read_weights": False}]
+
+
 def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):
     config = BuildConfig(objectives=[{}])
     trainings = [Training(settings=DPOSettings(), folder=adapters / "a")]

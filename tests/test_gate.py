@@ -239,8 +239,9 @@ def test_a_profile_stays_with_its_set_and_one_of_the_same_steps_takes_its_place(
     first, second = profile([[0.1, 0.2, None]]), profile([[0.3, 0.4, 0.5]])
     other = profile([[0.5] * 4], steps=4)
     for one in (first, other, second):
-        add_profile(set_folder, one)
-    assert load_set(set_folder).profiles == (other, second)
+        changed = add_profile(set_folder, one)
+    assert changed == load_set(set_folder)
+    assert changed.profiles == (other, second)
     assert profile_from_dict(profile_to_dict(first)) == first
     gate = FusedSampler.from_pretrained(set_folder, rule=Product(gate=0.35))
     assert [bool(gap <= 0.35) for gap in gate.plan(THIRDS, 1).gaps[:, 0]] == [True, False, False]

@@ -22,7 +22,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import card, code, plain
 from stepfuse.fuse.sets.create import copy_set, create_set
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import MANIFEST, check_writable
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.run import evaluate
@@ -140,6 +140,13 @@ def test_a_set_remembers_the_variant_of_its_base(root, stranger, tmp_path):
     assert "'ema'" in told
     assert "fp16" in told
     assert "variant" not in load_set(root / "set").base
+
+
+@pytest.mark.parametrize("name", ["OWNER/NAME", "emoji", "outputs/gone"])
+def test_a_set_that_is_not_in_a_folder_cannot_be_changed_and_is_not_downloaded(name, monkeypatch):
+    monkeypatch.setattr("stepfuse.fuse.sets.adapter_set.fetch_set", lambda name: pytest.fail("the hub is asked"))
+    with refused(repr(name), f"stepfuse pull {name} FOLDER"):
+        check_writable(name)
 
 
 def test_an_import_that_fails_leaves_the_set_as_it_was(root, mine, stranger, tmp_path):

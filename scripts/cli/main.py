@@ -44,7 +44,6 @@ GROUPS = {  # commands that have actions, with the example and further sentences
         "The action may be left out before a set and before options: it is sampling.",
     ),
 }
-DEFAULT_ACTIONS = {"benchmark": "sampling"}  # `stepfuse benchmark emoji` is `stepfuse benchmark sampling emoji`
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,12 +98,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _with_action(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with the action that may be left out."""
+    """The words of a command line, with the action that may be left out: `benchmark emoji` is that of sampling."""
     command, *rest = words or [""]
-    action = DEFAULT_ACTIONS.get(command)
-    if action is None or (rest and (rest[0] in ("-h", "--help") or f"{command} {rest[0]}" in COMMANDS)):
-        return list(words)
-    return [command, action, *rest]
+    known = rest and (rest[0] in ("-h", "--help") or f"{command} {rest[0]}" in COMMANDS)
+    return [command, "sampling", *rest] if command == "benchmark" and not known else list(words)
 
 
 def _complete() -> None:

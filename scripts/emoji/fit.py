@@ -35,7 +35,6 @@ def fit(
     folder: Path,
     steps: int,
     seed: int,
-    ema_decay: float = 0.998,
 ) -> None:
     """AdamW with warm-up, a constant rate, linear decay over the last quarter, and an exponential average of weights.
 
@@ -64,7 +63,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        decay = min(ema_decay, (step + 1) / (step + 10))
+        decay = min(0.998, (step + 1) / (step + 10))
         for key, weight in model.state_dict().items():
             if weight.is_floating_point():
                 average[key].lerp_(weight, 1 - decay)

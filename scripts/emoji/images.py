@@ -18,19 +18,17 @@ from stepfuse.data.images import to_image, to_pixels
 def read_package(package: Path) -> dict[str, Image.Image]:
     """Concept phrase → RGBA picture, from the npm package."""
     with tarfile.open(package) as archive:
-        index = json.loads(_read(archive, "package/emoji.json"))
-        files = {entry["short_name"]: entry["image"] for entry in index}
+
+        def read(name: str) -> bytes:
+            file = archive.extractfile(f"package/{name}")
+            assert file is not None  # no folder
+            return file.read()
+
+        files = {entry["short_name"]: entry["image"] for entry in json.loads(read("emoji.json"))}
         return {
-            phrase: Image.open(io.BytesIO(_read(archive, f"package/img/google/64/{files[name]}"))).convert("RGBA")
+            phrase: Image.open(io.BytesIO(read(f"img/google/64/{files[name]}"))).convert("RGBA")
             for phrase, name in emoji.concepts().items()
         }
-
-
-def _read(archive: tarfile.TarFile, name: str) -> bytes:
-    file = archive.extractfile(name)
-    if file is None:
-        raise ValueError(f"{name} is not a file of the package")
-    return file.read()
 
 
 def draw_batch(

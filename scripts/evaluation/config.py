@@ -1,8 +1,8 @@
 """What an evaluation measures: its configuration, the cells that it lists, and what else its figures depend on."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product as combinations
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def read_config(file: Path) -> EvaluationConfig:
 
 def simplex(names: Sequence[str], grid: int) -> list[dict[str, float]]:
     """All weights that are multiples of 1/grid and sum to 1, without those of 0: one adapter alone first."""
-    rows = [row for row in combinations(range(grid, -1, -1), repeat=len(names)) if sum(row) == grid]
+    rows = [row for row in itertools.product(range(grid, -1, -1), repeat=len(names)) if sum(row) == grid]
     rows.sort(key=lambda row: sum(k > 0 for k in row))
     return [{name: k / grid for name, k in zip(names, row, strict=True) if k} for row in rows]
 

@@ -39,8 +39,8 @@ SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
 PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 
 
-def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
-    """Train, fuse, measure and report; True where the intervals on held-out prompts show every claim.
+def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> None:
+    """Train, fuse, measure on held-out prompts, and print what the intervals show.
 
     Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes.
 
@@ -54,7 +54,8 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
         claim(output, state, overwrite=overwrite)
         if (output / RESULTS).is_file():
             print(f"finished before; --overwrite starts again: {output}")
-            return report(output, read_json(output / RESULTS, "the results of a demo"))
+            report(output, read_json(output / RESULTS, "the results of a demo"))
+            return
         for one in trainings:
             algorithm, config = TRAINING[one.settings.name]
             command = f"accelerate launch train/{algorithm}.py --config configs/{config}"
@@ -68,7 +69,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> bool:
         results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
         results["minutes"] = (time.monotonic() - began) / 60
         write_json(output / RESULTS, results)
-        return report(output, results)
+        report(output, results)
 
 
 def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
@@ -162,8 +163,8 @@ def measure(output: Path, *, seed: int, prompts: int) -> dict:
     return results
 
 
-def report(output: Path, results: dict) -> bool:
-    """Print the intervals, and for each claim whether they show it; True where they show all."""
+def report(output: Path, results: dict) -> None:
+    """Print the intervals, and for each claim whether they show it."""
     first, second = results["objectives"]
     gains = results["gain_over_base"]
     print(
@@ -176,13 +177,11 @@ def report(output: Path, results: dict) -> bool:
         print(f"{name:{wide}}" + "".join(f"{Interval(**values[o])!s:>30}" for o in (first, second)))
     claims = {f"the {name} adapter raises {name}": gains[f"{name} alone"][name] for name in (first, second)}
     claims |= {f"the middle fusion beats the base in {name}": gains["middle"][name] for name in (first, second)}
-    shown = {claim: gain["low"] > 0 for claim, gain in claims.items()}
     print()
-    for claim, held in shown.items():
-        print(f"{'shown    ' if held else 'NOT SHOWN'}  {claim}")
-    print(f"\n{output / 'slider.png'}\n{output / 'front.png'}\n{output / 'results.json'}")
+    for claim, gain in claims.items():
+        print(f"{'shown    ' if gain['low'] > 0 else 'NOT SHOWN'}  {claim}")
+    print("", *(output / name for name in (*PICTURES, RESULTS)), sep="\n")
     print(f"{results['minutes']:.1f} minutes")
-    return all(shown.values())
 
 
 def mixture_name(weight: float, first: str, second: str) -> str:
@@ -200,7 +199,6 @@ def draw_front(file: Path, results: dict) -> None:
     from matplotlib.patheffects import withStroke
 
     names = results["objectives"]
-    rewards = results.get("rewards", results["objectives"])
     base, means = results["means"]["base"], {w: m for w, m in results["means"].items() if w != "base"}
     figure = Figure(figsize=(6.5, 5), layout="constrained")
     axes = figure.subplots()
@@ -222,7 +220,7 @@ def draw_front(file: Path, results: dict) -> None:
         )  # fmt: skip
     axes.plot(*(base[name] for name in names), "s", color="dimgray", label="base", zorder=3)
     axes.margins(0.12)
-    labels = [axis_label(name, reward) for name, reward in zip(names, rewards, strict=True)]
+    labels = [axis_label(name, reward) for name, reward in zip(names, results["rewards"], strict=True)]
     axes.set(xlabel=labels[0], ylabel=labels[1], title="Mean rewards on held-out prompts")
     figure.legend(loc="outside lower center", frameon=False)
     axes.grid(alpha=0.3)
