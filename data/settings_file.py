@@ -5,11 +5,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name
+
+S = TypeVar("S")
 
 # For argparse, whose own pattern does not match -1e-3 and treats it as a flag.
 NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
@@ -57,6 +59,22 @@ def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) ->
         raise ValueError(f"{file}: {error}") from error
     except RecursionError as error:
         raise ValueError(f"{file_name(file)} holds a value that contains itself") from error
+
+
+def load_settings(
+    file: Path, settings: type[S], changes: Mapping[str, Any] | None = None, *, besides: Sequence[str] = ()
+) -> S:
+    """A settings dataclass from a YAML file and from changes of its values; a ValueError names the file.
+
+    Names in `besides` may be in the file, and are left out.
+    """
+    values = read_settings(file, settings, besides=besides)
+    changes = changes or {}
+    try:
+        check_names(changes, settings)
+        return settings(**{name: value for name, value in values.items() if name not in besides} | changes)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _resolve_words(value: Any, hint: Any) -> Any:

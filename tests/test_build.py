@@ -184,7 +184,7 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
         ({"evaluate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"accelerate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"profile": "nowhere"}, "no prompts 'nowhere'"),
-        ({"reference_eta": 1.5}, "reference_eta is 1.5; expected a number in [0, 1]"),
+        ({"reference_eta": 1.5}, "wrong.yaml: reference_eta is 1.5; expected a number in [0, 1]"),
         ({"ouput_dir": "x"}, "did you mean 'output_dir'?"),
     ],
 )

@@ -12,11 +12,12 @@ import yaml
 from stepfuse.data import emoji
 from stepfuse.data.intervals import interval_text as text
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.settings_file import load_settings
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.rewards.statistics import deviation_within
-from stepfuse.scripts.evaluation.config import Setup, cells_of, read_config
+from stepfuse.scripts.evaluation.config import EvaluationConfig, Setup, cells_of
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.report import sentences
 from stepfuse.scripts.oracle_world.page import page, verdicts
@@ -80,7 +81,7 @@ def test_every_adapter_names_the_command_that_remakes_it() -> None:
 
 
 def test_the_evaluation_is_of_held_out_prompts_and_every_rule() -> None:
-    config = read_config(CONFIG)
+    config = load_settings(CONFIG, EvaluationConfig)
     prompts = load_prompts(config.prompts)
     assert len(prompts) >= 64
     assert config.seeds_per_prompt >= 8
@@ -109,7 +110,7 @@ def test_the_scales_are_told_beside_the_deviations_of_the_bases_images() -> None
     measured = [deviation_within(base[reward], base["prompt"].tolist()) for reward in rewards]
     assert "{:.3f}, {:.2f} and {:.2f}".format(*measured) in told
     for config in CONFIG.parent.glob("*.yaml"):
-        assert not read_config(config).scales
+        assert not load_settings(config, EvaluationConfig).scales
 
 
 def numbers(values: object, place: str = "") -> dict[str, object]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, read_config, simplex
+from stepfuse.data.settings_file import load_settings
+from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, simplex
 from tests.fixtures_tiny import refused
 
 NAMES = ["a", "b"]
@@ -34,13 +35,13 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
 def test_every_config_that_is_shipped_makes_cells(config):
     emoji = ["compressibility", "colourfulness", "alignment"]
     names = {"emoji": emoji, "emoji-thirds": emoji, "sd15": ["alignment", "compressibility"]}
-    cells = cells_of(read_config(config), names.get(config.stem, ["a", "b", "c", "d", "e"]))
+    cells = cells_of(load_settings(config, EvaluationConfig), names.get(config.stem, ["a", "b", "c", "d", "e"]))
     assert {"base", "product", "systematic", "soup"} <= {cell.label for cell in cells}
 
 
 def test_a_config_may_switch_guidance_off(tmp_path):
     (tmp_path / "config.yaml").write_text("guidance: off\n")
-    assert read_config(tmp_path / "config.yaml").guidance == "off"
+    assert load_settings(tmp_path / "config.yaml", EvaluationConfig).guidance == "off"
 
 
 @pytest.mark.parametrize(
@@ -65,4 +66,4 @@ def test_a_config_may_switch_guidance_off(tmp_path):
 def test_a_config_that_makes_no_evaluation_is_named(tmp_path, text, culprits):
     (tmp_path / "config.yaml").write_text(text)
     with refused("config.yaml", *culprits):
-        read_config(tmp_path / "config.yaml")
+        load_settings(tmp_path / "config.yaml", EvaluationConfig)

@@ -16,13 +16,13 @@ from PIL import Image
 import stepfuse.data
 from stepfuse.data.json_file import read_json
 from stepfuse.data.prompts import load_prompts
-from stepfuse.data.settings_file import read_settings
+from stepfuse.data.settings_file import load_settings, read_settings
 from stepfuse.data.text_files import decode_text, file_name, find_file, printable, read_lines, read_text, write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.rewards.image_files import pair_prompts
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.cli.main import main
-from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
+from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import refused
@@ -179,7 +179,7 @@ def test_a_number_with_an_exponent_is_a_number_in_every_yaml_file(number, tmp_pa
         assert parsed.reward_clip == [-100000, 100000]
         assert settings(**read_settings(file, settings)).learning_rate == pytest.approx(1e-5)
     file.write_text(f"guidance_scale: {number}\nscales: {{alignment: {number}}}\n")
-    config = read_config(file)
+    config = load_settings(file, EvaluationConfig)
     assert (config.guidance_scale, config.scales["alignment"]) == (pytest.approx(1e-5), pytest.approx(1e-5))
     file.write_text(f"reward: colourfulness\nscale: {number}\n")
     assert load_reward(str(file)).shaping.scale == pytest.approx(1e-5)

@@ -27,7 +27,9 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
     """The baseline, then stepfuse, of each algorithm."""
     rows = []
     for algorithm in settings.algorithms:
-        ours = [Row(algorithm, OURS)] + [Row(algorithm, OURS, kl=False)] * (algorithm == "ddpo")
+        ours = [Row(algorithm, OURS)]
+        if algorithm == "ddpo":
+            ours.append(Row(algorithm, OURS, kl=False))
         rows += [Row(algorithm, REFERENCES[algorithm]), *ours]
         if (together := settings.timesteps_per_forward) > 1:
             rows += [replace(row, together=together) for row in ours]

@@ -1,7 +1,7 @@
 """`stepfuse evaluate`."""
 
 from stepfuse.data.output_folder import require_empty_dir
-from stepfuse.data.settings_file import find_config
+from stepfuse.data.settings_file import find_config, load_settings
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -48,12 +48,12 @@ def run(arguments: Arguments) -> None:
     import torch
 
     from stepfuse.scripts.cli.load import prepare_device
-    from stepfuse.scripts.evaluation.config import cells_of, read_config
+    from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of
     from stepfuse.scripts.evaluation.report import sentences
     from stepfuse.scripts.evaluation.run import evaluate
 
     device = prepare_device(arguments.device)
-    settings = read_config(config)
+    settings = load_settings(config, EvaluationConfig)
     summary = evaluate(
         arguments.set,
         settings,

@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from stepfuse.data.seeds import LIMIT
 from stepfuse.data.settings_fields import Bounds, check_settings, setting
-from stepfuse.data.settings_file import read_settings, require
+from stepfuse.data.settings_file import require
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.rules.weight_table import weight_table
@@ -102,15 +101,6 @@ class PlannedCell:
     def __str__(self) -> str:
         strength = "" if self.strength == 1 else f" strength {self.strength:g}"
         return f"{self.label} {self.weights_label}{strength}".strip()
-
-
-def read_config(file: Path) -> EvaluationConfig:
-    """An evaluation's YAML; a ValueError names the file."""
-    values = read_settings(file, EvaluationConfig)
-    try:
-        return EvaluationConfig(**values)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def simplex(names: Sequence[str], grid: int) -> list[dict[str, float]]:

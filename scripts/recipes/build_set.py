@@ -12,7 +12,7 @@ from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_fields import check_settings, setting
-from stepfuse.data.settings_file import check_names, find_config, read_settings, require
+from stepfuse.data.settings_file import find_config, load_settings, require
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
 from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
@@ -23,7 +23,7 @@ from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
-from stepfuse.scripts.evaluation.config import EvaluationConfig, read_config
+from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import locked
@@ -62,7 +62,7 @@ class BuildConfig:
 
 def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
     """A build's YAML, and every configuration it names; a ValueError names what is wrong in any of them."""
-    config = BuildConfig(**read_settings(file, BuildConfig))
+    config = load_settings(file, BuildConfig)
     objectives = [_training(entry, config, file) for entry in config.objectives]
     oracles = [_training(entry, config, file) for entry in config.oracles]
     first, names = objectives[0].settings, set()
@@ -75,7 +75,10 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
     _launcher(config, file)  # finds a missing file
     if config.profile:
         load_prompts(config.profile)
-    return config, objectives, oracles, read_config(_find(config.evaluate, file, "eval")) if config.evaluate else None
+    evaluation = None
+    if config.evaluate:
+        evaluation = load_settings(_find(config.evaluate, file, "eval"), EvaluationConfig)
+    return config, objectives, oracles, evaluation
 
 
 def build(file: Path, *, device: str) -> Path:
@@ -162,14 +165,11 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     algorithm, name = changes.pop("algorithm"), changes.pop("config")
     known = f"one of {', '.join(SETTINGS)}{nearest(algorithm, SETTINGS)}"
     require(algorithm in SETTINGS, "algorithm", algorithm, known)
-    kind, path = SETTINGS[algorithm], _find(name, file, algorithm)
-    values = read_settings(path, kind, besides=("env",))
-    values.pop("env", None)
+    path = _find(name, file, algorithm)
     try:
-        check_names(changes, kind)
-        settings = kind(**values | changes)
+        settings = load_settings(path, SETTINGS[algorithm], changes, besides=("env",))
     except ValueError as error:
-        raise ValueError(f"{file}: {path}: {error}") from error
+        raise ValueError(f"{file}: {error}") from error
     folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{config_hash(settings)[:8]}"
     return Training(settings=settings, folder=folder)
 

@@ -15,7 +15,7 @@ from stepfuse.data.intervals import half_lengths
 from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.output_folder import delete_files, require_empty_dir
-from stepfuse.data.settings_file import read_settings
+from stepfuse.data.settings_file import load_settings
 from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -76,8 +76,7 @@ def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
     """One training of the demo, with a checkpoint after every step."""
     algorithm, config = TRAINING[name]
     changes = {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
-    settings = SETTINGS[algorithm](**read_settings(FOLDER / config, SETTINGS[algorithm]) | changes)
-    return Training(settings=settings, folder=folder)
+    return Training(settings=load_settings(FOLDER / config, SETTINGS[algorithm], changes), folder=folder)
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
