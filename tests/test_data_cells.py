@@ -18,6 +18,7 @@ from stepfuse.data.images import open_picture
 from stepfuse.data.prompts import load_prompts
 from stepfuse.rewards.image_files import read_pixels
 from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.train.preference_pairs import PreferencePairs
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_tiny import refused
@@ -96,6 +97,8 @@ def test_data_sets_of_any_file_format_give_their_captions(kind):
     else:
         parquet(file, table)
     assert load_prompts("", dataset_name=str(file)) == ["a fox", "für Zoë"]
+    for settings in (DPOSettings(dataset_name=str(file)), EvaluationConfig(dataset_name=str(file))):
+        assert settings.load_prompts(0) == ["a fox", "für Zoë"]
 
 
 def test_data_sets_that_give_no_captions_are_named():

@@ -4,7 +4,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.train.algorithm import Algorithm, Source
 from stepfuse.train.algorithms import ALGORITHMS
@@ -39,13 +38,7 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
     output = Path(settings.output_dir)
     with locked(output), disk_hints(output), oom_hints(settings):
         start = find_start(output, settings.resume_from_checkpoint, overwrite=settings.overwrite)
-        prompts = load_prompts(
-            settings.prompts,
-            dataset_name=settings.dataset_name,
-            split=settings.dataset_split,
-            column=settings.caption_column,
-            seed=settings.seed,
-        )
+        prompts = settings.load_prompts(settings.seed)
         accelerator = make_accelerator(settings)
         check_run(settings, algorithm, accelerator.num_processes)
         with closing(TrainingReward(settings, accelerator.device)) as reward:

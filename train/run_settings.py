@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from stepfuse.data.names import nearest
+from stepfuse.data.prompts import load_prompts
 from stepfuse.data.seeds import LIMIT
 from stepfuse.data.settings_fields import setting
 from stepfuse.data.settings_file import require
@@ -87,6 +88,16 @@ class PromptSettings:
     dataset_name: str | None = None
     dataset_split: str = "train"
     caption_column: str = "caption"
+
+    def load_prompts(self, seed: int) -> list[str]:
+        """Load the prompts, as `stepfuse.data.prompts.load_prompts` does; the seed draws among several captions."""
+        return load_prompts(
+            self.prompts,
+            dataset_name=self.dataset_name,
+            split=self.dataset_split,
+            column=self.caption_column,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,18 +14,17 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
+from stepfuse.train.run_settings import PromptSettings
 
 SCALE = Bounds(above=0)
 Rules = Mapping[str, FusionRule | type[FusionRule]]  # by the label that tables have for them
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """The settings of `stepfuse evaluate`, as YAML gives them.
+class EvaluationConfig(PromptSettings):
+    """The settings of `stepfuse evaluate`, as YAML gives them; `PromptSettings` has those of the prompts.
 
     Attributes:
-        prompts: a set's name, with `:COUNT` some of it, or a text file.
-        dataset_name, dataset_split, caption_column: a hub data set instead.
         seeds_per_prompt: images of each prompt in each cell.
         seed: from which the seed of every image is derived.
         grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
@@ -43,9 +42,6 @@ class EvaluationConfig:
     """
 
     prompts: str = "emoji-heldout:64"
-    dataset_name: str | None = None
-    dataset_split: str = "train"
-    caption_column: str = "caption"
     seeds_per_prompt: int = setting(4, least=1)
     seed: int = setting(0, least=0, below=LIMIT, expected="an integer from 0 to 2^64 - 1")
     grid: int = setting(2, least=1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from stepfuse.data import emoji
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.names import nearest
-from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.rules.gap_profile import profile_to_dict
@@ -48,14 +47,7 @@ class Evaluation:
     ) -> "Evaluation":
         """Load what is needed and check that every cell can be sampled; a ValueError names what cannot."""
         cells = cells_of(config, adapter_set.names)
-        prompts = load_prompts(
-            config.prompts,
-            dataset_name=config.dataset_name,
-            split=config.dataset_split,
-            column=config.caption_column,
-            seed=config.seed,
-        )
-        prompts = list(dict.fromkeys(prompts))
+        prompts = list(dict.fromkeys(config.load_prompts(config.seed)))
         if len(prompts) < 2:
             raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
         check_scales(config, adapter_set, cells)

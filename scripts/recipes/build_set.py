@@ -117,7 +117,8 @@ def build(file: Path, *, device: str) -> Path:
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():
             sampler = FusedSampler.from_pretrained(loaded, device=device)
-            strip = draw_strip(sampler, load_prompts(objectives[0].settings.prompts)[:STRIP_ROWS])
+            first = objectives[0].settings
+            strip = draw_strip(sampler, first.load_prompts(first.seed)[:STRIP_ROWS])
             with atomic_file(folder / STRIP) as temporary:
                 strip.save(temporary)
         write_card(folder, loaded, pictures)
