@@ -62,7 +62,7 @@ def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) ->
 
 
 def load_settings(
-    file: Path, settings: type[S], changes: Mapping[str, Any] | None = None, *, besides: Sequence[str] = ()
+    file: Path, settings: type[S], changes: dict[str, Any] | None = None, *, besides: Sequence[str] = ()
 ) -> S:
     """A settings dataclass from a YAML file and from changes of its values; a ValueError names the file.
 
