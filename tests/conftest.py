@@ -30,7 +30,18 @@ def checked(function: Callable, *_: Any, **__: Any) -> Callable:
 
 # Only what is imported after this line is checked.
 jaxtyping.install_import_hook("stepfuse.fuse", f"{__name__}.checked")
-jaxtyping.config.update("jaxtyping_disable", os.environ.get("JAXTYPING_DISABLE", "1"))  # 0 turns the checks on
+jaxtyping.config.update("jaxtyping_disable", True)
+SHAPES_CHECKED = ("test_fuse_", "test_gate", "test_one_expert", "test_world", "test_sampler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Check types and named shapes at run time in the tests of the mathematics, and in all with JAXTYPING_DISABLE=0."""
+    name = request.path.name
+    is_checked = os.environ.get("JAXTYPING_DISABLE") == "0" or name.startswith(SHAPES_CHECKED)
+    jaxtyping.config.update("jaxtyping_disable", not is_checked)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -286,3 +287,9 @@ def test_a_variance_without_the_trailing_dimensions_is_refused():
     """(batch,) beside (batch, 4) would broadcast along the wrong axis without a word."""
     with pytest.raises(ValueError, match="variance has 1 dimensions and mean 2"):
         Gaussian(mean=random(4, 4), variance=torch.ones(4))
+
+
+def test_named_shapes_are_checked_in_these_tests():
+    standard = Gaussian(mean=torch.zeros(2, 3), variance=torch.ones(2, 1))
+    with pytest.raises(jaxtyping.TypeCheckError, match="log_prob"):
+        standard.log_prob(torch.zeros(()))  # no batch
