@@ -13,8 +13,8 @@ from stepfuse.data.text_files import file_name
 
 S = TypeVar("S")
 
-# For argparse, whose own pattern does not match -1e-3 and treats it as a flag.
-NEGATIVE_NUMBER = re.compile(r"^-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?$")
+# For argparse, whose own pattern does not match -1e-3 and -inf and treats them as flags.
+NEGATIVE_NUMBER = re.compile(r"^-(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|inf(?:inity)?|nan)$", re.IGNORECASE)
 
 
 def find_config(name: str, folder: str) -> Path:

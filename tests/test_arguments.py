@@ -181,6 +181,7 @@ WRONG = {  # what is typed → what the answer names
     "sample emoji --prompt x --weights alignement=1": ["'alignement'", "'alignment'"],
     "sample emoji --prompt x --weights alignment=0": ["alignment=0"],
     "sample emoji --prompt x --weights alignment=inf": ["alignment=inf"],
+    "sample emoji --prompt x --strength -inf": ["--strength -inf", "expected"],
     "sample emoji --prompt x --weights alignment=0.5@0.5-0.2": ["0.5@0.5-0.2"],
     "sample emoji --prompt x --rule prodct": ["'prodct'", "'product'"],
     "sample emoji --prompt x --rule soup --gate 0.4": ["'gate'", "product"],

@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import card
@@ -205,16 +206,16 @@ def test_a_second_build_in_one_folder_is_refused(tmp_path):
     assert "is in use by process" in str(error.value.code)
 
 
-def test_a_set_that_stays_is_read_without_its_weights(adapters, tmp_path, monkeypatch):
-    """Sampling compares them with their hashes anyway."""
+def test_damaged_weights_of_a_set_that_stays_are_noticed(adapters, tmp_path):
     trainings = [Training(settings=DPOSettings(), folder=adapters / "a")]
     output = tmp_path / "out" / "set"
-    created = assemble(output, BuildConfig(objectives=[{}]), trainings, [])
-    read = []
-    monkeypatch.setattr("stepfuse.scripts.recipes.build_set.load_set", lambda *_, **options: read.append(options))
     assemble(output, BuildConfig(objectives=[{}]), trainings, [])
-    assert created.names == ["a"]
-    assert read == [{"read_weights": False}]
+    assert assemble(output, BuildConfig(objectives=[{}]), trainings, []).names == ["a"]
+    weights = output / "a" / WEIGHTS
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # within the last tensor
+    with refused(str(weights), "sha256"):
+        assemble(output, BuildConfig(objectives=[{}]), trainings, [])
 
 
 def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):

@@ -157,6 +157,8 @@ def taken(pairs, start, count):
 
 def test_pairs_without_a_value_are_passed_over_counted_once_and_change_no_place(capfd):
     table = rows()
+    for i, row in enumerate(table):
+        row["jpg_0"], row["jpg_1"] = (encoded(Image.new("RGB", (2, 2), colour)) for colour in ((i, 0, 0), (0, i, 9)))
     table[1]["caption"], table[2]["jpg_1"], table[4]["label_0"] = None, None, None
     pairs = PreferencePairs(parquet("pairs.parquet", table), settings())
     found = taken(pairs, 0, 9)
@@ -164,8 +166,10 @@ def test_pairs_without_a_value_are_passed_over_counted_once_and_change_no_place(
     said = capfd.readouterr().err
     for column in ("caption", "jpg_1", "label_0"):
         assert said.count(f"1 rows without a value in column '{column}'") == 1
-    resumed = [pair.prompt for pair in taken(pairs, 4, 5)]
-    assert resumed == [pair.prompt for pair in found[4:]]
+    contents = [(pair.prompt, pair.winner().getpixel((0, 0)), pair.loser().getpixel((0, 0))) for pair in found]
+    assert contents[:3] == [(f"fox {i}", (i, 0, 0), (0, i, 9)) for i in (0, 3, 5)]
+    resumed = taken(pairs, 4, 5)
+    assert [(p.prompt, p.winner().getpixel((0, 0)), p.loser().getpixel((0, 0))) for p in resumed] == contents[4:]
 
 
 def test_of_lists_of_captions_a_resumed_run_draws_the_same(capfd):

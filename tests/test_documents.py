@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,20 +18,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from diffusers import DDIMScheduler
 from PIL import Image
 
 from stepfuse.configs import FOLDER
 from stepfuse.data.settings_file import find_config
 from stepfuse.fuse.backbones.loading import load_pipeline
-from stepfuse.fuse.diffusion.noise_path import NoisePath
-from stepfuse.fuse.diffusion.variance import step_variance
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.fuse.rules.schedules import SCHEDULES, schedule_from_dict, schedule_to_dict
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.rewards import catalogue
 from stepfuse.rewards.registry import load_reward
@@ -40,15 +33,9 @@ from stepfuse.scripts.cli.main import main, parse
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.train.arguments import parse_settings
-from stepfuse.train.settings import DDPOSettings
+from tests.fixtures_documents import ROOT, blocks
 from tests.fixtures_tiny import save_adapter, save_stable_diffusion
 
-ROOT = Path(__file__).parents[1]
-REWARDS = """
-def slope(images, prompts):
-    return images[:, 0, :, :8].mean((1, 2)) - images[:, 2, :, 8:].mean((1, 2))
-"""
 # SD 1.5 needs the hub and a GPU: the commands are the README's, these flags only make the run small.
 SMALL = (
     "--pretrained_model_name_or_path emoji --dataset_name= --prompts emoji --max_train_steps 1 --train_batch_size 2 "
@@ -61,11 +48,6 @@ SMALLER = {
     "benchmark": "--adapters 1,2 --images 1 --steps 1 --repeats 1 --no_memory",
     "--gate": "--output gate.png",
 }
-
-
-def blocks(document: str, language: str) -> list[str]:
-    """Fenced code of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
 
 
 def lines_of(part: str) -> list[str]:
@@ -286,27 +268,6 @@ def test_the_example_rule_is_the_expert_of_the_largest_exponent(tmp_path: Path) 
     torch.testing.assert_close(draw(sampler, mixtures), draw(sampler.with_rule("product"), singles))
 
 
-@pytest.fixture
-def linear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The example in a file, and its line in the registry."""
-    (code,) = [block for block in blocks("CONTRIBUTING.md", "python") if "class LinearSchedule" in block]
-    (line,) = [block for block in blocks("CONTRIBUTING.md", "text") if "LinearSchedule" in block]
-    kind, name = re.findall(r'"([^"]+)"', line)
-    (tmp_path / "linear_example.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(SCHEDULES, kind, name.replace("stepfuse.fuse.diffusion.linear", "linear_example"))
-    return kind
-
-
-def test_the_example_schedule_is_stored_and_read_back(linear: str) -> None:
-    schedule = SCHEDULES[linear](first=1.0, last=0.25)
-    path, like = NoisePath.from_scheduler(DDIMScheduler(clip_sample=False)), torch.zeros(1, 1)
-    for t, r in ((999, 1.0), (0, 0.25)):
-        expected = r * path.ancestral_variance(t, t - 1, like)
-        assert step_variance(schedule, path, t, t - 1, like).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert schedule_from_dict(schedule_to_dict(schedule)) == schedule
-
-
 def test_the_example_metric_is_in_the_table_the_summary_and_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,40 +324,6 @@ def test_the_example_subcommand_is_a_file_and_a_line(tmp_path: Path) -> None:
         done = run(*words)
         assert (done.returncode, done.stdout) == (status, "")
         assert error in done.stderr.splitlines()
-
-
-def test_the_example_schedule_is_trained_put_into_a_set_and_sampled(
-    linear: str, run_training: Callable, capsys: pytest.CaptureFixture
-) -> None:
-    command = re.search(r"`train/ddpo.py (--variance .*?)`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert command is not None
-    _, kind, flag, *options = command[1].split()
-    assert (kind, flag) == (linear, "--variance_options")
-    Path("linear.yaml").write_text(f"variance_options: {{{', '.join(options).replace('=', ': ')}}}\n")
-    run_training("ddpo", config="linear.yaml", variance=kind, max_train_steps=2)
-    stored = {"kind": kind, "first": 1.0, "last": 0.2}
-    assert schedule_to_dict(read_adapter("out").objective.variance) == stored
-    assert parse_settings(DDPOSettings, command[1].split()).variance_options == {"first": 1.0, "last": 0.2}
-    create_set("set", ["out"])
-    loaded = load_set("set")
-    assert schedule_to_dict(loaded.adapters[0].objective.variance) == stored
-    sampler = FusedSampler.from_pretrained(loaded)
-    latents = sampler.sample(["a cat"], num_inference_steps=2, output_type="latent", progress=False)
-    assert isinstance(latents, torch.Tensor)
-    assert bool(torch.isfinite(latents).all())
-
-
-@pytest.mark.parametrize(
-    ("options", "culprit"),
-    [
-        ({"first": 1.0}, "Variance relative to ancestral sampling"),
-        ({"first": 1.0, "last": 0.0}, "last is 0.0; expected a number in (0, 1]"),
-        ({"first": 1.0, "lst": 0.2}, "variance_options has 'lst'; expected first, last"),
-    ],
-)
-def test_options_of_the_example_schedule_are_checked(linear: str, options: dict[str, float], culprit: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(culprit)):
-        DDPOSettings(variance=linear, variance_options=options)
 
 
 def test_the_embedded_base_is_small_enough_to_ship() -> None:

@@ -1,4 +1,4 @@
-"""`stepfuse set import`, `export`, `merge` and `card`, and what a set may not make anybody run."""
+"""`stepfuse set import`, `export`, `merge` and `card`."""
 
 import json
 import os
@@ -24,10 +24,8 @@ from stepfuse.fuse.sets.card import card, code, plain
 from stepfuse.fuse.sets.create import copy_set, create_set
 from stepfuse.fuse.sets.manifest import MANIFEST, check_writable
 from stepfuse.scripts.cli.main import main
-from stepfuse.scripts.evaluation.config import EvaluationConfig
-from stepfuse.scripts.evaluation.run import evaluate
-from tests.fixtures_sampler import PROMPTS, assert_near, latents, noise, save_set, save_three_adapters
-from tests.fixtures_tiny import add_random_lora, generators, refused, save_adapter, save_stable_diffusion
+from tests.fixtures_sampler import PROMPTS, assert_near, noise, save_set, save_three_adapters
+from tests.fixtures_tiny import add_random_lora, refused, save_stable_diffusion
 
 WEIGHTS_OF = "a=0.5,b=0.3,c=0.2"
 
@@ -282,71 +280,6 @@ def test_what_a_stranger_wrote_is_text_on_a_card(mine):
         assert row.count("|") in (10, 3)  # of the adapters' table and of the licences'
     assert plain("<b>") == "&lt;b&gt;"
     assert code("`<b>|") == "`'‹b›¦`"
-
-
-# What a set may not make anybody run.
-
-
-@pytest.fixture
-def booby_trap(root, tmp_path):
-    """A set whose objective names code that would leave a mark."""
-    mark = tmp_path / "mark"
-    (tmp_path / "evil.py").write_text(
-        f"from pathlib import Path\nPath({str(mark)!r}).touch()\ndef reward(images, prompts): ...\n"
-    )
-    save_adapter(tmp_path / "a", root / "base", "a", reward=f"{tmp_path / 'evil.py'}:reward", beta=0.1)
-    create_set(tmp_path / "trap", [tmp_path / "a"])
-    return tmp_path / "trap", mark
-
-
-def test_a_reward_that_is_code_is_not_loaded_unasked(booby_trap, tmp_path):
-    folder, mark = booby_trap
-    FusedSampler.from_pretrained(folder).sample(PROMPTS, generator=generators(0, 1), progress=False)
-    with refused("evil.py", "--trust_rewards"):
-        FusedSampler.from_pretrained(folder, rule="code")
-    with refused("evil.py", "--trust_rewards"):
-        evaluate(folder, EvaluationConfig(), tmp_path / "evaluation")
-    told = complaint(
-        "sample", folder, "--prompt", "x", "--rule", "rgg", "--output", tmp_path / "x.png", "--device", "cpu"
-    )
-    assert "--trust_rewards" in told
-    assert not mark.exists()
-    with refused("evil.py"):  # trusted, it is run, and found to give no scores
-        FusedSampler.from_pretrained(folder, rule="rgg", trust_rewards=True).sample(PROMPTS, progress=False)
-    assert mark.exists()
-
-
-@pytest.mark.parametrize("name", ["http://127.0.0.1:9", "mine.yaml", "weighted:1*colourfulness/1 + 1*mine.py:f/1"])
-def test_a_reward_that_is_a_server_or_a_recipe_is_not_loaded_unasked(root, tmp_path, name):
-    save_adapter(tmp_path / "a", root / "base", "a", reward=name)
-    create_set(tmp_path / "set", [tmp_path / "a"])
-    with refused("'a'", "trust_rewards=True"):
-        FusedSampler.from_pretrained(tmp_path / "set", rule="code")
-
-
-def test_a_sets_own_rule_and_weights_are_its_default(mine):
-    values = json.loads((mine / MANIFEST).read_text())
-    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "average_noise"}))
-    given = FusedSampler.from_pretrained(mine)
-    told = FusedSampler.from_pretrained(mine, rule="average_noise")
-    assert torch.equal(latents(given, PROMPTS), latents(told, PROMPTS))
-    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "os.system"}))
-    with refused("'os.system'"):
-        FusedSampler.from_pretrained(mine)
-
-
-def test_a_rule_that_is_a_file_is_not_run_because_a_set_names_it(mine, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("evil.py").write_text("open('made', 'w').close()\nfrom stepfuse.fuse.rules.averages import Soup as Evil\n")
-    values = json.loads((mine / MANIFEST).read_text())
-    (mine / MANIFEST).write_text(json.dumps(values | {"default_rule": "evil.py:Evil"}))
-    with refused("'evil.py:Evil'", "code", "--rule"):
-        FusedSampler.from_pretrained(mine)
-    with pytest.raises(SystemExit, match=r"'evil\.py:Evil'"):
-        run("sample", mine, "--prompt", "fox")
-    assert not Path("made").exists()
-    assert FusedSampler.from_pretrained(mine, rule="evil.py:Evil").rule.merges == "weights"
-    assert Path("made").exists()
 
 
 def test_a_copy_of_a_set_is_the_set(root, tmp_path):

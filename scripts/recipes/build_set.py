@@ -142,7 +142,7 @@ def assemble(
     hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
     identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half}
     if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
-        return load_set(folder, read_weights=False)  # whoever uses the weights reads them
+        return load_set(folder)  # all of it is checked, in case nothing is left to do
     print(f"set: {folder}", flush=True)
     if not made.exists():
         write_json(made, {})  # from here on the set is known to be built here
