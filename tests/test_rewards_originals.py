@@ -25,7 +25,7 @@ def test_scores_of_64_photographs_are_the_originals(name, tmp_path):
         expected = scores_of(original, batches)
     finally:
         original.close()
-    found = scores_of(OURS[name](tmp_path), batches)
+    found = scores_of(OURS[name](tmp_path, torch.device("cpu"), torch.float32), batches)
     assert len(found) == 64
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
