@@ -70,11 +70,12 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
     fit("clip", clip, loss, folder=folder, steps=steps, seed=seed + 1)
 
 
-def latent_bank(pictures: dict[str, Image.Image], folder: Path, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents and caption indices of `RENDERS_PER_PROMPT` renders of every training prompt, unit variance."""
-    file = folder / "latents.pt"
+def latent_bank(
+    pictures: dict[str, Image.Image], vae: AutoencoderTiny, file: Path, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Latents and caption indices of `RENDERS_PER_PROMPT` renders of every training prompt, kept in a file."""
     if not file.exists():
-        vae, generator = load_vae(folder), torch.Generator().manual_seed(seed + 2)
+        generator = torch.Generator().manual_seed(seed)
         pool = [prompt for prompt in emoji.prompts() if not prompt.held_out]
         latents, labels = [], []
         for index, prompt in enumerate(tqdm(pool, desc="latents", mininterval=20)):
@@ -94,7 +95,7 @@ def train_unet(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
     Times are drawn logit-normally (arXiv:2403.03206): the middle of the path decides on shapes.
     """
     tokenizer, scheduler = models.build_tokenizer(folder), models.new_scheduler()
-    latents, labels = latent_bank(pictures, folder, seed)
+    latents, labels = latent_bank(pictures, load_vae(folder), folder / "latents.pt", seed + 2)
     scale = 1 / latents.float().std()
     ids = models.tokenize(tokenizer, [p.caption for p in emoji.prompts() if not p.held_out] + [""])
     model = models.new_denoiser(tokenizer)
