@@ -26,7 +26,8 @@ def new_flow_vae() -> AutoencoderTiny:
 
 def first_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
     """The text encoder of the embedded CLIP with its projection, frozen."""
-    encoder = CLIPTextModelWithProjection(clip.config.text_config)
+    config = clip.config.text_config.to_dict() | {"projection_dim": clip.config.projection_dim}
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**config))
     state = {key: value for key, value in clip.state_dict().items() if key.startswith(("text_model.", "text_proj"))}
     encoder.load_state_dict(state)
     return encoder.float().eval().requires_grad_(False)
