@@ -35,7 +35,6 @@ GROUPS = {
 }
 # `getattr` with a default, of objects that are none of these: modules, errors, arguments, parts of pipelines.
 DEFAULTS = {
-    "fuse/backbones/prompt_length.py: pipeline.name",
     "fuse/backbones/unet_checks.py: config.'hidden_size'",
     "fuse/backbones/unet_checks.py: config.'max_position_embeddings'",
     "fuse/diffusion/schedulers.py: scheduler.'betas'",

@@ -108,7 +108,7 @@ def test_nothing_is_saved_of_images_that_are_not_finite(root, tmp_path):
 
 def test_what_is_cut_of_a_prompt_is_what_the_tokenizer_drops(sampler):
     """Of 16 tokens two are begin and end: what is kept of the text is its first 14."""
-    (cut,) = cut_prompts(sampler.pipeline, ["a fox", LONG, LONG])
+    (cut,) = cut_prompts(sampler.backbone, ["a fox", LONG, LONG])
     assert (cut.prompt, cut.limit, cut.tokenizer) == (LONG, 16, "tokenizer")
     tokenizer = sampler.pipeline.tokenizer
     kept = tokenizer.decode(tokenizer(LONG, truncation=True).input_ids[1:-1])

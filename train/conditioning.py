@@ -53,7 +53,7 @@ class Embeddings:
     def report(self, prompts: Sequence[str]) -> None:
         """Log how many of these prompts are truncated, and the first of them."""
         if self.report_cuts:
-            warn_of_cuts(self.backbone.pipeline, prompts, counted=True)
+            warn_of_cuts(self.backbone, prompts, counted=True)
             self._checked.update(prompts)
 
     def report_streamed(self) -> None:
@@ -62,7 +62,7 @@ class Embeddings:
             logger.warning("%d prompts of the data set were longer than the text encoder takes", len(self._cut))
 
     def _encode(self, prompt: str) -> Conditioning:
-        if self.report_cuts and prompt not in self._checked and (cut := cut_prompts(self.backbone.pipeline, [prompt])):
+        if self.report_cuts and prompt not in self._checked and (cut := cut_prompts(self.backbone, [prompt])):
             if not self._cut:
                 logger.warning("%s; others are counted", cut[0])
             self._cut.add(prompt)

@@ -125,9 +125,9 @@ def step_gaussians(
     x_t = torch.cat([step.x_t for step in steps])
     times = torch.cat([path.network_time(step.t).expand(len(step.x_t)) for step in steps])
     repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
-    output, parameters = policy(
-        torch.cat([x_t] * len(kinds)), times.to(x_t.device).repeat(len(kinds)), **repeated.inputs(kinds)
-    )
+    x = torch.cat([x_t] * len(kinds))
+    inputs = repeated.inputs(kinds) | denoiser.guidance_inputs(x)
+    output, parameters = policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
     parts = [part.chunk(len(steps)) for part in output.to(torch.float32).chunk(len(kinds))]
     schedule = sampling.schedule.with_parameters(parameters)
     gaussians = []

@@ -21,16 +21,16 @@ class LoRASettings:
     Attributes:
         rank: Rank of the LoRA matrices.
         lora_alpha: LoRA alpha; the update is scaled by alpha / rank. Unset, alpha is the rank.
-        lora_target_modules: Names, or ends of names, of the network's modules that get a LoRA. The default is all
-            attention projections.
+        lora_target_modules: Names, or ends of names, of the network's modules that get a LoRA. Unset, all attention
+            projections of the model family.
     """
 
     rank: int = setting(4, least=1)
     lora_alpha: int | None = setting(None, least=1)
-    lora_target_modules: list[str] = setting(["to_q", "to_k", "to_v", "to_out.0"])
+    lora_target_modules: list[str] | None = setting(None)
 
     def check_together(self) -> None:
-        require(bool(self.lora_target_modules), "lora_target_modules", [], "one name or more")
+        require(self.lora_target_modules != [], "lora_target_modules", [], "one name or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class SamplingSettings:
         sample_num_steps: Number of denoising steps of an image.
         sample_guidance_scale: Scale of classifier-free guidance.
         guidance: Source of the unconditional prediction: the base model (`shared`), or base model and LoRA (`full`).
-            `off` samples without classifier-free guidance.
+            `off` samples without classifier-free guidance; `embedded` gives the scale to a guidance-distilled network.
         variance: Variance of the denoising steps: one eta for all (`eta`), one eta per step (`table`), offsets that are
             trained with the LoRA (`learned`), or another kind of schedule in `SCHEDULES`.
         variance_options: Parameters of other kinds of variance, as NAME=VALUE; in a YAML file, a mapping.
@@ -58,7 +58,7 @@ class SamplingSettings:
 
     sample_num_steps: int = setting(20, least=1)
     sample_guidance_scale: float = 5.0
-    guidance: Literal["shared", "full", "off"] = "shared"
+    guidance: Literal["shared", "full", "off", "embedded"] = "shared"
     variance: str = setting("eta", choices=SCHEDULES)
     variance_options: dict = setting({})
     sample_eta: float = 1.0

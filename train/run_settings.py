@@ -22,6 +22,8 @@ class BaseModelSettings:
             small model that is embedded.
         revision: Revision of the base model on the hub: a branch, tag or commit.
         variant: Variant of the base model's weight files, for example `fp16`.
+        max_sequence_length: Tokens of a prompt for base models that pad prompts to a fixed length, as diffusers'
+            pipelines take it. Unset, what the base model states, or its pipeline's default.
         mixed_precision: Precision of the base model; LoRA weights and log-probabilities are float32. Unset, the
             precision that accelerate is configured with.
     """
@@ -29,6 +31,7 @@ class BaseModelSettings:
     pretrained_model_name_or_path: str = "emoji"
     revision: str | None = None
     variant: str | None = None
+    max_sequence_length: int | None = setting(None, least=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
 
 

@@ -58,7 +58,10 @@ class Setup:
         self.total_batch_size = self.batch_size * accelerator.num_processes
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
-        pipeline = pipeline or load_pipeline(name, dtype=dtype, revision=revision, variant=variant)
+        length = settings.max_sequence_length
+        pipeline = pipeline or load_pipeline(
+            name, dtype=dtype, revision=revision, variant=variant, max_sequence_length=length
+        )
         self.backbone = backbone = backbone_of(pipeline)
         main, resolution = accelerator.is_main_process, settings.resolution
         self.embed = Embeddings(
@@ -119,7 +122,7 @@ def make_policy(backbone: Backbone, settings: TrainSettings, schedule: VarianceS
         settings.name,
         rank=settings.rank,
         alpha=settings.lora_alpha,
-        targets=settings.lora_target_modules,
+        targets=settings.lora_target_modules or list(backbone.targets),
         seed=settings.seed,
     )
     if settings.gradient_checkpointing:

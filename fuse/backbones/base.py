@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
-from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.lora.names import LayerNames
@@ -30,12 +30,14 @@ class Backbone(ABC):
         part: the pipeline's name of the network that LoRAs are of, which is also the prefix of their keys in files.
         blocks: class names of the blocks that the network repeats, which regional compilation compiles.
         unbatched: names of layers whose first dimension is not that of images; a LoRA there cannot be batched.
+        targets: names, or ends of names, of the layers that get a LoRA by default: the projections of attention.
         embeds: the arguments of `encode` that take embeddings in place of prompts.
     """
 
     part: ClassVar[str]
     blocks: ClassVar[Sequence[str]] = ()
     unbatched: ClassVar[Sequence[str]] = ()
+    targets: ClassVar[Sequence[str]] = ("to_q", "to_k", "to_v", "to_out.0")
     embeds: ClassVar[Sequence[str]] = ("prompt_embeds", "negative_prompt_embeds")
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -66,8 +68,11 @@ class Backbone(ABC):
 
     @classmethod
     def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
-        """Further arguments of `from_pretrained`, for a pipeline with this model_index.json."""
-        return {}
+        """Further arguments of `from_pretrained`, for a pipeline with this model_index.json.
+
+        Components that it was saved without are given as None, which diffusers otherwise takes for forgotten.
+        """
+        return {part: None for part, value in index.items() if value in ([None, None], (None, None))}
 
     @classmethod
     def names(cls, config: Mapping[str, Any]) -> LayerNames:
@@ -148,6 +153,31 @@ class Backbone(ABC):
             inputs: as `Conditioning.inputs` gives them.
             network: run in place of the pipeline's, a wrapped one for instance.
         """
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network takes the guidance scale as an input, `guidance` (guidance distillation)."""
+        return False
+
+    def check_guidance(self, guidance: Guidance) -> None:
+        """Check that the network takes such guidance."""
+        if guidance.source == "embedded" and not self.embeds_guidance:
+            raise ValueError(
+                f"guidance embedded, but {type(self.network).__name__} does not take the guidance scale as an input; "
+                "expected one of shared, full, off"
+            )
+
+    def guidance_inputs(self, guidance: Guidance, rows: int) -> dict[str, Tensor]:
+        """The inputs of a forward that say how it is guided: with `embedded` the scale g, otherwise 1, one a row."""
+        if not self.embeds_guidance:
+            return {}
+        return {"guidance": torch.full((rows,), guidance.embedded_scale)}
+
+    def token_limits(self) -> dict[str, int]:
+        """The most tokens of a prompt, by the name of the tokenizer that cuts the rest."""
+        names = [name for name in ("tokenizer", "tokenizer_2") if name in self.pipeline.components]
+        known = {name: getattr(self.pipeline, name) for name in names}
+        return {name: tokenizer.model_max_length for name, tokenizer in known.items() if tokenizer is not None}
 
     def guide(self, negative: Latents, positive: Latents, scale: float) -> Latents:
         """e_u + g (e_c - e_u)."""

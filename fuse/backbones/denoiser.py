@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning, input_rows, stack
@@ -70,6 +70,7 @@ class Denoiser:
     def __post_init__(self) -> None:
         if self.rows_at_once is not None and not self.rows_at_once >= 1:
             raise ValueError(f"rows_at_once {self.rows_at_once}; expected 1 or more")
+        self.backbone.check_guidance(self.guidance)
         if self.batched is not None and self.batched.network is not self.network:
             raise ValueError(
                 "the batched adapters are of another network; give BatchedAdapters(network, names), or None"
@@ -78,6 +79,11 @@ class Denoiser:
     @property
     def network(self) -> Any:
         return self.backbone.network
+
+    def guidance_inputs(self, like: Latents) -> dict[str, Tensor]:
+        """The network's inputs, a row a latent, that say how it is guided."""
+        found = self.backbone.guidance_inputs(self.guidance, len(like))
+        return {name: value.to(like.device) for name, value in found.items()}
 
     def predictions(
         self, x_t: Latents, t: Time, conditioning: Conditioning, networks: Sequence[Network], rows: SomeRows = None
@@ -138,6 +144,7 @@ class Denoiser:
         times = self.path.network_time(t).to(x_t.device).expand(len(x_t))
         times = torch.cat([times[some] for some in rows])
         inputs = stack([conditioning[some].inputs(branch.kind) for some, branch in zip(rows, branches, strict=True)])
+        inputs |= self.guidance_inputs(x)
         most = self.rows_at_once or len(x)
         outputs = []
         for piece in (slice(first, first + most) for first in range(0, len(x), most)):

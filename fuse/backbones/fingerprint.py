@@ -44,6 +44,7 @@ def describe_base(
     of the weight files, if they are of one.
     """
     variant = variant or _loaded_variant(backbone, name_or_path, revision)
+    length = backbone.pipeline.config.get("max_sequence_length")
     folder = cached_folder(name_or_path, revision)
     cached = folder is not None and folder != Path(name_or_path)  # by the hub, in a folder named by the commit
     return {
@@ -52,6 +53,7 @@ def describe_base(
         "weights_sha256": weights_hash(backbone.network) if hashed else None,
         "noise_path": backbone.path().describe(),
         **({"variant": variant} if variant else {}),
+        **({"max_sequence_length": length} if length else {}),
     } | base_fingerprint(backbone.network)
 
 

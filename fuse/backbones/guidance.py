@@ -10,7 +10,7 @@ from torch import Tensor
 from stepfuse.data.names import nearest
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 
-GUIDANCE = ("shared", "full", "off")
+GUIDANCE = ("shared", "full", "off", "embedded")
 Latents = Float[Tensor, "_ channels height width"]
 SomeRows = Sequence[Rows | None] | None  # of a batch, for each network; by default all
 Combine = Callable[[Latents, Latents, float], Latents]  # e_u, e_c and g
@@ -32,7 +32,8 @@ class Guidance:
     With g = 1 the prediction is e_c, and e_u is not computed.
 
     Attributes:
-        source: where e_u comes from. `shared`: the base; `full`: the network itself; `off`: the prediction is e_c.
+        source: where e_u comes from. `shared`: the base; `full`: the network itself; `off`: the prediction is e_c;
+            `embedded`: it is e_c of a network that takes g as an input (guidance distillation, arXiv:2210.03142).
         scale: g.
 
     Raises:
@@ -52,8 +53,18 @@ class Guidance:
 
     @property
     def effective_scale(self) -> float:
-        """g, and 1 without guidance: then e = e_c."""
+        """g, and 1 without guidance."""
         return 1.0 if self.source == "off" else self.scale
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether e differs from e_c, so that e_u is needed."""
+        return self.source in ("shared", "full") and self.scale != 1
+
+    @property
+    def embedded_scale(self) -> float:
+        """g as an input of the network: 1 where guidance is not left to it."""
+        return self.scale if self.source == "embedded" else 1.0
 
     @property
     def shares(self) -> bool:
@@ -67,7 +78,7 @@ class Guidance:
         """
         wanted = [None] * len(networks) if rows is None else rows
         positive = [Branch(network, "+", some) for network, some in zip(networks, wanted, strict=True)]
-        if self.effective_scale == 1:
+        if not self.subtracts:
             return positive
         if self.shares:
             return [Branch(BASE, "-"), *positive]

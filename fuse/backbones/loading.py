@@ -26,6 +26,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
     variant: str | None = None,
+    max_sequence_length: int | None = None,
     safe: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
@@ -39,6 +40,8 @@ def load_pipeline(
         dtype: of every component.
         revision: a branch, tag or commit on the hub.
         variant: of the weight files, `fp16` for instance. Where there are files of one variant only, it is found.
+        max_sequence_length: tokens of a prompt, for families that pad prompts and attend to the padding; by default
+            what the base's model_index.json states, or else the default of its pipeline.
         safe: take weights in safetensors only, as is right for bases that are named by other people's sets.
         options: passed on to `DiffusionPipeline.from_pretrained`.
 
@@ -68,6 +71,8 @@ def load_pipeline(
                 logger.warning("%r has weights under variant %s only, which is loaded", name_or_path, found)
                 pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
         check_complete(pipeline, path, revision, options)
+        if length := max_sequence_length or index.get("max_sequence_length"):
+            pipeline.register_to_config(max_sequence_length=length)
         backbone = family(pipeline)
         backbone.check()
         backbone.check_can_encode()
@@ -102,9 +107,8 @@ def _other_variant(
 
 def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Load the base that an adapter or a set names, at its recorded revision and variant, from safetensors only."""
-    return load_pipeline(
-        base["name_or_path"], dtype=dtype, revision=base.get("revision"), variant=base.get("variant"), safe=True
-    )
+    recorded = {name: base.get(name) for name in ("revision", "variant", "max_sequence_length")}
+    return load_pipeline(base["name_or_path"], dtype=dtype, safe=True, **recorded)
 
 
 def layer_names(base: Mapping[str, Any]) -> LayerNames:

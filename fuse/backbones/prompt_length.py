@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from diffusers import DiffusionPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from stepfuse.data.library_messages import TRUNCATION, without_messages
+from stepfuse.fuse.backbones.base import Backbone
 
 SHOWN = 200  # characters of a text in a message
 logger = logging.getLogger(__name__)
@@ -29,17 +30,16 @@ class CutPrompt:
         )
 
 
-def cut_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> list[CutPrompt]:
+def cut_prompts(backbone: Backbone, prompts: Iterable[str]) -> list[CutPrompt]:
     """The prompts of which some end is dropped, once a tokenizer, in order and without repetitions."""
-    texts = list(dict.fromkeys(prompts))
+    texts, pipeline = list(dict.fromkeys(prompts)), backbone.pipeline
     found = []
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = getattr(pipeline, name, None)
-        if tokenizer is None or not texts:
-            continue
-        limit = tokenizer.model_max_length
+    for name, limit in backbone.token_limits().items() if texts else ():
+        tokenizer = getattr(pipeline, name)
         with without_messages(*TRUNCATION):
-            converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]  # textual inversions
+            converted = texts
+            if isinstance(pipeline, TextualInversionLoaderMixin):
+                converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
             rows = tokenizer(converted).input_ids
         for text, row in zip(texts, rows, strict=True):
             if len(row) > limit:
@@ -48,10 +48,10 @@ def cut_prompts(pipeline: DiffusionPipeline, prompts: Iterable[str]) -> list[Cut
     return found
 
 
-def warn_of_cuts(pipeline: DiffusionPipeline, prompts: Sequence[str | None], *, counted: bool = False) -> None:
+def warn_of_cuts(backbone: Backbone, prompts: Sequence[str | None], *, counted: bool = False) -> None:
     """Log what is cut of prompts, a line for each, or if counted in one line how many are and the first of them."""
     texts = {prompt for prompt in prompts if prompt}
-    cut = cut_prompts(pipeline, [prompt for prompt in prompts if prompt])
+    cut = cut_prompts(backbone, [prompt for prompt in prompts if prompt])
     if counted and cut:
         lost = len({each.prompt for each in cut})
         logger.warning("%d of %d prompts are longer than the text encoder takes; %s", lost, len(texts), cut[0])

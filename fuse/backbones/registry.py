@@ -7,11 +7,13 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.sd3 import StableDiffusion3
 from stepfuse.fuse.backbones.unet import StableDiffusion, StableDiffusionXL
 
 BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
 }
 
 
@@ -32,7 +34,7 @@ def _family(names: Sequence[str]) -> type[Backbone]:
         if name in BACKBONES:
             return BACKBONES[name]
     raise ValueError(
-        f"{names[0]} is of no model family that stepfuse knows; expected {' or '.join(BACKBONES)}"
+        f"{names[0]} is of no model family that stepfuse knows; expected one of {', '.join(BACKBONES)}"
         f"{nearest(names[0], BACKBONES)}"
     )
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from stepfuse.data.library_messages import TRUNCATION, retrieve_latents, without_messages
+from stepfuse.data.library_messages import TRUNCATION, without_messages
+from stepfuse.fuse.backbones import autoencoder
 from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
 from stepfuse.fuse.backbones.guidance import Latents
@@ -29,6 +29,7 @@ class StableDiffusion(Backbone):
 
     part = "unet"
     blocks = ("BasicTransformerBlock",)
+    targets = ("to_q", "to_k", "to_v", "to_out.0")
     added = Expected((None, "text"), "this pipeline gives its network nothing beside the prompt")
     not_applied: ClassVar[Sequence[str]] = STATISTICS
     encoders: ClassVar[Mapping[str, Sequence[bool]]] = {"": (False,)}
@@ -36,7 +37,8 @@ class StableDiffusion(Backbone):
     @classmethod
     def load_options(cls, index: Mapping[str, Any]) -> dict[str, Any]:
         """The safety checker is not loaded: rewards see every image as it was drawn."""
-        return {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+        without = {"safety_checker": None, "requires_safety_checker": False}
+        return super().load_options(index) | (without if "safety_checker" in index else {})
 
     @classmethod
     def names(cls, config: Mapping[str, Any]) -> UNetNames:
@@ -123,40 +125,10 @@ class StableDiffusion(Backbone):
         return output.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
     def decode_unclamped(self, latents: Latents) -> Pixels:
-        """See `Backbone.decode_unclamped`.
-
-        z = latents / scaling_factor; where the autoencoder has `latents_mean` and `latents_std`, as some of SDXL,
-        z = latents · latents_std / scaling_factor + latents_mean.
-        """
-        vae = self._autoencoder()
-        mean, deviation = self._latent_statistics(latents)
-        z = latents * deviation / vae.config.scaling_factor + mean
-        return vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+        return autoencoder.decode(self.pipeline.vae, latents)
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
-        vae = self._autoencoder()
-        encoded = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)))
-        z = retrieve_latents(encoded, generator=generators).float()
-        mean, deviation = self._latent_statistics(z)
-        return (z - mean) * vae.config.scaling_factor / deviation
-
-    def _autoencoder(self) -> Any:
-        """The autoencoder, in float32 where half precision would overflow, as in SDXL's."""
-        vae = self.pipeline.vae
-        if vae.config.get("force_upcast", False) and vae.dtype == torch.float16:
-            vae.to(torch.float32)
-        return vae
-
-    def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the autoencoder's latents by channel; 0 and 1 where it states none, as most do."""
-        config = self.pipeline.vae.config
-        values = [config.get("latents_mean"), config.get("latents_std")]
-        if any(value is None for value in values):
-            return like.new_zeros(()), like.new_ones(())
-        mean, deviation = (
-            torch.tensor(value, device=like.device, dtype=like.dtype).view(1, -1, 1, 1) for value in values
-        )
-        return mean, deviation
+        return autoencoder.encode(self.pipeline.vae, pixels, generators)
 
 
 class StableDiffusionXL(StableDiffusion):

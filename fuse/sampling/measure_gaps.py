@@ -51,7 +51,7 @@ def measure_gaps(
         )
     check_mergeable(lora_layers(sampler.denoiser.network), sampler.names)
     sampler = sampler.with_rule("product")
-    warn_of_cuts(sampler.pipeline, prompts, counted=True)
+    warn_of_cuts(sampler.backbone, prompts, counted=True)
     count = len(sampler.plan(mixtures[0], 1, num_inference_steps=num_inference_steps).steps)
     gaps = torch.full((len(mixtures), count, len(prompts)), torch.nan, dtype=torch.float64)
     batches = -(-len(prompts) // batch_size)

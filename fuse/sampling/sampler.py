@@ -202,7 +202,7 @@ class FusedSampler(FusedPolicies):
         if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
             raise ValueError(f"latents of shape {tuple(latents.shape)}; expected {(len(prompts), *shape)}")
         if report_cuts and conditioning is None:
-            warn_of_cuts(self.pipeline, [*prompts, *negatives])
+            warn_of_cuts(self.backbone, [*prompts, *negatives])
         device = self.backbone.device
         outputs = []
         together = max(1, batch_size // latents_per_image)

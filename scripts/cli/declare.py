@@ -15,7 +15,7 @@ SET = (
 )
 SET_FOLDER = "Folder of the adapter set."
 DTYPES = ("float32", "float16", "bfloat16")
-GUIDANCE = ("shared", "full", "off")  # of fuse/backbones/guidance.py, which imports torch
+GUIDANCE = ("shared", "full", "off", "embedded")  # of fuse/backbones/guidance.py, which imports torch
 GUIDANCE_TEXT = (
     "Which model makes the unconditional prediction of classifier-free guidance. shared: the base, once for all "
     "adapters; full: each adapter its own, which doubles the cost; off: no guidance (default: that of the set)."

@@ -70,9 +70,7 @@ def train_clip(pictures: dict[str, Image.Image], folder: Path, steps: int, seed:
     fit("clip", clip, loss, folder=folder, steps=steps, seed=seed + 1)
 
 
-def latent_bank(
-    pictures: dict[str, Image.Image], vae: AutoencoderTiny, file: Path, seed: int
-) -> tuple[Tensor, Tensor]:
+def latent_bank(pictures: dict[str, Image.Image], vae: AutoencoderTiny, file: Path, seed: int) -> tuple[Tensor, Tensor]:
     """Latents and caption indices of `RENDERS_PER_PROMPT` renders of every training prompt, kept in a file."""
     if not file.exists():
         generator = torch.Generator().manual_seed(seed)

@@ -31,8 +31,9 @@ def counted_rows(*networks: nn.Module) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter(rows=0, with_gradient=0)
 
     def count(_: nn.Module, arguments: tuple, output: Any) -> None:
-        counts["rows"] += len(arguments[0])
-        counts["with_gradient"] += len(output[0]) if output[0].requires_grad else 0
+        rows = output[0]  # a tensor, or of some networks a list of tensors
+        counts["rows"] += len(rows)
+        counts["with_gradient"] += len(rows) if rows[0].requires_grad else 0
 
     with ExitStack() as hooks:
         for network in networks:

@@ -72,7 +72,7 @@ class Evaluation:
                 fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps)
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
-        warn_of_cuts(sampler.pipeline, prompts, counted=True)
+        warn_of_cuts(sampler.backbone, prompts, counted=True)
         clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in EMBEDDED else None)
         return cls(
             config=config,
