@@ -9,6 +9,7 @@ import torch
 
 from stepfuse.data.file_info import text_hash
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.loading import stored_at
 from stepfuse.fuse.backbones.weight_files import cached_folder, component_variants, file_names, only_variant
 from stepfuse.fuse.diffusion.noise_path import NoisePath
@@ -44,7 +45,7 @@ def describe_base(
     of the weight files, if they are of one.
     """
     variant = variant or _loaded_variant(backbone, name_or_path, revision)
-    length = backbone.pipeline.config.get("max_sequence_length")
+    length = backbone.pipeline.config.get(LENGTH)
     folder = cached_folder(name_or_path, revision)
     cached = folder is not None and folder != Path(name_or_path)  # by the hub, in a folder named by the commit
     return {

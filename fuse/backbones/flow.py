@@ -16,6 +16,8 @@ from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
+LENGTH = "_max_sequence_length"  # in the pipeline's configuration, where names without _ are those of components
+
 
 class FlowTransformer(Backbone):
     """A transformer on flow matching (rectified flow, arXiv:2209.03003): x_t = (1 - t) x_0 + t e.
@@ -41,7 +43,7 @@ class FlowTransformer(Backbone):
     @property
     def max_sequence_length(self) -> int:
         """Tokens of a prompt, with padding that the network attends to: as the base records it, or the default."""
-        return self.pipeline.config.get("max_sequence_length") or self.default_length
+        return self.pipeline.config.get(LENGTH) or self.default_length
 
     @property
     @abstractmethod

@@ -10,6 +10,7 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
 from stepfuse.data.library_messages import LIBRARIES, quiet_loading
+from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
@@ -72,7 +73,7 @@ def load_pipeline(
                 pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
         check_complete(pipeline, path, revision, options)
         if length := max_sequence_length or index.get("max_sequence_length"):
-            pipeline.register_to_config(max_sequence_length=length)
+            pipeline.register_to_config(**{LENGTH: length})
         backbone = family(pipeline)
         backbone.check()
         backbone.check_can_encode()

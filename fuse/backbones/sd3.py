@@ -57,7 +57,7 @@ class StableDiffusion3(FlowTransformer):
         return super().token_limits()
 
     def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.use_dynamic_shifting:
+        if not path.scheduler.config.get("use_dynamic_shifting"):
             return path
         patch = self.network.config.patch_size
         return replace(path, mu=linear_mu(path, (shape[1] // patch) * (shape[2] // patch)))
