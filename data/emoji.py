@@ -11,6 +11,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "emoji-base"
 PIPELINE = FOLDER / "pipeline"
+FLOW = Path(__file__).parent / "emoji-flow"
 CLIP = FOLDER / "clip"
 ADAPTER_SET = Path(__file__).parent / "emoji-set"
 RESOLUTION = 64

@@ -10,7 +10,6 @@ the same command resumes.
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from stepfuse.data import emoji
 from stepfuse.data.text_files import write_text
-from stepfuse.scripts.emoji.fit import STAGES, load_average
+from stepfuse.scripts.emoji.fit import STAGES, load_average, training_facts
 from stepfuse.scripts.emoji.images import read_package
 from stepfuse.scripts.emoji.models import build_tokenizer, new_clip, new_denoiser, new_scheduler
 from stepfuse.scripts.emoji.stages import load_vae, train_clip, train_unet, train_vae
@@ -30,8 +29,8 @@ def main() -> None:
     parser.add_argument("--package", type=Path, required=True, help="the npm package, as .tgz")
     parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    for name, stage in STAGES.items():
-        parser.add_argument(f"--{name}_steps", type=int, default=stage.steps)
+    for name in ("vae", "clip", "unet"):
+        parser.add_argument(f"--{name}_steps", type=int, default=STAGES[name].steps)
     parser.add_argument("--stages", default="vae,clip,unet,export")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -64,12 +63,7 @@ def export(folder: Path, package: str, seed: int) -> None:
     prefix_text_encoder(emoji.PIPELINE / "text_encoder" / "model.safetensors")
     load_average("clip", new_clip(tokenizer), folder).half().save_pretrained(emoji.CLIP)
     tokenizer.save_pretrained(emoji.CLIP)
-    stages = {}
-    for name, stage in STAGES.items():
-        saved = torch.load(folder / f"{name}.pt", weights_only=True)
-        parameters = sum(value.numel() for value in saved["average"].values())
-        stages[name] = asdict(stage) | {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
-    facts = {"package": package, "seed": seed, "torch": torch.__version__, "stages": stages}
+    facts = training_facts(folder, ("vae", "clip", "unet"), package, seed)
     write_text(folder / "training.json", json.dumps(facts, indent=2) + "\n")
 
 

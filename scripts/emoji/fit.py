@@ -1,10 +1,10 @@
 """The training loop of all stages of the embedded emoji base."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ def load_average(name: str, model: M, folder: Path) -> M:
     """Give a model the averaged weights of its stage, and freeze it."""
     model.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True)["average"])
     return model.eval().requires_grad_(False)
+
+
+def training_facts(folder: Path, stages: Sequence[str], package: str, seed: int) -> dict[str, Any]:
+    """What a model card says of the stages' training, by their checkpoints."""
+    facts = {}
+    for name in stages:
+        saved = torch.load(folder / f"{name}.pt", weights_only=True)
+        parameters = sum(value.numel() for value in saved["average"].values())
+        ran = {"steps": saved["step"], "seconds": saved["seconds"], "parameters": parameters}
+        facts[name] = asdict(STAGES[name]) | ran
+    return {"package": package, "seed": seed, "torch": torch.__version__, "stages": facts}
 
 
 def autocast() -> torch.autocast:

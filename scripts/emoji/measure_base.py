@@ -1,55 +1,79 @@
-"""Measure the embedded emoji base, and write its model cards and a grid of samples.
+"""Measure an embedded base, write its model card, and a grid of samples.
 
-    python -m stepfuse.scripts.emoji.measure_base --package emoji-datasource-google-16.0.0.tgz \
-        --training outputs/emoji-base/training.json
+    python -m stepfuse.scripts.emoji.measure_base emoji-flow --package emoji-datasource-google-16.0.0.tgz \
+        --training outputs/emoji-flow/training.json
 
-Over 256 pairs of held-out prompts and seeds: how often the embedded CLIP ranks the true caption first among 32 held-out
-captions, for sampled images and for real ones.
+Over 256 pairs of held-out prompts and seeds, for sampled images and for real ones: how often the embedded CLIP ranks
+the true caption first among 32 held-out captions; the sharpness, as the energy of differences of neighbouring pixels;
+and the CLIP distance, 1 - cos, to another real image of the same caption.
 """
 
 import argparse
 import json
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data import emoji
 from stepfuse.data.grid import captioned_grid
-from stepfuse.data.images import to_image
+from stepfuse.data.images import to_image, to_pixels
 from stepfuse.data.text_files import read_text, write_text
+from stepfuse.fuse.backbones.denoiser import Denoiser
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
+from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
-from stepfuse.scripts.emoji.images import draw_batch, read_package
-from stepfuse.train.rollout import sample_generator
+from stepfuse.scripts.emoji.images import draw_batch, read_package, render
+from stepfuse.train.rollout import Sampling, rollout, sample_generator
 
 GUIDANCE_SCALE = 4.0
 STEPS = 20
 PAIRS = 256
 CHOICES = 32
+FOLDERS = {
+    "emoji": {
+        emoji.PIPELINE: ("diffusers", "text-to-image", "base"),
+        emoji.CLIP: ("transformers", "zero-shot-image-classification", "CLIP"),
+    },
+    "emoji-flow": {emoji.FLOW: ("diffusers", "text-to-image", "flow base")},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base", nargs="?", default="emoji", choices=FOLDERS)
     parser.add_argument("--package", type=Path, required=True, help="the npm package, for the real images")
     parser.add_argument("--training", type=Path, help="training.json of the build; with it, model cards are written")
     parser.add_argument("--note", default="", help="a sentence for the cards, on how the run differed from the script")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
+    parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--picture", type=Path, help="write a grid of sampled images here")
     arguments = parser.parse_args()
-    clip, captions = clip_score(), emoji.captions(held_out=True)
+    clip, captions, pictures = clip_score(), emoji.captions(held_out=True), read_package(arguments.package)
     generator = torch.Generator().manual_seed(arguments.seed)
     prompts = [captions[i] for i in torch.randint(len(captions), (PAIRS,), generator=generator).tolist()]
-    sampled = sample_base(prompts, arguments.guidance_scale, arguments.seed)
-    names, real = draw_batch(read_package(arguments.package), PAIRS, generator, held_out=True)
+    settings = dict(guidance_scale=arguments.guidance_scale, eta=arguments.eta, steps=arguments.steps)
+    begun = time.monotonic()
+    sampled = sample_base(arguments.base, prompts, arguments.seed, **settings)
+    seconds = time.monotonic() - begun
+    names, real = draw_batch(pictures, PAIRS, generator, held_out=True)
+    first, second = (render_captions(pictures, prompts, generator) for _ in range(2))
     figures = {
         "sampled": rank_first(clip, sampled, prompts, generator),
         "real": rank_first(clip, (real + 1) / 2, names, generator),
-        "guidance_scale": arguments.guidance_scale,
-        "steps": STEPS,
+        "gradient_energy": {"sampled": gradient_energy(sampled), "real": gradient_energy(first)},
+        "clip_distance": {"sampled": clip_distance(clip, sampled, first), "real": clip_distance(clip, second, first)},
+        "seconds": seconds,
+        **settings,
         "pairs": PAIRS,
         "choices": CHOICES,
         "seed": arguments.seed,
@@ -59,19 +83,46 @@ def main() -> None:
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
         captioned_grid([to_image(pixels) for pixels in sampled[:48]], prompts[:48], columns=8).save(arguments.picture)
     if arguments.training:
-        write_cards(json.loads(read_text(arguments.training)), figures, arguments.note)
+        write_cards(arguments.base, json.loads(read_text(arguments.training)), figures, arguments.note)
 
 
-def sample_base(prompts: list[str], guidance_scale: float, seed: int) -> Tensor:
-    """Pixels of one image per prompt, by diffusers' DDIM with eta 1."""
-    pipeline, images = load_pipeline("emoji"), []
-    pipeline.set_progress_bar_config(disable=True)
+def sample_base(base: str, prompts: list[str], seed: int, *, guidance_scale: float, eta: float, steps: int) -> Tensor:
+    """Pixels of one image per prompt."""
+    backbone, images = backbone_of(load_pipeline(base)), []
+    shape = backbone.shape()
+    path = backbone.path(shape)
+    sampling = Sampling(
+        denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(scale=guidance_scale)),
+        adapter=None,
+        schedule=EtaSchedule(eta=eta),
+        steps=path.steps(steps),
+        shape=shape,
+    )
     for start in tqdm(range(0, len(prompts), 64), desc="sample"):
         batch = prompts[start : start + 64]
         generators = [sample_generator(seed, "measure", start + i) for i in range(len(batch))]
-        options = dict(guidance_scale=guidance_scale, num_inference_steps=STEPS, eta=1.0, output_type="pt")
-        images.append(pipeline(batch, generator=generators, **options).images)
+        latents = rollout(sampling, backbone.encode(batch), generators, reference=False).latents
+        with torch.no_grad():
+            images.append(backbone.decode(latents))
     return torch.cat(images)
+
+
+def render_captions(pictures: Mapping[str, Image.Image], captions: Sequence[str], generator: torch.Generator) -> Tensor:
+    """Pixels of a real image of each caption."""
+    known = {prompt.caption: prompt for prompt in emoji.prompts()}
+    chosen = [known[caption] for caption in captions]
+    return torch.stack([to_pixels(render(pictures[p.concept], p.background, generator)) for p in chosen])
+
+
+def gradient_energy(images: Tensor) -> float:
+    """Σ_d E[(x_{i+1} - x_i)²] over the directions d, of pixels in [0, 1]: soft images have less than sharp ones."""
+    return sum(torch.diff(images, dim=d).square().mean().item() for d in (2, 3))
+
+
+@torch.no_grad()
+def clip_distance(clip: CLIPReward, images: Tensor, others: Tensor) -> float:
+    """E[1 - cos] of the embeddings of pairs of images."""
+    return 1 - (clip.embed_images(images) * clip.embed_images(others)).sum(1).mean().item()
 
 
 @torch.no_grad()
@@ -87,12 +138,14 @@ def rank_first(clip: CLIPReward, images: Tensor, prompts: list[str], generator: 
     return hits / len(prompts)
 
 
-def write_cards(training: dict, figures: dict, note: str) -> None:
+def write_cards(base: str, training: dict, figures: dict, note: str) -> None:
     stages = "\n".join(
         f"| {name} | {stage['parameters'] / 1e6:.2f} M | {stage['steps']} | {stage['batch_size']} | "
         f"{stage['learning_rate']:g} | {stage['seconds'] / 60:.0f} min |"
         for name, stage in training["stages"].items()
     )
+    energy, distance = figures["gradient_energy"], figures["clip_distance"]
+    build = "build_base" if base == "emoji" else "build_flow_base"
     body = f"""
 Trained from scratch on {len(emoji.concepts())} Noto emoji (artwork Apache-2.0, from the npm package
 `{training["package"]}`) on twelve background colours, captioned "a red apple on a blue background"; two
@@ -104,21 +157,21 @@ colours a concept are held out. Seed {training["seed"]}, two CPU cores, torch {t
 
 {note}
 
-Measured over {figures["pairs"]} held-out prompt and seed pairs, {figures["steps"]} DDIM steps with eta 1 and guidance
-{figures["guidance_scale"]:g}: the CLIP ranks the true caption first among {figures["choices"]} for
-{100 * figures["sampled"]:.1f} % of sampled images and {100 * figures["real"]:.1f} % of real ones.
+Measured over {figures["pairs"]} held-out prompt and seed pairs, {figures["steps"]} steps with eta {figures["eta"]:g}
+and guidance {figures["guidance_scale"]:g}: the CLIP ranks the true caption first among {figures["choices"]} for
+{100 * figures["sampled"]:.1f} % of sampled images and {100 * figures["real"]:.1f} % of real ones. The energy of
+differences of neighbouring pixels is {100 * energy["sampled"] / energy["real"]:.0f} % of that of real images; the CLIP
+distance to a real image of the same caption is {distance["sampled"]:.3f}, that of another real one
+{distance["real"]:.3f}.
 
-Rebuilt by `python -m stepfuse.scripts.emoji.build_base` and measured by
-`python -m stepfuse.scripts.emoji.measure_base` in a checkout of the repository; see their `--help`.
+Rebuilt by `python -m stepfuse.scripts.emoji.{build}` and measured by
+`python -m stepfuse.scripts.emoji.measure_base {base}` in a checkout of the repository; see their `--help`.
 
 Limits: 64 pixels, {len(emoji.concepts())} concepts, twelve grounds. It is made to be small and quick, for tests,
 demos and benchmarks; it draws nothing else.
 """
     head = "---\nlicense: apache-2.0\nlibrary_name: {}\npipeline_tag: {}\n---\n\n# The stepfuse emoji {}\n"
-    for folder, facts in (
-        (emoji.PIPELINE, ("diffusers", "text-to-image", "base")),
-        (emoji.CLIP, ("transformers", "zero-shot-image-classification", "CLIP")),
-    ):
+    for folder, facts in FOLDERS[base].items():
         write_text(folder / "README.md", head.format(*facts) + body)
 
 
