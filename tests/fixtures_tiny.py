@@ -176,7 +176,7 @@ def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha:
 
 def read_lora(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a LoRA file under peft's names."""
-    with open_lora(file, ["unet"]) as lora:
+    with open_lora(file, ["unet", "transformer"]) as lora:
         return {f"{lora.part}.{key}": value for key, value in peft_state(lora.factors()).items()}
 
 

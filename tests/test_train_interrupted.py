@@ -14,6 +14,7 @@ import yaml
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage, list_checkpoints
+from tests.fixtures_families import save_family
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 KILLS = 20
@@ -61,6 +62,7 @@ def desk(tmp_path_factory):
     save_tiny_pipeline(folder / "pipeline")
     (folder / "prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
     (folder / "slope.py").write_text(SLOPE)
+    save_family("sd3", folder / "flow-pipeline")
     (folder / "ddpo.yaml").write_text(yaml.safe_dump(SETTINGS))
     return folder
 
@@ -154,6 +156,24 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
     same(output, straight)
     assert [p.name for p in list_checkpoints(output)] == [f"checkpoint-{step}" for step in (STEPS - 2, STEPS)]
     assert not [p for p in output.iterdir() if p.name in (TEMPORARY, "checkpoint.old", ".lock")]
+
+
+def test_a_run_on_a_flow_transformer_killed_in_an_update_ends_with_the_same_bits(desk, launched):
+    flags = dict(pretrained_model_name_or_path="flow-pipeline", max_train_steps=8)
+    straight = Training(launched, "flow-straight", **flags)
+    assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
+    output, called = desk / "flow-killed", desk / "called"
+    called.unlink(missing_ok=True)
+    training = Training(launched, output.name, **flags)
+    for _ in range(5):  # as above; then the second rollout was scored
+        wait_for(called.exists)
+        called.unlink()
+    training.kill()
+    assert training.ended() == -signal.SIGKILL
+    assert list_checkpoints(output)
+    assert not (output / "objective.json").exists()
+    assert Training(launched, output.name, **flags).ended() == 0, (desk / "child.log").read_text()[-4000:]
+    same(output, desk / "flow-straight")
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest", "a bit"])

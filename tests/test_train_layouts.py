@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train.checkpoints import read_state
+from tests.fixtures_families import save_family
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
@@ -56,7 +57,13 @@ OWN = {
         "timesteps_per_forward": 2,
         "lr_scheduler": "cosine",
     },
+    "flow": {  # DDPO on Stable Diffusion 3
+        "pretrained_model_name_or_path": "flow-pipeline",
+        "num_generations": 4,
+        "max_train_steps": 6,
+    },
 }
+PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py"}
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
 SLOPE = """
@@ -71,10 +78,11 @@ pytestmark = pytest.mark.slow
 def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     save_tiny_pipeline(folder / "pipeline")
+    save_family("sd3", folder / "flow-pipeline")
     (folder / "prompts.txt").write_text("a red apple\na cat\na boat on a blue background\ntwo keys\na green tree\n")
     (folder / "slope.py").write_text(SLOPE)
-    for algorithm, own in OWN.items():
-        (folder / f"{algorithm}.yaml").write_text(yaml.safe_dump(SETTINGS | own))
+    for name, own in OWN.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(SETTINGS | own))
     # With its defaults ZeRO-3 leaves tensors as small as these whole, and hides what it does to others.
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
     (folder / "zero3.json").write_text(json.dumps({"zero_optimization": zero}))
@@ -85,13 +93,13 @@ def desk(tmp_path_factory):
     return folder
 
 
-def command(algorithm, launcher, output, **flags):
-    own = as_flags({"config": f"{algorithm}.yaml", "output_dir": output} | flags)
-    return launch_command(REPOSITORY / "train" / f"{algorithm}.py", *own, launcher=launcher)
+def command(name, launcher, output, **flags):
+    own = as_flags({"config": f"{name}.yaml", "output_dir": output} | flags)
+    return launch_command(REPOSITORY / "train" / PROGRAMS[name], *own, launcher=launcher)
 
 
-def launch(desk, algorithm, launcher, output, **flags):
-    words = command(algorithm, launcher, output, **flags)
+def launch(desk, name, launcher, output, **flags):
+    words = command(name, launcher, output, **flags)
     done = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return desk / output
@@ -121,14 +129,14 @@ def assert_same_run(found, expected):
     """Loss, KL and reward at every step, and the adapter."""
     for tag, near in (("loss", 1e-4), ("kl", 1e-4), ("reward", 1e-4), ("diversity", 1e-4), ("gradient_norm", 1e-3)):
         was, now = curve(expected, tag), curve(found, tag)
-        assert len(was) == len(now) == STEPS
+        assert len(was) == len(now) == read_adapter(expected).record["steps"] > 0
         # A loss of DDPO that starts a rollout is a sum of advantages that is 0, and what is left of it is rounding.
         assert now == pytest.approx(was, rel=near, abs=near), tag
     assert_same(tensors(found), tensors(expected), atol=1e-4)
     was, now = (read_adapter(folder).record["validation"] for folder in (expected, found))
     assert now["after"] == pytest.approx(was["after"], rel=1e-4)
     learned = tensors(expected)
-    assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 1e-2
+    assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 5e-3
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +149,17 @@ def zero2(desk):
     return launch(desk, "ddpo", ZERO2, "ddpo-zero2", train_batch_size=4)
 
 
-@pytest.mark.parametrize("algorithm", OWN)
-def test_two_processes_of_four_are_one_of_eight(desk, one, algorithm):
-    assert_same_run(launch(desk, algorithm, TWO, f"{algorithm}-two", train_batch_size=4), one[algorithm])
+@pytest.mark.parametrize("name", OWN)
+def test_two_processes_of_four_are_one_of_eight(desk, one, name):
+    assert_same_run(launch(desk, name, TWO, f"{name}-two", train_batch_size=4), one[name])
 
 
 def test_zero_2_is_one_process(one, zero2):
     assert_same_run(zero2, one["ddpo"])
+
+
+def test_zero_2_is_one_process_on_a_flow_transformer(desk, one):
+    assert_same_run(launch(desk, "flow", ZERO2, "flow-zero2", train_batch_size=4), one["flow"])
 
 
 def test_zero_2_goes_on_from_a_checkpoint_to_the_same_bits(desk, zero2):
