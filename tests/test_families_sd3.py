@@ -16,6 +16,7 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.mixture import BASE
+from stepfuse.fuse.sampling.pipeline import FusedPipeline
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -173,6 +174,28 @@ def test_embeddings_in_place_of_prompts_are_those_of_the_prompts(base, pipeline)
         backbone.encode(PROMPTS)
     with refused("prompt_embeds", "pooled_prompt_embeds is not"):
         backbone.check_embeds(["prompt_embeds"])
+
+
+def test_the_pipeline_of_a_set_takes_prompts_embeddings_and_callbacks(base, run_training):
+    run_training("dpo", pretrained_model_name_or_path=base, max_train_steps=1, output_dir="mine")
+    create_set("set", ["mine"])
+    pipeline = FusedPipeline.from_pretrained("set")
+    pipeline.set_progress_bar_config(disable=True)
+    given = pipeline.sampler.backbone.encode(PROMPTS)
+    embeds = {
+        f"{'negative_' if kind == 'negative' else ''}{name}": value
+        for kind in ("positive", "negative")
+        for name, value in getattr(given, kind).items()
+    }
+    times = []
+    draw = dict(generator=generators(0, 1), output_type="np")
+    by_embeddings = pipeline(**embeds, **draw, callback_on_step_end=lambda _, index, t, given: times.append(t)).images
+    draw = dict(generator=generators(0, 1), output_type="np")
+    assert (pipeline(PROMPTS, **draw).images == by_embeddings).all()
+    assert by_embeddings.shape == (2, 16, 16, 3)
+    assert times == pytest.approx([1.0, 6 / 7, 0.6])  # linspace(1, 1/3), shifted by 3: 3 t / (1 + 2 t)
+    with refused("prompt_embeds_mask", "pooled_prompt_embeds"):
+        pipeline(PROMPTS, prompt_embeds_mask=torch.ones(2, 3))
 
 
 # Precision

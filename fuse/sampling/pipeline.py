@@ -126,6 +126,7 @@ class FusedPipeline:
         callback_on_step_end: CallbackOnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         batch_size: int | None = None,
+        **more_embeds: Tensor | None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw images.
 
@@ -142,13 +143,14 @@ class FusedPipeline:
                 the noise that it gives in diffusers, and seeds a generator for each of several.
             latents: noise to begin with, (images, channels, h, w), in place of noise drawn with the generators.
             prompt_embeds, negative_prompt_embeds: embeddings, a row a prompt, in place of prompts.
-            pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL needs beside them.
+            pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL and others need too.
             output_type: `pil`; `np`, (b, h, w, 3) in [0, 1]; `pt`, (b, 3, h, w) in [0, 1]; or `latent`.
             return_dict: an object with `.images`, or a tuple of it.
             callback_on_step_end: called as `callback(pipeline, step, t, {"latents": x_s})` after each step; it may
                 return other latents, and stop the run by setting `pipeline._interrupt`.
             callback_on_step_end_tensor_inputs: `latents` is all there is.
             batch_size: how many images are denoised together; by default all.
+            more_embeds: others that the model family takes (`Backbone.embeds`), such as `prompt_embeds_mask`.
 
         Raises:
             ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
@@ -160,6 +162,7 @@ class FusedPipeline:
             "negative_prompt_embeds": negative_prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            **more_embeds,
         }
         embeds: dict[str, Any] = {k: value.to(backbone.device) for k, value in named.items() if value is not None}
         check_texts(backbone, {"prompt": prompt, "negative_prompt": negative_prompt}, embeds)
