@@ -12,12 +12,17 @@ from stepfuse.data.text_files import file_name, find_file, first_line, short_rep
 FORMATS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
-def open_data_set(source: str, split: str, *, streaming: bool) -> Any:
+def open_data_set(
+    source: str, split: str, *, streaming: bool, file: str | None = None, revision: str | None = None
+) -> Any:
     """The rows of a data set, as `datasets.load_dataset` returns them, or ValueError for one that cannot be read.
 
     Args:
         source: a hub data set, a parquet, CSV, JSON or JSON Lines file, or a folder of such files or of images.
-        split: of a hub data set or a folder.
+        split: of a hub data set or a folder; that of one file is `train`.
+        streaming: whether rows are read as they are needed.
+        file: one file of a hub data set, whose other files have other columns.
+        revision: commit of a hub data set; by default the newest.
     """
     from datasets import load_dataset
 
@@ -29,7 +34,7 @@ def open_data_set(source: str, split: str, *, streaming: bool) -> Any:
     try:
         if kind and not Path(source).is_dir():
             return load_dataset(kind, data_files=source, split="train", streaming=streaming)
-        return load_dataset(source, split=split, streaming=streaming)
+        return load_dataset(source, split=split, streaming=streaming, data_files=file, revision=revision)
     except Exception as error:  # of files that are no data set, its readers raise errors of many kinds
         raise ValueError(f"cannot load data set {file_name(source)!r}: {reason(error)}") from error
 

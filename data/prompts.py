@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from stepfuse.data import colours, emoji
+from stepfuse.data import colours, emoji, quoted_words
 from stepfuse.data.data_set import open_data_set, read_caption, reason
 from stepfuse.data.names import nearest
 from stepfuse.data.text_files import file_name, note, read_lines
@@ -72,9 +72,18 @@ def _exists(source: str) -> bool:
     return source in PROMPT_SETS or Path(source).is_file()
 
 
-def _from_dataset(name: str, split: str, column: str, *, streaming: bool = False, seed: int = 0) -> list[str]:
+def _from_dataset(
+    name: str,
+    split: str,
+    column: str,
+    *,
+    streaming: bool = False,
+    seed: int = 0,
+    file: str | None = None,
+    revision: str | None = None,
+) -> list[str]:
     data_set = f"data set {file_name(name)!r}"
-    rows = open_data_set(name, split, streaming=streaming)
+    rows = open_data_set(name, split, streaming=streaming, file=file, revision=revision)
     if column not in rows.column_names:
         names = rows.column_names
         raise ValueError(f"{data_set} has no column {column!r}; it has {', '.join(names)}{nearest(column, names)}")
@@ -101,6 +110,9 @@ PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
     "colours": partial(colours.colour_prompts, held_out=False),
     "colours-heldout": partial(colours.colour_prompts, held_out=True),
     "dpok": partial(list, colours.DPOK_PROMPTS),
+    # Prompts with the text that the image shall show in double quotes.
+    "quoted-words": partial(quoted_words.quoted_word_prompts, held_out=False),
+    "quoted-words-heldout": partial(quoted_words.quoted_word_prompts, held_out=True),
     # 1,632 prompts, Apache-2.0.
     "partiprompts": partial(_from_dataset, "nateraw/parti-prompts", "train", "Prompt"),
     # The 58,960 unique prompts of Pick-a-Pic v2, without images (4 MB); used by Diffusion-DPO (arXiv:2311.12908).
@@ -108,5 +120,15 @@ PROMPT_SETS: dict[str, Callable[[], list[str]]] = {
     # Its 500 unique test prompts. Streaming downloads this split only: 150 kB instead of 290 MB.
     "pick-a-pic-heldout": partial(
         _from_dataset, "yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", streaming=True
+    ),
+    # The 600 short English prompts of UniGenBench++ (arXiv:2510.18701); CC BY 4.0, on the hub MIT. Files of other
+    # languages have other columns.
+    "unigenbench": partial(
+        _from_dataset,
+        "CodeGoat24/UniGenBench",
+        "train",
+        "prompt_en",
+        file="eval/test_en.csv",
+        revision="6ecbfa3820b38a15716e752b8cf6c219db6366a2",
     ),
 }

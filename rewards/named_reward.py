@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class NamedReward:
         weights: Size of its networks in memory, in bytes of float32.
         files: Files that are downloaded at first use.
         needs: What the argument after the colon must give, if it is required.
+        package, extra: Module that it imports, and the extra of stepfuse that installs it, if the core does not.
     """
 
     function: Reward | None = None
@@ -40,9 +42,13 @@ class NamedReward:
     weights: int = 0
     files: tuple[Published, ...] = ()
     needs: str = ""
+    package: str = ""
+    extra: str = ""
 
     def state(self) -> str:
-        """Return "ready", what the argument must give, or what happens at first use."""
+        """Return "ready", what the argument must give, what to install, or what happens at first use."""
+        if self.package and find_spec(self.package) is None:
+            return f"needs pip install 'stepfuse[{self.extra}]'"
         cached = [try_to_load_from_cache(file.repo, file.name, revision=file.revision) for file in self.files]
         missing = [file for file, path in zip(self.files, cached, strict=True) if not isinstance(path, str)]
         if missing:

@@ -16,6 +16,14 @@ from stepfuse.rewards.weighted import Weighted
 
 CONFIGS = FOLDER / "rewards"
 
+HPSV3 = NamedReward(
+    file=CONFIGS / "hpsv3.yaml",
+    source="arXiv:2508.03789, hpsv3 1.0.0 in an environment of its own; it downloads MizzenAI/HPSv3 by itself",
+    licence="Apache-2.0 (weights), MIT (code)",
+    differentiable=False,
+    unit="points",
+    weights=33_200_000_000,
+)
 IMAGE_REWARD_ORIGINAL = NamedReward(
     file=CONFIGS / "image_reward_original.yaml",
     source="image-reward 1.5 in an environment of its own; it downloads 1.8 GB by itself",
@@ -80,20 +88,20 @@ def reward_unit(name: str) -> str:
     return REWARDS[head].unit if head in REWARDS else ""
 
 
-def _summands(name: str) -> list[RewardName]:
+def summands(name: str) -> list[RewardName]:
     """The rewards of a sum, also of sums in it, or the reward itself; none if a sum is malformed."""
     parsed = parse_reward(name)
     if parsed.kind != "sum":
         return [parsed]
     try:
-        return [part for term in parsed.terms for part in _summands(term.name)]
+        return [part for term in parsed.terms for part in summands(term.name)]
     except ValueError:
         return []  # it cannot be loaded
 
 
 def is_catalogued(name: str) -> bool:
     """Whether a reward, or every term of a sum, is in the catalogue, and so runs no other code and asks no server."""
-    return all(part.kind == "catalogue" and part.head in REWARDS for part in _summands(name))
+    return all(part.kind == "catalogue" and part.head in REWARDS for part in summands(name))
 
 
 def local_parts(name: str) -> list[tuple[str, str]]:
@@ -104,6 +112,6 @@ def local_parts(name: str) -> list[tuple[str, str]]:
     what = {"server": "a server", "function": "a local file", "file": "a local file", "catalogue": "a local folder"}
     return [
         (part.text, what[part.kind])
-        for part in _summands(name)
+        for part in summands(name)
         if part.kind != "catalogue" or (part.argument and part.head in REWARDS)
     ]

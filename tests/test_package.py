@@ -154,7 +154,8 @@ def test_every_dependency_has_a_pin_that_it_allows():
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     versions = {canonicalize_name(name): version for name, version in pins.items()}
     project = PYPROJECT["project"]
-    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+    extras = project["optional-dependencies"]
+    for requirement in map(Requirement, [*project["dependencies"], *extras["dev"], *extras["ocr"]]):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 
 

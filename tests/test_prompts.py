@@ -8,6 +8,7 @@ import pytest
 
 from stepfuse.data.colours import COLOURS, OBJECTS, colour_prompts
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.quoted_words import CARRIERS, TEXTS, quoted_word_prompts
 from tests.fixtures_tiny import refused
 
 # Colour prompts.
@@ -85,6 +86,29 @@ def test_some_of_the_colour_prompts_have_every_object_and_colour_and_a_fifth_of_
     assert abs(sum(len(both) == 1 for both in found) - count / 5) < 1
 
 
+# Texts to be written.
+
+
+def test_every_text_is_on_every_carrier_and_in_one_split():
+    # 40 texts, every fifth held out: 32 × 12 and 8 × 12 prompts.
+    texts = {}
+    for held_out, size in ((True, 96), (False, 384)):
+        found = [re.fullmatch(r'(.*) "(.*)"\.', prompt).groups() for prompt in quoted_word_prompts(held_out=held_out)]
+        assert len(found) == len(set(found)) == size
+        texts[held_out] = {text for _, text in found}
+        assert {carrier for carrier, _ in found} == set(CARRIERS)
+    assert texts[True] | texts[False] == set(TEXTS)
+    assert texts[True] & texts[False] == set()
+    assert 'A wooden sign that says "Route 66".' in load_prompts("quoted-words-heldout")  # number 4 from 0
+
+
+@pytest.mark.parametrize("count", [24, 32, 48])
+def test_some_of_the_prompts_with_texts_have_every_text_and_most_carriers(count):
+    prompts = load_prompts(f"quoted-words-heldout:{count}")
+    assert len({prompt.split('"')[1] for prompt in prompts}) == 8
+    assert len({prompt.split('"')[0] for prompt in prompts}) >= 10
+
+
 # Names and counts.
 
 
@@ -155,6 +179,7 @@ HUB = {  # name: data set, split, column, and how many prompts it should hold
     "pick-a-pic": ("sayakpaul/pick-a-pic-v2-unique-prompts", "train", "prompt", 58960),
     "pick-a-pic-heldout": ("yuvalkirstain/pickapic_v2_no_images", "test_unique", "caption", 500),
 }
+FILES = {"unigenbench": ("CodeGoat24/UniGenBench", "train", "prompt_en", 600)}  # of one file among others
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -181,23 +206,41 @@ def test_sets_of_the_hub_are_read_from_their_split_and_column(name, tmp_path, mo
     assert any((tmp_path / "cache").rglob("*.arrow")) == (name != "pick-a-pic-heldout")
 
 
-@pytest.mark.parametrize("name", HUB)
+def test_unigenbench_is_read_from_its_english_file_at_one_commit(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "hub" / "eval").mkdir(parents=True)
+    (tmp_path / "hub" / "eval" / "test_en.csv").write_text('index,prompt_en\n0,"two pandas, one hat"\n1,a gardener\n')
+    (tmp_path / "hub" / "eval" / "test_zh.csv").write_text("index,prompt_zh\n0,熊猫\n")
+    load, revisions = datasets.load_dataset, []
+
+    def from_folder(path, *, revision, **keywords):
+        assert path == "CodeGoat24/UniGenBench"
+        revisions.append(revision)
+        return load(str(tmp_path / "hub"), **keywords)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_folder)
+    assert load_prompts("unigenbench") == ["two pandas, one hat", "a gardener"]
+    assert re.fullmatch("[0-9a-f]{40}", revisions[0])
+
+
+@pytest.mark.parametrize("name", [*HUB, *FILES])
 def test_a_hub_that_is_not_reached_is_said_in_a_line(name, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     if os.environ.get("HF_HUB_OFFLINE") != "1":
         pytest.skip("the hub may be there")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    with refused(HUB[name][0], "Hub"):
+    with refused((HUB | FILES)[name][0], "Hub"):
         load_prompts(name)
     with refused(f"{name}:0", "positive integer"):  # found without the hub
         load_prompts(f"{name}:0")
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", HUB)
+@pytest.mark.parametrize("name", [*HUB, *FILES])
 def test_sets_of_the_hub_are_there(name):
     prompts = load_prompts(name)
-    assert len(prompts) == HUB[name][3]
+    assert len(prompts) == (HUB | FILES)[name][3]
     assert all(prompt.strip() and len(prompt) < 2000 for prompt in prompts[:3])
 
 

@@ -146,7 +146,7 @@ def test_every_reward_is_in_the_list_with_what_it_needs(capsys, tmp_path, monkey
     assert all(len(row) == 7 for row in rows.values())
 
 
-@pytest.mark.parametrize("name", [n for n, info in REWARDS.items() if not info.files and not info.file])
+@pytest.mark.parametrize("name", [n for n, info in REWARDS.items() if not (info.files or info.file or info.package)])
 def test_the_list_says_rightly_whether_there_is_a_gradient(name):
     reward = load_reward("weighted:1*colourfulness" if name == "weighted" else name)
     images = (0.2 + 0.6 * torch.rand(1, 3, 64, 64)).requires_grad_(True)

@@ -189,9 +189,10 @@ def test_every_reward_is_found_by_its_name():
         "emoji_background": emoji_background(images, PROMPTS),
         "incompressibility": incompressibility(images, PROMPTS),
     }
-    # A weighted one is nothing without its terms, and those of tests/test_rewards_native.py need their weights.
+    # A weighted one is nothing without its terms, those of tests/test_rewards_native.py need their weights, and
+    # tests/test_reward_ocr.py an extra.
     native = {"image_reward", "pickscore", "hpsv2", "hpsv2.1", "laion_aesthetic"}
-    assert expected.keys() == REWARDS.keys() - native - {"weighted", "image_reward_original", "vila"}
+    assert expected.keys() == REWARDS.keys() - native - {"weighted", "ocr", "image_reward_original", "hpsv3", "vila"}
     for name, values in expected.items():
         assert torch.equal(load_reward(name)(images, PROMPTS), values)
     assert torch.equal(load_reward(f"clip_score:{emoji.CLIP}")(images, PROMPTS), expected["clip_score"])
