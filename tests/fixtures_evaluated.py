@@ -26,7 +26,9 @@ CONFIG = dict(
     strip_prompts=1,
 )
 
-MEASURED = CONFIG | dict(rules=["product", CONFIG["rules"][-1]], scales={"a": 5.0})
+MEASURED = CONFIG | dict(
+    rules=["product", CONFIG["rules"][-1]], rewards=[], judges=["emoji_background"], scales={"a": 5.0}
+)
 
 
 def save_desk(folder: Path) -> Path:

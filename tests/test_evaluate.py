@@ -237,7 +237,7 @@ def test_another_evaluation_is_not_written_into_the_folder(drawn):
         evaluate("set", EvaluationConfig(**CONFIG), drawn / "parts")
 
 
-# Scales
+# Judges and scales
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +250,24 @@ def measured(desk):
     finally:
         os.chdir(before)
     return desk / "measured"
+
+
+def test_a_judge_is_measured_and_marked_everywhere(measured, drawn):
+    """The same reward, once as a judge and once among the others."""
+    summaries = [json.loads((output / "summary.json").read_text()) for output in (measured, drawn)]
+    assert [summary["judges"] for summary in summaries] == [["emoji_background"], []]
+    assert [summary["held_out"] for summary in summaries] == [["emoji_background"]] * 2
+    bases = [table(output).query("rule == 'base'").reset_index(drop=True) for output in (measured, drawn)]
+    pd.testing.assert_series_equal(*(base["reward_emoji_background"] for base in bases))
+    pages = [(output / "report.html").read_text() for output in (measured, drawn)]
+    for text in ("emoji_background (judge) gain", "(judge: nothing was trained on it)", "The judge emoji_background"):
+        assert [text in page for page in pages] == [True, False]
+
+
+def test_without_a_judge_an_evaluation_is_described_as_before_there_were_any(drawn, measured):
+    """So that one that was begun then is resumed."""
+    described = [json.loads((output / "evaluation.json").read_text())["config"] for output in (drawn, measured)]
+    assert ["judges" in config for config in described] == [False, True]
 
 
 def test_a_scale_is_the_deviation_among_the_bases_images_of_one_prompt(measured):

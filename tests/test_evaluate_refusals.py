@@ -40,6 +40,8 @@ def at_the_desk(desk, monkeypatch):
         (dict(weights=[3]), ["3"]),
         (dict(rewards=["mystery"]), ["'mystery'"]),
         (dict(rewards=["rewards.py:broken"]), ["rewards.py:broken"]),
+        (dict(judges=["mystery"]), ["'mystery'"]),
+        (dict(judges=["emoji_background", "compressibility"]), ["judge 'compressibility'", "objective 'b'"]),
         (dict(rules=["oracle"], scales={"a": 1, "b": 1}), ["'mix'", "a: 5, b: 0.2", "a: 1, b: 1"]),
         (dict(rules=[{"rule": "soup", "label": "base"}]), ["soup", "'base'"]),
         (dict(rules=[{"rule": "soup", "label": "product"}]), ["soup", "'product'"]),

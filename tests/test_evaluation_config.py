@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from stepfuse.data.settings_file import load_settings
+from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of, simplex
 from tests.fixtures_tiny import refused
 
@@ -34,9 +35,21 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
 @pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")), ids=str)
 def test_every_config_that_is_shipped_makes_cells(config):
     emoji = ["compressibility", "colourfulness", "alignment"]
-    names = {"emoji": emoji, "emoji-thirds": emoji, "sd15": ["alignment", "compressibility"]}
+    names = {
+        "emoji": emoji,
+        "emoji-thirds": emoji,
+        "sd15": ["alignment", "compressibility"],
+        "sd35": ["pickscore", "ocr"],
+    }
     cells = cells_of(load_settings(config, EvaluationConfig), names.get(config.stem, ["a", "b", "c", "d", "e"]))
     assert {"base", "product", "systematic", "soup"} <= {cell.label for cell in cells}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd35"])
+def test_configs_of_published_models_have_a_judge_of_the_catalogue(name):
+    config = load_settings(Path(__file__).parents[1] / "configs" / "eval" / f"{name}.yaml", EvaluationConfig)
+    assert config.judges
+    assert set(config.judges) <= REWARDS.keys()
 
 
 def test_a_config_may_switch_guidance_off(tmp_path):

@@ -146,7 +146,7 @@ def test_held_out_rewards_are_counted_against_product_too():
     rows = [cell("product", share, (1, 1), reward_rz=gain, diversity=0.3) for share, gain in change.items()]
     found = {finding.kind: finding for finding in findings(figures(cell("base", None, diversity=0.4), *rows))}
     assert found["held_out"].reward == "rz"
-    assert found["held_out"].details == {"cells": 3, "lower": 1, "higher": 1, "within_noise": 1}
+    assert found["held_out"].details == {"cells": 3, "lower": 1, "higher": 1, "within_noise": 1, "judge": False}
     assert found["diversity"].details == pytest.approx({"low": 0.75, "high": 0.75})
 
 

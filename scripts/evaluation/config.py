@@ -31,7 +31,8 @@ class EvaluationConfig(PromptSettings):
         weights: further weights of sum 1, as `a=0.5,b=0.5` in quotes or as mappings; for rules that list none.
         rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of `label`, `weights`,
             `strength` or `strengths`, and options of the rule.
-        rewards: held-out rewards to measure besides those of the objectives.
+        rewards: further rewards to measure besides those of the objectives.
+        judges: held-out rewards by which all rules are judged; nothing may be trained on them.
         scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
             deviation of the reward among the base's images of one prompt.
         steps, guidance, guidance_scale: by default the set's.
@@ -48,6 +49,7 @@ class EvaluationConfig(PromptSettings):
     weights: list = setting([])
     rules: list = setting(["base", "product"])
     rewards: list[str] = setting([])
+    judges: list[str] = setting([])
     scales: dict = setting({})
     steps: int | None = setting(None, least=1)
     guidance: str | None = None
@@ -177,7 +179,8 @@ class Setup:
     objectives: tuple[tuple[str, str], ...]  # (name, reward)
     rewards: tuple[str, ...]  # all of them, those of the objectives and held-out ones
     scales: Mapping[str, float]  # of each objective's reward, the unit it is scalarised in
-    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on
+    held_out: tuple[str, ...] = ()  # those of `rewards` that nothing was trained on, judges included
+    judges: tuple[str, ...] = ()
     rules: Rules = field(default_factory=lambda: RULES)
     title: str = "Evaluation"
     base: str = ""

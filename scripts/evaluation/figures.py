@@ -49,6 +49,7 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "objectives": dict(setup.objectives),
         "rewards": list(setup.rewards),
         "held_out": list(setup.held_out),
+        "judges": list(setup.judges),
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
         "grid": table.grid,
         "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),

@@ -155,7 +155,7 @@ def _of_product(summary: dict) -> Iterator[Finding]:
             clear = [gain for gain in gains if excludes_zero(gain)]
             lower = sum(gain["mean"] < 0 for gain in clear)
             counts = {"cells": len(gains), "lower": lower, "higher": len(clear) - lower}
-            counts["within_noise"] = len(gains) - len(clear)
+            counts |= {"within_noise": len(gains) - len(clear), "judge": reward in summary["judges"]}
             yield Finding(kind="held_out", reward=reward, details=counts)
 
 

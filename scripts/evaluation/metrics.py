@@ -1,6 +1,7 @@
 """The metrics of an evaluation by name: a new one is one file and one line here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -26,10 +27,14 @@ def all_metrics(rewards: Sequence[str]) -> list[Metric]:
     return [*map(reward_metric, rewards), *METRICS.values()]
 
 
-def reward_metric(name: str, *, held_out: bool = False) -> Metric:
-    """The mean score of the images, its gain over the base, and the share of images that score more than the base's."""
+def reward_metric(name: str, *, role: str = "") -> Metric:
+    """The mean score of the images, its gain over the base, and the share of images that score more than the base's.
+
+    `role` says what the columns call a reward that nothing was trained on, as `role_of` returns it.
+    """
     unit = f", {reward_unit(name)}" if reward_unit(name) else ""
-    note = " (held out: nothing was trained on it)" if held_out else ""
+    note = f" ({role}: nothing was trained on it)" if role else ""
+    title = f"{name} (judge)" if role == "judge" else name
 
     def scores(batch: MetricBatch) -> Tensor:
         pixels = batch.pixels.to(batch.evaluation.device)
@@ -37,21 +42,21 @@ def reward_metric(name: str, *, held_out: bool = False) -> Metric:
 
     return Metric(
         name=f"reward_{name}",
-        title=name,
+        title=title,
         description=f"Mean {name} of the images{unit}; higher is better{note}",
         per_image=scores,
         path=("rewards", name, "mean"),
         further=(
             Figure(
                 path=("rewards", name, "gain"),
-                heading=f"{name} gain",
+                heading=f"{title} gain",
                 description=f"Mean of {name} minus the base's at the same prompt and seed{unit}{note}",
                 aggregate=gain,
                 signed=True,
             ),
             Figure(
                 path=("rewards", name, "wins"),
-                heading=f"{name} wins",
+                heading=f"{title} wins",
                 description=f"Share of images with a higher {name} than the base's of the same prompt and seed, ties "
                 f"half{note}",
                 aggregate=wins,
@@ -60,3 +65,8 @@ def reward_metric(name: str, *, held_out: bool = False) -> Metric:
         ),
         plotted=False,  # the fronts show the objectives' rewards
     )
+
+
+def role_of(name: str, summary: Mapping[str, Any]) -> str:
+    """Return `judge` or `held out` for a reward that nothing was trained on; empty for that of an objective."""
+    return "judge" if name in summary["judges"] else "held out" if name in summary["held_out"] else ""

@@ -22,7 +22,7 @@ from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import load_reward, summands
 from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, Setup, cells_of
 from stepfuse.scripts.evaluation.costs import machine
@@ -51,8 +51,10 @@ class Evaluation:
         if len(prompts) < 2:
             raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
         check_scales(config, adapter_set, cells)
+        check_judges(config, adapter_set)
         by_objective = {o.name: o.reward for o in adapter_set.objectives}
-        rewards = {name: load_reward(name, device) for name in dict.fromkeys([*by_objective.values(), *config.rewards])}
+        names = dict.fromkeys([*by_objective.values(), *config.rewards, *config.judges])
+        rewards = {name: load_reward(name, device) for name in names}
         for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
             for begin in range(0, len(prompts), config.batch_size):
                 some = prompts[begin : begin + config.batch_size]
@@ -143,6 +145,7 @@ class Evaluation:
             rewards=tuple(self.rewards),
             scales=scales,
             held_out=tuple(reward for reward in self.rewards if reward not in scales),
+            judges=tuple(dict.fromkeys(self.config.judges)),
             rules={cell.label: cell.rule for cell in self.cells},
             title=f"Evaluation of {name}",
             base=str(self.adapter_set.base["name_or_path"]),
@@ -155,9 +158,12 @@ class Evaluation:
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
+        config = dataclasses.asdict(self.config)
+        if not self.config.judges:
+            del config["judges"]  # so that an evaluation is resumed that was begun before there were judges
         identity = {
             "format_version": 1,
-            "config": dataclasses.asdict(self.config),
+            "config": config,
             "adapters": {adapter.name: adapter.sha256 for adapter in self.adapter_set.all_adapters},
             "objectives": [
                 [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
@@ -173,6 +179,17 @@ class Evaluation:
         if any(cell.rule.uses_gaps for cell in self.cells):
             identity["profiles"] = [profile_to_dict(profile) for profile in self.sampler.profiles]
         return identity
+
+
+def check_judges(config: EvaluationConfig, adapter_set: AdapterSet) -> None:
+    """Check that no judge is the reward of an objective, or a term of it."""
+    for objective in adapter_set.objectives:
+        for part in summands(objective.reward):
+            if part.text in config.judges:
+                raise ValueError(
+                    f"the judge {part.text!r} is what the objective {objective.name!r} is trained on; expected a "
+                    "reward that nothing is trained on (those of the objectives are always measured)"
+                )
 
 
 def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Sequence[PlannedCell]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from stepfuse.data.intervals import interval_text, number_text
 from stepfuse.scripts.evaluation.metric import Figure
-from stepfuse.scripts.evaluation.metrics import METRICS, reward_metric
+from stepfuse.scripts.evaluation.metrics import METRICS, reward_metric, role_of
 
 RULE = Figure(path=("rule",), heading="rule", description="How the adapters are combined")
 _SCALED = "; Σ w·r/σ, w the weights, r the rewards, σ their units"
@@ -90,7 +90,7 @@ def rules_table(summary: dict) -> dict[str, Any]:
 
 def cells_table(summary: dict) -> dict[str, Any]:
     """A row for each cell."""
-    rewards = [reward_metric(name, held_out=name in summary["held_out"]) for name in summary["rewards"]]
+    rewards = [reward_metric(name, role=role_of(name, summary)) for name in summary["rewards"]]
     others = [metric for metric in METRICS.values() if metric.name in summary["cells"][0]]
     of_rewards, of_others = ([figure for m in metrics for figure in m.figures] for metrics in (rewards, others))
     figures = [*MIXTURE, *of_rewards, *COMPARISONS, *of_others]
