@@ -1,6 +1,7 @@
 """Fields of settings dataclasses: bounds, names and help. Importing this module imports neither torch nor PyYAML."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -74,6 +75,18 @@ def setting(
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_mapping(texts: Sequence[str]) -> dict[str, Any]:
+    """`NAME=VALUE` texts as a mapping, whose values are numbers or lists of numbers as in JSON, or raise ValueError."""
+    mapping = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            mapping[name] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{text!r}; expected NAME=NUMBER") from error
+    return mapping
 
 
 def check_settings(settings: Any) -> None:

@@ -220,6 +220,15 @@ def own_accelerator() -> Iterator[None]:
 
 
 @pytest.fixture
+def words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A saved pipeline of random weights, of the flow-matching family in CONTRIBUTING."""
+    from tests.fixtures_words import word_diffusion
+
+    with word_diffusion(monkeypatch, tmp_path / "words") as folder:
+        yield folder
+
+
+@pytest.fixture
 def run_training(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path
 ) -> Iterator[Callable]:

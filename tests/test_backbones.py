@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
 from tests.fixtures_tiny import generators, networks
-from tests.test_documents import example
+from tests.fixtures_words import WordDiffusionPipeline
 
 ROOT = Path(__file__).parents[1]
 REWARDS = "def slope(images, prompts):\n    return images.mean((1, 2, 3))\n"
@@ -45,42 +45,6 @@ def test_nothing_outside_the_files_of_model_families_names_their_parts():
 
 
 # A family of one file and one line
-
-
-class WordDiffusionPipeline(DiffusionPipeline):
-    """The pipeline of the example in CONTRIBUTING."""
-
-    def __init__(self, transformer, scheduler):
-        super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler)
-
-
-@pytest.fixture
-def words(monkeypatch, tmp_path):
-    """A saved pipeline of random weights, of the family in CONTRIBUTING."""
-    monkeypatch.setattr("diffusers.WordDiffusionPipeline", WordDiffusionPipeline, raising=False)
-    before = dict(BACKBONES)
-    example("class WordDiffusion")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformer = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=3,
-            out_channels=3,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=12,
-            caption_projection_dim=16,
-            pooled_projection_dim=12,
-            pos_embed_max_size=8,
-        )
-        torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
-    WordDiffusionPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=2.0)).save_pretrained(tmp_path / "words")
-    yield tmp_path / "words"
-    BACKBONES.clear()
-    BACKBONES.update(before)
 
 
 def test_a_family_that_is_one_file_and_one_line_is_trained_stored_and_sampled(words, run_training, tmp_path):

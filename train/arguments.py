@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from trl import TrlParser
 
 from stepfuse.data.names import nearest
+from stepfuse.data.settings_fields import parse_mapping
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
 from stepfuse.train.settings import TrainSettings
 
@@ -161,14 +161,10 @@ class _Mapping(argparse.Action):
     """`NAME=VALUE …`, where values are numbers or lists of numbers as in JSON."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        mapping = {}
-        for text in values:
-            name, _, value = text.partition("=")
-            try:
-                mapping[name] = json.loads(value)
-            except ValueError as error:
-                raise argparse.ArgumentError(self, f"{text!r}; expected NAME=NUMBER") from error
-        setattr(namespace, self.dest, mapping)
+        try:
+            setattr(namespace, self.dest, parse_mapping(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -43,8 +43,11 @@ class SamplingSettings:
         guidance: Source of the unconditional prediction: the base model (`shared`), or base model and LoRA (`full`).
             `off` samples without classifier-free guidance; `embedded` gives the scale to a guidance-distilled network.
         variance: Variance of the denoising steps: one eta for all (`eta`), one eta per step (`table`), offsets that are
-            trained with the LoRA (`learned`), or another kind of schedule in `SCHEDULES`.
-        variance_options: Parameters of other kinds of variance, as NAME=VALUE; in a YAML file, a mapping.
+            trained with the LoRA (`learned`), the exact step of the SDE of flow matching (`sde`, with noise_level;
+            1.414 is eta 1), a share of the noise variance (`share`, with share, as in CPS, which tends to no SDE and is
+            for the number of steps that it is trained with), or another kind of schedule in `SCHEDULES`.
+        variance_options: Parameters of other kinds of variance, as NAME=VALUE, such as noise_level=0.7 or share=0.794;
+            in a YAML file, a mapping.
         sample_eta: DDIM's eta in (0, 1] for `eta`, and the initial one for `learned`; 1 is ancestral sampling.
         sample_etas: Etas for `table`, one per step, noisiest step first.
         variance_knots: Number of offsets for `learned`, evenly spaced over time and interpolated linearly.

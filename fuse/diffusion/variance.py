@@ -86,6 +86,18 @@ def step_variance(schedule: VarianceSchedule, path: NoisePath, t: Time, s: Time,
     return schedule.relative(path, t, s, like) * path.ancestral_variance(t, s, like)
 
 
+def correlation(path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
+    """rho = alpha_t sigma_s / (alpha_s sigma_t), in float64, broadcastable against `like`.
+
+    It is the correlation of x_t and x_s given x_0 in the forward process, and rho² the ratio of their signal-to-noise
+    ratios. The ancestral variance is sigma_s² (1 - rho²).
+    """
+    wide = like.new_zeros([1] * like.ndim, dtype=torch.float64)  # 1 - rho² cancels in short steps
+    alpha_t, sigma_t = path.at(t, wide)
+    alpha_s, sigma_s = path.at(s, wide)
+    return alpha_t * sigma_s / (alpha_s * sigma_t)
+
+
 TRAINED_ETA = ScheduleOption(
     help="DDIM's eta; 1 is ancestral sampling.",
     valid=lambda eta: 0 < eta <= 1,
@@ -103,7 +115,7 @@ class EtaSchedule(VarianceSchedule):
     eta: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_eta(self.eta)
+        check_number("eta", self.eta, most=1)
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         return like.new_full([1] * like.ndim, self.eta**2, dtype=at_least_float32(like).dtype)
@@ -133,7 +145,7 @@ class TableSchedule(VarianceSchedule):
         if not self.etas:
             raise ValueError("an empty variance table; give one eta a step")
         for eta in self.etas:
-            _check_eta(eta)
+            check_number("eta", eta, most=1)
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         row = (_starts(path, len(self.etas)) >= path.share(t)[:, None]).sum(1) - 1
@@ -183,7 +195,7 @@ class LearnedSchedule(VarianceSchedule):
         return cls(**{**values, "offsets": torch.tensor(values["offsets"], dtype=torch.float32)})
 
     def __post_init__(self) -> None:
-        _check_eta(self.eta)
+        check_number("eta", self.eta, most=1)
         offsets = torch.as_tensor(self.offsets, dtype=torch.float32)
         object.__setattr__(self, "offsets", offsets)
         if offsets.ndim != 1 or len(offsets) < 2:
@@ -195,17 +207,14 @@ class LearnedSchedule(VarianceSchedule):
 
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         dtype = at_least_float32(like).dtype
-        like = like.new_zeros([1] * like.ndim, dtype=torch.float64)  # 1 - (...)² cancels in short steps
+        like = like.new_zeros([1] * like.ndim, dtype=torch.float64)
         position = (path.share(t) * (len(self.offsets) - 1)).to(like)
         low = position.floor().clamp(max=len(self.offsets) - 2).long()
         fraction = position - low
         offsets = self.offsets.to(like)
         offset = offsets[low] * (1 - fraction) + offsets[low + 1] * fraction
         growth = per_sample(offset.exp(), like)
-        alpha_t, sigma_t = path.at(t, like)
-        alpha_s, sigma_s = path.at(s, like)
-        ancestral_share = 1 - (alpha_t * sigma_s / (alpha_s * sigma_t)) ** 2  # ancestral / sigma_s²
-        p = self.eta**2 * ancestral_share
+        p = self.eta**2 * (1 - correlation(path, t, s, like) ** 2)
         return (growth * self.eta**2 / (1 - p + growth * p)).to(dtype)
 
 
@@ -221,6 +230,8 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_eta(eta: float) -> None:
-    if not isinstance(eta, int | float) or math.isnan(eta) or not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta!r}; expected a number in [0, 1]")
+def check_number(name: str, value: float, *, most: float = math.inf) -> None:
+    """Raise ValueError for a value that is not a finite number in [0, most]."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= most:
+        expected = "a finite number, 0 or more" if most == math.inf else f"a number in [0, {most:g}]"
+        raise ValueError(f"{name} is {value!r}; expected {expected}")

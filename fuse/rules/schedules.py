@@ -14,6 +14,8 @@ SCHEDULES: "Registry[type[VarianceSchedule]]" = Registry(
         "eta": "stepfuse.fuse.diffusion.variance:EtaSchedule",
         "table": "stepfuse.fuse.diffusion.variance:TableSchedule",
         "learned": "stepfuse.fuse.diffusion.variance:LearnedSchedule",
+        "share": "stepfuse.fuse.diffusion.share:ShareSchedule",
+        "sde": "stepfuse.fuse.diffusion.sde:SDESchedule",
     }
 )
 

@@ -184,8 +184,10 @@ def _adapters(loaded: AdapterSet) -> str:
 def _adapter(adapter: Adapter, weights: str = "") -> tuple[object, ...]:
     record, objective = adapter.record, adapter.objective
     schedule = schedule_to_dict(objective.variance)
-    values = [round(v, 3) for v in schedule.get("offsets", [])]
-    variance = f"{schedule['kind']} {schedule.get('eta', '')}".strip() + (f", offsets {values}" if values else "")
+    kind = schedule.pop("kind")
+    variance = " ".join([kind, *(str(value) for value in schedule.values() if not isinstance(value, list))])
+    lists = {name: value for name, value in schedule.items() if isinstance(value, list)}
+    variance += "".join(f", {name} {[round(v, 3) for v in values]}" for name, values in lists.items())
     trained = f"{plain(record.get('algorithm', '?')).upper()}, {record.get('steps', '?')} steps"
     if adapter.source:
         trained = f"elsewhere: {plain(adapter.source)}"

@@ -7,7 +7,7 @@ from stepfuse.fuse.backbones.fingerprint import describe_base, same_base
 from stepfuse.fuse.backbones.guidance import check_source
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
-from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import write_adapter
@@ -25,7 +25,7 @@ def import_lora(
     folder: Path,
     *,
     objective: str,
-    eta: float,
+    variance: VarianceSchedule,
     reward: str = UNKNOWN,
     base: str | None = None,
     guidance: str | None = None,
@@ -42,7 +42,7 @@ def import_lora(
         source: a safetensors file, a folder as peft saves one, or a hub id.
         folder: of the set.
         objective: its name there.
-        eta: of its transitions: declared, for it cannot be measured.
+        variance: of its transitions: declared, for it cannot be measured.
         reward: what it is meant to raise.
         base: of a set that is to be made.
         guidance: `full` by default, for published LoRAs expect an unconditional prediction of their own; in a set it is
@@ -81,7 +81,7 @@ def import_lora(
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Adapter(
             folder=Path(temporary, objective),
-            objective=Objective(name=objective, reward=reward, variance=EtaSchedule(eta=eta), beta=0.0),
+            objective=Objective(name=objective, reward=reward, variance=variance, beta=0.0),
             base=described,
             guidance=guidance,
             guidance_scale=7.5 if guidance_scale is None else guidance_scale,

@@ -1,13 +1,17 @@
 """Arguments that several commands have in common."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds
+from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds, parse_mapping
 from stepfuse.data.text_files import printable
+from stepfuse.fuse.rules.schedules import SCHEDULES
 from stepfuse.scripts.cli import completion
 from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
-from stepfuse.scripts.cli.parser import Container, option
+from stepfuse.scripts.cli.parser import Arguments, Container, option
+
+if TYPE_CHECKING:
+    from stepfuse.fuse.diffusion.variance import VarianceSchedule
 
 SET = (
     "Adapter set: a folder, a Hugging Face Hub id OWNER/NAME or OWNER/NAME@REVISION, or emoji, the set that is part of "
@@ -48,6 +52,44 @@ def seed(parser: Container, text: str = "Random seed.") -> None:
 def eta(parser: Container, name: str, text: str, **more: Any) -> None:
     bounds = Bounds(least=0, most=1, expected="a number from 0 to 1")
     option(parser, name, float, text, metavar="ETA", bounds=bounds, **more)
+
+
+def variance(parser: Container, prefix: str, what: str, eta_text: str) -> None:
+    """The variance schedule of a policy: its eta, or another kind with its parameters."""
+    eta(parser, f"--{prefix}eta", eta_text)
+    text = (
+        f"Kind of variance schedule of {what}, in place of --{prefix}eta: sde for the exact SDE step of flow matching, "
+        "share for coefficients-preserving sampling (CPS), or another one (default: eta)."
+    )
+    option(parser, f"--{prefix}variance", str, text, choices=SCHEDULES)
+    text = (
+        f"Parameters of --{prefix}variance, such as noise_level=0.7 for sde and share=0.794 for share (default: none)."
+    )
+    option(parser, f"--{prefix}variance_options", str, text, metavar="NAME=VALUE", nargs="+")
+
+
+def schedule_of(arguments: Arguments, prefix: str, default: float | None = None) -> "VarianceSchedule":
+    """The schedule that the options of `variance` describe, by default that of an eta.
+
+    Raises:
+        ValueError: For no schedule, for several, and for parameters that make none.
+    """
+    from stepfuse.fuse.rules.schedules import schedule_from_dict
+
+    given = vars(arguments)
+    eta, kind, options = (given[f"{prefix}{name}"] for name in ("eta", "variance", "variance_options"))
+    if eta is not None and kind is not None:
+        raise ValueError(f"--{prefix}eta {eta:g} and --{prefix}variance {kind}; expected one of the two")
+    if kind is None:
+        if options:
+            raise ValueError(f"--{prefix}variance_options {options[0]} without --{prefix}variance; give its kind")
+        eta = default if eta is None else eta
+        if eta is None:
+            raise ValueError(
+                f"the variance is not given; expected --{prefix}eta, or --{prefix}variance and its options"
+            )
+        return schedule_from_dict({"kind": "eta", "eta": eta})
+    return schedule_from_dict({"kind": kind} | parse_mapping(options or ()))
 
 
 def batch_size(parser: Container, text: str = "Images denoised at once.", default: int = 8) -> None:

@@ -21,9 +21,9 @@ def add_arguments(parser: Parser) -> None:
     option(parser, "--oracle", Path, text, metavar="DIR", action="append", default=[])
     text = (
         "Variance of the base policy's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). It is used "
-        "where the strength is not 1."
+        "where the strength is not 1 (default: 1.0)."
     )
-    declare.eta(parser, "--reference_eta", text, default=1.0)
+    declare.variance(parser, "reference_", "the base policy", text)
     text = (
         "Hub id of the base model, recorded in place of the local folder that the adapters were trained from (default: "
         "as the adapters record it)."
@@ -50,14 +50,15 @@ def run(arguments: Arguments) -> None:
                 "a LoRA of another tool"
             )
 
-    from stepfuse.fuse.diffusion.variance import EtaSchedule
+    base_schedule = declare.schedule_of(arguments, "reference_", default=1.0)
+
     from stepfuse.fuse.sets.create import create_set
 
     created = create_set(
         arguments.output,
         arguments.adapter,
         oracles=arguments.oracle,
-        base_schedule=EtaSchedule(eta=arguments.reference_eta),
+        base_schedule=base_schedule,
         half=arguments.half,
         base=arguments.base,
         base_license=arguments.base_license,

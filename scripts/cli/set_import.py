@@ -21,9 +21,10 @@ def add_arguments(parser: Parser) -> None:
     text = (
         "Variance of the adapter's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). A LoRA file "
         "does not state it, and the product weighs each adapter by the inverse of its variance; 1.0 treats it like an "
-        "adapter trained with DDPM sampling. Required."
+        "adapter trained with DDPM sampling, and noise level a of Flow-GRPO is about a / 1.414 (default: "
+        "none; it or --variance is required)."
     )
-    declare.eta(parser, "--eta", text, required=True)
+    declare.variance(parser, "", "the adapter", text)
     text = "Reward that the LoRA is meant to increase, which `stepfuse evaluate` measures."
     option(parser, "--reward", str, text, metavar="NAME", default="unknown", complete=completion.rewards)
     text = "Base model of a new set, a hub id or a folder; required for a new set (default: that of the set)."
@@ -53,14 +54,16 @@ def run(arguments: Arguments) -> None:
     from stepfuse.fuse.sets.hub import check_lora
 
     check_lora(arguments.lora)
+    variance = declare.schedule_of(arguments, "")
 
     from stepfuse.fuse.backbones.loading import quiet_libraries
     from stepfuse.fuse.sets.import_lora import import_lora
 
     quiet_libraries()
     names = (
-        *("objective", "eta", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
+        *("objective", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
         *("weight_name", "variant"),
     )
-    loaded = import_lora(arguments.lora, arguments.set, **{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name) for name in names}
+    loaded = import_lora(arguments.lora, arguments.set, variance=variance, **given)
     print(f"{arguments.set}: {', '.join(loaded.names)}")
