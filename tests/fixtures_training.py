@@ -155,7 +155,7 @@ class Watched(DDPO):
 def two_epochs(base: Path, **own) -> DDPOSettings:
     """Two rollouts of three denoising steps, two updates on each."""
     common = COMMON | {"pretrained_model_name_or_path": str(base), "num_generations": 2}
-    return DDPOSettings(**common, num_inner_epochs=2, max_train_steps=4, **own)
+    return DDPOSettings(**common | {"num_inner_epochs": 2, "max_train_steps": 4} | own)
 
 
 def forget_accelerator():

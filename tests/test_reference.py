@@ -5,6 +5,7 @@ of which a checkpoint and the final adapter were kept; `set` of both adapters by
 """
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.train.checkpoints import read_state
+from stepfuse.train.provenance import config_hash
+from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_reference import CASES, FILE, draw, processor, read, sha256
 from tests.fixtures_training import save_tiny_pipeline
 from tests.test_train_command import DDPO, DPO, PROMPTS, SLOPE, launch
@@ -70,3 +73,16 @@ def test_a_set_of_before_is_loaded_and_fused(desk: Path, monkeypatch: pytest.Mon
     latents = sampler.sample(["a cat"], weights, num_inference_steps=2, output_type="latent", progress=False)
     assert isinstance(latents, torch.Tensor)
     assert bool(torch.isfinite(latents).all())
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [("dpo", DPOSettings), ("ddpo", DDPOSettings)])
+def test_settings_that_there_were_not_before_leave_the_hash_of_a_run(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str, settings: type[DPOSettings] | type[DDPOSettings]
+) -> None:
+    """So that a build does not train an adapter again."""
+    monkeypatch.chdir(desk)
+    record = read_adapter(REFERENCE / algorithm).record
+    assert "skip_last_steps" not in record["config"]
+    run = settings(**record["config"])
+    assert config_hash(run) == record["config_sha256"]
+    assert config_hash(replace(run, skip_last_steps=1)) != record["config_sha256"]

@@ -72,7 +72,7 @@ def test_shifting_and_scaling_rewards_leaves_advantages_alone():
 def test_ddpo_assigns_each_micro_batch_advantages_by_the_statistics_of_the_whole_step(per_prompt):
     settings = DDPOSettings(num_generations=4, per_prompt_stat_tracking=per_prompt)
     x = torch.zeros(2, 1, 1, 1)
-    step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
+    step = SampledStep(index=0, x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
     trajectory = Trajectory(steps=(step, step), latents=x, conditioning=None)
     rewards, groups = REWARDS[:8], torch.arange(8) // 4
     halves = torch.stack([0.25 * rewards, 0.75 * rewards], 1)  # terms of a weighted reward: advantages are of their sum
@@ -115,7 +115,7 @@ def test_ddpo_takes_decoupled_advantages_of_a_weighted_reward_where_asked():
         num_generations=4, reward="weighted:1*a + 3*b", multi_objective_aggregation="normalize_then_sum"
     )
     x = torch.zeros(2, 1, 1, 1)
-    step = SampledStep(x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
+    step = SampledStep(index=0, x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
     trajectory = Trajectory(steps=(step,), latents=x, conditioning=None)
     terms, groups = torch.stack([REWARDS[:8], torch.cos(REWARDS[:8])], 1), torch.arange(8) // 4
     advantages = DDPO(settings).advantages(terms, torch.tensor([0.25, 0.75]), groups, PROMPTS[:8], {})

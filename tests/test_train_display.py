@@ -14,6 +14,7 @@ from scipy.stats import bootstrap
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from stepfuse.data.grid import captioned_grid
+from stepfuse.data.kl_steps import KL_PICTURE
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.cli.main import main
@@ -239,7 +240,7 @@ class Recorder(tracking.GeneralTracker):
         pass
 
     def log_images(self, values, step):
-        self.images[step] = values
+        self.images.setdefault(step, {}).update(values)
 
 
 def test_other_trackers_get_the_images_by_their_log_images(run_training, monkeypatch):
@@ -252,10 +253,13 @@ def test_other_trackers_get_the_images_by_their_log_images(run_training, monkeyp
         return accelerator
 
     monkeypatch.setattr(loop, "make_accelerator", make_accelerator)
-    run_training("dpo", max_train_steps=1, report_to="tensorboard")
-    assert sorted(recorder.images) == [0, 1]
-    (picture,) = recorder.images[1]["validation"]
+    run_training("dpo", max_train_steps=2, report_to="tensorboard")
+    assert sorted(recorder.images) == [0, 2]
+    (picture,) = recorder.images[2]["validation"]
     assert picture.shape[1] == 4 * (256 + 11) + 11
+    (figure,) = recorder.images[2]["kl_steps"]
+    with Image.open(Path("out", KL_PICTURE)) as drawn:
+        assert np.array_equal(figure, np.asarray(drawn))
 
 
 def test_a_tracker_that_cannot_start_is_an_error_of_one_line(run_training, monkeypatch):

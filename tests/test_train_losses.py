@@ -40,6 +40,7 @@ def gaussian(mean, variance=V):
 
 def paired(kept=None):
     return PairedStep(
+        index=0,
         x_t=latents(4),
         t=500,
         s=400,
@@ -218,7 +219,15 @@ def test_ddpo_ratio_is_of_densities_or_of_their_mean_over_dimensions(reduction):
     old, new = log_density(POLICY, V, x), log_density(near, V, x)
     advantage = torch.tensor([1.0, -1.0, 0.5, -2.0, 0.0])
     step = SampledStep(
-        x_t=latents(4), t=500, s=400, negative=None, reference=REFERENCE, x_s=x, log_prob=old, advantage=advantage
+        index=0,
+        x_t=latents(4),
+        t=500,
+        s=400,
+        negative=None,
+        reference=REFERENCE,
+        x_s=x,
+        log_prob=old,
+        advantage=advantage,
     )
     settings = DDPOSettings(train_clip_range=10.0, log_prob_reduction=reduction)
     values = DDPO(settings).loss(gaussian(near), gaussian(REFERENCE), step)

@@ -145,6 +145,13 @@ def test_options_that_a_variance_does_not_have_are_refused(desk, monkeypatch, wo
     assert culprit in refusal(monkeypatch, "ddpo", *words.split())
 
 
+def test_a_run_that_skips_all_its_steps_is_refused(desk, monkeypatch):
+    words = "--sample_num_steps 10 --skip_first_steps 4 --skip_last_steps"
+    line = refusal(monkeypatch, "ddpo", *words.split(), "6")
+    assert "skip_last_steps is 6; expected 0 or more, and with skip_first_steps (4) below sample_num_steps (10)" in line
+    assert parse_settings(DDPOSettings, [*words.split(), "5"]).skip_last_steps == 5
+
+
 @pytest.mark.parametrize(
     ("algorithm", "flag", "value"),
     [
@@ -158,6 +165,7 @@ def test_options_that_a_variance_does_not_have_are_refused(desk, monkeypatch, wo
         ("dpo", "margin", "-1.0"),
         ("dpo", "label_smoothing", "0.5"),
         ("dpo", "skip_first_steps", "20"),
+        ("dpo", "skip_last_steps", "20"),
         ("dpo", "timesteps_per_forward", "0"),
         ("ddpo", "num_generations", "1"),
         ("ddpo", "train_clip_range", "0.0"),

@@ -82,6 +82,10 @@ class Algorithm(ABC, Generic[S]):
         """
         return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
+    def step_index(self, step: S) -> int:
+        """The index of a step among the denoising steps of an image; 0 if `measures_kl` is False and it has none."""
+        return 0
+
     def update_log_probs(self, step: S, policy: Gaussian) -> None:
         """Replace stored log-probabilities by those of the policy, which has not been updated since the rollout."""
 

@@ -37,10 +37,13 @@ class Progress:
     Attributes:
         step: number of optimiser steps done.
         kl: KL of the last step in nats per image; None if it is not measured.
+        kl_steps: KL of each denoising step when it was last trained on, None for one that never was; empty if it is not
+            measured.
         validation: mean reward of the validation images, `before` and `after`.
         reward: the fit of the reward on images of the base.
         best: `step`, `kl` and `validation` of the best checkpoint so far, if they are compared.
         best_settings: settings that its validation images were drawn and scored with.
+        best_kl_steps: its `kl_steps`.
         best_state: its tensors, which a checkpoint has in a file of their own.
         health: what was skipped, collapsed, or stopped the run.
         base_diversity: diversity of the first rollout, which is that of the base.
@@ -52,10 +55,12 @@ class Progress:
 
     step: int = 0
     kl: float | None = 0.0
+    kl_steps: list[float | None] = field(default_factory=list)
     validation: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     best_settings: dict[str, Any] = field(default_factory=dict)
+    best_kl_steps: list[float | None] = field(default_factory=list)
     best_state: dict[str, Tensor] | None = None
     health: list[dict[str, Any]] = field(default_factory=list)
     base_diversity: float | None = None

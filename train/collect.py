@@ -55,6 +55,9 @@ class RolloutAlgorithm(Algorithm[D]):
         """The trajectory with the advantages of its samples."""
         return trajectory
 
+    def step_index(self, step: D) -> int:
+        return step.index
+
     def source(self, setup: Setup, progress: Progress, health: Health) -> Source[D]:
         return partial(collect_rollouts, setup, self, progress.prompt_rewards, health)
 

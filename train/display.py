@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from stepfuse.data.kl_steps import largest_step
 from stepfuse.rewards.statistics import paired_interval
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.settings import TrainSettings
@@ -87,6 +88,9 @@ def describe_end(settings: TrainSettings, progress: Progress, reward: str) -> st
         lines[-1] += gain
     if progress.kl is not None:
         lines.append(f"KL divergence to the base model: {progress.kl:.4g} nats per image")
+        if largest := largest_step(progress.kl_steps):
+            index, share = largest
+            lines[-1] += f", {100 * share:.0f} % of it in denoising step {index + 1} of {len(progress.kl_steps)}"
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
     folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"

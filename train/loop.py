@@ -10,6 +10,7 @@ from stepfuse.train.algorithms import ALGORITHMS
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from stepfuse.train.display import ProgressDisplay, describe_end, describe_start
 from stepfuse.train.health import Health
+from stepfuse.train.kl_by_step import keep_kl_steps, warn_of_dominant_step
 from stepfuse.train.launch import make_accelerator
 from stepfuse.train.memory import oom_hints
 from stepfuse.train.output import begin_output, disk_hints, find_start, locked
@@ -52,6 +53,8 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
     progress = load_checkpoint(start, setup.engine) if start else Progress()
     if accelerator.is_main_process and (text := describe_start(settings, start, progress.step)):
         print(text, flush=True)
+    if accelerator.is_main_process:
+        warn_of_dominant_step(setup)
     health = Health(progress, skips=settings.nonfinite == "skip", main=accelerator.is_main_process)
     source = algorithm.source(setup, progress, health)
     validator = Validator(setup, progress)
@@ -102,6 +105,7 @@ def fit(
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
             progress.kl = measured.get("kl")
+            keep_kl_steps(progress, measured, len(setup.sampling.steps))
             display.advance(measured, new_images=index == 0)
             setup.accelerator.log(measured, step=progress.step)
             if stopped := kl_exceeded(settings, progress, health):

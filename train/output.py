@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from stepfuse.data.folder_files import files_below, files_named
+from stepfuse.data.kl_steps import KL_PICTURE
 from stepfuse.data.output_folder import created_folder, delete_files, require_empty_dir
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import read_yaml, yaml_text
@@ -79,7 +80,7 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
             return None
     elif wanted is not None:
         return find_checkpoint(folder, wanted)
-    writes = (CONFIG, OBJECTIVE, WEIGHTS, *checkpoints)  # of checkpoints the oldest would be deleted
+    writes = (CONFIG, OBJECTIVE, WEIGHTS, KL_PICTURE, *checkpoints)  # of checkpoints the oldest would be deleted
     require_empty_dir(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
     return None
 
@@ -93,7 +94,7 @@ def training_files(folder: Path) -> set[Path]:
         config = None
     started = isinstance(config, dict) and {"pretrained_model_name_or_path", "output_dir"} <= set(config)
     if started or (folder / OBJECTIVE).is_file():
-        files |= files_named(folder, OBJECTIVE, WEIGHTS, *([CONFIG] if started else []))
+        files |= files_named(folder, OBJECTIVE, WEIGHTS, KL_PICTURE, *([CONFIG] if started else []))
         files |= {file for file in files_below(folder, "samples") if file.match("step-*.png")}
         logs = Path(str(config.get("logging_dir", "logs")) if started else "logs", "stepfuse")
         if not logs.is_absolute() and ".." not in logs.parts:

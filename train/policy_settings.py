@@ -53,6 +53,8 @@ class SamplingSettings:
         variance_knots: Number of offsets for `learned`, evenly spaced over time and interpolated linearly.
         resolution: Height and width of the images in pixels. Unset, the base model's default.
         skip_first_steps: Number of steps, noisiest first, that are sampled but not trained on. SPO skips 4 of 20.
+        skip_last_steps: Number of steps at the end that are sampled but not trained on. On a flow path that ends close
+            to 0, one of them may dominate every ratio of densities and the KL divergence.
         train_timestep_fraction: Fraction of the denoising steps to train on, drawn at random for every rollout.
         timesteps_per_forward: Number of denoising steps of an image in one forward pass of the loss. From 2 on, base
             model and LoRA also share the rollout's forward passes. Faster if train_batch_size does not fill the GPU,
@@ -69,12 +71,15 @@ class SamplingSettings:
     variance_knots: int = 5
     resolution: int | None = setting(None, least=1)
     skip_first_steps: int = setting(0, least=0)
+    skip_last_steps: int = setting(0, least=0)
     train_timestep_fraction: float = setting(1.0, above=0, most=1)
     timesteps_per_forward: int = setting(1, least=1)
 
     def check_together(self) -> None:
-        skipped = self.skip_first_steps
-        require(skipped < self.sample_num_steps, "skip_first_steps", skipped, "0 or more, below sample_num_steps")
+        first, last = self.skip_first_steps, self.skip_last_steps
+        require(first < self.sample_num_steps, "skip_first_steps", first, "0 or more, below sample_num_steps")
+        together = f"0 or more, and with skip_first_steps ({first}) below sample_num_steps ({self.sample_num_steps})"
+        require(first + last < self.sample_num_steps, "skip_last_steps", last, together)
 
     @property
     def trains_variance(self) -> bool:

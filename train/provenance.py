@@ -21,6 +21,8 @@ WITHOUT_EFFECT = (
     "async_scoring",
     "checkpoints_total_limit",
 )
+# Settings that earlier versions did not have, and their values there: with these the hash is that of the same run then.
+ADDED: dict[str, Any] = {"variance_options": {}, "skip_last_steps": 0}
 
 
 def provenance(settings: TrainSettings) -> dict[str, Any]:
@@ -34,8 +36,9 @@ def provenance(settings: TrainSettings) -> dict[str, Any]:
     inputs = {name: file_hash(Path(name)) for name in sorted(named) if Path(name).is_file()}
     config = dataclasses.asdict(settings)
     values = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
-    if not settings.variance_options:  # earlier versions did not have it
-        del values["variance_options"]
+    for name, default in ADDED.items():
+        if values[name] == default:
+            del values[name]
     return {
         "config": config,
         "config_sha256": text_hash(json.dumps({"settings": values, "files": inputs}, sort_keys=True)),

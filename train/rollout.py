@@ -54,12 +54,14 @@ class Step:
     """One denoising step of a batch.
 
     Attributes:
+        index: of the step among the denoising steps of an image, from 0.
         x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
         t, s: times of the step on the noise path.
         negative: e_u of the base; None unless the guided predictions share it.
         reference: the guided prediction of the base; None if no loss needs it.
     """
 
+    index: int
     x_t: Latents
     t: Time
     s: Time
@@ -124,7 +126,8 @@ def rollout(
         gaussian = transition(denoiser.path, x_t, prediction, t, s, variance)
         x_s = gaussian.sample(generators)
         if wanted:
-            step = Step(x_t=x_t, t=t, s=s, negative=guided.negative, reference=base[0] if base else None)
+            known = base[0] if base else None
+            step = Step(index=index, x_t=x_t, t=t, s=s, negative=guided.negative, reference=known)
             stored.append(SampledStep(**vars(step), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
         x_t = x_s
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
@@ -173,7 +176,8 @@ def branching_rollout(
             clean, _ = denoiser.path.clean_and_noise(clean, ahead.predictions[0], following)
         rewards = score_latents(clean)
         (reference,) = denoiser.guided(x_t, t, conditioning, [BASE], negative=now.negative).predictions
-        pending.append((Step(x_t=x_t, t=t, s=s, negative=now.negative, reference=reference), drawn, rewards))
+        step = Step(index=index, x_t=x_t, t=t, s=s, negative=now.negative, reference=reference)
+        pending.append((step, drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
         now = ahead and _rows_of(ahead, rows * candidates + picks)

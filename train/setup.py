@@ -105,12 +105,13 @@ class Setup:
 
 
 def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
-    """Indices of the denoising steps that can be trained on: random ones, after the first that are skipped."""
+    """Indices of the denoising steps that can be trained on: random ones, but the first and last that are skipped."""
     like = torch.zeros(1, 1, 1, 1)
+    trained = range(settings.skip_first_steps, len(sampling.steps) - settings.skip_last_steps)
     return [
         index
         for index, (t, s) in enumerate(sampling.steps)
-        if index >= settings.skip_first_steps and sampling.trains_on(index, sampling.variance(t, s, like))
+        if index in trained and sampling.trains_on(index, sampling.variance(t, s, like))
     ]
 
 

@@ -46,15 +46,31 @@ def start_trackers(accelerator: Accelerator, settings: TrainSettings) -> None:
 
 def log_images(trackers: Sequence[Any], step: int, images: list[Image.Image], captions: list[str]) -> None:
     """Send images to every tracker that takes images, in one picture with the captions if it has none of its own."""
+    if trackers:
+        _log(trackers, step, TAG, images, captions, captioned_grid(images, captions))
+
+
+def log_picture(trackers: Sequence[Any], step: int, tag: str, picture: Image.Image) -> None:
+    """Send one picture, as it is, to every tracker that takes images."""
+    _log(trackers, step, tag, [picture], [None], picture)
+
+
+def _log(
+    trackers: Sequence[Any],
+    step: int,
+    tag: str,
+    images: Sequence[Image.Image],
+    captions: Sequence[str | None],
+    together: Image.Image,
+) -> None:
+    """Images for trackers that take several with captions, and for others one picture of all."""
     for tracker in trackers:
         if tracker.name in ("wandb", "swanlab"):
             library = import_module(tracker.name)
             pictures = [library.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
-            tracker.log({TAG: pictures}, step=step)
-            continue
-        grid = captioned_grid(images, captions)
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(TAG, np.asarray(grid), step, dataformats="HWC")
+            tracker.log({tag: pictures}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.writer.add_image(tag, np.asarray(together), step, dataformats="HWC")
         elif hasattr(tracker, "log_images"):
-            taken: dict[str, Any] = {"aim": (grid, ""), "clearml": grid}
-            tracker.log_images({TAG: taken.get(tracker.name, [np.asarray(grid)])}, step=step)
+            taken: dict[str, Any] = {"aim": (together, ""), "clearml": together}
+            tracker.log_images({tag: taken.get(tracker.name, [np.asarray(together)])}, step=step)

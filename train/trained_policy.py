@@ -11,6 +11,7 @@ from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.algorithm import Algorithm
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
+from stepfuse.train.kl_by_step import kl_record, show_kl_steps
 from stepfuse.train.lora import split_state
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
@@ -40,6 +41,7 @@ def update_best(setup: Setup, progress: Progress, validator: Validator) -> None:
         return
     progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
     progress.best_settings, progress.best_state = validator.settings, setup.engine.trainable_state()
+    progress.best_kl_steps = progress.kl_steps
     validator.keep_rewards("best")
 
 
@@ -64,6 +66,7 @@ def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> dict[st
             f"({settings.learning_rate:g})"
         )
     progress.step, progress.kl = progress.best["step"], progress.best["kl"]
+    progress.kl_steps = progress.best_kl_steps
     progress.validation["after"] = progress.best["validation"]
     progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
     return progress.best_state
@@ -71,6 +74,7 @@ def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> dict[st
 
 def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, progress: Progress) -> None:
     """Write a policy to the output folder as an adapter, with its objective and the record of its training."""
+    show_kl_steps(setup, progress)
     settings = setup.settings
     lora, parameters = split_state(state)
     adapter = Adapter(
@@ -90,6 +94,7 @@ def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, p
             "algorithm": algorithm.name,
             "steps": progress.step,
             "kl": progress.kl,
+            "kl_steps": kl_record(setup, progress),
             "validation": progress.validation,
             "best": progress.best,
             "health": progress.health,

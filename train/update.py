@@ -14,6 +14,7 @@ from stepfuse.data.text_files import quoted
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
 from stepfuse.train.health import Health
+from stepfuse.train.kl_by_step import kl_tag
 from stepfuse.train.setup import Setup
 
 
@@ -43,7 +44,7 @@ class Update(Generic[S]):
             for index in range(0, len(batch.steps), shared)
         ]
         items = sum(len(steps) for _, steps in chunks)
-        totals = torch.zeros(4, device=setup.accelerator.device)
+        totals = torch.zeros(len(setup.sampling.steps), 4, device=setup.accelerator.device)  # by denoising step
         faults: list[str] = []
         faulty = False
         for index, (batch, steps) in enumerate(chunks):
@@ -57,7 +58,7 @@ class Update(Generic[S]):
                         algorithm.update_log_probs(stored, policy)
                     values, parts = self._loss(policy, reference, stored)
                     faults += compress(batch.prompts, (~torch.isfinite(values)).tolist())
-                    totals += parts.to(totals)
+                    totals[algorithm.step_index(stored)] += parts.to(totals)
                     losses.append(values.mean())
                 if last:  # before the last backward, after which DeepSpeed cannot drop the step
                     faulty = self._not_finite("a loss that is not finite", step, faults)
@@ -72,7 +73,8 @@ class Update(Generic[S]):
             norm = engine.step(norm)
             if not math.isfinite(norm) and not engine.scaled:
                 raise ValueError(f"step {step}: the gradient is not finite; training stopped, checkpoints are kept")
-        loss_sum, kl_sum, kept_sum, count = setup.accelerator.reduce(totals, "sum").tolist()
+        by_step = setup.accelerator.reduce(totals, "sum").tolist()
+        loss_sum, kl_sum, kept_sum, count = map(sum, zip(*by_step, strict=True))
         measured = {
             "loss": loss_sum / max(kept_sum, 1e-12),
             "gradient_norm": norm if norm is not None else math.nan,
@@ -82,6 +84,7 @@ class Update(Generic[S]):
             measured["kept_pairs"] = kept_sum / count
         if algorithm.measures_kl:  # nats per image: the sum over all denoising steps that can be trained on
             measured["kl"] = kl_sum / count * len(setup.learnable)
+            measured |= {kl_tag(k): kl / n for k, (_, kl, _, n) in enumerate(by_step) if n}
         return measured
 
     def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor]:

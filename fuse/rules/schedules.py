@@ -28,6 +28,14 @@ def schedule_to_dict(schedule: "VarianceSchedule") -> dict[str, Any]:
     raise ValueError(f"{type(schedule).__name__} is not in SCHEDULES; expected one of {', '.join(SCHEDULES)}")
 
 
+def schedule_label(schedule: "VarianceSchedule") -> str:
+    """A schedule in a table: its kind and its values, such as `eta 0.5`."""
+    values = schedule_to_dict(schedule)
+    numbers = [str(value) for value in values.values() if not isinstance(value, list)]  # the kind is first
+    lists = [f", {name} {[round(v, 3) for v in value]}" for name, value in values.items() if isinstance(value, list)]
+    return " ".join(numbers) + "".join(lists)
+
+
 def schedule_from_dict(values: Any) -> "VarianceSchedule":
     """The inverse of `schedule_to_dict`; ValueError for unknown kinds and fields, and for values out of range."""
     kind = str(values.get("kind")) if isinstance(values, dict) else ""

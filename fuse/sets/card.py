@@ -13,12 +13,13 @@ from stepfuse.data.markdown import markdown_table
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.rules.schedules import schedule_to_dict
+from stepfuse.fuse.rules.schedules import schedule_label
 from stepfuse.fuse.rules.weights import label_weights
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
-from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP
+from stepfuse.fuse.sets.kl_card import kl_text, write_kl_picture
+from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, SHOWN, STRIP
 from stepfuse.rewards.registry import local_parts
 
 CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
@@ -46,6 +47,7 @@ def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, s
     if pictures is not None and (pictures / FRONTS).is_file():
         with atomic_file(folder / FRONTS) as picture:
             shutil.copyfile(pictures / FRONTS, picture)
+    write_kl_picture(folder, loaded)
     with atomic_file(file) as temporary:
         write_text(temporary, card(loaded, source=source or file_name(folder), shown=shown_on_card(folder)))
     return file
@@ -53,7 +55,7 @@ def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, s
 
 def shown_on_card(folder: Path) -> list[str]:
     """The pictures in a set's folder."""
-    return [name for name in (FRONTS, STRIP) if (folder / name).is_file()]
+    return [name for name in SHOWN if name != CARD and (folder / name).is_file()]
 
 
 def check_card(folder: Path) -> Path:
@@ -100,6 +102,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         _adapters(loaded),
         "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "
         "over the images that training itself drew. KL: of the last step of training, in nats an image.",
+        *kl_text(loaded, shown),
         "## Measured",
         _measured(loaded),
         *([f"![Mean rewards of every pair of objectives]({FRONTS})"] * (FRONTS in shown)),
@@ -183,17 +186,12 @@ def _adapters(loaded: AdapterSet) -> str:
 
 def _adapter(adapter: Adapter, weights: str = "") -> tuple[object, ...]:
     record, objective = adapter.record, adapter.objective
-    schedule = schedule_to_dict(objective.variance)
-    kind = schedule.pop("kind")
-    variance = " ".join([kind, *(str(value) for value in schedule.values() if not isinstance(value, list))])
-    lists = {name: value for name, value in schedule.items() if isinstance(value, list)}
-    variance += "".join(f", {name} {[round(v, 3) for v in values]}" for name, values in lists.items())
     trained = f"{plain(record.get('algorithm', '?')).upper()}, {record.get('steps', '?')} steps"
     if adapter.source:
         trained = f"elsewhere: {plain(adapter.source)}"
     kl = "–" if record.get("kl") is None else f"{record['kl']:.4g}"
     reward = f"oracle of {weights}" if weights else code(objective.reward)
-    beta, gain = f"{objective.beta:g}", _interval(adapter.gain)
+    variance, beta, gain = schedule_label(objective.variance), f"{objective.beta:g}", _interval(adapter.gain)
     return (adapter.name, reward, trained, variance, beta, adapter.rank, gain, kl, adapter.license or "?")
 
 

@@ -18,7 +18,7 @@ from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, make_oracle, re
 from stepfuse.fuse.sets.card import is_card
 from stepfuse.fuse.sets.edit import add_license
 from stepfuse.fuse.sets.entries import Adapter, weights_to_dict
-from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_files, check_writable
+from stepfuse.fuse.sets.manifest import CARD, MANIFEST, SHOWN, adapter_entries, check_files, check_writable
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 
@@ -108,8 +108,8 @@ def set_files(folder: Path) -> set[Path]:
         names = [str(entry["folder"]) for entry in adapter_entries(values)]
     except (ValueError, KeyError, TypeError):
         names = [inner.name for inner in folder.iterdir() if (inner / WEIGHTS).is_file()]
-    card = [CARD] if is_card(folder / CARD) else []
-    return files_named(folder, MANIFEST, *card, FRONTS, STRIP, *(Path(name, WEIGHTS) for name in names))
+    shown = [name for name in SHOWN if name != CARD or is_card(folder / CARD)]
+    return files_named(folder, MANIFEST, *shown, *(Path(name, WEIGHTS) for name in names))
 
 
 def find_adapter(folder: str | Path) -> Adapter:
@@ -134,7 +134,7 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
     if adapter.name in [known.name for known in loaded.all_adapters] or (folder / adapter.name).exists():
         raise ValueError(f"set {folder} has {adapter.name!r} already; choose another name")
     check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
-    shown = {Path(name) for name in (CARD, FRONTS, STRIP)}  # they stay
+    shown = {Path(name) for name in SHOWN}  # they stay
     with atomic_output_dir(folder, ours=lambda folder: set_files(folder) - shown, check=load_set) as temporary:
         changed = loaded.map_adapters(lambda known: copy_adapter(known, temporary / known.folder.name))
         adapters = (*changed.adapters, copy_adapter(adapter, temporary / adapter.name))
@@ -156,7 +156,7 @@ def copy_set(name: str | Path, output: Path, *, overwrite: bool = False) -> Adap
     loaded = load_set(source)
     with atomic_output_dir(output, ours=set_files, check=load_set) as temporary:
         copies = loaded.map_adapters(lambda adapter: copy_adapter(adapter, temporary / adapter.folder.name))
-        for file in (MANIFEST, CARD, FRONTS, STRIP):
+        for file in (MANIFEST, *SHOWN):
             if (source / file).is_file():
                 shutil.copyfile(source / file, temporary / file)
         if [copy.sha256 for copy in copies.all_adapters] != [adapter.sha256 for adapter in loaded.all_adapters]:

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from stepfuse.data.text_files import first_line
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
-from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, STRIP, adapter_entries, check_schema, read_versioned
+from stepfuse.fuse.sets.manifest import MANIFEST, SHOWN, adapter_entries, check_schema, read_versioned
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 UNREACHABLE = "{name}: the hub cannot be reached ({reason}); try again"
@@ -77,7 +77,7 @@ def fetch_set(name: str) -> Path:
             raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
         hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
         manifest = Path(hf_hub_download(repository, MANIFEST, revision=info.sha))
-        wanted = [MANIFEST, CARD, FRONTS, STRIP, *_weights_of(name, manifest, sizes)]
+        wanted = [MANIFEST, *SHOWN, *_weights_of(name, manifest, sizes)]
         return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))
 
 

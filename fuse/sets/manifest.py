@@ -12,6 +12,7 @@ from jsonschema.exceptions import best_match
 
 from stepfuse.data import emoji
 from stepfuse.data.json_file import read_json
+from stepfuse.data.kl_steps import KL_PICTURE
 from stepfuse.data.output_folder import complete_interrupted
 from stepfuse.data.text_files import one_line, short_repr, without_control_characters
 from stepfuse.fuse.lora.safe_files import check_no_pickle
@@ -19,6 +20,7 @@ from stepfuse.fuse.lora.safe_files import check_no_pickle
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
 CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"  # beside the manifest, where there are some
+SHOWN = (CARD, FRONTS, STRIP, KL_PICTURE)
 EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 
