@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
+from stepfuse.fuse.diffusion.noise_path import FINAL, FlowPath, NoisePath
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule, TableSchedule, step_variance
 from stepfuse.fuse.rules.schedules import schedule_from_dict, schedule_to_dict
@@ -78,6 +78,17 @@ def test_a_table_of_as_many_entries_as_steps_gives_each_step_its_own(name, count
     schedule = TableSchedule(etas=etas)
     taken = [schedule.relative(path, t, s, X).item() ** 0.5 for t, s in path.steps(count)]
     assert taken == pytest.approx(list(etas), rel=1e-12)
+
+
+@pytest.mark.parametrize("mu", [0.5, 1.15])
+def test_a_table_follows_the_steps_of_an_image_size(mu):
+    """The shift of FLUX.1 depends on the number of tokens: entries are of the steps, whatever their sigmas."""
+    path = FlowPath(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), mu=mu)
+    schedule = TableSchedule(etas=(0.2, 0.4, 0.6, 0.8))
+    taken = [schedule.relative(path, t, s, X).item() ** 0.5 for t, s in path.steps(4)]
+    assert taken == pytest.approx([0.2, 0.4, 0.6, 0.8], rel=1e-12)
+    taken = [schedule.relative(path, t, s, X).item() ** 0.5 for t, s in path.steps(8)]
+    assert taken == pytest.approx([0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8], rel=1e-12)
 
 
 def test_a_short_table_is_shared_out_over_the_steps():

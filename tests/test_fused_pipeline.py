@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload_with_hook
+from diffusers import DDIMScheduler
 
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.sampling.pipeline import FusedPipeline
@@ -92,7 +93,9 @@ def test_a_callback_sees_every_step_and_may_change_the_latents(pipe):
         PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent", callback_on_step_end=watch
     ).images
     assert [step for step, _, _ in seen] == [0, 1, 2]
-    assert [t for _, t, _ in seen] == sorted((t for _, t, _ in seen), reverse=True)
+    scheduler = DDIMScheduler.from_config(pipe.sampler.pipeline.scheduler.config)
+    scheduler.set_timesteps(len(seen))
+    assert [t for _, t, _ in seen] == scheduler.timesteps.tolist()
     assert not images.any()
     plain = pipe(PROMPTS, WEIGHTS, generator=generators(*SEEDS), output_type="latent").images
     assert torch.equal(seen[-1][2], plain)

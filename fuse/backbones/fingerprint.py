@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from stepfuse.data.file_info import text_hash
+from stepfuse.data.text_files import short_repr
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.loading import stored_at
@@ -77,14 +78,29 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def check_path(base: Mapping[str, Any], path: NoisePath) -> None:
-    """Check that a noise path is the one an adapter was trained on, where that is recorded."""
-    described = path.describe()
-    for key, value in (base.get("noise_path") or {}).items():
+    """Check that a noise path is the one an adapter was trained on, where that is recorded.
+
+    Raises:
+        ValueError: for another path, and for a flow path whose grid of times is not recorded or another one: adapters
+            that were trained on the times that the scheduler has by default are of other steps.
+    """
+    described, recorded = path.describe(), base.get("noise_path") or {}
+    grid = described.get("grid")
+    if grid is not None and recorded.get("family", "flow") == "flow" and recorded.get("grid") != grid:
+        raise ValueError(
+            f"the set's base records {_grid(recorded)} of the times of its flow, and steps are {grid} here; train its "
+            f'adapters again, or if they were trained on it add "grid": "{grid}" to base.noise_path in the manifest'
+        )
+    for key, value in recorded.items():
         if described.get(key) != value:
             raise ValueError(
                 f"the scheduler has {key} {described.get(key)!r} and the set's base {value!r}; load the base's own "
                 "scheduler"
             )
+
+
+def _grid(recorded: Mapping[str, Any]) -> str:
+    return f"the grid {short_repr(recorded['grid'])}" if "grid" in recorded else "no grid"
 
 
 def same_base(a: dict[str, Any], b: dict[str, Any]) -> bool:

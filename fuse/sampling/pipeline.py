@@ -21,7 +21,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, save_manifest
 from stepfuse.fuse.sets.create import copy_set
 
-CallbackOnStepEnd = Callable[["FusedPipeline", int, Time, dict[str, Any]], dict[str, Any] | None]
+CallbackOnStepEnd = Callable[["FusedPipeline", int, int | float, dict[str, Any]], dict[str, Any] | None]
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -146,8 +146,9 @@ class FusedPipeline:
             pooled_prompt_embeds, negative_pooled_prompt_embeds: the pooled ones, which SDXL and others need too.
             output_type: `pil`; `np`, (b, h, w, 3) in [0, 1]; `pt`, (b, 3, h, w) in [0, 1]; or `latent`.
             return_dict: an object with `.images`, or a tuple of it.
-            callback_on_step_end: called as `callback(pipeline, step, t, {"latents": x_s})` after each step; it may
-                return other latents, and stop the run by setting `pipeline._interrupt`.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"latents": x_s})` after each step, with
+                the scheduler's timestep, 1000 sigma for flow matching; it may return other latents, and stop the run by
+                setting `pipeline._interrupt`.
             callback_on_step_end_tensor_inputs: `latents` is all there is.
             batch_size: how many images are denoised together; by default all.
             more_embeds: others that the model family takes (`Backbone.embeds`), such as `prompt_embeds_mask`.
@@ -214,9 +215,10 @@ class FusedPipeline:
 
     def _after(self, callback: CallbackOnStepEnd) -> AfterStep:
         self._interrupt = False
+        path = self.sampler.denoiser.path
 
         def after(step_index: int, t: Time, latents: Tensor) -> tuple[Tensor, bool]:
-            returned = callback(self, step_index, t, {"latents": latents}) or {}
+            returned = callback(self, step_index, path.network_time(t).item(), {"latents": latents}) or {}
             return returned.get("latents", latents), not self.interrupt
 
         return after
