@@ -22,7 +22,7 @@ WITHOUT_EFFECT = (
     "checkpoints_total_limit",
 )
 # Settings that earlier versions did not have, and their values there: with these the hash is that of the same run then.
-ADDED: dict[str, Any] = {"variance_options": {}, "skip_last_steps": 0}
+ADDED: dict[str, Any] = {"variance_options": {}, "skip_last_steps": 0, "max_sequence_length": None}
 
 
 def provenance(settings: TrainSettings) -> dict[str, Any]:
