@@ -36,13 +36,13 @@ def random(seed, *shape):
 
 
 def coefficients(path, schedule, t, s):
-    """(the coefficient of x_0, that of e, and v) of a step, of transitions at the unit vectors."""
-    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    """(the coefficient of x_0, that of e, and v) of steps at one time or several, of transitions at unit vectors."""
+    zero = torch.zeros(len(torch.as_tensor(t).reshape(-1)), 1, dtype=torch.float64)
     v = step_variance(schedule, path, t, s, zero)
     means = []
-    for x_0, e in ((one, zero), (zero, one)):
-        means.append(transition(path, path.noised(x_0, e, t), path.target(x_0, e, t), t, s, v).mean.item())
-    return (*means, v.item())
+    for x_0, e in ((zero + 1, zero), (zero, zero + 1)):
+        means.append(transition(path, path.noised(x_0, e, t), path.target(x_0, e, t), t, s, v).mean)
+    return tuple(torch.broadcast_to(value, zero.shape).flatten().tolist() for value in (*means, v))
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -53,7 +53,7 @@ def test_a_step_keeps_the_noise_level_of_the_path(name, schedule, count):
     path = path_of(name)
     for t, s in path.steps(count):
         alpha, sigma = (value.item() for value in path.at(s, torch.zeros(1, dtype=torch.float64)))
-        x_0, c, v = coefficients(path, schedule, t, s)
+        ((x_0,), (c,), (v,)) = coefficients(path, schedule, t, s)
         assert x_0 == pytest.approx(alpha, rel=1e-9)
         assert c**2 + v == pytest.approx(sigma**2, rel=1e-9, abs=1e-15)
         assert v > 0 or sigma == 0
@@ -113,7 +113,7 @@ def test_the_exact_step_is_the_sde_in_many_small_steps():
         g2, h = a**2 * before / (1 - before), before - after
         factor = 1 - h / before - h * g2 / (2 * before**2)
         slope, variance = factor * slope, factor**2 * variance + g2 * h
-    _, c, v = coefficients(path_of("flow"), SDE, t, s)
+    _, (c,), (v,) = coefficients(path_of("flow"), SDE, t, s)
     assert v == pytest.approx(variance, rel=1e-3)
     assert c == pytest.approx(slope * t, rel=1e-3)
 
@@ -162,9 +162,10 @@ def test_a_step_of_hundreds_is_one_in_float32_and_half_precision_too(schedule, d
 def samples_deviation(schedule, count):
     """Standard deviation of samples, over that of their data N(0, .5²), where E[x_0 | x_t] is exact."""
     path, deviation, variance = path_of("flow"), 0.5, 1.0
-    for t, s in path.steps(count):
+    starts, ends = torch.tensor(path.steps(count), dtype=torch.float64).T
+    steps = zip(starts.tolist(), *coefficients(path, schedule, starts, ends), strict=True)
+    for t, x_0, c, v in steps:
         best = (1 - t) * deviation**2 / ((1 - t) ** 2 * deviation**2 + t**2)  # of x_0, in units of x_t
-        x_0, c, v = coefficients(path, schedule, t, s)
         variance = (x_0 * best + c * (1 - (1 - t) * best) / t) ** 2 * variance + v
     return variance**0.5 / deviation
 

@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stepfuse.data.emoji import ADAPTER_SET
 from stepfuse.data.kl_steps import KL_PICTURE, draw_kl_steps, largest_step
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import create_set
-from stepfuse.fuse.sets.manifest import CARD, MANIFEST
+from stepfuse.fuse.sets.manifest import MANIFEST, check_schema
 from stepfuse.train.loop import train_adapter
 from tests.fixtures_tiny import refused
 from tests.fixtures_training import Watched, forget_accelerator, two_epochs
@@ -137,14 +138,10 @@ def test_the_picture_has_a_line_for_each_policy():
     assert [orange in found for found in colours] == [False, True]
 
 
-@pytest.fixture
-def trained_set(run_training):
+def test_the_card_of_a_set_names_the_step_and_has_the_picture(run_training):
     run_training("dpo", max_train_steps=2)
     create_set("set", ["out"])
-    return Path("set")
-
-
-def test_the_card_of_a_set_names_the_step_and_has_the_picture(trained_set):
+    trained_set = Path("set")
     loaded = load_set(trained_set)
     steps = loaded.adapters[0].record["kl_steps"]
     assert steps == read_adapter("out").record["kl_steps"]
@@ -159,13 +156,14 @@ def test_the_card_of_a_set_names_the_step_and_has_the_picture(trained_set):
     assert copied.adapters[0].record["kl_steps"] == steps
     create_set(trained_set, ["out"], overwrite=True)
     assert {file.name for file in trained_set.iterdir()} == {MANIFEST, "slope"}
-    assert CARD not in {file.name for file in trained_set.iterdir()}
 
 
 @pytest.mark.parametrize("wrong", [[{"nats": 1.0}], [STEPS[0] | {"nats": -1.0}], [STEPS[0] | {"note": "<b>"}], "1"])
-def test_a_record_that_is_none_is_refused(trained_set, wrong):
-    values = json.loads((trained_set / MANIFEST).read_text())
+def test_a_record_that_is_none_is_refused(wrong):
+    file = ADAPTER_SET / MANIFEST
+    values = json.loads(file.read_text())
+    values["adapters"][0]["training"]["kl_steps"] = STEPS
+    check_schema(file, values)
     values["adapters"][0]["training"]["kl_steps"] = wrong
-    (trained_set / MANIFEST).write_text(json.dumps(values))
     with refused("kl_steps"):
-        load_set(trained_set)
+        check_schema(file, values)
