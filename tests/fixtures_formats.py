@@ -52,9 +52,9 @@ def make_adapters(bases, root):
     return made
 
 
-def read_any_layout(file, unet, *, unet_only=False):
+def read_any_layout(file, unet, *, network_only=False):
     """The layers of a LoRA in any layout, for a UNet."""
-    return read_foreign(file, unet, UNetNames(config=unet.config), unet_only=unet_only)
+    return read_foreign(file, unet, UNetNames(config=unet.config), network_only=network_only)
 
 
 def factors_of(adapters):

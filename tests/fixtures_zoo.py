@@ -25,7 +25,7 @@ POINTS = ["conv_shortcut", "proj_in", "proj_out"]  # 1×1
 BIASED = ["to_out.0", "ff.net.2", "conv1", "conv_out"]
 TEXT = ["q_proj", "v_proj"]
 FIRST = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-FUSES, SEPARATE, UNET_ONLY = "fuses", "fuses one forward an adapter", "fuses without its text encoder"
+FUSES, SEPARATE, NETWORK_ONLY = "fuses", "fuses one forward an adapter", "fuses without its text encoder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Specimen:
         layout: `diffusers`, a file with peft's configuration in its header; `bare`, without; `script`, bare and under
             the names that diffusers' training scripts give to attention; `peft`, a folder.
         dtype: of the file.
-        outcome: FUSES, SEPARATE or UNET_ONLY, or what the refusal says.
+        outcome: FUSES, SEPARATE or NETWORK_ONLY, or what the refusal says.
     """
 
     config: PeftConfig | None = None
@@ -51,7 +51,7 @@ class Specimen:
     def refused(self) -> tuple[str, ...]:
         """What the refusal of the file as it is says; nothing if it is taken."""
         if isinstance(self.outcome, str):
-            return ("text_encoder", "--unet_only") if self.outcome == UNET_ONLY else ()
+            return ("text_encoder", "--network_only") if self.outcome == NETWORK_ONLY else ()
         return self.outcome
 
 
@@ -109,8 +109,8 @@ ZOO = {
     "peft_dora": Specimen(config=lora(use_dora=True, use_rslora=True), layout="peft", outcome=FUSES),
     "with_bias": Specimen(config=lora(lora_alpha=3, target_modules=BIASED, lora_bias=True), outcome=SEPARATE),
     "bare_bias": Specimen(config=lora(target_modules=BIASED, lora_bias=True), layout="bare", outcome=SEPARATE),
-    "with_text": Specimen(config=lora(lora_alpha=8), text=lora(target_modules=TEXT), outcome=UNET_ONLY),
-    "bare_with_text": Specimen(config=lora(), text=lora(target_modules=TEXT), layout="bare", outcome=UNET_ONLY),
+    "with_text": Specimen(config=lora(lora_alpha=8), text=lora(target_modules=TEXT), outcome=NETWORK_ONLY),
+    "bare_with_text": Specimen(config=lora(), text=lora(target_modules=TEXT), layout="bare", outcome=NETWORK_ONLY),
     "text_alone": Specimen(text=lora(target_modules=TEXT), outcome=("text_encoder",)),
     "pissa": Specimen(config=lora(init_lora_weights="pissa"), outcome=("'pissa'", "changes the base")),
     "pissa_fast": Specimen(config=lora(init_lora_weights="pissa_niter_4"), outcome=("'pissa_niter_4'", "the base")),

@@ -65,7 +65,7 @@ def test_the_file_of_a_set_loads_in_diffusers_and_by_its_header_in_peft(lora_bas
 )
 def test_what_was_written_is_read_back(lora_bases, lora_adapters, lora_factors, base, form, kind, tmp_path):
     place = export(lora_adapters, base, kind, form, tmp_path / ("x" if form == "peft" else "x.safetensors"))
-    read = read_any_layout(place, lora_bases[base].unet, unet_only=False)
+    read = read_any_layout(place, lora_bases[base].unet, network_only=False)
     check_fits(place, read, lora_bases[base].unet)
     assert_same(read, lora_factors[base, kind])
 

@@ -40,7 +40,7 @@ def save(state, file, **metadata):
 def test_sdxl_in_diffusers_spelling_is_read_too(lora_bases, lora_factors, tmp_path):
     own = lora_factors["xl", "patterns"]
     file = save(kohya_state(own), tmp_path / "x.safetensors")
-    assert_same(read_any_layout(file, lora_bases["xl"].unet, unet_only=False), own)
+    assert_same(read_any_layout(file, lora_bases["xl"].unet, network_only=False), own)
 
 
 @pytest.mark.parametrize("base", ["sd", "xl"])
@@ -52,7 +52,7 @@ def test_matrices_of_a_convolution_of_one_pixel_are_read_and_its_inverse(lora_ba
         k: v.flatten(1) if v.ndim == 4 else v if v.ndim < 2 else v[..., None, None] for k, v in kohya_state(own).items()
     }
     assert_same(
-        read_any_layout(save(other, tmp_path / "x.safetensors"), lora_bases[base].unet, unet_only=False),
+        read_any_layout(save(other, tmp_path / "x.safetensors"), lora_bases[base].unet, network_only=False),
         own,
     )
 
@@ -62,7 +62,7 @@ def test_matrices_of_a_convolution_of_any_size_are_read(lora_bases, lora_factors
     assert any(layer.down.shape[2:] == (3, 3) for layer in own.values())
     flat = {key: value.flatten(1) if value.ndim == 4 else value for key, value in kohya_state(own).items()}
     assert_same(
-        read_any_layout(save(flat, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False),
+        read_any_layout(save(flat, tmp_path / "x.safetensors"), lora_bases["sd"].unet, network_only=False),
         own,
     )
 
@@ -71,7 +71,7 @@ def test_matrices_of_a_convolution_of_any_size_are_read(lora_bases, lora_factors
 def test_float8_is_read_with_its_values(lora_bases, lora_factors, dtype, tmp_path):
     """sd-scripts, and tools that shrink files, write it."""
     state = {key: value.to(dtype) for key, value in kohya_state(lora_factors["sd", "plain"]).items()}
-    read = read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
+    read = read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, network_only=False)
     for module, layer in read.items():
         name = "lora_unet_" + module.replace(".", "_")
         assert torch.equal(layer.down.float(), state[f"{name}.lora_down.weight"].float())
@@ -85,14 +85,14 @@ def test_float8_is_read_with_its_values(lora_bases, lora_factors, dtype, tmp_pat
 def test_the_only_file_of_a_folder_is_taken_and_of_several_one_must_be_chosen(lora_bases, lora_factors, tmp_path):
     own, unet = lora_factors["sd", "patterns"], lora_bases["sd"].unet
     save(kohya_state(own), tmp_path / "style.safetensors")
-    assert_same(read_any_layout(tmp_path, unet, unet_only=False), own)
+    assert_same(read_any_layout(tmp_path, unet, network_only=False), own)
     (tmp_path / "unet").mkdir()
     (tmp_path / "style.safetensors").rename(tmp_path / "unet" / "style.safetensors")
     save(kohya_state(own), tmp_path / ".other.safetensors")
-    assert_same(read_any_layout(tmp_path, unet, unet_only=False), own)
+    assert_same(read_any_layout(tmp_path, unet, network_only=False), own)
     save(kohya_state(own), tmp_path / "style-000002.safetensors")
     with refused(str(tmp_path), "style-000002.safetensors", "unet/style.safetensors", "--weight_name"):
-        read_any_layout(tmp_path, unet, unet_only=False)
+        read_any_layout(tmp_path, unet, network_only=False)
 
 
 @pytest.mark.parametrize("files", [["pytorch_lora_weights.bin"], ["adapter_config.json", "adapter_model.bin"]], ids=str)
@@ -100,12 +100,12 @@ def test_a_folder_of_a_pickle_is_refused_for_it(lora_bases, files, tmp_path):
     for file in files:
         (tmp_path / file).write_text("{}")
     with refused(str(tmp_path / files[-1]), "pickle"):
-        read_any_layout(tmp_path, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(tmp_path, lora_bases["sd"].unet, network_only=False)
 
 
 def test_without_an_alpha_it_is_the_rank(lora_bases, lora_factors, tmp_path):
     state = {k: v for k, v in kohya_state(lora_factors["sd", "patterns"]).items() if not k.endswith(".alpha")}
-    read = read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
+    read = read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, network_only=False)
     assert {name: (layer.alpha, layer.scaling) for name, layer in read.items()} == {
         name: (layer.rank, 1) for name, layer in lora_factors["sd", "patterns"].items()
     }
@@ -116,12 +116,12 @@ def test_alphas_that_are_whole_numbers_are_read(lora_bases, lora_adapters, lora_
     state, _ = peft_states(lora_adapters, "sd", "patterns")
     file = save(convert_state_dict_to_kohya(state), tmp_path / "x.safetensors")
     ranks = {name: replace(layer, alpha=layer.rank) for name, layer in lora_factors["sd", "patterns"].items()}
-    read = read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+    read = read_any_layout(file, lora_bases["sd"].unet, network_only=False)
     assert_same(read, ranks)
     for own in (ranks, merge_factors([("plain", 0.5, lora_factors["sd", "plain"])])[0]):
         save_kohya(file, own, UNetNames(config=lora_bases["sd"].unet.config), title="x", prediction="epsilon")
         assert_same(
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=False),
+            read_any_layout(file, lora_bases["sd"].unet, network_only=False),
             own,
         )
 
@@ -139,7 +139,7 @@ def test_files_of_diffusers_scripts_are_read_with_their_header(lora_bases, lora_
         pipeline.load_lora_weights(place)
         assert_alike(predict(pipeline.unet), predict(trained))
     assert_same(
-        read_any_layout(place, lora_bases["sd"].unet, unet_only=False),
+        read_any_layout(place, lora_bases["sd"].unet, network_only=False),
         lora_factors["sd", kind],
     )
 
@@ -155,7 +155,7 @@ def test_layouts_before_peft_are_read_as_diffusers_reads_them(lora_bases, lora_f
     state, _ = _convert_non_diffusers_lora_to_diffusers(kohya_state(own))
     assert f"unet.{FIRST.replace('.to_q', '.processor.to_q_lora')}.down.weight" in state
     file = save(state, tmp_path / "x.safetensors")
-    read = read_any_layout(file, lora_bases[base].unet, unet_only=False)
+    read = read_any_layout(file, lora_bases[base].unet, network_only=False)
     assert_same(read, own)
     pipeline = copy.deepcopy(lora_bases[base])
     pipeline.load_lora_weights(file)
@@ -170,14 +170,14 @@ def test_a_text_encoder_is_left_out_where_that_is_wanted(lora_bases, lora_factor
     text = {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 8) for i in ("", 1, 2)}
     for key, value in text.items():
         file = save(kohya_state(own) | {key: value}, tmp_path / "x.safetensors")
-        with refused(str(file), key, "text_encoder", "--unet_only"):
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        with refused(str(file), key, "text_encoder", "--network_only"):
+            read_any_layout(file, lora_bases["sd"].unet, network_only=False)
         assert_same(
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=True),
+            read_any_layout(file, lora_bases["sd"].unet, network_only=True),
             own,
         )
     with refused(str(file), "no layers of the network"):
-        read_any_layout(save(text, file), lora_bases["sd"].unet, unet_only=True)
+        read_any_layout(save(text, file), lora_bases["sd"].unet, network_only=True)
 
 
 NAME = "lora_unet_" + FIRST.replace(".", "_")
@@ -207,7 +207,7 @@ def test_a_kohya_file_that_makes_no_lora_of_the_base_is_refused(lora_bases, lora
     with refused(str(file), *culprits):
         check_fits(
             file,
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=False),
+            read_any_layout(file, lora_bases["sd"].unet, network_only=False),
             lora_bases["sd"].unet,
         )
 
@@ -226,7 +226,7 @@ MALFORMED = {
 def test_a_kohya_file_of_malformed_layers_is_refused(lora_bases, lora_factors, what, tmp_path):
     file = save(kohya_state(lora_factors["sd", "plain"]) | MALFORMED[what], tmp_path / "x.safetensors")
     with refused(str(file), FIRST if "alpha" not in what and what != "a block" else next(iter(MALFORMED[what]))):
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
 
 
 @pytest.mark.parametrize("form", ["diffusers before peft", "peft"])
@@ -240,7 +240,7 @@ def test_what_is_wrong_names_the_file_it_is_wrong_in(lora_bases, lora_adapters, 
             {k.replace("lora_A", "hada_w1_a"): v for k, v in state.items() if "lora_A" in k}, tmp_path / "x.safetensors"
         )
     with refused(str(file)):
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
 
 
 def test_a_lora_of_another_base_is_refused(lora_bases, lora_adapters, lora_factors, tmp_path):
@@ -256,15 +256,15 @@ def test_pickles_and_what_is_not_there_are_named(lora_bases, tmp_path):
     for name in ("pytorch_lora_weights.bin", "x.pt", "x.CKPT"):
         (tmp_path / name).write_bytes(b"")
         with refused(str(tmp_path / name), "pickle", "safetensors"):
-            read_any_layout(tmp_path / name, lora_bases["sd"].unet, unet_only=False)
+            read_any_layout(tmp_path / name, lora_bases["sd"].unet, network_only=False)
     (tmp_path / "pytorch_lora_weights.bin").unlink()
     for place in (tmp_path, tmp_path / "x.safetensors"):
         with refused(str(place), "no LoRA weights"):
-            read_any_layout(place, lora_bases["sd"].unet, unet_only=False)
+            read_any_layout(place, lora_bases["sd"].unet, network_only=False)
 
 
 def test_a_file_of_peft_without_its_configuration_is_refused(lora_bases, lora_adapters, tmp_path):
     folder = export(lora_adapters, "sd", "plain", "peft", tmp_path / "x")
     (folder / "adapter_config.json").unlink()
     with refused("no adapter_config.json", str(folder)):
-        read_any_layout(folder / "adapter_model.safetensors", lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(folder / "adapter_model.safetensors", lora_bases["sd"].unet, network_only=False)

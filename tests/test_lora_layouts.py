@@ -29,9 +29,9 @@ def save(state, file, header=None):
     return file
 
 
-def imported(file, base, *, unet_only=False):
+def imported(file, base, *, network_only=False):
     """What a set predicts that has the imported file."""
-    factors = read_any_layout(file, base.unet, unet_only=unet_only)
+    factors = read_any_layout(file, base.unet, network_only=network_only)
     check_fits(file, factors, base.unet)
     written = file.parent / "written.safetensors"
     save_lora(written, factors, "unet")
@@ -85,7 +85,7 @@ def test_the_adapters_name_in_the_keys(lora_bases, lora_adapters, prefix, tmp_pa
     _, header = peft_states(lora_adapters, "sd", "plain")
     file = save(state, tmp_path / "x.safetensors", header)
     assert_alike(imported(file, lora_bases["sd"]), predict(unet))
-    bare = read_any_layout(save(state, file), lora_bases["sd"].unet, unet_only=False)
+    bare = read_any_layout(save(state, file), lora_bases["sd"].unet, network_only=False)
     assert {layer.scaling for layer in bare.values()} == {1}
 
 
@@ -115,10 +115,10 @@ def test_pefts_wrapper_in_the_keys(lora_bases, peft_model, prefix, tmp_path):
     assert_alike(imported(file, lora_bases["sd"]), predict(peft_model))
     (tmp_path / "adapter_config.json").unlink()
     if prefix:
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
     else:  # as peft itself writes and reads them
         with refused("no adapter_config.json", "base_model.model."):
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+            read_any_layout(file, lora_bases["sd"].unet, network_only=False)
 
 
 def test_names_of_layers_may_be_escaped_as_regular_expressions(lora_bases, tmp_path):
@@ -127,21 +127,21 @@ def test_names_of_layers_may_be_escaped_as_regular_expressions(lora_bases, tmp_p
     model = get_peft_model(copy.deepcopy(lora_bases["sd"].unet), config)
     randomise(model, 0)
     model.save_pretrained(str(tmp_path))
-    assert read_any_layout(tmp_path, lora_bases["sd"].unet, unet_only=False)[FIRST].rank == 2
+    assert read_any_layout(tmp_path, lora_bases["sd"].unet, network_only=False)[FIRST].rank == 2
     assert_alike(imported(tmp_path / "adapter_model.safetensors", lora_bases["sd"]), predict(model))
 
 
 def test_the_whole_state_of_a_peft_model_is_refused_for_the_weights_of_the_base(lora_bases, peft_model, tmp_path):
     file = save(peft_model.state_dict(), tmp_path / "x.safetensors")
     with refused(str(file), "base_layer", "the base itself"):
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
 
 
 def test_several_adapters_in_a_file_are_named(lora_bases, lora_adapters, tmp_path):
     state, _ = peft_states(lora_adapters, "sd", "rank_stabilised_patterns")
     both = renamed(state, r"\.weight$", ".first.weight") | renamed(state, r"\.weight$", ".second.weight")
     with refused("'first', 'second'", "separate file"):
-        read_any_layout(save(both, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(save(both, tmp_path / "x.safetensors"), lora_bases["sd"].unet, network_only=False)
 
 
 # kohya's factors and alphas under other names
@@ -175,7 +175,7 @@ NAMES = {
 def test_every_spelling_of_a_layer_is_read(lora_bases, lora_factors, name, base, tmp_path):
     own, unet = lora_factors[base, "patterns"], lora_bases[base].unet
     state = stated(own, lambda path: NAMES[name](path, unet.config))
-    assert_same(read_any_layout(save(state, tmp_path / "x.safetensors"), unet, unet_only=False), own)
+    assert_same(read_any_layout(save(state, tmp_path / "x.safetensors"), unet, network_only=False), own)
 
 
 @pytest.mark.parametrize(
@@ -192,13 +192,13 @@ def test_every_spelling_of_a_factor_is_read(lora_bases, lora_factors, down, up, 
     for name in (lambda path: f"unet.{path}", lambda path: "lora_unet_" + path.replace(".", "_")):
         file = save(stated(own, name, down, up), tmp_path / "x.safetensors")
         assert_same(
-            read_any_layout(file, lora_bases["sd"].unet, unet_only=False),
+            read_any_layout(file, lora_bases["sd"].unet, network_only=False),
             own,
         )
     if "default" not in down:
         flat = {f"lora_unet_{key.replace('.', '_')}": value for key, value in stated(own, str, down, up).items()}
         assert_same(
-            read_any_layout(save(flat, file), lora_bases["sd"].unet, unet_only=False),
+            read_any_layout(save(flat, file), lora_bases["sd"].unet, network_only=False),
             own,
         )
 
@@ -210,7 +210,7 @@ def test_layers_of_one_file_may_be_in_two_layouts(lora_bases, lora_factors, tmp_
     state = stated(attention, lambda path: f"unet.{path}", "lora_A", "lora_B")
     state |= stated(others, lambda path: "lora_unet_" + path.replace(".", "_"))
     assert_same(
-        read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, unet_only=False),
+        read_any_layout(save(state, tmp_path / "x.safetensors"), lora_bases["sd"].unet, network_only=False),
         own,
     )
 
@@ -219,10 +219,10 @@ def test_an_alpha_and_a_configuration_must_agree(lora_bases, lora_adapters, lora
     own, header = lora_factors["sd", "patterns"], peft_states(lora_adapters, "sd", "patterns")[1]
     state = stated(own, lambda path: f"unet.{path}", "lora_A", "lora_B")
     file = save(state, tmp_path / "x.safetensors", header)
-    assert_same(read_any_layout(file, lora_bases["sd"].unet, unet_only=False), own)
+    assert_same(read_any_layout(file, lora_bases["sd"].unet, network_only=False), own)
     save(state | {f"unet.{FIRST}.alpha": torch.tensor(2.0)}, file, header)
     with refused(f"unet.{FIRST}.alpha", "alpha 2", "says 1"):
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
 
 
 # LyCORIS
@@ -281,7 +281,7 @@ def test_lycoris_other_kinds_are_refused_for_what_they_are(lora_bases, lycoris, 
     network = lycoris(copy.deepcopy(lora_bases["sd"].unet), **options)
     network.save_weights(str(tmp_path / "x.safetensors"), torch.float32, {})
     with refused(str(tmp_path / "x.safetensors"), reason):
-        read_any_layout(tmp_path / "x.safetensors", lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(tmp_path / "x.safetensors", lora_bases["sd"].unet, network_only=False)
 
 
 # Text encoders and embeddings
@@ -313,16 +313,16 @@ def test_what_is_of_the_text_is_set_apart(lora_bases, lora_factors, key, tmp_pat
     own = lora_factors["sd", "rank_stabilised_patterns"]
     state = stated(own, lambda path: "lora_unet_" + path.replace(".", "_")) | {key: TEXTS[key]}
     file = save(state, tmp_path / "x.safetensors")
-    with refused(str(file), key[:60], "--unet_only"):
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
-    assert_same(read_any_layout(file, lora_bases["sd"].unet, unet_only=True), own)
+    with refused(str(file), key[:60], "--network_only"):
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
+    assert_same(read_any_layout(file, lora_bases["sd"].unet, network_only=True), own)
 
 
 def test_the_configuration_of_a_text_encoder_does_not_matter_without_it(lora_bases, lora_factors, tmp_path):
     own = lora_factors["sd", "rank_stabilised_patterns"]
     state = stated(own, lambda path: f"unet.{path}") | {"text_encoder.x.lora_A.weight": torch.ones(4, 8)}
     file = save(state, tmp_path / "x.safetensors", {METADATA: '{"text_encoder.init_lora_weights": "pissa"}'})
-    assert_same(read_any_layout(file, lora_bases["sd"].unet, unet_only=True), own)
+    assert_same(read_any_layout(file, lora_bases["sd"].unet, network_only=True), own)
 
 
 # Refusals
@@ -363,7 +363,7 @@ def test_anything_else_is_refused_for_what_it_is(lora_bases, lora_factors, key, 
     state = stated(own, lambda path: f"unet.{path}") | {key: torch.ones(4, 4)}
     file = save(state, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as error:
-        read_any_layout(file, lora_bases["sd"].unet, unet_only=False)
+        read_any_layout(file, lora_bases["sd"].unet, network_only=False)
     told = str(error.value)
     assert told.startswith(str(file))
     assert all(reason in told for reason in REFUSED[key])

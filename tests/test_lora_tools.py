@@ -125,7 +125,7 @@ def test_the_policy_of_a_checkpoint_is_nothing_to_other_tools(lora_bases, lora_a
     write_state({key.removeprefix("unet."): value for key, value in state.items()}, file)
     assert_nothing(load_file(file), unet)
     with refused(str(file), "checkpoint"):
-        read_any_layout(file, unet, unet_only=False)
+        read_any_layout(file, unet, network_only=False)
     assert {f"unet.{key}" for key in read_state(file)} == set(state)
 
 

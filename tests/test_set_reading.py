@@ -141,7 +141,7 @@ def test_a_fault_of_a_header_is_found_before_the_base_is_loaded(adapter_set, mon
         edit(adapter_set, "adapters", 0, "weights", bytes=file.stat().st_size)
     else:
         edit(adapter_set, "adapters", 0, "weights", **{fault: 1000})
-    with refused(str(file), "--unet_only" if fault == "text_encoder" else "fetch it again"):
+    with refused(str(file), "--network_only" if fault == "text_encoder" else "fetch it again"):
         FusedSampler.from_pretrained(adapter_set)
 
 

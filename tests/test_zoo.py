@@ -27,7 +27,7 @@ from stepfuse.fuse.sets.entries import Adapter
 from tests.fixtures_formats import read_any_layout
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion
-from tests.fixtures_zoo import FUSES, SEPARATE, UNET_ONLY, ZOO, load_alone, make
+from tests.fixtures_zoo import FUSES, NETWORK_ONLY, SEPARATE, ZOO, load_alone, make
 
 # peft 0.21 takes the bias of a factor B for a factor that lost a dimension.
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter .* LoRA tensor.s. have invalid shape.*lora_B.bias")
@@ -35,7 +35,7 @@ PARTNER = "rank_4"  # the other adapter of each step
 SHARES = (0.6, 0.4)
 ETAS = (0.4, 0.9)
 STEPS, NUMBER, T, S = 4, 1, 501, 251  # the second of four steps
-FUSING = [name for name, specimen in ZOO.items() if specimen.outcome in (FUSES, SEPARATE, UNET_ONLY)]
+FUSING = [name for name, specimen in ZOO.items() if specimen.outcome in (FUSES, SEPARATE, NETWORK_ONLY)]
 REFUSED = [name for name, specimen in ZOO.items() if specimen.refused]
 # What a set holds as it is, without importing it.
 AS_WRITTEN = [name for name in FUSING if ZOO[name].layout in ("diffusers", "bare") and not ZOO[name].refused]
@@ -67,7 +67,7 @@ def adapters(base, places, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     fingerprint = base_fingerprint(base.unet)
     for name in FUSING:
-        factors = read_any_layout(places[name], base.unet, unet_only=ZOO[name].outcome == UNET_ONLY)
+        factors = read_any_layout(places[name], base.unet, network_only=ZOO[name].outcome == NETWORK_ONLY)
         check_fits(places[name], factors, base.unet)
         eta = ETAS[name == PARTNER]
         write_adapter(
@@ -202,7 +202,7 @@ def test_what_has_no_batched_form_says_which_has(adapters, name, tmp_path):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_lora_of_a_unet_is_refused_for_what_it_is(base, places, name):
     with refused(*ZOO[name].refused):
-        read_any_layout(places[name], base.unet, unet_only=False)
+        read_any_layout(places[name], base.unet, network_only=False)
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if ZOO[name].layout != "peft"])
@@ -214,7 +214,7 @@ def test_a_set_does_not_take_it_either(adapters, places, name, tmp_path):
 
 def test_a_text_encoder_alone_leaves_nothing_of_a_unet(base, places):
     with refused(str(places["text_alone"]), "no layers of the network"):
-        read_any_layout(places["text_alone"], base.unet, unet_only=True)
+        read_any_layout(places["text_alone"], base.unet, network_only=True)
 
 
 @pytest.mark.parametrize(

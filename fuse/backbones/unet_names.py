@@ -7,9 +7,10 @@ reading them see `stepfuse.fuse.lora.keys`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from stepfuse.fuse.lora.names import LayerNames
+from stepfuse.fuse.lora.families import STABLE_DIFFUSION
+from stepfuse.fuse.lora.names import LayerNames, Original
 
 OUTSIDE = {
     "conv_in": "input_blocks.0.0",
@@ -37,20 +38,21 @@ class UNetNames(LayerNames):
 
     part: str = "unet"
     kohya_prefix: str = "lora_unet_"
+    family: ClassVar[str] = STABLE_DIFFUSION
     config: Mapping[str, Any]
 
     @property
     def is_sdxl(self) -> bool:
         return self.config.get("addition_embed_type") == "text_time"
 
-    def original(self, module: str) -> str | None:
+    def original(self, module: str) -> Original | None:
         try:
-            return sgm_path(module, self.config)
+            return Original(path=sgm_path(module, self.config), modules=(module,))
         except ValueError:
             return None
 
-    def kohya(self, module: str) -> str:
-        return super().kohya(sgm_path(module, self.config) if self.is_sdxl else module)
+    def in_kohya(self, module: str) -> Original:
+        return Original(path=sgm_path(module, self.config) if self.is_sdxl else module, modules=(module,))
 
     def kohya_metadata(self, *, title: str, rank: int, alpha: float, prediction: str) -> dict[str, str]:
         """Without it AUTOMATIC1111 takes a file for one of SD 1.x, and hides it."""

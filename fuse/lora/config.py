@@ -76,7 +76,7 @@ def check_config(file: Path, config: Mapping[str, Any]) -> None:
         if not isinstance(pattern, dict) or not all(positive(value) for value in pattern.values()):
             raise ValueError(f"{file}: its metadata has {name} {short_repr(pattern)}; expected numbers by module")
         for key in pattern:
-            if not re.fullmatch(r"\^?[A-Za-z0-9_.]+", plain_name(key)):
+            if not re.fullmatch(r"\^?[A-Za-z0-9_.-]+", plain_name(key)):
                 raise ValueError(
                     f"{file}: its metadata has {name} of {short_repr(key)}; expected the names of modules, and no "
                     "other regular expressions"

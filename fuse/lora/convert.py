@@ -1,7 +1,9 @@
 """LoRAs from elsewhere: every layout that states layer, factor and scale unambiguously.
 
-One pass names every tensor (`stepfuse.fuse.lora.keys`), then one reader checks shapes, scale and fit. The scale of a
-layer is `alpha / r`, alpha being
+One pass names every tensor (`stepfuse.fuse.lora.keys`), then one reader checks shapes, scale and fit, and layers that
+are several in diffusers' network are taken apart (`stepfuse.fuse.lora.joined_layers`). diffusers' own converters, which
+tests compare with, are not called: several leave out layers or scales without an error. The scale of a layer is
+`alpha / r`, alpha being
 
 - the tensor `….alpha` of the layer (kohya-ss/sd-scripts, LyCORIS, OneTrainer);
 - else what peft's configuration says, in the header (diffusers ≥ 0.34) or in `adapter_config.json` beside the file;
@@ -19,7 +21,9 @@ from stepfuse.data.json_file import read_json
 from stepfuse.fuse.lora.config import check_config, read_config
 from stepfuse.fuse.lora.export import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS
 from stepfuse.fuse.lora.factors import Factors
-from stepfuse.fuse.lora.file import check_fits, check_layers, plain_modules
+from stepfuse.fuse.lora.families import families_of
+from stepfuse.fuse.lora.file import check_layers, check_shapes, plain_modules
+from stepfuse.fuse.lora.joined_layers import split
 from stepfuse.fuse.lora.keys import ALPHA, DOWN, UP, LayerTable, LoRAKey, parse_key
 from stepfuse.fuse.lora.names import LayerNames
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
@@ -28,14 +32,14 @@ from stepfuse.fuse.lora.tensor_file import FLOATS, SMALL_FLOATS, open_tensors
 Found = dict[str, dict[str, LoRAKey]]  # by the layer's path, then by kind
 
 
-def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only: bool) -> dict[str, Factors]:
+def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, network_only: bool) -> dict[str, Factors]:
     """The layers of a LoRA in any layout that names layers and factors, for a network.
 
     Args:
         file: a safetensors file, a folder as peft or diffusers saves one, or a folder that holds no other such file.
         network: of the base, with or without LoRAs.
         names: of its layers in other tools' files.
-        unet_only: leave out what is of text encoders.
+        network_only: leave out what is of text encoders.
 
     Raises:
         ValueError: for a pickle, another kind of adapter, layers that the network does not have, parts of text
@@ -48,32 +52,38 @@ def read_foreign(file: Path, network: nn.Module, names: LayerNames, *, unet_only
     with open_tensors(file, lambda key: not parse_key(key, names).of_text, dtypes=(*FLOATS, *SMALL_FLOATS)) as tensors:
         keys = [parse_key(key, names) for key in tensors.tensors]
         beside = _config_beside(file, keys)
-        of_network = _of_network(file, keys, names, unet_only=unet_only)
+        of_network = _of_network(file, keys, names, network_only=network_only)
         if not of_network:
             raise ValueError(f"{file} has no layers of the network ({part}); nothing of it can be fused")
-        modules = dict(plain_modules(network))
-        found = _by_layer(file, of_network, LayerTable(modules, names))
+        table = LayerTable(dict(plain_modules(network)), names)
+        found = _by_layer(file, of_network, table)
         config = read_config(file, tensors.metadata, part, any_layout=True) or beside
         if config is None:
             _check_wrapped(file, found)
         shapes = {
-            module: {
-                kind: _shape_for(modules[module], tensors.tensors[name.key].shape, kind)
+            path: {
+                kind: _shape_for(table.modules[path], tensors.tensors[name.key].shape, kind)
                 for kind, name in kinds.items()
                 if kind != ALPHA
             }
-            for module, kinds in found.items()
+            for path, kinds in found.items()
         }
         layers = check_layers(file, part, shapes, config)
-        check_fits(file, layers, network)
-        factors = {}
-        for module, kinds in found.items():
-            state = {kind: tensors.tensor(kinds[kind].key).reshape(shape) for kind, shape in shapes[module].items()}
-            alpha = layers[module].alpha
+        check_shapes(file, layers, table.modules)
+        factors: dict[str, Factors] = {}
+        for path, kinds in found.items():
+            state = {kind: tensors.tensor(kinds[kind].key).reshape(shape) for kind, shape in shapes[path].items()}
+            alpha = layers[path].alpha
             if ALPHA in kinds:
                 key = kinds[ALPHA].key
                 alpha = _alpha(file, key, tensors.tensor(key), None if config is None else alpha)
-            factors[module] = Factors.of(state, alpha)
+            layer, original = Factors.of(state, alpha), table.originals.get(path)
+            parts = {path: layer} if original is None else split(layer, original, table.rows(original))
+            if both := sorted(factors.keys() & parts.keys()):
+                raise ValueError(
+                    f"{file}: {path} and another layer are both of {both[0]}; expected one layout in a file"
+                )
+            factors |= parts
     return factors
 
 
@@ -92,9 +102,12 @@ def _file_in(folder: Path) -> Path:
     return found[0] if found else usual
 
 
-def _of_network(file: Path, keys: Sequence[LoRAKey], names: LayerNames, *, unet_only: bool) -> list[LoRAKey]:
+def _of_network(file: Path, keys: Sequence[LoRAKey], names: LayerNames, *, network_only: bool) -> list[LoRAKey]:
     """The tensors of the network, all of one adapter."""
     others = [name for name in keys if not name.of_text]
+    families = families_of(name.layer for name in others)
+    if families and names.family and names.family not in families:
+        raise ValueError(f"{file}: this is a LoRA of {' or '.join(families)} and the base is {names.family}")
     refused = [name for name in others if name.refusal]
     if refused:
         # Weights and biases that are named so plainly may be part of another kind of adapter.
@@ -102,10 +115,10 @@ def _of_network(file: Path, keys: Sequence[LoRAKey], names: LayerNames, *, unet_
         worst = next((name for name in refused if name.refusal not in plain), refused[0])
         raise ValueError(f"{file}: tensor {worst.key[:100]!r} is of {worst.refusal}")
     texts = [name.key for name in keys if name.of_text]
-    if texts and not unet_only:
+    if texts and not network_only:
         raise ValueError(
             f"{file} has tensors of a text_encoder or an embedding too ({texts[0][:100]!r}), and fused adapters share "
-            "one embedding of the prompt: --unet_only leaves them out, which changes what the LoRA does"
+            "one embedding of the prompt: --network_only leaves them out, which changes what the LoRA does"
         )
     adapters = {name.adapter or "" for name in others if name.kind != ALPHA}
     if len(adapters) > 1:

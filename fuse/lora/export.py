@@ -10,7 +10,6 @@ that have some get keys that ComfyUI knows none of.
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from stepfuse.data.json_file import write_json
 from stepfuse.fuse.lora.config import METADATA
-from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state, written_state
+from stepfuse.fuse.lora.factors import Factors, peft_config, peft_state, scale_to_one, written_state
+from stepfuse.fuse.lora.joined_layers import join_all
 from stepfuse.fuse.lora.names import LayerNames
 
 PEFT_PREFIX = "base_model.model."
@@ -52,21 +52,6 @@ def save_tensors(file: Path, state: Mapping[str, Tensor], metadata: Mapping[str,
         output.writelines([len(text).to_bytes(8, "little"), text, memoryview(content)[end:]])
 
 
-def scale_to_one(layer: Factors) -> Factors:
-    """The same layer with alpha = r: s (B A x + b) = (s B) A x + s b."""
-    scale = layer.scaling
-    if scale == 1:
-        return replace(layer, alpha=float(layer.rank))
-
-    def scaled(value: Tensor) -> Tensor:
-        exact = value.double() * scale
-        rounded = exact.to(value.dtype)
-        return rounded if torch.equal(rounded.double(), exact) else exact.float()  # of float16 nothing is lost twice
-
-    bias = None if layer.bias is None else scaled(layer.bias)
-    return replace(layer, up=scaled(layer.up), bias=bias, alpha=float(layer.rank))
-
-
 def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
     """Write a folder that `PeftModel.from_pretrained` reads, with the name of the base."""
     output.mkdir(exist_ok=True)
@@ -77,18 +62,17 @@ def save_peft(output: Path, factors: Mapping[str, Factors], base: str) -> None:
 
 
 def save_kohya(output: Path, factors: Mapping[str, Factors], names: LayerNames, *, title: str, prediction: str) -> None:
-    """Write one file as sd-scripts does: each layer's A, B and alpha, which is the same in all layers.
+    """Write one file as sd-scripts does: A, B and alpha of each of its layers, which may be made of several.
 
     Args:
         names: of the layers of the base's network.
         title, prediction: of the LoRA and of the base.
 
     Raises:
-        ValueError: for a DoRA, of which ComfyUI and AUTOMATIC1111 compute something else than peft, and for a bias.
+        ValueError: for a layer that has no name there, for a DoRA, of which ComfyUI and AUTOMATIC1111 compute something
+            else than peft, and for a bias.
     """
-    state: dict[str, Tensor] = {}
-    alpha = Counter(float(layer.alpha) for layer in factors.values()).most_common(1)[0][0]
-    for module, layer in factors.items():
+    for layer in factors.values():
         if layer.dora:
             raise ValueError(
                 f"{title!r} is a DoRA, which tools that read kohya's files compute otherwise than it was trained; "
@@ -96,12 +80,17 @@ def save_kohya(output: Path, factors: Mapping[str, Factors], names: LayerNames, 
             )
         if layer.has_bias:
             raise ValueError(f"{title!r} has a bias, which kohya's files do not hold; export it as diffusers or peft")
-        name, up = names.kohya(module), layer.up
-        if layer.alpha != alpha:  # diffusers 0.42 gives attention layers the alpha that most layers have
-            up = (up.double() * (layer.alpha / alpha)).to(up.dtype)
+    if not names.one_alpha:
+        factors = {module: scale_to_one(layer) for module, layer in factors.items()}
+    most = Counter(float(layer.alpha) for layer in factors.values()).most_common(1)[0][0]
+    state: dict[str, Tensor] = {}
+    for name, layer in join_all(factors, names).items():
+        up, alpha = layer.up, layer.alpha
+        if names.one_alpha and alpha != most:
+            up, alpha = (up.double() * (alpha / most)).to(up.dtype), most
         state[f"{name}.lora_down.weight"] = layer.down
         state[f"{name}.lora_up.weight"] = up
         state[f"{name}.alpha"] = torch.tensor(alpha)
     first = next(iter(factors.values()))
-    metadata = names.kohya_metadata(title=title, rank=first.rank, alpha=alpha, prediction=prediction)
+    metadata = names.kohya_metadata(title=title, rank=first.rank, alpha=most, prediction=prediction)
     save_tensors(output, state, metadata)

@@ -3,7 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,21 @@ class Factors:
     def map(self, change: Callable[[Tensor], Tensor]) -> "Factors":
         """The same layer with each of its tensors changed."""
         return Factors.of({kind: change(value) for kind, value in self.tensors.items()}, self.alpha)
+
+
+def scale_to_one(layer: Factors) -> Factors:
+    """The same layer with alpha = r: s (B A x + b) = (s B) A x + s b."""
+    scale = layer.scaling
+    if scale == 1:
+        return replace(layer, alpha=float(layer.rank))
+
+    def scaled(value: Tensor) -> Tensor:
+        exact = value.double() * scale
+        rounded = exact.to(value.dtype)
+        return rounded if torch.equal(rounded.double(), exact) else exact.float()  # of float16 nothing is lost twice
+
+    bias = None if layer.bias is None else scaled(layer.bias)
+    return replace(layer, up=scaled(layer.up), bias=bias, alpha=float(layer.rank))
 
 
 def peft_state(factors: Mapping[str, Factors]) -> dict[str, Tensor]:

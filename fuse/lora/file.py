@@ -92,7 +92,7 @@ def open_lora(file: Path, networks: Sequence[str]) -> Iterator[LoRAFile]:
         if others := [part for part in parts if part != network]:
             raise ValueError(
                 f"{file} is of the {others[0]} too; fused adapters share one embedding of the prompt, so they can be "
-                "of the network only: `stepfuse set import --unet_only` leaves the rest out, which changes what it does"
+                "of the network only: `stepfuse set import --network_only` leaves the rest out, which changes it"
             )
         config = read_config(file, tensors.metadata, network)
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -126,7 +126,11 @@ def check_layers(
 
 def check_fits(file: Path, layers: Mapping[str, Factors], model: nn.Module) -> None:
     """Raise ValueError, naming the layer, unless a LoRA's layers are linear ones or convolutions of a model."""
-    modules = dict(plain_modules(model))
+    check_shapes(file, layers, dict(plain_modules(model)))
+
+
+def check_shapes(file: Path, layers: Mapping[str, Factors], modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError, naming the layer, unless a LoRA's layers are linear ones or convolutions among modules."""
     for name, layer in layers.items():
         module = modules.get(name)
         if not isinstance(module, nn.Linear | nn.Conv2d):

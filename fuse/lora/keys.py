@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from stepfuse.fuse.lora.names import LayerNames
+from stepfuse.fuse.lora.names import LayerNames, Original
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 CHECKPOINT = "policy"  # the first part of keys in checkpoints of a training, whose state is not an adapter
@@ -60,7 +60,7 @@ _TEXT = re.compile(
     r"(?:te\d?|text_encoders?(?:[._]\d)?|text_model|text_projection|cond_stage_model|conditioner|clip_[lgh]|t5xxl|bundle_emb"
     r"|emb_params|string_to_(?:param|token))(?:[._].*)?"
 )
-_NETWORKS = ("transformer", "prior", "controlnet", "vae", "first_stage_model", "double_blocks", "single_blocks")
+_NETWORKS = ("transformer", "prior", "controlnet", "vae", "first_stage_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def parse_key(key: str, names: LayerNames) -> LoRAKey:
     elif not kind:
         refusals = (what for pattern, what in _FOREIGN if pattern.fullmatch(key))
         refusal = next(refusals, "no LoRA in a layout that stepfuse knows: it names no layer and factor")
-    layer = re.sub(rf"^(?:{names.kohya_prefix.rstrip('_')}|lycoris)[._]", "", bare)
+    layer = re.sub(rf"^(?:{names.kohya_prefix.rstrip('_')}|lora_{names.part}|lycoris)[._]", "", bare)
     return LoRAKey(key=key, kind=kind, layer=layer, flat=layer != bare, adapter=adapter, refusal=refusal)
 
 
@@ -112,7 +112,7 @@ def set_key(key: str, networks: Collection[str]) -> tuple[str, str, str] | None:
         part not in (*networks, *TEXT_PARTS)
         or kind in ("", ALPHA)
         or adapter is not None
-        or not re.fullmatch(r"[A-Za-z0-9_.]+", layer)
+        or not re.fullmatch(r"[A-Za-z0-9_.-]+", layer)
     ):
         return None
     return part, plain_path(layer), kind
@@ -145,20 +145,37 @@ class LayerTable:
     Args:
         modules: of the network, by path, without LoRAs.
         names: of its layers in other tools' files.
+
+    Attributes:
+        modules: these, and by its path each layer of the original network that is made of several, or differs.
+        originals: those layers, by their path.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], names: LayerNames) -> None:
-        self.modules, self.names = modules, names
+        self.modules, self.names, self.originals = dict(modules), names, dict[str, Original]()
         layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
-        originals = {names.original(name): name for name in layers}
-        self.layers = {spelling: name for spelling, name in originals.items() if spelling is not None}
+        self.layers: dict[str, str] = {}
+        for name in layers:
+            original = names.original(name)
+            if original is None:
+                continue
+            self.layers[original.path] = name
+            if original.swapped or len(original.modules) > 1:
+                width = modules[name].weight.shape[1]
+                self.modules[original.path] = nn.Linear(int(width), sum(self.rows(original)), device="meta")
+                self.originals[original.path] = original
+                self.layers[original.path] = original.path
         self.layers |= {name: name for name in layers}
         self.flat: dict[str, set[str]] = {}
         for spelling, name in self.layers.items():
             self.flat.setdefault(spelling.replace(".", "_"), set()).add(name)
 
+    def rows(self, original: Original) -> list[int]:
+        """The rows of the network's layers that a layer is made of."""
+        return [len(self.modules[module].weight) for module in original.modules]
+
     def find(self, name: LoRAKey) -> str:
-        """The path of the layer a key is of; a ValueError unless there is one, and it can have a LoRA."""
+        """The path in `modules` of the layer a key is of; a ValueError unless there is one that can have a LoRA."""
         dotted = plain_path(name.layer)
         for path in (dotted, f"{dotted}.0"):  # to_out of attention processors
             if path in self.layers:
@@ -187,13 +204,15 @@ def plain_path(layer: str) -> str:
 
 # The files that stepfuse writes.
 
-_ATTENTION = re.compile(r"(?P<block>.*\.attn[12])\.(?P<layer>to_[qkv]|to_out)(?:\.0)?")
+# Of Stable Diffusion 1.x to XL; the attention of transformers is in no `attentions`.
+_ATTENTION = re.compile(r"(?P<block>.*\.attentions\..*\.attn[12])\.(?P<layer>to_[qkv]|to_out)(?:\.0)?")
 
 
 def written_key(module: str, kind: str, *, guarded: bool) -> str:
     """The key of a tensor in the files that stepfuse writes, without the part.
 
-    They are those of diffusers before peft: diffusers and ComfyUI each read every layer of them. Neither ComfyUI nor
+    They are those of diffusers before peft: diffusers and ComfyUI each read every layer of them, ComfyUI the
+    attention of Stable Diffusion 1.x to XL under its processor and all else by its path. Neither ComfyUI nor
     AUTOMATIC1111 knows magnitudes and biases of B; with `guarded` the keys of a file that has some are such that
     diffusers alone reads them, who drops `.processor` from any key.
     """

@@ -19,8 +19,8 @@ from stepfuse.data.json_file import write_json
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.backbones.registry import parts
-from stepfuse.fuse.lora.export import save_lora, scale_to_one
-from stepfuse.fuse.lora.factors import Factors, put_on
+from stepfuse.fuse.lora.export import save_lora
+from stepfuse.fuse.lora.factors import Factors, put_on, scale_to_one
 from stepfuse.fuse.lora.file import LoRAFile, check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict

@@ -32,7 +32,7 @@ def import_lora(
     guidance_scale: float | None = None,
     steps: int | None = None,
     license: str | None = None,
-    unet_only: bool = False,
+    network_only: bool = False,
     weight_name: str | None = None,
     variant: str | None = None,
 ) -> AdapterSet:
@@ -49,7 +49,7 @@ def import_lora(
             the set's.
         guidance_scale, steps: by default the set's, or 7.5 and 50.
         license: of its weights.
-        unet_only: leave out what is of text encoders.
+        network_only: leave out what is of text encoders.
         weight_name: which file of a repository.
         variant: of the weight files of the base of a set that is to be made, `fp16` for instance.
 
@@ -77,7 +77,7 @@ def import_lora(
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")
     network = backbone.network
-    factors = read_foreign(path, network, backbone.names(network.config), unet_only=unet_only)
+    factors = read_foreign(path, network, backbone.names(network.config), network_only=network_only)
     with tempfile.TemporaryDirectory() as temporary:
         adapter = Adapter(
             folder=Path(temporary, objective),

@@ -39,7 +39,7 @@ def add_arguments(parser: Parser) -> None:
     option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
-    option(parser, "--unet_only", bool, text)
+    option(parser, "--network_only", bool, text, aliases=("--unet_only",))
     text = "File to take from a folder or repository with several (default: the only one)."
     option(parser, "--weight_name", str, text, metavar="FILE")
 
@@ -61,7 +61,7 @@ def run(arguments: Arguments) -> None:
 
     quiet_libraries()
     names = (
-        *("objective", "reward", "base", "guidance", "guidance_scale", "steps", "license", "unet_only"),
+        *("objective", "reward", "base", "guidance", "guidance_scale", "steps", "license", "network_only"),
         *("weight_name", "variant"),
     )
     given = {name: getattr(arguments, name) for name in names}

@@ -1,0 +1,344 @@
+"""Names of transformers' layers in other tools' files, held to diffusers' converters and to ComfyUI's rules."""
+
+import pytest
+import torch
+from diffusers.loaders import single_file_utils
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from stepfuse.fuse.lora.export import save_kohya, save_lora
+from stepfuse.fuse.lora.factors import network_factors, put_on
+from tests.fixtures_formats import assert_same
+from tests.fixtures_tiny import refused
+from tests.fixtures_transformers import (
+    FAMILIES,
+    IN_KOHYA,
+    assert_equal_effects,
+    diffusers_effects,
+    effect,
+    effects,
+    layers_of,
+    lora_pipeline,
+    names_of,
+    published,
+    random_factors,
+    transformer,
+)
+
+MODELS = [(family, model) for family in IN_KOHYA for model in FAMILIES[family].published]
+
+
+def save(network, family, file, **options):
+    """A LoRA of every layer of a network in kohya's layout, and its factors."""
+    factors = random_factors(layers_of(network), **options)
+    save_kohya(file, factors, names_of(family, network), title="x", prediction="flow_prediction")
+    return factors
+
+
+# Every layer
+
+
+@pytest.mark.parametrize(("family", "model"), MODELS)
+def test_every_layer_of_a_published_model_has_a_name_of_its_own(family, model):
+    """Rows of a layer that several are in follow one another, as many as the layers have."""
+    network = published(family, model)
+    names, layers = names_of(family, network), layers_of(network)
+    originals = {module: names.in_kohya(module) for module in layers}
+    for module, original in originals.items():
+        assert module in original.modules
+        assert {originals[other] for other in original.modules} == {original}
+        if len(original.modules) > 1:
+            assert original.rows == tuple(len(layers[other].weight) for other in original.modules)
+    paths = {original.path for original in originals.values()}
+    assert len(paths) == len({path.replace(".", "_") for path in paths})
+    assert len(paths) == len(layers) - sum(len(o.modules) - 1 for o in set(originals.values()))
+    for path in paths & layers.keys():  # the same name is the same layer
+        assert path in originals[path].modules
+
+
+SHAPES = {  # of layers in the published files of the original networks
+    ("sd3", "3.5 medium"): {
+        "joint_blocks.0.x_block.attn.qkv": 4608,
+        "joint_blocks.12.x_block.attn2.qkv": 4608,
+        "joint_blocks.0.x_block.adaLN_modulation.1": 13824,
+        "joint_blocks.23.context_block.adaLN_modulation.1": 3072,
+        "final_layer.adaLN_modulation.1": 3072,
+    },
+    ("flux", "dev"): {"double_blocks.18.txt_attn.qkv": 9216, "single_blocks.37.linear1": 21504},
+    ("flux2", "klein 4B"): {"single_blocks.19.linear1": 27648, "double_stream_modulation_img.lin": 18432},
+    ("z_image", "Z-Image"): {"layers.29.attention.qkv": 11520, "x_embedder": 3840},
+    ("lumina2", "Lumina-Image 2.0"): {"layers.25.attention.qkv": 3840, "noise_refiner.1.feed_forward.w3": 9216},
+}
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_layers_have_the_rows_of_the_published_files(case):
+    network = published(*case)
+    names, layers = names_of(case[0], network), layers_of(network)
+    rows = dict.fromkeys(SHAPES[case], 0)
+    for module, layer in layers.items():
+        path = names.in_kohya(module).path
+        if path in rows:
+            rows[path] += len(layer.weight)
+    assert rows == SHAPES[case]
+
+
+# diffusers' converters of whole checkpoints
+
+
+class Checkpoint(dict):
+    """Rows of the layers; what else a converter asks for, biases and norms, is six zeros."""
+
+    def pop(self, key, default=None):
+        return super().pop(key, torch.zeros(6, 6) if default is None else default)
+
+
+CONVERTERS = {
+    "sd3": "convert_sd3_transformer_checkpoint_to_diffusers",
+    "flux": "convert_flux_transformer_checkpoint_to_diffusers",
+    "flux2": "convert_flux2_transformer_checkpoint_to_diffusers",
+    "z_image": "convert_z_image_transformer_checkpoint_to_diffusers",
+    "lumina2": "convert_lumina2_to_diffusers",
+}
+
+
+@pytest.mark.parametrize("family", CONVERTERS)
+def test_diffusers_converter_of_checkpoints_leads_every_row_back_to_its_layer(family, tmp_path):
+    """It takes a checkpoint of the original network apart by rows: here those of B in a file of kohya's layout."""
+    network = transformer(family, **FAMILIES[family].wide)
+    names = names_of(family, network)
+    factors = save(network, family, tmp_path / "x.safetensors", alpha=3)
+    state = load_file(tmp_path / "x.safetensors")
+    paths = {names.kohya(module): names.in_kohya(module).path for module in factors}
+    checkpoint = Checkpoint({f"{path}.weight": state[f"{name}.lora_up.weight"] for name, path in paths.items()})
+    if family == "flux":  # which splits biases by the published width
+        checkpoint |= {"single_blocks.0.linear1.bias": torch.zeros(7 * 3072)}
+    converted = getattr(single_file_utils, CONVERTERS[family])(checkpoint)
+    got = {}
+    for module in factors:
+        name = names.kohya(module)
+        down = state[f"{name}.lora_down.weight"]
+        assert float(state[f"{name}.alpha"]) == len(down)
+        got[module] = effect(down, converted[f"{module}.weight"])
+    assert_equal_effects(got, effects(factors))
+
+
+# diffusers' converters of LoRAs
+
+# What diffusers 0.42 leaves out of a file of kohya's layout, or misnames so that it is loaded nowhere.
+LEFT_OUT = {
+    "flux2": ["guidance_embedder", "stream_modulation", "norm_out"],
+    "z_image": ["all_final_layer", "all_x_embedder"],
+}
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen", "z_image"])
+def test_diffusers_reads_a_kohya_export_as_it_was(family, tmp_path):
+    network = transformer(family, **FAMILIES[family].wide)
+    factors = save(network, family, tmp_path / "x.safetensors", alpha=3)
+    expected = effects(factors)
+    for part in LEFT_OUT.get(family, []):
+        expected = {module: value for module, value in expected.items() if part not in module}
+    state = lora_pipeline(family).lora_state_dict(load_file(tmp_path / "x.safetensors"))
+    got = diffusers_effects(state)
+    assert_equal_effects({module: value for module, value in got.items() if module in factors}, expected)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen"])
+def test_where_factors_are_not_shared_they_come_back_bit_for_bit(family, tmp_path):
+    network = transformer(family, **FAMILIES[family].wide)
+    factors = save(network, family, tmp_path / "x.safetensors")
+    state = lora_pipeline(family).lora_state_dict(load_file(tmp_path / "x.safetensors"))
+    state = {key.removeprefix("transformer."): value for key, value in state.items()}
+    for key, value in state.items():
+        module, _, kind = key.partition(".lora_")
+        assert torch.equal(value, factors[module].down if kind == "A.weight" else factors[module].up)
+
+
+# ComfyUI
+
+
+COMFYUI = {
+    # Its networks' layers (comfy/ldm/*), which a file names `lora_unet_` and their path, dots as underscores
+    # (comfy/lora.py, model_lora_keys_unet), and the first of their rows that is a layer's of diffusers
+    # (comfy/utils.py, mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers).
+    "sd3": {
+        "transformer_blocks.0.attn.to_q": ("joint_blocks_0_x_block_attn_qkv", 0),
+        "transformer_blocks.0.attn.to_v": ("joint_blocks_0_x_block_attn_qkv", 32),
+        "transformer_blocks.0.attn.add_k_proj": ("joint_blocks_0_context_block_attn_qkv", 16),
+        "transformer_blocks.0.attn2.to_k": ("joint_blocks_0_x_block_attn2_qkv", 16),
+        "transformer_blocks.0.attn2.to_out.0": ("joint_blocks_0_x_block_attn2_proj", 0),
+        "transformer_blocks.1.attn.to_out.0": ("joint_blocks_1_x_block_attn_proj", 0),
+        "transformer_blocks.1.attn.to_add_out": ("joint_blocks_1_context_block_attn_proj", 0),
+        "transformer_blocks.1.norm1.linear": ("joint_blocks_1_x_block_adaLN_modulation_1", 0),
+        "transformer_blocks.1.norm1_context.linear": ("joint_blocks_1_context_block_adaLN_modulation_1", 0),
+        "transformer_blocks.2.ff.net.0.proj": ("joint_blocks_2_x_block_mlp_fc1", 0),
+        "transformer_blocks.1.ff_context.net.2": ("joint_blocks_1_context_block_mlp_fc2", 0),
+        "pos_embed.proj": ("x_embedder_proj", 0),
+        "time_text_embed.timestep_embedder.linear_2": ("t_embedder_mlp_2", 0),
+        "time_text_embed.text_embedder.linear_1": ("y_embedder_mlp_0", 0),
+        "context_embedder": ("context_embedder", 0),
+        "proj_out": ("final_layer_linear", 0),
+    },
+    "flux": {
+        "transformer_blocks.0.attn.to_k": ("double_blocks_0_img_attn_qkv", 16),
+        "transformer_blocks.0.attn.add_v_proj": ("double_blocks_0_txt_attn_qkv", 32),
+        "transformer_blocks.0.attn.to_out.0": ("double_blocks_0_img_attn_proj", 0),
+        "transformer_blocks.0.attn.to_add_out": ("double_blocks_0_txt_attn_proj", 0),
+        "transformer_blocks.0.norm1.linear": ("double_blocks_0_img_mod_lin", 0),
+        "transformer_blocks.0.norm1_context.linear": ("double_blocks_0_txt_mod_lin", 0),
+        "transformer_blocks.0.ff.net.0.proj": ("double_blocks_0_img_mlp_0", 0),
+        "transformer_blocks.0.ff_context.net.2": ("double_blocks_0_txt_mlp_2", 0),
+        "single_transformer_blocks.0.attn.to_v": ("single_blocks_0_linear1", 32),
+        "single_transformer_blocks.0.proj_mlp": ("single_blocks_0_linear1", 48),
+        "single_transformer_blocks.0.proj_out": ("single_blocks_0_linear2", 0),
+        "single_transformer_blocks.0.norm.linear": ("single_blocks_0_modulation_lin", 0),
+        "time_text_embed.guidance_embedder.linear_1": ("guidance_in_in_layer", 0),
+        "time_text_embed.text_embedder.linear_2": ("vector_in_out_layer", 0),
+        "x_embedder": ("img_in", 0),
+        "context_embedder": ("txt_in", 0),
+        "proj_out": ("final_layer_linear", 0),
+    },
+    "flux2": {
+        "transformer_blocks.0.attn.to_q": ("double_blocks_0_img_attn_qkv", 0),
+        "transformer_blocks.0.attn.add_k_proj": ("double_blocks_0_txt_attn_qkv", 16),
+        "transformer_blocks.0.ff.linear_in": ("double_blocks_0_img_mlp_0", 0),
+        "transformer_blocks.0.ff_context.linear_out": ("double_blocks_0_txt_mlp_2", 0),
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj": ("single_blocks_0_linear1", 0),
+        "single_transformer_blocks.0.attn.to_out": ("single_blocks_0_linear2", 0),
+        "double_stream_modulation_txt.linear": ("double_stream_modulation_txt_lin", 0),
+        "single_stream_modulation.linear": ("single_stream_modulation_lin", 0),
+        "time_guidance_embed.timestep_embedder.linear_1": ("time_in_in_layer", 0),
+    },
+    "qwen": {
+        "transformer_blocks.1.attn.to_q": ("transformer_blocks_1_attn_to_q", 0),
+        "transformer_blocks.1.attn.add_v_proj": ("transformer_blocks_1_attn_add_v_proj", 0),
+        "transformer_blocks.1.attn.to_out.0": ("transformer_blocks_1_attn_to_out_0", 0),
+        "transformer_blocks.0.img_mlp.net.0.proj": ("transformer_blocks_0_img_mlp_net_0_proj", 0),
+        "transformer_blocks.0.txt_mod.1": ("transformer_blocks_0_txt_mod_1", 0),
+        "norm_out.linear": ("norm_out_linear", 0),
+    },
+    "z_image": {
+        "layers.1.attention.to_k": ("layers_1_attention_qkv", 16),
+        "layers.1.attention.to_out.0": ("layers_1_attention_out", 0),
+        "layers.0.feed_forward.w2": ("layers_0_feed_forward_w2", 0),
+        "layers.0.adaLN_modulation.0": ("layers_0_adaLN_modulation_0", 0),
+        "noise_refiner.0.attention.to_v": ("noise_refiner_0_attention_qkv", 32),
+        "context_refiner.0.feed_forward.w1": ("context_refiner_0_feed_forward_w1", 0),
+        "all_x_embedder.2-1": ("x_embedder", 0),
+        "all_final_layer.2-1.adaLN_modulation.1": ("final_layer_adaLN_modulation_1", 0),
+        "cap_embedder.1": ("cap_embedder_1", 0),
+    },
+    "lumina2": {  # comfy/ldm/lumina/model.py, and sd-scripts' library/lumina_models.py
+        "layers.0.attn.to_q": ("layers_0_attention_qkv", 0),
+        "layers.0.attn.to_v": ("layers_0_attention_qkv", 32),
+        "layers.0.feed_forward.linear_3": ("layers_0_feed_forward_w3", 0),
+        "layers.0.norm1.linear": ("layers_0_adaLN_modulation_1", 0),
+        "context_refiner.0.attn.to_out.0": ("context_refiner_0_attention_out", 0),
+        "time_caption_embed.caption_embedder.1": ("cap_embedder_1", 0),
+        "norm_out.linear_2": ("final_layer_linear", 0),
+    },
+}
+SWAPPED = {  # of these the second half of rows comes first
+    "sd3": {
+        "norm_out.linear": "final_layer_adaLN_modulation_1",
+        "transformer_blocks.2.norm1_context.linear": "joint_blocks_2_context_block_adaLN_modulation_1",
+    },
+    "flux": {"norm_out.linear": "final_layer_adaLN_modulation_1"},
+    "flux2": {"norm_out.linear": "final_layer_adaLN_modulation_1"},
+}
+
+
+@pytest.mark.parametrize("family", IN_KOHYA)
+def test_comfyui_finds_each_layer_of_a_kohya_export_in_its_own_network(family, tmp_path):
+    network = transformer(family)
+    factors = save(network, family, tmp_path / "x.safetensors", alpha=5)
+    state, expected, got = load_file(tmp_path / "x.safetensors"), {}, {}
+    swapped = {module: (name, 0) for module, name in SWAPPED.get(family, {}).items()}
+    for module, (name, first) in (COMFYUI[family] | swapped).items():
+        layer, stem = factors[module], f"lora_unet_{name}"
+        down, up = state[f"{stem}.lora_down.weight"], state[f"{stem}.lora_up.weight"]
+        rows = effect(down, up, float(state[f"{stem}.alpha"]) / len(down))[first : first + len(layer.up)]
+        got[module] = torch.cat(rows.chunk(2)[::-1]) if module in swapped else rows
+        expected[module] = effect(layer.down, layer.up, layer.scaling)
+    assert_equal_effects(got, expected)
+    known = {name for name, _ in (COMFYUI[family] | swapped).values()}
+    kinds = {key.partition(".")[0].removeprefix("lora_unet_") for key in state}
+    assert known <= kinds
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux", "qwen", "z_image"])
+def test_comfyui_finds_each_layer_of_a_sets_file_by_diffusers_path(family, tmp_path):
+    """It looks for `transformer.`, the path and one of a few names of factors, and takes alpha for the rank."""
+    network = transformer(family)
+    factors = random_factors(layers_of(network), alpha=5)
+    save_lora(tmp_path / "x.safetensors", factors, "transformer")
+    state = load_file(tmp_path / "x.safetensors")
+    stems = {module: f"transformer.{module}.lora" for module in factors}
+    assert state.keys() == {f"{stem}.{factor}.weight" for stem in stems.values() for factor in ("down", "up")}
+    got = {module: effect(state[f"{stem}.down.weight"], state[f"{stem}.up.weight"]) for module, stem in stems.items()}
+    assert_equal_effects(got, effects(factors))
+
+
+# A set's file in diffusers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_file_of_an_adapter_loads_in_diffusers_as_it_loads_here(family, tmp_path):
+    ours = transformer(family, device="cpu")
+    layers = {name: layer for name, layer in layers_of(ours).items() if "conv_depth" not in name}
+    factors = random_factors(layers, alpha=3)
+    put_on(ours, "x", tmp_path, factors)
+    save_lora(tmp_path / "x.safetensors", factors, "transformer")
+    theirs = transformer(family, device="cpu")
+    pipeline = lora_pipeline(family)
+    more = {"return_alphas": True} if family == "flux" else {}
+    state, *alphas, metadata = pipeline.lora_state_dict(tmp_path / "x.safetensors", return_lora_metadata=True, **more)
+    given = {"network_alphas": alphas[0]} if alphas else {}
+    pipeline.load_lora_into_transformer(state, transformer=theirs, adapter_name="x", metadata=metadata, **given)
+    assert_same(network_factors(theirs, "x"), network_factors(ours, "x"))
+
+
+# Metadata and refusals
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "version", "architecture"),
+    [
+        ("sd3", "3 medium", "medium", "stable-diffusion-3-medium"),
+        ("sd3", "3.5 medium", "5-medium", "stable-diffusion-3-5-medium"),
+        ("sd3", "3.5 large", "5-large", "stable-diffusion-3-5-large"),
+        ("flux", "dev", "flux1", "flux-1-dev"),
+        ("flux", "schnell", "flux1", "flux-1-schnell"),
+        ("flux2", "klein 4B", "flux2", "Flux.2-klein-4b"),
+        ("flux2", "klein 9B", "flux2", "Flux.2-klein-9b"),
+        ("flux2", "dev", "flux2", "Flux.2-dev"),
+        ("qwen", "Qwen-Image", "qwen_image", "Qwen-Image"),
+        ("z_image", "Z-Image", "z_image", "Z-Image"),
+        ("lumina2", "Lumina-Image 2.0", "lumina2", "lumina-2"),
+    ],
+)
+def test_a_kohya_file_says_what_it_is_of(family, model, version, architecture, tmp_path):
+    """As sd-scripts and musubi-tuner do (library/sai_model_spec.py, utils/sai_model_spec.py)."""
+    config = FAMILIES[family].published[model]
+    if family == "flux2":
+        config = {"num_attention_heads": 48} | config
+    made = FAMILIES[family].names(config=config)
+    metadata = made.kohya_metadata(title="x", rank=4, alpha=4.0, prediction="flow_prediction")
+    assert metadata["modelspec.architecture"] == f"{architecture}/lora"
+    assert metadata["ss_base_model_version"] == version
+    assert metadata["ss_network_module"].startswith("networks.lora_")
+    network = transformer(family)
+    save(network, family, tmp_path / "x.safetensors")
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert file.metadata()["ss_network_dim"] == "2"
+
+
+def test_a_layer_without_a_name_is_refused_by_name(tmp_path):
+    network = transformer("sana")
+    with refused("'patch_embed.proj'", "SANA", "diffusers' format"):
+        save(network, "sana", tmp_path / "x.safetensors")
+    network = transformer("sd3")
+    with refused("'transformer_blocks.0.extra'", "Stable Diffusion 3"):
+        names_of("sd3", network).kohya("transformer_blocks.0.extra")
+    assert not list(tmp_path.iterdir())
