@@ -101,6 +101,8 @@ def test_a_file_of_the_original_network_comes_out_as_it_came_in(family, tmp_path
     state = original_state(family, network, kohya_name, down="lora_down", up="lora_up", alpha=2.0)
     factors = read(save(state, tmp_path / "in.safetensors"), family, network)
     save_kohya(tmp_path / "x.safetensors", factors, names_of(family, network), title="x", prediction="epsilon")
+    save_lora(tmp_path / "own.safetensors", factors, "transformer")
+    assert_same(read(tmp_path / "own.safetensors", family, network), factors)
     written = load_file(tmp_path / "x.safetensors")
     assert written.keys() == state.keys()
     assert all(torch.equal(written[key], value) for key, value in state.items())

@@ -1,5 +1,7 @@
 """Names of transformers' layers in other tools' files, held to diffusers' converters and to ComfyUI's rules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.loaders import single_file_utils
@@ -283,11 +285,19 @@ def test_comfyui_finds_each_layer_of_a_sets_file_by_diffusers_path(family, tmp_p
 # A set's file in diffusers
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["plain", "dora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_file_of_an_adapter_loads_in_diffusers_as_it_loads_here(family, tmp_path):
+def test_the_file_of_an_adapter_loads_in_diffusers_as_it_loads_here(family, dora, tmp_path):
+    """But for the magnitude of FLUX.2's `attn.to_out`, which diffusers 0.42 takes for that of `attn.to_out.0`."""
     ours = transformer(family, device="cpu")
     layers = {name: layer for name, layer in layers_of(ours).items() if "conv_depth" not in name}
     factors = random_factors(layers, alpha=3)
+    if dora:
+        factors = {
+            name: replace(layer, magnitude=torch.rand(len(layer.up)))
+            for name, layer in factors.items()
+            if layer.up.ndim == 2 and not name.endswith("to_out")
+        }
     put_on(ours, "x", tmp_path, factors)
     save_lora(tmp_path / "x.safetensors", factors, "transformer")
     theirs = transformer(family, device="cpu")

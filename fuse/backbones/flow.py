@@ -13,8 +13,10 @@ from stepfuse.fuse.backbones import autoencoder
 from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.transformer_names import TransformerNames
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.lora.names import LayerNames
 
 LENGTH = "_max_sequence_length"  # in the pipeline's configuration, where names without _ are those of components
 
@@ -27,6 +29,7 @@ class FlowTransformer(Backbone):
         inputs: the network's inputs from text, which are also the names of arguments that give them in place of
             prompts, with `negative_` before those of the negative prompt.
         default_length: tokens of a prompt, by default (`max_sequence_length`).
+        layer_names: names of the network's layers in other tools' files; by default they have none there.
         text_encoders: suffixes of the names of the text encoders and tokenizers that prompts need.
     """
 
@@ -34,11 +37,16 @@ class FlowTransformer(Backbone):
     network_class: ClassVar[str]
     inputs: ClassVar[Sequence[str]]
     default_length: ClassVar[int]
+    layer_names: ClassVar[type[TransformerNames] | None] = None
     text_encoders: ClassVar[Sequence[str]] = ("",)
 
     def __init_subclass__(cls) -> None:
         if "inputs" in vars(cls):
             cls.embeds = (*cls.inputs, *(f"negative_{name}" for name in cls.inputs))
+
+    @classmethod
+    def names(cls, config: Mapping[str, Any]) -> LayerNames:
+        return super().names(config) if cls.layer_names is None else cls.layer_names(config=config)
 
     @property
     def max_sequence_length(self) -> int:

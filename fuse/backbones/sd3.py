@@ -11,6 +11,7 @@ from stepfuse.fuse.backbones.base import Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, linear_mu
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.sd3_names import StableDiffusion3Names
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 
@@ -26,6 +27,7 @@ class StableDiffusion3(FlowTransformer):
     network_class = "SD3Transformer2DModel"
     inputs = ("prompt_embeds", "pooled_prompt_embeds")
     default_length = 256
+    layer_names = StableDiffusion3Names
     text_encoders: ClassVar[Sequence[str]] = ("", "_2")
 
     @property

@@ -48,24 +48,27 @@ def join(layers: Mapping[str, Factors], original: Original) -> Factors:
 
 
 def split(layer: Factors, original: Original, rows: Sequence[int]) -> dict[str, Factors]:
-    """The layers of diffusers' network that a layer is made of, those left out that the LoRA does not change.
+    """The layers of diffusers' network that a layer is made of, without those that the LoRA does not change.
 
     Args:
         rows: of each of `original.modules`.
     """
     if len(original.modules) == 1:
         return {original.modules[0]: _swap_halves(layer) if original.swapped else layer}
+    pieces = {name: value.split(list(rows)) for name, value in _by_rows(layer).items()}
+    whole = {
+        module: replace(layer, **{name: piece[index] for name, piece in pieces.items()}).map(Tensor.clone)
+        for index, module in enumerate(original.modules)
+    }
     parts = {}
-    pieces = {kind: value.split(list(rows)) for kind, value in _by_rows(layer).items()}
-    for index, module in enumerate(original.modules):
-        part = replace(layer, **{kind: piece[index] for kind, piece in pieces.items()})
+    for module, part in whole.items():
         used = part.up.ne(0).any(0)
         if not part.dora and not part.has_bias and not bool(used.all()):
             alpha = layer.alpha * int(used.sum()) / layer.rank
             part = replace(part, down=part.down[used], up=part.up[:, used], alpha=alpha)
         if part.rank:
             parts[module] = part
-    return parts or {m: replace(layer, up=up) for m, up in zip(original.modules, pieces["up"], strict=True)}
+    return parts or whole
 
 
 def _by_rows(layer: Factors) -> dict[str, Tensor]:
