@@ -16,6 +16,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepfuse.data import emoji
+from tests.fixtures_families_qwen import qwen_image, z_image
 from tests.fixtures_tiny import text_config
 
 
@@ -110,5 +111,21 @@ FAMILIES: dict[str, Family] = {
         guidance="shared",
         call=lambda g: {"guidance_scale": g, "max_sequence_length": 256},
         wide=("context_embedder", "pos_embed.proj", "norm1.linear", "ff.net.0.proj", "attn2.to_q", "proj_out"),
+    ),
+    "qwen_image": Family(
+        make=qwen_image,
+        size=16,
+        guidance="shared",
+        call=lambda g: {"true_cfg_scale": g, "negative_prompt": ["", ""]},
+        unpack=lambda p, z, size: p._unpack_latents(z, size, size, p.vae_scale_factor)[:, :, 0],
+        wide=("img_in", "txt_in", "img_mod.1", "timestep_embedder.linear_1", "txt_mlp.net.2", "norm_out.linear"),
+    ),
+    "z_image": Family(
+        make=lambda: z_image(autoencoder(4)),
+        size=16,
+        guidance="shared",
+        call=lambda g: {"guidance_scale": g - 1},
+        wide=("2-1.adaLN_modulation.1", "feed_forward.w2", "2-1.linear"),
+        refused=("all_x_embedder.2-1", "cap_embedder.1"),
     ),
 }

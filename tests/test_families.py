@@ -99,7 +99,7 @@ def theirs(family, pipeline: DiffusionPipeline, steps: int, *seeds: int) -> torc
     """Latents of diffusers' pipeline with Euler steps on linspace(1, 1/N)."""
     pipeline.set_progress_bar_config(disable=True)
     z = pipeline(
-        PROMPTS,
+        list(PROMPTS),  # some write their template into it
         height=family.size,
         width=family.size,
         num_inference_steps=steps,

@@ -16,6 +16,7 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
+from stepfuse.fuse.lora.layers import has_layer_among
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
 from stepfuse.train.lora import Policy, SharedForward, add_lora
@@ -72,7 +73,8 @@ class Setup:
         policy = make_policy(backbone, settings, schedule).to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)
         # Hooks would be compiled anew each time, and gather partitioned weights in another order.
-        separate = settings.compile != "no" or self.engine.partitioned or backbone.unbatched
+        separate = settings.compile != "no" or self.engine.partitioned
+        separate = separate or has_layer_among(backbone.network, settings.name, backbone.unbatched)
         shared = settings.timesteps_per_forward > 1 and not separate
         shape = backbone.shape(resolution, resolution)
         path = backbone.path(shape)

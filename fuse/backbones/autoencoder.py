@@ -23,7 +23,7 @@ def decode(vae: Any, latents: Latents) -> Pixels:
     `shift_factor` is as those of flow transformers have it.
     """
     _upcast(vae)
-    mean, deviation = _statistics(vae, latents)
+    mean, deviation = statistics(vae, latents)
     z = latents * deviation / vae.config.scaling_factor + mean
     if shift := vae.config.get("shift_factor"):
         z = z + shift
@@ -35,7 +35,7 @@ def encode(vae: Any, pixels: Pixels, generators: Generators) -> Latents:
     _upcast(vae)
     encoded = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)))
     z = retrieve_latents(encoded, generator=generators).float()
-    mean, deviation = _statistics(vae, z)
+    mean, deviation = statistics(vae, z)
     if shift := vae.config.get("shift_factor"):
         z = z - shift
     return (z - mean) * vae.config.scaling_factor / deviation
@@ -47,7 +47,7 @@ def _upcast(vae: Any) -> None:
         vae.to(torch.float32)
 
 
-def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the autoencoder's latents by channel; 0 and 1 where it states none, as most do."""
     values = [vae.config.get("latents_mean"), vae.config.get("latents_std")]
     if any(value is None for value in values):

@@ -87,7 +87,7 @@ class FlowTransformer(Backbone):
             raise ValueError(
                 f"scheduler is a {type(self.pipeline.scheduler).__name__}; expected FlowMatchEulerDiscreteScheduler"
             )
-        path.steps(1)
+        path.steps(2)
 
     @abstractmethod
     def check_network(self) -> None:

@@ -20,7 +20,7 @@ class CutPrompt:
     prompt: str
     tokenizer: str  # the pipeline's name for it, `tokenizer` or `tokenizer_2`
     removed: str
-    tokens: int  # of the prompt, with its begin and end
+    tokens: int  # of the prompt, with begin and end where the tokenizer adds them
     limit: int  # how many the text encoder takes
 
     def __str__(self) -> str:
@@ -40,11 +40,13 @@ def cut_prompts(backbone: Backbone, prompts: Iterable[str]) -> list[CutPrompt]:
             converted = texts
             if isinstance(pipeline, TextualInversionLoaderMixin):
                 converted = [pipeline.maybe_convert_prompt(text, tokenizer) for text in texts]
-            rows = tokenizer(converted).input_ids
+            rows = tokenizer(converted, add_special_tokens=False).input_ids
+        ends = tokenizer.num_special_tokens_to_add()
         for text, row in zip(texts, rows, strict=True):
-            if len(row) > limit:
-                removed = tokenizer.decode(row[limit - 1 : -1]).strip()
-                found.append(CutPrompt(prompt=text, tokenizer=name, removed=removed, tokens=len(row), limit=limit))
+            if len(row) + ends > limit:
+                removed = tokenizer.decode(row[limit - ends :]).strip()
+                tokens = len(row) + ends
+                found.append(CutPrompt(prompt=text, tokenizer=name, removed=removed, tokens=tokens, limit=limit))
     return found
 
 

@@ -7,13 +7,17 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.qwen_image import QwenImage
 from stepfuse.fuse.backbones.sd3 import StableDiffusion3
 from stepfuse.fuse.backbones.unet import StableDiffusion, StableDiffusionXL
+from stepfuse.fuse.backbones.z_image import ZImage
 
 BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "StableDiffusionXLPipeline": StableDiffusionXL,
     "StableDiffusion3Pipeline": StableDiffusion3,
+    "QwenImagePipeline": QwenImage,
+    "ZImagePipeline": ZImage,
 }
 
 

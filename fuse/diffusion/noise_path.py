@@ -224,8 +224,9 @@ class FlowPath(NoisePath):
 
     def steps(self, count: int) -> list[tuple[Time, Time]]:
         """linspace(1, 1/N), shifted by the scheduler; a ValueError too where its shift needs a `mu` that is None."""
-        if count < 1:
-            raise ValueError(f"{count} sampling steps; expected 1 or more")
+        least = 2 if self.scheduler.config.shift_terminal else 1  # the first sigma is 1, the last shift_terminal
+        if count < least:
+            raise ValueError(f"{count} sampling steps; expected {least} or more")
         if self.scheduler.config.use_dynamic_shifting and self.mu is None:
             raise ValueError(
                 "the scheduler has use_dynamic_shifting True, so its steps depend on the size of images, which this "

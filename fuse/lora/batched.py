@@ -10,7 +10,7 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
-from stepfuse.fuse.lora.layers import check_exist
+from stepfuse.fuse.lora.layers import check_exist, is_among
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack, Route
 
@@ -174,7 +174,7 @@ def _check_layer(layer: LoraLayer, path: str, name: str, unbatched: Collection[s
     base = layer.get_base_layer()
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
         why = f"is a {type(layer).__name__} of peft"
-    elif set(unbatched) & set(path.split(".")):
+    elif is_among(path, unbatched):
         why = "is of a layer that does not keep images apart"
     elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"

@@ -92,6 +92,17 @@ def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def is_among(path: str, names: Collection[str]) -> bool:
+    """Whether a layer, by its path, is one of these names or within one."""
+    return not set(names).isdisjoint(path.split("."))
+
+
+def has_layer_among(network: nn.Module, name: str, names: Collection[str]) -> bool:
+    """Whether an adapter has a LoRA on a layer that is one of these names or within one."""
+    layers = ((path, module) for path, module in network.named_modules() if isinstance(module, BaseTunerLayer))
+    return any(name in layer.scaling and is_among(path, names) for path, layer in layers)
+
+
 def check_mergeable(layers: Sequence[BaseTunerLayer], names: Sequence[str]) -> None:
     """Check that adapters exist, and are linear in their weights."""
     check_exist(layers, names)
