@@ -16,7 +16,7 @@ from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.cli.main import main
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.settings import DPOSettings
-from tests.fixtures_sampler import PROMPTS, WEIGHTS, save_set, save_three_adapters
+from tests.fixtures_sampler import PROMPTS, WEIGHTS, assert_near, save_set, save_three_adapters
 from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion, save_stable_diffusion_xl
 
 LONG = "a fox " + "small red " * 20 + "on blue"
@@ -152,6 +152,17 @@ def test_streamed_prompts_are_reported_at_the_first_and_counted_at_the_end(sampl
     first, last = (record.getMessage() for record in caplog.records)
     assert f"{LONG[:20]}" in first
     assert last.startswith("5 prompts")
+
+
+def test_a_batch_is_whole_when_the_cache_of_embeddings_is_emptied_for_one_of_its_prompts(sampler, monkeypatch):
+    monkeypatch.setattr("stepfuse.train.conditioning.CACHED", 0)  # bytes
+    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
+    embed(["a fox"])
+    rows = embed(["a fox", "a cat", "a fox"])
+    expected = sampler.backbone.encode(["a fox", "a cat", "a fox"])
+    assert rows.positive.keys() == expected.positive.keys()
+    for name, value in expected.positive.items():
+        assert_near(rows.positive[name], value)
 
 
 # Seeds

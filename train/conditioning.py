@@ -10,12 +10,12 @@ from stepfuse.fuse.backbones.conditioning import Conditioning, join
 from stepfuse.fuse.backbones.prompt_length import cut_prompts, warn_of_cuts
 from stepfuse.train.rollout import sample_generator
 
-CACHED = 4096  # most prompts
+CACHED = 4 * 2**30  # most bytes; a prompt and its negative one of FLUX.2 have 16 MB in bf16
 logger = logging.getLogger(__name__)
 
 
 class Embeddings:
-    """Embeddings of prompts by a base model's text encoders, which are cached.
+    """Embeddings of prompts by a base model's text encoders, which are cached on the device of the encoders.
 
     Args:
         backbone: the base model; the parts of its pipeline are moved to the device.
@@ -40,15 +40,20 @@ class Embeddings:
             if isinstance(part, torch.nn.Module):
                 part.to(self.encoders_on if name.startswith("text_encoder") else device)
         self._known: dict[str, Conditioning] = {}
+        self._bytes = 0
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """One row per prompt."""
-        for prompt in prompts:
-            if prompt not in self._known:
-                if len(self._known) > CACHED:
-                    self._known.clear()
-                self._known[prompt] = self._encode(prompt)
-        return join([self._known[prompt] for prompt in prompts])
+        return join([self._row(prompt) for prompt in prompts]).to(self.device)
+
+    def _row(self, prompt: str) -> Conditioning:
+        if prompt not in self._known:
+            if self._bytes > CACHED:
+                self._known.clear()
+                self._bytes = 0
+            row = self._known[prompt] = self._encode(prompt)
+            self._bytes += sum(value.nbytes for part in (row.positive, row.negative) for value in part.values())
+        return self._known[prompt]
 
     def report(self, prompts: Sequence[str]) -> None:
         """Log how many of these prompts are truncated, and the first of them."""
@@ -67,8 +72,7 @@ class Embeddings:
                 logger.warning("%s; others are counted", cut[0])
             self._cut.add(prompt)
         size = self.resolution
-        found = self.backbone.encode([prompt], height=size, width=size, device=self.encoders_on)
-        return found.to(self.device)
+        return self.backbone.encode([prompt], height=size, width=size, device=self.encoders_on)
 
 
 def prompt_order(seed: int, size: int, step: int, count: int) -> list[int]:
