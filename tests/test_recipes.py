@@ -18,8 +18,21 @@ SETTINGS = {"dpo": DPOSettings, "ddpo": DDPOSettings}
 BASES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "sdxl": "stabilityai/stable-diffusion-xl-base-1.0",
+    "sd35": "stabilityai/stable-diffusion-3.5-medium",
+    "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "z-image": "Tongyi-MAI/Z-Image",
+    "qwen-image": "Qwen/Qwen-Image",
 }
-LATENT = {"sd15": 4 * 64 * 64, "sdxl": 4 * 128 * 128}  # numbers
+UNETS = ("sd15", "sdxl")
+CARD = dict.fromkeys(BASES, "24 GB") | {"qwen-image": "80 GB"}  # of the first command
+LATENT = {  # numbers of a latent at the resolution of training
+    "sd15": 4 * 64 * 64,
+    "sdxl": 4 * 128 * 128,
+    "sd35": 16 * 64 * 64,
+    "flux2-klein": 128 * 32 * 32,
+    "z-image": 16 * 64 * 64,
+    "qwen-image": 16 * 64 * 64,
+}
 TRAINED = {
     "pickscore": ("dpo", "pickscore"),
     "hpsv2": ("dpo", "hpsv2"),
@@ -27,10 +40,9 @@ TRAINED = {
     "aesthetic": ("ddpo", "laion_aesthetic"),
     "compressibility": ("ddpo", "compressibility"),
 }
+NAMES = [(base, name) for base in BASES for name in TRAINED if name != "compressibility" or base in UNETS]
 CONFIGS = sorted(path.relative_to(ROOT) for name in SETTINGS for path in (ROOT / "configs" / name).glob("*.yaml"))
-RECIPES = [
-    Path("configs", algorithm, f"{base}-{name}.yaml") for base in BASES for name, (algorithm, _) in TRAINED.items()
-]
+RECIPES = [Path("configs", TRAINED[name][0], f"{base}-{name}.yaml") for base, name in NAMES]
 README = Path("configs/dpo/sd15-clip-score.yaml")  # README makes a set of it and compressibility
 ACCELERATE = sorted(path.relative_to(ROOT) for path in (ROOT / "configs" / "accelerate").glob("*.yaml"))
 
@@ -65,8 +77,7 @@ def test_every_config_parses(config):
     Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
 
 
-@pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize(("base", "name"), NAMES)
 def test_each_base_has_a_recipe_for_each_reward(base, name):
     algorithm, reward = TRAINED[name]
     settings = settings_of(Path("configs", algorithm, f"{base}-{name}.yaml"))
@@ -93,6 +104,8 @@ def test_header_has_a_command_for_one_card_and_one_for_eight_with_the_same_image
     assert [processes(Path(launcher)) for launcher in launchers] == [1, 8]
     assert steps[0] == steps[1]
     assert f" {steps[0]} images per step" in config.read_text()
+    base = next(base for base in BASES if config.name.startswith(base))
+    assert f"# One GPU with {CARD[base]}:\n" in config.read_text()
 
 
 @pytest.mark.parametrize("config", RECIPES, ids=str)
@@ -142,10 +155,23 @@ def test_adapters_of_one_base_fit_into_one_set(base):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_kl_weighs_a_hundredth_of_the_log_probs_where_both_are_per_dimension(base):
-    """The loss has log-probs divided by the latent's numbers, and the KL as it is."""
+def test_kl_weighs_against_the_log_probs_as_in_the_sources_where_both_are_per_dimension(base):
+    """The loss has log-probs divided by the latent's numbers, and the KL as it is.
+
+    Flow-GRPO's coefficient is of a KL without the length of the step, which is a tenth on average; for UNets it is
+    taken as it is.
+    """
+    length = 1 if base in UNETS else 1 / 10
     for config in RECIPES:
         if config.parent.name == "ddpo" and config.name.startswith(base):
             settings = settings_of(config)
             assert settings.log_prob_reduction == "mean"
-            assert settings.beta * LATENT[base] == pytest.approx(0.01, rel=0.03)
+            assert settings.beta * LATENT[base] == pytest.approx(0.01 * length, rel=0.03)
+            if base not in UNETS:
+                assert settings.sample_num_steps == 1 / length
+                assert f" = {settings.beta:.1e}. ".replace("e-0", "e-") in _joined(config)
+
+
+def _joined(config):
+    """A file's comments as running text."""
+    return " ".join(config.read_text().replace("#", " ").split())
