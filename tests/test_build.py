@@ -182,6 +182,11 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
             {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"guidance": "shared"}]},
             "guidance of colour is shared; expected off, as small has it",
         ),
+        (
+            {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"max_sequence_length": 8}]},
+            "max_sequence_length of colour is 8; expected None, as small has it",
+        ),
+        ({"dtype": "float64"}, "dtype is 'float64'; expected one of float32, float16, bfloat16"),
         ({"evaluate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"accelerate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"profile": "nowhere"}, "no prompts 'nowhere'"),
@@ -266,6 +271,8 @@ def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
     assert len(objectives) == len(config.objectives) >= 2
     weighted = [training.settings.reward for training in oracles]
     assert all(reward.startswith("weighted:") for reward in weighted)
+    etas = {training.settings.sample_eta for training in objectives}
+    assert config.reference_eta in etas, "the base would have another variance than every adapter"
 
 
 def test_a_card_says_what_is_not_known(tmp_path):

@@ -9,7 +9,7 @@ def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse build sets/emoji", "An interrupted build is continued by the same command.")
     text = (
         "YAML file that lists the trainings, the evaluation and the output folder of the set, or the name of a "
-        "packaged one: sets/emoji, sets/sd15 or sets/sdxl."
+        "packaged one: sets/emoji, sets/sd15, sets/sdxl or sets/sd35."
     )
     option(parser, "config", str, text, metavar="CONFIG", complete=completion.configs("sets"))
     declare.device(parser)

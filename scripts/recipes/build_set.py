@@ -4,7 +4,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.json_file import read_json, write_json
@@ -42,6 +44,7 @@ class BuildConfig:
         accelerate: a configuration of accelerate for every training; by default one process in float32.
         reference_eta: eta of the base in the set.
         half: store the set's weights in float16.
+        dtype: of the base for everything but training, which has accelerate's mixed precision.
         profile: prompts on which the gap between soup and product is measured, for `sample --gate`; none by default.
         evaluate: an evaluation's YAML; none by default.
     """
@@ -52,6 +55,7 @@ class BuildConfig:
     accelerate: str = ""
     reference_eta: float = setting(1.0, least=0, most=1)
     half: bool = False
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     profile: str = ""
     evaluate: str = ""
 
@@ -69,7 +73,7 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
     for settings in (training.settings for training in (*objectives, *oracles)):
         require(settings.name not in names, "objective_name", settings.name, "another name for each objective")
         names.add(settings.name)
-        for name in ("pretrained_model_name_or_path", "guidance", "sample_guidance_scale"):
+        for name in ("pretrained_model_name_or_path", "max_sequence_length", "guidance", "sample_guidance_scale"):
             value, expected = getattr(settings, name), getattr(first, name)
             require(value == expected, f"{name} of {settings.name}", value, f"{expected}, as {first.name} has it")
     _launcher(config, file)  # finds a missing file
@@ -89,7 +93,7 @@ def build(file: Path, *, device: str) -> Path:
     """
     config, objectives, oracles, evaluation = read_build(file)
     output, trainings = Path(config.output_dir), [*objectives, *oracles]
-    folder = output / "set"
+    folder, precision = output / "set", {"device": device, "dtype": getattr(torch, config.dtype)}
     with locked(output):
         check_made(output)
         for i, training in enumerate(trainings, start=1):
@@ -101,22 +105,23 @@ def build(file: Path, *, device: str) -> Path:
         loaded = assemble(folder, config, objectives, oracles)
         if config.profile and not loaded.profiles:
             print(f"profile: {config.profile}", flush=True)
-            profile = measure_gaps(FusedSampler.from_pretrained(loaded, device=device), load_prompts(config.profile))
+            profile = measure_gaps(FusedSampler.from_pretrained(loaded, **precision), load_prompts(config.profile))
             loaded = add_profile(folder, profile)
             print(describe_gaps(profile))
         pictures = None
         if evaluation is not None:
             # Another folder for other adapters or another evaluation.
             identity = [[adapter.sha256 for adapter in loaded.all_adapters], asdict(evaluation)]
+            identity += [config.dtype] * (config.dtype != "float32")  # which was the only one
             digest = text_hash(json.dumps(identity, sort_keys=True, default=str))
             pictures = output / f"evaluation-{digest[:8]}"
             print(f"evaluation: {pictures}", flush=True)
             command = f"stepfuse build {file}"
             # The configurations of the build name the rewards, so they are trusted.
-            summary = evaluate(folder, evaluation, pictures, device=device, command=command, trust_rewards=True)
+            summary = evaluate(folder, evaluation, pictures, command=command, trust_rewards=True, **precision)
             loaded = add_evaluation(folder, summary)
         if not (folder / STRIP).exists():
-            sampler = FusedSampler.from_pretrained(loaded, device=device)
+            sampler = FusedSampler.from_pretrained(loaded, **precision)
             first = objectives[0].settings
             strip = draw_strip(sampler, first.load_prompts(first.seed)[:STRIP_ROWS])
             with atomic_file(folder / STRIP) as temporary:
