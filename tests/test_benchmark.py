@@ -4,13 +4,16 @@ import json
 import re
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
 from stepfuse.fuse.backbones.guidance import Guidance
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.baselines.sampling import BASELINES
 from stepfuse.scripts.benchmark import harness
+from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
 from stepfuse.scripts.benchmark.harness import Method, measure
 from stepfuse.scripts.benchmark.models import random_conditioning, set_model
 from stepfuse.scripts.benchmark.sampling import (
@@ -23,7 +26,7 @@ from stepfuse.scripts.benchmark.sampling import (
     rows_of,
     sampling_table,
 )
-from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
+from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_tiny import networks, refused, save_adapter, save_stable_diffusion
 
@@ -60,7 +63,7 @@ def test_a_baseline_predicts_the_average_of_what_each_adapter_predicts(settings,
     denoiser = replace(bench.sampler.denoiser, guidance=Guidance(source=guidance, scale=SCALE))
     t = torch.tensor(500)
     each = denoiser.predictions(bench.x_T, t, bench.conditioning, networks(*names))
-    blend, _ = BASELINES[baseline].build(bench.plain, bench.copy_of, names, SCALE)
+    blend, _ = BASELINES[baseline].build(bench.unbatched(), bench.copy_of, names)
     with torch.no_grad():
         got = blend(bench.x_T, t, bench.conditioning)
     torch.testing.assert_close(got, torch.stack(each).mean(0), atol=3e-5, rtol=1e-5)
@@ -214,27 +217,33 @@ def test_the_table_has_a_line_a_row(results):
     assert f"| {row['ratio']:.2f} |" in line
 
 
+PUBLISHED = {
+    "sd15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "sd35": 2_243_171_520,
+    "flux": 11_901_408_320,
+    "qwen": 20_430_401_088,
+}
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_architecture_has_the_published_number_of_parameters(name):
-    """859,520,964 of Stable Diffusion 1.5 and 2,567,463,684 of XL, as their checkpoints have."""
-    from diffusers import UNet2DConditionModel
-
+    """As the checkpoints of Stable Diffusion 1.5, XL and 3.5 medium, FLUX.1 dev and Qwen-Image have."""
+    architecture = ARCHITECTURES[name]
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**ARCHITECTURES[name])
-    published = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
-    assert sum(parameter.numel() for parameter in unet.parameters()) == published[name]
+        network = getattr(diffusers, architecture.network)(**{**architecture.config, **architecture.reduced(0)})
+    assert sum(parameter.numel() for parameter in network.parameters()) == PUBLISHED[name]
 
 
 def test_conditioning_of_sdxl_has_its_pooled_text_and_sizes():
     """2,816 inputs are the pooled text, 1,280, and six sizes of width 256."""
-    from types import SimpleNamespace
-
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**ARCHITECTURES["sdxl"])
-    unet = SimpleNamespace(config=unet.config, device="cpu", dtype=torch.float32)  # its weights need 10 GB
-    conditioning = random_conditioning(SimpleNamespace(unet=unet, tokenizer=None), 2)
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    with torch.device("meta"):  # its weights need 10 GB
+        unet = diffusers.UNet2DConditionModel(**ARCHITECTURES["sdxl"].config)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        unet=unet, scheduler=diffusers.DDIMScheduler(), **dict.fromkeys(parts)
+    )
+    conditioning = random_conditioning(backbone_of(pipeline), "sdxl", 2, device=torch.device("cpu"))
     assert {name: value.shape for name, value in conditioning.positive.items()} == {
         "prompt_embeds": (2, 77, 2048),
         "text_embeds": (2, 1280),

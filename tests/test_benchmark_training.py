@@ -14,7 +14,7 @@ from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch
 from stepfuse.scripts.benchmark import harness, memory, models, training
 from stepfuse.scripts.benchmark.harness import Measured
-from stepfuse.scripts.benchmark.models import with_copied_unet
+from stepfuse.scripts.benchmark.models import with_copied_network
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.scripts.benchmark.training import benchmark_training, memory_of, rows_of, training_table
 from stepfuse.scripts.benchmark.training_methods import Row
@@ -40,7 +40,7 @@ def settings():
 
 
 def test_a_unet_of_its_own_shares_frozen_weights_and_keeps_its_lora_to_itself(base):
-    one = with_copied_unet(base)
+    one = with_copied_network(base)
     pointers = {parameter.data_ptr() for parameter in base.unet.parameters()}
     assert {parameter.data_ptr() for parameter in one.unet.parameters()} == pointers
     one.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -52,7 +52,7 @@ def test_a_pipeline_of_random_weights_has_the_published_numbers_of_parameters():
     """Of the autoencoder 83,653,863; of the text encoders 123,060,480 and, of XL, 694,659,840 beside it."""
     with torch.device("meta"):
         parts = [
-            *(AutoencoderKL(**models.AUTOENCODER, **own) for own in models.AUTOENCODERS.values()),
+            *(AutoencoderKL(**models.AUTOENCODERS[name]) for name in ("sd15", "sdxl")),
             CLIPTextModel(CLIPTextConfig(**models.TEXT_ENCODER)),
             CLIPTextModelWithProjection(CLIPTextConfig(**models.SECOND_TEXT_ENCODER)),
         ]
@@ -199,7 +199,7 @@ def test_memory_is_of_a_process_of_its_own_and_reported_after_the_times(base, se
 
 def test_training_by_the_benchmark_leaves_nothing_behind(base, settings, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "base_pipeline", lambda settings: with_copied_unet(base))
+    monkeypatch.setattr(training, "base_pipeline", lambda settings: with_copied_network(base))
     for row in rows_of(settings):
         forget_accelerator()
         assert memory_of(replace(settings, steps=2), row)["peak_memory_mb"] > 0

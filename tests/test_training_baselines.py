@@ -21,13 +21,14 @@ from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
 from stepfuse.scripts.baselines.spo import SPO, extremes, spo_loss
 from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
-from stepfuse.scripts.benchmark.models import ATTENTION, with_copied_unet
+from stepfuse.scripts.benchmark.models import with_copied_network
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
 from stepfuse.train.rollout import PairedStep, SampledStep, Sampling
 from tests.fixtures_tiny import networks, refused, save_stable_diffusion_xl
 from tests.fixtures_training import save_tiny_pipeline
 
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 IMAGES, STEPS, CANDIDATES = 3, 5, 2
 SKIPPED = 1  # a fifth of the steps
 pytestmark = pytest.mark.usefixtures("own_accelerator")
@@ -41,7 +42,7 @@ def base(tiny_base):
 @pytest.fixture
 def task(base):
     return Task(
-        pipeline=with_copied_unet(base),
+        pipeline=with_copied_network(base),
         accelerator=Accelerator(cpu=True),
         reward=colourfulness,
         prompts=["a red apple", "a cat"],
@@ -210,7 +211,7 @@ def test_prompts_are_embedded_as_the_pipeline_does_it(task, tmp_path, save):
 
 def test_an_optimiser_step_moves_the_lora_alone(task, base):
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
-    for loop in (DDPOPyTorch(task), SPO(replace(task, pipeline=with_copied_unet(base)), skip_first_steps=SKIPPED)):
+    for loop in (DDPOPyTorch(task), SPO(replace(task, pipeline=with_copied_network(base)), skip_first_steps=SKIPPED)):
         start = [parameter.clone() for parameter in loop.trainable]
         loop.step()
         assert any(not torch.equal(a, b) for a, b in zip(start, loop.trainable, strict=True))
@@ -222,5 +223,5 @@ def test_spo_holds_a_second_unet_and_ddpo_pytorch_none(task, base):
     trained, reference = ({p.data_ptr() for p in network.parameters()} for network in spo.networks)
     assert not trained & reference
     assert_close(dict(spo.reference.named_parameters()), dict(base.unet.named_parameters()))
-    loop = DDPOPyTorch(replace(task, pipeline=with_copied_unet(base)))
+    loop = DDPOPyTorch(replace(task, pipeline=with_copied_network(base)))
     assert loop.networks == (loop.unet,)

@@ -150,8 +150,12 @@ def ratio_range(entry: dict[str, Any]) -> str:
 
 
 def results_table(columns: Columns, results: dict[str, Any]) -> str:
-    """A line for each row of the results, and one for each row that could not be measured."""
+    """A line for each row of the results, one for each row that could not be measured, and one that states the depth of
+    a network that has fewer layers than published, or could have.
+    """
     titles = [title for title, _ in columns]
     rows = [[text(entry) for _, text in columns] for entry in results["rows"]]
     table = markdown_table(titles, rows, right=[title for title in titles if title not in LEFT_ALIGNED])
-    return "\n".join([table, *(f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items())])
+    skipped = [f"\n{row}: left out, {reason}." for row, reason in results.get("skipped", {}).items()]
+    depth = [f"\n{results['depth']}."] if results.get("depth") else []
+    return "\n".join([table, *skipped, *depth])

@@ -21,9 +21,10 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.scripts.benchmark import harness, memory
+from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
 from stepfuse.scripts.benchmark.harness import Measured, Method, cell, ratio_range
 from stepfuse.scripts.benchmark.models import random_conditioning, random_model, set_model
-from stepfuse.scripts.benchmark.settings import ARCHITECTURES, BASELINES, SEPARATE, SamplingBenchmark
+from stepfuse.scripts.benchmark.settings import BASELINES, SEPARATE, SamplingBenchmark, stated_depth
 
 ONE_ADAPTER = "one adapter"
 
@@ -60,14 +61,14 @@ def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = l
     with harness.cpu_threads(settings.threads):
         bench = Bench(settings)
         measured = harness.measure(
-            # Baselines first: they copy the UNet as it is before adapters are put into one batch.
+            # Baselines first: they copy the network as it is before adapters are put into one batch.
             {row: partial(bench.method, row) for row in sorted(rows, key=lambda row: row.method not in BASELINES)},
             repeats=settings.repeats,
             device=device,
             required=[REFERENCE],
             hint="give fewer --images or a smaller --height",
         )
-        config = bench.pipeline.unet.peft_config[bench.adapters[0]]
+        config = bench.backbone.network.peft_config[bench.adapters[0]]
         lora = {"rank": config.r, "targets": sorted(config.target_modules)}
         del bench
         clear_device_cache(garbage_collection=True)  # each row loads the model again in its process
@@ -76,6 +77,7 @@ def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = l
         entries = {row: _entry(row, settings, measured) for row in rows if row in measured.seconds}
         results = harness.context(device) | {
             "settings": described,
+            "depth": stated_depth(settings.model, settings.layers),
             "lora": lora,
             "skipped": missing | measured.skipped,
             "rows": list(entries.values()),
@@ -88,10 +90,12 @@ def benchmark_sampling(settings: SamplingBenchmark, *, report: memory.Report = l
 
 def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> dict[str, Any]:
     seconds, batch_rows = measured.seconds, measured.batch_rows
+    separate = harness.ratios(seconds[row], seconds.get(Row(SEPARATE, row.adapters)))
     return {
         "way": row.method,
         "adapters": row.adapters,
         **harness.ratios(seconds[row], seconds[REFERENCE]),
+        "ratio_to_separate": separate["ratio"],
         "seconds_a_step": statistics.median(seconds[row]) / settings.steps,
         "rows_an_image": batch_rows[row][0] / settings.images / settings.steps,
         "rows_ratio": batch_rows[row][0] / batch_rows[REFERENCE][0],
@@ -109,17 +113,20 @@ def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
         bench = Bench(replace(settings, adapters=(row.adapters,), steps=1, compile="", mode=""))
         method = bench.method(row)
         weights = sum(network.get_memory_footprint() for network in method.networks)
-        del bench  # a baseline that has copied the UNet does not need the first
+        del bench  # a baseline that has copied the network does not need the first
         clear_device_cache(garbage_collection=True)
         return {"weights_mb": weights / 1e6, "peak_memory_mb": memory.peak_megabytes(method.run, device)}
 
 
 def sampling_table(results: dict[str, Any]) -> str:
+    compared = any(row.get("ratio_to_separate") for row in results["rows"])
     columns: harness.Columns = [
         ("method", cell("way")),
         ("adapters", cell("adapters")),
+        ("rows an image", cell("rows_an_image", "g")),
         ("time ÷ one adapter", cell("ratio", ".2f")),
         ("range", ratio_range),
+        *([("time ÷ separate", cell("ratio_to_separate", ".2f"))] if compared else []),
         ("rows ÷ its rows", cell("rows_ratio", ".2f")),
         ("ms a step", lambda row: f"{1e3 * row['seconds_a_step']:.1f}"),
         ("weights, MB", cell("weights_mb", ",.0f")),
@@ -143,20 +150,26 @@ class Bench:
         quiet_libraries()
         check_rules(settings.rules)
         self.settings = settings
-        build = random_model if settings.model in ARCHITECTURES else set_model
         dtype, most = getattr(torch, settings.dtype), max(settings.adapters)
-        self.pipeline = build(settings.model, most, dtype=dtype, device=settings.device)
-        self.adapters = tuple(self.pipeline.unet.peft_config)
-        self.conditioning = random_conditioning(self.pipeline, settings.images)
-        backbone = backbone_of(self.pipeline)
-        shape = backbone.shape(settings.height, settings.width)
+        where: dict[str, Any] = dict(dtype=dtype, device=settings.device)
+        if settings.model in ARCHITECTURES:
+            self.pipeline = random_model(settings.model, most, layers=settings.layers, **where)
+        else:
+            self.pipeline = set_model(settings.model, most, **where)
+        self.backbone = backbone = backbone_of(self.pipeline)
+        self.adapters = tuple(backbone.network.peft_config)
+        size: dict[str, Any] = dict(height=settings.height, width=settings.width)
+        shape = backbone.shape(**size)
+        device = torch.device(settings.device)
+        self.conditioning = random_conditioning(backbone, settings.model, settings.images, **size, device=device)
         x_T = torch.randn(settings.images, *shape, generator=torch.Generator().manual_seed(0))
         self.x_T = x_T.to(settings.device)
-        # Adapters are put into one batch, and compiled, in place: other methods then need a copy of the UNet.
-        self.plain = copy.deepcopy(self.pipeline.unet) if settings.compile else self.pipeline.unet
+        # Adapters are put into one batch, and compiled, in place: other methods then need a copy of the network.
+        self.plain = copy.deepcopy(backbone.network) if settings.compile else backbone.network
         self._copies: dict[tuple[str, ...], nn.Module] = {}
         etas = torch.linspace(0.8, 1.0, most).tolist()
-        guidance = Guidance(scale=settings.guidance_scale)
+        source = "embedded" if backbone.embeds_guidance else "shared"
+        guidance = Guidance(source=source, scale=settings.guidance_scale)
         self.sampler = FusedSampler(
             objectives=tuple(
                 Objective(name=name, reward=name, variance=EtaSchedule(eta=eta), beta=1.0)
@@ -170,8 +183,8 @@ class Bench:
         )
 
     def batch(self) -> None:
-        """Put the adapters into one batch, and compile; UNets are copied before."""
-        batched = BatchedAdapters(self.pipeline.unet, self.adapters)
+        """Put the adapters into one batch, and compile; networks are copied before."""
+        batched = BatchedAdapters(self.backbone.network, self.adapters, self.backbone.unbatched)
         denoiser = replace(self.sampler.denoiser, batched=batched, rows_at_once=self.settings.rows_at_once)
         self.sampler = replace(self.sampler, denoiser=denoiser)
         if self.settings.compile:
@@ -180,19 +193,19 @@ class Bench:
             self.sampler.compile(self.settings.compile, rows=rows, **options)
 
     def copy_of(self, names: Sequence[str]) -> nn.Module:
-        """A copy of the UNet with some of the adapters alone; the same one for the same names."""
+        """A copy of the network with some of the adapters alone; the same one for the same names."""
         key = tuple(names)
         if key not in self._copies:
-            unet = self._copies[key] = copy.deepcopy(self.plain)
-            unet.set_adapter(list(names))  # first, for peft warns where an active adapter is deleted
-            unet.delete_adapters([name for name in self.adapters if name not in names])
+            network = self._copies[key] = copy.deepcopy(self.plain)
+            network.set_adapter(list(names))  # first, for peft warns where an active adapter is deleted
+            network.delete_adapters([name for name in self.adapters if name not in names])
         return self._copies[key]
 
     def method(self, row: Row) -> Method:
         """A row's method, which holds only what it needs.
 
         Raises:
-            DoesNotFit: for a baseline whose copies of the UNet need more memory than is free.
+            DoesNotFit: for a baseline whose copies of the network need more memory than is free.
         """
         names = self.adapters[: row.adapters]
         if row.method in BASELINES and row.method != SEPARATE:
@@ -201,9 +214,7 @@ class Bench:
             self.batch()
         sampler = self.sampler.with_rule("product" if row.method in (ONE_ADAPTER, SEPARATE) else row.method)
         if row.method == SEPARATE:
-            plain = copy.copy(self.pipeline)
-            plain.unet = self.plain
-            sampler = replace(sampler, denoiser=replace(sampler.denoiser, backbone=backbone_of(plain), batched=None))
+            sampler = replace(sampler, denoiser=self.unbatched())
         x_T, conditioning = self.x_T, self.conditioning
 
         def sample() -> torch.Tensor:
@@ -213,11 +224,18 @@ class Bench:
 
         return Method(run=sample, networks=(sampler.denoiser.network,))
 
+    def unbatched(self) -> Denoiser:
+        """The denoiser on the network without a batch of adapters."""
+        plain = copy.copy(self.pipeline)
+        setattr(plain, self.backbone.part, self.plain)
+        return replace(self.sampler.denoiser, backbone=backbone_of(plain), batched=None)
+
     def _baseline(self, name: str, names: Sequence[str]) -> Method:
         from stepfuse.scripts.baselines.sampling import BASELINES, denoise
 
         baseline = BASELINES[name]
         memory.check_copies(self.plain, baseline.copies(names), torch.device(self.settings.device))
-        predict, networks = baseline.build(self.plain, self.copy_of, names, self.settings.guidance_scale)
-        run = partial(denoise, predict, self.pipeline.scheduler, self.settings.steps, self.x_T, self.conditioning)
+        denoiser = self.unbatched()
+        blend, networks = baseline.build(denoiser, self.copy_of, names)
+        run = partial(denoise, blend, denoiser.path, self.settings.steps, self.x_T, self.conditioning)
         return Method(run=run, networks=networks)

@@ -10,25 +10,9 @@ from typing import Any, Literal
 from stepfuse.data.settings_fields import check_settings, setting
 from stepfuse.data.settings_file import require
 from stepfuse.fuse.rules.registry import RULES, check_rule_name
+from stepfuse.scripts.benchmark.architectures import ARCHITECTURES, TRAINED
 
-# What stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 have in unet/config.json beside diffusers' defaults.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-    "sdxl": dict(
-        sample_size=128,
-        block_out_channels=(320, 640, 1280),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    ),
-}
-MODELS = ("emoji", *ARCHITECTURES)
+MODELS = ("emoji", *TRAINED)
 NOT_MEASURED = ("base", "kl", "code", "rgg", "oracle")  # rules that do not fuse any adapters without rewards
 SEPARATE = "separate"
 BASELINES = (SEPARATE, "diffusion_blend", "set_adapters", "mixed_batch")
@@ -49,6 +33,33 @@ def _memory() -> Any:
     return _how(True, "Do not measure peak memory, which starts a process for each row (default: measure it).")
 
 
+def _layers() -> Any:
+    return _what(
+        0,
+        "Layers of an architecture with random weights, fewer than published where memory is short (default: 0, all "
+        "that are published).",
+        least=0,
+    )
+
+
+def stated_depth(model: str, layers: int) -> str:
+    """`4 of 24 layers` of an architecture whose depth can be reduced; nothing of other models."""
+    return ARCHITECTURES[model].stated_depth(layers) if model in ARCHITECTURES else ""
+
+
+def trains_unet(model: str) -> bool:
+    """Whether the network of a model of `MODELS` is a UNet."""
+    return model not in ARCHITECTURES or ARCHITECTURES[model].flow is None
+
+
+def check_layers(model: str, layers: int) -> None:
+    """Check that a model can have so many layers: 0, or fewer than are published of an architecture."""
+    if model in ARCHITECTURES:
+        ARCHITECTURES[model].reduced(layers)
+    elif layers:
+        raise ValueError(f"layers {layers}, but {model} has the layers of its weights; expected 0")
+
+
 def _threads(**group: str) -> Any:
     return setting(None, "Number of CPU threads (default: as many as torch chooses).", least=1, **group)
 
@@ -57,7 +68,8 @@ def _threads(**group: str) -> Any:
 class SamplingBenchmark:
     """Settings of `benchmark_sampling`."""
 
-    model: str  # `sd15` or `sdxl` for random weights of that architecture, or else a set
+    model: str  # one of `ARCHITECTURES`, for random weights, or else a set
+    layers: int = _layers()
     adapters: tuple[int, ...] = _what(
         (1, 2, 4, 8),
         "Numbers of adapters to fuse; each rule and baseline is timed with each of them.",
@@ -81,7 +93,9 @@ class SamplingBenchmark:
     height: int | None = _pixels("Height")
     width: int | None = _pixels("Width")
     steps: int = _what(10, "Denoising steps of one measurement.", least=1)
-    guidance_scale: float = _what(5.0, "Scale of classifier-free guidance, anything but 1.", metavar="G")
+    guidance_scale: float = _what(
+        5.0, "Scale of guidance, anything but 1; a network that takes it as an input is given it.", metavar="G"
+    )
     repeats: int = _how(5, "Rounds of measurements, of which the median counts.", least=1)
     rows_at_once: int | None = _how(
         None,
@@ -108,6 +122,7 @@ class SamplingBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_layers(self.model, self.layers)
         for rule in self.rules:
             try:
                 check_rule_name(rule)
@@ -132,8 +147,9 @@ class TrainingBenchmark:
     """
 
     model: str = _what(
-        "emoji", "Base model: emoji, or sd15 or sdxl with random weights.", metavar="NAME", choices=MODELS
+        "emoji", f"Base model: emoji, or random weights of {', '.join(TRAINED)}.", metavar="NAME", choices=MODELS
     )
+    layers: int = _layers()
     algorithms: tuple[str, ...] = _what(
         (*REFERENCES,), "Algorithms to time: ddpo against ddpo-pytorch, dpo against SPO.", choices=REFERENCES
     )
@@ -165,6 +181,7 @@ class TrainingBenchmark:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_layers(self.model, self.layers)
         require(bool(self.algorithms), "algorithms", "empty", f"some of {', '.join(REFERENCES)}")
         if self.dtype == "float16" and self.device == "cpu":
             raise ValueError("dtype 'float16' cannot be trained in on the CPU; expected float32 or bfloat16")

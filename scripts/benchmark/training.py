@@ -16,15 +16,15 @@ from accelerate.utils import patch_environment
 from accelerate.utils.memory import clear_device_cache
 
 from stepfuse.fuse.backbones.loading import quiet_libraries
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.scripts.benchmark import harness, memory
 from stepfuse.scripts.benchmark.harness import Measured, cell, ratio_range
-from stepfuse.scripts.benchmark.models import ATTENTION
-from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark
+from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark, stated_depth, trains_unet
 from stepfuse.scripts.benchmark.training_methods import OURS, REWARD, Row, base_pipeline, method_of
 
 
 def rows_of(settings: TrainingBenchmark) -> list[Row]:
-    """The baseline, then stepfuse, of each algorithm."""
+    """The baseline, then stepfuse, of each algorithm; the baselines train UNets only."""
     rows = []
     for algorithm in settings.algorithms:
         ours = [Row(algorithm, OURS)]
@@ -39,15 +39,18 @@ def rows_of(settings: TrainingBenchmark) -> list[Row]:
             rows.append(Row(algorithm, OURS, fraction=fraction, together=together))
         if settings.compile != "no":
             rows.append(Row(algorithm, OURS, compile=settings.compile))
-    return rows
+    return rows if trains_unet(settings.model) else [row for row in rows if row.method == OURS]
 
 
 def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory; both are reported as soon as they are known."""
     device = torch.device(settings.device)
     rows, missing = harness.available(rows_of(settings), [*REFERENCES.values()])
+    if not trains_unet(settings.model):
+        missing = {", ".join(REFERENCES[name] for name in settings.algorithms): "it trains UNets only"}
     with _prepared(settings):
         base = base_pipeline(settings)
+        targets = list(backbone_of(base).targets)
         builders = {row: partial(method_of, row, settings, base) for row in rows}
         measured = harness.measure(builders, repeats=settings.repeats, device=device)
         del base, builders
@@ -57,7 +60,8 @@ def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = l
             "format_version": 1,
             **harness.context(device),
             "settings": asdict(settings) | {"skip_first_steps": settings.skip_first_steps, "reward": REWARD},
-            "lora": {"rank": 4, "targets": list(ATTENTION)},
+            "depth": stated_depth(settings.model, settings.layers),
+            "lora": {"rank": 4, "targets": targets},
             "skipped": missing | measured.skipped,
             "rows": list(entries.values()),
         }
@@ -116,7 +120,7 @@ def training_table(results: dict[str, Any]) -> str:
         ("images/s", cell("images_per_second", ".3g")),
         ("baseline's time ÷ its time", cell("ratio", ".2f")),
         ("range", ratio_range),
-        ("rows of UNets an image", cell("rows_an_image", "g")),
+        ("rows of networks an image", cell("rows_an_image", "g")),
         ("with gradient", cell("gradient_rows_an_image", "g")),
         ("peak memory, MB", cell("peak_memory_mb", ",.0f")),
     ]

@@ -8,10 +8,11 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.rewards.registry import load_reward
 from stepfuse.scripts.benchmark import memory
 from stepfuse.scripts.benchmark.harness import Method
-from stepfuse.scripts.benchmark.models import ATTENTION, random_pipeline, with_copied_unet
+from stepfuse.scripts.benchmark.models import random_pipeline, with_copied_network
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.train.algorithms import ALGORITHMS
 from stepfuse.train.checkpoints import Progress
@@ -56,17 +57,18 @@ def base_pipeline(settings: TrainingBenchmark) -> DiffusionPipeline:
     dtype = getattr(torch, settings.dtype)
     if settings.model == "emoji":
         return load_pipeline("emoji", dtype=dtype).to(settings.device)
-    return random_pipeline(settings.model, dtype=dtype, device=settings.device)
+    return random_pipeline(settings.model, layers=settings.layers, dtype=dtype, device=settings.device)
 
 
 def method_of(row: Row, settings: TrainingBenchmark, base: DiffusionPipeline) -> Method:
-    """A row's method; it trains a UNet that shares the frozen weights of the base model."""
+    """A row's method; it trains a network that shares the frozen weights of the base model."""
     build = _stepfuse if row.method == OURS else _baseline
-    return build(row, settings, with_copied_unet(base))
+    return build(row, settings, with_copied_network(base))
 
 
 def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> Method:
     """The loop of `train/loop.py`: what it does from one optimiser step to the next."""
+    backbone = backbone_of(pipeline)
     common: dict[str, Any] = dict(
         pretrained_model_name_or_path=settings.model,
         reward=REWARD,
@@ -79,7 +81,7 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
         timesteps_per_forward=row.together,
         compile=row.compile,
         gradient_checkpointing=settings.gradient_checkpointing,
-        lora_target_modules=list(ATTENTION),
+        lora_target_modules=list(backbone.targets),
         log_prob_reduction="mean",  # as the baselines'
     )
     training: TrainSettings
@@ -103,7 +105,7 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
         update(batches, progress.step + 1)
         progress.step += 1
 
-    return Method(run=step, networks=() if row.compile != "no" else (pipeline.unet,), close=reward.close)
+    return Method(run=step, networks=() if row.compile != "no" else (backbone.network,), close=reward.close)
 
 
 def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> Method:
@@ -118,7 +120,7 @@ def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
         accelerator=accelerator,
         reward=load_reward(REWARD, accelerator.device),
         prompts=load_prompts(PROMPTS),
-        targets=ATTENTION,
+        targets=backbone_of(pipeline).targets,
         images=settings.images,
         steps=settings.steps,
         resolution=settings.resolution,

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.scripts.benchmark.settings import ARCHITECTURES, SamplingBenchmark
+from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
+from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -19,7 +20,10 @@ def add_arguments(parser: Parser) -> None:
     )
     text = "Adapter set whose base model is timed, with random LoRAs of the layout of its first adapter."
     declare.adapter_set(parser, text, nargs="?", complete=_sets_or_kinds)
-    text = "Architecture with random weights in place of a set: Stable Diffusion 1.5 or XL (default: its base model)."
+    text = (
+        "Architecture with random weights in place of a set: Stable Diffusion 1.5, XL or 3.5 medium, FLUX.1 dev or "
+        "Qwen-Image (default: the set's base model)."
+    )
     option(parser.group("what to measure"), "--architecture", str, text, choices=tuple(ARCHITECTURES))
     add_settings(parser, SamplingBenchmark)
     declare.precision(parser.group("how to run"), "the models")
