@@ -8,7 +8,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 LIBRARIES = (diffusers_logging, transformers_logging)
-TRUNCATION = ("your input was truncated because CLIP", "Token indices sequence length is longer")
+TRUNCATION = ("your input was truncated because", "Token indices sequence length is longer")
 
 
 @contextmanager

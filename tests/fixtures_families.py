@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from stepfuse.data import emoji
 from tests.fixtures_families_qwen import qwen_image, z_image
+from tests.fixtures_families_sana import lumina2, sana
 from tests.fixtures_tiny import text_config
 
 
@@ -127,5 +128,25 @@ FAMILIES: dict[str, Family] = {
         call=lambda g: {"guidance_scale": g - 1},
         wide=("2-1.adaLN_modulation.1", "feed_forward.w2", "2-1.linear"),
         refused=("all_x_embedder.2-1", "cap_embedder.1"),
+    ),
+    "sana": Family(
+        make=sana,
+        size=32,
+        guidance="shared",
+        call=lambda g: {"guidance_scale": g, "use_resolution_binning": False},
+        wide=("patch_embed.proj", "time_embed.linear", "caption_projection.linear_1", "conv_inverted", "conv_point"),
+    ),
+    "lumina2": Family(
+        make=lumina2,
+        size=32,
+        guidance="shared",
+        call=lambda g: {"guidance_scale": g},
+        wide=(
+            "x_embedder",
+            "caption_embedder.1",
+            "timestep_embedder.linear_1",
+            "feed_forward.linear_1",
+            "norm1.linear",
+        ),
     ),
 }

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -79,9 +80,15 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
     """Add a new float32 LoRA to a network; its B is zero, so that the policy starts as the base.
 
     Raises:
-        ValueError: if no layer of the network matches the targets.
+        ValueError: if no layer of the network matches the targets, and for a rank that a layer cannot have.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.Conv2d) and rank % layer.groups and check_target_module_exists(config, path):
+            raise ValueError(
+                f"rank {rank} for {path}; expected a multiple of its {layer.groups} groups, or lora_target_modules "
+                "without it"
+            )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=name)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
@@ -149,11 +150,16 @@ class FlowTransformer(Backbone):
             return {name: found.get(name, mask) for name in self.inputs}
         self.check_can_encode()
         with without_messages(*TRUNCATION):  # `prompt_length` reports it
-            return dict(zip(self.inputs, self.embed(list(prompts), device), strict=True))
+            embed = self.embed_negative if prefix else self.embed
+            return dict(zip(self.inputs, embed(list(prompts), device), strict=True))
 
     @abstractmethod
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         """The values of `inputs` for prompts, by the pipeline's text encoders."""
+
+    def embed_negative(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
+        """Those for negative prompts, which some pipelines embed without the instructions that others get."""
+        return self.embed(prompts, device)
 
     def in_network_type(self, x: Latents, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and inputs in the network's precision; times stay in float32, where 16 bits are too coarse."""
@@ -170,6 +176,16 @@ class FlowTransformer(Backbone):
 def as_prediction(output: Tensor, x: Latents) -> Latents:
     """A network's output in float32 or wider, as a copy: the next forward may reuse the memory of this one's output."""
     return output.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def check_not_float16(pipeline: DiffusionPipeline, *parts: str) -> None:
+    """Check that parts of a pipeline whose values overflow in float16 are in another precision."""
+    for name in parts:
+        part = getattr(pipeline, name)
+        if part is not None and part.dtype == torch.float16:
+            raise ValueError(
+                f"{name} is in float16, in which a {type(part).__name__} overflows; use bfloat16 or float32"
+            )
 
 
 def linear_mu(path: NoisePath, tokens: int) -> float:

@@ -7,7 +7,9 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.lumina2 import Lumina2
 from stepfuse.fuse.backbones.qwen_image import QwenImage
+from stepfuse.fuse.backbones.sana import Sana
 from stepfuse.fuse.backbones.sd3 import StableDiffusion3
 from stepfuse.fuse.backbones.unet import StableDiffusion, StableDiffusionXL
 from stepfuse.fuse.backbones.z_image import ZImage
@@ -18,6 +20,8 @@ BACKBONES: dict[str, type[Backbone]] = {
     "StableDiffusion3Pipeline": StableDiffusion3,
     "QwenImagePipeline": QwenImage,
     "ZImagePipeline": ZImage,
+    "SanaPipeline": Sana,
+    "Lumina2Pipeline": Lumina2,
 }
 
 
