@@ -107,4 +107,5 @@ def test_a_step_that_outweighs_the_others_is_warned_of_until_it_is_skipped(words
     assert "--skip_last_steps 2" in line
     assert "\n" not in line
     assert warnings_of(run_training, caplog, near_0, sample_num_steps=4, skip_last_steps=2) == []
+    assert warnings_of(run_training, caplog, near_0, sample_num_steps=4, skip_first_steps=1) == []  # one would be left
     assert warnings_of(run_training, caplog, words, sample_num_steps=4) == []

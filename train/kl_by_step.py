@@ -57,7 +57,7 @@ def warn_of_dominant_step(setup: Setup) -> None:
     total = weights[learnable].sum().item()
     largest = max(learnable, key=lambda k: weights[k].item())
     share = weights[largest].item() / total
-    if share > DOMINANT and learnable[0] < largest:
+    if share > DOMINANT and learnable.index(largest) >= 2:  # without it there are still steps to compare
         (t, s), count = steps[largest], len(steps)
         logger.warning(
             "denoising step %d of %d (sigma %.3g to %.3g) carries %.0f %% of the KL weights of the steps to train on: "
