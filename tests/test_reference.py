@@ -86,3 +86,5 @@ def test_settings_that_there_were_not_before_leave_the_hash_of_a_run(
     run = settings(**record["config"])
     assert config_hash(run) == record["config_sha256"]
     assert config_hash(replace(run, skip_last_steps=1)) != record["config_sha256"]
+    unset = replace(run, lora_target_modules=None)
+    assert config_hash(unset) == config_hash(replace(run, lora_target_modules=["to_q", "to_k", "to_v", "to_out.0"]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, linear_mu
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.backbones.sd3_names import StableDiffusion3Names
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
 
 
 class StableDiffusion3(FlowTransformer):
@@ -62,7 +62,7 @@ class StableDiffusion3(FlowTransformer):
         if not path.scheduler.config.get("use_dynamic_shifting"):
             return path
         patch = self.network.config.patch_size
-        return replace(path, mu=linear_mu(path, (shape[1] // patch) * (shape[2] // patch)))
+        return replace(cast(FlowPath, path), mu=linear_mu(path, (shape[1] // patch) * (shape[2] // patch)))
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
