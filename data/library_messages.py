@@ -34,8 +34,9 @@ def quiet_loading(*, progress: bool) -> Iterator[None]:
     """Suppress messages about options that stepfuse supports, and progress bars unless `progress`, while loading."""
     bars = [] if progress else [library for library in LIBRARIES if library.is_progress_bar_enabled()]
     # The first two are about AutoencoderTiny, used instead of AutoencoderKL; it saves a key that it does not read. The
-    # third is repeated by the exception that follows it.
+    # third is repeated by the exception that follows it. The last is a key that stepfuse reads.
     parts = ("Expected types for vae", "were passed to AutoencoderTiny, but are not expected", "Error no file named")
+    parts += ("{'max_sequence_length':",)
     with without_messages(*parts):
         for library in bars:
             library.disable_progress_bar()

@@ -1,5 +1,6 @@
 """Pipelines of a few thousand random weights, one a model family, saved as real ones are."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stepfuse.data import emoji
+from stepfuse.fuse.backbones.flow import LENGTH
+from tests import fixtures_families_flux as flux
 from tests.fixtures_families_qwen import qwen_image, z_image
 from tests.fixtures_families_sana import lumina2, sana
 from tests.fixtures_tiny import text_config
@@ -52,6 +55,9 @@ def save_family(name: str, folder: Path) -> Path:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
     pipeline.save_pretrained(folder)
+    if length := pipeline.config.get(LENGTH):
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"max_sequence_length": length}))
     return folder
 
 
@@ -149,4 +155,6 @@ FAMILIES: dict[str, Family] = {
             "norm1.linear",
         ),
     ),
+    "flux": Family(make=flux.flux_dev, guidance="embedded", **flux.FLUX),
+    "flux2": Family(make=flux.flux2_klein, guidance="shared", **flux.FLUX2),
 }

@@ -30,14 +30,12 @@ class Backbone(ABC):
         part: the pipeline's name of the network that LoRAs are of, which is also the prefix of their keys in files.
         blocks: class names of the blocks that the network repeats, which regional compilation compiles.
         unbatched: names of layers whose first dimension is not that of images; a LoRA there cannot be batched.
-        targets: names, or ends of names, of the layers that get a LoRA by default: the projections of attention.
         embeds: the arguments of `encode` that take embeddings in place of prompts.
     """
 
     part: ClassVar[str]
     blocks: ClassVar[Sequence[str]] = ()
     unbatched: ClassVar[Sequence[str]] = ()
-    targets: ClassVar[Sequence[str]] = ("to_q", "to_k", "to_v", "to_out.0")
     embeds: ClassVar[Sequence[str]] = ("prompt_embeds", "negative_prompt_embeds")
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
@@ -46,6 +44,11 @@ class Backbone(ABC):
     @property
     def network(self) -> Any:  # an `nn.Module` with the methods of diffusers' models
         return getattr(self.pipeline, self.part)
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """Names, or ends of names, of the layers that get a LoRA by default: at least the projections of attention."""
+        return ("to_q", "to_k", "to_v", "to_out.0")
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +175,10 @@ class Backbone(ABC):
         if not self.embeds_guidance:
             return {}
         return {"guidance": torch.full((rows,), guidance.embedded_scale)}
+
+    def tokenizer(self, name: str) -> Any:
+        """One of the pipeline's tokenizers; None where it has none."""
+        return getattr(self.pipeline, name)
 
     def token_limits(self) -> dict[str, int]:
         """The most tokens of a prompt, by the name of the tokenizer that cuts the rest."""

@@ -136,10 +136,21 @@ class FlowTransformer(Backbone):
         count = len(prompts or ()) if first is None else len(first)
         negatives = [text or "" for text in negative_prompts or [None] * count]
         device = device or self.device
-        return Conditioning(
+        conditioning = Conditioning(
             positive=self._inputs(prompts or (), "", given, device),
             negative=self._inputs(negatives, "negative_", given, device),
         )
+        self._check_lengths(conditioning)
+        return conditioning
+
+    def _check_lengths(self, conditioning: Conditioning) -> None:
+        """Without a mask, the network would attend to what pads the shorter ones in a common forward."""
+        positive, negative = (part[self.inputs[0]].shape[1] for part in (conditioning.positive, conditioning.negative))
+        if positive != negative and not any(name.endswith("mask") for name in self.inputs):
+            raise ValueError(
+                f"{self.inputs[0]} have {positive} tokens and those of the negative prompt {negative}; expected the "
+                "same number, for the network attends to padding"
+            )
 
     def _inputs(
         self, prompts: Sequence[str], prefix: str, given: Mapping[str, Tensor], device: torch.device

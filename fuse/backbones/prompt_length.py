@@ -35,7 +35,7 @@ def cut_prompts(backbone: Backbone, prompts: Iterable[str]) -> list[CutPrompt]:
     texts, pipeline = list(dict.fromkeys(prompts)), backbone.pipeline
     found = []
     for name, limit in backbone.token_limits().items() if texts else ():
-        tokenizer = getattr(pipeline, name)
+        tokenizer = backbone.tokenizer(name)
         with without_messages(*TRUNCATION):
             converted = texts
             if isinstance(pipeline, TextualInversionLoaderMixin):

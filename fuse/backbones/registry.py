@@ -7,6 +7,8 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.flux import Flux
+from stepfuse.fuse.backbones.flux2 import Flux2, Flux2Klein
 from stepfuse.fuse.backbones.lumina2 import Lumina2
 from stepfuse.fuse.backbones.qwen_image import QwenImage
 from stepfuse.fuse.backbones.sana import Sana
@@ -22,6 +24,9 @@ BACKBONES: dict[str, type[Backbone]] = {
     "ZImagePipeline": ZImage,
     "SanaPipeline": Sana,
     "Lumina2Pipeline": Lumina2,
+    "FluxPipeline": Flux,
+    "Flux2Pipeline": Flux2,
+    "Flux2KleinPipeline": Flux2Klein,
 }
 
 

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
@@ -195,12 +195,12 @@ class FlowPath(NoisePath):
     dominates every ratio of densities and every KL.
 
     Attributes:
-        mu: the shift of a scheduler whose shift depends on the size of images (`use_dynamic_shifting`); the backbone
-            knows it (`Backbone.bind`).
+        mu: the shift of a scheduler whose shift depends on the size of images (`use_dynamic_shifting`), or a function
+            of the number of steps that gives it; the backbone knows it (`Backbone.bind`).
     """
 
     scheduler: SchedulerMixin
-    mu: float | None = None
+    mu: float | Callable[[int], float] | None = None
     prediction_type: Literal["flow"] = "flow"
 
     def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +233,7 @@ class FlowPath(NoisePath):
                 "model family does not take into account; set shift instead"
             )
         sigmas = torch.linspace(1, 1 / count, count, dtype=torch.float64).tolist()
-        self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu)
+        self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu(count) if callable(self.mu) else self.mu)
         return list(pairwise(self.scheduler.sigmas.tolist()))
 
     def describe(self) -> dict[str, Any]:

@@ -131,7 +131,8 @@ def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, An
     if not same_base(adapter.base, fingerprint):
         raise ValueError(
             f"adapter {adapter.name!r} in {adapter.folder} was trained on another base, "
-            f"{adapter.base.get('name_or_path')!r}; load that one"
+            f"{adapter.base.get('name_or_path')!r}; load that one in place of {backbone.pipeline.name_or_path!r}, a "
+            f"{type(backbone.pipeline).__name__}"
         )
     file = adapter.folder / WEIGHTS
     with open_lora(file, (backbone.part,)) as lora:
