@@ -36,8 +36,7 @@ def quiet_loading(*, progress: bool) -> Iterator[None]:
     # The first two are about AutoencoderTiny, used instead of AutoencoderKL; it saves a key that it does not read. The
     # third is repeated by the exception that follows it. The last is a key that stepfuse reads.
     parts = ("Expected types for vae", "were passed to AutoencoderTiny, but are not expected", "Error no file named")
-    parts += ("{'max_sequence_length':",)
-    with without_messages(*parts):
+    with without_messages(*parts, "{'max_sequence_length':"):
         for library in bars:
             library.disable_progress_bar()
         try:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     Flux2KleinPipeline,
     FluxImg2ImgPipeline,
     FluxPipeline,
@@ -403,6 +404,14 @@ def test_an_autoencoder_without_statistics_is_refused():
     pipeline = drawn(flux2_klein)
     pipeline.vae = AutoencoderKL(latent_channels=4)
     with pytest.raises(ValueError, match="vae is a AutoencoderKL; expected AutoencoderKLFlux2"):
+        backbone_of(pipeline).check()
+
+
+@pytest.mark.parametrize("make", [flux_dev, flux2_klein])
+def test_a_scheduler_of_another_kind_is_refused(make):
+    pipeline = drawn(make)
+    pipeline.scheduler = DDIMScheduler(clip_sample=False)
+    with pytest.raises(ValueError, match="DDIMScheduler; expected FlowMatchEulerDiscreteScheduler"):
         backbone_of(pipeline).check()
 
 

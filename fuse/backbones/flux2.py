@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -18,7 +18,7 @@ from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.flux import JOINT_ATTENTION, PATCH, check_patches, run_on_tokens, single_layers
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
 
 PROMPT = "PROMPT"  # stands for the prompt in the text that is tokenized
 
@@ -87,9 +87,9 @@ class Flux2(FlowTransformer):
         return self.pipeline.tokenizer.apply_chat_template(messages, tokenize=False)
 
     def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.use_dynamic_shifting:
+        if not path.scheduler.config.get("use_dynamic_shifting"):
             return path
-        return replace(path, mu=EmpiricalShift(tokens=shape[1] * shape[2]))
+        return replace(cast(FlowPath, path), mu=EmpiricalShift(tokens=shape[1] * shape[2]))
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, _ = self.pipeline.encode_prompt(
