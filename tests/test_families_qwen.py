@@ -106,6 +106,20 @@ def test_a_row_among_longer_prompts_is_predicted_as_it_is_alone(backbone):
     assert (together[0] - together[1]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("prompts", "padding"), [(["a cat", "a fox"], 0), (PROMPTS, 3)])
+def test_qwen_image_is_told_of_padding_where_there_is_some(loaded, prompts, padding):
+    qwen, told = loaded["qwen_image"], []
+    hook = qwen.network.register_forward_pre_hook(
+        lambda _, __, named: told.append(named["encoder_hidden_states_mask"]), with_kwargs=True
+    )
+    inputs = qwen.encode(prompts).inputs("+")
+    with hook, torch.no_grad():
+        qwen.predict(noise(qwen, 0, 1), torch.tensor([500.0, 500.0]), inputs)
+    assert (~inputs["prompt_embeds_mask"]).sum() == padding
+    (mask,) = told
+    assert mask is None if padding == 0 else torch.equal(mask, inputs["prompt_embeds_mask"])
+
+
 def test_embeddings_hold_the_prompt_and_what_of_the_template_the_pipeline_keeps(loaded):
     """Qwen-Image drops the 34 tokens of its instruction, Z-Image keeps the three before a prompt."""
     for name, before in (("qwen_image", 0), ("z_image", 3)):
@@ -398,6 +412,11 @@ def test_another_autoencoder_or_a_tokenizer_without_chat_template_is_refused(fre
     z_image.pipeline.tokenizer.chat_template = None
     with refused("tokenizer has no chat_template"):
         z_image.check_can_encode()
+    for backbone in (qwen, z_image):
+        backbone.pipeline.tokenizer = backbone.pipeline.text_encoder = None
+        assert cut_prompts(backbone, PROMPTS) == []  # nothing is known of them
+        with refused("the pipeline has no tokenizer", "prompt_embeds_mask"):
+            backbone.encode(PROMPTS)
 
 
 def test_a_base_records_how_its_steps_are_spaced(backbone, bases):

@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,7 +17,7 @@ from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.backbones.transformer_names import TransformerNames
 from stepfuse.fuse.diffusion.gaussian import Generators
-from stepfuse.fuse.diffusion.noise_path import NoisePath
+from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
 from stepfuse.fuse.lora.names import LayerNames
 
 LENGTH = "_max_sequence_length"  # in the pipeline's configuration, where names without _ are those of components
@@ -118,6 +119,13 @@ class FlowTransformer(Backbone):
     def shape(self, height: int | None = None, width: int | None = None) -> Shape:
         size, factor = self.size(height, width), self.pipeline.vae_scale_factor
         return (self.channels, size[0] // factor, size[1] // factor)
+
+    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
+        """With `use_dynamic_shifting` the shift is linear in the number of tokens, as pipelines mostly have it."""
+        if not path.scheduler.config.get("use_dynamic_shifting"):
+            return path
+        side = self.multiple // self.pipeline.vae_scale_factor  # of a token in the latent
+        return replace(cast(FlowPath, path), mu=linear_mu(path, (shape[1] // side) * (shape[2] // side)))
 
     @torch.no_grad()
     def encode(

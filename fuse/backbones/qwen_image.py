@@ -1,7 +1,6 @@
 """Qwen-Image: a joint-attention transformer on packed latents, Qwen2.5-VL as text encoder and a video autoencoder."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -10,13 +9,12 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from stepfuse.data.library_messages import retrieve_latents
 from stepfuse.fuse.backbones.autoencoder import statistics
-from stepfuse.fuse.backbones.base import Pixels, Shape
+from stepfuse.fuse.backbones.base import Pixels
 from stepfuse.fuse.backbones.conditioning import Inputs
-from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, linear_mu
+from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.gaussian import Generators
-from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 PATCH = 2  # the side of a token in a latent
 EDITS = "networks that edit images, or draw in layers, are not supported"
@@ -74,12 +72,7 @@ class QwenImage(FlowTransformer):
 
     def token_limits(self) -> dict[str, int]:
         """The tokens of the prompt itself: those of the template that come before it are dropped."""
-        return {"tokenizer": self.max_sequence_length}
-
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.get("use_dynamic_shifting"):
-            return path
-        return replace(path, mu=linear_mu(path, shape[1] // PATCH * (shape[2] // PATCH)))
+        return {} if self.pipeline.tokenizer is None else {"tokenizer": self.max_sequence_length}
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, mask = self.pipeline.encode_prompt(prompts, device, max_sequence_length=self.max_sequence_length)

@@ -1,18 +1,15 @@
 """Stable Diffusion 3 and 3.5: a joint-attention transformer, two CLIP text encoders and T5, which may be missing."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from stepfuse.fuse.backbones.base import Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
-from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, linear_mu
+from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.backbones.sd3_names import StableDiffusion3Names
-from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
 
 
 class StableDiffusion3(FlowTransformer):
@@ -57,12 +54,6 @@ class StableDiffusion3(FlowTransformer):
         if self.pipeline.tokenizer_3 is not None:
             return {"tokenizer_3": self.max_sequence_length}
         return super().token_limits()
-
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.get("use_dynamic_shifting"):
-            return path
-        patch = self.network.config.patch_size
-        return replace(cast(FlowPath, path), mu=linear_mu(path, (shape[1] // patch) * (shape[2] // patch)))
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(

@@ -1,18 +1,15 @@
 """Z-Image: a single-stream transformer on lists of latents and prompts, and Qwen3 as text encoder."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from stepfuse.fuse.backbones.base import Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
-from stepfuse.fuse.backbones.flow import FlowTransformer, linear_mu
+from stepfuse.fuse.backbones.flow import FlowTransformer
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
-from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 PATCH = 2  # the side of a token in a latent
 PADDED_TO = 32  # the network pads a prompt to a multiple of so many tokens
@@ -88,14 +85,11 @@ class ZImage(FlowTransformer):
     def token_limits(self) -> dict[str, int]:
         """The tokens of the prompt itself: those of the template before it count too."""
         tokenizer = self.pipeline.tokenizer
+        if tokenizer is None:
+            return {}
         message = [{"role": "user", "content": PROMPT}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True, enable_thinking=True)
         return {"tokenizer": self.max_sequence_length - len(tokenizer(text.partition(PROMPT)[0]).input_ids)}
-
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.get("use_dynamic_shifting"):
-            return path
-        return replace(path, mu=linear_mu(path, shape[1] // PATCH * (shape[2] // PATCH)))
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, _ = self.pipeline.encode_prompt(
@@ -108,7 +102,7 @@ class ZImage(FlowTransformer):
         """The network is told 1 - sigma, and predicts x_0 - e."""
         x_t, given = self.in_network_type(x, inputs)
         mask = given["prompt_embeds_mask"].bool()
-        prompts = given["prompt_embeds"][mask].split(mask.sum(1).tolist())
+        prompts = given["prompt_embeds"][mask].split(mask.sum(1).tolist())  # lists need their lengths on the host
         output = (self.network if network is None else network)(
             list(x_t.unsqueeze(2)), (1000 - times) / 1000, list(prompts), return_dict=False
         )[0]
