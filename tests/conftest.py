@@ -205,6 +205,15 @@ def stranger(small_set: Path, tmp_path: Path) -> Path:
     return shutil.copytree(small_set, tmp_path / "set")
 
 
+@pytest.fixture(scope="session")
+def qwen_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Qwen-Image and Z-Image of random weights."""
+    from tests.fixtures_families import save_family
+
+    folder = tmp_path_factory.mktemp("qwen")
+    return {name: save_family(name, folder / name) for name in ("qwen_image", "z_image")}
+
+
 @pytest.fixture
 def own_accelerator() -> Iterator[None]:
     """An accelerator and chance of its own for what needs one outside a run of main()."""
