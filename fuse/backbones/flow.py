@@ -1,7 +1,7 @@
 """What the flow transformers have in common: a transformer as the network, and a flow-matching scheduler."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -121,11 +121,14 @@ class FlowTransformer(Backbone):
         return (self.channels, size[0] // factor, size[1] // factor)
 
     def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        """With `use_dynamic_shifting` the shift is linear in the number of tokens, as pipelines mostly have it."""
         if not path.scheduler.config.get("use_dynamic_shifting"):
             return path
+        return replace(cast(FlowPath, path), mu=self.mu(path, shape))
+
+    def mu(self, path: NoisePath, shape: Shape) -> float | Callable[[int], float]:
+        """The shift with `use_dynamic_shifting`, linear in the number of tokens as pipelines mostly have it."""
         side = self.multiple // self.pipeline.vae_scale_factor  # of a token in the latent
-        return replace(cast(FlowPath, path), mu=linear_mu(path, (shape[1] // side) * (shape[2] // side)))
+        return linear_mu(path, (shape[1] // side) * (shape[2] // side))
 
     @torch.no_grad()
     def encode(

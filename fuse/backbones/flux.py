@@ -1,19 +1,16 @@
 """FLUX.1: a transformer on 2×2 patches of latents, with T5's tokens and CLIP's pooled embedding of the prompt."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from stepfuse.fuse.backbones.base import Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
-from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, linear_mu
+from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
 
 PATCH = 2  # latents on a side of a token
 JOINT_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -50,11 +47,6 @@ class Flux(FlowTransformer):
     def token_limits(self) -> dict[str, int]:
         """T5 reads what is cut of a prompt for CLIP."""
         return {} if self.pipeline.tokenizer_2 is None else {"tokenizer_2": self.max_sequence_length}
-
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.get("use_dynamic_shifting"):
-            return path
-        return replace(cast(FlowPath, path), mu=linear_mu(path, (shape[1] // PATCH) * (shape[2] // PATCH)))
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, pooled, _ = self.pipeline.encode_prompt(

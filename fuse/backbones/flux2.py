@@ -1,8 +1,8 @@
 """FLUX.2 dev and Klein: a transformer on latents in patches, with hidden states of a language model for the prompt."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -18,7 +18,7 @@ from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.flux import JOINT_ATTENTION, PATCH, check_patches, run_on_tokens, single_layers
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
-from stepfuse.fuse.diffusion.noise_path import FlowPath, NoisePath
+from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 PROMPT = "PROMPT"  # stands for the prompt in the text that is tokenized
 
@@ -86,10 +86,8 @@ class Flux2(FlowTransformer):
         messages = format_input([prompt], self.pipeline.system_message)[0]
         return self.pipeline.tokenizer.apply_chat_template(messages, tokenize=False)
 
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        if not path.scheduler.config.get("use_dynamic_shifting"):
-            return path
-        return replace(cast(FlowPath, path), mu=EmpiricalShift(tokens=shape[1] * shape[2]))
+    def mu(self, path: NoisePath, shape: Shape) -> EmpiricalShift:
+        return EmpiricalShift(tokens=shape[1] * shape[2])
 
     def embed(self, prompts: list[str], device: torch.device) -> Sequence[Tensor]:
         embeds, _ = self.pipeline.encode_prompt(

@@ -1,7 +1,6 @@
 """Lumina 2: a transformer on tokens of text and image, and Gemma 2 as the text encoder."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +54,9 @@ class Lumina2(FlowTransformer):
             raise ValueError(f"max_sequence_length is {length}; expected {most} at most, by the network's axes_lens")
         check_not_float16(self.pipeline, "text_encoder")
 
-    def bind(self, path: NoisePath, shape: Shape) -> NoisePath:
-        """With `use_dynamic_shifting` the pipeline takes the channels of latents for their tokens, and so does this."""
-        if not path.scheduler.config.use_dynamic_shifting:
-            return path
-        return replace(path, mu=linear_mu(path, shape[0]))
+    def mu(self, path: NoisePath, shape: Shape) -> float:
+        """The pipeline takes the channels of latents for their tokens, and so does this."""
+        return linear_mu(path, shape[0])
 
     def token_limits(self) -> dict[str, int]:
         """What the system prompt leaves; its last space is of the prompt's first token."""
