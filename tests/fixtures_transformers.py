@@ -1,10 +1,13 @@
 """Transformers of the flow families with random LoRAs, for tests of names and layouts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from stepfuse.fuse.backbones.flux2_names import Flux2Names
@@ -15,6 +18,7 @@ from stepfuse.fuse.backbones.sana_names import SanaNames
 from stepfuse.fuse.backbones.sd3_names import StableDiffusion3Names
 from stepfuse.fuse.backbones.transformer_names import TransformerNames
 from stepfuse.fuse.backbones.z_image_names import ZImageNames
+from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.factors import Factors
 
 
@@ -190,3 +194,41 @@ def diffusers_effects(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
         for key, value in state.items()
         if "lora_A" in key
     }
+
+
+def save_state(state: dict[str, torch.Tensor], file: Path) -> Path:
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, file)
+    return file
+
+
+def read(file: Path, family: str, network: Any, *, network_only: bool = False) -> dict[str, Factors]:
+    return read_foreign(file, network, names_of(family, network), network_only=network_only)
+
+
+def original_state(
+    family: str,
+    network: Any,
+    spell: Callable[[str], str],
+    *,
+    down: str = "lora_A",
+    up: str = "lora_B",
+    alpha: float | None = 3.0,
+    where: str = "",
+) -> dict[str, torch.Tensor]:
+    """A LoRA trained on the original network, of rank 2: A and B of each of its layers, under names by `spell`."""
+    names, layers = names_of(family, network), layers_of(network)
+    originals = {names.original(module) for module in layers if where in module}
+    generator, state = torch.Generator().manual_seed(0), {}
+    for original in sorted(originals, key=lambda found: found.path):
+        _, *inputs = layers[original.modules[0]].weight.shape
+        rows = sum(len(layers[module].weight) for module in original.modules)
+        stem = spell(original.path)
+        state[f"{stem}.{down}.weight"] = torch.randn(2, *inputs, generator=generator)
+        state[f"{stem}.{up}.weight"] = torch.randn(rows, 2, *[1] * (len(inputs) - 1), generator=generator)
+        if alpha is not None:
+            state[f"{stem}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def kohya_name(path: str) -> str:
+    return "lora_unet_" + path.replace(".", "_")

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from stepfuse.fuse.backbones.unet_names import UNetNames
-from stepfuse.fuse.lora.convert import read_foreign
 from stepfuse.fuse.lora.export import save_kohya, save_lora, save_peft
 from stepfuse.fuse.lora.factors import peft_state
 from tests.fixtures_formats import assert_same
@@ -17,42 +15,16 @@ from tests.fixtures_transformers import (
     diffusers_effects,
     effect,
     effects,
+    kohya_name,
     layers_of,
     lora_pipeline,
     names_of,
+    original_state,
     random_factors,
+    read,
+    save_state,
     transformer,
 )
-
-
-def save(state, file):
-    save_file({key: value.clone().contiguous() for key, value in state.items()}, file)
-    return file
-
-
-def read(file, family, network, *, network_only=False):
-    return read_foreign(file, network, names_of(family, network), network_only=network_only)
-
-
-def original_state(family, network, spell, *, down="lora_A", up="lora_B", alpha=3.0, where=""):
-    """A LoRA trained on the original network, of rank 2: A and B of each of its layers, under names by `spell`."""
-    names, layers = names_of(family, network), layers_of(network)
-    originals = {names.original(module) for module in layers if where in module}
-    generator, state = torch.Generator().manual_seed(0), {}
-    for original in sorted(originals, key=lambda found: found.path):
-        _, *inputs = layers[original.modules[0]].weight.shape
-        rows = sum(len(layers[module].weight) for module in original.modules)
-        stem = spell(original.path)
-        state[f"{stem}.{down}.weight"] = torch.randn(2, *inputs, generator=generator)
-        state[f"{stem}.{up}.weight"] = torch.randn(rows, 2, *[1] * (len(inputs) - 1), generator=generator)
-        if alpha is not None:
-            state[f"{stem}.alpha"] = torch.tensor(alpha)
-    return state
-
-
-def kohya_name(path):
-    return "lora_unet_" + path.replace(".", "_")
-
 
 # Out and in again
 
@@ -99,7 +71,7 @@ def test_a_file_of_the_original_network_comes_out_as_it_came_in(family, tmp_path
     """Whose joined layers share their A, at its rank; the scale is in B."""
     network = transformer(family)
     state = original_state(family, network, kohya_name, down="lora_down", up="lora_up", alpha=2.0)
-    factors = read(save(state, tmp_path / "in.safetensors"), family, network)
+    factors = read(save_state(state, tmp_path / "in.safetensors"), family, network)
     save_kohya(tmp_path / "x.safetensors", factors, names_of(family, network), title="x", prediction="epsilon")
     save_lora(tmp_path / "own.safetensors", factors, "transformer")
     assert_same(read(tmp_path / "own.safetensors", family, network), factors)
@@ -129,7 +101,7 @@ def test_layers_of_the_original_network_are_taken_apart(family, spelling, tmp_pa
     network = transformer(family)
     names, layers = names_of(family, network), layers_of(network)
     state = original_state(family, network, spell, down=down, up=up)
-    got, expected = effects(read(save(state, tmp_path / "x.safetensors"), family, network)), {}
+    got, expected = effects(read(save_state(state, tmp_path / "x.safetensors"), family, network)), {}
     for module in layers:
         original = names.original(module)
         stem = spell(original.path)
@@ -162,7 +134,7 @@ def test_layers_by_diffusers_paths_are_read(family, spell, tmp_path):
     for key, value in peft_state(factors).items():
         module, _, leaf = key.partition(".lora_")
         state[f"{spell(module)}.lora_{leaf}"] = value
-    assert_same(read(save(state, tmp_path / "x.safetensors"), family, network), factors)
+    assert_same(read(save_state(state, tmp_path / "x.safetensors"), family, network), factors)
 
 
 # diffusers' converters
@@ -191,7 +163,7 @@ def test_a_file_of_the_original_network_is_read_as_diffusers_reads_it(family, wh
         state = {key: value for key, value in state.items() if "layers." in key or "refiner." in key}
     expected = diffusers_effects(lora_pipeline(family).lora_state_dict(dict(state)))
     assert expected
-    assert_equal_effects(effects(read(save(state, tmp_path / "x.safetensors"), family, network)), expected)
+    assert_equal_effects(effects(read(save_state(state, tmp_path / "x.safetensors"), family, network)), expected)
 
 
 # Parts and layers that are left out
@@ -203,10 +175,10 @@ def test_a_layer_of_a_joined_one_that_the_lora_does_not_change_has_none(tmp_path
     (up,) = (key for key in state if "lora_B" in key)
     state[up][16:32] = 0
     block = "single_transformer_blocks.0"
-    found = read(save(state, tmp_path / "x.safetensors"), "flux", network)
+    found = read(save_state(state, tmp_path / "x.safetensors"), "flux", network)
     assert set(found) == {f"{block}.attn.to_q", f"{block}.attn.to_v", f"{block}.proj_mlp"}
     state[up][:] = 0  # of an untrained one all are kept
-    found = read(save(state, tmp_path / "x.safetensors"), "flux", network)
+    found = read(save_state(state, tmp_path / "x.safetensors"), "flux", network)
     assert {layer.rank for layer in found.values()} == {2}
     assert len(found) == 4
 
@@ -224,72 +196,7 @@ def test_text_encoders_are_left_out_where_that_is_wanted(key, tmp_path):
     network = transformer("sd3")
     factors = random_factors(layers_of(network))
     save_kohya(tmp_path / "own.safetensors", factors, names_of("sd3", network), title="x", prediction="epsilon")
-    file = save(load_file(tmp_path / "own.safetensors") | {key: torch.ones(2, 8)}, tmp_path / "x.safetensors")
+    file = save_state(load_file(tmp_path / "own.safetensors") | {key: torch.ones(2, 8)}, tmp_path / "x.safetensors")
     with refused(str(file), key[:60], "--network_only"):
         read(file, "sd3", network)
     assert_same(read(file, "sd3", network, network_only=True), factors)
-
-
-# Refusals
-
-
-@pytest.mark.parametrize("base", FAMILIES)
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-@pytest.mark.parametrize("of", FAMILIES)
-def test_a_file_of_another_family_is_refused_by_the_names_of_both(of, base, layout, tmp_path):
-    """Only a file of SD 3 under diffusers' names has no layer that is not some other family's too."""
-    network, other = transformer(of), transformer(base)
-    if of == base or (of, layout) in (("sd3", "diffusers"), ("sana", "kohya")):
-        return
-    factors = random_factors(layers_of(network))
-    file = tmp_path / "x.safetensors"
-    if layout == "kohya":
-        save_kohya(file, factors, names_of(of, network), title="x", prediction="epsilon")
-    else:
-        save_lora(file, factors, "transformer")
-    theirs, ours = names_of(of, network).family, names_of(base, other).family
-    with refused(str(file), f"this is a LoRA of {theirs} and the base is {ours}"):
-        read(file, base, other)
-
-
-@pytest.mark.parametrize(
-    ("key", "told"),
-    [
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "LoRA of FLUX.1 or FLUX.2 and the base is Stab"),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "LoRA of Stable Diffusion 1.x, 2.x or XL and"),
-        ("unet.down_blocks.1.attentions.0.proj_in.lora_A.weight", "LoRA of Stable Diffusion 1.x, 2.x or XL and"),
-        ("transformer.transformer_blocks.9.attn.to_q.lora_A.weight", "no layer 'transformer_blocks.9.attn.to_q'"),
-        ("transformer.transformer_blocks.2.attn.to_add_out.lora_A.weight", "no layer 'transformer_blocks.2.attn.to_ad"),
-        ("lora_unet_joint_blocks_0_x_block_attn_qkv.hada_w1_a", "a LoHa"),
-        ("controlnet.x.lora_A.weight", "another network than the base's"),
-    ],
-)
-def test_anything_else_is_refused_for_what_it_is(key, told, tmp_path):
-    file = save({key: torch.ones(2, 16)}, tmp_path / "x.safetensors")
-    with refused(str(file), told):
-        read(file, "sd3", transformer("sd3"))
-
-
-def test_a_unet_says_so_too(tmp_path):
-    network = transformer("flux")
-    save_lora(tmp_path / "x.safetensors", random_factors(layers_of(network)), "transformer")
-    with refused("this is a LoRA of FLUX.1 and the base is Stable Diffusion 1.x, 2.x or XL"):
-        names = UNetNames(config={"layers_per_block": 1, "up_block_types": ()})
-        read_foreign(tmp_path / "x.safetensors", torch.nn.Sequential(), names, network_only=False)
-
-
-def test_a_layer_twice_in_two_spellings_is_refused(tmp_path):
-    network = transformer("flux")
-    state = original_state("flux", network, kohya_name, where="transformer_blocks.0.attn.to_q")
-    layer = random_factors({"to_q": layers_of(network)["transformer_blocks.0.attn.to_q"]})["to_q"]
-    state["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"] = layer.down
-    state["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"] = layer.up
-    with refused("transformer_blocks.0.attn.to_q", "one layout in a file"):
-        read(save(state, tmp_path / "x.safetensors"), "flux", network)
-
-
-def test_a_joined_layer_of_another_width_is_refused_by_its_own_name(tmp_path):
-    state = original_state("sd3", transformer("sd3"), kohya_name, where="attn.to_q")
-    wider = transformer("sd3", num_attention_heads=4, caption_projection_dim=32)
-    with refused("x_block.attn.qkv", "[48, 16]", "[96, 32]", "another base"):
-        read(save(state, tmp_path / "x.safetensors"), "sd3", wider)

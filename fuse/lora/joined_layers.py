@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stepfuse.fuse.lora.factors import Factors, scale_to_one
+from stepfuse.fuse.lora.keys import DOWN
 from stepfuse.fuse.lora.names import LayerNames, Original
 
 
@@ -55,9 +56,9 @@ def split(layer: Factors, original: Original, rows: Sequence[int]) -> dict[str, 
     """
     if len(original.modules) == 1:
         return {original.modules[0]: _swap_halves(layer) if original.swapped else layer}
-    pieces = {name: value.split(list(rows)) for name, value in _by_rows(layer).items()}
+    pieces = {kind: value.split(list(rows)) for kind, value in _by_rows(layer).items()}
     whole = {
-        module: replace(layer, **{name: piece[index] for name, piece in pieces.items()}).map(Tensor.clone)
+        module: _replace(layer, {kind: piece[index] for kind, piece in pieces.items()}).map(Tensor.clone)
         for index, module in enumerate(original.modules)
     }
     parts = {}
@@ -72,10 +73,13 @@ def split(layer: Factors, original: Original, rows: Sequence[int]) -> dict[str, 
 
 
 def _by_rows(layer: Factors) -> dict[str, Tensor]:
-    """The tensors that have a row for each row of the weight."""
-    found = {"up": layer.up, "magnitude": layer.magnitude, "bias": layer.bias}
-    return {name: value for name, value in found.items() if value is not None}
+    """The tensors, by kind, that have a row for each row of the weight."""
+    return {kind: value for kind, value in layer.tensors.items() if kind != DOWN}
 
 
 def _swap_halves(layer: Factors) -> Factors:
-    return replace(layer, **{name: value.roll(len(value) // 2, 0) for name, value in _by_rows(layer).items()})
+    return _replace(layer, {kind: value.roll(len(value) // 2, 0) for kind, value in _by_rows(layer).items()})
+
+
+def _replace(layer: Factors, tensors: Mapping[str, Tensor]) -> Factors:
+    return Factors.of({**layer.tensors, **tensors}, layer.alpha)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from stepfuse.fuse.lora.names import LayerNames, Original
 
@@ -161,8 +161,8 @@ class LayerTable:
                 continue
             self.layers[original.path] = name
             if original.swapped or len(original.modules) > 1:
-                width = modules[name].weight.shape[1]
-                self.modules[original.path] = nn.Linear(int(width), sum(self.rows(original)), device="meta")
+                joined = nn.Linear(_weight(modules[name]).shape[1], sum(self.rows(original)), device="meta")
+                self.modules[original.path] = joined
                 self.originals[original.path] = original
                 self.layers[original.path] = original.path
         self.layers |= {name: name for name in layers}
@@ -172,7 +172,7 @@ class LayerTable:
 
     def rows(self, original: Original) -> list[int]:
         """The rows of the network's layers that a layer is made of."""
-        return [len(self.modules[module].weight) for module in original.modules]
+        return [len(_weight(self.modules[module])) for module in original.modules]
 
     def find(self, name: LoRAKey) -> str:
         """The path in `modules` of the layer a key is of; a ValueError unless there is one that can have a LoRA."""
@@ -193,6 +193,12 @@ class LayerTable:
         if len(found) > 1:
             raise ValueError(f"{name.key[:100]!r} may be of {' or of '.join(sorted(found))}; write the path with dots")
         return next(iter(found))
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def plain_path(layer: str) -> str:
