@@ -6,12 +6,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from stepfuse.fuse.backbones.loading import layer_names, load_pipeline
-from stepfuse.fuse.lora.export import save_kohya
+from stepfuse.fuse.backbones.registry import BACKBONES
+from stepfuse.fuse.lora.export import save_kohya, save_lora
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.sets.adapter import read_factors
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.cli.main import main
-from tests.fixtures_families import save_family
+from tests.fixtures_families import FAMILIES, save_family
 from tests.fixtures_formats import assert_same
 from tests.fixtures_transformers import layers_of, names_of, random_factors, transformer
 
@@ -79,6 +80,32 @@ def test_a_lora_goes_in_and_comes_out_in_every_format(base, factors, stranger, f
     assert_same(network_factors(pipeline.transformer, "x"), factors)
     imported(tmp_path / "peft", tmp_path / "again", base)
     assert_same(read_factors(load_set(tmp_path / "again").adapters[0])[1], factors)
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "sd3"])
+def test_a_lora_of_each_family_goes_from_tool_to_tool(family, tmp_path, capsys):
+    """Into a set as diffusers has it, out and in again as kohya's tools have it; SANA has no names there."""
+    base = save_family(family, tmp_path / "base")
+    network = load_pipeline(str(base)).transformer
+    layers = {name: layer for name, layer in layers_of(network).items() if "conv_depth" not in name}
+    factors = random_factors(layers, alpha=3)
+    save_lora(tmp_path / "in.safetensors", factors, "transformer")
+    imported(tmp_path / "in.safetensors", tmp_path / "set", base)
+    export = ("set", "export", tmp_path / "set", "style", "--output", tmp_path / "kohya.safetensors")
+    if family == "sana":
+        with pytest.raises(SystemExit, match="has no name in kohya's files of SANA"):
+            run(*export)
+        assert not (tmp_path / "kohya.safetensors").exists()
+        return
+    run(*export)
+    imported(tmp_path / "kohya.safetensors", tmp_path / "again", base)
+    assert_same(read_factors(load_set(tmp_path / "again").adapters[0])[1], factors)
+
+
+def test_every_family_has_a_name_for_users():
+    config = {"num_layers": 1}
+    unnamed = [name for name, family in BACKBONES.items() if not family.names(config).family]
+    assert unnamed == []
 
 
 def test_a_file_of_another_family_makes_no_set(base, tmp_path):

@@ -9,6 +9,7 @@ from stepfuse.fuse.backbones.base import Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, check_not_float16, linear_mu
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.lumina2_names import Lumina2Names
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 
 BETWEEN = " <Prompt Start> "  # the system prompt and the prompt
@@ -19,6 +20,7 @@ class Lumina2(FlowTransformer):
 
     blocks = ("Lumina2TransformerBlock",)
     network_class = "Lumina2Transformer2DModel"
+    layer_names = Lumina2Names
     inputs = ("prompt_embeds", "prompt_attention_mask")
     default_length = 256
 

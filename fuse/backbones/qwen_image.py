@@ -13,6 +13,7 @@ from stepfuse.fuse.backbones.base import Pixels
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.qwen_image_names import QwenImageNames
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.gaussian import Generators
 
@@ -43,6 +44,7 @@ class QwenImage(FlowTransformer):
     blocks = ("QwenImageTransformerBlock",)
     targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     network_class = "QwenImageTransformer2DModel"
+    layer_names = QwenImageNames
     inputs = ("prompt_embeds", "prompt_embeds_mask")
     default_length = 512
 

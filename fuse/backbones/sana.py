@@ -13,6 +13,7 @@ from stepfuse.fuse.backbones.base import Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, check_not_float16
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.sana_names import SanaNames
 from stepfuse.fuse.diffusion.configuration import check_configuration
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
@@ -30,6 +31,7 @@ class Sana(FlowTransformer):
 
     blocks = ("SanaTransformerBlock",)
     network_class = "SanaTransformer2DModel"
+    layer_names = SanaNames
     inputs = ("prompt_embeds", "prompt_attention_mask")
     default_length = 300
 

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.backbones.z_image_names import ZImageNames
 from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 
 PATCH = 2  # the side of a token in a latent
@@ -37,6 +38,7 @@ class ZImage(FlowTransformer):
     blocks = ("ZImageTransformerBlock",)
     unbatched = ("all_x_embedder", "cap_embedder")
     network_class = "ZImageTransformer2DModel"
+    layer_names = ZImageNames
     inputs = ("prompt_embeds", "prompt_embeds_mask")
     default_length = 512
 
