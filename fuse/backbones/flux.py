@@ -10,6 +10,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
+from stepfuse.fuse.backbones.flux_names import FluxNames
 from stepfuse.fuse.backbones.guidance import Latents
 
 PATCH = 2  # latents on a side of a token
@@ -25,6 +26,7 @@ class Flux(FlowTransformer):
 
     blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     network_class = "FluxTransformer2DModel"
+    layer_names = FluxNames
     inputs = ("prompt_embeds", "pooled_prompt_embeds")
     default_length = 512
     text_encoders: ClassVar[Sequence[str]] = ("", "_2")

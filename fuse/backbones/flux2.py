@@ -16,6 +16,7 @@ from stepfuse.fuse.backbones.base import Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.flux import JOINT_ATTENTION, PATCH, check_patches, run_on_tokens, single_layers
+from stepfuse.fuse.backbones.flux2_names import Flux2Names
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
@@ -43,6 +44,7 @@ class Flux2(FlowTransformer):
 
     blocks = ("Flux2TransformerBlock", "Flux2SingleTransformerBlock")
     network_class = "Flux2Transformer2DModel"
+    layer_names = Flux2Names
     inputs = ("prompt_embeds",)
     default_length = 512
 
