@@ -81,7 +81,8 @@ class Flux2(FlowTransformer):
         if tokenizer is None:
             return {}
         before = tokenizer(self.templated(PROMPT).split(PROMPT)[0], add_special_tokens=False).input_ids
-        return {"tokenizer": self.max_sequence_length - len(before) + tokenizer.num_special_tokens_to_add()}
+        limit = self.max_sequence_length - len(before) + tokenizer.num_special_tokens_to_add()
+        return {"tokenizer": max(limit, 0)}
 
     def templated(self, prompt: str) -> str:
         """The text that the pipeline tokenizes for a prompt."""
