@@ -15,7 +15,7 @@ from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
 
-EMBEDDED = {"emoji": emoji.PIPELINE, "emoji-flow": emoji.FLOW}
+EMBEDDED = {"emoji": emoji.PIPELINE}
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
 
 logger = logging.getLogger(__name__)

@@ -88,7 +88,8 @@ def main() -> None:
 
 def sample_base(base: str, prompts: list[str], seed: int, *, guidance_scale: float, eta: float, steps: int) -> Tensor:
     """Pixels of one image per prompt."""
-    backbone, images = backbone_of(load_pipeline(base)), []
+    folder, *_ = FOLDERS[base]
+    backbone, images = backbone_of(load_pipeline(str(folder))), []
     shape = backbone.shape()
     path = backbone.path(shape)
     sampling = Sampling(
