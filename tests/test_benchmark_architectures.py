@@ -3,16 +3,17 @@
 import json
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
 from stepfuse.fuse.backbones.guidance import Guidance
-from stepfuse.fuse.backbones.registry import BACKBONES
+from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.scripts.baselines.sampling import BASELINES, denoise
 from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
-from stepfuse.scripts.benchmark.models import random_model
+from stepfuse.scripts.benchmark.models import random_conditioning, random_model
 from stepfuse.scripts.benchmark.sampling import Bench, sampling_table
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark, TrainingBenchmark
 from stepfuse.scripts.benchmark.training import training_table
@@ -31,12 +32,7 @@ DEPTHS = {"sd35": "2 of 24 layers", "flux": "2 of 57 layers", "qwen": "2 of 60 l
 SCALE = 3.0
 
 
-def registered(name):
-    missing = ARCHITECTURES[name].pipeline not in BACKBONES
-    return pytest.param(name, marks=pytest.mark.skipif(missing, reason="the family is not there"))
-
-
-@pytest.fixture(params=[registered(name) for name in TINY])
+@pytest.fixture(params=TINY)
 def architecture(request, monkeypatch):
     name, published = request.param, ARCHITECTURES[request.param]
     embeds = {embed: SHAPES[embed] for embed in published.embeds}
@@ -52,7 +48,7 @@ def settings_of(architecture, **changes):
 
 def test_the_command_times_an_architecture_and_states_its_depth(architecture, tmp_path, capsys):
     output = tmp_path / "bench.json"
-    what = "--layers 2 --height 64 --width 64 --adapters 1,2 --images 2 --steps 1 --repeats 1 --no_memory"
+    what = "--layers 2 --height 64 --width 64 --adapters 1,2 --images 2 --steps 2 --repeats 1 --no_memory"
     methods = "--rules product,soup --baselines separate,set_adapters"
     main(f"benchmark --architecture {architecture} {what} {methods} --device cpu --output {output}".split())
     results = json.loads(output.read_text())
@@ -104,6 +100,40 @@ def test_a_baseline_takes_the_steps_that_ours_takes_with_eta_0(architecture):
         blend, _ = BASELINES["set_adapters"].build(bench.unbatched(), bench.copy_of, [name])
         got = denoise(blend, denoiser.path, 3, bench.x_T, bench.conditioning)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+PUBLISHED = {
+    "sd15": 859_520_964,
+    "sdxl": 2_567_463_684,
+    "sd35": 2_243_171_520,
+    "flux": 11_901_408_320,
+    "qwen": 20_430_401_088,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_has_the_published_number_of_parameters(name):
+    """As the checkpoints of Stable Diffusion 1.5, XL and 3.5 medium, FLUX.1 dev and Qwen-Image have."""
+    architecture = ARCHITECTURES[name]
+    with torch.device("meta"):
+        network = getattr(diffusers, architecture.network)(**{**architecture.config, **architecture.reduced(0)})
+    assert sum(parameter.numel() for parameter in network.parameters()) == PUBLISHED[name]
+
+
+def test_conditioning_of_sdxl_has_its_pooled_text_and_sizes():
+    """2,816 inputs are the pooled text, 1,280, and six sizes of width 256."""
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    with torch.device("meta"):  # its weights need 10 GB
+        unet = diffusers.UNet2DConditionModel(**ARCHITECTURES["sdxl"].config)
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        unet=unet, scheduler=diffusers.DDIMScheduler(), **dict.fromkeys(parts)
+    )
+    conditioning = random_conditioning(backbone_of(pipeline), "sdxl", 2, device=torch.device("cpu"))
+    assert {name: value.shape for name, value in conditioning.positive.items()} == {
+        "prompt_embeds": (2, 77, 2048),
+        "text_embeds": (2, 1280),
+        "time_ids": (2, 6),
+    }
 
 
 def test_kinds_of_layers_are_reduced_in_the_published_ratio():

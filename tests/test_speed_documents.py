@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import statistics
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.sampling import sampling_table
+from stepfuse.scripts.benchmark.settings import SamplingBenchmark, TrainingBenchmark
+from stepfuse.scripts.cli.main import parse
+from stepfuse.scripts.cli.options import settings_of
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "docs" / "speed"
@@ -29,7 +33,7 @@ def cells(document: str, begin: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
-@pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json"])
+@pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json", "sd35.json"])
 def test_the_tables_are_those_of_the_measurements(name: str) -> None:
     assert sampling_table(read(name)) in ACCOUNT
 
@@ -78,8 +82,20 @@ def test_the_gaps_are_those_of_the_embedded_set() -> None:
     assert describe_gaps(profile) in ACCOUNT
 
 
+def test_the_commands_for_a_gpu_have_settings_that_can_be_measured() -> None:
+    (block,) = [block for block in re.findall("```bash\n(.*?)```", ACCOUNT, re.DOTALL) if "--device cuda" in block]
+    commands = [parse(shlex.split(line)[1:]) for line in block.replace("\\\n", " ").splitlines()]
+    sampling, training = commands[:3], commands[3:]
+    assert [settings_of(SamplingBenchmark, each, model=each.architecture).layers for each in sampling] == [0, 0, 0]
+    assert {settings_of(TrainingBenchmark, each).model for each in training} == {"sd35"}
+
+
+def test_the_depth_of_a_reduced_network_is_stated() -> None:
+    assert f"\n{read('sd35.json')['depth']}.\n" in ACCOUNT
+
+
 def test_the_measurements_name_their_machine_and_settings() -> None:
-    for name in ("bench.json", "sd15-two-rows.json", "sd15-all-rows.json"):
+    for name in ("bench.json", "sd15-two-rows.json", "sd15-all-rows.json", "sd35.json"):
         results = read(name)
         assert re.search(r"threads of \d+ cores, torch 2", results["machine"])
         assert results["settings"]["device"] == "cpu"

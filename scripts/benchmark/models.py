@@ -160,7 +160,7 @@ def random_conditioning(backbone: Backbone, model: str, images: int, **options: 
     if model not in ARCHITECTURES:
         return backbone.encode(["a photo"] * images, **options)
     generator = torch.Generator().manual_seed(1)
-    embeds = {
+    embeds: dict[str, Any] = {
         prefix + name: torch.randn(images, *shape, generator=generator)
         for prefix in ("", "negative_")
         for name, shape in ARCHITECTURES[model].embeds.items()

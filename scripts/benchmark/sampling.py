@@ -107,10 +107,11 @@ def _entry(row: Row, settings: SamplingBenchmark, measured: Measured[Row]) -> di
 
 @torch.no_grad()
 def memory_of(settings: SamplingBenchmark, row: Row) -> dict[str, float | None]:
-    """MB of weights, LoRAs and their copies included, and at the peak of one step, in this process."""
+    """MB of weights, LoRAs and their copies included, and at the peak of two steps, in this process."""
     device = torch.device(settings.device)
     with harness.cpu_threads(settings.threads):
-        bench = Bench(replace(settings, adapters=(row.adapters,), steps=1, compile="", mode=""))
+        steps = min(settings.steps, 2)  # a scheduler with a terminal shift has no grid of one
+        bench = Bench(replace(settings, adapters=(row.adapters,), steps=steps, compile="", mode=""))
         method = bench.method(row)
         weights = sum(network.get_memory_footprint() for network in method.networks)
         del bench  # a baseline that has copied the network does not need the first
