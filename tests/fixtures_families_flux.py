@@ -15,7 +15,7 @@ from diffusers import (
     FluxTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import (
     CLIPTextModel,
@@ -30,9 +30,16 @@ from transformers import (
 )
 
 from stepfuse.data import emoji
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.flow import LENGTH
+from stepfuse.fuse.backbones.guidance import Guidance
+from stepfuse.fuse.backbones.registry import backbone_of
 from tests.fixtures_tiny import text_config
 
+PROMPTS = ["a red apple", "a cat on a blue background"]
+HEIGHT, WIDTH = 16, 24
+STEPS = 3
+SCALE = 3.0
 T5_TOKENS, CHAT_TOKENS = 32, 64  # a prompt's, with the template; 512 in the released models
 LEVELS = dict(
     block_out_channels=(8, 8),
@@ -164,6 +171,29 @@ def normalised(pipeline: Flux2KleinPipeline, z: Tensor, *size: int) -> Tensor:
     bn = pipeline.vae.bn
     mean, variance = (value.view(1, -1, 1, 1) for value in (bn.running_mean, bn.running_var))
     return (pixel_unshuffle(z, 2) - mean) / torch.sqrt(variance + bn.eps)
+
+
+def drawn(make, **config):
+    """A pipeline of random weights, the same every time, none of which are zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline = make(**config)
+        for parameter in pipeline.transformer.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            module.requires_grad_(False).eval()
+    return pipeline
+
+
+def denoiser_of(pipeline, guidance, height=HEIGHT, width=WIDTH):
+    backbone = backbone_of(pipeline)
+    backbone.check()
+    shape = backbone.shape(height, width)
+    chosen = Guidance(source=guidance, scale=SCALE)
+    return Denoiser(backbone=backbone, path=backbone.path(shape), guidance=chosen), shape
 
 
 FLUX = dict(
