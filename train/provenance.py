@@ -23,7 +23,7 @@ WITHOUT_EFFECT = (
 )
 # Settings that earlier versions did not have, and their values there: with these the hash is that of the same run then.
 ADDED: dict[str, Any] = {"variance_options": {}, "skip_last_steps": 0, "max_sequence_length": None}
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the value of `lora_target_modules` that unset ones had then
+EARLIER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what unset `lora_target_modules` stood for
 
 
 def provenance(settings: TrainSettings) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def provenance(settings: TrainSettings) -> dict[str, Any]:
     for name, default in ADDED.items():
         if values[name] == default:
             del values[name]
-    values["lora_target_modules"] = values["lora_target_modules"] or UNET_TARGETS
+    values["lora_target_modules"] = values["lora_target_modules"] or EARLIER_TARGETS
     return {
         "config": config,
         "config_sha256": text_hash(json.dumps({"settings": values, "files": inputs}, sort_keys=True)),
