@@ -316,6 +316,7 @@ def test_the_bounds_of_numbers_are_these():
         "seed": (0, -infinity, 2**64 - 1),
         "port": (0, -infinity, 65535),
         "enlarge": (1, -infinity, 64),
+        "layers": (0, -infinity, infinity),
         "strength": (0, -infinity, infinity),
         "gate": (0, -infinity, infinity),
         "guidance_scale": (-infinity, -infinity, infinity),
