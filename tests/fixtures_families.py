@@ -35,6 +35,7 @@ class Family:
         call: arguments of diffusers' pipeline for guidance by `guidance` with scale g.
         unpack: latents of diffusers' pipeline → (batch, channels, height, width).
         wide: layers beside attention that a LoRA is put on: embedders and modulations, whose inputs have other shapes.
+        training: settings of its own, where those of all make no clear difference.
         refused: layers whose LoRAs are refused by batched forwards.
     """
 
@@ -44,6 +45,7 @@ class Family:
     call: Callable[[float], Mapping[str, Any]]
     wide: tuple[str, ...]
     unpack: Callable[[DiffusionPipeline, torch.Tensor, int], torch.Tensor] = field(default=lambda p, z, size: z)
+    training: Mapping[str, Any] = field(default_factory=dict)
     refused: tuple[str, ...] = ()
 
 
@@ -156,5 +158,5 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "flux": Family(make=flux.flux_dev, guidance="embedded", **flux.FLUX),
-    "flux2": Family(make=flux.flux2_klein, guidance="shared", **flux.FLUX2),
+    "flux2": Family(make=flux.flux2_klein, guidance="shared", training={"sample_num_steps": 8}, **flux.FLUX2),
 }
