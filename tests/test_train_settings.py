@@ -10,11 +10,9 @@ import pytest
 import transformers
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from diffusers.optimization import SchedulerType
 
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.arguments import parse_settings
-from stepfuse.train.policy_settings import LR_SCHEDULERS
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -139,6 +137,7 @@ def test_every_eta_of_a_table_is_checked(desk, monkeypatch, etas):
     [
         ("--variance_options eta=0.5", "variance_options has 'eta'; expected none for variance eta"),
         ("--variance_options eta", "'eta'; expected NAME=NUMBER"),
+        ("--variance sde", "variance sde needs noise_level among variance_options; expected noise_level ("),
     ],
 )
 def test_options_that_a_variance_does_not_have_are_refused(desk, monkeypatch, words, culprit):
@@ -386,19 +385,3 @@ def test_resuming_from_nothing_is_refused(desk, monkeypatch, wanted, exists):
     assert "no checkpoint" in line
     assert "mine" in line
     assert Path("mine").exists() == exists
-
-
-# Bounds
-
-
-def test_learning_rate_schedulers_are_those_of_diffusers_that_need_no_list_of_steps():
-    assert set(LR_SCHEDULERS) == {kind.value for kind in SchedulerType} - {"piecewise_constant"}
-
-
-def test_limits_are_switched_off_by_infinity_and_other_numbers_are_finite():
-    limits = dict.fromkeys(("train_adv_clip_max", "max_grad_norm", "train_clip_range", "max_kl"), math.inf)
-    settings = DDPOSettings(prompts="emoji", reward="compressibility", **limits)
-    assert [getattr(settings, name) for name in limits] == [math.inf] * 4
-    for name in ("learning_rate", "beta", "sample_guidance_scale"):
-        with pytest.raises(ValueError, match=f"{name} is inf"):
-            DDPOSettings(prompts="emoji", reward="compressibility", **{name: math.inf})

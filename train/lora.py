@@ -133,7 +133,7 @@ def step_gaussians(
     times = torch.cat([path.network_time(step.t).expand(len(step.x_t)) for step in steps])
     repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
     x = torch.cat([x_t] * len(kinds))
-    inputs = repeated.inputs(kinds) | denoiser.guidance_inputs(x)
+    inputs = repeated.inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
     output, parameters = policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
     parts = [part.chunk(len(steps)) for part in output.to(torch.float32).chunk(len(kinds))]
     schedule = sampling.schedule.with_parameters(parameters)

@@ -170,11 +170,11 @@ class Backbone(ABC):
                 "expected one of shared, full, off"
             )
 
-    def guidance_inputs(self, guidance: Guidance, rows: int) -> dict[str, Tensor]:
-        """The inputs of a forward that say how it is guided: with `embedded` the scale g, otherwise 1, one a row."""
+    def guidance_inputs(self, guidance: Guidance, like: Latents) -> dict[str, Tensor]:
+        """The network's inputs that say how it is guided, a row a latent: with `embedded` the scale g, otherwise 1."""
         if not self.embeds_guidance:
             return {}
-        return {"guidance": torch.full((rows,), guidance.embedded_scale)}
+        return {"guidance": torch.full((len(like),), guidance.embedded_scale, device=like.device)}
 
     def tokenizer(self, name: str) -> Any:
         """One of the pipeline's tokenizers; None where it has none."""

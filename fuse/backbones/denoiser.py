@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning, input_rows, stack
@@ -80,11 +80,6 @@ class Denoiser:
     def network(self) -> Any:
         return self.backbone.network
 
-    def guidance_inputs(self, like: Latents) -> dict[str, Tensor]:
-        """The network's inputs, a row a latent, that say how it is guided."""
-        found = self.backbone.guidance_inputs(self.guidance, len(like))
-        return {name: value.to(like.device) for name, value in found.items()}
-
     def predictions(
         self, x_t: Latents, t: Time, conditioning: Conditioning, networks: Sequence[Network], rows: SomeRows = None
     ) -> list[Latents]:
@@ -144,7 +139,7 @@ class Denoiser:
         times = self.path.network_time(t).to(x_t.device).expand(len(x_t))
         times = torch.cat([times[some] for some in rows])
         inputs = stack([conditioning[some].inputs(branch.kind) for some, branch in zip(rows, branches, strict=True)])
-        inputs |= self.guidance_inputs(x)
+        inputs |= self.backbone.guidance_inputs(self.guidance, x)
         most = self.rows_at_once or len(x)
         outputs = []
         for piece in (slice(first, first + most) for first in range(0, len(x), most)):

@@ -56,9 +56,9 @@ class FlowTransformer(Backbone):
         return self.pipeline.config.get(LENGTH) or self.default_length
 
     @property
-    @abstractmethod
     def channels(self) -> int:
         """Channels of a latent."""
+        return self.network.config.in_channels
 
     @property
     def multiple(self) -> int:

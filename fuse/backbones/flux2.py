@@ -52,10 +52,6 @@ class Flux2(FlowTransformer):
     def targets(self) -> Sequence[str]:
         return (*JOINT_ATTENTION, "to_qkv_mlp_proj", *single_layers(self.network, "attn.to_out"))
 
-    @property
-    def channels(self) -> int:
-        return self.network.config.in_channels
-
     def shape(self, height: int | None = None, width: int | None = None) -> Shape:
         channels, *size = super().shape(height, width)
         return (channels, size[0] // PATCH, size[1] // PATCH)

@@ -25,10 +25,6 @@ class Lumina2(FlowTransformer):
     default_length = 256
 
     @property
-    def channels(self) -> int:
-        return self.network.config.in_channels
-
-    @property
     def multiple(self) -> int:
         return self.network.config.patch_size * self.pipeline.vae_scale_factor
 

@@ -36,10 +36,6 @@ class Sana(FlowTransformer):
     default_length = 300
 
     @property
-    def channels(self) -> int:
-        return self.network.config.in_channels
-
-    @property
     def multiple(self) -> int:
         return self.network.config.patch_size * self.pipeline.vae_scale_factor
 

@@ -28,10 +28,6 @@ class StableDiffusion3(FlowTransformer):
     text_encoders: ClassVar[Sequence[str]] = ("", "_2")
 
     @property
-    def channels(self) -> int:
-        return self.network.config.in_channels
-
-    @property
     def multiple(self) -> int:
         return self.network.config.patch_size * self.pipeline.vae_scale_factor
 

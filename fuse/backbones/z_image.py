@@ -43,10 +43,6 @@ class ZImage(FlowTransformer):
     default_length = 512
 
     @property
-    def channels(self) -> int:
-        return self.network.config.in_channels
-
-    @property
     def native(self) -> int:
         """As diffusers' pipeline has it; nothing in its configuration says so."""
         return 1024

@@ -1,6 +1,7 @@
 """Variance schedules by their kind, as JSON values and as training settings. Importing this does not import torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
@@ -48,6 +49,8 @@ def schedule_from_dict(values: Any) -> "VarianceSchedule":
     known = schedule.field_names()
     for name in sorted(set(given) - set(known)):
         raise ValueError(f"variance schedule {kind!r} has no {name!r}; it has {', '.join(known)}{nearest(name, known)}")
+    if missing := _missing(schedule, known, given):
+        raise ValueError(f"variance schedule {kind!r} needs {missing}; it has {', '.join(known)}")
     try:
         return schedule.from_json(given)
     except (KeyError, TypeError, RuntimeError) as error:
@@ -71,12 +74,20 @@ def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[st
             f"{nearest(name, free)}"
         )
     given = {name: settings[option.setting] for name, option in known.items() if option.setting} | dict(options)
+    described = [f"{name} ({known[name].help})" if known[name].help else name for name in free]
+    if missing := _missing(schedule, free, given):
+        raise ValueError(f"variance {kind} needs {missing} among variance_options; expected {', '.join(described)}")
     try:
         for name, value in given.items():
             option = known[name]
             if not option.valid(value):
                 raise ValueError(f"{option.setting or name} is {value}; expected {option.expected}")
         return schedule.initial(**given)
-    except TypeError as error:  # a missing option, or a text for a number
-        described = [f"{name} ({known[name].help})" if known[name].help else name for name in free]
+    except TypeError as error:  # a text for a number
         raise ValueError(f"variance_options of variance {kind}: {error}; expected {', '.join(described)}") from error
+
+
+def _missing(schedule: "type[VarianceSchedule]", names: Sequence[str], given: Mapping[str, Any]) -> str:
+    """Those of these fields that are neither given nor have a default, as a text."""
+    needed = {field.name for field in fields(schedule) if field.default is MISSING}
+    return ", ".join(name for name in names if name in needed and name not in given)

@@ -113,7 +113,7 @@ def _predict(
     """Raw predictions, one for each of the prompts: `-` negative and `+` positive."""
     batch = torch.cat([x] * len(kinds))
     times = denoiser.path.network_time(t).to(x.device).expand(len(batch))
-    inputs = conditioning.inputs(kinds) | denoiser.guidance_inputs(batch)
+    inputs = conditioning.inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, batch)
     return denoiser.backbone.predict(batch, times, inputs, network=network).chunk(len(kinds))
 
 

@@ -13,25 +13,13 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from stepfuse.data import emoji
 from stepfuse.scripts.emoji import flow_models
 from stepfuse.scripts.emoji.fit import STAGES, autocast, fit, load_average
-from stepfuse.scripts.emoji.images import draw_batch
 from stepfuse.scripts.emoji.models import tokenize
-from stepfuse.scripts.emoji.stages import latent_bank
+from stepfuse.scripts.emoji.stages import fit_autoencoder, latent_bank
 
 
 def train_flow_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
-    """L1 on pixels and on differences of neighbours, with a little noise on the unit-variance latents."""
     vae = flow_models.new_flow_vae()
-
-    def loss(generator: torch.Generator) -> Tensor:
-        _, x = draw_batch(pictures, STAGES["flow_vae"].batch_size, generator)
-        with autocast():
-            z = vae.encode(x).latents.float()
-            y = vae.decode(z + 0.05 * torch.randn(z.shape, generator=generator)).sample.float()
-        edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
-        spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
-        return (y - x).abs().mean() + 0.5 * (y - x).square().mean() + edges + 0.05 * spread
-
-    fit("flow_vae", vae, loss, folder=folder, steps=steps, seed=seed + 10)
+    fit_autoencoder("flow_vae", vae, pictures, noise=0.05, folder=folder, steps=steps, seed=seed + 10)
 
 
 def load_flow_vae(folder: Path) -> AutoencoderTiny:

@@ -20,19 +20,31 @@ RENDERS_PER_PROMPT = 14
 
 
 def train_vae(pictures: dict[str, Image.Image], folder: Path, steps: int, seed: int) -> None:
+    fit_autoencoder("vae", models.new_vae(), pictures, noise=0.1, folder=folder, steps=steps, seed=seed)
+
+
+def fit_autoencoder(
+    name: str,
+    vae: AutoencoderTiny,
+    pictures: dict[str, Image.Image],
+    *,
+    noise: float,
+    folder: Path,
+    steps: int,
+    seed: int,
+) -> None:
     """L1 on pixels and on differences of neighbours, with noise on the unit-variance latents for a smooth decoder."""
-    vae = models.new_vae()
 
     def loss(generator: torch.Generator) -> Tensor:
-        _, x = draw_batch(pictures, STAGES["vae"].batch_size, generator)
+        _, x = draw_batch(pictures, STAGES[name].batch_size, generator)
         with autocast():
             z = vae.encode(x).latents.float()
-            y = vae.decode(z + 0.1 * torch.randn(z.shape, generator=generator)).sample.float()
+            y = vae.decode(z + noise * torch.randn(z.shape, generator=generator)).sample.float()
         edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
         spread = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
         return (y - x).abs().mean() + 0.5 * (y - x).square().mean() + edges + 0.05 * spread
 
-    fit("vae", vae, loss, folder=folder, steps=steps, seed=seed)
+    fit(name, vae, loss, folder=folder, steps=steps, seed=seed)
 
 
 def load_vae(folder: Path) -> AutoencoderTiny:
