@@ -167,6 +167,16 @@ def test_diversity_is_the_mean_cosine_distance_within_a_prompt():
     assert mean_distances(Embedder(), torch.zeros(6, 3, 4, 4), 3) == pytest.approx(expected)
 
 
+def test_images_have_the_resolution_of_the_configuration(desk):
+    config = EvaluationConfig(**CONFIG | dict(rules=["product"], resolution=32))
+    evaluation = Evaluation.prepare(_loaded(), config, device="cpu", dtype=torch.float32)
+    assert sample_batch(evaluation, evaluation.cells[0], range(1)).pixels.shape[2:] == (32, 32)
+    assert evaluation.identity(torch.float32)["config"]["resolution"] == 32
+    with refused("height is 30"):
+        config = EvaluationConfig(**CONFIG | dict(rules=["product"], resolution=30))
+        Evaluation.prepare(_loaded(), config, device="cpu", dtype=torch.float32)
+
+
 def test_a_metric_gives_one_number_for_each_image(desk):
     config = EvaluationConfig(**CONFIG | dict(rules=["product"]))
     evaluation = Evaluation.prepare(_loaded(), config, device="cpu", dtype=torch.float32)

@@ -124,22 +124,28 @@ def test_a_shift_by_the_number_of_tokens_is_that_of_diffusers(pipeline, size):
 # Tokens of a prompt
 
 
-def test_the_number_of_tokens_is_recorded_with_the_base_and_taken_again(base, run_training, tmp_path):
+def test_number_of_tokens_and_resolution_are_recorded_with_the_base_and_taken_again(base, run_training, tmp_path):
     """Zeros that stand for T5's tokens are attended to: 1 of them is another base than 256."""
     run_training(
         "ddpo",
         pretrained_model_name_or_path=base,
         max_train_steps=1,
         max_sequence_length=1,
-        resolution=16,
+        resolution=32,
         output_dir="mine",
     )
-    assert read_adapter("mine").base["max_sequence_length"] == 1
+    recorded = read_adapter("mine").base
+    assert (recorded["max_sequence_length"], recorded["resolution"]) == (1, 32)
     create_set("set", ["mine"], base_schedule=EtaSchedule(eta=0.0))
     backbone = backbone_of(load_base(load_set("set").base))
-    expected = latents_of(load_pipeline(str(base)), max_sequence_length=1)
-    torch.testing.assert_close(euler(backbone), expected, rtol=1e-5, atol=1e-5)
-    assert (latents_of(load_pipeline(str(base)), max_sequence_length=256) - expected).abs().max() > 1e-3
+    assert backbone.size() == (32, 32)
+    expected = latents_of(load_pipeline(str(base)), 32, max_sequence_length=1)
+    torch.testing.assert_close(euler(backbone, 32), expected, rtol=1e-5, atol=1e-5)
+    assert (latents_of(load_pipeline(str(base)), 32, max_sequence_length=256) - expected).abs().max() > 1e-3
+    given = load_pipeline(str(base))  # which knows neither
+    (image,) = FusedSampler.from_pretrained("set", pipeline=given).sample("a fox", num_inference_steps=1)
+    assert image.size == (32, 32)
+    assert backbone_of(given).max_sequence_length == 1
 
 
 def test_a_base_states_its_number_of_tokens_in_its_model_index(base, tmp_path):

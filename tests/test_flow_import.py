@@ -26,7 +26,7 @@ NAMES = ("PickScore", "Text", "GenEval")
 # scripts/train_sd3.py of yifan123/flow_grpo, but for rank 32 and alpha 64.
 TARGETS = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out", "to_k", "to_out.0", "to_q", "to_v")
 LORA = dict(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=[f"attn.{name}" for name in TARGETS])
-SMALL = {"512": "16", "bfloat16": "float32", "cuda": "cpu", "40": "4"}  # of the documents' numbers, for the tiny base
+SMALL = {"512": "32", "bfloat16": "float32", "cuda": "cpu", "40": "4"}  # of the documents' numbers, for the tiny base
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,7 @@ def test_the_commands_make_a_set_of_the_declared_variances_and_draw_with_it(plac
     assert (again.names, again.base_schedule) == (loaded.names, EtaSchedule(eta=0.495))
     assert [a.sha256 for a in again.adapters] == [a.sha256 for a in loaded.adapters]
     with Image.open(place / "sign.png") as picture:
+        assert picture.size == (32, 32)  # by --resolution; the base's own size is 16
         colours = picture.convert("RGB").getcolors(maxcolors=2**20)
     assert len(colours) > 16
 

@@ -68,7 +68,7 @@ class Setup:
         self.embed = Embeddings(
             backbone, resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
         )
-        self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
+        self.base = describe_base(backbone, name, revision, variant=variant, resolution=resolution, hashed=main)
         schedule = settings.initial_schedule()
         policy = make_policy(backbone, settings, schedule).to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)

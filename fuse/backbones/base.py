@@ -16,6 +16,7 @@ from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.lora.names import LayerNames
 
+RESOLUTION = "_resolution"  # in the pipeline's configuration, where names without _ are those of components
 Shape = tuple[int, int, int]  # channels, height and width of one latent
 Pixels = Float[Tensor, "batch 3 image_height image_width"]  # other sizes than those of `Latents`
 
@@ -40,6 +41,11 @@ class Backbone(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
+
+    @property
+    def resolution(self) -> int | None:
+        """Height and width in pixels that the adapters of this base were trained at, where that is not its own size."""
+        return self.pipeline.config.get(RESOLUTION)
 
     @property
     def network(self) -> Any:  # an `nn.Module` with the methods of diffusers' models
@@ -96,8 +102,8 @@ class Backbone(ABC):
 
     @abstractmethod
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        """Height and width in pixels, by default those the network was trained at; a ValueError for others than it can
-        draw, and for none where the network states none.
+        """Height and width in pixels, by default `resolution`, or else those the network was trained at; a ValueError
+        for others than it can draw, and for none where the network states none.
         """
 
     @abstractmethod

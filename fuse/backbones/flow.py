@@ -110,7 +110,8 @@ class FlowTransformer(Backbone):
                 raise ValueError(f"{next(n for n in names if n in given)} is given and {missing[0]} is not; give both")
 
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
-        size = (self.native if height is None else height, self.native if width is None else width)
+        side = self.resolution or self.native
+        size = (side if height is None else height, side if width is None else width)
         for name, pixels in zip(("height", "width"), size, strict=True):
             if pixels <= 0 or pixels % self.multiple:
                 raise ValueError(f"{name} is {pixels}; expected a positive multiple of {self.multiple} for this model")

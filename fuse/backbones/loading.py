@@ -10,12 +10,14 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
 from stepfuse.data.library_messages import LIBRARIES, quiet_loading
+from stepfuse.fuse.backbones.base import RESOLUTION
 from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
 
 EMBEDDED = {"emoji": emoji.PIPELINE}
+INPUTS = {"max_sequence_length": LENGTH, "resolution": RESOLUTION}  # of a network, which files record with its base
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ def load_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     max_sequence_length: int | None = None,
+    resolution: int | None = None,
     safe: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
@@ -43,6 +46,7 @@ def load_pipeline(
         variant: of the weight files, `fp16` for instance. Where there are files of one variant only, it is found.
         max_sequence_length: tokens of a prompt, for families that pad prompts and attend to the padding; by default
             what the base's model_index.json states, or else the default of its pipeline.
+        resolution: height and width in pixels of its images where none are given; by default its own.
         safe: take weights in safetensors only, as is right for bases that are named by other people's sets.
         options: passed on to `DiffusionPipeline.from_pretrained`.
 
@@ -72,8 +76,8 @@ def load_pipeline(
                 logger.warning("%r has weights under variant %s only, which is loaded", name_or_path, found)
                 pipeline = DiffusionPipeline.from_pretrained(path, variant=found, **options)
         check_complete(pipeline, path, revision, options)
-        if length := max_sequence_length or index.get("max_sequence_length"):
-            pipeline.register_to_config(**{LENGTH: length})
+        length = max_sequence_length or index.get("max_sequence_length")
+        register_inputs(pipeline, max_sequence_length=length, resolution=resolution)
         backbone = family(pipeline)
         backbone.check()
         backbone.check_can_encode()
@@ -83,6 +87,12 @@ def load_pipeline(
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipeline
+
+
+def register_inputs(pipeline: DiffusionPipeline, **values: int | None) -> None:
+    """Set what `INPUTS` names, in the pipeline's configuration: backbones of this pipeline take it as their default."""
+    changed = {INPUTS[name]: value for name, value in values.items() if value != pipeline.config.get(INPUTS[name])}
+    pipeline.register_to_config(**changed)
 
 
 def stored_at(name_or_path: str) -> str:
@@ -107,8 +117,8 @@ def _other_variant(
 
 
 def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
-    """Load the base that an adapter or a set names, at its recorded revision and variant, from safetensors only."""
-    recorded = {name: base.get(name) for name in ("revision", "variant", "max_sequence_length")}
+    """Load the base that an adapter or a set names, as it records it, from safetensors only."""
+    recorded = {name: base.get(name) for name in ("revision", "variant", *INPUTS)}
     return load_pipeline(base["name_or_path"], dtype=dtype, safe=True, **recorded)
 
 

@@ -5,7 +5,7 @@ from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path, same_base
-from stepfuse.fuse.backbones.loading import load_base
+from stepfuse.fuse.backbones.loading import INPUTS, load_base, register_inputs
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet
@@ -19,7 +19,11 @@ def load_backbone(
     Raises:
         ValueError: for a pipeline that is not the set's base, or that is offloaded already, and for a faulty adapter.
     """
-    backbone = backbone_of(pipeline or load_base(adapter_set.base, dtype=dtype))
+    if pipeline is None:
+        pipeline = load_base(adapter_set.base, dtype=dtype)
+    else:
+        register_inputs(pipeline, **{name: adapter_set.base.get(name) for name in INPUTS})
+    backbone = backbone_of(pipeline)
     backbone.check()
     if any(parameter.is_meta for parameter in backbone.network.parameters()):
         raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")

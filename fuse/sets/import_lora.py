@@ -35,6 +35,7 @@ def import_lora(
     network_only: bool = False,
     weight_name: str | None = None,
     variant: str | None = None,
+    resolution: int | None = None,
 ) -> AdapterSet:
     """Add a LoRA of another tool to a set, which is made if it does not exist.
 
@@ -52,6 +53,7 @@ def import_lora(
         network_only: leave out what is of text encoders.
         weight_name: which file of a repository.
         variant: of the weight files of the base of a set that is to be made, `fp16` for instance.
+        resolution: height and width in pixels that it was trained at; by default the set's, or the base's own.
 
     Raises:
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
@@ -64,6 +66,7 @@ def import_lora(
         guidance_scale = loaded.guidance_scale if guidance_scale is None else guidance_scale
         _check_settings(folder, loaded, base, variant, guidance, guidance_scale)
         base, revision, variant = (loaded.base.get(key) for key in ("name_or_path", "revision", "variant"))
+        resolution = resolution or loaded.base.get("resolution")
         steps = steps or loaded.num_inference_steps
     if base is None:
         raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
@@ -72,7 +75,7 @@ def import_lora(
         path = fetch_lora(source, weight_name)
     elif weight_name is not None:
         path /= weight_name
-    backbone = backbone_of(load_pipeline(base, revision=revision, variant=variant, safe=True))
+    backbone = backbone_of(load_pipeline(base, revision=revision, variant=variant, resolution=resolution, safe=True))
     described = describe_base(backbone, base, revision, variant=variant)
     if loaded is not None and not same_base(loaded.base, described):
         raise ValueError(f"{base!r} is no longer the base that set {folder} was made of")

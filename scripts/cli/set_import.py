@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from stepfuse.data.settings_fields import Bounds
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
@@ -36,6 +37,8 @@ def add_arguments(parser: Parser) -> None:
         "prediction, as LoRAs of other tools expect; shared: the base makes it for all; off: none (default: full)."
     )
     declare.guidance(parser, text, "Scale of classifier-free guidance (default: that of the set, or 7.5).")
+    text = "Height and width in pixels that the LoRA was trained at (default: those of the set, or of its base)."
+    option(parser, "--resolution", int, text, bounds=Bounds(least=1))
     option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."
@@ -62,7 +65,7 @@ def run(arguments: Arguments) -> None:
     quiet_libraries()
     names = (
         *("objective", "reward", "base", "guidance", "guidance_scale", "steps", "license", "network_only"),
-        *("weight_name", "variant"),
+        *("weight_name", "variant", "resolution"),
     )
     given = {name: getattr(arguments, name) for name in names}
     loaded = import_lora(arguments.lora, arguments.set, variance=variance, **given)

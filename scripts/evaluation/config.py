@@ -36,6 +36,7 @@ class EvaluationConfig(PromptSettings):
         scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
             deviation of the reward among the base's images of one prompt.
         steps, guidance, guidance_scale: by default the set's.
+        resolution: height and width of the images in pixels; by default those the adapters were trained at.
         batch_size: how many images are denoised together.
         kl_seeds: for how many of the seeds the KL to the base is measured; each image is then sampled twice.
         embedding: a CLIP model for the diversity within a prompt; by default, for the embedded base, the embedded CLIP.
@@ -54,6 +55,7 @@ class EvaluationConfig(PromptSettings):
     steps: int | None = setting(None, least=1)
     guidance: str | None = None
     guidance_scale: float | None = None
+    resolution: int | None = setting(None, least=1)
     batch_size: int = setting(32, least=1)
     kl_seeds: int = setting(1, least=0)
     embedding: str = ""

@@ -68,10 +68,11 @@ class Evaluation:
             dtype=dtype,
             device=device,
         )
+        shape = sampler.backbone.shape(config.resolution, config.resolution)
         for cell in cells:
             fused = sampler.with_rule(cell.rule)
             try:
-                fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps)
+                fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps, shape=shape)
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
         warn_of_cuts(sampler.backbone, prompts, counted=True)
@@ -127,6 +128,8 @@ class Evaluation:
             cell.weights,
             strength=cell.strength,
             num_inference_steps=self.config.steps,
+            height=self.config.resolution,
+            width=self.config.resolution,
             generator=[sample_generator(self.config.seed, "evaluate", prompt, seed) for prompt, seed in images],
             batch_size=self.config.batch_size,
             progress=False,
@@ -159,8 +162,9 @@ class Evaluation:
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
         config = dataclasses.asdict(self.config)
-        if not self.config.judges:
-            del config["judges"]  # so that an evaluation is resumed that was begun before there were judges
+        for name in ("judges", "resolution"):  # so that an evaluation is resumed that was begun before they existed
+            if not config[name]:
+                del config[name]
         identity = {
             "format_version": 1,
             "config": config,
