@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import describe_base
+from stepfuse.fuse.backbones.flow import network_dtype
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_base, load_pipeline
 from stepfuse.fuse.backbones.prompt_length import cut_prompts
@@ -257,3 +258,12 @@ def test_a_guidance_scale_as_an_input_is_refused_for_a_network_that_takes_none(b
 def test_a_set_of_it_is_not_run_on_another_pipeline(base, small_set):
     with refused("not the set's base"):
         FusedSampler.from_pretrained(small_set, pipeline=load_pipeline(str(base)))
+
+
+def test_the_precision_of_inputs_is_that_of_the_network_with_weights_stored_in_8_bits_too(pipeline):
+    network = pipeline.transformer
+    assert network_dtype(network) == network.dtype == torch.float32
+    network.to(torch.bfloat16)
+    assert network_dtype(network) == network.dtype == torch.bfloat16
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    assert network_dtype(network) == network.dtype == torch.bfloat16

@@ -186,7 +186,7 @@ class FlowTransformer(Backbone):
 
     def in_network_type(self, x: Latents, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and inputs in the network's precision; times stay in float32, where 16 bits are too coarse."""
-        dtype = self.network.dtype
+        dtype = network_dtype(self.network)
         return x.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def decode_unclamped(self, latents: Latents) -> Pixels:
@@ -194,6 +194,17 @@ class FlowTransformer(Backbone):
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
         return autoencoder.encode(self.pipeline.vae, pixels, generators)
+
+
+def network_dtype(network: Any) -> torch.dtype:
+    """The precision of a network's inputs, as its `dtype`, which looks for layerwise casting in every module first.
+
+    Layerwise casting stores weights in 8 bits; those it leaves out have the precision that the network computes in.
+    """
+    kept = network._keep_in_fp32_modules or ()
+    found = (value.dtype for name, value in network.named_parameters() if not any(part in name for part in kept))
+    first = next((dtype for dtype in found if dtype.is_floating_point), None)
+    return first if first is not None and first.itemsize > 1 else network.dtype
 
 
 def as_prediction(output: Tensor, x: Latents) -> Latents:
