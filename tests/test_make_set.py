@@ -230,3 +230,31 @@ def test_a_set_in_half_precision_is_drawn_with_in_full(adapters, tmp_path):
     assert pictures[1].dtype == torch.float32
     difference = (pictures[0] - pictures[1]).abs().max().item()
     assert 0 < difference < 0.01  # weights of about 0.1 are rounded by 3e-5 at most
+
+
+def test_a_set_may_be_guided_otherwise_than_its_adapters_were_trained(adapters, tmp_path, capsys):
+    created = create_set(tmp_path / "set", [adapters / "a"], guidance="full", guidance_scale=2.0)
+    assert (created.guidance, created.guidance_scale) == ("full", 2.0)
+    assert created.describe_guidance() == "full, scale 2 (in training shared 3)"
+    assert str(FusedSampler.from_pretrained(created).denoiser.guidance) == "full 2"
+    added = add_adapter(tmp_path / "set", adapters / "b")  # trained as the first was
+    assert (added.guidance, added.guidance_scale, added.names) == ("full", 2.0, ["a", "b"])
+    with refused("'c'", "shared 7", "full 2"):
+        add_adapter(tmp_path / "set", adapters / "scale")
+    write_card(tmp_path / "set", load_set(tmp_path / "set"))
+    assert "Guidance is full, scale 2 (in training shared 3);" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_guidance_needs_a_scale_where_training_had_none(adapters, tmp_path):
+    change(tmp_path / "off", adapters / "a", guidance="off")
+    with refused("guidance shared needs guidance_scale", "'a'"):
+        create_set(tmp_path / "set", [tmp_path / "off"], guidance="shared")
+    assert not (tmp_path / "set").exists()
+    assert create_set(tmp_path / "set", [tmp_path / "off"], guidance="shared", guidance_scale=2.0).guidance == "shared"
+    assert create_set(tmp_path / "plain", [tmp_path / "off"]).guidance == "off"
+
+
+def change(folder, source, **values):
+    """A copy of an adapter whose objective.json has other values."""
+    file = shutil.copytree(source, folder) / OBJECTIVE
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))

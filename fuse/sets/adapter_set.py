@@ -12,6 +12,7 @@ from typing import Any
 
 from stepfuse.data.json_file import write_json
 from stepfuse.data.output_folder import complete_interrupted
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
 from stepfuse.fuse.rules.objective import Objective
@@ -102,6 +103,14 @@ class AdapterSet:
     @property
     def names(self) -> list[str]:
         return [adapter.name for adapter in self.adapters]
+
+    def describe_guidance(self) -> str:
+        """Guidance and its scale, and those of training where they are others."""
+        trained = self.adapters[0]
+        given = f"{self.guidance}, scale {self.guidance_scale:g}"
+        if (self.guidance, self.guidance_scale) == (trained.guidance, trained.guidance_scale):
+            return given
+        return f"{given} (in training {Guidance(source=trained.guidance, scale=trained.guidance_scale)})"
 
     def map_adapters(self, change: Callable[[Adapter], Adapter]) -> "AdapterSet":
         """The set with each of its adapters changed, the oracles' too."""

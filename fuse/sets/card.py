@@ -89,7 +89,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         f"# {plain(source.rpartition('/')[2])}",
         f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
-        f"where images are drawn. Guidance is {loaded.guidance}, scale {loaded.guidance_scale:g}; "
+        f"where images are drawn. Guidance is {loaded.describe_guidance()}; "
         f"{loaded.num_inference_steps} steps; rule {code(loaded.default_rule)}.",
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
         CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),

@@ -11,6 +11,7 @@ from stepfuse.data.folder_files import files_named
 from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir
 from stepfuse.fuse.backbones.fingerprint import same_base
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
@@ -29,6 +30,8 @@ def create_set(
     *,
     oracles: Sequence[str | Path] = (),
     base_schedule: VarianceSchedule | None = None,
+    guidance: str | None = None,
+    guidance_scale: float | None = None,
     half: bool = False,
     base: str | None = None,
     base_license: str | None = None,
@@ -40,18 +43,20 @@ def create_set(
     With `overwrite` the files of a set in the output folder are replaced, and other files stay. The adapters may be
     those of that set.
 
-    Guidance and steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
+    Steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
     sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
 
     Args:
         folders, oracles: folders that training wrote, or those of adapters in other sets.
         base_schedule: variance schedule of the base policy; by default eta 1.
+        guidance, guidance_scale: of the images that are drawn with the set; by default as the adapters were trained.
         base: how others call the base, where the adapters were trained from a folder.
         base_license, license: of the base, and of adapters that do not state theirs, as the hub abbreviates them.
 
     Raises:
-        ValueError: for no adapters, two of one name, adapters of different bases or guidance, an oracle
-            of other rewards, or an output folder that is not empty or cannot be written.
+        ValueError: for no adapters, two of one name, adapters of different bases or guidance, guidance without a scale
+            where they were trained without, an oracle of other rewards, or an output folder that is not empty or cannot
+            be written.
     """
     output = Path(output)
     check_set_output(output, overwrite=overwrite)
@@ -59,6 +64,7 @@ def create_set(
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
+    guided = guidance_of(first, guidance, guidance_scale)
     mixed = [make_oracle(add_license(find_adapter(folder), license), adapters) for folder in oracles]
     all_adapters = [*adapters, *(oracle.adapter for oracle in mixed)]
     for adapter in all_adapters[1:]:
@@ -76,8 +82,8 @@ def create_set(
         base=known,
         adapters=tuple(adapters),
         base_schedule=base_schedule or EtaSchedule(eta=1.0),
-        guidance=first.guidance,
-        guidance_scale=first.guidance_scale,
+        guidance=guided.source,
+        guidance_scale=guided.scale,
         num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
         default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
         oracles=tuple(mixed),
@@ -87,6 +93,16 @@ def create_set(
         copies = created.map_adapters(lambda adapter: copy_adapter(adapter, temporary / adapter.name, half=half))
         save_manifest(temporary, copies)
     return load_set(output, read_weights=False)
+
+
+def guidance_of(adapter: Adapter, source: str | None, scale: float | None) -> Guidance:
+    """The guidance of a set with these arguments, by default that of the adapter's training."""
+    if source not in (None, "off") and scale is None and adapter.guidance == "off":
+        raise ValueError(
+            f"guidance {source} needs guidance_scale too, for {adapter.name!r} was trained without guidance"
+        )
+    known = adapter.guidance_scale if scale is None else scale
+    return Guidance(source=source or adapter.guidance, scale=known)
 
 
 def check_set_output(output: Path, *, overwrite: bool) -> None:
@@ -133,7 +149,9 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
     adapter, first = find_adapter(source), loaded.adapters[0]
     if adapter.name in [known.name for known in loaded.all_adapters] or (folder / adapter.name).exists():
         raise ValueError(f"set {folder} has {adapter.name!r} already; choose another name")
-    check_same(adapter, replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale))
+    of_set = replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale)
+    as_trained = (adapter.guidance, adapter.guidance_scale) == (first.guidance, first.guidance_scale)
+    check_same(adapter, first if as_trained else of_set)
     shown = {Path(name) for name in SHOWN}  # they stay
     with atomic_output_dir(folder, ours=lambda folder: set_files(folder) - shown, check=load_set) as temporary:
         changed = loaded.map_adapters(lambda known: copy_adapter(known, temporary / known.folder.name))

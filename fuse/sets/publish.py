@@ -8,9 +8,9 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
+from stepfuse.data import emoji
 from stepfuse.data.file_info import size_label
 from stepfuse.data.text_files import read_text
-from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, set_folder
 from stepfuse.fuse.sets.card import card, shown_on_card
@@ -104,7 +104,7 @@ def prepare(
 def check_publishable(loaded: AdapterSet) -> None:
     """Raise ValueError unless others can load the base and the licence of each adapter is stated."""
     base = loaded.base["name_or_path"]
-    if parse_id(base) is None and base not in EMBEDDED:
+    if parse_id(base) is None and base not in emoji.BASES:
         raise ValueError(
             f"the set's base is {base!r}, a folder that others do not have; publish the base, and create the set anew "
             "with --base OWNER/NAME"

@@ -25,6 +25,11 @@ def add_arguments(parser: Parser) -> None:
     )
     declare.variance(parser, "reference_", "the base policy", text)
     text = (
+        "Guidance of the images that are drawn with the set: shared, by the base's unconditional prediction; full, by "
+        "each adapter's own; embedded, an input of the network; off (default: as the adapters were trained)."
+    )
+    declare.guidance(parser, text, "Scale of that guidance, such as 4.5 (default: as in training).")
+    text = (
         "Hub id of the base model, recorded in place of the local folder that the adapters were trained from (default: "
         "as the adapters record it)."
     )
@@ -59,6 +64,8 @@ def run(arguments: Arguments) -> None:
         arguments.adapter,
         oracles=arguments.oracle,
         base_schedule=base_schedule,
+        guidance=arguments.guidance,
+        guidance_scale=arguments.guidance_scale,
         half=arguments.half,
         base=arguments.base,
         base_license=arguments.base_license,

@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> None:
     loaded = load_set(arguments.set)
     revision = f" at {loaded.base['revision']}" if loaded.base.get("revision") else ""
     print(f"base        {loaded.base['name_or_path']}{revision}")
-    print(f"guidance    {loaded.guidance}, scale {loaded.guidance_scale:g}")
+    print(f"guidance    {loaded.describe_guidance()}")
     print(f"steps       {loaded.num_inference_steps}")
     print(f"rule        {loaded.default_rule}")
     print(f"reference   {json.dumps(schedule_to_dict(loaded.base_schedule))}")

@@ -43,6 +43,8 @@ class BuildConfig:
         oracles: the same for adapters trained on weighted: rewards.
         accelerate: a configuration of accelerate for every training; by default one process in float32.
         reference_eta: eta of the base in the set.
+        guidance, guidance_scale: of the images that are drawn with the set, its evaluation's too; by default those of
+            training.
         half: store the set's weights in float16.
         dtype: of the base for everything but training, which has accelerate's mixed precision.
         profile: prompts on which the gap between soup and product is measured, for `sample --gate`; none by default.
@@ -54,6 +56,8 @@ class BuildConfig:
     oracles: list = setting([])
     accelerate: str = ""
     reference_eta: float = setting(1.0, least=0, most=1)
+    guidance: Literal["", "shared", "full", "off", "embedded"] = ""
+    guidance_scale: float | None = None
     half: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     profile: str = ""
@@ -146,6 +150,8 @@ def assemble(
     # Hashes of the trained adapters: stored in float16 they have others.
     hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
     identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half}
+    if config.guidance:  # so that earlier sets are known as they were recorded
+        identity |= {"guidance": config.guidance, "guidance_scale": config.guidance_scale}
     if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
         return load_set(folder)  # all of it is checked, in case nothing is left to do
     print(f"set: {folder}", flush=True)
@@ -156,6 +162,8 @@ def assemble(
         [training.folder for training in objectives],
         oracles=[training.folder for training in oracles],
         base_schedule=EtaSchedule(eta=config.reference_eta),
+        guidance=config.guidance or None,
+        guidance_scale=config.guidance_scale,
         half=config.half,
         overwrite=True,
     )
