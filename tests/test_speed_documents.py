@@ -33,7 +33,7 @@ def cells(document: str, begin: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")[1:]]
 
 
-@pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json", "sd35.json"])
+@pytest.mark.parametrize("name", ["bench.json", "sd15-two-rows.json", "sd35.json", "flux.json", "qwen.json"])
 def test_the_tables_are_those_of_the_measurements(name: str) -> None:
     assert sampling_table(read(name)) in ACCOUNT
 
@@ -90,12 +90,13 @@ def test_the_commands_for_a_gpu_have_settings_that_can_be_measured() -> None:
     assert {settings_of(TrainingBenchmark, each).model for each in training} == {"sd35"}
 
 
-def test_the_depth_of_a_reduced_network_is_stated() -> None:
-    assert f"\n{read('sd35.json')['depth']}.\n" in ACCOUNT
+@pytest.mark.parametrize("name", ["sd35.json", "flux.json", "qwen.json"])
+def test_the_depth_of_a_reduced_network_is_stated(name: str) -> None:
+    assert f"\n{read(name)['depth']}.\n" in ACCOUNT
 
 
 def test_the_measurements_name_their_machine_and_settings() -> None:
-    for name in ("bench.json", "sd15-two-rows.json", "sd15-all-rows.json", "sd35.json"):
+    for name in ("bench.json", "sd15-two-rows.json", "sd15-all-rows.json", "sd35.json", "flux.json", "qwen.json"):
         results = read(name)
         assert re.search(r"threads of \d+ cores, torch 2", results["machine"])
         assert results["settings"]["device"] == "cpu"
