@@ -12,6 +12,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent / "emoji-base"
 PIPELINE = FOLDER / "pipeline"
 FLOW = Path(__file__).parent / "emoji-flow"
+BASES = {"emoji-flow": FLOW, "emoji": PIPELINE}  # by the names that commands take
 CLIP = FOLDER / "clip"
 ADAPTER_SET = Path(__file__).parent / "emoji-set"
 RESOLUTION = 64

@@ -1,4 +1,4 @@
-"""The product of two policies on a flow transformer against quadrature, at every step of a run."""
+"""The product of two policies on the embedded flow base against quadrature, at every step of a run."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,9 @@ from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.lora import add_lora
-from tests.fixtures_families import save_family
 from tests.fixtures_tiny import generators, networks
 
+BASE = "emoji-flow"
 PROMPTS = ["a red apple", "a cat on a blue background"]
 WEIGHTS = {"a": 0.7, "b": 0.3}
 ETAS = {"a": (0.4, 0.8, 0.6, 0.9), "b": (1.0, 0.9, 0.5, 0.7), None: (0.7,) * 4}  # of four steps; None is the base
@@ -38,9 +38,8 @@ class Seen(NamedTuple):
 @pytest.fixture(scope="module")
 def sampler(tmp_path_factory):
     root = tmp_path_factory.mktemp("flow")
-    base = save_family("sd3", root / "base")
     for seed, name in enumerate("ab"):
-        backbone = backbone_of(load_pipeline(str(base)))
+        backbone = backbone_of(load_pipeline(BASE))
         add_lora(backbone.network, name, rank=2, alpha=4, targets=list(backbone.targets), seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for key, value in backbone.network.named_parameters():
@@ -49,7 +48,7 @@ def sampler(tmp_path_factory):
         adapter = Adapter(
             folder=root / name,
             objective=Objective(name=name, reward=name, variance=TableSchedule(etas=ETAS[name]), beta=0.1),
-            base=describe_base(backbone, str(base)),
+            base=describe_base(backbone, BASE),
             guidance="full",
             guidance_scale=3.0,
             num_inference_steps=4,

@@ -132,7 +132,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if name.startswith("stepfuse/")}
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
-    embedded = [path for name in ("emoji-base", "emoji-set") for path in (ROOT / "data" / name).rglob("*")]
+    embedded = [
+        path for name in ("emoji-base", "emoji-flow", "emoji-set") for path in (ROOT / "data" / name).rglob("*")
+    ]
     single = (
         "scripts/evaluation/findings.j2",
         "scripts/evaluation/report.html.j2",

@@ -17,7 +17,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train.checkpoints import read_state
-from tests.fixtures_families import save_family
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
@@ -57,10 +56,10 @@ OWN = {
         "timesteps_per_forward": 2,
         "lr_scheduler": "cosine",
     },
-    "flow": {  # DDPO on Stable Diffusion 3
-        "pretrained_model_name_or_path": "flow-pipeline",
+    "flow": {  # DDPO on a small Stable Diffusion 3
+        "pretrained_model_name_or_path": "emoji-flow",
         "num_generations": 4,
-        "max_train_steps": 6,
+        "max_train_steps": 4,
     },
 }
 PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py"}
@@ -68,7 +67,7 @@ TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
 SLOPE = """
 def slope(images, prompts):
-    return (images[:, 0, :, :8] - images[:, 2, :, 8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
+    return (images[:, 0, :, :8] - images[:, 2, :, -8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
 """
 
 pytestmark = pytest.mark.slow
@@ -78,7 +77,6 @@ pytestmark = pytest.mark.slow
 def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layouts")
     save_tiny_pipeline(folder / "pipeline")
-    save_family("sd3", folder / "flow-pipeline")
     (folder / "prompts.txt").write_text("a red apple\na cat\na boat on a blue background\ntwo keys\na green tree\n")
     (folder / "slope.py").write_text(SLOPE)
     for name, own in OWN.items():

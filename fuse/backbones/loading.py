@@ -16,7 +16,6 @@ from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
 
-EMBEDDED = {"emoji": emoji.PIPELINE}
 INPUTS = {"max_sequence_length": LENGTH, "resolution": RESOLUTION}  # of a network, which files record with its base
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
 
@@ -34,13 +33,13 @@ def load_pipeline(
     safe: bool = False,
     **options: Any,
 ) -> DiffusionPipeline:
-    """Load a pipeline of one of the families in `BACKBONES` from the hub, a folder, or `emoji`, the embedded base.
+    """Load a pipeline of one of the families in `BACKBONES` from the hub, a folder, or the package (`emoji.BASES`).
 
     Safety checkers and invisible watermarks are not loaded: rewards see every image as it was drawn. Everything else in
     its configuration is supported or refused, see `Backbone.check`.
 
     Args:
-        name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji`.
+        name_or_path: as for `DiffusionPipeline.from_pretrained`, or `emoji` or `emoji-flow`.
         dtype: of every component.
         revision: a branch, tag or commit on the hub.
         variant: of the weight files, `fp16` for instance. Where there are files of one variant only, it is found.
@@ -60,7 +59,7 @@ def load_pipeline(
     except OSError as error:
         raise ValueError(
             f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
-            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(EMBEDDED)} ({str(error).splitlines()[0]})"
+            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(emoji.BASES)} ({str(error).splitlines()[0]})"
         ) from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:
@@ -68,7 +67,7 @@ def load_pipeline(
     try:
         family = backbone_class(str(index.get("_class_name")))
         options |= family.load_options(index)
-        with quiet_loading(progress=name_or_path not in EMBEDDED):
+        with quiet_loading(progress=name_or_path not in emoji.BASES):
             try:
                 pipeline = DiffusionPipeline.from_pretrained(path, variant=variant, **options)
             except (OSError, ValueError, NotImplementedError) as error:
@@ -97,7 +96,7 @@ def register_inputs(pipeline: DiffusionPipeline, **values: int | None) -> None:
 
 def stored_at(name_or_path: str) -> str:
     """The folder of an embedded base; other names as they are."""
-    return str(EMBEDDED.get(name_or_path, name_or_path))
+    return str(emoji.BASES.get(name_or_path, name_or_path))
 
 
 def _other_variant(

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from stepfuse.data import emoji
 from stepfuse.data.json_file import write_json
 from stepfuse.data.prompts import load_prompts
-from stepfuse.fuse.backbones.loading import EMBEDDED, quiet_libraries
+from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.scripts.cli.parser import Arguments
@@ -37,7 +38,7 @@ def load_sampler(adapter_set: AdapterSet, arguments: Arguments, **options: Any) 
 
 def heldout_prompts(adapter_set: AdapterSet, count: int) -> list[str]:
     """Prompts that suit the base model of a set and that no embedded adapter was trained on."""
-    kind = "emoji-heldout" if adapter_set.base["name_or_path"] in EMBEDDED else "colours-heldout"
+    kind = "emoji-heldout" if adapter_set.base["name_or_path"] in emoji.BASES else "colours-heldout"
     return load_prompts(f"{kind}:{count}")
 
 

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-from stepfuse.data.settings_fields import Bounds
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
@@ -38,7 +37,7 @@ def add_arguments(parser: Parser) -> None:
     )
     declare.guidance(parser, text, "Scale of classifier-free guidance (default: that of the set, or 7.5).")
     text = "Height and width in pixels that the LoRA was trained at (default: those of the set, or of its base)."
-    option(parser, "--resolution", int, text, bounds=Bounds(least=1))
+    option(parser, "--resolution", int, text)
     option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")
     text = "Leave out layers of text encoders, which cannot be fused (default: refuse a LoRA that has some)."

@@ -25,7 +25,7 @@ STAGES = {
     "clip": Stage(steps=700, batch_size=96, learning_rate=6e-4),
     "unet": Stage(steps=4000, batch_size=64, learning_rate=8e-4),
     "flow_vae": Stage(steps=2400, batch_size=24, learning_rate=2e-3),
-    "flow": Stage(steps=16000, batch_size=64, learning_rate=1e-3),
+    "flow": Stage(steps=10000, batch_size=64, learning_rate=1e-3),
 }
 
 

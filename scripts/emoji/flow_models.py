@@ -55,4 +55,4 @@ def new_flow(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 
 def new_flow_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=1.0)
+    return FlowMatchEulerDiscreteScheduler(shift=3.0)

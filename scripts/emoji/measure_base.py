@@ -5,7 +5,8 @@
 
 Over 256 pairs of held-out prompts and seeds, for sampled images and for real ones: how often the embedded CLIP ranks
 the true caption first among 32 held-out captions; the sharpness, as the energy of differences of neighbouring pixels;
-and the CLIP distance, 1 - cos, to another real image of the same caption.
+and the CLIP distance, 1 - cos, to another real image of the same caption. The sharpness is also measured of what the
+autoencoder makes of real images.
 """
 
 import argparse
@@ -22,7 +23,9 @@ from tqdm import tqdm
 from stepfuse.data import emoji
 from stepfuse.data.grid import captioned_grid
 from stepfuse.data.images import to_image, to_pixels
+from stepfuse.data.json_file import write_json
 from stepfuse.data.text_files import read_text, write_text
+from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--picture", type=Path, help="write a grid of sampled images here")
     arguments = parser.parse_args()
     clip, captions, pictures = clip_score(), emoji.captions(held_out=True), read_package(arguments.package)
@@ -63,14 +67,23 @@ def main() -> None:
     prompts = [captions[i] for i in torch.randint(len(captions), (PAIRS,), generator=generator).tolist()]
     settings = dict(guidance_scale=arguments.guidance_scale, eta=arguments.eta, steps=arguments.steps)
     begun = time.monotonic()
-    sampled = sample_base(arguments.base, prompts, arguments.seed, **settings)
+    folder, *_ = FOLDERS[arguments.base]
+    backbone = backbone_of(load_pipeline(str(folder)))
+    sampled = sample_base(backbone, prompts, arguments.seed, **settings)
     seconds = time.monotonic() - begun
     names, real = draw_batch(pictures, PAIRS, generator, held_out=True)
-    first, second = (render_captions(pictures, prompts, generator) for _ in range(2))
-    figures = {
+    ranks = {
         "sampled": rank_first(clip, sampled, prompts, generator),
         "real": rank_first(clip, (real + 1) / 2, names, generator),
-        "gradient_energy": {"sampled": gradient_energy(sampled), "real": gradient_energy(first)},
+    }
+    first, second = (render_captions(pictures, prompts, generator) for _ in range(2))
+    figures = {
+        **ranks,
+        "gradient_energy": {
+            "sampled": gradient_energy(sampled),
+            "reconstructed": gradient_energy(reconstruct(backbone, first)),
+            "real": gradient_energy(first),
+        },
         "clip_distance": {"sampled": clip_distance(clip, sampled, first), "real": clip_distance(clip, second, first)},
         "seconds": seconds,
         **settings,
@@ -79,6 +92,8 @@ def main() -> None:
         "seed": arguments.seed,
     }
     print(json.dumps(figures))
+    if arguments.output:
+        write_json(arguments.output, figures)
     if arguments.picture:
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
         captioned_grid([to_image(pixels) for pixels in sampled[:48]], prompts[:48], columns=8).save(arguments.picture)
@@ -86,11 +101,11 @@ def main() -> None:
         write_cards(arguments.base, json.loads(read_text(arguments.training)), figures, arguments.note)
 
 
-def sample_base(base: str, prompts: list[str], seed: int, *, guidance_scale: float, eta: float, steps: int) -> Tensor:
+def sample_base(
+    backbone: Backbone, prompts: list[str], seed: int, *, guidance_scale: float, eta: float, steps: int
+) -> Tensor:
     """Pixels of one image per prompt."""
-    folder, *_ = FOLDERS[base]
-    backbone, images = backbone_of(load_pipeline(str(folder))), []
-    shape = backbone.shape()
+    images, shape = [], backbone.shape()
     path = backbone.path(shape)
     sampling = Sampling(
         denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(scale=guidance_scale)),
@@ -106,6 +121,13 @@ def sample_base(base: str, prompts: list[str], seed: int, *, guidance_scale: flo
         with torch.no_grad():
             images.append(backbone.decode(latents))
     return torch.cat(images)
+
+
+@torch.no_grad()
+def reconstruct(backbone: Backbone, images: Tensor) -> Tensor:
+    """What the autoencoder makes of images: as sharp as sampled ones can be."""
+    generators = [sample_generator(0, "reconstruct", i) for i in range(len(images))]
+    return backbone.decode(backbone.encode_pixels(images, generators))
 
 
 def render_captions(pictures: Mapping[str, Image.Image], captions: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -161,9 +183,9 @@ colours a concept are held out. Seed {training["seed"]}, two CPU cores, torch {t
 Measured over {figures["pairs"]} held-out prompt and seed pairs, {figures["steps"]} steps with eta {figures["eta"]:g}
 and guidance {figures["guidance_scale"]:g}: the CLIP ranks the true caption first among {figures["choices"]} for
 {100 * figures["sampled"]:.1f} % of sampled images and {100 * figures["real"]:.1f} % of real ones. The energy of
-differences of neighbouring pixels is {100 * energy["sampled"] / energy["real"]:.0f} % of that of real images; the CLIP
-distance to a real image of the same caption is {distance["sampled"]:.3f}, that of another real one
-{distance["real"]:.3f}.
+differences of neighbouring pixels is {100 * energy["sampled"] / energy["real"]:.0f} % of that of real images, and
+{100 * energy["reconstructed"] / energy["real"]:.0f} % for real images after the autoencoder. The CLIP distance to a
+real image of the same caption is {distance["sampled"]:.3f}, that of another real one {distance["real"]:.3f}.
 
 Rebuilt by `python -m stepfuse.scripts.emoji.{build}` and measured by
 `python -m stepfuse.scripts.emoji.measure_base {base}` in a checkout of the repository; see their `--help`.

@@ -12,7 +12,6 @@ from torch import Tensor
 from stepfuse.data import emoji
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.names import nearest
-from stepfuse.fuse.backbones.loading import EMBEDDED
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
 from stepfuse.fuse.rules.gap_profile import profile_to_dict
 from stepfuse.fuse.rules.objective import Objective
@@ -76,7 +75,7 @@ class Evaluation:
             except ValueError as error:
                 raise ValueError(f"{cell}: {error}") from error
         warn_of_cuts(sampler.backbone, prompts, counted=True)
-        clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in EMBEDDED else None)
+        clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in emoji.BASES else None)
         return cls(
             config=config,
             adapter_set=adapter_set,
