@@ -13,6 +13,8 @@ from PIL import Image
 from stepfuse.scripts.recipes.demo import demo, report
 from tests.fixtures_tiny import refused
 
+ROOT = Path(__file__).parents[1]
+
 
 def results(middle_low: float) -> dict:
     """Results whose intervals are all above 0, but for the middle fusion's first reward."""
@@ -83,7 +85,7 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     demo(output, seed=0, overwrite=False, quick=True)  # finished: it says again what it showed
     assert f"{output / 'slider.png'}" in capsys.readouterr().out
     for seed, quick in ((1, True), (0, False)):
-        with refused(str(output), "--seed 0 --quick", "--overwrite"):
+        with refused(str(output), "--base emoji-flow --seed 0 --quick", "--overwrite"):
             demo(output, seed=seed, overwrite=False, quick=quick)
     (output / "set" / "mine.txt").write_text("mine")
     with refused("set/mine.txt"):
@@ -111,3 +113,33 @@ def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) ->
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()] == [
         "set/adapter_set.json"
     ]
+
+
+def cell(gain: dict[str, float]) -> str:
+    return f"{gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]".replace("-", "−")
+
+
+def test_the_documents_show_the_committed_results() -> None:
+    written = json.loads((ROOT / "docs" / "demo-results.json").read_text())
+    rows = {
+        "colourfulness adapter alone": "colourfulness alone",
+        "colourfulness ¾, compressibility ¼": "colourfulness 0.75, compressibility 0.25",
+        "both, half and half": "middle",
+        "colourfulness ¼, compressibility ¾": "colourfulness 0.25, compressibility 0.75",
+        "compressibility adapter alone": "compressibility alone",
+    }
+    assert set(rows.values()) == set(written["gain_over_base"])
+    text = (ROOT / "README.md").read_text()
+    for head, name in rows.items():
+        gains = [written["gain_over_base"][name][objective] for objective in written["objectives"]]
+        assert f"| {head} | {' | '.join(map(cell, gains))} |" in text
+    assert f"{written['prompts']} held-out prompts × {written['seeds_per_prompt']} seeds" in text
+    assert f"It took {written['minutes']:.1f} minutes" in text
+    other = json.loads((ROOT / "docs" / "demo-results-emoji.json").read_text())
+    both = (ROOT / "docs" / "flow-models.md").read_text()
+    assert f"the demos took {written['minutes']:.1f} and {other['minutes']:.1f} minutes" in both
+    for head, name in rows.items():
+        gains = [run["gain_over_base"][name][objective] for run in (written, other) for objective in run["objectives"]]
+        assert f"| {head} | {' | '.join(map(cell, gains))} |" in both
+    middle = written["gain_over_base"]["middle"]
+    assert all(middle[objective]["low"] > 0 for objective in written["objectives"])

@@ -1,25 +1,43 @@
-"""The embedded base is saved so that transformers 4 and 5 read all of it."""
+"""The embedded bases are saved so that transformers 4 and 5 read all of them."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTextModelWithProjection
 
 from stepfuse.data import emoji
 from stepfuse.scripts.emoji.build_base import prefix_text_encoder
 from tests.fixtures_tiny import text_config
 
-TEXT_ENCODER = emoji.PIPELINE / "text_encoder"
+ROOT = Path(__file__).parents[1]
+TEXT_ENCODERS = {  # and the number of their tensors: 2 + 16 a layer + 2, and the projection
+    emoji.PIPELINE / "text_encoder": 36,
+    emoji.FLOW / "text_encoder": 37,
+    emoji.FLOW / "text_encoder_2": 53,
+}
+PARTS = ("text_model.embeddings.", "text_model.encoder.", "text_model.final_", "text_projection.")
 
 
-def test_the_text_encoders_tensors_are_named_as_transformers_4_names_them():
+@pytest.mark.parametrize("folder", TEXT_ENCODERS)
+def test_the_text_encoders_tensors_are_named_as_transformers_4_names_them(folder):
     """4.55 gives a model of random weights for the names without `text_model.`, which 5 writes; 5 reads both."""
-    state = load_file(TEXT_ENCODER / "model.safetensors")
-    assert len(state) == 36
-    assert all(key.startswith(("text_model.embeddings.", "text_model.encoder.", "text_model.final_")) for key in state)
+    state = load_file(folder / "model.safetensors")
+    assert len(state) == TEXT_ENCODERS[folder]
+    assert all(key.startswith(PARTS) for key in state)
 
 
-@pytest.mark.parametrize(("model", "folder"), [(CLIPTextModel, TEXT_ENCODER), (CLIPModel, emoji.CLIP)])
+@pytest.mark.parametrize(
+    ("model", "folder"),
+    [
+        (CLIPTextModel, emoji.PIPELINE / "text_encoder"),
+        (CLIPModel, emoji.CLIP),
+        (CLIPTextModelWithProjection, emoji.FLOW / "text_encoder"),
+        (CLIPTextModelWithProjection, emoji.FLOW / "text_encoder_2"),
+    ],
+)
 def test_every_tensor_is_loaded(model, folder):
     loaded, report = model.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values())
@@ -39,3 +57,18 @@ def test_the_build_names_them_so(tmp_path):
     ids = torch.tensor([[0, 7, 9, 1]])
     again = CLIPTextModel.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state, rtol=0, atol=0)
+
+
+def test_the_readme_has_what_was_measured_of_both_bases():
+    measured = [json.loads((ROOT / f"docs/embedded-bases/{name}.json").read_text()) for name in ("emoji-flow", "emoji")]
+    assert all(figures["pairs"] == 256 and figures["choices"] == 32 and figures["steps"] == 20 for figures in measured)
+    assert measured[0]["sampled"] >= 0.7
+    text = (ROOT / "README.md").read_text()
+    for head, key, form in (("sharpness", "gradient_energy", "{:.4f}"), ("CLIP distance", "clip_distance", "{:.3f}")):
+        values = [*(figures[key]["sampled"] for figures in measured), measured[0][key]["real"]]
+        cells = [form.format(value) for value in values]
+        assert any(line.startswith(f"| {head}") and cells == line[2:-2].split(" | ")[1:] for line in text.splitlines())
+    kept = [f"{figures['gradient_energy']['reconstructed']:.4f}" for figures in measured]
+    assert f"| the same of real images after the autoencoder | {kept[0]} | {kept[1]} | |" in text
+    ranks = [f"{100 * value:.1f} %" for value in (*(figures["sampled"] for figures in measured), measured[0]["real"])]
+    assert f"| {' | '.join(ranks)} |" in text

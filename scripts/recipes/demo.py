@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,18 +29,17 @@ from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training
 from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.rollout import sample_generator
 
-TRAINING = {  # objective → algorithm, config
-    "colourfulness": ("dpo", "dpo/emoji-colourfulness.yaml"),
-    "compressibility": ("ddpo", "ddpo/emoji-compressibility.yaml"),
-}
+ALGORITHMS = {"colourfulness": "dpo", "compressibility": "ddpo"}  # of each objective
+# Of the images: its adapters are trained without, which flow models are commonly, and drawn with it they are sharper.
+GUIDANCE: dict[str, dict[str, Any]] = {"emoji-flow": {"guidance": "shared", "guidance_scale": 2.0}, "emoji": {}}
 QUICK = {"max_train_steps": 1, "num_validation_images": 2, "sample_num_steps": 4}
 STATE, SET, RESULTS, PICTURES = "demo.json", "set", "results.json", ("slider.png", "front.png")
-FILES = (STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in TRAINING))
+FILES = (STATE, RESULTS, *PICTURES, *(f"{name}.yaml" for name in ALGORITHMS))
 SLIDER = (0.0, 0.25, 0.5, 0.75, 1.0)  # weight of the second objective
 PROMPTS, SEEDS, GRID_ROWS = 48, 2, 6
 
 
-def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> None:
+def demo(output: Path, *, seed: int, overwrite: bool, quick: bool, base: str = "emoji-flow") -> None:
     """Train, fuse, measure on held-out prompts, and print what the intervals show.
 
     Writes `slider.png`, `front.png` and `results.json`. Interrupted and called again, it resumes.
@@ -48,8 +48,13 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> None:
         ValueError: for a folder that holds something else or a demo of other settings, and where training fails.
     """
     began = time.monotonic()
-    trainings = [training(name, output / name, seed=seed, quick=quick) for name in TRAINING]
-    state = {"seed": seed, "quick": quick, "trainings": {one.settings.name: one.sha256 for one in trainings}}
+    trainings = [training(base, name, output / name, seed=seed, quick=quick) for name in ALGORITHMS]
+    state = {
+        "base": base,
+        "seed": seed,
+        "quick": quick,
+        "trainings": {one.settings.name: one.sha256 for one in trainings},
+    }
     with locked(output):
         claim(output, state, overwrite=overwrite)
         if (output / RESULTS).is_file():
@@ -57,40 +62,45 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool) -> None:
             report(output, read_json(output / RESULTS, "the results of a demo"))
             return
         for one in trainings:
-            algorithm, config = TRAINING[one.settings.name]
-            command = f"accelerate launch train/{algorithm}.py --config configs/{config}"
+            algorithm = ALGORITHMS[one.settings.name]
+            command = f"accelerate launch train/{algorithm}.py --config configs/{config_name(base, one.settings.name)}"
             finished = one.finished
             what = f"finished, {one.folder}" if finished else command
             print(f"\nTraining {one.settings.name!r}: {what}", flush=True)
             if not finished:
                 train(one, SINGLE_PROCESS)
         print("\nFusing them, and measuring on held-out prompts …", flush=True)
-        create_set(output / SET, [one.folder for one in trainings], overwrite=True)
+        create_set(output / SET, [one.folder for one in trainings], overwrite=True, **GUIDANCE[base])
         results = measure(output, seed=seed, prompts=8 if quick else PROMPTS)
         results["minutes"] = (time.monotonic() - began) / 60
         write_json(output / RESULTS, results)
         report(output, results)
 
 
-def training(name: str, folder: Path, *, seed: int, quick: bool) -> Training:
+def training(base: str, name: str, folder: Path, *, seed: int, quick: bool) -> Training:
     """One training of the demo, with a checkpoint after every step."""
-    algorithm, config = TRAINING[name]
     changes = {"seed": seed, "checkpointing_steps": 1} | (QUICK if quick else {})
-    return Training(settings=load_settings(FOLDER / config, SETTINGS[algorithm], changes), folder=folder)
+    settings = load_settings(FOLDER / config_name(base, name), SETTINGS[ALGORITHMS[name]], changes)
+    return Training(settings=settings, folder=folder)
+
+
+def config_name(base: str, objective: str) -> str:
+    return f"{ALGORITHMS[objective]}/{base}-{objective}.yaml"
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> None:
     """Accept an empty folder, one where the same demo was begun, or with `overwrite` one without files in the way."""
     if overwrite:
-        require_empty_dir(output, overwrite=True, ours=demo_files, writes=(*TRAINING, SET, *FILES), besides=(LOCK,))
+        require_empty_dir(output, overwrite=True, ours=demo_files, writes=(*ALGORITHMS, SET, *FILES), besides=(LOCK,))
         delete_files(output, demo_files(output))
     known = read_state(output)
     if known is None:
         require_empty_dir(output, overwrite=overwrite, besides=(LOCK,))
         write_json(output / STATE, state)
     elif known != state:
-        begun = f"--seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
-        same = all(known.get(name) == state[name] for name in ("seed", "quick"))
+        known = {"base": "emoji"} | known  # as it was before there were two
+        begun = f"--base {known['base']} --seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
+        same = all(known.get(name) == state[name] for name in ("base", "seed", "quick"))
         how = "of another version of stepfuse" if same else f"that was begun with {begun}"
         remedy = "" if same else f"; pass {begun} to resume it" + ("" if known.get("quick") else " without --quick")
         raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite starts again")
@@ -109,7 +119,7 @@ def demo_files(folder: Path) -> set[Path]:
     if read_state(folder) is None:
         return set()
     files = files_named(folder, *FILES)
-    for name in TRAINING:
+    for name in ALGORITHMS:
         files |= {Path(name, file) for file in (Path(LOCK), *training_files(folder / name))}
     return files | {Path(SET, file) for file in set_files(folder / SET)}
 
