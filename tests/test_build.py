@@ -186,6 +186,11 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
             {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"max_sequence_length": 8}]},
             "max_sequence_length of colour is 8; expected None, as small has it",
         ),
+        (
+            {"objectives": [*BUILD["objectives"][:1], BUILD["objectives"][1] | {"resolution": 128}]},
+            "resolution of colour is 128; expected None, as small has it",
+        ),
+        ({"guidance": "shared"}, "guidance_scale is None; expected the scale of guidance shared, for small is trained"),
         ({"dtype": "float64"}, "dtype is 'float64'; expected one of float32, float16, bfloat16"),
         ({"evaluate": "no.yaml"}, "no config file 'no.yaml'"),
         ({"accelerate": "no.yaml"}, "no config file 'no.yaml'"),
@@ -221,6 +226,13 @@ def test_damaged_weights_of_a_set_that_stays_are_noticed(adapters, tmp_path):
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # within the last tensor
     with refused(str(weights), "sha256"):
         assemble(output, BuildConfig(objectives=[{}]), trainings, [])
+
+
+def test_a_set_is_made_anew_where_its_guidance_changes(adapters, tmp_path):
+    trainings = [Training(settings=DPOSettings(), folder=adapters / "a")]
+    for scale, changes in ((None, {}), (2.0, {"guidance_scale": 2.0}), (4.0, {"guidance_scale": 4.0})):
+        made = assemble(tmp_path / "out" / "set", BuildConfig(objectives=[{}], **changes), trainings, [])
+        assert (made.guidance, made.guidance_scale) == ("shared", scale or 3.0)
 
 
 def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):

@@ -145,7 +145,7 @@ def test_set_show_prints_what_a_set_holds(adapters, set_folder, capsys):
     run("set", "show", set_folder)
     head, *objectives = capsys.readouterr().out.removesuffix("\n").split("\n\n")
     assert re.search(rf"base +{adapters}/base\n", head)
-    assert re.search(r"guidance +shared, scale 3\n", head)
+    assert re.search(r"guidance +shared 3\n", head)
     assert re.search(r"steps +3\n", head)
     assert re.search(r'reference +{"kind": "eta", "eta": 0.5}', head)
     for text, name, eta, beta in zip(objectives, ("bright", "small"), (0.3, 0.8), (0.1, 0.4), strict=True):

@@ -103,6 +103,19 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_demo_from_before_there_were_two_bases_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepfuse.scripts.recipes.demo.train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        demo(tmp_path, seed=0, overwrite=False, quick=True, base="emoji")
+    state = json.loads((tmp_path / "demo.json").read_text())
+    del state["base"]
+    (tmp_path / "demo.json").write_text(json.dumps(state))
+    with refused("--base emoji --seed 0 --quick to resume it"):
+        demo(tmp_path, seed=0, overwrite=False, quick=True)
+    with pytest.raises(KeyboardInterrupt):  # it is trained further
+        demo(tmp_path, seed=0, overwrite=False, quick=True, base="emoji")
+
+
 def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "adapter_set.json").write_text("mine")

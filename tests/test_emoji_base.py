@@ -70,5 +70,11 @@ def test_the_readme_has_what_was_measured_of_both_bases():
         assert any(line.startswith(f"| {head}") and cells == line[2:-2].split(" | ")[1:] for line in text.splitlines())
     kept = [f"{figures['gradient_energy']['reconstructed']:.4f}" for figures in measured]
     assert f"| the same of real images after the autoencoder | {kept[0]} | {kept[1]} | |" in text
+    unguided = json.loads((ROOT / "docs/embedded-bases/emoji-flow-unguided.json").read_text())
+    assert unguided["guidance_scale"] == 1.0
+    assert (
+        f"with a guidance scale of 1 the images of `emoji-flow` have {unguided['gradient_energy']['sampled']:.4f}"
+        in text
+    )
     ranks = [f"{100 * value:.1f} %" for value in (*(figures["sampled"] for figures in measured), measured[0]["real"])]
     assert f"| {' | '.join(ranks)} |" in text

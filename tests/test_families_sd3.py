@@ -260,10 +260,10 @@ def test_a_set_of_it_is_not_run_on_another_pipeline(base, small_set):
         FusedSampler.from_pretrained(small_set, pipeline=load_pipeline(str(base)))
 
 
-def test_the_precision_of_inputs_is_that_of_the_network_with_weights_stored_in_8_bits_too(pipeline):
+def test_the_precision_of_inputs_is_that_of_the_network_with_layerwise_casting_too(pipeline):
     network = pipeline.transformer
     assert network_dtype(network) == network.dtype == torch.float32
     network.to(torch.bfloat16)
     assert network_dtype(network) == network.dtype == torch.bfloat16
-    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
-    assert network_dtype(network) == network.dtype == torch.bfloat16
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float16)
+    assert network_dtype(network) == network.dtype == torch.float16

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from stepfuse.data.file_info import file_hash
 from stepfuse.data.folder_swap import WORK
+from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import OBJECTIVE
@@ -18,6 +19,7 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import add_adapter, copy_set, create_set
 from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.scripts.cli.main import main
 from tests.fixtures_tiny import refused
 
 
@@ -235,14 +237,14 @@ def test_a_set_in_half_precision_is_drawn_with_in_full(adapters, tmp_path):
 def test_a_set_may_be_guided_otherwise_than_its_adapters_were_trained(adapters, tmp_path, capsys):
     created = create_set(tmp_path / "set", [adapters / "a"], guidance="full", guidance_scale=2.0)
     assert (created.guidance, created.guidance_scale) == ("full", 2.0)
-    assert created.describe_guidance() == "full, scale 2 (in training shared 3)"
+    assert created.describe_guidance() == "full 2; adapters trained with shared 3"
     assert str(FusedSampler.from_pretrained(created).denoiser.guidance) == "full 2"
     added = add_adapter(tmp_path / "set", adapters / "b")  # trained as the first was
     assert (added.guidance, added.guidance_scale, added.names) == ("full", 2.0, ["a", "b"])
-    with refused("'c'", "shared 7", "full 2"):
+    with refused("'c'", "shared 7", "'a' with shared 3"):
         add_adapter(tmp_path / "set", adapters / "scale")
     write_card(tmp_path / "set", load_set(tmp_path / "set"))
-    assert "Guidance is full, scale 2 (in training shared 3);" in (tmp_path / "set" / "README.md").read_text()
+    assert "Guidance is full 2; adapters trained with shared 3;" in (tmp_path / "set" / "README.md").read_text()
 
 
 def test_guidance_needs_a_scale_where_training_had_none(adapters, tmp_path):
@@ -251,7 +253,37 @@ def test_guidance_needs_a_scale_where_training_had_none(adapters, tmp_path):
         create_set(tmp_path / "set", [tmp_path / "off"], guidance="shared")
     assert not (tmp_path / "set").exists()
     assert create_set(tmp_path / "set", [tmp_path / "off"], guidance="shared", guidance_scale=2.0).guidance == "shared"
-    assert create_set(tmp_path / "plain", [tmp_path / "off"]).guidance == "off"
+    assert create_set(tmp_path / "plain", [tmp_path / "off"]).describe_guidance() == "off"
+    with refused("guidance_scale 4.5 and guidance off"):
+        create_set(tmp_path / "other", [tmp_path / "off"], guidance_scale=4.5)
+
+
+def test_a_set_has_the_resolution_that_all_of_its_adapters_were_trained_at(adapters, tmp_path, capsys):
+    for name, resolution in (("a", 8), ("b", 8), ("c", 12)):
+        source = adapters / ("b" if name == "c" else name)
+        base = json.loads((source / OBJECTIVE).read_text())["base"]
+        change(tmp_path / name, source, name=name, base=base | {"resolution": resolution})
+    created = create_set(tmp_path / "set", [tmp_path / "a", tmp_path / "b"])
+    assert created.base["resolution"] == 8
+    (image,) = FusedSampler.from_pretrained(created).sample("a cat", num_inference_steps=1, progress=False)
+    assert image.size == (8, 8)
+    write_card(tmp_path / "set", created)
+    assert "8 × 8 pixels" in (tmp_path / "set" / "README.md").read_text()
+    main(["set", "show", str(tmp_path / "set")])
+    assert "resolution  8\n" in capsys.readouterr().out
+    assert "resolution" not in create_set(tmp_path / "mixed", [tmp_path / "a", tmp_path / "c"]).base
+
+
+def test_a_pipeline_takes_over_what_a_set_records_and_keeps_the_rest(adapters, tmp_path):
+    pipeline = load_pipeline(base_of(adapters), resolution=8)
+    sampler = FusedSampler.from_pretrained(create_set(tmp_path / "set", [adapters / "a"]), pipeline=pipeline)
+    assert sampler.backbone.size() == (8, 8)
+    with refused("resolution 9 is not one of this base", "height is 9"):
+        load_pipeline(base_of(adapters), resolution=9)
+
+
+def base_of(adapters):
+    return json.loads((adapters / "a" / OBJECTIVE).read_text())["base"]["name_or_path"]
 
 
 def change(folder, source, **values):

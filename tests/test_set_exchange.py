@@ -140,6 +140,18 @@ def test_a_set_remembers_the_variant_of_its_base(root, stranger, tmp_path):
     assert "variant" not in load_set(root / "set").base
 
 
+def test_a_set_has_the_resolution_of_its_first_import(root, stranger, tmp_path):
+    base, folder = save_stable_diffusion(tmp_path / "base"), tmp_path / "set"
+    first = ("set", "import", stranger, "--objective", "a", "--eta", 1, "--set", folder, "--base", base)
+    assert "resolution 9" in complaint(*first, "--resolution", 9)
+    run(*first, "--resolution", 32)
+    second = ("set", "import", stranger, "--objective", "b", "--eta", 1, "--set", folder, "--guidance_scale", 7.5)
+    assert "resolution 32; leave out --resolution" in complaint(*second, "--resolution", 64)
+    run(*second)
+    assert [entry.base.get("resolution") for entry in load_set(folder).adapters] == [32, 32]
+    assert FusedSampler.from_pretrained(folder).backbone.size() == (32, 32)
+
+
 @pytest.mark.parametrize("name", ["OWNER/NAME", "emoji", "outputs/gone"])
 def test_a_set_that_is_not_in_a_folder_cannot_be_changed_and_is_not_downloaded(name, monkeypatch):
     monkeypatch.setattr("stepfuse.fuse.sets.adapter_set.fetch_set", lambda name: pytest.fail("the hub is asked"))

@@ -112,7 +112,7 @@ class Backbone(ABC):
 
     @property
     def default_shape(self) -> Shape | None:
-        """The shape of a latent of the network's own size; None where it does not state one."""
+        """The shape of a latent of the default size; None where there is none."""
         try:
             return self.shape()
         except ValueError:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepfuse.data.library_messages import TRUNCATION, without_messages
 from stepfuse.fuse.backbones import autoencoder
@@ -197,14 +197,16 @@ class FlowTransformer(Backbone):
 
 
 def network_dtype(network: Any) -> torch.dtype:
-    """The precision of a network's inputs, as its `dtype`, which looks for layerwise casting in every module first.
+    """diffusers' `network.dtype`, the precision of its inputs, which walks through all modules for layerwise casting.
 
-    Layerwise casting stores weights in 8 bits; those it leaves out have the precision that the network computes in.
+    Casting hooks every block, so that the first one tells whether there is any.
     """
+    blocks = next((part for part in network.children() if isinstance(part, nn.ModuleList)), None)
+    hooked = blocks is None or any(hasattr(module, "_diffusers_hook") for module in blocks[0].modules())
     kept = network._keep_in_fp32_modules or ()
     found = (value.dtype for name, value in network.named_parameters() if not any(part in name for part in kept))
     first = next((dtype for dtype in found if dtype.is_floating_point), None)
-    return first if first is not None and first.itemsize > 1 else network.dtype
+    return network.dtype if hooked or first is None else first
 
 
 def as_prediction(output: Tensor, x: Latents) -> Latents:

@@ -10,13 +10,16 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
 from stepfuse.data.library_messages import LIBRARIES, quiet_loading
-from stepfuse.fuse.backbones.base import RESOLUTION
+from stepfuse.fuse.backbones.base import RESOLUTION, Backbone
 from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.registry import backbone_class
 from stepfuse.fuse.backbones.weight_files import check_complete, component_variants, file_names, only_variant
 from stepfuse.fuse.lora.names import LayerNames
 
-INPUTS = {"max_sequence_length": LENGTH, "resolution": RESOLUTION}  # of a network, which files record with its base
+INPUTS = {
+    "max_sequence_length": LENGTH,
+    "resolution": RESOLUTION,
+}  # what a base records beside its weights: key in the configuration
 IGNORED_PARTS = ("safety_checker", "image_encoder", "feature_extractor")  # of pipelines, when they are loaded
 
 logger = logging.getLogger(__name__)
@@ -78,6 +81,8 @@ def load_pipeline(
         length = max_sequence_length or index.get("max_sequence_length")
         register_inputs(pipeline, max_sequence_length=length, resolution=resolution)
         backbone = family(pipeline)
+        if resolution:
+            check_resolution(backbone, resolution)
         backbone.check()
         backbone.check_can_encode()
     except ValueError as error:
@@ -86,6 +91,14 @@ def load_pipeline(
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False).eval()
     return pipeline
+
+
+def check_resolution(backbone: Backbone, resolution: int) -> None:
+    """Check that a base can draw images of this height and width."""
+    try:
+        backbone.size(resolution, resolution)
+    except ValueError as error:
+        raise ValueError(f"resolution {resolution} is not one of this base: {error}") from error
 
 
 def register_inputs(pipeline: DiffusionPipeline, **values: int | None) -> None:

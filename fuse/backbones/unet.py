@@ -61,7 +61,7 @@ class StableDiffusion(Backbone):
     def size(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         factor, native = self.pipeline.vae_scale_factor, self.network.config.sample_size
         if self.resolution is not None:
-            native = self.resolution // factor
+            height, width = (self.resolution if side is None else side for side in (height, width))
         if native is None and (height is None or width is None):
             raise ValueError("the base's UNet has sample_size None; give height and width, or resolution in training")
         native_height, native_width = native if isinstance(native, list | tuple) else (native, native)

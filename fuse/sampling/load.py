@@ -16,14 +16,12 @@ def load_backbone(
 ) -> Backbone:
     """A set's base, or this pipeline of it, with a LoRA for each adapter on its network.
 
+    A pipeline that is given takes over the number of tokens and the resolution that the set records.
+
     Raises:
         ValueError: for a pipeline that is not the set's base, or that is offloaded already, and for a faulty adapter.
     """
-    if pipeline is None:
-        pipeline = load_base(adapter_set.base, dtype=dtype)
-    else:
-        register_inputs(pipeline, **{name: adapter_set.base.get(name) for name in INPUTS})
-    backbone = backbone_of(pipeline)
+    backbone = backbone_of(pipeline or load_base(adapter_set.base, dtype=dtype))
     backbone.check()
     if any(parameter.is_meta for parameter in backbone.network.parameters()):
         raise ValueError("the pipeline is offloaded already; make the sampler first, then offload its pipeline")
@@ -31,6 +29,8 @@ def load_backbone(
     fingerprint = base_fingerprint(backbone.network)
     if not same_base(adapter_set.base, fingerprint):
         raise ValueError(f"the pipeline is not the set's base, {adapter_set.base['name_or_path']!r}")
+    if pipeline is not None:
+        register_inputs(pipeline, **{name: adapter_set.base[name] for name in INPUTS if name in adapter_set.base})
     check_path(adapter_set.base, backbone.path(backbone.default_shape))
     for adapter in adapter_set.all_adapters:
         load_adapter(backbone, adapter, fingerprint)

@@ -135,7 +135,7 @@ class FusedPipeline:
             weights: by objective: one mapping for all images, one a prompt, or one an image; by default the set's.
             strength, weights_on, num_inference_steps, guidance_interval: see `FusedSampler.plan`.
             rule, guidance, guidance_scale: by default those the pipeline was made with.
-            height, width: pixels; by default the base's own.
+            height, width: pixels; by default the set's resolution, or else the base's own.
             negative_prompt: one for all images, or one a prompt. Without one, Stable Diffusion takes the embedding of
                 "" and SDXL, where its `force_zeros_for_empty_prompt` is set, zeros; as diffusers' pipelines do.
             num_images_per_prompt: images of one prompt follow each other.

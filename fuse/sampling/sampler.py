@@ -158,7 +158,7 @@ class FusedSampler(FusedPolicies):
                 same as "": see `Backbone.encode` of the model family.
             conditioning: embeddings, a row an image, in place of prompts; not for rules that need rewards.
             latents: x_T, a row an image, in place of noise drawn with the generators.
-            height, width: pixels; by default the model's own size.
+            height, width: pixels; by default the set's resolution, or else the model's own size.
             batch_size: how many images are denoised together; candidates of `code` count as images.
             output_type: `pil`; `pt`, pixels in [0, 1] of shape (b, 3, h, w); or `latent`.
             progress: show a bar over the steps.

@@ -63,7 +63,7 @@ class AdapterSet:
         base: `name_or_path` and fingerprint.
         adapters: in the order of the manifest.
         base_schedule: variance schedule of the base policy, which counts where the strength is not 1.
-        guidance: `shared`, `full` or `off`.
+        guidance: `shared`, `full`, `off` or `embedded`, of the images that are drawn.
         guidance_scale: g.
         num_inference_steps: default number of denoising steps.
         default_weights: by objective name.
@@ -105,12 +105,11 @@ class AdapterSet:
         return [adapter.name for adapter in self.adapters]
 
     def describe_guidance(self) -> str:
-        """Guidance and its scale, and those of training where they are others."""
-        trained = self.adapters[0]
-        given = f"{self.guidance}, scale {self.guidance_scale:g}"
-        if (self.guidance, self.guidance_scale) == (trained.guidance, trained.guidance_scale):
-            return given
-        return f"{given} (in training {Guidance(source=trained.guidance, scale=trained.guidance_scale)})"
+        """Guidance of the set, and that of training where it differs."""
+        first = self.adapters[0]
+        own = Guidance(source=self.guidance, scale=self.guidance_scale)
+        trained = Guidance(source=first.guidance, scale=first.guidance_scale)
+        return str(own) if str(own) == str(trained) else f"{own}; adapters trained with {trained}"
 
     def map_adapters(self, change: Callable[[Adapter], Adapter]) -> "AdapterSet":
         """The set with each of its adapters changed, the oracles' too."""

@@ -90,7 +90,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
         f"where images are drawn. Guidance is {loaded.describe_guidance()}; "
-        f"{loaded.num_inference_steps} steps; rule {code(loaded.default_rule)}.",
+        f"{loaded.num_inference_steps} steps; {_size(loaded)}rule {code(loaded.default_rule)}.",
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
         CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
@@ -243,6 +243,11 @@ def _licences(loaded: AdapterSet) -> str:
     base = loaded.base.get("license") or "not stated here: see its own page"
     rows = [(adapter.name, plain(adapter.license or "not stated")) for adapter in loaded.all_adapters]
     return markdown_table(["part", "licence"], [(f"base, {_base(loaded)}", plain(base)), *rows])
+
+
+def _size(loaded: AdapterSet) -> str:
+    resolution = loaded.base.get("resolution")
+    return f"{resolution} × {resolution} pixels; " if resolution else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -43,8 +43,8 @@ def create_set(
     With `overwrite` the files of a set in the output folder are replaced, and other files stay. The adapters may be
     those of that set.
 
-    Steps are those the adapters were trained with. Oracles are adapters whose reward is a `weighted:`
-    sum of the objectives' rewards. With `half` the weights are stored in float16, half the size.
+    Steps are those the adapters were trained with, and so is the resolution if it is one. Oracles are adapters whose
+    reward is a `weighted:` sum of the objectives' rewards. With `half` the weights are stored in float16.
 
     Args:
         folders, oracles: folders that training wrote, or those of adapters in other sets.
@@ -74,6 +74,8 @@ def create_set(
     known: dict[str, Any] = {}  # all that the adapters record of their base; of what several record, that of the first
     for adapter in reversed(all_adapters):
         known |= {key: value for key, value in adapter.base.items() if value is not None}
+    if len({adapter.base.get("resolution") for adapter in all_adapters}) > 1:
+        known.pop("resolution", None)  # images have the base's own then
     if base_license is not None:
         known["license"] = base_license
     if base:
@@ -101,8 +103,10 @@ def guidance_of(adapter: Adapter, source: str | None, scale: float | None) -> Gu
         raise ValueError(
             f"guidance {source} needs guidance_scale too, for {adapter.name!r} was trained without guidance"
         )
-    known = adapter.guidance_scale if scale is None else scale
-    return Guidance(source=source or adapter.guidance, scale=known)
+    guidance = Guidance(source=source or adapter.guidance, scale=adapter.guidance_scale if scale is None else scale)
+    if guidance.source == "off" and scale is not None:
+        raise ValueError(f"guidance_scale {scale:g} and guidance off; give a guidance, or no scale")
+    return guidance
 
 
 def check_set_output(output: Path, *, overwrite: bool) -> None:
@@ -149,9 +153,9 @@ def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:
     adapter, first = find_adapter(source), loaded.adapters[0]
     if adapter.name in [known.name for known in loaded.all_adapters] or (folder / adapter.name).exists():
         raise ValueError(f"set {folder} has {adapter.name!r} already; choose another name")
-    of_set = replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale)
-    as_trained = (adapter.guidance, adapter.guidance_scale) == (first.guidance, first.guidance_scale)
-    check_same(adapter, first if as_trained else of_set)
+    if (adapter.guidance, adapter.guidance_scale) == (loaded.guidance, loaded.guidance_scale):
+        first = replace(first, guidance=loaded.guidance, guidance_scale=loaded.guidance_scale)
+    check_same(adapter, first)
     shown = {Path(name) for name in SHOWN}  # they stay
     with atomic_output_dir(folder, ours=lambda folder: set_files(folder) - shown, check=load_set) as temporary:
         changed = loaded.map_adapters(lambda known: copy_adapter(known, temporary / known.folder.name))

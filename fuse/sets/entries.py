@@ -28,7 +28,7 @@ class Adapter:
         folder: where its weights are.
         objective: what it was aligned to.
         base: `name_or_path` and the fingerprint of the base it belongs to.
-        guidance: `shared`, `full` or `off`, as it was trained.
+        guidance: `shared`, `full`, `off` or `embedded`, as it was trained.
         guidance_scale: g of that guidance.
         num_inference_steps: denoising steps of its training.
         sha256: hash of the weights file, once it is written.

@@ -53,7 +53,8 @@ def import_lora(
         network_only: leave out what is of text encoders.
         weight_name: which file of a repository.
         variant: of the weight files of the base of a set that is to be made, `fp16` for instance.
-        resolution: height and width in pixels that it was trained at; by default the set's, or the base's own.
+        resolution: height and width in pixels that it was trained at, of a set that is to be made; by default the
+            base's own.
 
     Raises:
         ValueError: for a file that is no LoRA of the base, a set it cannot be part of, and a name that is taken.
@@ -64,9 +65,9 @@ def import_lora(
     if loaded is not None:
         check_writable(folder)
         guidance_scale = loaded.guidance_scale if guidance_scale is None else guidance_scale
-        _check_settings(folder, loaded, base, variant, guidance, guidance_scale)
+        _check_settings(folder, loaded, base, variant, resolution, guidance, guidance_scale)
         base, revision, variant = (loaded.base.get(key) for key in ("name_or_path", "revision", "variant"))
-        resolution = resolution or loaded.base.get("resolution")
+        resolution = loaded.base.get("resolution")
         steps = steps or loaded.num_inference_steps
     if base is None:
         raise ValueError(f"no set in {folder}; to make one, say of which base: --base OWNER/NAME")
@@ -97,7 +98,13 @@ def import_lora(
 
 
 def _check_settings(
-    folder: Path, loaded: AdapterSet, base: str | None, variant: str | None, guidance: str, guidance_scale: float
+    folder: Path,
+    loaded: AdapterSet,
+    base: str | None,
+    variant: str | None,
+    resolution: int | None,
+    guidance: str,
+    guidance_scale: float,
 ) -> None:
     """Raise ValueError for arguments that contradict the set that the LoRA is added to."""
     if base is not None and base != loaded.base["name_or_path"]:
@@ -106,6 +113,9 @@ def _check_settings(
         raise ValueError(
             f"set {folder} is of the base's variant {loaded.base.get('variant') or 'none'}; leave out --variant"
         )
+    if resolution is not None and resolution != loaded.base.get("resolution"):
+        own = loaded.base.get("resolution") or "the base's own"
+        raise ValueError(f"set {folder} has resolution {own}; leave out --resolution")
     if (guidance, guidance_scale) != (loaded.guidance, loaded.guidance_scale):
         raise ValueError(
             f"set {folder} has guidance {loaded.guidance} {loaded.guidance_scale:g} and a LoRA of another tool "

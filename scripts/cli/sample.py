@@ -56,7 +56,7 @@ def _add_images(images: Container) -> None:
     declare.seed(images, text)
     option(images, "--steps", int, "Number of denoising steps, such as 25 (default: that of the set).")
     for name in ("height", "width"):
-        text = f"{name.capitalize()} of the images in pixels, such as 512 (default: that of the base model)."
+        text = f"{name.capitalize()} of the images in pixels, such as 512 (default: that of the set or the base)."
         option(images, f"--{name}", int, text, metavar="PIXELS")
 
 

@@ -36,7 +36,7 @@ def add_arguments(parser: Parser) -> None:
         "prediction, as LoRAs of other tools expect; shared: the base makes it for all; off: none (default: full)."
     )
     declare.guidance(parser, text, "Scale of classifier-free guidance (default: that of the set, or 7.5).")
-    text = "Height and width in pixels that the LoRA was trained at (default: those of the set, or of its base)."
+    text = "Height and width in pixels of the images of a new set, as the LoRA was trained (default: the base's own)."
     option(parser, "--resolution", int, text)
     option(parser, "--steps", int, "Denoising steps (default: those of the set, or 50).")
     declare.license(parser, "the LoRA", "none")

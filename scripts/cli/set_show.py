@@ -26,6 +26,8 @@ def run(arguments: Arguments) -> None:
     print(f"base        {loaded.base['name_or_path']}{revision}")
     print(f"guidance    {loaded.describe_guidance()}")
     print(f"steps       {loaded.num_inference_steps}")
+    if resolution := loaded.base.get("resolution"):
+        print(f"resolution  {resolution}")
     print(f"rule        {loaded.default_rule}")
     print(f"reference   {json.dumps(schedule_to_dict(loaded.base_schedule))}")
     for adapter in loaded.adapters:

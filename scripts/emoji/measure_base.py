@@ -125,7 +125,7 @@ def sample_base(
 
 @torch.no_grad()
 def reconstruct(backbone: Backbone, images: Tensor) -> Tensor:
-    """What the autoencoder makes of images: as sharp as sampled ones can be."""
+    """Images, encoded and decoded by the autoencoder."""
     generators = [sample_generator(0, "reconstruct", i) for i in range(len(images))]
     return backbone.decode(backbone.encode_pixels(images, generators))
 

@@ -1,5 +1,6 @@
 """What an evaluation measures: its configuration, the cells that it lists, and what else its figures depend on."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class EvaluationConfig(PromptSettings):
         resolution: height and width of the images in pixels; by default those the adapters were trained at.
         batch_size: how many images are denoised together.
         kl_seeds: for how many of the seeds the KL to the base is measured; each image is then sampled twice.
-        embedding: a CLIP model for the diversity within a prompt; by default, for the embedded base, the embedded CLIP.
+        embedding: a CLIP model for the diversity within a prompt; for the embedded bases by default the embedded CLIP.
         strip_prompts: of how many prompts images are kept for the report.
     """
 
@@ -67,6 +68,11 @@ class EvaluationConfig(PromptSettings):
         for name, scale in self.scales.items():
             valid = isinstance(scale, int | float) and SCALE.allow(scale)
             require(valid, f"the scale of {name}", scale, str(SCALE))
+
+    def identity(self) -> dict[str, Any]:
+        """The settings, without those that are unset and that earlier evaluations did not have."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value or name not in ("judges", "resolution")}
 
 
 @dataclass(frozen=True, kw_only=True)

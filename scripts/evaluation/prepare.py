@@ -1,6 +1,5 @@
 """An evaluation, loaded and checked before anything is sampled."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,13 +159,9 @@ class Evaluation:
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
-        config = dataclasses.asdict(self.config)
-        for name in ("judges", "resolution"):  # so that an evaluation is resumed that was begun before they existed
-            if not config[name]:
-                del config[name]
         identity = {
             "format_version": 1,
-            "config": config,
+            "config": self.config.identity(),
             "adapters": {adapter.name: adapter.sha256 for adapter in self.adapter_set.all_adapters},
             "objectives": [
                 [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
@@ -179,6 +174,8 @@ class Evaluation:
             "dtype": str(dtype),
             "prompts": text_hash("\n".join(self.prompts)),
         }
+        if self.sampler.backbone.resolution is not None:
+            identity["resolution"] = self.sampler.backbone.resolution
         if any(cell.rule.uses_gaps for cell in self.cells):
             identity["profiles"] = [profile_to_dict(profile) for profile in self.sampler.profiles]
         return identity

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,9 @@ from stepfuse.scripts.evaluation.run import evaluate
 from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
 from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
+
+# Settings that all objectives of a set have in common.
+SHARED = ("pretrained_model_name_or_path", "max_sequence_length", "resolution", "guidance", "sample_guidance_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,12 @@ class BuildConfig:
         check_settings(self)
         require(bool(self.objectives), "objectives", self.objectives, "a mapping of algorithm and config for each")
 
+    @property
+    def guided(self) -> dict[str, Any]:
+        """The guidance of the set where it is given: what earlier builds did not have is not in their identity."""
+        given = {"guidance": self.guidance or None, "guidance_scale": self.guidance_scale}
+        return {name: value for name, value in given.items() if value is not None}
+
 
 def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
     """A build's YAML, and every configuration it names; a ValueError names what is wrong in any of them."""
@@ -77,10 +86,13 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
     for settings in (training.settings for training in (*objectives, *oracles)):
         require(settings.name not in names, "objective_name", settings.name, "another name for each objective")
         names.add(settings.name)
-        for name in ("pretrained_model_name_or_path", "max_sequence_length", "guidance", "sample_guidance_scale"):
+        for name in SHARED:
             value, expected = getattr(settings, name), getattr(first, name)
             require(value == expected, f"{name} of {settings.name}", value, f"{expected}, as {first.name} has it")
     _launcher(config, file)  # finds a missing file
+    if config.guidance not in ("", "off") and first.guidance == "off":
+        expected = f"the scale of guidance {config.guidance}, for {first.name} is trained without"
+        require(config.guidance_scale is not None, "guidance_scale", config.guidance_scale, expected)
     if config.profile:
         load_prompts(config.profile)
     evaluation = None
@@ -115,8 +127,9 @@ def build(file: Path, *, device: str) -> Path:
         pictures = None
         if evaluation is not None:
             # Another folder for other adapters or another evaluation.
-            identity = [[adapter.sha256 for adapter in loaded.all_adapters], asdict(evaluation)]
+            identity = [[adapter.sha256 for adapter in loaded.all_adapters], evaluation.identity()]
             identity += [config.dtype] * (config.dtype != "float32")  # which was the only one
+            identity += [config.guided] * bool(config.guided)
             digest = text_hash(json.dumps(identity, sort_keys=True, default=str))
             pictures = output / f"evaluation-{digest[:8]}"
             print(f"evaluation: {pictures}", flush=True)
@@ -149,9 +162,7 @@ def assemble(
     made = check_made(folder.parent)
     # Hashes of the trained adapters: stored in float16 they have others.
     hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
-    identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half}
-    if config.guidance:  # so that earlier sets are known as they were recorded
-        identity |= {"guidance": config.guidance, "guidance_scale": config.guidance_scale}
+    identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half} | config.guided
     if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
         return load_set(folder)  # all of it is checked, in case nothing is left to do
     print(f"set: {folder}", flush=True)
@@ -162,8 +173,7 @@ def assemble(
         [training.folder for training in objectives],
         oracles=[training.folder for training in oracles],
         base_schedule=EtaSchedule(eta=config.reference_eta),
-        guidance=config.guidance or None,
-        guidance_scale=config.guidance_scale,
+        **config.guided,
         half=config.half,
         overwrite=True,
     )

@@ -30,7 +30,7 @@ from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.rollout import sample_generator
 
 ALGORITHMS = {"colourfulness": "dpo", "compressibility": "ddpo"}  # of each objective
-# Of the images: its adapters are trained without, which flow models are commonly, and drawn with it they are sharper.
+# Guidance of the images that are drawn; adapters of the flow base are trained without.
 GUIDANCE: dict[str, dict[str, Any]] = {"emoji-flow": {"guidance": "shared", "guidance_scale": 2.0}, "emoji": {}}
 QUICK = {"max_train_steps": 1, "num_validation_images": 2, "sample_num_steps": 4}
 STATE, SET, RESULTS, PICTURES = "demo.json", "set", "results.json", ("slider.png", "front.png")
@@ -97,8 +97,9 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
     if known is None:
         require_empty_dir(output, overwrite=overwrite, besides=(LOCK,))
         write_json(output / STATE, state)
-    elif known != state:
-        known = {"base": "emoji"} | known  # as it was before there were two
+        return
+    known = {"base": "emoji"} | known  # as it was before there were two
+    if known != state:
         begun = f"--base {known['base']} --seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
         same = all(known.get(name) == state[name] for name in ("base", "seed", "quick"))
         how = "of another version of stepfuse" if same else f"that was begun with {begun}"
