@@ -103,11 +103,13 @@ def test_the_measurements_name_their_machine_and_settings() -> None:
         assert results["lora"]["rank"] == 4
 
 
-def test_the_table_of_versions_is_of_their_measurements():
-    measured, table = read("versions.json"), ACCOUNT.partition("## Between versions")[2]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
-        1:
-    ]
+@pytest.mark.parametrize(
+    ("name", "section"), [("versions.json", "## Between versions"), ("versions-flow.json", "### With the flow")]
+)
+def test_the_table_of_versions_is_of_their_measurements(name: str, section: str) -> None:
+    measured, text = read(name), ACCOUNT.partition(section)[2].partition("\n### ")[0]
+    table = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert len(rows) == len(measured["sampling"]) + len(measured["training"])
     for what, method, *shown in rows:
         values = measured[what.partition(",")[0]][method]
