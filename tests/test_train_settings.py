@@ -362,6 +362,12 @@ def test_base_that_is_not_there_is_named(desk, monkeypatch):
     assert "no diffusers pipeline at './empty'" in line
 
 
+@pytest.mark.filterwarnings("ignore:.*local_dir_use_symlinks:UserWarning")  # diffusers passes it
+def test_a_misspelt_embedded_base_is_suggested(desk, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "did you mean 'emoji-flow'?" in refusal(monkeypatch, "dpo", "--pretrained_model_name_or_path", "emoji-flw")
+
+
 @pytest.mark.parametrize("algorithm", MAIN)
 def test_output_folder_that_holds_something_is_left_as_it_is(desk, monkeypatch, algorithm):
     Path("mine").mkdir()

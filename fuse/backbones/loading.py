@@ -10,6 +10,7 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
 from stepfuse.data.library_messages import LIBRARIES, quiet_loading
+from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import RESOLUTION, Backbone
 from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.registry import backbone_class
@@ -62,7 +63,8 @@ def load_pipeline(
     except OSError as error:
         raise ValueError(
             f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
-            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(emoji.BASES)} ({str(error).splitlines()[0]})"
+            f"to {Path.cwd()} unless it is absolute, or one of {', '.join(emoji.BASES)}"
+            f"{nearest(name_or_path, emoji.BASES)} ({str(error).splitlines()[0]})"
         ) from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:
