@@ -114,6 +114,9 @@ def test_a_demo_from_before_there_were_two_bases_is_continued(tmp_path: Path, mo
         demo(tmp_path, seed=0, overwrite=False, quick=True)
     with pytest.raises(KeyboardInterrupt):  # it is trained further
         demo(tmp_path, seed=0, overwrite=False, quick=True, base="emoji")
+    (tmp_path / "demo.json").write_text(json.dumps(state | {"quick": False}))
+    with refused("pass --base emoji --seed 0 and leave out --quick to resume it"):
+        demo(tmp_path, seed=0, overwrite=False, quick=True, base="emoji")
 
 
 def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) -> None:

@@ -103,7 +103,8 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
         begun = f"--base {known['base']} --seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
         same = all(known.get(name) == state[name] for name in ("base", "seed", "quick"))
         how = "of another version of stepfuse" if same else f"that was begun with {begun}"
-        remedy = "" if same else f"; pass {begun} to resume it" + ("" if known.get("quick") else " without --quick")
+        unwanted = " and leave out --quick" if state["quick"] and not known.get("quick") else ""
+        remedy = "" if same else f"; pass {begun}{unwanted} to resume it"
         raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite starts again")
 
 
