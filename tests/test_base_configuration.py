@@ -102,7 +102,7 @@ def test_a_list_may_have_negative_prompts_for_some(xl, sd):
 def test_training_takes_the_negative_embeddings_of_sampling(xl, sd):
     for folder in (xl, sd):
         pipeline = load_pipeline(str(folder))
-        given = Embeddings(backbone_of(pipeline), None, torch.device("cpu"))(PROMPTS)
+        given = Embeddings(backbone_of(pipeline), torch.device("cpu"))(PROMPTS)
         expected = pipeline.encode_prompt(PROMPTS, "cpu", 1, True) if folder == sd else pipeline.encode_prompt(PROMPTS)
         assert_near(given.negative["prompt_embeds"], expected[1], 1e-6)
 

@@ -134,7 +134,7 @@ def test_prompts_that_fit_are_not_reported(sampler, caplog):
 
 
 def test_training_counts_cut_prompts_once(sampler, caplog):
-    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
+    embed = Embeddings(sampler.backbone, torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
         embed.report(["a fox", LONG, LONG + "!"])
         for _ in range(3):
@@ -144,7 +144,7 @@ def test_training_counts_cut_prompts_once(sampler, caplog):
 
 
 def test_streamed_prompts_are_reported_at_the_first_and_counted_at_the_end(sampler, caplog):
-    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
+    embed = Embeddings(sampler.backbone, torch.device("cpu"))
     with caplog.at_level(logging.WARNING):
         for number in range(5):
             embed(["a fox", f"{LONG} {number}"])
@@ -156,7 +156,7 @@ def test_streamed_prompts_are_reported_at_the_first_and_counted_at_the_end(sampl
 
 def test_a_batch_is_whole_when_the_cache_of_embeddings_is_emptied_for_one_of_its_prompts(sampler, monkeypatch):
     monkeypatch.setattr("stepfuse.train.conditioning.CACHED", 0)  # bytes
-    embed = Embeddings(sampler.backbone, None, torch.device("cpu"))
+    embed = Embeddings(sampler.backbone, torch.device("cpu"))
     embed(["a fox"])
     rows = embed(["a fox", "a cat", "a fox"])
     expected = sampler.backbone.encode(["a fox", "a cat", "a fox"])

@@ -184,7 +184,7 @@ def test_a_compiled_unet_trains_to_the_same_adapter(run_training):
 @pytest.mark.gpu
 def test_text_encoders_stay_on_the_cpu_and_embeddings_do_not(tiny_base):
     loaded = load_pipeline(str(tiny_base))
-    embed = Embeddings(backbone_of(loaded), None, torch.device("cuda"), offload=True)
+    embed = Embeddings(backbone_of(loaded), torch.device("cuda"), offload=True)
     assert next(loaded.text_encoder.parameters()).device.type == "cpu"
     assert next(loaded.unet.parameters()).device.type == "cuda"
     assert embed(["a cat"]).positive["prompt_embeds"].device.type == "cuda"

@@ -19,7 +19,6 @@ class Embeddings:
 
     Args:
         backbone: the base model; the parts of its pipeline are moved to the device.
-        resolution: height and width of its images in pixels, an input of some models; None is the default.
         offload: keep and run the text encoders on the CPU.
         report_cuts: log prompts that are truncated by the text encoders.
     """
@@ -27,13 +26,12 @@ class Embeddings:
     def __init__(
         self,
         backbone: Backbone,
-        resolution: int | None,
         device: torch.device,
         *,
         offload: bool = False,
         report_cuts: bool = True,
     ) -> None:
-        self.backbone, self.resolution, self.device = backbone, resolution, device
+        self.backbone, self.device = backbone, device
         self.report_cuts, self._checked, self._cut = report_cuts, set[str](), set[str]()
         self.encoders_on = torch.device("cpu") if offload else device
         for name, part in backbone.pipeline.components.items():
@@ -71,8 +69,7 @@ class Embeddings:
             if not self._cut:
                 logger.warning("%s; others are counted", cut[0])
             self._cut.add(prompt)
-        size = self.resolution
-        return self.backbone.encode([prompt], height=size, width=size, device=self.encoders_on)
+        return self.backbone.encode([prompt], device=self.encoders_on)
 
 
 def prompt_order(seed: int, size: int, step: int, count: int) -> list[int]:

@@ -64,8 +64,7 @@ def collect_pairs(setup: Setup, pairs: Iterator[Pair], step: int) -> tuple[list[
 
 def encode_images(setup: Setup, images: Sequence[Image.Image], generators: list[torch.Generator]) -> Latents:
     """Images scaled to the base's size by the shorter side, cropped in the centre and encoded."""
-    resolution = setup.settings.resolution
-    height, width = setup.backbone.size(resolution, resolution)
+    height, width = setup.backbone.size()
     fitted = [ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR) for image in images]
     return setup.backbone.encode_pixels(torch.stack([to_pixels(image) for image in fitted]), generators)
 

@@ -13,7 +13,7 @@ from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import describe_base
 from stepfuse.fuse.backbones.guidance import Guidance
-from stepfuse.fuse.backbones.loading import load_pipeline
+from stepfuse.fuse.backbones.loading import INPUTS, load_pipeline, register_inputs
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.layers import has_layer_among
@@ -59,16 +59,15 @@ class Setup:
         self.total_batch_size = self.batch_size * accelerator.num_processes
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
         name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
-        length = settings.max_sequence_length
-        pipeline = pipeline or load_pipeline(
-            name, dtype=dtype, revision=revision, variant=variant, max_sequence_length=length
-        )
+        inputs = {each: value for each in INPUTS if (value := getattr(settings, each)) is not None}
+        if pipeline is None:
+            pipeline = load_pipeline(name, dtype=dtype, revision=revision, variant=variant, **inputs)
+        else:
+            register_inputs(pipeline, **inputs)
         self.backbone = backbone = backbone_of(pipeline)
-        main, resolution = accelerator.is_main_process, settings.resolution
-        self.embed = Embeddings(
-            backbone, resolution, accelerator.device, offload=settings.offload_text_encoders, report_cuts=main
-        )
-        self.base = describe_base(backbone, name, revision, variant=variant, resolution=resolution, hashed=main)
+        main, offload = accelerator.is_main_process, settings.offload_text_encoders
+        self.embed = Embeddings(backbone, accelerator.device, offload=offload, report_cuts=main)
+        self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
         schedule = settings.initial_schedule()
         policy = make_policy(backbone, settings, schedule).to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)
@@ -76,7 +75,7 @@ class Setup:
         separate = settings.compile != "no" or self.engine.partitioned
         separate = separate or has_layer_among(backbone.network, settings.name, backbone.unbatched)
         shared = settings.timesteps_per_forward > 1 and not separate
-        shape = backbone.shape(resolution, resolution)
+        shape = backbone.shape()
         path = backbone.path(shape)
         self.sampling = Sampling(
             denoiser=Denoiser(

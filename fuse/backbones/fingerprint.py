@@ -37,17 +37,16 @@ def describe_base(
     revision: str | None = None,
     *,
     variant: str | None = None,
-    resolution: int | None = None,
     hashed: bool = True,
 ) -> dict[str, Any]:
     """What an adapter's files record of the base it belongs to.
 
     Its fingerprint tells bases apart whatever their precision. `weights_sha256` is of the network as it was loaded, and
     another in another precision. It is left out unless `hashed`, for it takes seconds of large ones. `variant` is that
-    of the weight files, if they are of one. `resolution` is what the adapter was trained at, if not the base's own.
+    of the weight files, if they are of one.
     """
     variant = variant or _loaded_variant(backbone, name_or_path, revision)
-    length, resolution = backbone.pipeline.config.get(LENGTH), resolution or backbone.resolution
+    length, resolution = backbone.pipeline.config.get(LENGTH), backbone.resolution
     folder = cached_folder(name_or_path, revision)
     cached = folder is not None and folder != Path(name_or_path)  # by the hub, in a folder named by the commit
     return {

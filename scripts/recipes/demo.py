@@ -98,7 +98,7 @@ def claim(output: Path, state: dict, *, overwrite: bool) -> None:
         require_empty_dir(output, overwrite=overwrite, besides=(LOCK,))
         write_json(output / STATE, state)
         return
-    known = {"base": "emoji"} | known  # as it was before there were two
+    known = {"base": "emoji"} | known  # which states without a base are of
     if known != state:
         begun = f"--base {known['base']} --seed {known.get('seed')}" + (" --quick" if known.get("quick") else "")
         same = all(known.get(name) == state[name] for name in ("base", "seed", "quick"))
