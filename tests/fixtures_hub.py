@@ -9,6 +9,7 @@ import pytest
 from huggingface_hub import close_session, constants, hf_api
 from huggingface_hub.utils import _http, _xet, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+import tests.hub_lfs
 import tests.hub_xet  # noqa: F401
 from tests.hub_server import Hub, running_hub
 

@@ -1,5 +1,6 @@
 """What the tests' hub keeps of a model: commits, branches and content by its hash, in a folder."""
 
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import yaml
 
 LARGE = (".bin", ".ckpt", ".gz", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".zip")
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE).encode()
+HASH = "([0-9a-f]{64})"  # a sha256
 LARGEST_REGULAR = 10 * 1024**2  # bytes; what is larger is a large file, whatever its name
 
 
@@ -129,3 +131,34 @@ class Repo:
             shown["lfs"] = dict(oid=file.sha256, size=file.size, pointerSize=len(file.pointer))
             shown["xetHash"] = self.xet_hash(file.sha256)
         return shown
+
+
+def change(repo: Repo, files: dict[str, File], kind: str, value: Mapping[str, Any]) -> None:
+    """One operation of a commit, on the files of its parent."""
+    path = value["path"]
+    if {"", ".", "..", ".git"} & set(path.rstrip("/").split("/")):
+        raise Refused(400, f"not a path: {path}")
+    if kind == "file":
+        content = base64.b64decode(value["content"], validate=True)
+        if len(content) > LARGEST_REGULAR:
+            raise Refused(400, f"{path} has {len(content)} bytes: upload it as a large file")
+        try:
+            front_matter(content.decode() if path == "README.md" else "")
+        except yaml.YAMLError as error:
+            raise Refused(400, f"Invalid YAML in {path}: {error}") from error
+        files[path] = repo.add(content)
+    elif kind == "lfsFile":
+        sha256, large = value["oid"], repo.large(value["oid"])
+        size = large.stat().st_size if re.fullmatch(HASH, sha256) and large.is_file() else None
+        if size is None or value.get("size", size) != size:
+            raise Refused(400, f"an LFS pointer pointed to a file that does not exist. Offending file: {path}")
+        files[path] = File(git_hash(File("", size, sha256).pointer), size, sha256)
+    elif kind in ("deletedFile", "deletedFolder"):
+        folder = path.rstrip("/") + "/"
+        gone = [name for name in files if (name.startswith(folder) if kind == "deletedFolder" else name == path)]
+        if not gone:
+            raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
+        for name in gone:
+            del files[name]
+    else:
+        raise Refused(400, f"not an operation of a commit: {kind}")

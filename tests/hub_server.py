@@ -1,12 +1,10 @@
 """A hub on this machine: models over the HTTP protocol of huggingface.co, kept in a folder.
 
-Speaks what huggingface_hub 2.4 asks for and refuses what the real hub refuses. Large files come by LFS; with
-`tests.hub_xet` imported also by xet: it is the client that decides. Storage is another origin than the hub, as theirs
-is: tokens must not follow there.
+Speaks what huggingface_hub 2.4 asks for and refuses what the real hub refuses. Large files come by LFS with
+`tests.hub_lfs` imported, and by xet with `tests.hub_xet`: it is the client that decides. Storage is another origin than
+the hub, as theirs is: tokens must not follow there.
 """
 
-import base64
-import hashlib
 import hmac
 import json
 import re
@@ -28,16 +26,15 @@ from tests.hub_repository import (
     GITATTRIBUTES,
     LARGE,
     LARGEST_REGULAR,
-    File,
     Refused,
     Repo,
+    change,
     front_matter,
     git_hash,
     now,
-    write,
 )
 
-REPO, REVISION, HASH = r"(\w[\w.-]*/\w[\w.-]*)", "([^/]+)", "([0-9a-f]{64})"
+REPO, REVISION = r"(\w[\w.-]*/\w[\w.-]*)", "([^/]+)"
 
 
 class Cut(Exception):
@@ -366,96 +363,6 @@ class Exchange(BaseHTTPRequestHandler):
             sha = repo.commit(branch, files, **about)
         url = f"{self.server.endpoint}/{name}/commit/{sha}"
         self.tell(dict(success=True, commitOid=sha, commitUrl=url, hookOutput=""))
-
-    # Large files by LFS.
-
-    @route("POST", rf"/{REPO}\.git/info/lfs/objects/batch")
-    def batch(self, name: str) -> None:
-        repo, shown = self.repo(name, write=True), []
-        for one in self.given()["objects"]:
-            oid, size, part = one["oid"], one["size"], self.server.part_size
-            told = dict(oid=oid, size=size)
-            if not re.fullmatch(HASH, oid) or size < 1:
-                told |= dict(error=dict(code=422, message="not the sha256 and the size of an object"))
-            elif not repo.large(oid).is_file():
-                path, query = f"/upload/{name}/{oid}", f"size={size}"
-                upload: dict[str, Any] = dict(href=self.server.signed(path, query))
-                if part and size > part:
-                    parts = {str(i): self.server.signed(path, f"part={i}") for i in range(1, -(-size // part) + 1)}
-                    upload["header"] = parts | dict(chunk_size=str(part))
-                verify = dict(href=f"{self.server.endpoint}/{name}.git/info/lfs/objects/verify")
-                told |= dict(actions=dict(upload=upload, verify=verify))
-            shown.append(told)
-        self.tell(dict(objects=shown))
-
-    @route("PUT", f"/upload/{REPO}/{HASH}")
-    def upload(self, name: str, oid: str) -> None:
-        self.check_signature()
-        if "Content-Length" not in self.headers:
-            raise Refused(411, "an upload without its length")
-        content, repo = self.body(self.server.cut_uploads), self.server.repo(name)
-        if part := self.query.get("part"):
-            write(repo.folder / "parts" / oid / part, content)
-        else:
-            repo.add_large(content, oid, int(self.query["size"]))
-        self.answer(b"", {"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
-
-    @route("POST", f"/upload/{REPO}/{HASH}")
-    def complete(self, name: str, oid: str) -> None:
-        self.check_signature()
-        repo, whole = self.server.repo(name), b""
-        for one in self.given()["parts"]:
-            path = repo.folder / "parts" / oid / str(int(one["partNumber"]))
-            content = path.read_bytes() if path.is_file() else b""
-            if one["etag"] != f'"{hashlib.md5(content).hexdigest()}"':
-                raise Refused(400, f"part {one['partNumber']} is not what was uploaded")
-            whole += content
-        repo.add_large(whole, oid, int(self.query["size"]))
-        self.tell({})
-
-    @route("POST", rf"/{REPO}\.git/info/lfs/objects/verify")
-    def verify(self, name: str) -> None:
-        repo, given = self.repo(name, write=True), self.given()
-        path = repo.large(given["oid"])
-        if not path.is_file() or path.stat().st_size != given["size"]:
-            raise Refused(404, f"not uploaded: {given['oid']}")
-        self.tell({})
-
-    @route("GET", f"/download/{REPO}/{HASH}")
-    def download(self, name: str, oid: str) -> None:
-        self.check_signature()
-        self.give(self.server.repo(name).large(oid).read_bytes(), {"ETag": f'"{oid}"'})
-
-
-def change(repo: Repo, files: dict[str, File], kind: str, value: Mapping[str, Any]) -> None:
-    """One operation of a commit, on the files of its parent."""
-    path = value["path"]
-    if {"", ".", "..", ".git"} & set(path.rstrip("/").split("/")):
-        raise Refused(400, f"not a path: {path}")
-    if kind == "file":
-        content = base64.b64decode(value["content"], validate=True)
-        if len(content) > LARGEST_REGULAR:
-            raise Refused(400, f"{path} has {len(content)} bytes: upload it as a large file")
-        try:
-            front_matter(content.decode() if path == "README.md" else "")
-        except yaml.YAMLError as error:
-            raise Refused(400, f"Invalid YAML in {path}: {error}") from error
-        files[path] = repo.add(content)
-    elif kind == "lfsFile":
-        sha256, large = value["oid"], repo.large(value["oid"])
-        size = large.stat().st_size if re.fullmatch(HASH, sha256) and large.is_file() else None
-        if size is None or value.get("size", size) != size:
-            raise Refused(400, f"an LFS pointer pointed to a file that does not exist. Offending file: {path}")
-        files[path] = File(git_hash(File("", size, sha256).pointer), size, sha256)
-    elif kind in ("deletedFile", "deletedFolder"):
-        folder = path.rstrip("/") + "/"
-        gone = [name for name in files if (name.startswith(folder) if kind == "deletedFolder" else name == path)]
-        if not gone:
-            raise Refused(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-        for name in gone:
-            del files[name]
-    else:
-        raise Refused(400, f"not an operation of a commit: {kind}")
 
 
 @contextmanager

@@ -12,8 +12,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from tests.hub_repository import Refused, Repo, write
-from tests.hub_server import HASH, REPO, REVISION, Exchange, route
+from tests.hub_repository import HASH, Refused, Repo, write
+from tests.hub_server import REPO, REVISION, Exchange, route
 
 
 @route("GET", f"/api/models/{REPO}/xet-(read|write)-token/{REVISION}")
