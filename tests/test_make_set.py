@@ -254,6 +254,8 @@ def test_guidance_needs_a_scale_where_training_had_none(adapters, tmp_path):
     assert not (tmp_path / "set").exists()
     assert create_set(tmp_path / "set", [tmp_path / "off"], guidance="shared", guidance_scale=2.0).guidance == "shared"
     assert create_set(tmp_path / "plain", [tmp_path / "off"]).describe_guidance() == "off"
+    with refused("guidance embedded, but the network of base", "does not take the guidance scale"):
+        create_set(tmp_path / "other", [tmp_path / "off"], guidance="embedded", guidance_scale=2.0)
     with refused("guidance_scale 4.5 and guidance off"):
         create_set(tmp_path / "other", [tmp_path / "off"], guidance_scale=4.5)
 

@@ -138,11 +138,26 @@ def load_base(base: Mapping[str, Any], *, dtype: torch.dtype = torch.float32) ->
 
 def layer_names(base: Mapping[str, Any]) -> LayerNames:
     """Names of a base's layers in other tools' files, by its configuration; a ValueError where that is not found."""
+    family, config = _network_config(base)
+    return family.names(config)
+
+
+def check_embeds_guidance(base: Mapping[str, Any]) -> None:
+    """Check, by its configuration, that the network of a base takes the guidance scale as an input."""
+    _, config = _network_config(base)
+    if not config.get("guidance_embeds"):
+        raise ValueError(
+            f"guidance embedded, but the network of base {base['name_or_path']!r} does not take the guidance scale as "
+            "an input; expected one of shared, full, off"
+        )
+
+
+def _network_config(base: Mapping[str, Any]) -> tuple[type[Backbone], Mapping[str, Any]]:
     name, revision = base["name_or_path"], base.get("revision")
     path = stored_at(name)
     try:
         family = backbone_class(DiffusionPipeline.load_config(path, revision=revision)["_class_name"])
-        return family.names(AutoModel.load_config(path, subfolder=family.part, revision=revision))
+        return family, AutoModel.load_config(path, subfolder=family.part, revision=revision)
     except OSError as error:
         raise ValueError(f"the configuration of base {name!r} cannot be had: {str(error).splitlines()[0]}") from error
 

@@ -12,6 +12,7 @@ from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.backbones.guidance import Guidance
+from stepfuse.fuse.backbones.loading import check_embeds_guidance
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
@@ -103,6 +104,8 @@ def guidance_of(adapter: Adapter, source: str | None, scale: float | None) -> Gu
         raise ValueError(
             f"guidance {source} needs guidance_scale too, for {adapter.name!r} was trained without guidance"
         )
+    if source == "embedded" != adapter.guidance:
+        check_embeds_guidance(adapter.base)
     guidance = Guidance(source=source or adapter.guidance, scale=adapter.guidance_scale if scale is None else scale)
     if guidance.source == "off" and scale is not None:
         raise ValueError(f"guidance_scale {scale:g} and guidance off; give a guidance, or no scale")
