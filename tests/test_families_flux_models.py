@@ -19,6 +19,7 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter, write_adapter
+from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.losses import ddpo_loss
@@ -140,6 +141,8 @@ def test_an_adapter_of_another_family_is_refused_by_both_names(tmp_path):
         network_factors(flux.network, "a"),
         flux.part,
     )
+    guided = create_set(tmp_path / "set", [tmp_path / "a"], guidance="embedded", guidance_scale=3.5)
+    assert guided.describe_guidance() == "embedded 3.5; adapters trained with off"
     both = f"{bases['flux']}'; load that one in place of '{bases['sd3']}', a StableDiffusion3Pipeline"
     with pytest.raises(ValueError, match=re.escape(both)):
         load_adapter(sd3, read_adapter(tmp_path / "a"), describe_base(sd3, str(bases["sd3"])))
