@@ -29,15 +29,20 @@ def read_yaml(file: Path) -> Any:
     Raises:
         ValueError: for a file that is missing or is not YAML, and for a key that comes twice, naming the line.
     """
+    return parse_yaml(read_text(file), file_name(file))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse a YAML text; errors begin with its name, and are those of `read_yaml`."""
     try:
-        return yaml.load(read_text(file), _Loader)
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
         reason = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
-        raise ValueError(f"{file_name(file)}{line} is not YAML: {reason}") from error
+        raise ValueError(f"{name}{line} is not YAML: {reason}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{file_name(file)} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:

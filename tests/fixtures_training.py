@@ -15,12 +15,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stepfuse.data import emoji
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
-from stepfuse.train.rollout import Sampling, branching_rollout, sample_generator
+from stepfuse.train.rollout import branching_rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
 
@@ -115,7 +117,7 @@ class PolicyWorld:
         self.schedule = schedule
         scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1, set_alpha_to_one=False)
         self.denoiser = denoiser_of(self.unet, scheduler, guidance=guidance, guidance_scale=3.0)
-        self.policy = Policy(self.denoiser.backbone, "mine", schedule)
+        self.policy = Policy(self.denoiser.backbone, ["mine"], [schedule])
         if trained:
             generator = torch.Generator().manual_seed(2)
             for factor in self.factors("lora_B"):
@@ -124,7 +126,9 @@ class PolicyWorld:
         self.conditioning = prompt_embeds(words[0], words[1])
         generators = [sample_generator(0, "rollout", i) for i in range(2)]
         steps = self.denoiser.path.steps(3)
-        sampling = Sampling(denoiser=self.denoiser, adapter="mine", schedule=schedule, steps=steps, shape=SHAPE)
+        sampling = Sampling(
+            denoiser=self.denoiser, objectives=(Expert.adapter("mine", schedule),), steps=steps, shape=SHAPE
+        )
         self.place = (sampling, self.conditioning, generators)
 
     def factors(self, kind):

@@ -18,14 +18,16 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.gap_profile import GapProfile
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.scripts.evaluation.costs import counted_rows
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
-from stepfuse.train.rollout import Sampling, rollout
+from stepfuse.train.rollout import rollout
 from tests.fixtures_families import FAMILIES, save_family
 from tests.fixtures_tiny import generators
 
@@ -193,8 +195,7 @@ def test_a_stored_log_probability_is_that_of_the_policy_after_reload(family, bas
         path = backbone.path(shape)
         sampling = Sampling(
             denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(source=family.guidance, scale=SCALE)),
-            adapter="b",
-            schedule=adapter.objective.variance,
+            objectives=(Expert.adapter("b", adapter.objective.variance),),
             steps=path.steps(3),
             shape=shape,
         )
@@ -202,7 +203,7 @@ def test_a_stored_log_probability_is_that_of_the_policy_after_reload(family, bas
         if not loaded:
             stored = rollout(sampling, conditioning, generators(0, 1))
             continue
-        policy = Policy(backbone, "b", adapter.objective.variance)
+        policy = Policy(backbone, ["b"], [adapter.objective.variance])
         for step in stored.steps:
             ((policy_gaussian, base_gaussian),) = step_gaussians(policy, sampling, [step], conditioning)
             torch.testing.assert_close(policy_gaussian.log_prob(step.x_s), step.log_prob, rtol=1e-5, atol=1e-4)

@@ -18,12 +18,14 @@ from stepfuse.fuse.backbones.registry import backbone_class, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
 from stepfuse.train.losses import ddpo_loss
-from stepfuse.train.rollout import Sampling, rollout
+from stepfuse.train.rollout import rollout
 from tests.fixtures_families import save_family
 from tests.fixtures_families_flux import (
     CHAT_TOKENS,
@@ -108,9 +110,9 @@ def test_in_bf16_latents_stay_float32_and_the_first_ddpo_ratio_is_exactly_1(make
         if "lora_B" in key:
             nn.init.normal_(value, std=0.2, generator=torch.Generator().manual_seed(1))
     sampling = Sampling(
-        denoiser=denoiser, adapter="a", schedule=schedule, steps=denoiser.path.steps(STEPS), shape=shape
+        denoiser=denoiser, objectives=(Expert.adapter("a", schedule),), steps=denoiser.path.steps(STEPS), shape=shape
     )
-    policy = Policy(backbone, "a", schedule)
+    policy = Policy(backbone, ["a"], [schedule])
     conditioning = backbone.encode(PROMPTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         steps = rollout(sampling, conditioning, generators(0, 1)).steps

@@ -14,8 +14,10 @@ from stepfuse.fuse.backbones.prompt_length import cut_prompts
 from stepfuse.fuse.backbones.registry import backbone_class, backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.rules.plan import Expert
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, SharedForward, add_lora, step_gaussians
-from stepfuse.train.rollout import Sampling, rollout
+from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings
 from stepfuse.train.setup import Setup
 from tests.fixtures_families import FAMILIES
@@ -56,8 +58,7 @@ def test_in_16_bits_latents_stay_in_32_and_the_first_ratio_is_exactly_1(fresh, n
     path = backbone.path(backbone.shape(SIZE, SIZE))
     sampling = Sampling(
         denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(scale=3.0)),
-        adapter="mine",
-        schedule=EtaSchedule(eta=0.7),
+        objectives=(Expert.adapter("mine", EtaSchedule(eta=0.7)),),
         steps=path.steps(3),
         shape=backbone.shape(SIZE, SIZE),
     )
@@ -70,7 +71,7 @@ def test_in_16_bits_latents_stay_in_32_and_the_first_ratio_is_exactly_1(fresh, n
         assert step.x_t.dtype == step.x_s.dtype == torch.float32
         assert not torch.equal(step.x_s, step.x_s.bfloat16().float())
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            policy = Policy(backbone, "mine", sampling.schedule)
+            policy = Policy(backbone, ["mine"], [sampling.objectives[0].schedule])
             ((gaussian, reference),) = step_gaussians(policy, sampling, [step], conditioning)
         assert torch.equal(gaussian.log_prob(step.x_s), step.log_prob)
         assert (gaussian.kl(reference) > 1e-4).all()  # so it is not by the LoRA being nothing
@@ -124,7 +125,7 @@ def test_base_and_policy_of_z_image_share_a_forward_where_the_lora_allows_it(qwe
     for one, two in zip(*runs, strict=True):
         for name in ("x_s", "reference", "negative", "log_prob"):
             torch.testing.assert_close(getattr(one, name), getattr(two, name), rtol=1e-4, atol=1e-4, msg=name)
-    policy = Policy(backbone, sampling.adapter, sampling.schedule)
+    policy = Policy(backbone, [sampling.objectives[0].name], [sampling.objectives[0].schedule])
     for step, (gaussian, base) in zip(
         runs[0], step_gaussians(policy, sampling, runs[0], conditioning), strict=True
     ):  # both steps in one forward

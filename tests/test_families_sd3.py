@@ -17,13 +17,15 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.mixture import BASE
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.sampling.pipeline import FusedPipeline
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora, step_gaussians
-from stepfuse.train.rollout import Sampling, rollout
+from stepfuse.train.rollout import rollout
 from tests.fixtures_families import save_family
 from tests.fixtures_tiny import generators, refused
 
@@ -219,8 +221,7 @@ def test_in_16_bits_latents_and_times_stay_in_32_and_the_first_ratio_is_1(base):
     path = backbone.path(backbone.shape())
     sampling = Sampling(
         denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(scale=3.0)),
-        adapter="mine",
-        schedule=EtaSchedule(eta=0.7),
+        objectives=(Expert.adapter("mine", EtaSchedule(eta=0.7)),),
         steps=path.steps(3),
         shape=backbone.shape(),
     )
@@ -231,7 +232,7 @@ def test_in_16_bits_latents_and_times_stay_in_32_and_the_first_ratio_is_1(base):
     for step in stored.steps:
         assert step.x_t.dtype == step.x_s.dtype == torch.float32
         ((policy, reference),) = step_gaussians(
-            Policy(backbone, "mine", sampling.schedule), sampling, [step], conditioning
+            Policy(backbone, ["mine"], [sampling.objectives[0].schedule]), sampling, [step], conditioning
         )
         assert torch.equal(policy.log_prob(step.x_s), step.log_prob)
         assert policy.kl(reference).abs().max() == 0  # a fresh LoRA

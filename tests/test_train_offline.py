@@ -17,11 +17,12 @@ from torch.nn import functional
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.offline import DiffusionDPO, noise_pairs
 from stepfuse.train.preference_pairs import PreferencePairs
-from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_tiny import denoiser_of
 from tests.fixtures_training import refused_by
@@ -104,9 +105,11 @@ def test_the_loss_is_that_of_the_research_script_of_diffusers(tiny_base, predict
     beta = 500.0
     settings = DPOSettings(pairs="x", beta=beta, log_prob_reduction="mean", guidance="full")
     denoiser = denoiser_of(unet, loaded.scheduler, guidance="full")
-    policy = Policy(denoiser.backbone, "mine", EtaSchedule())
+    policy = Policy(denoiser.backbone, ["mine"], [EtaSchedule()])
     noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
-    sampling = Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=[], shape=(4, 8, 8))
+    sampling = Sampling(
+        denoiser=denoiser, objectives=(Expert.adapter("mine", EtaSchedule()),), steps=[], shape=(4, 8, 8)
+    )
     algorithm = DiffusionDPO(settings)
     (both,) = algorithm.gaussians(policy, sampling, [noised], conditioning)
     ours = algorithm.loss(*both, noised)

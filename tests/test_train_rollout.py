@@ -8,9 +8,11 @@ from diffusers import DDIMScheduler
 
 from stepfuse.fuse.diffusion.noise_path import FINAL, NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.train.algorithms import DDPO
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import add_lora
-from stepfuse.train.rollout import Sampling, branching_rollout, rollout, sample_generator
+from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
 from tests.fixtures_training import at_once, tiny_unet
@@ -45,7 +47,11 @@ class World:
         generators = [sample_generator(0, "rollout", i) for i in range(4)][rows]
         schedule, learned = EtaSchedule(eta=ETA), None if learned is None else frozenset(learned)
         sampling = Sampling(
-            denoiser=self.denoiser, adapter="mine", schedule=schedule, steps=self.steps, shape=SHAPE, learned=learned
+            denoiser=self.denoiser,
+            objectives=(Expert.adapter("mine", schedule),),
+            steps=self.steps,
+            shape=SHAPE,
+            learned=learned,
         )
         return sampling, self.conditioning[rows], generators
 

@@ -10,15 +10,16 @@ import torch
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.collect import learned_steps
 from stepfuse.train.conditioning import Embeddings
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.loop import train_adapter
 from stepfuse.train.lora import Policy
-from stepfuse.train.rollout import Sampling
 from stepfuse.train.settings import DDPOSettings
 from stepfuse.train.setup import learnable_steps
 from tests.fixtures_tiny import denoiser_of, read_lora, refused
@@ -51,7 +52,9 @@ def ten_steps(tiny_base):
     pipeline = load_pipeline(str(tiny_base))
     denoiser = denoiser_of(pipeline.unet, pipeline.scheduler, guidance="off")
     steps = denoiser.path.steps(10)
-    return Sampling(denoiser=denoiser, adapter="mine", schedule=EtaSchedule(), steps=steps, shape=(4, 8, 8))
+    return Sampling(
+        denoiser=denoiser, objectives=(Expert.adapter("mine", EtaSchedule()),), steps=steps, shape=(4, 8, 8)
+    )
 
 
 def test_a_fraction_of_the_steps_is_drawn_anew_for_each_rollout_the_same_everywhere(tiny_base):
@@ -105,7 +108,7 @@ def test_a_run_finds_its_learnable_steps_once_and_trains_the_schedule_that_it_sa
 
     def make_policy(backbone, adapter, schedule):
         trained.append(schedule)
-        return Policy(backbone, adapter, schedule)
+        return Policy(backbone, [adapter], [schedule])
 
     monkeypatch.setattr("stepfuse.train.setup.learnable_steps", find_steps)
     monkeypatch.setattr("stepfuse.train.setup.Policy", make_policy)

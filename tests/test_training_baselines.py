@@ -17,14 +17,16 @@ from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.diffusion.variance import EtaSchedule, step_variance
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch, ddpo_pytorch_loss
 from stepfuse.scripts.baselines.spo import SPO, extremes, spo_loss
 from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
 from stepfuse.scripts.benchmark.models import with_copied_network
+from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, step_gaussians
 from stepfuse.train.losses import ddpo_loss, dpo_loss
-from stepfuse.train.rollout import PairedStep, SampledStep, Sampling
+from stepfuse.train.rollout import PairedStep, SampledStep
 from tests.fixtures_tiny import networks, refused, save_stable_diffusion_xl
 from tests.fixtures_training import save_tiny_pipeline
 
@@ -76,8 +78,10 @@ def gaussians(loop, step, conditioning):
         guidance=Guidance(source="full", scale=loop.task.guidance_scale),
     )
     schedule = EtaSchedule(eta=1.0)
-    sampling = Sampling(denoiser=denoiser, adapter="baseline", schedule=schedule, steps=[], shape=loop.shape)
-    policy = Policy(loop.backbone, "baseline", schedule)
+    sampling = Sampling(
+        denoiser=denoiser, objectives=(Expert.adapter("baseline", schedule),), steps=[], shape=loop.shape
+    )
+    policy = Policy(loop.backbone, ["baseline"], [schedule])
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, networks(None))
     step = replace(step, reference=base.detach())
     (both,) = step_gaussians(policy, sampling, [step], conditioning)

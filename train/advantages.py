@@ -19,6 +19,21 @@ def best_and_worst(
     return winner, loser, (gap[:, 0] > margin) & torch.isfinite(rewards).all(1)
 
 
+def weighted_scores(
+    rewards: Float[Tensor, "batch candidates objectives"], weights: Float[Tensor, "batch objectives"]
+) -> Float[Tensor, "batch candidates"]:
+    """One score for each candidate: Σ w_i z(r_i), each reward normalised among the candidates of its image.
+
+    Of one objective it is the reward itself, whose order the normalisation would not change.
+    """
+    if rewards.shape[-1] == 1:
+        return rewards[..., 0]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    centred = torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), centred, 0.0)
+    normalised = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
+    return (normalised * weights[:, None].to(rewards)).sum(-1)
+
+
 def group_advantages(
     rewards: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], *, scale: bool, clip: float
 ) -> Float[Tensor, " batch"]:
@@ -98,3 +113,27 @@ def decoupled_advantages(
     normalised = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in terms.unbind(1)]
     total = (torch.stack(normalised, dim=1) * weights.to(terms)).sum(1)
     return group_advantages(total, torch.zeros_like(groups), scale=scale, clip=clip)
+
+
+def mixed_advantages(
+    rewards: Float[Tensor, "batch objectives"],
+    weights: Float[Tensor, "batch objectives"],
+    groups: Int[Tensor, " batch"],
+    *,
+    scale: bool,
+    clip: float,
+) -> Float[Tensor, " batch"]:
+    """A = z_g(Σ w_i z_g(r_i)): each reward is normalised in its group, weighted, and the sum normalised in the group.
+
+    As GDPO (arXiv:2601.05242) does, a reward that varies much within a prompt has no more weight than one that varies
+    little. The sum is normalised in each group, not over all of them, since groups have different weights; at a vertex,
+    where one weight is 1, it is `group_advantages` of that reward.
+
+    Args:
+        rewards: of each objective over the whole step; a positive factor of a column has no effect.
+        weights: w_i, the same for the samples of a group.
+        groups, scale, clip: as in `group_advantages`.
+    """
+    normalised = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in rewards.unbind(1)]
+    total = (torch.stack(normalised, dim=1) * weights.to(rewards)).sum(1)
+    return group_advantages(total, groups, scale=scale, clip=clip)

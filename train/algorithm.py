@@ -43,14 +43,14 @@ class Algorithm(ABC, Generic[S]):
         settings: settings of the run.
         group_size: number of consecutive samples that share a prompt.
         updates_per_rollout: number of optimiser steps on each rollout.
-        beta: weight of the KL term that is added to the loss; 0 if the loss contains the KL already.
+        adds_kl: whether beta times the KL is added to the loss, which otherwise contains it already.
         measures_kl: whether the KL of its Gaussians is the KL of denoising steps.
     """
 
     name: ClassVar[str]
     group_size: int = 1
     updates_per_rollout: int = 1
-    beta: float = 0.0
+    adds_kl: bool = False
     measures_kl: bool = True
 
     def __init__(self, settings: TrainSettings) -> None:
@@ -75,12 +75,23 @@ class Algorithm(ABC, Generic[S]):
     def loss(self, policy: Gaussian, reference: Gaussian | None, step: S) -> Float[Tensor, " batch"]:
         """One value per sample; the reference is None if `measures_kl` is False and no step has one."""
 
-    def temperature(self, dimensions: int) -> float:
+    def beta(self, weights: Float[Tensor, "batch objectives"]) -> Float[Tensor, " batch"]:
+        """Σ w_i beta_i of each sample, by its weights of the objectives."""
+        return (weights * weights.new_tensor([each.beta for each in self.settings.each])).sum(1)
+
+    def temperature(self, beta: float, dimensions: int) -> float:
         """The beta of the loss's optimum p ∝ p_ref exp(r / beta), for densities over that many dimensions.
 
         With `log_prob_reduction: mean` the loss of DPO has beta / dimensions times the difference of log-densities.
+
+        Args:
+            beta: of the settings of an objective.
         """
-        return self.settings.beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+        return beta / (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+
+    def weights(self, step: S) -> Float[Tensor, "batch objectives"] | None:
+        """The weights of the objectives for each sample of a step; None if `measures_kl` is False and it has none."""
+        return None
 
     def step_index(self, step: S) -> int:
         """The index of a step among the denoising steps of an image; 0 if `measures_kl` is False and it has none."""
@@ -98,11 +109,13 @@ class Algorithm(ABC, Generic[S]):
         return 1 / x[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
 
 
-def preference_loss(settings: DPOSettings, *log_probs: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """`dpo_loss` of four log-probabilities, as the settings configure it."""
+def preference_loss(
+    settings: DPOSettings, beta: float | Float[Tensor, " batch"], *log_probs: Float[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """`dpo_loss` of four log-probabilities, as the settings configure it, and with a beta for each sample."""
     return dpo_loss(
         *log_probs,
-        beta=settings.beta,
+        beta=beta,
         label_smoothing=settings.label_smoothing,
         loss_type=settings.loss_type,
         clip_range=settings.train_clip_range,

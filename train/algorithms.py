@@ -11,12 +11,13 @@ from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.train.advantages import decoupled_advantages, group_advantages, tracked_advantages
+from stepfuse.train.advantages import decoupled_advantages, group_advantages, mixed_advantages, tracked_advantages
 from stepfuse.train.algorithm import Algorithm, preference_loss
 from stepfuse.train.collect import RolloutAlgorithm, ScoreLatents
+from stepfuse.train.fused_sampling import Sampling, Weights
 from stepfuse.train.losses import ddpo_loss
 from stepfuse.train.offline import DiffusionDPO
-from stepfuse.train.rollout import PairedStep, SampledStep, Sampling, Trajectory, branching_rollout, rollout
+from stepfuse.train.rollout import PairedStep, SampledStep, Trajectory, branching_rollout, rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 
@@ -27,11 +28,16 @@ class DPO(RolloutAlgorithm[PairedStep]):
     name: ClassVar[str] = "dpo"
 
     def collect(
-        self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        weights: Weights,
+        score: ScoreLatents,
     ) -> Trajectory[PairedStep]:
         candidates, margin = self.settings.num_candidates, self.settings.margin
         return branching_rollout(
-            sampling, conditioning, generators, score_latents=score, candidates=candidates, margin=margin
+            sampling, conditioning, generators, weights, score_latents=score, candidates=candidates, margin=margin
         )
 
     def kept(self, step: PairedStep) -> Tensor:
@@ -41,7 +47,8 @@ class DPO(RolloutAlgorithm[PairedStep]):
         assert reference is not None  # every stored step has one
         scale = self.log_prob_scale(step.x_t)
         log_probs = [p.log_prob(x) * scale for p in (policy, reference) for x in (step.chosen, step.rejected)]
-        return torch.where(step.kept, preference_loss(self.settings, *log_probs), 0.0)
+        loss = preference_loss(self.settings, self.beta(step.weights), *log_probs)
+        return torch.where(step.kept, loss, 0.0)
 
 
 class DDPO(RolloutAlgorithm[SampledStep]):
@@ -53,17 +60,22 @@ class DDPO(RolloutAlgorithm[SampledStep]):
     def __init__(self, settings: DDPOSettings) -> None:
         super().__init__(settings)
         self.group_size, self.updates_per_rollout = settings.num_generations, settings.num_inner_epochs
-        self.beta, self.measures_kl = settings.beta, settings.beta > 0
+        self.adds_kl = self.measures_kl = any(each.beta > 0 for each in settings.each)
 
     def collect(
-        self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        weights: Weights,
+        score: ScoreLatents,
     ) -> Trajectory[SampledStep]:
-        return rollout(sampling, conditioning, generators, reference=self.measures_kl)
+        return rollout(sampling, conditioning, generators, weights, reference=self.measures_kl)
 
     def advantages(
         self,
         rewards: Float[Tensor, "all terms"],
-        weights: Float[Tensor, " terms"],
+        weights: Float[Tensor, "all terms"],
         groups: Tensor,
         prompts: Sequence[str],
         history: MutableMapping[str, list[float]],
@@ -71,9 +83,11 @@ class DDPO(RolloutAlgorithm[SampledStep]):
         settings, scale, clip = self.settings, self.settings.scale_rewards, self.settings.train_adv_clip_max
         groups = groups if settings.per_prompt_stat_tracking else torch.zeros_like(groups)
         finite = torch.isfinite(rewards).all(1)  # an image without a reward is not trained on
-        rewards, groups = rewards[finite], groups[finite]
-        if settings.multi_objective_aggregation == "normalize_then_sum":
-            known = decoupled_advantages(rewards, weights, groups, scale=scale, clip=clip)
+        rewards, weights, groups = rewards[finite], weights[finite], groups[finite]
+        if settings.objectives:
+            known = mixed_advantages(rewards, weights, groups, scale=scale, clip=clip)
+        elif settings.multi_objective_aggregation == "normalize_then_sum":
+            known = decoupled_advantages(rewards, weights[0], groups, scale=scale, clip=clip)
         elif settings.per_prompt_stat_tracking_buffer_size:
             known = tracked_advantages(
                 rewards.sum(1),
@@ -94,9 +108,9 @@ class DDPO(RolloutAlgorithm[SampledStep]):
         steps = tuple(replace(step, advantage=advantages) for step in trajectory.steps)
         return replace(trajectory, steps=steps)
 
-    def temperature(self, dimensions: int) -> float:
+    def temperature(self, beta: float, dimensions: int) -> float:
         """With `log_prob_reduction: mean` the policy gradient is divided by the dimensions, and the KL is not."""
-        return self.settings.beta * (dimensions if self.settings.log_prob_reduction == "mean" else 1)
+        return beta * (dimensions if self.settings.log_prob_reduction == "mean" else 1)
 
     def update_log_probs(self, step: SampledStep, policy: Gaussian) -> None:
         step.log_prob.copy_(policy.log_prob(step.x_s).detach())

@@ -94,8 +94,9 @@ class _Parser(TrlParser):
 
     def _add_setting(self, group: Any, field: dataclasses.Field, text: str) -> None:
         names = (f"--{field.name}", f"--{field.name.replace('_', '-')}")
-        if field.type is dict:
-            group.add_argument(*dict.fromkeys(names), nargs="*", action=_Mapping, default={})
+        if field.type in (dict, list):
+            kind, default = (_Mapping, {}) if field.type is dict else (_Mappings, [])
+            group.add_argument(*dict.fromkeys(names), nargs="*", action=kind, default=default)
         else:
             plain = copy.copy(field)
             plain.metadata = {}  # type: ignore[assignment]
@@ -163,6 +164,18 @@ class _Mapping(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
         try:
             setattr(namespace, self.dest, parse_mapping(values))
+        except ValueError as error:
+            raise argparse.ArgumentError(self, str(error)) from error
+
+
+class _Mappings(argparse.Action):
+    """Mappings as in YAML, `{NAME: VALUE, NAME: VALUE}`, one an argument."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        from stepfuse.data.yaml_file import parse_yaml  # imports PyYAML, which other options do not need
+
+        try:
+            setattr(namespace, self.dest, [parse_yaml(text, repr(text)) for text in values])
         except ValueError as error:
             raise argparse.ArgumentError(self, str(error)) from error
 

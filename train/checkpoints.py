@@ -39,16 +39,19 @@ class Progress:
         kl: KL of the last step in nats per image; None if it is not measured.
         kl_steps: KL of each denoising step when it was last trained on, None for one that never was; empty if it is not
             measured.
-        validation: mean reward of the validation images, `before` and `after`.
+        vertex_kl_steps: of a run with several objectives, that of the images with all weight on one, by its name.
+        validation: mean reward of the validation images, `before` and `after`; of a run with several objectives that of
+            their weighted rewards, and the mean rewards at each point of `validation_points`.
         reward: the fit of the reward on images of the base.
         best: `step`, `kl` and `validation` of the best checkpoint so far, if they are compared.
         best_settings: settings that its validation images were drawn and scored with.
-        best_kl_steps: its `kl_steps`.
+        best_kl_steps, best_vertex_kl_steps: its `kl_steps` and `vertex_kl_steps`.
         best_state: its tensors, which a checkpoint has in a file of their own.
         health: what was skipped, collapsed, or stopped the run.
         base_diversity: diversity of the first rollout, which is that of the base.
         validation_prompts: prompts of the validation images before training.
-        validation_rewards: rewards of the validation images by prompt: `before`, `best` and `after`.
+        validation_rewards: rewards of the validation images by prompt: `before`, `best` and `after`; of a run with
+            several objectives, by point and objective.
         validation_settings: settings that the validation images before training were drawn and scored with.
         prompt_rewards: rewards of earlier steps by prompt (`per_prompt_stat_tracking_buffer_size`).
     """
@@ -56,16 +59,18 @@ class Progress:
     step: int = 0
     kl: float | None = 0.0
     kl_steps: list[float | None] = field(default_factory=list)
+    vertex_kl_steps: dict[str, list[float | None]] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     reward: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     best_settings: dict[str, Any] = field(default_factory=dict)
     best_kl_steps: list[float | None] = field(default_factory=list)
+    best_vertex_kl_steps: dict[str, list[float | None]] = field(default_factory=dict)
     best_state: dict[str, Tensor] | None = None
     health: list[dict[str, Any]] = field(default_factory=list)
     base_diversity: float | None = None
     validation_prompts: list[str] = field(default_factory=list)
-    validation_rewards: dict[str, list[float]] = field(default_factory=dict)
+    validation_rewards: dict[str, Any] = field(default_factory=dict)
     validation_settings: dict[str, Any] = field(default_factory=dict)
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)
 

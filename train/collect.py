@@ -15,14 +15,16 @@ from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.train.algorithm import Algorithm, Batch, Source, StepGaussians
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.conditioning import prompt_order
+from stepfuse.train.fused_sampling import Sampling, Weights
 from stepfuse.train.health import Health, diversity
 from stepfuse.train.lora import step_gaussians
-from stepfuse.train.rollout import D, Sampling, Trajectory, out_of_inference, sample_generator
+from stepfuse.train.mixtures import group_weights
+from stepfuse.train.rollout import D, Trajectory, out_of_inference, sample_generator
 from stepfuse.train.scoring import Scorer
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
 
-ScoreLatents = Callable[[Latents], "Future[Float[Tensor, ' images']]"]
+ScoreLatents = Callable[[Latents], "Future[Float[Tensor, 'images objectives']]"]
 
 
 class RolloutAlgorithm(Algorithm[D]):
@@ -30,14 +32,19 @@ class RolloutAlgorithm(Algorithm[D]):
 
     @abstractmethod
     def collect(
-        self, sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], score: ScoreLatents
+        self,
+        sampling: Sampling,
+        conditioning: Conditioning,
+        generators: list[torch.Generator],
+        weights: Weights,
+        score: ScoreLatents,
     ) -> Trajectory[D]:
         """Roll out one micro-batch; `score` gives future rewards of any number of consecutive latents per prompt."""
 
     def advantages(
         self,
         rewards: Float[Tensor, "all terms"],
-        weights: Float[Tensor, " terms"],
+        weights: Float[Tensor, "all terms"],
         groups: Int[Tensor, " all"],
         prompts: Sequence[str],
         history: MutableMapping[str, list[float]],
@@ -45,7 +52,8 @@ class RolloutAlgorithm(Algorithm[D]):
         """Advantages of all samples of a step, of all processes; None if the algorithm does not use them.
 
         Args:
-            rewards: final rewards, one column for each term of a weighted reward.
+            rewards: final rewards, one column for each objective, or for each term of one weighted reward.
+            weights: of these columns, for each sample.
             groups: the samples of one prompt of this step.
             history: rewards of earlier steps by prompt, which is updated.
         """
@@ -54,6 +62,9 @@ class RolloutAlgorithm(Algorithm[D]):
     def assign_advantages(self, trajectory: Trajectory[D], advantages: Float[Tensor, " batch"]) -> Trajectory[D]:
         """The trajectory with the advantages of its samples."""
         return trajectory
+
+    def weights(self, step: D) -> Weights:
+        return step.weights
 
     def step_index(self, step: D) -> int:
         return step.index
@@ -90,6 +101,7 @@ def collect_rollouts(
     groups = [i // algorithm.group_size for i in range(setup.total_batch_size)]
     order = prompt_order(settings.seed, len(setup.prompts), step, groups[-1] + 1)
     prompts = [setup.prompts[order[group]] for group in groups]
+    mixtures = group_weights(settings, step, groups[-1] + 1)[groups]
     sampling = setup.current_sampling(learned=learned_steps(settings, setup.learnable, step))
     drawn: list[tuple[Scorer, Trajectory[D]]] = []
     rewards: list[Future[Tensor]] = []
@@ -97,24 +109,37 @@ def collect_rollouts(
         generators = [sample_generator(settings.seed, "rollout", step, i) for i in indices]
         scorer = Scorer(setup.reward, setup.backbone, [prompts[i] for i in indices], step)
         conditioning = setup.embed(scorer.prompts)
+        weights = mixtures[indices.start : indices.stop]
         with accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):
-            trajectory = algorithm.collect(sampling, conditioning, generators, scorer)
+            trajectory = algorithm.collect(sampling, conditioning, generators, weights, scorer)
         trajectory = out_of_inference(trajectory)
         rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
         drawn.append((scorer, trajectory))
     all_rewards = accelerator.gather(torch.cat([future.result() for future in rewards]))
-    if health.skips and (bad := gather_object([prompt for scorer, _ in drawn for prompt in scorer.faulty])):
-        health.not_finite("a reward that is not finite", step + 1, bad)
+    for what in setup.reward.faults:
+        if health.skips and (bad := gather_object([prompt for scorer, _ in drawn for prompt in scorer.faulty[what]])):
+            health.not_finite(what, step + 1, bad)
     index = torch.tensor(groups, device=all_rewards.device)
     images = accelerator.gather(torch.cat([scorer.thumbnails for scorer, _ in drawn]))
     spread = diversity(images, index if algorithm.group_size > 1 else index * 0)
     health.measure_diversity(spread, step + 1, settings.min_diversity)
-    advantages = algorithm.advantages(all_rewards, setup.reward.term_weights(), index, prompts, history)
+    columns = setup.reward.column_weights(mixtures)
+    advantages = algorithm.advantages(all_rewards, columns, index, prompts, history)
     batches = []
     for indices, (scorer, trajectory) in zip(setup.micro_batches(), drawn, strict=True):
         if advantages is not None:
             trajectory = algorithm.assign_advantages(trajectory, advantages[indices.start : indices.stop])
         batch = Batch(prompts=scorer.prompts, steps=trajectory.steps, conditioning=trajectory.conditioning)
         batches.append(batch)
-    finite = all_rewards[torch.isfinite(all_rewards).all(1)]
-    return batches, {"reward": finite.sum(1).mean().item(), "diversity": spread}
+    return batches, mean_rewards(settings, all_rewards, mixtures) | {"diversity": spread}
+
+
+def mean_rewards(settings: TrainSettings, rewards: Float[Tensor, "all columns"], weights: Weights) -> dict[str, float]:
+    """The mean reward of a step; of several objectives that of each, over the images that have all weight on it."""
+    finite = torch.isfinite(rewards).all(1)
+    if len(settings.each) == 1:
+        return {"reward": rewards[finite].sum(1).mean().item()}
+    alone = {each.name: finite & (weights[:, i] == 1).to(finite.device) for i, each in enumerate(settings.each)}
+    return {
+        f"reward/{name}": rewards[rows, i].mean().item() for i, (name, rows) in enumerate(alone.items()) if rows.any()
+    }

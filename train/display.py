@@ -6,15 +6,18 @@ import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from stepfuse.data.kl_steps import largest_step
 from stepfuse.rewards.statistics import paired_interval
 from stepfuse.train.checkpoints import Progress
+from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
+from stepfuse.train.validation import CENTRE, objective_validation
 
 WINDOW = 20  # steps that running means are taken over
 REPORTS = 20  # lines of a run in a log file
@@ -33,10 +36,10 @@ class ProgressDisplay:
     def __init__(self, settings: TrainSettings, step: int, *, images: int, shown: bool) -> None:
         self.total, self.step, self.images = settings.max_train_steps, step, images
         terminal = sys.stderr.isatty()
-        self.name = f"train {settings.name}"
+        self.name = f"train {settings.title}"
         self.bar = tqdm(total=self.total, initial=step, desc=self.name, disable=not (shown and terminal))
         self.lines = shown and not terminal
-        self.rewards: deque[float] = deque(maxlen=WINDOW)
+        self.rewards: dict[str, deque[float]] = {}
         self.speeds: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self.since = time.monotonic()
 
@@ -50,9 +53,11 @@ class ProgressDisplay:
         self.step += 1
         self.speeds.append((self.images if new_images else 0, now - self.since))
         self.since = now
-        if new_images and math.isfinite(reward := measured.get("reward", math.nan)):
-            self.rewards.append(reward)
-        parts = [f"mean reward {sum(self.rewards) / len(self.rewards):.4g}"] if self.rewards else []
+        for name, value in measured.items():
+            if name.startswith("reward") and new_images and math.isfinite(value):
+                self.rewards.setdefault(name, deque(maxlen=WINDOW)).append(value)
+        means = {name.replace("reward/", ""): sum(known) / len(known) for name, known in self.rewards.items()}
+        parts = [f"mean {name} {mean:.4g}" for name, mean in means.items()]
         parts += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
         counts, seconds = map(sum, zip(*self.speeds, strict=True))
         text = ", ".join([*parts, f"{counts / max(seconds, 1e-9):.3g} images/s"])
@@ -74,18 +79,27 @@ def describe_start(settings: TrainSettings, start: Path | None, step: int) -> st
     return ""
 
 
-def describe_end(settings: TrainSettings, progress: Progress, reward: str) -> str:
-    """Say where the adapter is, what the validation images show, and which command comes next."""
+def describe_end(settings: TrainSettings, progress: Progress, rewards: Sequence[str]) -> str:
+    """Say where the adapters are, what the validation images show, and which command comes next.
+
+    Args:
+        rewards: the name of each objective's reward.
+    """
     output = Path(settings.output_dir)
-    lines = [f"adapter {settings.name}, step {progress.step}: {output}"]
-    before, after = (progress.validation.get(moment) for moment in ("before", "after"))
-    if before and after:
-        images = f"{after['images']} validation images"
-        lines.append(f"reward {reward} on {images}: {before['reward']:.4g} → {after['reward']:.4g}")
-        gain = describe_gain(progress)
-        if not gain and progress.validation_rewards.get("before"):
-            gain = " (no gain: the images after were drawn with another seed, other prompts or other settings)"
-        lines[-1] += gain
+    folders = [adapter_folder(output, settings, each.name) for each in settings.each]
+    lines = []
+    for each, folder, reward in zip(settings.each, folders, rewards, strict=True):
+        lines.append(f"adapter {each.name}, step {progress.step}: {folder}")
+        validation = objective_validation(progress, each.name)
+        if "before" in validation and "after" in validation:
+            lines.append(_describe_validation(reward, validation, progress, [each.name] * 2))
+    if settings.objectives and {"before", "after"} <= set(progress.validation):
+        lines.append(f"with equal weights, rule {settings.train_rule}:")
+        for each in settings.each:
+            points = {
+                moment: progress.validation[moment]["points"][CENTRE][each.name] for moment in ("before", "after")
+            }
+            lines.append("  " + _describe_validation(each.name, points, progress, [CENTRE, each.name]))
     if progress.kl is not None:
         lines.append(f"KL divergence to the base model: {progress.kl:.4g} nats per image")
         if largest := largest_step(progress.kl_steps):
@@ -94,16 +108,30 @@ def describe_end(settings: TrainSettings, progress: Progress, reward: str) -> st
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
     folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
-    create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
+    adapters = [word for path in folders for word in ("--adapter", str(path))]
+    create = ["stepfuse", "set", "create", str(folder), *adapters]
     sample = ["stepfuse", "sample", str(folder), "--prompt", prompt]
     lines.append("next, make a set of this and other adapters (--adapter is repeated), and draw images:")
     lines += [f"  {shlex.join(command)}" for command in (create, sample)]
     return "\n".join(lines)
 
 
-def describe_gain(progress: Progress) -> str:
+def _describe_validation(reward: str, validation: Mapping[str, Any], progress: Progress, path: Sequence[str]) -> str:
+    """The reward before and after, and its gain; `path` leads to the rewards of a run with several objectives."""
+    before, after = validation["before"], validation["after"]
+    rewards: dict[str, Any] = dict(progress.validation_rewards)
+    if "points" in progress.validation["before"]:
+        point, name = path
+        rewards = {moment: by_point[point][name] for moment, by_point in rewards.items()}
+    line = f"reward {reward} on {after['images']} validation images: {before['reward']:.4g} → {after['reward']:.4g}"
+    gain = describe_gain(rewards, progress.validation_prompts)
+    if not gain and rewards.get("before"):
+        gain = " (no gain: the images after were drawn with another seed, other prompts or other settings)"
+    return line + gain
+
+
+def describe_gain(rewards: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> str:
     """The mean gain of the validation reward and its 95 % interval, or why there is none."""
-    rewards, prompts = progress.validation_rewards, progress.validation_prompts
     if not rewards.get("before") or not rewards.get("after"):
         return ""  # a checkpoint of an earlier version has none, and a resumed run may have other validation prompts
     if len(set(prompts)) < 2:

@@ -92,16 +92,19 @@ class Engine:
         state = self.policy.trainable_state(values)
         return {name: value.detach().float().contiguous().cpu().clone() for name, value in state.items()}
 
-    def schedule_parameters(self) -> dict[str, Tensor]:
-        """The trained parameters of the schedule by name. All processes take part."""
+    def schedule_parameters(self) -> list[dict[str, Tensor]]:
+        """The trained parameters of each objective's schedule by name. All processes take part."""
         parameters = self.policy.schedule_parameters()
+        held = [parameter for each in parameters for parameter in each.values()]
         gathered: Any = nullcontext()
-        if parameters and self.partitioned:
+        if held and self.partitioned:
             import deepspeed
 
-            gathered = deepspeed.zero.GatheredParameters(list(parameters.values()))
+            gathered = deepspeed.zero.GatheredParameters(held)
         with gathered:
-            return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+            return [
+                {name: parameter.detach().float().clone() for name, parameter in each.items()} for each in parameters
+            ]
 
     def save(self, folder: Path) -> None:
         """Save optimiser, learning rate and generators; DeepSpeed also saves its part of the trained parameters."""
@@ -115,12 +118,13 @@ class Engine:
 
 
 def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW for the LoRA, and with another learning rate for the parameters of the schedule."""
-    variance = policy.schedule_parameters()
-    lora = [p for name, p in policy.named_parameters() if p.requires_grad and name not in variance]
+    """AdamW for the LoRAs, and with another learning rate for the parameters of the schedules."""
+    variance = [parameter for each in policy.schedule_parameters() for parameter in each.values()]
+    of_schedules = {id(parameter) for parameter in variance}
+    lora = [p for p in policy.parameters() if p.requires_grad and id(p) not in of_schedules]
     groups: list[dict[str, Any]] = [{"params": lora, "lr": settings.learning_rate}]
     if variance:
-        groups.append({"params": list(variance.values()), "lr": settings.variance_learning_rate, "weight_decay": 0.0})
+        groups.append({"params": variance, "lr": settings.variance_learning_rate, "weight_decay": 0.0})
     kind: Any = torch.optim.AdamW
     if settings.use_8bit_adam:
         try:

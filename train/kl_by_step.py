@@ -2,9 +2,11 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from stepfuse.data.kl_steps import KL_PICTURE, StepKL, draw_kl_steps, largest_step
 from stepfuse.fuse.diffusion.kl_weights import kl_weights
@@ -17,33 +19,75 @@ logger = logging.getLogger(__name__)
 DOMINANT = 0.9  # share of the weights of all steps
 
 
-def kl_tag(step_index: int) -> str:
-    """The name that trackers show the KL of a denoising step under, which is counted from 1."""
-    return f"kl_step/{step_index + 1:02d}"
+def kl_tag(step_index: int, objective: str = "") -> str:
+    """The name that trackers show the KL of a denoising step under, which is counted from 1.
+
+    Args:
+        objective: for the images that have all weight on it; by default for all images.
+    """
+    return f"kl_step/{objective}{'/' if objective else ''}{step_index + 1:02d}"
 
 
-def keep_kl_steps(progress: Progress, measured: Mapping[str, float], count: int) -> None:
-    """Keep what was measured of each of `count` denoising steps; one that was not trained on keeps its value."""
-    before = progress.kl_steps if len(progress.kl_steps) == count else [None] * count
-    now = [measured.get(kl_tag(k), math.nan) for k in range(count)]
-    progress.kl_steps = [max(v, 0.0) if math.isfinite(v) else old for v, old in zip(now, before, strict=True)]
+class VertexKL:
+    """The KL of each denoising step over the images that have all weight on one objective, for a run with several."""
+
+    def __init__(self, count: int, names: Sequence[str], device: torch.device) -> None:
+        self.names = names if len(names) > 1 else []
+        self.totals = torch.zeros(count, len(names), 2, device=device)  # sum and number
+
+    def add(self, step_index: int, kl: Tensor, weights: Tensor | None) -> None:
+        """Add the KL of the samples of a step, with their weights of the objectives."""
+        if self.names and weights is not None:
+            alone = (weights == 1).to(self.totals)
+            self.totals[step_index] += torch.stack([(alone * kl[:, None]).sum(0), alone.sum(0)], dim=1)
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all processes by `kl_tag`, and `kl/NAME`, the sum over the steps, where all were measured."""
+        measured: dict[str, float] = {}
+        if not self.names:
+            return measured
+        for name, by_step in zip(self.names, accelerator.reduce(self.totals, "sum").unbind(1), strict=True):
+            known = {kl_tag(k, name): kl / n for k, (kl, n) in enumerate(by_step.tolist()) if n}
+            measured |= known
+            if known:
+                measured[f"kl/{name}"] = sum(known.values())
+        return measured
 
 
-def kl_record(setup: Setup, progress: Progress) -> list[StepKL]:
+def keep_kl_steps(progress: Progress, measured: Mapping[str, float], count: int, names: Sequence[str]) -> None:
+    """Keep what was measured of each of `count` denoising steps; one that was not trained on keeps its value.
+
+    Args:
+        names: of the objectives.
+    """
+    progress.kl_steps = _kept(progress.kl_steps, measured, count, "")
+    if len(names) > 1:
+        of = progress.vertex_kl_steps
+        progress.vertex_kl_steps = {name: _kept(of.get(name, []), measured, count, name) for name in names}
+
+
+def _kept(before: list[float | None], measured: Mapping[str, float], count: int, name: str) -> list[float | None]:
+    before = before if len(before) == count else [None] * count
+    now = [measured.get(kl_tag(k, name), math.nan) for k in range(count)]
+    return [max(v, 0.0) if math.isfinite(v) else old for v, old in zip(now, before, strict=True)]
+
+
+def kl_record(setup: Setup, kl_steps: Sequence[float | None]) -> list[StepKL]:
     """The KL of every denoising step with its noise levels, for an adapter's record; empty if it is not measured."""
-    if not any(nats is not None for nats in progress.kl_steps):
+    if not any(nats is not None for nats in kl_steps):
         return []
     path, like = setup.sampling.denoiser.path, torch.zeros(1, dtype=torch.float64)
     return [
         StepKL(sigma_t=path.at(t, like)[1].item(), sigma_s=path.at(s, like)[1].item(), nats=nats)
-        for (t, s), nats in zip(setup.sampling.steps, progress.kl_steps, strict=True)
+        for (t, s), nats in zip(setup.sampling.steps, kl_steps, strict=True)
     ]
 
 
 def show_kl_steps(setup: Setup, progress: Progress) -> None:
     """Write the picture of the KL by step beside the adapter, and send it to the trackers; none where all are 0."""
     if largest_step(progress.kl_steps):
-        picture = draw_kl_steps({setup.settings.name: kl_record(setup, progress)})
+        steps = progress.vertex_kl_steps or {setup.settings.title: progress.kl_steps}
+        picture = draw_kl_steps({name: kl_record(setup, kl_steps) for name, kl_steps in steps.items()})
         picture.save(setup.output / KL_PICTURE)
         log_picture(setup.accelerator.trackers, progress.step, "kl_steps", picture)
 
@@ -53,7 +97,8 @@ def warn_of_dominant_step(setup: Setup) -> None:
     path, steps, learnable = setup.sampling.denoiser.path, setup.sampling.steps, setup.learnable
     if path.prediction_type != "flow":
         return
-    weights = kl_weights(path, steps, setup.sampling.schedule)
+    # The dominant step is a matter of the noise path; schedules move it little.
+    weights = kl_weights(path, steps, setup.sampling.objectives[0].schedule)
     total = weights[learnable].sum().item()
     largest = max(learnable, key=lambda k: weights[k].item())
     share = weights[largest].item() / total

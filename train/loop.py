@@ -1,4 +1,4 @@
-"""Training one adapter, from settings to the folder of the adapter."""
+"""Training an adapter, or several together, from settings to the folder of the adapters."""
 
 from contextlib import closing
 from pathlib import Path
@@ -24,7 +24,8 @@ from stepfuse.train.validation import Validator, fit_reward
 
 
 def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = None) -> Path:
-    """Train one adapter and write it to `settings.output_dir`, which is returned.
+    """Train one adapter and write it to `settings.output_dir`, which is returned; of several objectives each has an
+    adapter in a folder of its name there.
 
     Settings that are wrong or do not fit together are found before the first step, and before anything is written.
 
@@ -38,7 +39,8 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
     algorithm = algorithm or ALGORITHMS[settings.algorithm](settings)
     output = Path(settings.output_dir)
     with locked(output), disk_hints(output), oom_hints(settings):
-        start = find_start(output, settings.resume_from_checkpoint, overwrite=settings.overwrite)
+        names = [each.name for each in settings.each] if settings.objectives else []
+        start = find_start(output, settings.resume_from_checkpoint, names=names, overwrite=settings.overwrite)
         prompts = settings.load_prompts(settings.seed)
         accelerator = make_accelerator(settings)
         check_run(settings, algorithm, accelerator.num_processes)
@@ -78,7 +80,7 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
     if accelerator.is_main_process:
         write_policy(state, setup, algorithm, progress)
         setup.embed.report_streamed()
-        print(describe_end(settings, progress, setup.reward.name), flush=True)
+        print(describe_end(settings, progress, [reward.name for reward in setup.reward.objectives]), flush=True)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
@@ -105,7 +107,7 @@ def fit(
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
             progress.kl = measured.get("kl")
-            keep_kl_steps(progress, measured, len(setup.sampling.steps))
+            keep_kl_steps(progress, measured, len(setup.sampling.steps), setup.reward.names)
             display.advance(measured, new_images=index == 0)
             setup.accelerator.log(measured, step=progress.step)
             if stopped := kl_exceeded(settings, progress, health):
@@ -123,8 +125,9 @@ def fit(
 
 
 def check_run(settings: TrainSettings, algorithm: Algorithm[Any], processes: int) -> None:
-    """Check the name and beta of the objective, and that the images of a step can be divided into groups."""
-    Objective(name=settings.name, reward=settings.reward, variance=settings.initial_schedule(), beta=settings.beta)
+    """Check the name and beta of each objective, and that the images of a step can be divided into groups."""
+    for each in settings.each:
+        Objective(name=each.name, reward=each.reward, variance=each.initial_schedule(), beta=each.beta)
     total = settings.train_batch_size * settings.gradient_accumulation_steps * processes
     if total % algorithm.group_size:
         raise ValueError(

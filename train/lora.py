@@ -1,4 +1,4 @@
-"""The policy: a base model with one trainable LoRA, and the trainable parameters of its variance schedule."""
+"""The policy: a base model with a LoRA and a variance schedule for each objective, which are trained."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,59 +15,101 @@ from torch import Tensor, nn
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Router
-from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
-from stepfuse.fuse.diffusion.noise_path import NoisePath
-from stepfuse.fuse.diffusion.transition import transition
-from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
-from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows
+from stepfuse.fuse.diffusion.variance import VarianceSchedule
+from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows, lora_layers
 from stepfuse.fuse.lora.mixture import BASE, Network
-from stepfuse.train.rollout import Sampling, Step
+from stepfuse.fuse.lora.rows import AdapterRows
+from stepfuse.fuse.rules.base import FusionRule
+from stepfuse.fuse.rules.step import FusionStep
+from stepfuse.train.fused_sampling import Sampling, fusion_step
+from stepfuse.train.rollout import Step
 
 POLICY = Network.of("policy")  # stands for the policy among the branches of guidance
 VARIANCE = "variance_"  # before the names of the schedule's parameters in a checkpoint
 
 
 class Policy(nn.Module):
-    """The trainable module: a network with its LoRA, and the trainable parameters of its schedule.
+    """The trainable module: a network with a LoRA for each objective, and the trainable parameters of their schedules.
 
-    Its forward returns these parameters too, so that a distributed wrapper sees every parameter used.
+    Its forward returns these parameters too, a mapping for each objective, so that a distributed wrapper sees every
+    parameter used.
+
+    Args:
+        adapters: names of the LoRAs.
+        schedules: the variance schedule of each.
+        rows: runs several LoRAs, each row with weights of its own; not needed for one.
     """
 
-    def __init__(self, backbone: Backbone, adapter: str, schedule: VarianceSchedule) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: Sequence[str],
+        schedules: Sequence[VarianceSchedule],
+        rows: AdapterRows | None = None,
+    ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.network = backbone.network
-        self.adapter = adapter
-        self.schedule_names = tuple(schedule.trainable())
-        for name, value in schedule.trainable().items():
-            self.register_parameter(name, nn.Parameter(value.clone()))
+        self.backbone, self.network, self.rows = backbone, backbone.network, rows
+        self.adapters = tuple(adapters)
+        several = len(self.adapters) > 1
+        # By objective, the name of each parameter of its schedule here.
+        self.schedule_names = [
+            {name: f"{name}_{adapter}" if several else name for name in schedule.trainable()}
+            for adapter, schedule in zip(adapters, schedules, strict=True)
+        ]
+        for names, schedule in zip(self.schedule_names, schedules, strict=True):
+            for name, value in schedule.trainable().items():
+                self.register_parameter(names[name], nn.Parameter(value.clone()))
         self.register_load_state_dict_pre_hook(_rename_part)
 
-    def forward(self, x: Tensor, times: Tensor, **inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        with active_adapter(self.network, self.adapter):
+    def forward(
+        self, x: Tensor, times: Tensor, weights: Tensor | None = None, **inputs: Tensor
+    ) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The prediction, with the one LoRA, or with these weights of the LoRAs for each row."""
+        if self.rows is None:
+            with active_adapter(self.network, self.adapters[0]):
+                output = self.backbone.predict(x, times, inputs, network=self.network)
+        else:
+            # They stay until the next forward: gradient checkpointing runs the layers again in the backward pass.
+            self.rows.route = weights
             output = self.backbone.predict(x, times, inputs, network=self.network)
         # Not the parameters themselves: with ZeRO-3 they may be partitioned again after this forward.
-        return output, {name: value * 1 for name, value in self.schedule_parameters().items()}
+        return output, [{name: value * 1 for name, value in each.items()} for each in self.schedule_parameters()]
 
-    def schedule_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: self.get_parameter(name) for name in self.schedule_names}
+    def schedule_parameters(self) -> list[dict[str, nn.Parameter]]:
+        """The trainable parameters of each objective's schedule by name."""
+        return [{name: self.get_parameter(own) for name, own in names.items()} for names in self.schedule_names]
 
     def trainable_state(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """LoRA tensors in peft's names and the schedule's parameters, from trainable values by their names here."""
-        lora = {
-            name.removeprefix("network."): value for name, value in values.items() if name not in self.schedule_names
-        }
-        state = dict(get_peft_model_state_dict(self.network, state_dict=lora, adapter_name=self.adapter))
-        return state | {VARIANCE + name: values[name] for name in self.schedule_names}
+        """LoRA tensors in peft's names and the schedules' parameters, from trainable values by their names here.
+
+        Of several objectives each name begins with that of its objective and a slash.
+        """
+        own = {name for names in self.schedule_names for name in names.values()}
+        lora = {name.removeprefix("network."): value for name, value in values.items() if name not in own}
+        state = {}
+        for adapter, names in zip(self.adapters, self.schedule_names, strict=True):
+            mine = dict(get_peft_model_state_dict(self.network, state_dict=lora, adapter_name=adapter))
+            mine |= {VARIANCE + name: values[held] for name, held in names.items()}
+            state |= {f"{self._prefix(adapter)}{name}": value for name, value in mine.items()}
+        return state
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `trainable_state`."""
-        lora, parameters = split_state(state)
-        set_peft_model_state_dict(self.network, lora, adapter_name=self.adapter)
-        with torch.no_grad():
-            for name, parameter in self.schedule_parameters().items():
-                parameter.copy_(parameters[name])
+        for adapter, parameters in zip(self.adapters, self.schedule_parameters(), strict=True):
+            lora, values = split_state(self.state_of(adapter, state))
+            set_peft_model_state_dict(self.network, lora, adapter_name=adapter)
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(values[name])
+
+    def state_of(self, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of a `trainable_state` that is of one objective."""
+        prefix = self._prefix(adapter)
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def _prefix(self, adapter: str) -> str:
+        return f"{adapter}/" if len(self.adapters) > 1 else ""
 
 
 def split_state(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -95,6 +137,15 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
     cast_training_params(network, dtype=torch.float32)
 
 
+def train_all(network: nn.Module, names: Sequence[str]) -> None:
+    """Let the LoRAs of all these adapters be trained; peft lets the one that was added last."""
+    for layer in lora_layers(network):
+        for factors in (layer.lora_A, layer.lora_B):
+            for name in names:
+                if name in factors:
+                    factors[name].requires_grad_(True)
+
+
 @dataclass(frozen=True)
 class SharedForward(Router):
     """Base and policy in one forward pass, without gradients, with the LoRA's present weights."""
@@ -117,38 +168,62 @@ class SharedForward(Router):
 def step_gaussians(
     policy: nn.Module, sampling: Sampling, steps: Sequence[Step], conditioning: Conditioning
 ) -> list[tuple[Gaussian, Gaussian | None]]:
-    """p_θ(x_s | x_t), with gradients, and p_ref(x_s | x_t) of stored steps that have the base's prediction.
+    """p_θ(x_s | x_t) of the fused policy, with gradients, and p_ref(x_s | x_t), of stored steps of one batch.
 
     All of them are computed in one forward pass.
 
     Args:
         policy: the `Policy`, wrapped or not.
-        sampling: with the initial schedule, whose parameters come from the policy.
-        steps: one or more steps of one batch.
+        sampling: with the initial schedules, whose parameters come from the policy.
+        steps: one or more steps of one batch; p_ref is None for those without the base's prediction.
     """
-    denoiser, path = sampling.denoiser, sampling.denoiser.path
-    branches = denoiser.guidance.branches([POLICY])
-    kinds = "".join(branch.kind for branch in branches if branch.network == POLICY)  # the base's are stored
-    x_t = torch.cat([step.x_t for step in steps])
-    times = torch.cat([path.network_time(step.t).expand(len(step.x_t)) for step in steps])
-    repeated = conditioning[torch.arange(len(steps[0].x_t)).repeat(len(steps))] if len(steps) > 1 else conditioning
-    x = torch.cat([x_t] * len(kinds))
-    inputs = repeated.inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
-    output, parameters = policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
-    parts = [part.chunk(len(steps)) for part in output.to(torch.float32).chunk(len(kinds))]
-    schedule = sampling.schedule.with_parameters(parameters)
-    gaussians = []
-    for step, outputs in zip(steps, zip(*parts, strict=True), strict=True):
-        stored = [] if step.negative is None else [step.negative]
-        (prediction,) = denoiser.combine(branches, [*stored, *outputs])
-        base = None if step.reference is None else _gaussian(path, schedule.base, step, step.reference)
-        gaussians.append((_gaussian(path, schedule, step, prediction), base))
+    guidance = sampling.denoiser.guidance
+    kinds = "".join(branch.kind for branch in guidance.branches([POLICY]) if branch.network == POLICY)
+    asked = [_Asked(fusion_step(sampling.plan(step.weights), step.index, step.x_t), sampling.rule) for step in steps]
+    outputs, parameters = _forward(policy, sampling, asked, kinds, conditioning)
+    current = sampling.with_schedules(parameters)
+    sizes = [len(rows) for each in asked for rows in each.rows] * len(kinds)
+    parts = iter(output.to(torch.float32) for output in outputs.split(sizes))
+    by_kind = [[[next(parts) for _ in each.rows] for each in asked] for _ in kinds]
+    gaussians: list[tuple[Gaussian, Gaussian | None]] = []
+    for k, (step, each) in enumerate(zip(steps, asked, strict=True)):
+        stored = [] if step.negative is None else [step.negative]  # the base's; the others are the policy's
+        branches = guidance.branches(each.networks, each.some)
+        raw = [*stored, *(output for kind in by_kind for output in kind[k])]
+        predictions = sampling.denoiser.combine(branches, raw)
+        fusion = fusion_step(current.plan(step.weights), step.index, step.x_t)
+        spread = [fusion.spread(e, some) for e, some in zip(predictions, each.some, strict=True)]
+        reference = None if step.reference is None else current.reference(fusion, step.reference)
+        gaussians.append((current.rule.combine(fusion, spread), reference))
     return gaussians
 
 
-def _gaussian(path: NoisePath, schedule: VarianceSchedule, step: Step, prediction: Latents) -> Gaussian:
-    variance = step_variance(schedule, path, step.t, step.s, step.x_t)
-    return transition(path, step.x_t, prediction, step.t, step.s, variance)
+class _Asked:
+    """The networks that a rule asks for at a step, each with its rows, `some` of them None for all."""
+
+    def __init__(self, step: FusionStep, rule: FusionRule) -> None:
+        self.step = step
+        self.networks, self.rows = zip(*rule.networks(step), strict=True)
+        self.some = [step.some_rows(rows) for rows in self.rows]
+
+
+def _forward(
+    policy: nn.Module, sampling: Sampling, asked: Sequence[_Asked], kinds: str, conditioning: Conditioning
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """The policy on all rows that are asked for, step by step and network by network, for each kind of prompt."""
+    denoiser = sampling.denoiser
+    rows = torch.cat([rows for each in asked for rows in each.rows])
+    x_t = torch.cat([each.step.x_t[rows.to(each.step.x_t.device)] for each in asked for rows in each.rows])
+    times = torch.cat(
+        [denoiser.path.network_time(each.step.t).expand(len(rows)) for each in asked for rows in each.rows]
+    )
+    x = torch.cat([x_t] * len(kinds))
+    inputs = conditioning[rows].inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
+    if len(sampling.objectives) > 1:
+        assert denoiser.batched is not None  # several LoRAs always share a forward
+        networks = [n for each in asked for n, rows in zip(each.networks, each.rows, strict=True) for _ in rows]
+        inputs["weights"] = denoiser.batched.route_of(networks * len(kinds), x.device)
+    return policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
 
 
 def _rename_part(policy: nn.Module, state: dict[str, Tensor], *_: Any) -> None:

@@ -17,7 +17,7 @@ def dpo_loss(
     reference_chosen: PerSample,
     reference_rejected: PerSample,
     *,
-    beta: float,
+    beta: float | PerSample,
     label_smoothing: float = 0.0,
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid",
     clip_range: float = 0.0,
@@ -36,7 +36,7 @@ def dpo_loss(
     Args:
         chosen, rejected: log p_θ of winner and loser, in nats.
         reference_chosen, reference_rejected: log p_ref of the same tensors, in nats.
-        beta: temperature of the implied KL.
+        beta: temperature of the implied KL, one for all samples or one for each.
         label_smoothing: ε, the assumed share of flipped labels.
         clip_range: c; 0 does not clamp.
     """

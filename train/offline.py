@@ -128,4 +128,4 @@ class DiffusionDPO(Algorithm[NoisedPairs]):
         assert reference is not None  # every pair has one
         scale = self.log_prob_scale(step.x_t)
         log_probs = [part for p in (policy, reference) for part in (p.log_prob(step.target) * scale).chunk(2)]
-        return preference_loss(self.settings, *log_probs)
+        return preference_loss(self.settings, self.settings.beta, *log_probs)

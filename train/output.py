@@ -4,9 +4,10 @@ import dataclasses
 import errno
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -56,11 +57,12 @@ def locked(folder: Path) -> Iterator[None]:
             lock.release()
 
 
-def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | None:
+def find_start(folder: Path, wanted: str | None, *, names: Sequence[str] = (), overwrite: bool) -> Path | None:
     """The checkpoint to resume from; None to start from the beginning.
 
     Args:
         wanted: `latest`, the name or path of a checkpoint's folder, or None to start from the beginning.
+        names: of the objectives, for a run with several.
 
     Raises:
         ValueError: for a folder that is not empty, or with `overwrite` for files of other programs that the run would
@@ -72,7 +74,7 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
             return newest
         if checkpoints:
             raise ValueError(f"no checkpoint in {folder} is intact: {', '.join(checkpoints)}; train again")
-        if (folder / OBJECTIVE).exists():
+        if (folder / OBJECTIVE).exists() or any(folder.glob(f"*/{OBJECTIVE}")):
             raise ValueError(
                 f"{folder} contains a finished adapter and no checkpoint to resume from; choose another folder"
             )
@@ -80,7 +82,9 @@ def find_start(folder: Path, wanted: str | None, *, overwrite: bool) -> Path | N
             return None
     elif wanted is not None:
         return find_checkpoint(folder, wanted)
-    writes = (CONFIG, OBJECTIVE, WEIGHTS, KL_PICTURE, *checkpoints)  # of checkpoints the oldest would be deleted
+    # Of checkpoints the oldest would be deleted.
+    adapters = [f"{name}/{file}" for name in names for file in (OBJECTIVE, WEIGHTS)] if names else [OBJECTIVE, WEIGHTS]
+    writes = (CONFIG, *adapters, KL_PICTURE, *checkpoints)
     require_empty_dir(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
     return None
 
@@ -95,6 +99,8 @@ def training_files(folder: Path) -> set[Path]:
     started = isinstance(config, dict) and {"pretrained_model_name_or_path", "output_dir"} <= set(config)
     if started or (folder / OBJECTIVE).is_file():
         files |= files_named(folder, OBJECTIVE, WEIGHTS, KL_PICTURE, *([CONFIG] if started else []))
+        for name in _objective_names(config) if started else []:
+            files |= files_named(folder, f"{name}/{OBJECTIVE}", f"{name}/{WEIGHTS}")
         files |= {file for file in files_below(folder, "samples") if file.match("step-*.png")}
         logs = Path(str(config.get("logging_dir", "logs")) if started else "logs", "stepfuse")
         if not logs.is_absolute() and ".." not in logs.parts:
@@ -107,6 +113,17 @@ def begin_output(folder: Path, settings: TrainSettings, *, overwrite: bool) -> N
     if overwrite:
         delete_files(folder, training_files(folder))
     write_text(folder / CONFIG, yaml_text(dataclasses.asdict(settings)))
+
+
+def adapter_folder(folder: Path, settings: TrainSettings, name: str) -> Path:
+    """The folder of an objective's adapter: that of the run, or one in it if the run has several."""
+    return folder / name if settings.objectives else folder
+
+
+def _objective_names(config: Mapping[str, Any]) -> list[str]:
+    """The names of several objectives in the configuration that a run has written."""
+    entries = config.get("objectives") or []
+    return [str(entry.get("objective_name", "")) for entry in entries if isinstance(entry, Mapping)]
 
 
 @contextmanager

@@ -34,14 +34,10 @@ class LoRASettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
-    """Sampling during training.
+class VarianceSettings:
+    """Variance schedule.
 
     Attributes:
-        sample_num_steps: Number of denoising steps of an image.
-        sample_guidance_scale: Scale of classifier-free guidance.
-        guidance: Source of the unconditional prediction: the base model (`shared`), or base model and LoRA (`full`).
-            `off` samples without classifier-free guidance; `embedded` gives the scale to a guidance-distilled network.
         variance: Variance of the denoising steps: one eta for all (`eta`), one eta per step (`table`), offsets that are
             trained with the LoRA (`learned`), the exact step of the SDE of flow matching (`sde`, with noise_level;
             1.414 is eta 1), a share of the noise variance (`share`, with share, as in CPS, which tends to no SDE and is
@@ -51,6 +47,33 @@ class SamplingSettings:
         sample_eta: DDIM's eta in (0, 1] for `eta`, and the initial one for `learned`; 1 is ancestral sampling.
         sample_etas: Etas for `table`, one per step, noisiest step first.
         variance_knots: Number of offsets for `learned`, evenly spaced over time and interpolated linearly.
+    """
+
+    variance: str = setting("eta", choices=SCHEDULES)
+    variance_options: dict = setting({})
+    sample_eta: float = 1.0
+    sample_etas: list[float] = setting([])
+    variance_knots: int = 5
+
+    @property
+    def trains_variance(self) -> bool:
+        """Whether the schedule has parameters that are trained."""
+        return bool(self.initial_schedule().trainable())
+
+    def initial_schedule(self) -> "VarianceSchedule":
+        """The variance schedule that training starts from."""
+        return initial_schedule(self.variance, vars(self), self.variance_options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Sampling during training.
+
+    Attributes:
+        sample_num_steps: Number of denoising steps of an image.
+        sample_guidance_scale: Scale of classifier-free guidance.
+        guidance: Source of the unconditional prediction: the base model (`shared`), or base model and LoRA (`full`).
+            `off` samples without classifier-free guidance; `embedded` gives the scale to a guidance-distilled network.
         resolution: Height and width of the images in pixels. Unset, the base model's default.
         skip_first_steps: Number of steps, noisiest first, that are sampled but not trained on. SPO skips 4 of 20.
         skip_last_steps: Number of steps at the end that are sampled but not trained on. On a flow path that ends close
@@ -64,11 +87,6 @@ class SamplingSettings:
     sample_num_steps: int = setting(20, least=1)
     sample_guidance_scale: float = 5.0
     guidance: Literal["shared", "full", "off", "embedded"] = "shared"
-    variance: str = setting("eta", choices=SCHEDULES)
-    variance_options: dict = setting({})
-    sample_eta: float = 1.0
-    sample_etas: list[float] = setting([])
-    variance_knots: int = 5
     resolution: int | None = setting(None, least=1)
     skip_first_steps: int = setting(0, least=0)
     skip_last_steps: int = setting(0, least=0)
@@ -80,15 +98,6 @@ class SamplingSettings:
         require(first < self.sample_num_steps, "skip_first_steps", first, "0 or more, below sample_num_steps")
         together = f"0 or more, and with skip_first_steps ({first}) below sample_num_steps ({self.sample_num_steps})"
         require(first + last < self.sample_num_steps, "skip_last_steps", last, together)
-
-    @property
-    def trains_variance(self) -> bool:
-        """Whether the schedule has parameters that are trained."""
-        return bool(self.initial_schedule().trainable())
-
-    def initial_schedule(self) -> "VarianceSchedule":
-        """The variance schedule that training starts from."""
-        return initial_schedule(self.variance, vars(self), self.variance_options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,15 @@ WITHOUT_EFFECT = (
     "checkpoints_total_limit",
 )
 # Settings that earlier versions did not have, and their values there: with these the hash is that of the same run then.
-ADDED: dict[str, Any] = {"variance_options": {}, "skip_last_steps": 0, "max_sequence_length": None}
+ADDED: dict[str, Any] = {
+    "variance_options": {},
+    "skip_last_steps": 0,
+    "max_sequence_length": None,
+    "objectives": [],
+    "train_rule": "soup",
+    "vertex_share": 0.5,
+    "weight_concentration": 1.0,
+}
 EARLIER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what unset `lora_target_modules` stood for
 
 
@@ -32,7 +40,8 @@ def provenance(settings: TrainSettings) -> dict[str, Any]:
     `inputs` are the SHA-256 of the local files of prompts and rewards, by the names that the settings give them.
     `config_sha256` is of everything that the trained adapter depends on: equal for equal adapters.
     """
-    rewards = {parse_reward(term.name).path for term in parse_reward(settings.reward).terms}
+    names = [each.reward for each in settings.each]
+    rewards = {parse_reward(term.name).path for name in names for term in parse_reward(name).terms}
     named = {settings.prompts, settings.validation_set} | rewards
     inputs = {name: file_hash(Path(name)) for name in sorted(named) if Path(name).is_file()}
     config = dataclasses.asdict(settings)

@@ -12,41 +12,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser, Guided
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.noise_path import Time
-from stepfuse.fuse.diffusion.transition import transition
-from stepfuse.fuse.diffusion.variance import VarianceSchedule, step_variance
-from stepfuse.fuse.lora.mixture import BASE, Network
-from stepfuse.train.advantages import best_and_worst
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How images are sampled during training.
-
-    Attributes:
-        denoiser: the network and its guidance.
-        adapter: name of the policy's LoRA; None samples with the base model.
-        schedule: variance schedule of the denoising steps.
-        steps: pairs (t, s) of the noise path, noisiest first.
-        shape: shape of one latent.
-        learned: indices of the steps to train on; None is all of them.
-    """
-
-    denoiser: Denoiser
-    adapter: str | None
-    schedule: VarianceSchedule
-    steps: list[tuple[Time, Time]]
-    shape: tuple[int, int, int]
-    learned: frozenset[int] | None = None
-
-    def variance(self, t: Time, s: Time, like: Tensor) -> Tensor:
-        return step_variance(self.schedule, self.denoiser.path, t, s, like)
-
-    def trains_on(self, index: int, variance: Tensor) -> bool:
-        """Whether a step of this variance is trained on: one without is not, as the last of some schedulers."""
-        return (self.learned is None or index in self.learned) and bool((variance > 0).all())
+from stepfuse.fuse.rules.step import FusionStep
+from stepfuse.train.advantages import best_and_worst, weighted_scores
+from stepfuse.train.fused_sampling import Fused, Sampling, Weights, fusion_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +27,7 @@ class Step:
         index: of the step among the denoising steps of an image, from 0.
         x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
         t, s: times of the step on the noise path.
+        weights: w_i of the objectives for each image.
         negative: e_u of the base; None unless the guided predictions share it.
         reference: the guided prediction of the base; None if no loss needs it.
     """
@@ -65,6 +36,7 @@ class Step:
     x_t: Latents
     t: Time
     s: Time
+    weights: Weights
     negative: Latents | None
     reference: Latents | None
 
@@ -107,28 +79,31 @@ def sample_generator(seed: int, *key: int | str) -> torch.Generator:
 
 @torch.no_grad()
 def rollout(
-    sampling: Sampling, conditioning: Conditioning, generators: list[torch.Generator], *, reference: bool = True
+    sampling: Sampling,
+    conditioning: Conditioning,
+    generators: list[torch.Generator],
+    weights: Weights | None = None,
+    *,
+    reference: bool = True,
 ) -> Trajectory[SampledStep]:
     """Denoise with the policy, and store each random step that is trained on with its log-probability.
 
     Args:
         generators: one per image.
+        weights: of the objectives for each image; by default equal ones.
         reference: also predict with the base, as a KL to it needs.
     """
-    denoiser, policy = sampling.denoiser, Network.of(sampling.adapter)
     x_t = _start(sampling, generators)
+    plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     stored = []
-    for index, (t, s) in enumerate(sampling.steps):
-        variance = sampling.variance(t, s, x_t)
-        wanted = sampling.trains_on(index, variance)
-        guided = denoiser.guided(x_t, t, conditioning, [policy, BASE] if wanted and reference else [policy])
-        prediction, *base = guided.predictions
-        gaussian = transition(denoiser.path, x_t, prediction, t, s, variance)
+    for index in range(len(sampling.steps)):
+        step, wanted = fusion_step(plan, index, x_t), sampling.trains_on(index)
+        fused = sampling.predict(step, conditioning, reference=wanted and reference)
+        gaussian = sampling.rule.combine(step, fused.predictions)
         x_s = gaussian.sample(generators)
         if wanted:
-            known = base[0] if base else None
-            step = Step(index=index, x_t=x_t, t=t, s=s, negative=guided.negative, reference=known)
-            stored.append(SampledStep(**vars(step), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
+            known = _stored_step(step, fused)
+            stored.append(SampledStep(**vars(known), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
         x_t = x_s
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
 
@@ -138,54 +113,56 @@ def branching_rollout(
     sampling: Sampling,
     conditioning: Conditioning,
     generators: list[torch.Generator],
+    weights: Weights | None = None,
     *,
-    score_latents: Callable[[Latents], "Future[Float[Tensor, ' images']]"],
+    score_latents: Callable[[Latents], "Future[Float[Tensor, ' images objectives']]"],
     candidates: int,
     margin: float,
 ) -> Trajectory[PairedStep]:
     """Denoise with the policy; at each step draw candidates, store the best and worst, continue from a random one.
 
-    The score of a candidate is the reward of its predicted x_0 (MSDDA; SPO, arXiv:2406.04314). The next step starts
-    from the same prediction, so nothing is computed twice. Rewards are waited for after the last step: the choice of
-    the candidate to continue from does not depend on them.
+    The score of a candidate is the reward of its predicted x_0 (MSDDA; SPO, arXiv:2406.04314); that of several
+    objectives is `weighted_scores`. The next step starts from the same prediction, so nothing is computed twice.
+    Rewards are waited for after the last step: the choice of the candidate to continue from does not depend on them.
 
     Args:
         generators: one per image.
+        weights: of the objectives for each image; by default equal ones.
         score_latents: clean latents → their future rewards; the candidates of one image are consecutive.
         candidates: number of candidates per image and step.
-        margin: a pair is kept if its rewards differ by more than this.
+        margin: a pair is kept if its scores differ by more than this.
     """
-    denoiser, policy = sampling.denoiser, Network.of(sampling.adapter)
+    path, rule = sampling.denoiser.path, sampling.rule
     x_t = _start(sampling, generators)
-    wide = conditioning.repeat(candidates)
+    plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
+    wide, wide_plan = conditioning.repeat(candidates), plan[torch.arange(len(x_t)).repeat_interleave(candidates)]
     rows = torch.arange(len(x_t), device=x_t.device)
     pending: list[tuple[Step, Tensor, Future[Tensor]]] = []
-    now: Guided | None = None
-    for index, (t, s) in enumerate(sampling.steps):
-        now = now or denoiser.guided(x_t, t, conditioning, [policy])
-        variance = sampling.variance(t, s, x_t)
-        gaussian = transition(denoiser.path, x_t, now.predictions[0], t, s, variance)
-        if not sampling.trains_on(index, variance):
+    now: Fused | None = None
+    for index in range(len(sampling.steps)):
+        step = fusion_step(plan, index, x_t)
+        now = now or sampling.predict(step, conditioning)
+        gaussian = rule.combine(step, now.predictions)
+        if not sampling.trains_on(index):
             x_t, now = gaussian.sample(generators), None
             continue
         drawn = torch.stack([gaussian.sample(generators) for _ in range(candidates)], dim=1)
         clean, ahead = drawn.flatten(0, 1), None
         if index + 1 < len(sampling.steps):
-            following, _ = sampling.steps[index + 1]
-            ahead = denoiser.guided(clean, following, wide, [policy])
-            clean, _ = denoiser.path.clean_and_noise(clean, ahead.predictions[0], following)
+            following = fusion_step(wide_plan, index + 1, clean)
+            ahead = sampling.predict(following, wide)
+            clean, _ = path.clean_and_noise(clean, rule.average(following, ahead.predictions), following.t)
         rewards = score_latents(clean)
-        (reference,) = denoiser.guided(x_t, t, conditioning, [BASE], negative=now.negative).predictions
-        step = Step(index=index, x_t=x_t, t=t, s=s, negative=now.negative, reference=reference)
-        pending.append((step, drawn, rewards))
+        pending.append((_stored_step(step, sampling.with_reference(step, conditioning, now)), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
-        now = ahead and _rows_of(ahead, rows * candidates + picks)
+        now = ahead and ahead[rows * candidates + picks]
     stored = []
-    for step, drawn, rewards in pending:
-        winner, loser, kept = best_and_worst(rewards.result().reshape(drawn.shape[:2]), margin)
+    for known, drawn, rewards in pending:
+        scores = weighted_scores(rewards.result().unflatten(0, drawn.shape[:2]), known.weights)
+        winner, loser, kept = best_and_worst(scores, margin)
         chosen, rejected = drawn[rows, winner], drawn[rows, loser]
-        stored.append(PairedStep(**vars(step), chosen=chosen, rejected=rejected, kept=kept))
+        stored.append(PairedStep(**vars(known), chosen=chosen, rejected=rejected, kept=kept))
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
 
 
@@ -212,6 +189,13 @@ def _start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
     return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
 
 
-def _rows_of(guided: Guided, rows: Tensor) -> Guided:
-    negative = None if guided.negative is None else guided.negative[rows]
-    return Guided(predictions=[prediction[rows] for prediction in guided.predictions], negative=negative)
+def _stored_step(step: FusionStep, fused: Fused) -> Step:
+    return Step(
+        index=step.step_index,
+        x_t=step.x_t,
+        t=step.t,
+        s=step.s,
+        weights=step.plan.weights[step.step_index].T.to(step.x_t),
+        negative=fused.negative,
+        reference=fused.reference,
+    )

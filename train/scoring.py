@@ -1,4 +1,4 @@
-"""The reward that a run is trained on: shaped or fitted, and computed while the next batch is sampled."""
+"""The rewards that a run is trained on: shaped or fitted, and computed while the next batch is sampled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from stepfuse.train.health import thumbnails
 from stepfuse.train.settings import TrainSettings
 
 
-class TrainingReward:
-    """The reward of a run as a sum of terms, its shaping, and the queue that it is computed in.
+class ObjectiveReward:
+    """The reward of one objective as a sum of terms, and its shaping.
 
     Attributes:
         reward: the unshaped reward.
@@ -31,14 +31,13 @@ class TrainingReward:
         shaping: as configured or fitted.
     """
 
-    def __init__(self, settings: TrainSettings, device: str | torch.device = "cpu") -> None:
+    def __init__(self, settings: TrainSettings, device: str | torch.device) -> None:
         self.reward, self.name = as_sum(load_reward(settings.reward, device), settings.reward), settings.reward
         self.shaping = Shaping(shift=settings.reward_shift, scale=settings.reward_scale, clip=settings.reward_clip)
         if settings.fit_reward:
             self.reward.check_fit()
         self.asked = {"reward": settings.reward, "images": settings.fit_reward, "clip": settings.reward_clip}
         self.finite = settings.nonfinite == "stop"
-        self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
 
     def terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
         """The terms of the reward, which sum to it; the shaped reward, if it is shaped.
@@ -69,10 +68,54 @@ class TrainingReward:
         self.name, self.shaping = fitted["reward"], Shaping(**fitted["shaping"])
         self.reward = self.reward.with_terms(parse_reward(self.name).terms)
 
+
+class TrainingReward:
+    """The rewards of a run, one for each objective, and the queue that they are computed in.
+
+    Attributes:
+        names: of the objectives.
+        objectives: the reward of each.
+        faults: for each objective, what is said of a reward of it that is not finite.
+    """
+
+    def __init__(self, settings: TrainSettings, device: str | torch.device = "cpu") -> None:
+        self.names = [each.name for each in settings.each]
+        several = len(self.names) > 1
+        self.faults = [f"a reward {f'of {name} ' if several else ''}that is not finite" for name in self.names]
+        self.objectives: list[ObjectiveReward] = []
+        try:
+            for each in settings.each:
+                self.objectives.append(ObjectiveReward(each, device))
+        except ValueError:
+            self._close_rewards()
+            raise
+        self.queue = ScoringQueue(ahead=2 if settings.async_scoring else 0, device=device)
+
+    def columns(self, pixels: Pixels, prompts: Sequence[str]) -> list[Float[Tensor, "images terms"]]:
+        """The terms of each objective."""
+        return [objective.terms(pixels, prompts) for objective in self.objectives]
+
+    def unshaped(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images objectives"]:
+        """The rewards before they are shaped."""
+        return torch.stack([objective.reward(pixels, prompts) for objective in self.objectives], dim=1)
+
+    def column_weights(self, weights: Float[Tensor, "all objectives"]) -> Float[Tensor, "all columns"]:
+        """The weights of the columns that advantages are computed from: the terms of one objective, or the objectives.
+
+        Args:
+            weights: of the objectives for each image.
+        """
+        (first, *others) = self.objectives
+        return weights if others else first.term_weights().expand(len(weights), -1)
+
     def close(self) -> None:
         """Wait for rewards that are being computed, and stop workers."""
         self.queue.close()
-        close(self.reward)
+        self._close_rewards()
+
+    def _close_rewards(self) -> None:
+        for objective in self.objectives:
+            close(objective.reward)
 
 
 class Scorer:
@@ -80,35 +123,44 @@ class Scorer:
 
     Attributes:
         thumbnails: of the images of `terms`.
-        faulty: prompts of images whose reward is not finite, if that is no error.
+        faulty: for each of `TrainingReward.faults`, prompts of images with such a reward, if that is no error.
     """
 
     def __init__(self, reward: TrainingReward, backbone: Backbone, prompts: Sequence[str], step: int) -> None:
         self.reward, self.backbone, self.prompts, self.step = reward, backbone, prompts, step
-        self.faulty: list[str] = []
+        self.faulty: dict[str, list[str]] = {what: [] for what in reward.faults}
 
-    def __call__(self, latents: Latents) -> "Future[Tensor]":
-        """The rewards (images,) of one or more consecutive latents per prompt."""
+    def __call__(self, latents: Latents) -> "Future[Float[Tensor, 'images objectives']]":
+        """The rewards of one or more consecutive latents per prompt."""
         copies = len(latents) // len(self.prompts)
         prompts = [prompt for prompt in self.prompts for _ in range(copies)]
         pixels = self._decode(latents)
-        return self.reward.queue.submit(lambda: self._terms(pixels, prompts).sum(1))
+        return self.reward.queue.submit(lambda: _sums(self._columns(pixels, prompts)))
 
-    def terms(self, latents: Latents) -> "Future[Tensor]":
-        """The terms (images, terms) of one latent per prompt."""
+    def terms(self, latents: Latents) -> "Future[Float[Tensor, 'images columns']]":
+        """The terms of one objective, or the rewards of several, of one latent per prompt."""
         pixels = self._decode(latents)
         self.thumbnails = thumbnails(pixels)
-        return self.reward.queue.submit(lambda: self._terms(pixels, self.prompts))
+        return self.reward.queue.submit(lambda: _one_table(self._columns(pixels, self.prompts)))
 
     @torch.no_grad()
     def _decode(self, latents: Latents) -> Pixels:
         with torch.inference_mode(False):  # a reward may be code of the user that computes gradients
             return self.backbone.decode(latents.clone())
 
-    def _terms(self, pixels: Pixels, prompts: Sequence[str]) -> Float[Tensor, "images terms"]:
+    def _columns(self, pixels: Pixels, prompts: Sequence[str]) -> list[Float[Tensor, "images terms"]]:
         try:
-            terms = self.reward.terms(pixels, prompts)
+            columns = self.reward.columns(pixels, prompts)
         except ValueError as error:
             raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
-        self.faulty += compress(prompts, (~torch.isfinite(terms).all(1)).tolist())
-        return terms
+        for terms, faulty in zip(columns, self.faulty.values(), strict=True):
+            faulty += compress(prompts, (~torch.isfinite(terms).all(1)).tolist())
+        return columns
+
+
+def _sums(columns: Sequence[Tensor]) -> Tensor:
+    return torch.stack([terms.sum(1) for terms in columns], dim=1)
+
+
+def _one_table(columns: Sequence[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else _sums(columns)

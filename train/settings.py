@@ -7,12 +7,14 @@ from typing import ClassVar, Literal
 from stepfuse.data.settings_fields import check_settings, setting
 from stepfuse.data.settings_file import require
 from stepfuse.rewards.reward_name import parse_reward
+from stepfuse.train.joint_settings import JointSettings, separate_objectives
 from stepfuse.train.policy_settings import (
     HealthSettings,
     LoRASettings,
     OptimiserSettings,
     SamplingSettings,
     ValidationSettings,
+    VarianceSettings,
 )
 from stepfuse.train.run_settings import BaseModelSettings, OutputSettings, PromptSettings, RewardSettings
 
@@ -24,9 +26,11 @@ class TrainSettings(
     HealthSettings,
     OptimiserSettings,
     SamplingSettings,
+    VarianceSettings,
     LoRASettings,
     OutputSettings,
     PromptSettings,
+    JointSettings,
     RewardSettings,
     BaseModelSettings,
 ):
@@ -40,17 +44,25 @@ class TrainSettings(
     example: ClassVar[str] = ""  # one of them
     memory_settings: ClassVar[Mapping[str, str]] = {}  # settings of the algorithm that need memory, and why
 
+    each: ClassVar[tuple["TrainSettings", ...]]  # the settings of every objective; those of the run if it has one
+
     def __post_init__(self) -> None:
         for name, word in (("guidance", "off"), ("mixed_precision", "no"), ("compile", "no")):
             if getattr(self, name) is False:  # YAML 1.1 reads the word as a boolean
                 object.__setattr__(self, name, word)
         check_settings(self)
+        object.__setattr__(self, "each", separate_objectives(self))
         self.initial_schedule()  # checks its options; last, since it imports torch
 
     @property
     def algorithm(self) -> str:
         """Name of the training algorithm."""
         return self.program
+
+    @property
+    def title(self) -> str:
+        """The names of all objectives, for messages."""
+        return ", ".join(each.name for each in self.each)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +118,10 @@ class DPOSettings(PairSettings, TrainSettings):
         return "diffusion-dpo" if self.pairs else "dpo"
 
     def check_together(self) -> None:
+        if self.objectives:
+            require(not self.pairs, "pairs", self.pairs, "none with objectives, of which a data set has no preferences")
+            whole = "0 with objectives, whose rewards are normalised among the candidates"
+            require(self.margin == 0, "margin", self.margin, whole)
         if self.pairs:
             require(self.max_kl is None, "max_kl", self.max_kl, "none with pairs, of which no KL of steps is measured")
             require(not self.trains_variance, "variance", self.variance, "one that is not trained, with pairs")
@@ -150,6 +166,9 @@ class DDPOSettings(TrainSettings):
     num_inner_epochs: int = setting(1, least=1)
 
     def check_together(self) -> None:
+        if self.objectives:
+            self._check_joint()
+            return
         if not self.beta:
             needed = "a positive number beside max_kl or a variance that is trained, which need the base"
             require(self.max_kl is None and not self.trains_variance, "beta", self.beta, needed)
@@ -169,3 +188,13 @@ class DDPOSettings(TrainSettings):
             require(sums, buffer, size, "0 with multi_objective_aggregation normalize_then_sum")
         elif self.per_prompt_stat_tracking:
             require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
+
+    def _check_joint(self) -> None:
+        """Each reward is normalised in its group, then weighted: nothing else has a meaning at other weights."""
+        tracking, buffer = self.per_prompt_stat_tracking, self.per_prompt_stat_tracking_buffer_size
+        require(tracking, "per_prompt_stat_tracking", tracking, "on with objectives: weights differ between prompts")
+        require(buffer == 0, "per_prompt_stat_tracking_buffer_size", buffer, "0 with objectives, whose weights change")
+        aggregation, default = self.multi_objective_aggregation, "sum_then_normalize"
+        unset = "unset with objectives, each of which is normalised by itself"
+        require(aggregation == default, "multi_objective_aggregation", aggregation, unset)
+        require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")

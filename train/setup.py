@@ -17,11 +17,15 @@ from stepfuse.fuse.backbones.loading import INPUTS, load_pipeline, register_inpu
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.layers import has_layer_among
+from stepfuse.fuse.lora.rows import AdapterRows
+from stepfuse.fuse.rules.plan import Expert
+from stepfuse.fuse.rules.product import Product
+from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
-from stepfuse.train.lora import Policy, SharedForward, add_lora
+from stepfuse.train.fused_sampling import Sampling
+from stepfuse.train.lora import Policy, SharedForward, add_lora, train_all
 from stepfuse.train.provenance import provenance
-from stepfuse.train.rollout import Sampling
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
 
@@ -37,7 +41,7 @@ class Setup:
         total_batch_size: that number of all processes.
         backbone: the base model, whose network has the policy's LoRA.
         base: fingerprint of the base model.
-        sampling: how the policy is sampled, with the initial schedule.
+        sampling: how the policy is sampled, with the initial schedules.
         learnable: indices of the denoising steps that can be trained on.
         record: configuration, input files and versions at the start of the run.
 
@@ -68,13 +72,10 @@ class Setup:
         main, offload = accelerator.is_main_process, settings.offload_text_encoders
         self.embed = Embeddings(backbone, accelerator.device, offload=offload, report_cuts=main)
         self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-        schedule = settings.initial_schedule()
-        policy = make_policy(backbone, settings, schedule).to(accelerator.device)
+        schedules = [each.initial_schedule() for each in settings.each]
+        names = [each.name for each in settings.each]
+        policy = make_policy(backbone, settings, schedules, row_modules=zero3(accelerator)).to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)
-        # Hooks would be compiled anew each time, and gather partitioned weights in another order.
-        separate = settings.compile != "no" or self.engine.partitioned
-        separate = separate or has_layer_among(backbone.network, settings.name, backbone.unbatched)
-        shared = settings.timesteps_per_forward > 1 and not separate
         shape = backbone.shape()
         path = backbone.path(shape)
         self.sampling = Sampling(
@@ -82,10 +83,10 @@ class Setup:
                 backbone=backbone,
                 path=path,
                 guidance=Guidance(source=settings.guidance, scale=settings.sample_guidance_scale),
-                batched=SharedForward(backbone.network, settings.name) if shared else None,
+                batched=policy.rows or self._shared_forward(),
             ),
-            adapter=settings.name,
-            schedule=schedule,
+            objectives=tuple(map(Expert.adapter, names, schedules)),
+            rule=get_rule(settings.train_rule) if len(names) > 1 else Product(),
             steps=path.steps(settings.sample_num_steps),
             shape=shape,
         )
@@ -94,42 +95,62 @@ class Setup:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
         self.record = provenance(settings)
 
+    def _shared_forward(self) -> SharedForward | None:
+        """Base and the one policy in one forward, where the settings ask for shared forwards and it can be done."""
+        settings, backbone = self.settings, self.backbone
+        # Hooks would be compiled anew each time, and gather partitioned weights in another order.
+        separate = settings.compile != "no" or self.engine.partitioned
+        separate = separate or has_layer_among(backbone.network, settings.name, backbone.unbatched)
+        shared = settings.timesteps_per_forward > 1 and not separate
+        return SharedForward(backbone.network, settings.name) if shared else None
+
     def micro_batches(self) -> list[range]:
         """The indices that this process's images have among those of an optimiser step, by micro-batch."""
         first, size = self.accelerator.process_index * self.batch_size, self.settings.train_batch_size
         return [range(start, start + size) for start in range(first, first + self.batch_size, size)]
 
     def current_sampling(self, **changes: Any) -> Sampling:
-        """How the policy is sampled now, with the parameters of its schedule. All processes take part."""
-        schedule = self.sampling.schedule.with_parameters(self.engine.schedule_parameters())
-        return dataclasses.replace(self.sampling, schedule=schedule, **changes)
+        """How the policy is sampled now, with the parameters of its schedules. All processes take part."""
+        return dataclasses.replace(self.sampling.with_schedules(self.engine.schedule_parameters()), **changes)
 
 
 def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
     """Indices of the denoising steps that can be trained on: random ones, but the first and last that are skipped."""
-    like = torch.zeros(1, 1, 1, 1)
     trained = range(settings.skip_first_steps, len(sampling.steps) - settings.skip_last_steps)
-    return [
-        index
-        for index, (t, s) in enumerate(sampling.steps)
-        if index in trained and sampling.trains_on(index, sampling.variance(t, s, like))
-    ]
+    return [index for index in trained if sampling.trains_on(index)]
 
 
-def make_policy(backbone: Backbone, settings: TrainSettings, schedule: VarianceSchedule) -> Policy:
-    """The policy: the base model's network with a new LoRA, and the schedule's parameters."""
-    network = backbone.network
-    add_lora(
-        network,
-        settings.name,
-        rank=settings.rank,
-        alpha=settings.lora_alpha,
-        targets=settings.lora_target_modules or list(backbone.targets),
-        seed=settings.seed,
-    )
+def zero3(accelerator: Accelerator) -> bool:
+    """Whether parameters will be partitioned (ZeRO-3)."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def make_policy(
+    backbone: Backbone, settings: TrainSettings, schedules: Sequence[VarianceSchedule], *, row_modules: bool = False
+) -> Policy:
+    """The policy: the base model's network with a new LoRA for each objective, and the schedules' parameters.
+
+    Args:
+        row_modules: see `AdapterRows`; for several objectives.
+    """
+    network, names = backbone.network, [each.name for each in settings.each]
+    for index, each in enumerate(settings.each):
+        add_lora(
+            network,
+            each.name,
+            rank=each.rank,
+            alpha=each.lora_alpha,
+            targets=each.lora_target_modules or list(backbone.targets),
+            seed=settings.seed + index,
+        )
+    rows = None
+    if len(names) > 1:
+        train_all(network, names)
+        rows = AdapterRows(network, names, backbone.unbatched, as_modules=row_modules)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if settings.compile != "no":
         backbone.compile(settings.compile)
     network.train()
-    return Policy(backbone, settings.name, schedule)
+    return Policy(backbone, names, schedules, rows)

@@ -44,10 +44,17 @@ def start_trackers(accelerator: Accelerator, settings: TrainSettings) -> None:
         ) from error
 
 
-def log_images(trackers: Sequence[Any], step: int, images: list[Image.Image], captions: list[str]) -> None:
-    """Send images to every tracker that takes images, in one picture with the captions if it has none of its own."""
+def log_images(
+    trackers: Sequence[Any], step: int, images: list[Image.Image], captions: list[str], *, name: str = ""
+) -> None:
+    """Send images to every tracker that takes images, in one picture with the captions if it has none of its own.
+
+    Args:
+        name: tells several pictures of a step apart.
+    """
     if trackers:
-        _log(trackers, step, TAG, images, captions, captioned_grid(images, captions))
+        tag = f"{TAG}/{name}" if name else TAG
+        _log(trackers, step, tag, images, captions, captioned_grid(images, captions))
 
 
 def log_picture(trackers: Sequence[Any], step: int, tag: str, picture: Image.Image) -> None:

@@ -1,6 +1,8 @@
 """Which policy becomes the adapter: the last one, or the checkpoint with the highest validation reward."""
 
+import dataclasses
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +15,10 @@ from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
 from stepfuse.train.kl_by_step import kl_record, show_kl_steps
 from stepfuse.train.lora import split_state
+from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
-from stepfuse.train.validation import Validator
+from stepfuse.train.validation import Validator, objective_validation
 
 
 def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> bool:
@@ -35,13 +38,13 @@ def update_best(setup: Setup, progress: Progress, validator: Validator) -> None:
     """
     if not setup.settings.keeps_best:
         return
-    summary = validator.current().summary()
+    summary = validator.summary()
     comparable = validator.is_comparable(progress.best_settings)
     if progress.best and comparable and summary["reward"] <= progress.best["validation"]["reward"]:
         return
     progress.best = {"step": progress.step, "kl": progress.kl, "validation": summary}
     progress.best_settings, progress.best_state = validator.settings, setup.engine.trainable_state()
-    progress.best_kl_steps = progress.kl_steps
+    progress.best_kl_steps, progress.best_vertex_kl_steps = progress.kl_steps, progress.vertex_kl_steps
     validator.keep_rewards("best")
 
 
@@ -66,39 +69,68 @@ def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> dict[st
             f"({settings.learning_rate:g})"
         )
     progress.step, progress.kl = progress.best["step"], progress.best["kl"]
-    progress.kl_steps = progress.best_kl_steps
+    progress.kl_steps, progress.vertex_kl_steps = progress.best_kl_steps, progress.best_vertex_kl_steps
     progress.validation["after"] = progress.best["validation"]
     progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
     return progress.best_state
 
 
 def write_policy(state: dict[str, Tensor], setup: Setup, algorithm: Algorithm, progress: Progress) -> None:
-    """Write a policy to the output folder as an adapter, with its objective and the record of its training."""
+    """Write a policy to the output folder as an adapter, with its objective and the record of its training.
+
+    Of several objectives each has a folder of its own there, by its name.
+    """
     show_kl_steps(setup, progress)
-    settings = setup.settings
-    lora, parameters = split_state(state)
-    adapter = Adapter(
-        folder=setup.output,
-        objective=Objective(
-            name=settings.name,
-            reward=setup.reward.name,
-            variance=setup.sampling.schedule.with_parameters(parameters),
-            beta=algorithm.temperature(math.prod(setup.sampling.shape)),
-            shaping=setup.reward.shaping,
-        ),
-        base=setup.base,
-        guidance=settings.guidance,
-        guidance_scale=settings.sample_guidance_scale,
-        num_inference_steps=settings.sample_num_steps,
-        record={
-            "algorithm": algorithm.name,
-            "steps": progress.step,
-            "kl": progress.kl,
-            "kl_steps": kl_record(setup, progress),
-            "validation": progress.validation,
-            "best": progress.best,
-            "health": progress.health,
-        }
-        | setup.record,
-    )
-    write_adapter(adapter, network_factors(setup.backbone.network, settings.name, lora), setup.backbone.part)
+    for index, settings in enumerate(setup.settings.each):
+        name, reward = settings.name, setup.reward.objectives[index]
+        lora, parameters = split_state(setup.engine.policy.state_of(name, state))
+        objective = Objective(
+            name=name,
+            reward=reward.name,
+            variance=setup.sampling.objectives[index].schedule.with_parameters(parameters),
+            beta=algorithm.temperature(settings.beta, math.prod(setup.sampling.shape)),
+            shaping=reward.shaping,
+        )
+        adapter = Adapter(
+            folder=adapter_folder(setup.output, setup.settings, name),
+            objective=objective,
+            base=setup.base,
+            guidance=settings.guidance,
+            guidance_scale=settings.sample_guidance_scale,
+            num_inference_steps=settings.sample_num_steps,
+            record=training_record(setup, algorithm, progress, settings),
+        )
+        write_adapter(adapter, network_factors(setup.backbone.network, name, lora), setup.backbone.part)
+
+
+def training_record(setup: Setup, algorithm: Algorithm, progress: Progress, settings: TrainSettings) -> dict[str, Any]:
+    """The record of the training of one objective, with these settings.
+
+    Of several, KL and validation are those with all weight on it, and `joint` says what the run trained together.
+    """
+    name, several = settings.name, setup.settings.objectives
+    kl_steps = progress.vertex_kl_steps.get(name, progress.kl_steps)
+    known = [nats for nats in kl_steps if nats is not None]
+    record: dict[str, Any] = {
+        "algorithm": algorithm.name,
+        "steps": progress.step,
+        "kl": sum(known) if several and known else progress.kl,
+        "kl_steps": kl_record(setup, kl_steps),
+        "validation": objective_validation(progress, name),
+        "best": progress.best,
+        "health": progress.health,
+    } | setup.record
+    if several:
+        record["config"] = dataclasses.asdict(settings)
+        record["joint"] = joint_record(setup.settings) | {"validation": progress.validation}
+    return record
+
+
+def joint_record(settings: TrainSettings) -> dict[str, Any]:
+    """What a run with several objectives trained together, and how."""
+    return {
+        "objectives": [each.name for each in settings.each],
+        "rule": settings.train_rule,
+        "vertex_share": settings.vertex_share,
+        "weight_concentration": settings.weight_concentration,
+    }

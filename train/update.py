@@ -14,7 +14,7 @@ from stepfuse.data.text_files import quoted
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
 from stepfuse.train.health import Health
-from stepfuse.train.kl_by_step import kl_tag
+from stepfuse.train.kl_by_step import VertexKL, kl_tag
 from stepfuse.train.setup import Setup
 
 
@@ -44,7 +44,9 @@ class Update(Generic[S]):
             for index in range(0, len(batch.steps), shared)
         ]
         items = sum(len(steps) for _, steps in chunks)
-        totals = torch.zeros(len(setup.sampling.steps), 4, device=setup.accelerator.device)  # by denoising step
+        count, device = len(setup.sampling.steps), setup.accelerator.device
+        totals = torch.zeros(count, 4, device=device)  # by denoising step
+        alone = VertexKL(count, [each.name for each in setup.settings.each], device)
         faults: list[str] = []
         faulty = False
         for index, (batch, steps) in enumerate(chunks):
@@ -56,9 +58,10 @@ class Update(Generic[S]):
                 for (policy, reference), stored in zip(gaussians, steps, strict=True):
                     if first and shared > 1:
                         algorithm.update_log_probs(stored, policy)
-                    values, parts = self._loss(policy, reference, stored)
+                    values, kl, parts = self._loss(policy, reference, stored)
                     faults += compress(batch.prompts, (~torch.isfinite(values)).tolist())
                     totals[algorithm.step_index(stored)] += parts.to(totals)
+                    alone.add(algorithm.step_index(stored), kl, algorithm.weights(stored))
                     losses.append(values.mean())
                 if last:  # before the last backward, after which DeepSpeed cannot drop the step
                     faulty = self._not_finite("a loss that is not finite", step, faults)
@@ -85,17 +88,20 @@ class Update(Generic[S]):
         if algorithm.measures_kl:  # nats per image: the sum over all denoising steps that can be trained on
             measured["kl"] = kl_sum / count * len(setup.learnable)
             measured |= {kl_tag(k): kl / n for k, (_, kl, _, n) in enumerate(by_step) if n}
+            measured |= alone.means(setup.accelerator)
         return measured
 
-    def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor]:
-        """The loss of each sample of one denoising step; and its mean, that of the KL, the share kept, and 1."""
-        kl = torch.zeros(()) if reference is None else policy.kl(reference)
+    def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and KL of each sample of one denoising step; and their means, the share kept, and 1."""
         values = self.algorithm.loss(policy, reference, stored)
-        values = values + self.algorithm.beta * kl if self.algorithm.beta else values
+        kl = torch.zeros_like(values) if reference is None else policy.kl(reference)
+        weights = self.algorithm.weights(stored)
+        if self.algorithm.adds_kl and weights is not None:
+            values = values + self.algorithm.beta(weights) * kl
         kept = self.algorithm.kept(stored)
         share = torch.ones(()) if kept is None else kept.float().mean()
         parts = (values.mean(), kl.mean(), share, torch.ones(()))
-        return values, torch.stack([part.detach().to(values) for part in parts])
+        return values, kl.detach(), torch.stack([part.detach().to(values) for part in parts])
 
     def _not_finite(self, what: str, step: int, prompts: list[str]) -> bool:
         """Report something that is not finite on any process, with the prompts of all; whether there was any."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.sampling.finite import check_latents, decode_finite
-from stepfuse.rewards.protocol import Pixels, Scores
+from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.settings import TrainSettings
@@ -30,19 +31,72 @@ DRAWN_BY = (
 )
 
 
+CENTRE = "centre"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """Weights that validation images are drawn with: all on one objective, which names the point, or equal ones."""
+
+    name: str
+    weights: tuple[float, ...]
+
+
+def validation_points(names: Sequence[str]) -> list[Point]:
+    """One point for each objective, and for several of them the centre."""
+    count = len(names)
+    points = [Point(name=name, weights=tuple(float(i == k) for i in range(count))) for k, name in enumerate(names)]
+    return points if count == 1 else [*points, Point(name=CENTRE, weights=(1 / count,) * count)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Validation:
     """Validation images in the order of their prompts, the same on every process."""
 
-    pixels: Pixels
-    rewards: Scores
+    points: list[Point]
+    pixels: Float[Tensor, "points images 3 height width"]
+    rewards: Float[Tensor, "points images objectives"]  # before they are shaped
 
-    def summary(self) -> dict[str, float]:
-        return {
-            "reward": self.rewards.mean().item(),
-            "deviation": self.rewards.std(correction=0).item(),
-            "images": len(self.rewards),
+    def summary(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Mean, deviation and number of the rewards; of several objectives, of their weighted sums and of each.
+
+        Args:
+            before: the summary of the images before training, in whose deviations several rewards are measured; empty
+                for those images themselves.
+        """
+        if len(self.points) == 1:
+            return _statistics(self.rewards[0, :, 0])
+        by_point = {
+            point.name: {self.points[i].name: _statistics(column) for i, column in enumerate(rewards.unbind(1))}
+            for point, rewards in zip(self.points, self.rewards, strict=True)
         }
+        units = [before.get("points", by_point)[each.name][each.name]["deviation"] for each in self.points[:-1]]
+        weights = self.rewards.new_tensor([point.weights for point in self.points])
+        scaled = self.rewards / self.rewards.new_tensor([unit or 1.0 for unit in units])
+        return _statistics((scaled * weights[:, None]).sum(2).flatten()) | {"points": by_point}
+
+    def as_lists(self) -> Any:
+        """The rewards by image; of several objectives, by point and objective."""
+        if len(self.points) == 1:
+            return self.rewards[0, :, 0].tolist()
+        return {
+            point.name: {self.points[i].name: column.tolist() for i, column in enumerate(rewards.unbind(1))}
+            for point, rewards in zip(self.points, self.rewards, strict=True)
+        }
+
+
+def _statistics(rewards: Tensor) -> dict[str, float]:
+    return {
+        "reward": rewards.mean().item(),
+        "deviation": rewards.std(correction=0).item(),
+        "images": len(rewards),
+    }
+
+
+def objective_validation(progress: Progress, name: str) -> dict[str, Any]:
+    """The summaries of one objective by moment: with all weight on it, if the run has several."""
+    of = progress.validation
+    return {moment: summary["points"][name][name] if "points" in summary else summary for moment, summary in of.items()}
 
 
 class Validator:
@@ -55,8 +109,11 @@ class Validator:
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
         self.setup, self.progress = setup, progress
+        self.points = validation_points(setup.reward.names)
         self.prompts = validation_prompts(setup.settings, setup.prompts)
         self.settings = {name: getattr(setup.settings, name) for name in DRAWN_BY}
+        if setup.settings.objectives:
+            self.settings |= {name: getattr(setup.settings, name) for name in ("objectives", "train_rule")}
         self.settings |= {"mixed_precision": setup.accelerator.mixed_precision, "prompts": self.prompts}
         self.base: Validation | None = None
         self._drawn: tuple[int, Validation] | None = None
@@ -67,26 +124,37 @@ class Validator:
             self._drawn = (self.progress.step, self._draw(self.prompts))
         return self._drawn[1]
 
+    def summary(self) -> dict[str, Any]:
+        """The summary of the current images."""
+        return self.current().summary(self.progress.validation.get("before", {}))
+
     def draw_base(self) -> None:
         """Draw the base model's images for trackers; before training, they are those of the policy."""
         drawn = self._draw(self.prompts[:SHOWN], base=True) if self.progress.step else self.current()
-        self.base = Validation(pixels=drawn.pixels[:SHOWN].clone(), rewards=drawn.rewards[:SHOWN].clone())
+        self.base = replace(drawn, pixels=drawn.pixels[:, :SHOWN].clone(), rewards=drawn.rewards[:, :SHOWN].clone())
 
     def save(self) -> None:
-        """Save the images of the policy as a picture, and log them and their reward."""
+        """Save the images of the policy as a picture for each point, and log them and their reward."""
         setup, step, validation = self.setup, self.progress.step, self.current()
-        if setup.accelerator.is_main_process:
-            labels = [f"{p}\nreward {r:.4g}" for p, r in zip(self.prompts, validation.rewards, strict=True)]
-            file = setup.output / "samples" / f"step-{step:06d}.png"
+        for index, point in enumerate(self.points if setup.accelerator.is_main_process else []):
+            pixels, rewards = validation.pixels[index], validation.rewards[index]
+            labels = [f"{p}\n{label_rewards(self.points, r)}" for p, r in zip(self.prompts, rewards, strict=True)]
+            several = f"-{point.name}" if len(self.points) > 1 else ""
+            file = setup.output / "samples" / f"step-{step:06d}{several}.png"
             file.parent.mkdir(exist_ok=True)
-            captioned_grid([to_image(pixels) for pixels in validation.pixels], labels).save(file)
-            log_images(setup.accelerator.trackers, step, *captioned(self.prompts, validation, self.base))
-        setup.accelerator.log({"validation_reward": validation.summary()["reward"]}, step=step)
+            captioned_grid([to_image(each) for each in pixels], labels).save(file)
+            shown = captioned(self.prompts, validation, self.base, index)
+            log_images(setup.accelerator.trackers, step, *shown, name=point.name if several else "")
+        summary = self.summary()
+        values = {"validation_reward": summary["reward"]}
+        for point, of in summary.get("points", {}).items():
+            values |= {f"validation/{point}/{name}": figures["reward"] for name, figures in of.items()}
+        setup.accelerator.log(values, step=step)
 
     def record(self, moment: str) -> None:
         """Save the images, and keep their mean reward and their rewards, `before` or `after` training."""
         self.save()
-        self.progress.validation[moment] = self.current().summary()
+        self.progress.validation[moment] = self.summary()
         self.keep_rewards(moment)
 
     def keep_rewards(self, moment: str) -> None:
@@ -98,7 +166,7 @@ class Validator:
         if moment == "before":
             progress.validation_prompts, progress.validation_settings = self.prompts, self.settings
         if self.prompts == progress.validation_prompts and self.is_comparable(progress.validation_settings):
-            progress.validation_rewards[moment] = self.current().rewards.tolist()
+            progress.validation_rewards[moment] = self.current().as_lists()
         else:
             progress.validation_rewards.pop(moment, None)
 
@@ -108,24 +176,38 @@ class Validator:
 
     @torch.no_grad()
     def _draw(self, prompts: list[str], *, base: bool = False) -> Validation:
-        setup = self.setup
-        drawn = draw_together(setup, "validation", prompts, base=base)
-        scored = [(images, setup.reward.reward(images, batch)) for batch, images in drawn]
-        pixels, rewards = (gathered(setup.accelerator, share, len(prompts)) for share in zip(*scored, strict=True))
-        return Validation(pixels=pixels, rewards=rewards)
+        setup, accelerator = self.setup, self.setup.accelerator
+        pixels, rewards = [], []
+        for point in self.points:
+            drawn = draw_together(setup, "validation", prompts, weights=None if base else point.weights)
+            scored = [(images, setup.reward.unshaped(images, batch)) for batch, images in drawn]
+            shown, values = (gathered(accelerator, share, len(prompts)) for share in zip(*scored, strict=True))
+            pixels.append(shown)
+            rewards.append(values)
+        return Validation(points=self.points, pixels=torch.stack(pixels), rewards=torch.stack(rewards))
+
+
+def label_rewards(points: Sequence[Point], rewards: Float[Tensor, " objectives"]) -> str:
+    """The rewards of an image for its caption."""
+    if len(points) == 1:
+        return f"reward {rewards.item():.4g}"
+    return ", ".join(f"{point.name} {reward:.4g}" for point, reward in zip(points, rewards.tolist(), strict=False))
 
 
 def captioned(
-    prompts: Sequence[str], validation: Validation, base: Validation | None
+    prompts: Sequence[str], validation: Validation, base: Validation | None, index: int
 ) -> tuple[list[Image.Image], list[str]]:
-    """The first images, to the right of the base model's if there are any, and captions with prompt and reward."""
-    images, captions = [], []
-    factor = enlargement(to_image(validation.pixels[0]), CELL)
+    """The first images of a point, to the right of the base model's if there are any, and captions with prompt and
+    rewards.
+    """
+    images, captions, points = [], [], validation.points
+    factor = enlargement(to_image(validation.pixels[index, 0]), CELL)
     for i, prompt in enumerate(prompts[:SHOWN]):
-        pixels, rewards = validation.pixels[i], f"reward {validation.rewards[i]:.4g}"
+        pixels, rewards = validation.pixels[index, i], label_rewards(points, validation.rewards[index, i])
         if base is not None:
-            pixels = torch.cat([base.pixels[i], pixels], dim=-1)
-            rewards = f"base, left: {base.rewards[i]:.4g}; right: {validation.rewards[i]:.4g}"
+            pixels = torch.cat([base.pixels[index, i], pixels], dim=-1)
+            before = label_rewards(points, base.rewards[index, i])
+            rewards = f"base, left: {before.removeprefix('reward ')}; right: {rewards.removeprefix('reward ')}"
         images.append(enlarge(to_image(pixels), factor))
         captions.append(f"{prompt}\n{rewards}")
     return images, captions
@@ -142,16 +224,20 @@ def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list
 
 @torch.no_grad()
 def draw_together(
-    setup: Setup, key: str, prompts: Sequence[str], *, base: bool = False
+    setup: Setup, key: str, prompts: Sequence[str], *, weights: Sequence[float] | None
 ) -> Iterator[tuple[list[str], Pixels]]:
-    """This process's share of images of the policy, or of the base model, by micro-batch: prompts and pixels.
+    """This process's share of images by micro-batch: prompts and pixels.
 
     The noise of an image depends on the key and the index of its prompt. Every process has as many batches as any
     other, since with ZeRO-3 all take part in each forward pass; if prompts do not divide, the last processes draw some
     of the first again.
+
+    Args:
+        weights: of the objectives in the policy; None for the base model.
     """
-    sampling = replace(setup.sampling, adapter=None) if base else setup.current_sampling()
+    sampling = setup.sampling.of_base() if weights is None else setup.current_sampling()
     sampling = replace(sampling, learned=frozenset())
+    row = torch.tensor([weights or (1.0,)], dtype=torch.float64)
     each = -(-len(prompts) // setup.accelerator.num_processes)
     first = setup.accelerator.process_index * each
     for start in range(first, first + each, setup.settings.train_batch_size):
@@ -160,7 +246,7 @@ def draw_together(
         batch = [prompts[index] for index in indices]
         generators = [sample_generator(setup.settings.seed, key, index) for index in indices]
         with setup.accelerator.autocast():
-            latents = rollout(sampling, setup.embed(batch), generators).latents
+            latents = rollout(sampling, setup.embed(batch), generators, row.expand(len(batch), -1)).latents
         check_latents(latents, batch)
         yield batch, decode_finite(setup.backbone, latents, batch)
 
@@ -171,14 +257,19 @@ def gathered(accelerator: Accelerator, share: Sequence[Tensor], count: int) -> T
 
 
 def fit_reward(setup: Setup, progress: Progress) -> None:
-    """Fit the reward on images of the base if the settings ask for it and it has not been fitted; on all processes."""
-    count = setup.settings.fit_reward
+    """Fit the rewards on images of the base if the settings ask for it and they have not been; on all processes."""
+    count, objectives = setup.settings.fit_reward, setup.reward.objectives
     if count and not progress.reward:
         if progress.step:
             raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
         prompts = [setup.prompts[i * len(setup.prompts) // count] for i in range(count)]
-        shares = draw_together(setup, "fit", prompts)
-        columns = [setup.reward.reward.terms_of(pixels, batch) for batch, pixels in shares]
-        progress.reward = setup.reward.fit(gathered(setup.accelerator, columns, count))
+        # Before training the policy is the base, with all weights.
+        shares = [*draw_together(setup, "fit", prompts, weights=setup.sampling.equal_weights(1)[0].tolist())]
+        fitted = []
+        for objective in objectives:
+            columns = [objective.reward.terms_of(pixels, batch) for batch, pixels in shares]
+            fitted.append(objective.fit(gathered(setup.accelerator, columns, count)))
+        progress.reward = fitted[0] if len(fitted) == 1 else {"objectives": fitted}
     if progress.reward:
-        setup.reward.restore(progress.reward)
+        for objective, known in zip(objectives, progress.reward.get("objectives", [progress.reward]), strict=True):
+            objective.restore(known)

@@ -93,17 +93,18 @@ class Denoiser:
         t: Time,
         conditioning: Conditioning,
         networks: Sequence[Network],
+        rows: SomeRows = None,
         *,
         negative: Latents | None = None,
     ) -> Guided:
-        """Guided predictions with what another call at (x_t, t) need not compute again.
+        """Guided predictions, each for these rows, with what another call at (x_t, t) need not compute again.
 
         Args:
             negative: of an earlier call there; a ValueError where predictions have none in common.
         """
         if negative is not None and not self.guidance.shares:
             raise ValueError(f"guidance {self.guidance} has no e_u in common that an earlier call could give")
-        branches = self.guidance.branches(networks)
+        branches = self.guidance.branches(networks, rows)
         known = [] if negative is None else [negative]
         outputs = [*known, *self.run(x_t, t, conditioning, branches[len(known) :])]
         shared = outputs[0] if self.guidance.shares else None

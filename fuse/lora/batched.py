@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from peft.tuners.lora import Conv2d, Linear, LoraLayer
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from stepfuse.fuse.lora.layers import check_exist, is_among
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack, Route
+
+S = TypeVar("S", bound=nn.Module)
 
 
 class BatchedAdapters:
@@ -40,10 +42,10 @@ class BatchedAdapters:
         for path, layer in layers.items():
             for name in names:
                 if name in layer.r:
-                    _check_layer(layer, path, name, unbatched)
+                    check_batched_layer(layer, path, name, unbatched)
         used = [layer for layer in layers.values() if any(name in layer.r for name in names)]
         self._doras = {name for name in names for layer in used if layer.use_dora.get(name, False)}
-        self._stacks = [_add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
+        self._stacks = [add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
 
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
@@ -141,10 +143,16 @@ def _merge_of(networks: Sequence[Network]) -> str:
     return next((network.merge for network in networks if network.merge), "")
 
 
+class HasRoute(Protocol):
+    """What routes the rows of a batch, where its route is not None."""
+
+    route: Any
+
+
 class _Routed:
     """A LoRA layer of peft that takes a route where there is one; a class, so that copies of a model are whole."""
 
-    routers: list[BatchedAdapters]
+    routers: list[HasRoute]
     stacks: nn.ModuleList
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,7 +168,8 @@ class RoutedLinear(_Routed, Linear): ...
 class RoutedConv2d(_Routed, Conv2d): ...
 
 
-def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> LoRAStack:
+def add_stack(layer: LoraLayer, router: HasRoute, stack: S) -> S:
+    """Let a layer run this stack where the router has a route, in place of its own forward."""
     if not isinstance(layer, _Routed):
         layer.__class__ = RoutedConv2d if isinstance(layer, Conv2d) else RoutedLinear
         layer.routers, layer.stacks = [], nn.ModuleList()
@@ -169,7 +178,10 @@ def _add_stack(layer: LoraLayer, router: BatchedAdapters, stack: LoRAStack) -> L
     return stack
 
 
-def _check_layer(layer: LoraLayer, path: str, name: str, unbatched: Collection[str]) -> None:
+def check_batched_layer(
+    layer: LoraLayer, path: str, name: str, unbatched: Collection[str], remedy: str = "use forwards='separate'"
+) -> None:
+    """Raise ValueError, which ends with the remedy, for a LoRA that has no batched form."""
     variant = layer.lora_variant.get(name)
     base = layer.get_base_layer()
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
@@ -186,4 +198,4 @@ def _check_layer(layer: LoraLayer, path: str, name: str, unbatched: Collection[s
         why = "is of a convolution with groups, dilation or padding other than zeros"
     else:
         return
-    raise ValueError(f"adapter {name!r}: the LoRA of {path} {why}, which cannot be batched; use forwards='separate'")
+    raise ValueError(f"adapter {name!r}: the LoRA of {path} {why}, which cannot be batched; {remedy}")

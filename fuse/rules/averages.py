@@ -5,10 +5,9 @@ from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
-from stepfuse.fuse.lora.mixture import Network
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
+from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.step import FusionStep
@@ -36,14 +35,10 @@ class AverageRule(FusionRule):
                 )
         return plan
 
-    def average(self, step: FusionStep, values: Sequence[Tensor]) -> Tensor:
-        """Σ a_i x_i + (1 - Σ a_i) x_ref of values of the experts that `step.used` lists."""
-        exponents = step.exponents(step.used).to(values[0])
-        return reduce(torch.add, [per_sample(a, x) * x for a, x in zip(exponents, values, strict=True)])
-
-    def gaussian(self, step: FusionStep, prediction: Latents) -> Gaussian:
+    def combine(self, step: FusionStep, predictions: Sequence[Latents]) -> Gaussian:
         """p(x_s | x_t) of the averaged prediction."""
-        return step.transition(prediction, self.average(step, [step.variance(expert) for expert in step.used]))
+        variance = step.weighted([step.variance(expert) for expert in step.used])
+        return step.transition(self.average(step, predictions), variance)
 
 
 class AverageNoise(AverageRule):
@@ -55,8 +50,11 @@ class AverageNoise(AverageRule):
 
     name = "average_noise"
 
-    def fuse(self, step: FusionStep) -> Gaussian:
-        return self.gaussian(step, self.average(step, step.predict_used(step.used)))
+    def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
+        return step.used_networks(step.used)
+
+    def average(self, step: FusionStep, predictions: Sequence[Latents]) -> Latents:
+        return step.weighted(predictions)
 
 
 class Soup(AverageRule):
@@ -69,7 +67,7 @@ class Soup(AverageRule):
     name = "soup"
     merges: ClassVar[Literal["weights", "factors"]] = "weights"
 
-    def fuse(self, step: FusionStep) -> Gaussian:
+    def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
         adapters = step.plan.adapters
         mixtures, which = torch.unique(step.exponents(adapters), dim=1, return_inverse=True)
         cacheable = bool((step.plan.exponents == step.exponents()[:, :1]).all())
@@ -78,8 +76,10 @@ class Soup(AverageRule):
             Network.merged(dict(zip(names, weights, strict=True)), self.merges, cacheable=cacheable)
             for weights in mixtures.T.tolist()
         ]
-        predictions = step.predict(networks, [(which == i).nonzero().flatten() for i in range(len(networks))])
-        return self.gaussian(step, reduce(torch.add, predictions))
+        return [(network, (which == i).nonzero().flatten()) for i, network in enumerate(networks)]
+
+    def average(self, step: FusionStep, predictions: Sequence[Latents]) -> Latents:
+        return reduce(torch.add, predictions)
 
 
 class SoupFactors(Soup):

@@ -1,5 +1,6 @@
 """What a fusion rule is."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -7,6 +8,7 @@ import torch
 
 from stepfuse.data.settings_fields import check_settings
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
+from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.plan import Plan
 from stepfuse.fuse.rules.run import Run, uniform_numbers
 from stepfuse.fuse.rules.step import FusionStep
@@ -16,9 +18,10 @@ from stepfuse.fuse.rules.step import FusionStep
 class FusionRule:
     """How the experts of a step become the Gaussian that is sampled, and the loop around the steps.
 
-    A subclass defines `fuse`. Its options are dataclass fields, declared with `setting`, by which they are checked. The
-    attributes say what it needs of the sampler, which provides it before `prepare`, and what holds for its images;
-    those that may depend on options are properties.
+    A subclass defines `fuse`; or `networks`, `combine` and `average`, so that adapters can also be trained through the
+    rule. Its options are dataclass fields, declared with `setting`, by which they are checked. The attributes say what
+    it needs of the sampler, which provides it before `prepare`, and what holds for its images; those that may depend on
+    options are properties.
 
     Attributes:
         name: The rule's name in `RULES` and in messages; by default the name of the class.
@@ -61,6 +64,19 @@ class FusionRule:
 
     def fuse(self, step: FusionStep) -> Gaussian:
         """p(x_s | x_t) of one step."""
+        networks, rows = zip(*self.networks(step), strict=True)
+        return self.combine(step, step.predict(networks, rows))
+
+    def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
+        """The networks that a step needs predictions of, each with the rows of x_t that it is run on."""
+        raise NotImplementedError
+
+    def combine(self, step: FusionStep, predictions: Sequence[Latents]) -> Gaussian:
+        """p(x_s | x_t) from the predictions of these networks, each as large as x_t, and 0 on other rows."""
+        raise NotImplementedError
+
+    def average(self, step: FusionStep, predictions: Sequence[Latents]) -> Latents:
+        """One prediction in place of these, by which x_0 is estimated where images are scored within a trajectory."""
         raise NotImplementedError
 
     def denoise(self, run: Run, x_T: Latents, generators: list[torch.Generator]) -> Latents:

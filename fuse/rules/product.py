@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, product
-from stepfuse.fuse.lora.mixture import Network
+from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_strength
 from stepfuse.fuse.rules.options import ProductOptions
@@ -63,9 +63,14 @@ class ProductLaw(FusionRule):
         check_strength(plan)
         return plan
 
-    def fuse(self, step: FusionStep) -> Gaussian:
-        used = step.used
-        return fuse_predictions(step, used, step.predict_used(used))
+    def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
+        return step.used_networks(step.used)
+
+    def combine(self, step: FusionStep, predictions: Sequence[Latents]) -> Gaussian:
+        return fuse_predictions(step, step.used, predictions)
+
+    def average(self, step: FusionStep, predictions: Sequence[Latents]) -> Latents:
+        return step.weighted(predictions)
 
 
 @dataclass(frozen=True)

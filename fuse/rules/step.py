@@ -83,20 +83,34 @@ class FusionStep:
         if rows is None:
             return self.predict_fn(self.x_t, self.t, networks, self.images, [None] * len(networks))
         run = [i for i, wanted in enumerate(rows) if len(wanted)]
-        some = [None if len(rows[i]) == len(self.x_t) else rows[i] for i in run]
+        some = [self.some_rows(rows[i]) for i in run]
         results = [torch.zeros_like(self.x_t)] * len(networks)
         predictions = self.predict_fn(self.x_t, self.t, [networks[i] for i in run], self.images, some)
         for i, wanted, prediction in zip(run, some, predictions, strict=True):
-            results[i] = prediction
-            if wanted is not None:
-                results[i] = torch.zeros_like(self.x_t, dtype=prediction.dtype)
-                results[i][wanted.to(prediction.device)] = prediction
+            results[i] = self.spread(prediction, wanted)
         return results
 
-    def predict_used(self, experts: Sequence[Expert]) -> list[Latents]:
-        """Predictions of experts for the images whose exponent is not 0, one forward each; 0 for the others."""
+    def some_rows(self, rows: Rows) -> Rows | None:
+        """Rows of x_t, None for all of them."""
+        return None if len(rows) == len(self.x_t) else rows
+
+    def spread(self, prediction: Tensor, rows: Rows | None) -> Latents:
+        """A prediction for some rows, as large as x_t, and 0 on the others."""
+        if rows is None:
+            return prediction
+        result = torch.zeros_like(self.x_t, dtype=prediction.dtype)
+        result[rows.to(prediction.device)] = prediction
+        return result
+
+    def used_networks(self, experts: Sequence[Expert]) -> list[tuple[Network, Rows]]:
+        """The networks of experts, each for the images whose exponent is not 0."""
         rows = [a.nonzero().flatten() for a in self.exponents(experts)]
-        return self.predict([expert.network for expert in experts], rows)
+        return [(expert.network, some) for expert, some in zip(experts, rows, strict=True)]
+
+    def weighted(self, values: Sequence[Tensor]) -> Tensor:
+        """Σ a_i x_i + (1 - Σ a_i) x_ref of values of the experts that `used` lists."""
+        exponents = self.exponents(self.used).to(values[0])
+        return reduce(torch.add, [per_sample(a, x) * x for a, x in zip(exponents, values, strict=True)])
 
     def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
         """p(x_s | x_t) of a prediction for all rows."""

@@ -31,10 +31,12 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.rules.plan import Expert
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.scripts.emoji.images import draw_batch, read_package, render
-from stepfuse.train.rollout import Sampling, rollout, sample_generator
+from stepfuse.train.fused_sampling import Sampling
+from stepfuse.train.rollout import rollout, sample_generator
 
 GUIDANCE_SCALE = 4.0
 STEPS = 20
@@ -109,8 +111,7 @@ def sample_base(
     path = backbone.path(shape)
     sampling = Sampling(
         denoiser=Denoiser(backbone=backbone, path=path, guidance=Guidance(scale=guidance_scale)),
-        adapter=None,
-        schedule=EtaSchedule(eta=eta),
+        objectives=(Expert.base(EtaSchedule(eta=eta)),),
         steps=path.steps(steps),
         shape=shape,
     )

@@ -242,7 +242,8 @@ class AverageStep(FusionRule):
 
     def fuse(self, step: FusionStep) -> Gaussian:
         used = step.used
-        predictions, exponents = step.predict_used(used), step.exponents(used)[:, :, None]
+        networks, rows = zip(*step.used_networks(used), strict=True)
+        predictions, exponents = step.predict(networks, rows), step.exponents(used)[:, :, None]
         variances = [step.variance(expert) for expert in used]
         means = [step.transition(e, v).mean for e, v in zip(predictions, variances, strict=True)]
         mean, variance = ((exponents * torch.stack(moments)).sum(0) for moments in (means, variances))

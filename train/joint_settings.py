@@ -1,0 +1,68 @@
+"""Settings of a run that trains the LoRAs of several objectives together. Importing this does not import torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from stepfuse.data.names import nearest
+from stepfuse.data.settings_fields import setting
+from stepfuse.data.settings_file import require
+from stepfuse.train.policy_settings import LoRASettings, VarianceSettings
+from stepfuse.train.run_settings import RewardSettings
+
+# What an objective may have for itself.
+OF_RUN = ("fit_reward", "async_scoring")
+OF_OBJECTIVE = ["beta"] + [
+    field.name
+    for kind in (RewardSettings, LoRASettings, VarianceSettings)
+    for field in fields(kind)
+    if field.name not in OF_RUN
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointSettings:
+    """Several objectives in one run.
+
+    Attributes:
+        objectives: Train a LoRA for each of several objectives, on mixtures of their rewards. A mapping for each with
+            its settings, such as `reward`, `objective_name`, `rank`, `beta` and `variance`; what one leaves out is as
+            in the run. Images are sampled by the fusion of the LoRAs, with other weights for every prompt, and the loss
+            of the fused transition trains all of them. Unset, one LoRA for `reward`.
+        train_rule: Fusion rule of the images and of the loss: `soup`, one network with the LoRAs added by weight, or
+            `product`, the product of the Gaussians (MSDDA).
+        vertex_share: Fraction of the prompts of a step whose weight is all on one objective, each in turn.
+        weight_concentration: Concentration of the Dirichlet distribution that the weights of the other prompts are
+            drawn from: 1 is uniform over all mixtures, more is closer to equal weights.
+    """
+
+    objectives: list = setting([])
+    train_rule: Literal["soup", "product"] = "soup"
+    vertex_share: float = setting(0.5, least=0, most=1)
+    weight_concentration: float = setting(1.0, above=0)
+
+    def check_together(self) -> None:
+        several = "two mappings or more; settings of one objective go into the run itself"
+        require(len(self.objectives) != 1, "objectives", self.objectives, several)
+        for entry in self.objectives:
+            require(isinstance(entry, Mapping), "objectives", entry, "a mapping for each, such as {reward: clip_score}")
+            for name in entry:
+                known = f"any of {', '.join(OF_OBJECTIVE)}{nearest(str(name), OF_OBJECTIVE)}"
+                require(name in OF_OBJECTIVE, "a setting of objectives", repr(name), known)
+
+
+def separate_objectives(settings: Any) -> tuple[Any, ...]:
+    """The settings of each objective: those of the run, with its own; a ValueError names the objective."""
+    if not settings.objectives:
+        return (settings,)
+    each: list[Any] = []
+    for number, entry in enumerate(settings.objectives, start=1):
+        named = entry.get("objective_name") or entry.get("reward") or f"number {number}"
+        values = {field.name: getattr(settings, field.name) for field in fields(settings)} | {"objective_name": ""}
+        try:
+            each.append(type(settings)(**values | dict(entry) | {"objectives": []}))
+        except ValueError as error:
+            raise ValueError(f"objective {named}: {error}") from error
+        taken = each[-1].name in [other.name for other in each[:-1]]
+        require(not taken, "objective_name", each[-1].name, "another name for each objective")
+    return tuple(each)
