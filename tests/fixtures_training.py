@@ -21,7 +21,8 @@ from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import branching_rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
@@ -169,8 +170,8 @@ def forget_accelerator():
 
 
 def at_once(score):
-    """A function of latents that answers with a future, as the queue does, here done at once."""
-    return lambda latents: ScoringQueue(ahead=0).submit(lambda: score(latents))
+    """A function of latents that answers with a future of one column, as the queue does, here done at once."""
+    return lambda latents: ScoringQueue(ahead=0).submit(lambda: score(latents)[:, None])
 
 
 def save_tiny_pipeline(folder: Path) -> None:

@@ -26,7 +26,8 @@ from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.scripts.evaluation.costs import counted_rows
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from tests.fixtures_families import FAMILIES, save_family
 from tests.fixtures_tiny import generators

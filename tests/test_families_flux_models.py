@@ -23,8 +23,9 @@ from stepfuse.fuse.sets.adapter import load_adapter, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.losses import ddpo_loss
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from tests.fixtures_families import save_family
 from tests.fixtures_families_flux import (

@@ -16,7 +16,8 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, SharedForward, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, SharedForward, add_lora
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings
 from stepfuse.train.setup import Setup

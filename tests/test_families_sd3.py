@@ -24,7 +24,8 @@ from stepfuse.fuse.sets.adapter import load_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, add_lora, step_gaussians
+from stepfuse.train.lora import Policy, add_lora
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from tests.fixtures_families import save_family
 from tests.fixtures_tiny import generators, refused

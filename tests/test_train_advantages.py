@@ -72,11 +72,13 @@ def test_shifting_and_scaling_rewards_leaves_advantages_alone():
 def test_ddpo_assigns_each_micro_batch_advantages_by_the_statistics_of_the_whole_step(per_prompt):
     settings = DDPOSettings(num_generations=4, per_prompt_stat_tracking=per_prompt)
     x = torch.zeros(2, 1, 1, 1)
-    step = SampledStep(index=0, x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
+    step = SampledStep(
+        index=0, x_t=x, t=1, s=-1, weights=torch.ones(2, 1), negative=None, reference=x, x_s=x, log_prob=torch.zeros(2)
+    )
     trajectory = Trajectory(steps=(step, step), latents=x, conditioning=None)
     rewards, groups = REWARDS[:8], torch.arange(8) // 4
     halves = torch.stack([0.25 * rewards, 0.75 * rewards], 1)  # terms of a weighted reward: advantages are of their sum
-    advantages = DDPO(settings).advantages(halves, torch.ones(2), groups, PROMPTS[:8], {})
+    advantages = DDPO(settings).advantages(halves, torch.ones(8, 2), groups, PROMPTS[:8], {})
     assigned = DDPO(settings).assign_advantages(trajectory, advantages[2:4])
     expected = z_scores(rewards, groups if per_prompt else torch.zeros(8))[2:4]
     for step in assigned.steps:
@@ -115,10 +117,12 @@ def test_ddpo_takes_decoupled_advantages_of_a_weighted_reward_where_asked():
         num_generations=4, reward="weighted:1*a + 3*b", multi_objective_aggregation="normalize_then_sum"
     )
     x = torch.zeros(2, 1, 1, 1)
-    step = SampledStep(index=0, x_t=x, t=1, s=-1, negative=None, reference=x, x_s=x, log_prob=torch.zeros(2))
+    step = SampledStep(
+        index=0, x_t=x, t=1, s=-1, weights=torch.ones(2, 1), negative=None, reference=x, x_s=x, log_prob=torch.zeros(2)
+    )
     trajectory = Trajectory(steps=(step,), latents=x, conditioning=None)
     terms, groups = torch.stack([REWARDS[:8], torch.cos(REWARDS[:8])], 1), torch.arange(8) // 4
-    advantages = DDPO(settings).advantages(terms, torch.tensor([0.25, 0.75]), groups, PROMPTS[:8], {})
+    advantages = DDPO(settings).advantages(terms, torch.tensor([0.25, 0.75]).expand(8, 2), groups, PROMPTS[:8], {})
     assigned = DDPO(settings).assign_advantages(trajectory, advantages[2:4])
     expected = gdpo_by_hand(terms, [0.25, 0.75], groups)[2:4]
     np.testing.assert_allclose(assigned.steps[0].advantage.numpy(), expected, rtol=1e-5)
@@ -183,12 +187,12 @@ def test_ddpo_remembers_rewards_where_asked_and_only_finite_ones():
     )
     history = {}
     rewards, groups = torch.tensor([[1.0], [2.0], [float("nan")], [5.0]]), torch.tensor([0, 0, 1, 1])
-    advantages = DDPO(settings).advantages(rewards, torch.ones(1), groups, ["a", "a", "b", "b"], history)
+    advantages = DDPO(settings).advantages(rewards, torch.ones(4, 1), groups, ["a", "a", "b", "b"], history)
     assert history == {"a": [1, 2], "b": [5]}
     deviation = ((25 + 4 + 49) / 27) ** 0.5  # of 1, 2, 5 about 8/3
     expected = [(value - 8 / 3) / deviation if value else 0 for value in (1, 2, 0, 5)]
     assert advantages.tolist() == pytest.approx(expected, rel=1e-5)
-    DDPO(DDPOSettings(num_generations=2)).advantages(rewards, torch.ones(1), groups, ["a", "a", "b", "b"], history)
+    DDPO(DDPOSettings(num_generations=2)).advantages(rewards, torch.ones(4, 1), groups, ["a", "a", "b", "b"], history)
     assert history == {"a": [1, 2], "b": [5]}  # not tracked
 
 

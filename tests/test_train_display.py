@@ -100,7 +100,7 @@ def test_the_interval_of_the_gain_is_that_of_a_paired_bootstrap():
         validation_prompts=[f"prompt {i}" for i in range(40)],
         validation_rewards={"before": before.tolist(), "after": (before + gain).tolist()},
     )
-    told = describe_gain(progress)
+    told = describe_gain(progress.validation_rewards, progress.validation_prompts)
     mean, low, high = (number(told.partition(word)[2]) for word in ("gain ", "interval ", " to "))
     interval = bootstrap((gain,), np.mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
     assert mean == pytest.approx(gain.mean(), rel=1e-3)
@@ -109,12 +109,12 @@ def test_the_interval_of_the_gain_is_that_of_a_paired_bootstrap():
 
 @pytest.mark.parametrize("rewards", [{}, {"before": [1.0, 2.0]}, {"before": [1.0, 2.0], "after": []}])
 def test_a_run_without_rewards_to_pair_has_no_interval(rewards):
-    assert describe_gain(Progress(validation_prompts=["a", "b"], validation_rewards=rewards)) == ""
+    assert describe_gain(rewards, ["a", "b"]) == ""
 
 
 def test_one_prompt_has_no_interval():
     progress = Progress(validation_prompts=["a", "a"], validation_rewards={"before": [1.0, 2.0], "after": [2.0, 2.0]})
-    assert "%" not in describe_gain(progress)
+    assert "%" not in describe_gain(progress.validation_rewards, progress.validation_prompts)
 
 
 # While it runs

@@ -98,7 +98,7 @@ def test_an_image_without_a_reward_teaches_nothing_and_the_others_are_normalised
     settings = DDPOSettings(num_generations=4)
     rewards = torch.tensor([[1.0], [float("nan")], [3.0], [2.0]])
     groups = torch.zeros(4, dtype=torch.long)
-    advantages = DDPO(settings).advantages(rewards, torch.ones(1), groups, ["a cat"] * 4, {})
+    advantages = DDPO(settings).advantages(rewards, torch.ones(4, 1), groups, ["a cat"] * 4, {})
     # of 1, 3, 2: mean 2, deviation sqrt(2/3)
     assert advantages.tolist() == pytest.approx([-(1.5**0.5), 0, 1.5**0.5, 0])
 

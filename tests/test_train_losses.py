@@ -44,6 +44,7 @@ def paired(kept=None):
         x_t=latents(4),
         t=500,
         s=400,
+        weights=torch.ones(len(CHOSEN), 1),
         negative=None,
         reference=latents(5),
         chosen=CHOSEN,
@@ -223,6 +224,7 @@ def test_ddpo_ratio_is_of_densities_or_of_their_mean_over_dimensions(reduction):
         x_t=latents(4),
         t=500,
         s=400,
+        weights=torch.ones(len(x), 1),
         negative=None,
         reference=REFERENCE,
         x_s=x,
@@ -241,8 +243,8 @@ def test_ddpo_ratio_is_of_densities_or_of_their_mean_over_dimensions(reduction):
 def test_the_stored_beta_is_that_of_the_density_whatever_the_reduction():
     # D = 64: DPO's mean loss has beta / D before the sum of log-ratios; DDPO's gradient is divided by D, its KL is not.
     dpo, ddpo = (dict(beta=0.5, log_prob_reduction=kind) for kind in ("sum", "mean"))
-    assert [DPO(DPOSettings(**values)).temperature(64) for values in (dpo, ddpo)] == [0.5, 0.5 / 64]
-    assert [DDPO(DDPOSettings(**values)).temperature(64) for values in (dpo, ddpo)] == [0.5, 32.0]
+    assert [DPO(DPOSettings(**values)).temperature(0.5, 64) for values in (dpo, ddpo)] == [0.5, 0.5 / 64]
+    assert [DDPO(DDPOSettings(**values)).temperature(0.5, 64) for values in (dpo, ddpo)] == [0.5, 32.0]
 
 
 def test_dpo_by_means_is_dpo_by_sums_at_its_temperature():
@@ -250,5 +252,5 @@ def test_dpo_by_means_is_dpo_by_sums_at_its_temperature():
     log_probs = [torch.randn(8, generator=generator) for _ in range(4)]
     mean = dpo_loss(*(value / 64 for value in log_probs), beta=0.5)
     torch.testing.assert_close(
-        mean, dpo_loss(*log_probs, beta=DPO(DPOSettings(beta=0.5, log_prob_reduction="mean")).temperature(64))
+        mean, dpo_loss(*log_probs, beta=DPO(DPOSettings(beta=0.5, log_prob_reduction="mean")).temperature(0.5, 64))
     )

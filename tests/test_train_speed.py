@@ -103,12 +103,12 @@ def test_a_run_finds_its_learnable_steps_once_and_trains_the_schedule_that_it_sa
     sampled, trained = [], []
 
     def find_steps(settings, sampling):
-        sampled.append(sampling.schedule)
+        sampled.append(sampling.objectives[0].schedule)
         return learnable_steps(settings, sampling)
 
-    def make_policy(backbone, adapter, schedule):
-        trained.append(schedule)
-        return Policy(backbone, [adapter], [schedule])
+    def make_policy(backbone, adapters, schedules, rows):
+        trained.extend(schedules)
+        return Policy(backbone, adapters, schedules, rows)
 
     monkeypatch.setattr("stepfuse.train.setup.learnable_steps", find_steps)
     monkeypatch.setattr("stepfuse.train.setup.Policy", make_policy)

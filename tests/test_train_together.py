@@ -8,7 +8,8 @@ import torch
 
 from stepfuse.train.algorithms import DDPO, DPO
 from stepfuse.train.loop import train_adapter
-from stepfuse.train.lora import SharedForward, step_gaussians
+from stepfuse.train.lora import SharedForward
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import networks, read_lora, refused

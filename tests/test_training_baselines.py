@@ -24,8 +24,9 @@ from stepfuse.scripts.baselines.spo import SPO, extremes, spo_loss
 from stepfuse.scripts.baselines.training import Task, ddim_step, mean_log_prob
 from stepfuse.scripts.benchmark.models import with_copied_network
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import Policy, step_gaussians
+from stepfuse.train.lora import Policy
 from stepfuse.train.losses import ddpo_loss, dpo_loss
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import PairedStep, SampledStep
 from tests.fixtures_tiny import networks, refused, save_stable_diffusion_xl
 from tests.fixtures_training import save_tiny_pipeline
@@ -79,7 +80,10 @@ def gaussians(loop, step, conditioning):
     )
     schedule = EtaSchedule(eta=1.0)
     sampling = Sampling(
-        denoiser=denoiser, objectives=(Expert.adapter("baseline", schedule),), steps=[], shape=loop.shape
+        denoiser=denoiser,
+        objectives=(Expert.adapter("baseline", schedule),),
+        steps=[(step.t, step.s)],
+        shape=loop.shape,
     )
     policy = Policy(loop.backbone, ["baseline"], [schedule])
     (base,) = denoiser.predictions(step.x_t, step.t, conditioning, networks(None))
@@ -113,7 +117,17 @@ def test_the_gradient_of_ddpo_pytorch_is_that_of_our_loss_with_full_guidance(tas
     for place, (t, s) in enumerate(NoisePath.from_scheduler(loop.scheduler).steps(STEPS)):
         assert (samples.times[:, place] == t).all()
         x_t, x_s, old = samples.x_t[:, place], samples.x_s[:, place], samples.log_prob[:, place]
-        step = SampledStep(index=0, x_t=x_t, t=t, s=s, negative=None, reference=x_t, x_s=x_s, log_prob=old)
+        step = SampledStep(
+            index=0,
+            x_t=x_t,
+            t=t,
+            s=s,
+            weights=torch.ones(len(x_t), 1),
+            negative=None,
+            reference=x_t,
+            x_s=x_s,
+            log_prob=old,
+        )
         policy, _ = gaussians(loop, step, samples.conditioning)
         advantage = samples.advantage.clamp(-5, 5)
         values = ddpo_loss(policy.log_prob(x_s) / x_t[0].numel(), old, advantage, clip_range=1e-4)
@@ -132,7 +146,9 @@ def test_the_gradient_of_spo_is_that_of_our_loss_with_full_guidance_within_its_c
     for t, s in NoisePath.from_scheduler(loop.scheduler).steps(STEPS)[SKIPPED:]:
         part = pairs[pairs.times == t]
         own = dict(x_t=part.x_t, chosen=part.winner, rejected=part.loser, kept=torch.ones_like(part.times).bool())
-        step = PairedStep(index=0, **own, t=t, s=s, negative=None, reference=part.x_t)
+        step = PairedStep(
+            index=0, **own, t=t, s=s, weights=torch.ones(len(part.x_t), 1), negative=None, reference=part.x_t
+        )
         policy, reference = gaussians(loop, step, part.conditioning)
         logs = [g.log_prob(x) / 256 for g in (policy, reference) for x in (part.winner, part.loser)]
         ratios = [own - base for own, base in zip(logs[:2], logs[2:], strict=True)]

@@ -29,7 +29,8 @@ def weighted_scores(
     if rewards.shape[-1] == 1:
         return rewards[..., 0]
     centred = rewards - rewards.mean(1, keepdim=True)
-    centred = torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), centred, 0.0)
+    equal = rewards.amax(1, keepdim=True) <= rewards.amin(1, keepdim=True)  # not of NaN, which stays
+    centred = torch.where(equal, 0.0, centred)
     normalised = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
     return (normalised * weights[:, None].to(rewards)).sum(-1)
 

@@ -95,8 +95,8 @@ class _Parser(TrlParser):
     def _add_setting(self, group: Any, field: dataclasses.Field, text: str) -> None:
         names = (f"--{field.name}", f"--{field.name.replace('_', '-')}")
         if field.type in (dict, list):
-            kind, default = (_Mapping, {}) if field.type is dict else (_Mappings, [])
-            group.add_argument(*dict.fromkeys(names), nargs="*", action=kind, default=default)
+            kind = _Mapping if field.type is dict else _Mappings
+            group.add_argument(*dict.fromkeys(names), nargs="*", action=kind, default=field.type())
         else:
             plain = copy.copy(field)
             plain.metadata = {}  # type: ignore[assignment]

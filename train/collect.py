@@ -17,8 +17,8 @@ from stepfuse.train.checkpoints import Progress
 from stepfuse.train.conditioning import prompt_order
 from stepfuse.train.fused_sampling import Sampling, Weights
 from stepfuse.train.health import Health, diversity
-from stepfuse.train.lora import step_gaussians
 from stepfuse.train.mixtures import group_weights
+from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import D, Trajectory, out_of_inference, sample_generator
 from stepfuse.train.scoring import Scorer
 from stepfuse.train.settings import TrainSettings

@@ -11,7 +11,6 @@ from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.diffusion.noise_path import Time
-from stepfuse.fuse.diffusion.variance import step_variance
 from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Expert, Plan
@@ -60,15 +59,10 @@ class Sampling:
     shape: tuple[int, int, int]
     learned: frozenset[int] | None = None
 
-    def is_random(self, index: int) -> bool:
-        """Whether every policy has a variance above 0 at a step; the last step of some schedulers has none."""
-        (t, s), like = self.steps[index], torch.zeros(1, 1, 1, 1)
-        path = self.denoiser.path
-        return all(bool((step_variance(each.schedule, path, t, s, like) > 0).all()) for each in self.objectives)
-
-    def trains_on(self, index: int) -> bool:
-        """Whether a step is trained on: one without a variance is not."""
-        return (self.learned is None or index in self.learned) and self.is_random(index)
+    def trains_on(self, step: FusionStep) -> bool:
+        """Whether a step is trained on: one without a variance is not, as the last of some schedulers."""
+        wanted = self.learned is None or step.step_index in self.learned
+        return wanted and all(bool((step.variance(each) > 0).all()) for each in step.plan.objectives)
 
     def with_schedules(self, parameters: list[dict[str, Tensor]]) -> "Sampling":
         """The same with other values of the schedules' trainable fields, a mapping for each objective."""

@@ -97,7 +97,8 @@ def rollout(
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     stored = []
     for index in range(len(sampling.steps)):
-        step, wanted = fusion_step(plan, index, x_t), sampling.trains_on(index)
+        step = fusion_step(plan, index, x_t)
+        wanted = sampling.trains_on(step)
         fused = sampling.predict(step, conditioning, reference=wanted and reference)
         gaussian = sampling.rule.combine(step, fused.predictions)
         x_s = gaussian.sample(generators)
@@ -143,7 +144,7 @@ def branching_rollout(
         step = fusion_step(plan, index, x_t)
         now = now or sampling.predict(step, conditioning)
         gaussian = rule.combine(step, now.predictions)
-        if not sampling.trains_on(index):
+        if not sampling.trains_on(step):
             x_t, now = gaussian.sample(generators), None
             continue
         drawn = torch.stack([gaussian.sample(generators) for _ in range(candidates)], dim=1)

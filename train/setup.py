@@ -23,7 +23,7 @@ from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
-from stepfuse.train.fused_sampling import Sampling
+from stepfuse.train.fused_sampling import Sampling, fusion_step
 from stepfuse.train.lora import Policy, SharedForward, add_lora, train_all
 from stepfuse.train.provenance import provenance
 from stepfuse.train.scoring import TrainingReward
@@ -117,7 +117,8 @@ class Setup:
 def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
     """Indices of the denoising steps that can be trained on: random ones, but the first and last that are skipped."""
     trained = range(settings.skip_first_steps, len(sampling.steps) - settings.skip_last_steps)
-    return [index for index in trained if sampling.trains_on(index)]
+    plan, like = sampling.plan(sampling.equal_weights(1)), torch.zeros(1, 1, 1, 1)
+    return [index for index in trained if sampling.trains_on(fusion_step(plan, index, like))]
 
 
 def zero3(accelerator: Accelerator) -> bool:

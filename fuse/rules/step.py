@@ -72,7 +72,14 @@ class FusionStep:
 
     def variance(self, expert: Expert) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
-        return expert.schedule.relative(self.plan.path, self.t, self.s, self.x_t) * self._ancestral
+        if expert not in self._variances:
+            relative = expert.schedule.relative(self.plan.path, self.t, self.s, self.x_t)
+            self._variances[expert] = relative * self._ancestral
+        return self._variances[expert]
+
+    @cached_property
+    def _variances(self) -> dict[Expert, Tensor]:
+        return {}
 
     @cached_property
     def _ancestral(self) -> Tensor:
