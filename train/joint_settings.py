@@ -34,12 +34,15 @@ class JointSettings:
         vertex_share: Fraction of the prompts of a step whose weight is all on one objective, each in turn.
         weight_concentration: Concentration of the Dirichlet distribution that the weights of the other prompts are
             drawn from: 1 is uniform over all mixtures, more is closer to equal weights.
+        init_set: Adapter set, a folder, a hub id or `emoji`, whose LoRAs and variance schedules the run starts from in
+            place of new ones, by the names of the objectives; without `objectives`, those of the set are trained.
     """
 
     objectives: list = setting([])
     train_rule: Literal["soup", "product"] = "soup"
     vertex_share: float = setting(0.5, least=0, most=1)
     weight_concentration: float = setting(1.0, above=0)
+    init_set: str = ""
 
     def check_together(self) -> None:
         several = "two mappings or more; settings of one objective go into the run itself"

@@ -10,6 +10,7 @@ from stepfuse.train.algorithms import ALGORITHMS
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from stepfuse.train.display import ProgressDisplay, describe_end, describe_start
 from stepfuse.train.health import Health
+from stepfuse.train.init_set import resolve_objectives
 from stepfuse.train.kl_by_step import keep_kl_steps, warn_of_dominant_step
 from stepfuse.train.launch import make_accelerator
 from stepfuse.train.memory import oom_hints
@@ -36,16 +37,17 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
         ValueError: for settings that do not fit together, a folder in use, a faulty reward, a loss that is not finite,
             and a disk or memory that is full.
     """
-    algorithm = algorithm or ALGORITHMS[settings.algorithm](settings)
     output = Path(settings.output_dir)
     with locked(output), disk_hints(output), oom_hints(settings):
+        settings, initial = resolve_objectives(settings)
+        algorithm = algorithm or ALGORITHMS[settings.algorithm](settings)
         names = [each.name for each in settings.each] if settings.objectives else []
         start = find_start(output, settings.resume_from_checkpoint, names=names, overwrite=settings.overwrite)
         prompts = settings.load_prompts(settings.seed)
         accelerator = make_accelerator(settings)
         check_run(settings, algorithm, accelerator.num_processes)
         with closing(TrainingReward(settings, accelerator.device)) as reward:
-            run(Setup(settings, accelerator, reward, prompts), algorithm, start)
+            run(Setup(settings, accelerator, reward, prompts, initial=initial), algorithm, start)
     return output
 
 

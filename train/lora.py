@@ -1,5 +1,6 @@
 """The policy: a base model with a LoRA and a variance schedule for each objective, which are trained."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
                 f"rank {rank} for {path}; expected a multiple of its {layer.groups} groups, or lora_target_modules "
                 "without it"
             )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft warns of a second adapter on one model: that is what several objectives are.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=name)
     cast_training_params(network, dtype=torch.float32)

@@ -21,9 +21,11 @@ from stepfuse.fuse.lora.rows import AdapterRows
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.rules.registry import get_rule
+from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.train.conditioning import Embeddings
 from stepfuse.train.engine import Engine
 from stepfuse.train.fused_sampling import Sampling, fusion_step
+from stepfuse.train.init_set import adapter_of, add_adapter_of_set, init_record, initial_schedules
 from stepfuse.train.lora import Policy, SharedForward, add_lora, train_all
 from stepfuse.train.provenance import provenance
 from stepfuse.train.scoring import TrainingReward
@@ -35,6 +37,7 @@ class Setup:
 
     Args:
         pipeline: the base model; by default it is loaded as the settings say.
+        initial: the set whose adapters the run starts from, in place of new ones.
 
     Attributes:
         batch_size: number of images, or pairs of images, of this process in an optimiser step.
@@ -56,6 +59,7 @@ class Setup:
         reward: TrainingReward,
         prompts: Sequence[str],
         pipeline: DiffusionPipeline | None = None,
+        initial: AdapterSet | None = None,
     ) -> None:
         self.settings, self.accelerator, self.reward, self.prompts = settings, accelerator, reward, prompts
         self.output = Path(settings.output_dir)
@@ -72,9 +76,9 @@ class Setup:
         main, offload = accelerator.is_main_process, settings.offload_text_encoders
         self.embed = Embeddings(backbone, accelerator.device, offload=offload, report_cuts=main)
         self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-        schedules = [each.initial_schedule() for each in settings.each]
-        names = [each.name for each in settings.each]
-        policy = make_policy(backbone, settings, schedules, row_modules=zero3(accelerator)).to(accelerator.device)
+        schedules, names = initial_schedules(settings, initial), [each.name for each in settings.each]
+        policy = make_policy(backbone, settings, schedules, initial, row_modules=zero3(accelerator))
+        policy = policy.to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)
         shape = backbone.shape()
         path = backbone.path(shape)
@@ -93,7 +97,7 @@ class Setup:
         self.learnable = learnable_steps(settings, self.sampling)
         if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
-        self.record = provenance(settings)
+        self.record = provenance(settings, init_record(settings, initial))
 
     def _shared_forward(self) -> SharedForward | None:
         """Base and the one policy in one forward, where the settings ask for shared forwards and it can be done."""
@@ -128,15 +132,24 @@ def zero3(accelerator: Accelerator) -> bool:
 
 
 def make_policy(
-    backbone: Backbone, settings: TrainSettings, schedules: Sequence[VarianceSchedule], *, row_modules: bool = False
+    backbone: Backbone,
+    settings: TrainSettings,
+    schedules: Sequence[VarianceSchedule],
+    initial: AdapterSet | None = None,
+    *,
+    row_modules: bool = False,
 ) -> Policy:
-    """The policy: the base model's network with a new LoRA for each objective, and the schedules' parameters.
+    """The policy: the base model's network with a LoRA for each objective, and the schedules' parameters.
 
     Args:
+        initial: the set whose LoRAs it starts from; by default they are new ones.
         row_modules: see `AdapterRows`; for several objectives.
     """
     network, names = backbone.network, [each.name for each in settings.each]
     for index, each in enumerate(settings.each):
+        if initial is not None:
+            add_adapter_of_set(backbone, adapter_of(initial, each.name))
+            continue
         add_lora(
             network,
             each.name,
@@ -145,9 +158,9 @@ def make_policy(
             targets=each.lora_target_modules or list(backbone.targets),
             seed=settings.seed + index,
         )
+    train_all(network, names)
     rows = None
     if len(names) > 1:
-        train_all(network, names)
         rows = AdapterRows(network, names, backbone.unbatched, as_modules=row_modules)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
