@@ -108,10 +108,10 @@ def describe_end(settings: TrainSettings, progress: Progress, rewards: Sequence[
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
     folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
-    adapters = [word for path in folders for word in ("--adapter", str(path))]
-    create = ["stepfuse", "set", "create", str(folder), *adapters]
+    create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
     sample = ["stepfuse", "sample", str(folder), "--prompt", prompt]
-    lines.append("next, make a set of this and other adapters (--adapter is repeated), and draw images:")
+    which = "these" if settings.objectives else "this and other"
+    lines.append(f"next, make a set of {which} adapters (--adapter is repeated), and draw images:")
     lines += [f"  {shlex.join(command)}" for command in (create, sample)]
     return "\n".join(lines)
 

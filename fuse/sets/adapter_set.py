@@ -37,6 +37,7 @@ from stepfuse.fuse.sets.manifest import (
     check_schema,
     read_versioned,
 )
+from stepfuse.fuse.sets.set_training import APART, SetTraining, training_of
 from stepfuse.rewards.reward_name import parse_reward
 
 
@@ -97,6 +98,11 @@ class AdapterSet:
         return known
 
     @property
+    def training(self) -> SetTraining:
+        """How its adapters were trained, by their records."""
+        return training_of(self.adapters)
+
+    @property
     def objectives(self) -> tuple[Objective, ...]:
         return tuple(adapter.objective for adapter in self.adapters)
 
@@ -131,6 +137,7 @@ def save_manifest(folder: Path, loaded: AdapterSet) -> None:
         **sampling_to_dict(loaded),
         "default_weights": loaded.default_weights,
         "default_rule": loaded.default_rule,
+        **({} if loaded.training == APART else {"training": loaded.training.to_json()}),
         "adapters": [adapter_to_entry(adapter) for adapter in loaded.adapters],
         "oracles": [
             {"weights": oracle.weights, "adapter": adapter_to_entry(oracle.adapter)} for oracle in loaded.oracles

@@ -34,6 +34,16 @@ image = pipe("{prompt}", weights={weights}, generator=torch.Generator().manual_s
 LOAD_ONE = """```python
 pipe.load_lora_weights("{source}", subfolder="{name}", weight_name="{file}")
 ```"""
+TOGETHER = {
+    "jointly": "The adapters were trained together in one run, on mixtures of their rewards, through the rule "
+    "`{rule}`: the fused policy at any weights is what was trained.",
+    "distilled": "The adapters were distilled together: their `{rule}` is fitted to the product of the adapters that "
+    "they started from.",
+}
+STRENGTHS = (
+    " Loaded together with LoRA strengths w_i that sum to 1, these adapters are the trained policy at these weights: "
+    "they need no fusion."
+)
 
 
 def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, source: str | None = None) -> Path:
@@ -82,7 +92,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         source: a hub id, or a folder.
         shown: pictures beside it.
     """
-    objectives = ", ".join(loaded.names)
+    objectives, training = ", ".join(loaded.names), loaded.training
     weights = json.dumps({name: float(f"{weight:g}") for name, weight in loaded.default_weights.items()})
     parts = [
         f"---\n{front_matter(loaded, source)}---",
@@ -91,13 +101,15 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
         f"where images are drawn. Guidance is {loaded.describe_guidance()}; "
         f"{loaded.num_inference_steps} steps; {_size(loaded)}rule {code(loaded.default_rule)}.",
+        *([TOGETHER[training.how].format(rule=training.rule)] if training.how in TOGETHER else []),
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
         CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
         LOAD_ONE.format(source=source, name=loaded.adapters[0].folder.name, file=WEIGHTS),
         "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
         f"`stepfuse set export {source} {loaded.names[0]} --format kohya`; a mixture as "
-        f'one file: `stepfuse set merge {source} --weights "{label_weights(loaded.default_weights)}"`.',
+        f'one file: `stepfuse set merge {source} --weights "{label_weights(loaded.default_weights)}"`.'
+        + (STRENGTHS if training.rule == "soup" else ""),
         "## Adapters",
         _adapters(loaded),
         "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "

@@ -9,18 +9,21 @@ from typing import Any
 
 from stepfuse.data.folder_files import files_named
 from stepfuse.data.json_file import read_json, write_json
+from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import atomic_output_dir, require_empty_dir
 from stepfuse.fuse.backbones.fingerprint import same_base
 from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import check_embeds_guidance
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, make_oracle, read_manifest, save_manifest, set_folder
 from stepfuse.fuse.sets.card import is_card
 from stepfuse.fuse.sets.edit import add_license
 from stepfuse.fuse.sets.entries import Adapter, weights_to_dict
 from stepfuse.fuse.sets.manifest import CARD, MANIFEST, SHOWN, adapter_entries, check_files, check_writable
+from stepfuse.fuse.sets.set_training import training_of
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")
 
@@ -30,6 +33,7 @@ def create_set(
     folders: Sequence[str | Path],
     *,
     oracles: Sequence[str | Path] = (),
+    rule: str | None = None,
     base_schedule: VarianceSchedule | None = None,
     guidance: str | None = None,
     guidance_scale: float | None = None,
@@ -48,7 +52,10 @@ def create_set(
     reward is a `weighted:` sum of the objectives' rewards. With `half` the weights are stored in float16.
 
     Args:
-        folders, oracles: folders that training wrote, or those of adapters in other sets.
+        folders, oracles: folders that training wrote, or those of adapters in other sets. That of a run with several
+            objectives stands for the adapters of all.
+        rule: default fusion rule, one of `RULES`; by default `product`, or for adapters that were trained together the
+            rule that they were trained for.
         base_schedule: variance schedule of the base policy; by default eta 1.
         guidance, guidance_scale: of the images that are drawn with the set; by default as the adapters were trained.
         base: how others call the base, where the adapters were trained from a folder.
@@ -61,7 +68,9 @@ def create_set(
     """
     output = Path(output)
     check_set_output(output, overwrite=overwrite)
-    adapters = [add_license(find_adapter(folder), license) for folder in folders]
+    if rule is not None and rule not in RULES:
+        raise ValueError(f"default rule {rule!r}; expected one of {', '.join(RULES)}{nearest(rule, RULES)}")
+    adapters = [add_license(adapter, license) for folder in folders for adapter in find_adapters(folder)]
     if not adapters:
         raise ValueError("a set needs at least one adapter")
     first = adapters[0]
@@ -89,6 +98,7 @@ def create_set(
         guidance_scale=guided.scale,
         num_inference_steps=max(adapter.num_inference_steps for adapter in adapters),
         default_weights={adapter.name: 1 / len(adapters) for adapter in adapters},
+        default_rule=rule or training_of(adapters).rule,
         oracles=tuple(mixed),
         versions={name: version(name) for name in PACKAGES},
     )
@@ -144,6 +154,21 @@ def find_adapter(folder: str | Path) -> Adapter:
                 check_adapter(adapter)
                 return adapter
     return read_adapter(folder)
+
+
+def find_adapters(folder: str | Path) -> list[Adapter]:
+    """The adapters of a folder: one, or those of a run with several objectives, in the order of these."""
+    inner = [path.parent for path in sorted(Path(folder).glob(f"*/{OBJECTIVE}"))]
+    if (Path(folder) / OBJECTIVE).exists() or not inner:
+        return [find_adapter(folder)]
+    found = {adapter.name: adapter for adapter in map(read_adapter, inner)}
+    records = [adapter.record for adapter in found.values()]
+    together = next((record[key] for key in ("joint", "distilled") for record in records if record.get(key)), {})
+    names = together.get("objectives", list(found))
+    if set(names) != set(found):
+        missing = f"{folder} has adapters {', '.join(found)}, and its run trained {', '.join(names)}"
+        raise ValueError(f"{missing}; train again")
+    return [found[name] for name in names]
 
 
 def add_adapter(folder: str | Path, source: str | Path) -> AdapterSet:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import siblings
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -12,13 +13,21 @@ from stepfuse.scripts.cli.parser import Arguments, Parser, option
 def add_arguments(parser: Parser) -> None:
     parser.explain("stepfuse set create outputs/set --adapter outputs/alignment --adapter outputs/compressibility")
     option(parser, "output", Path, "Output folder of the set.", metavar="FOLDER")
-    text = "Folder of an adapter, as written by training or found in another set. Required; repeat for each adapter."
+    text = (
+        "Folder of an adapter, as written by training or found in another set; that of a training with several "
+        "objectives stands for all of their adapters. Required; repeat for each."
+    )
     option(parser, "--adapter", Path, text, metavar="DIR", action="append", required=True)
     text = (
         "Folder of an adapter trained on a weighted sum of the rewards (--reward weighted:…), which evaluations "
         "compare fusion with; repeat for several (default: none)."
     )
     option(parser, "--oracle", Path, text, metavar="DIR", action="append", default=[])
+    text = (
+        "Default fusion rule of the set (default: product, or the rule that the adapters were trained for if they were "
+        "trained together)."
+    )
+    option(parser, "--rule", str, text, choices=RULES)
     text = (
         "Variance of the base policy's denoising steps, as DDIM's eta, from 0 (deterministic) to 1 (DDPM). It is used "
         "where the strength is not 1 (default: 1.0)."
@@ -49,7 +58,8 @@ def run(arguments: Arguments) -> None:
         if not folder.is_dir():
             near = nearest(str(folder), siblings(folder))
             raise ValueError(f"no adapter in {folder}; expected a folder, as written by training{near}")
-        if not (folder / "objective.json").is_file() and not (folder.parent / MANIFEST).is_file():
+        trained = (folder / "objective.json").is_file() or any(folder.glob("*/objective.json"))
+        if not trained and not (folder.parent / MANIFEST).is_file():
             raise ValueError(
                 f"no adapter in {folder}: it has no objective.json, which training writes; `stepfuse set import` takes "
                 "a LoRA of another tool"
@@ -63,6 +73,7 @@ def run(arguments: Arguments) -> None:
         arguments.output,
         arguments.adapter,
         oracles=arguments.oracle,
+        rule=arguments.rule,
         base_schedule=base_schedule,
         guidance=arguments.guidance,
         guidance_scale=arguments.guidance_scale,

@@ -29,6 +29,7 @@ def run(arguments: Arguments) -> None:
     if resolution := loaded.base.get("resolution"):
         print(f"resolution  {resolution}")
     print(f"rule        {loaded.default_rule}")
+    print(f"trained     {loaded.training}")
     print(f"reference   {json.dumps(schedule_to_dict(loaded.base_schedule))}")
     for adapter in loaded.adapters:
         objective, shaping, record = adapter.objective, adapter.objective.shaping, adapter.record
