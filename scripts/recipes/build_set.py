@@ -19,10 +19,9 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
 from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.card import write_card
-from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.create import create_set, find_adapters
 from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig
@@ -42,7 +41,7 @@ class BuildConfig:
     Attributes:
         output_dir: the folder for adapters, set and evaluation.
         objectives: mappings of `algorithm`, dpo or ddpo, `config`, the YAML of a training, and any settings that
-            override it.
+            override it. One whose training has several `objectives` stands for all of them, which it trains together.
         oracles: the same for adapters trained on weighted: rewards.
         accelerate: a configuration of accelerate for every training; by default one process in float32.
         reference_eta: eta of the base in the set.
@@ -84,14 +83,15 @@ def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training],
     oracles = [_training(entry, config, file) for entry in config.oracles]
     first, names = objectives[0].settings, set()
     for settings in (training.settings for training in (*objectives, *oracles)):
-        require(settings.name not in names, "objective_name", settings.name, "another name for each objective")
-        names.add(settings.name)
+        for each in settings.each:
+            require(each.name not in names, "objective_name", each.name, "another name for each objective")
+            names.add(each.name)
         for name in SHARED:
             value, expected = getattr(settings, name), getattr(first, name)
-            require(value == expected, f"{name} of {settings.name}", value, f"{expected}, as {first.name} has it")
+            require(value == expected, f"{name} of {settings.title}", value, f"{expected}, as {first.title} has it")
     _launcher(config, file)  # finds a missing file
     if config.guidance not in ("", "off") and first.guidance == "off":
-        expected = f"the scale of guidance {config.guidance}, for {first.name} is trained without"
+        expected = f"the scale of guidance {config.guidance}, for {first.title} is trained without"
         require(config.guidance_scale is not None, "guidance_scale", config.guidance_scale, expected)
     if config.profile:
         load_prompts(config.profile)
@@ -115,7 +115,7 @@ def build(file: Path, *, device: str) -> Path:
         for i, training in enumerate(trainings, start=1):
             finished = training.finished
             state = "done" if finished else training.settings.algorithm
-            print(f"[{i}/{len(trainings)}] {training.settings.name}: {state}, {training.folder}", flush=True)
+            print(f"[{i}/{len(trainings)}] {training.settings.title}: {state}, {training.folder}", flush=True)
             if not finished:
                 train(training, _launcher(config, file))
         loaded = assemble(folder, config, objectives, oracles)
@@ -161,7 +161,8 @@ def assemble(
     """The set of these adapters; an existing set of the same adapters stays, with its profiles and evaluation."""
     made = check_made(folder.parent)
     # Hashes of the trained adapters: stored in float16 they have others.
-    hashes = [read_adapter(training.folder).sha256 for training in (*objectives, *oracles)]
+    trained = [adapter for training in (*objectives, *oracles) for adapter in find_adapters(training.folder)]
+    hashes = [adapter.sha256 for adapter in trained]
     identity = {"adapters": hashes, "reference_eta": config.reference_eta, "half": config.half} | config.guided
     if (folder / MANIFEST).exists() and read_json(made, "the parts of a set") == identity:
         return load_set(folder)  # all of it is checked, in case nothing is left to do
@@ -194,7 +195,8 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
         settings = load_settings(path, SETTINGS[algorithm], changes, besides=("env",))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    folder = Path(config.output_dir) / "adapters" / f"{settings.name}-{config_hash(settings)[:8]}"
+    name = "joint" if settings.objectives else settings.name
+    folder = Path(config.output_dir) / "adapters" / f"{name}-{config_hash(settings)[:8]}"
     return Training(settings=settings, folder=folder)
 
 

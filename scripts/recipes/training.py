@@ -13,7 +13,7 @@ import torch
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
-from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.fuse.sets.create import find_adapters
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
@@ -25,7 +25,7 @@ SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precis
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One adapter to be trained, and the folder that its program writes."""
+    """One adapter to be trained, or several together, and the folder that its program writes."""
 
     settings: TrainSettings
     folder: Path
@@ -35,13 +35,19 @@ class Training:
         return config_hash(self.settings)
 
     @property
-    def finished(self) -> Adapter | None:
-        """The adapter, where it was trained with these settings."""
+    def names(self) -> list[str]:
+        """The names of its objectives."""
+        return [each.name for each in self.settings.each]
+
+    @property
+    def finished(self) -> list[Adapter]:
+        """The adapters, where they were trained with these settings; otherwise empty."""
         try:
-            adapter = read_adapter(self.folder)
+            adapters = find_adapters(self.folder)
         except ValueError:
-            return None
-        return adapter if adapter.record.get("config_sha256") == self.sha256 else None
+            return []
+        trained = all(adapter.record.get("config_sha256") == self.sha256 for adapter in adapters)
+        return adapters if trained and [adapter.name for adapter in adapters] == self.names else []
 
 
 def train(training: Training, launcher: Sequence[str]) -> None:
@@ -50,7 +56,7 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     Raises:
         ValueError: where the training fails or writes no complete adapter.
     """
-    name, file = training.settings.name, training.folder.with_name(training.folder.name + ".yaml")
+    name, file = training.settings.title, training.folder.with_name(training.folder.name + ".yaml")
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
     with atomic_file(file) as temporary:
         write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
