@@ -38,5 +38,5 @@ def excludes_zero(interval: dict) -> bool:
 
 
 def half_lengths(interval: dict) -> tuple[float, float]:
-    """How far an interval reaches below and above its mean."""
-    return interval["mean"] - interval["low"], interval["high"] - interval["mean"]
+    """How far an interval reaches below and above its mean; 0 where it does not, as by rounding."""
+    return max(0.0, interval["mean"] - interval["low"]), max(0.0, interval["high"] - interval["mean"])

@@ -134,7 +134,7 @@ def test_the_summary_is_that_of_the_table() -> None:
     )
     again = summarise(pd.read_parquet(EVALUATION / "results.parquet"), setup, draws=summary["draws"])
     got, shown = numbers(again), numbers(summary)
-    assert got.keys() == shown.keys()
+    assert got.keys() >= shown.keys()  # it may have been written before there were some of the figures
     values = {place for place, value in shown.items() if isinstance(value, float)}
     assert len(values) > 1000
     assert {place: got[place] for place in values} == pytest.approx({place: shown[place] for place in values}, rel=1e-6)

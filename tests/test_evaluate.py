@@ -104,7 +104,7 @@ def test_kl_of_one_adapter_is_the_sum_over_its_steps(desk):
     config = EvaluationConfig(**CONFIG | dict(rules=["product"]))
     evaluation = Evaluation.prepare(_loaded(), config, device="cpu", dtype=torch.float32)
     cell = next(c for c in evaluation.cells if c.weights == {"a": 1})
-    sampler = evaluation.sampler
+    sampler = evaluation.sampler_of(cell)
     got, unmeasured = kl_to_base(sample_batch(evaluation, cell, range(1))).tolist()  # of two seeds the first
     assert np.isnan(unmeasured)
     expected, steps = 0.0, []

@@ -46,7 +46,7 @@ class Setup:
         base: fingerprint of the base model.
         sampling: how the policy is sampled, with the initial schedules.
         learnable: indices of the denoising steps that can be trained on.
-        record: configuration, input files and versions at the start of the run.
+        record: configuration, input files, versions and number of processes at the start of the run.
 
     Raises:
         ValueError: for settings that do not fit the base model.
@@ -97,7 +97,8 @@ class Setup:
         self.learnable = learnable_steps(settings, self.sampling)
         if not self.learnable:
             raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
-        self.record = provenance(settings, init_record(settings, initial))
+        initial_hashes = init_record(settings, initial)
+        self.record = provenance(settings, initial_hashes) | {"processes": accelerator.num_processes}
 
     def _shared_forward(self) -> SharedForward | None:
         """Base and the one policy in one forward, where the settings ask for shared forwards and it can be done."""

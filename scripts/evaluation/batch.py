@@ -53,7 +53,7 @@ class MetricBatch:
 def sample_batch(evaluation: Evaluation, cell: PlannedCell, rows: range) -> MetricBatch:
     """All images of the prompts with these indices in one cell."""
     images = [(evaluation.prompts[i], seed) for i in rows for seed in range(evaluation.config.seeds_per_prompt)]
-    sampler, device = evaluation.sampler.with_rule(cell.rule), evaluation.device
+    sampler, device = evaluation.sampler_of(cell), evaluation.device
     with counted_rows(sampler.denoiser.network) as counted, peak_memory(device) as peak:
         begin = now(device)
         pixels = evaluation.sample(sampler, cell, images, output_type="pt")

@@ -60,6 +60,12 @@ class Cells:
         """The weights that any rule was measured at."""
         return list(dict.fromkeys(cell.weights for cell in self.cells if cell.weighted))
 
+    @property
+    def without_oracle(self) -> list[str]:
+        """Those of these weights that there is no oracle at."""
+        known = {cell.weights for cell in self.cells if self.oracle_of(cell) is not None}
+        return [weights for weights in self.grid if weights not in known]
+
     def where(self, rule: str) -> tuple[int, ...]:
         return tuple(i for i, cell in enumerate(self.cells) if cell.rule == rule)
 
@@ -81,6 +87,18 @@ class Cells:
         return self.find("product", cell.weights) if trained is None and cell.one_hot else trained
 
     @cached_property
+    def gains(self) -> list[np.ndarray]:
+        """Means (1 + draws,) of Σ w_i (r_i − r_i,base)/σ_i of each cell, NaN without constant weights."""
+        return [self._gap(cell.shares, i, self.base) for i, cell in enumerate(self.cells)]
+
+    def mean_kl(self, i: int | None) -> np.ndarray | None:
+        """Means (1 + draws,) of the KL to the base of a cell; None where it was not measured."""
+        if i is None or "kl" not in self.values:
+            return None
+        means = self.means(self.values["kl"][i])
+        return means if np.isfinite(means[0]) else None
+
+    @cached_property
     def regrets(self) -> list[np.ndarray | None]:
         """Means (1 + draws,) of what each cell's oracle has more, by the reward that it was trained on."""
         weights = [self.setup.trained_weights(cell.shares) for cell in self.cells]
@@ -92,8 +110,9 @@ class Cells:
 
     def gap(self, weights: np.ndarray, better: int | None, worse: int | None) -> np.ndarray | None:
         """Means (1 + draws,) of Σ w_i (r_i − r'_i)/σ_i between two cells; None where one of them is missing."""
-        if better is None or worse is None:
-            return None
+        return None if better is None or worse is None else self._gap(weights, better, worse)
+
+    def _gap(self, weights: np.ndarray, better: int, worse: int) -> np.ndarray:
         return self.means(np.tensordot(weights, self.scaled[:, better] - self.scaled[:, worse], 1))
 
 

@@ -31,7 +31,8 @@ class EvaluationConfig(PromptSettings):
         grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
         weights: further weights of sum 1, as `a=0.5,b=0.5` in quotes or as mappings; for rules that list none.
         rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of `label`, `weights`,
-            `strength` or `strengths`, and options of the rule.
+            `strength` or `strengths`, `set`, and options of the rule. `set` is a folder or hub id of another set of the
+            same base and objectives, whose adapters are fused in place of those of the set that is evaluated.
         rewards: further rewards to measure besides those of the objectives.
         judges: held-out rewards by which all rules are judged; nothing may be trained on them.
         scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
@@ -83,6 +84,7 @@ class PlannedCell:
     rule: FusionRule
     weights: Weights | None  # None for the base
     strength: float = 1.0
+    set: str = ""  # whose adapters are fused, if not those of the set that is evaluated
 
     @property
     def key(self) -> tuple:
@@ -92,7 +94,7 @@ class PlannedCell:
     def images(self) -> tuple:
         """A key that is equal for cells whose images are the same, so that these are sampled once."""
         single = self.weights is not None and len(self.weights) == 1 and self.strength == 1
-        return ("one adapter", *self.key[1:]) if single and self.rule.is_one_adapter else self.key
+        return ("one adapter", self.set, *self.key[1:]) if single and self.rule.is_one_adapter else self.key
 
     @property
     def weights_label(self) -> str:
@@ -126,16 +128,24 @@ def cells_of(config: EvaluationConfig, names: Sequence[str]) -> list[PlannedCell
         if not isinstance(values, dict) or not isinstance(values.get("rule"), str):
             raise ValueError(f"rules has the entry {entry!r}; expected a name, or a mapping with `rule`")
         cells += _cells_of_rule(dict(values), names, standard)
-    keys = [cell.key for cell in cells]
+    keys, sets = [cell.key for cell in cells], {cell.label: cell.set for cell in cells}
     for cell in cells:
+        if sets[cell.label] != cell.set:
+            raise ValueError(f"rules of two sets have the label {cell.label!r}; give one of them another")
         if keys.count(cell.key) > 1:
             raise ValueError(f"two cells are {cell}; give one rule another `label`")
     return cells
 
 
 def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Sequence[Weights]) -> list[PlannedCell]:
-    name = values.pop("rule")
+    name, other = values.pop("rule"), values.pop("set", "")
     label = str(values.pop("label", name))
+    if not isinstance(other, str):
+        raise ValueError(f"rule {label} has set {other!r}; expected a folder or a hub id")
+    if other and label in RULES:
+        raise ValueError(
+            f"rule {name} of the set {other!r} has the label {label!r}; give it one that is no rule's name"
+        )
     if label != name and label in RULES:
         raise ValueError(f"rule {name} has the label {label!r}, which is another rule's name; choose another")
     strengths = values.pop("strengths", [values.pop("strength", 1.0)])
@@ -144,13 +154,17 @@ def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Seque
     texts = values.pop("weights", None)
     rule = get_rule(name, **{str(option): value for option, value in values.items()})
     if rule.accepts == "none":
-        return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None)]
+        return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None, set=other)]
     mixtures = [w for w in standard if rule.accepts != "single" or len(w) == 1]
     if texts is not None:
         if not isinstance(texts, list) or not texts:
             raise ValueError(f"rule {label} has weights {texts!r}; expected a list, such as [a=0.5,b=0.5]")
         mixtures = [_read_weights(text, names) for text in texts]
-    return [PlannedCell(label=label, rule=rule, weights=w, strength=float(s)) for w in mixtures for s in strengths]
+    return [
+        PlannedCell(label=label, rule=rule, weights=w, strength=float(s), set=other)
+        for w in mixtures
+        for s in strengths
+    ]
 
 
 def _read_weights(given: Any, names: Sequence[str]) -> Weights:
@@ -197,6 +211,8 @@ class Setup:
     machine: str = ""
     command: str = ""
     oracles: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...] = ()  # weights and scales, by objective
+    sets: Mapping[str, str] = field(default_factory=dict)  # by the label of each rule of another set
+    training_images: Mapping[str, int | None] = field(default_factory=dict)  # by the label of a rule, see that module
 
     def trained_weights(self, shares: np.ndarray) -> np.ndarray:
         """The weights, in units of `scales`, of the reward that the oracle of these weights was trained on.

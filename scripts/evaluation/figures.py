@@ -16,6 +16,7 @@ from stepfuse.scripts.evaluation.cells import Cells, arrange
 from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.metric import CellValues, Metric, Statistic, finite, interval, over, ratio
 from stepfuse.scripts.evaluation.metrics import all_metrics
+from stepfuse.scripts.evaluation.shares import cell_shares, rule_shares
 
 Costs = Mapping[str, Statistic]  # a metric's name → how the figures of several cells are averaged
 Indices = tuple[int, ...]  # of cells
@@ -52,6 +53,8 @@ def summarise(results: pd.DataFrame, setup: Setup, *, draws: int = 2000, seed: i
         "judges": list(setup.judges),
         "scales": {reward: float(setup.scales[reward]) for _, reward in setup.objectives},
         "grid": table.grid,
+        "without_oracle": table.without_oracle,
+        "sets": dict(setup.sets),
         "reference": dict(zip(table.objectives, reference.tolist(), strict=True)),
         "one_adapter": one_adapter,
         "cells": cells,
@@ -70,11 +73,11 @@ def _cell(table: Cells, i: int, metrics: list[Metric]) -> dict[str, Any]:
         "strength": finite(cell.strength),
         "shares": dict(zip(table.objectives, cell.shares.tolist(), strict=True)) if cell.weighted else None,
         "images": len(table.prompts),
-        "scalarised_gain": interval(table.gap(cell.shares, i, table.base)),
+        "scalarised_gain": interval(table.gains[i]),
         "oracle": None if oracle is None else table.cells[oracle].rule,
         "regret": interval(table.regrets[i]),
         "over_product": interval(table.gap(cell.shares, i, product)),
-    }
+    } | cell_shares(table, i)
     for metric in metrics:
         column = table.values[metric.name]
         values = CellValues(
@@ -133,6 +136,8 @@ def rule_figures(table: Cells, reference: np.ndarray, cells: list[dict], costs: 
             "matched": _matched(table, held, volume, cells, costs) if compared else None,
             "igd": interval(distances(table.points[:, held], fronts)) if oracle and rule != "oracle" else None,
             "regret": _mean_regret(table, full) if rule != "oracle" else None,
+            **rule_shares(table, held, full),
+            "training_images": table.setup.training_images.get(rule),
             "monotonicity": {
                 name: monotonicity(shares[:, k], table.points[0, full, k]) for k, name in enumerate(table.objectives)
             },

@@ -37,6 +37,7 @@ def findings(summary: dict, rules: Rules = RULES) -> list[Finding]:
         *_volumes(summary["rules"]),
         *_regrets(summary["rules"]),
         *_weak_oracles(summary["cells"]),
+        *_shares(summary),
         *_best_weights([cell for cell in summary["cells"] if cell["rule"] in fusing]),
         *_rewarded([cell for cell in summary["cells"] if cell["rule"] in rewarded], summary["held_out"]),
         *_cheapest(summary["rules"], fusing),
@@ -89,6 +90,34 @@ def _weak_oracles(cells: Sequence[dict]) -> Iterator[Finding]:
         mixed = cell["shares"] and max(cell["shares"].values()) < 1 - 1e-6
         if cell["rule"] == "oracle" and cell["strength"] == 1 and mixed and gain and not (gain["low"] or 0) > ROUNDING:
             yield Finding(kind="weak_oracle", rule="oracle", value=gain, details={"weights": cell["weights"]})
+
+
+def _shares(summary: dict) -> Iterator[Finding]:
+    """The share of the oracle's gain that every rule has: at strength 1 by weights, and at the oracle's KL."""
+    images = {rule: figures.get("training_images") for rule, figures in summary["rules"].items()}
+    for rule, figures in summary["rules"].items():
+        held = [cell for cell in summary["cells"] if cell["rule"] == rule and cell["shares"] and cell["oracle"]]
+        full = [cell for cell in held if cell["strength"] == 1]
+        mixed = {cell["weights"]: cell for cell in held if max(cell["shares"].values()) < 1 - 1e-6}
+        for kind, cells in (("share_of_oracle", full), ("share_at_oracle_kl", held)):
+            mean = figures.get(kind)
+            if rule == "oracle" or not mean:
+                continue
+            at = {cell["weights"]: cell for cell in cells}
+            details = {
+                "weights": mean["weights"],
+                "mixed": {w: cell for w, cell in at.items() if w in mixed and cell[kind]},
+                "alone": {w: cell for w, cell in at.items() if w not in mixed and _differs(cell[kind])},
+                "unknown": {w: cell["unknown"][kind] for w, cell in at.items() if w in mixed and not cell[kind]},
+                "images": images[rule],
+                "of_oracles": images.get("oracle"),
+            }
+            yield Finding(kind=kind, rule=rule, value=mean["mean"], details=details)
+
+
+def _differs(share: dict | None) -> bool:
+    """Whether a share is not exactly 1, as that of the adapter that is the oracle itself."""
+    return share is not None and any(value is not None and abs(value - 1) > ROUNDING for value in share.values())
 
 
 def _best_weights(fused: Sequence[dict]) -> Iterator[Finding]:

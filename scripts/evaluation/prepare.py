@@ -10,9 +10,8 @@ from torch import Tensor
 
 from stepfuse.data import emoji
 from stepfuse.data.file_info import text_hash
-from stepfuse.data.names import nearest
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
-from stepfuse.fuse.rules.gap_profile import profile_to_dict
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -20,24 +19,39 @@ from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
-from stepfuse.rewards.registry import load_reward, summands
+from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import deviation_within
+from stepfuse.scripts.evaluation.checks import check_judges, check_scales
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, Setup, cells_of
 from stepfuse.scripts.evaluation.costs import machine
+from stepfuse.scripts.evaluation.sets import EVALUATED, Samplers, load_sets, set_identity
+from stepfuse.scripts.evaluation.training_images import images_drawn
 from stepfuse.train.rollout import sample_generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything that is needed to sample and score the cells."""
+    """Everything that is needed to sample and score the cells.
+
+    Attributes:
+        config: as it was given.
+        sets: by the name that cells have for them, the one that is evaluated first.
+        samplers: of these sets.
+        cells: all of them, the base first.
+        prompts: each once.
+        rewards: of the objectives and held out.
+        scales: σ of each objective's reward, 1 until it is measured.
+        embedder: for the diversity.
+    """
 
     config: EvaluationConfig
-    adapter_set: AdapterSet
-    sampler: FusedSampler
+    sets: Mapping[str, AdapterSet]
+    samplers: Samplers
     cells: list[PlannedCell]
     prompts: list[str]
-    rewards: Mapping[str, Reward]  # of the objectives and held out
-    embedder: CLIPReward | None  # for the diversity
+    rewards: Mapping[str, Reward]
+    scales: Mapping[str, float]
+    embedder: CLIPReward | None
 
     @classmethod
     def prepare(
@@ -49,7 +63,9 @@ class Evaluation:
         if len(prompts) < 2:
             raise ValueError(f"{len(prompts)} prompt; intervals are over prompts, so give 2 or more")
         check_scales(config, adapter_set, cells)
-        check_judges(config, adapter_set)
+        sets = load_sets(adapter_set, [cell.set for cell in cells])
+        for each in sets.values():
+            check_judges(config, each)
         by_objective = {o.name: o.reward for o in adapter_set.objectives}
         names = dict.fromkeys([*by_objective.values(), *config.rewards, *config.judges])
         rewards = {name: load_reward(name, device) for name in names}
@@ -57,42 +73,57 @@ class Evaluation:
             for begin in range(0, len(prompts), config.batch_size):
                 some = prompts[begin : begin + config.batch_size]
                 score(reward, torch.full((len(some), 3, 64, 64), 0.5, device=device), some, name=name)
-        sampler = FusedSampler.from_pretrained(
-            adapter_set,
-            guidance=config.guidance,
-            guidance_scale=config.guidance_scale,
+        samplers = Samplers(
+            sets,
+            guidance=config.guidance or adapter_set.guidance,
+            guidance_scale=adapter_set.guidance_scale if config.guidance_scale is None else config.guidance_scale,
             rewards={name: rewards[reward] for name, reward in by_objective.items()},
-            reward_scales=dict.fromkeys(adapter_set.names, 1.0) | config.scales,  # until they are measured
             dtype=dtype,
             device=device,
         )
-        shape = sampler.backbone.shape(config.resolution, config.resolution)
-        for cell in cells:
-            fused = sampler.with_rule(cell.rule)
-            try:
-                fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=config.steps, shape=shape)
-            except ValueError as error:
-                raise ValueError(f"{cell}: {error}") from error
-        warn_of_cuts(sampler.backbone, prompts, counted=True)
         clip = config.embedding or (emoji.CLIP if adapter_set.base["name_or_path"] in emoji.BASES else None)
-        return cls(
+        evaluation = cls(
             config=config,
-            adapter_set=adapter_set,
-            sampler=sampler,
+            sets=sets,
+            samplers=samplers,
             cells=cells,
             prompts=prompts,
             rewards=rewards,
+            scales=dict.fromkeys(adapter_set.names, 1.0) | config.scales,
             embedder=clip_score(clip, device) if clip else None,
         )
+        evaluation.check_cells()
+        warn_of_cuts(samplers.loaded.backbone, prompts, counted=True)
+        return evaluation
+
+    def check_cells(self) -> None:
+        """Check that every cell can be sampled, set by set."""
+        shape = self.samplers.loaded.backbone.shape(self.config.resolution, self.config.resolution)
+        for name in self.sets:
+            for cell in (cell for cell in self.cells if cell.set == name):
+                fused = self.sampler_of(cell)
+                try:
+                    fused.plan(cell.weights, 1, strength=cell.strength, num_inference_steps=self.steps, shape=shape)
+                except ValueError as error:
+                    raise ValueError(f"{cell}: {error}") from error
+
+    def sampler_of(self, cell: PlannedCell) -> FusedSampler:
+        """The sampler of a cell's set under its rule, to be used before that of a cell of another set is asked for."""
+        return replace(self.samplers.of(cell.set), reward_scales=self.scales).with_rule(cell.rule)
+
+    @property
+    def adapter_set(self) -> AdapterSet:
+        """The set that is evaluated."""
+        return self.sets[EVALUATED]
 
     @property
     def unscaled(self) -> list[Objective]:
         """Objectives whose scales are measured on the base's images."""
-        return [objective for objective in self.sampler.objectives if objective.name not in self.config.scales]
+        return [objective for objective in self.adapter_set.objectives if objective.name not in self.config.scales]
 
     def with_measured_scales(self, base: pd.DataFrame) -> "Evaluation":
         """The same with the scales of these: the deviations of rewards among the base's images of one prompt."""
-        scales = dict(self.sampler.reward_scales)
+        scales = dict(self.scales)
         for objective in self.unscaled:
             values = base[f"reward_{objective.reward}"].to_numpy()
             scales[objective.name] = scale = deviation_within(values, base["prompt"].to_list())
@@ -101,15 +132,20 @@ class Evaluation:
                     f"the scale of {objective.name!r} cannot be measured: {objective.reward!r} does not differ among "
                     "the base's images of one prompt; add it to scales in the config"
                 )
-        return replace(self, sampler=replace(self.sampler, reward_scales=scales))
+        return replace(self, scales=scales)
 
     @property
     def device(self) -> torch.device:
-        return self.sampler.denoiser.network.device
+        return self.samplers.loaded.denoiser.network.device
 
     @property
     def steps(self) -> int:
-        return self.config.steps or self.sampler.num_inference_steps
+        return self.config.steps or self.adapter_set.num_inference_steps
+
+    @property
+    def guidance(self) -> Guidance:
+        """Of all cells."""
+        return self.samplers.loaded.denoiser.guidance
 
     @property
     def batches(self) -> list[range]:
@@ -125,7 +161,7 @@ class Evaluation:
             [prompt for prompt, _ in images],
             cell.weights,
             strength=cell.strength,
-            num_inference_steps=self.config.steps,
+            num_inference_steps=self.steps,
             height=self.config.resolution,
             width=self.config.resolution,
             generator=[sample_generator(self.config.seed, "evaluate", prompt, seed) for prompt, seed in images],
@@ -139,8 +175,8 @@ class Evaluation:
 
     def setup(self, name: str, command: str) -> Setup:
         """What the tables and the page say was measured."""
-        objectives = self.sampler.objectives
-        scales = {o.reward: self.sampler.reward_scales[o.name] for o in objectives}
+        objectives = self.adapter_set.objectives
+        scales = {o.reward: self.scales[o.name] for o in objectives}
         return Setup(
             objectives=tuple((o.name, o.reward) for o in objectives),
             rewards=tuple(self.rewards),
@@ -151,68 +187,29 @@ class Evaluation:
             title=f"Evaluation of {name}",
             base=str(self.adapter_set.base["name_or_path"]),
             oracles=tuple((oracle.weights, oracle.scales) for oracle in self.adapter_set.oracles),
+            sets={cell.label: cell.set for cell in self.cells if cell.set},
+            training_images={cell.label: images_drawn(self.sets[cell.set], cell.rule) for cell in self.cells},
             steps=self.steps,
-            guidance=self.sampler.denoiser.guidance.effective_scale,
+            guidance=self.guidance.effective_scale,
             machine=machine(self.device),
             command=command,
         )
 
     def identity(self, dtype: torch.dtype) -> dict[str, Any]:
         """What the images depend on: an evaluation is resumed where this is the same."""
+        gaps = any(cell.rule.uses_gaps for cell in self.cells)
+        others = {name: set_identity(each, uses_gaps=gaps) for name, each in self.sets.items() if name != EVALUATED}
         identity = {
             "format_version": 1,
             "config": self.config.identity(),
-            "adapters": {adapter.name: adapter.sha256 for adapter in self.adapter_set.all_adapters},
-            "objectives": [
-                [o.name, o.reward, o.beta, schedule_to_dict(o.variance)]
-                for o in (*self.sampler.objectives, *self.sampler.oracles)
-            ],
-            "reference": schedule_to_dict(self.sampler.reference),
-            "guidance": [self.sampler.denoiser.guidance.source, self.sampler.denoiser.guidance.scale],
+            **set_identity(self.adapter_set, uses_gaps=gaps),
+            "reference": schedule_to_dict(self.adapter_set.base_schedule),
+            "guidance": [self.guidance.source, self.guidance.scale],
             "steps": self.steps,
             "scales": dict(self.config.scales),
             "dtype": str(dtype),
             "prompts": text_hash("\n".join(self.prompts)),
         }
-        if self.sampler.backbone.resolution is not None:
-            identity["resolution"] = self.sampler.backbone.resolution
-        if any(cell.rule.uses_gaps for cell in self.cells):
-            identity["profiles"] = [profile_to_dict(profile) for profile in self.sampler.profiles]
-        return identity
-
-
-def check_judges(config: EvaluationConfig, adapter_set: AdapterSet) -> None:
-    """Check that no judge is the reward of an objective, or a term of it."""
-    for objective in adapter_set.objectives:
-        for part in summands(objective.reward):
-            if part.text in config.judges:
-                raise ValueError(
-                    f"the judge {part.text!r} is what the objective {objective.name!r} is trained on; expected a "
-                    "reward that nothing is trained on (those of the objectives are always measured)"
-                )
-
-
-def check_scales(config: EvaluationConfig, adapter_set: AdapterSet, cells: Sequence[PlannedCell]) -> None:
-    """Check that scales are of objectives, those left out can be measured, and oracles were trained in these units."""
-    names, scales = adapter_set.names, config.scales
-    for name in scales:
-        if name not in names:
-            raise ValueError(f"scales name {name!r}; the set has {', '.join(names)}{nearest(name, names)}")
-    unscaled = [name for name in names if name not in scales]
-    if unscaled and config.seeds_per_prompt < 2:
-        raise ValueError(
-            f"the scale of {unscaled[0]!r} is measured among the images of one prompt, and seeds_per_prompt is "
-            f"{config.seeds_per_prompt}; expected 2 or more, or a scale for each objective in the config"
-        )
-    if unscaled or all(cell.rule.accepts != "trained" for cell in cells):
-        return
-    for oracle in adapter_set.oracles:
-        ratios = [scales[name] / scale for name, scale in oracle.scales.items()]
-        if max(ratios) > 1.001 * min(ratios):
-            trained = ", ".join(f"{name}: {scale:g}" for name, scale in oracle.scales.items())
-            given = ", ".join(f"{name}: {scales[name]:g}" for name in oracle.scales)
-            raise ValueError(
-                f"oracle {oracle.adapter.name!r} was trained in the units {trained}, and the scales here are {given}, "
-                "so its regret would be that of another reward. Give its units as scales, or leave scales out to have "
-                "them measured"
-            )
+        resolution = self.samplers.loaded.backbone.resolution
+        added = {"resolution": resolution, "sets": others}  # earlier evaluations have neither
+        return identity | {name: value for name, value in added.items() if value}

@@ -75,7 +75,7 @@ def evaluate(
         base = sample_cells(evaluation, output / PARTS, state, evaluation.cells[:1])
         evaluation = evaluation.with_measured_scales(base)
         if state.is_main_process:
-            measured = {name: evaluation.sampler.reward_scales[name] for name in loaded.names}
+            measured = {name: evaluation.scales[name] for name in loaded.names}
             write_json(output / DESCRIPTION, identity | {MEASURED: measured})
     results = sample_cells(evaluation, output / PARTS, state, evaluation.cells)
     if not state.is_main_process:

@@ -32,7 +32,9 @@ def sample_cells(
         for i in dict.fromkeys(keys.index(cell.images) for cell in cells)
         for j in range(len(batches))
     }
-    of_this_process = list(files.items())[state.process_index :: state.num_processes]
+    order = list(evaluation.sets)  # set by set, as one is loaded at a time
+    by_set = sorted(files.items(), key=lambda item: order.index(evaluation.cells[item[0][0]].set))
+    of_this_process = by_set[state.process_index :: state.num_processes]
     bar = tqdm(of_this_process, disable=not state.is_main_process, desc="evaluate", unit="batch")
     for (i, j), file in bar:
         cell = evaluation.cells[i]
@@ -57,7 +59,7 @@ def sample_cells(
 @torch.no_grad()
 def measure(batch: MetricBatch) -> pd.DataFrame:
     """A row for each image: its cell, prompt and seed, and every metric."""
-    cell, evaluation, names = batch.cell, batch.evaluation, batch.sampler.names
+    cell, evaluation, names = batch.cell, batch.evaluation, batch.evaluation.adapter_set.names
     pictured = evaluation.prompts[: evaluation.config.strip_prompts]
     pictures = [
         _png(pixels) if seed == 0 and prompt in pictured else None

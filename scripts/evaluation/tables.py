@@ -42,6 +42,21 @@ FRONTS = (
         path=("regret", "over_product"), heading="regret − product", signed=True,
         description="Mean regret minus product's at the same weights; below 0 is better than product",
     ),
+    Figure(
+        path=("share_of_oracle", "mean"), heading="share of oracle",
+        description="Mean share of the oracle's weighted gain at strength 1 over the mixed weights that an oracle was "
+        "trained at; 1 is the oracle's",
+    ),
+    Figure(
+        path=("share_at_oracle_kl", "mean"), heading="share at its KL",
+        description="The same where the KL to the base is the oracle's, over the mixed weights at which strengths of "
+        "the rule enclose it",
+    ),
+    Figure(
+        path=("training_images",), heading="training images",
+        description="Images that the training of the rule's adapters drew (of rule oracle, of the oracles); with DPO "
+        "each candidate counts. Adapters trained together count once; unknown for imported ones",
+    ),
 )  # fmt: skip
 MIXTURE = (
     RULE,
@@ -61,6 +76,20 @@ COMPARISONS = (
     Figure(
         path=("over_product",), heading="− product", signed=True,
         description=f"More than product at the same weights and strength{_SCALED}",
+    ),
+    Figure(
+        path=("share_of_oracle",), heading="share of oracle",
+        description=f"Weighted gain divided by that of the oracle at these weights{_SCALED}; 1 is the oracle's. "
+        "Unknown where the oracle is not clearly above the base. The oracle is that of the regret",
+    ),
+    Figure(
+        path=("kl_of_oracle",), heading="KL / oracle's",
+        description="Mean KL to the base as a multiple of that of the oracle at these weights",
+    ),
+    Figure(
+        path=("share_at_oracle_kl",), heading="share at its KL",
+        description="Share of the oracle's weighted gain that the rule has at the oracle's KL to the base, by linear "
+        "interpolation between two of its strengths: the same for all strengths of a rule",
     ),
 )  # fmt: skip
 
@@ -94,7 +123,11 @@ def cells_table(summary: dict) -> dict[str, Any]:
     others = [metric for metric in METRICS.values() if metric.name in summary["cells"][0]]
     of_rewards, of_others = ([figure for m in metrics for figure in m.figures] for metrics in (rewards, others))
     figures = [*MIXTURE, *of_rewards, *COMPARISONS, *of_others]
-    rows = [{**cell, "weights": cell["weights"].replace(",", ", ") or "—"} for cell in summary["cells"]]
+    rows = [
+        {**cell, "weights": cell["weights"].replace(",", ", ") or "—"}
+        | {name: ("", "—", reason) for name, reason in cell.get("unknown", {}).items()}
+        for cell in summary["cells"]
+    ]
     return table([figure for figure in figures if figure.heading], rows)
 
 
@@ -104,12 +137,16 @@ def table(figures: Sequence[Figure], rows: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def _entry(figure: Figure, value: Any) -> dict[str, Any]:
-    """What is shown, an interval's brackets apart, and what rows are sorted by; a pair is a sort key and text."""
+    """What is shown, an interval's brackets apart, and what rows are sorted by.
+
+    A tuple is a sort key, text and perhaps what stands in place of brackets.
+    """
     sort, text, brackets = value, str(value), ""
     if value is None:
         sort, text = "", "—"
     elif isinstance(value, tuple):
-        sort, text = value
+        sort, text, *small = value
+        brackets = "".join(small)
     elif isinstance(value, dict):
         sort = value["mean"]
         text, _, brackets = interval_text(value, signed=figure.signed).partition(" ")
