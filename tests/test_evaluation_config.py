@@ -32,6 +32,25 @@ def test_a_rule_may_name_its_own_weights_label_and_strengths():
     ]
 
 
+def test_weights_between_those_of_the_grid_are_cells_of_every_rule_that_lists_none():
+    """Rule oracle lists those that it was trained at."""
+    quarters = ["a=0.25,b=0.75", {"a": 0.75, "b": 0.25}]
+    rules = ["soup", {"rule": "kl", "strength": 0.5}, {"rule": "oracle", "weights": ["a=0.5,b=0.5"]}]
+    measured = {}
+    for cell in cells_of(EvaluationConfig(weights=quarters, rules=rules), NAMES):
+        measured.setdefault(cell.label, []).append(cell.weights_label)
+    assert measured["soup"] == ["a=1", "b=1", "a=0.5,b=0.5", "a=0.25,b=0.75", "a=0.75,b=0.25"]
+    assert measured["kl"] == ["a=1", "b=1"]  # of single objectives
+    assert measured["oracle"] == ["a=0.5,b=0.5"]
+
+
+def test_a_rule_of_another_set_has_all_weights_and_a_label_of_its_own():
+    entry = {"rule": "soup", "set": "outputs/joint", "label": "joint"}
+    _, *cells = cells_of(EvaluationConfig(rules=[entry]), NAMES)
+    assert [str(cell) for cell in cells] == ["joint a=1", "joint b=1", "joint a=0.5,b=0.5"]
+    assert {cell.set for cell in cells} == {"outputs/joint"}
+
+
 @pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "configs" / "eval").glob("*.yaml")), ids=str)
 def test_every_config_that_is_shipped_makes_cells(config):
     emoji = ["compressibility", "colourfulness", "alignment"]

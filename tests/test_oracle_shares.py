@@ -6,6 +6,7 @@ import pytest
 from stepfuse.scripts.evaluation import shares
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.findings import findings
+from stepfuse.scripts.evaluation.plots import edge
 from stepfuse.scripts.evaluation.report import write_report
 from tests.fixtures_evaluation import SETUP, cell, figures, of
 
@@ -71,6 +72,18 @@ def test_at_one_objective_a_share_is_of_its_adapter_alone():
     assert of(summary, "product", 1.0)["share_of_oracle"] == sure(1)
     assert summary["rules"]["joint"]["share_of_oracle"] == {"weights": 1, "mean": sure(1.5)}
     assert summary["without_oracle"] == []
+
+
+def test_weights_between_those_of_the_oracles_are_points_of_the_front_without_a_share():
+    """Of (2, 0), (1.8, 1.5) and (1, 1.6) the volume is the second's rectangle and what the others reach beyond it."""
+    points = {1.0: (2, 0), 0.75: (1.8, 1.5), 0.25: (1, 1.6)}
+    rows = [cell("product", share, point) for share, point in points.items()]
+    summary = figures(cell("base", None), *rows, cell("oracle", 0.5, (1, 1)))
+    assert [c["shares"]["x"] for c in edge(summary["cells"], "x", "y")] == [1.0, 0.75, 0.5, 0.25]
+    assert summary["without_oracle"] == ["x=0.75,y=0.25", "x=0.25,y=0.75"]
+    x, y = summary["reference"].values()
+    volume = (1.8 - x) * (1.5 - y) + (2 - 1.8) * (0 - y) + (1 - x) * (1.6 - 1.5)
+    assert summary["rules"]["product"]["hypervolume"] == sure(volume)
 
 
 # At equal KL

@@ -49,13 +49,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample, measure and report; returns the figures. An interrupted run resumes, with the same numbers.
 
-    Scales that the configuration does not give are measured on the images of the base, which are sampled first.
+    Scales that the configuration does not give are measured on the images of the base, which are sampled first. Sets
+    that rules name are sampled one after another, with their adapters on the same base.
     Rewards of the set that are code or servers are loaded with `trust_rewards` only. Under `accelerate launch` the
     batches are divided among the processes, and the main one reports.
 
     Raises:
-        ValueError: before anything is sampled, for an unknown rule, a rule without its reward or oracle, or a reward
-            that does not work; and for a reward that fails later.
+        ValueError: before anything is sampled, for an unknown rule, a rule without its reward or oracle, a set of
+            other objectives or another base, or a reward that does not work; and for a reward that fails later.
     """
     state = PartialState(cpu=device == "cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) != state.num_processes:
