@@ -85,7 +85,7 @@ def test_reward_that_turns_nan_names_step_and_prompt_and_keeps_the_checkpoint(ru
     run_training(
         "ddpo", reward="rewards.py:slope", objective_name="nan_at_step_2", **flags, resume_from_checkpoint="latest"
     )
-    assert [read_adapter("out").record[key] for key in ("steps", "algorithm")] == [3, "ddpo"]
+    assert [read_adapter("out").record[key] for key in ("steps", "algorithm", "processes")] == [3, "ddpo", 1]
 
 
 @pytest.mark.parametrize(
