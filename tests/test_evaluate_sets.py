@@ -9,6 +9,7 @@ import pytest
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.edit import shorten
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of
 from stepfuse.scripts.evaluation.run import evaluate
@@ -94,6 +95,12 @@ def test_all_sets_have_the_base_and_the_oracles_of_the_one_that_is_evaluated(sev
     assert joint["oracle"] == "oracle"
     assert summary["sets"] == {"joint": "joint", "again": "joint"}
     assert "fuses the adapters of the set joint" in (several / "report.html").read_text()
+
+
+def test_the_manifest_of_the_set_keeps_the_gains_of_its_own_rules(several):
+    summary = json.loads((several / "summary.json").read_text())
+    assert {cell["rule"] for cell in summary["cells"]} == {"base", "product", "oracle", "joint", "again"}
+    assert {cell["rule"] for cell in shorten(summary)["cells"]} == {"product", "oracle"}
 
 
 def test_an_evaluation_is_resumed_with_the_same_sets_only(several, desk, tmp_path):

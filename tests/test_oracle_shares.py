@@ -8,6 +8,7 @@ from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.plots import edge
 from stepfuse.scripts.evaluation.report import write_report
+from stepfuse.scripts.evaluation.tables import cells_table, rules_table
 from tests.fixtures_evaluation import SETUP, cell, figures, of
 
 SHARES = ("share_of_oracle", "share_at_oracle_kl")
@@ -135,6 +136,19 @@ def test_a_table_of_an_earlier_version_without_kl_has_shares():
     product = of(summarise(rows.drop(columns="kl"), SETUP, draws=20), "product", 0.5)
     assert product["share_of_oracle"] == sure(0.5)
     assert product["kl_of_oracle"] is None
+
+
+def test_a_summary_of_an_earlier_version_has_its_tables_and_findings():
+    summary = summarise(measured(), SETUP, draws=20)
+    earlier = {key: value for key, value in summary.items() if key not in ("without_oracle", "sets")}
+    added = (*SHARES, "kl_of_oracle", "unknown", "training_images")
+    earlier["cells"] = [{k: v for k, v in cell.items() if k not in added} for cell in summary["cells"]]
+    earlier["rules"] = {r: {k: v for k, v in of.items() if k not in added} for r, of in summary["rules"].items()}
+    assert findings(earlier) == [finding for finding in findings(summary) if finding.kind not in SHARES]
+    for table in (cells_table, rules_table):
+        shown = table(earlier)
+        column = [figure.heading for figure in shown["columns"]].index("share of oracle")
+        assert {row[column]["main"] for row in shown["rows"]} == {"—"}
 
 
 # Findings and the page

@@ -50,10 +50,15 @@ def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet
 
 
 def shorten(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an evaluation's summary that a manifest keeps: the gain of each cell in each objective's reward."""
-    rewards = summary["objectives"]
+    """The part of an evaluation's summary that a manifest keeps: the gain of each cell in each objective's reward.
+
+    Rules of other sets, which the evaluation compared with this one, are left out.
+    """
+    rewards, others = summary["objectives"], summary.get("sets", {})
     cells = []
     for cell in summary["cells"]:
+        if cell["rule"] in others:
+            continue
         gains = {name: cell["rewards"].get(reward, {}).get("gain") for name, reward in rewards.items()}
         known = {name: {key: gain[key] for key in ("mean", "low", "high")} for name, gain in gains.items() if gain}
         if known:

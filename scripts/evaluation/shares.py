@@ -66,7 +66,8 @@ def share_at_oracle_kl(table: Cells, i: int) -> Share:
     order = sorted(kls, key=lambda k: kls[k][0])
     for low, high in pairwise(order):
         if kls[low][0] <= target[0] <= kls[high][0] and kls[low][0] < kls[high][0]:
-            fraction = (target - kls[low]) / (kls[high] - kls[low])
+            with np.errstate(divide="ignore", invalid="ignore"):  # in a few draws the two may have the same KL
+                fraction = (target - kls[low]) / (kls[high] - kls[low])
             return _over_oracle(table, oracle, table.gains[low] + fraction * (table.gains[high] - table.gains[low]))
     least, most = kls[order[0]][0], kls[order[-1]][0]
     side = "below" if target[0] < least else "above"
