@@ -15,9 +15,10 @@ from tqdm import tqdm
 from stepfuse.data.kl_steps import largest_step
 from stepfuse.rewards.statistics import paired_interval
 from stepfuse.train.checkpoints import Progress
+from stepfuse.train.joint_settings import CENTRE
 from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.validation import CENTRE, objective_validation
+from stepfuse.train.validation_points import objective_validation
 
 WINDOW = 20  # steps that running means are taken over
 REPORTS = 20  # lines of a run in a log file

@@ -10,6 +10,7 @@ from stepfuse.data.settings_file import require
 from stepfuse.train.policy_settings import LoRASettings, VarianceSettings
 from stepfuse.train.run_settings import RewardSettings
 
+CENTRE = "centre"  # names the validation images at equal weights, beside those of each objective
 # What an objective may have for itself.
 OF_RUN = ("fit_reward", "async_scoring")
 OF_OBJECTIVE = ["beta"] + [
@@ -66,6 +67,8 @@ def separate_objectives(settings: Any) -> tuple[Any, ...]:
             each.append(type(settings)(**values | dict(entry) | {"objectives": []}))
         except ValueError as error:
             raise ValueError(f"objective {named}: {error}") from error
-        taken = each[-1].name in [other.name for other in each[:-1]]
-        require(not taken, "objective_name", each[-1].name, "another name for each objective")
+        name = each[-1].name
+        taken = name in [other.name for other in each[:-1]]
+        require(not taken, "objective_name", name, "another name for each objective")
+        require(name != CENTRE, "objective_name", name, "another name: that of the validation images at equal weights")
     return tuple(each)

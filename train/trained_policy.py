@@ -18,7 +18,8 @@ from stepfuse.train.lora import split_state
 from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
-from stepfuse.train.validation import Validator, objective_validation
+from stepfuse.train.validation import Validator
+from stepfuse.train.validation_points import objective_validation
 
 
 def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> bool:

@@ -1,18 +1,15 @@
 """The validation images of a run: drawn by all processes together, scored, saved and compared."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
-from stepfuse.data.grid import CELL, captioned_grid
+from stepfuse.data.grid import captioned_grid
 from stepfuse.data.images import to_image
-from stepfuse.data.lettering import enlarge, enlargement
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.sampling.finite import check_latents, decode_finite
@@ -22,81 +19,13 @@ from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
 from stepfuse.train.trackers import log_images
+from stepfuse.train.validation_points import SHOWN, Validation, captioned, label_rewards, validation_points
 
-SHOWN = 16  # images that are logged
 DRAWN_BY = (
     *("pretrained_model_name_or_path", "revision", "variant", "seed", "reward", "resolution"),
     *("sample_num_steps", "guidance", "sample_guidance_scale"),
     *("variance", "variance_options", "sample_eta", "sample_etas"),
 )
-
-
-CENTRE = "centre"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """Weights that validation images are drawn with: all on one objective, which names the point, or equal ones."""
-
-    name: str
-    weights: tuple[float, ...]
-
-
-def validation_points(names: Sequence[str]) -> list[Point]:
-    """One point for each objective, and for several of them the centre."""
-    count = len(names)
-    points = [Point(name=name, weights=tuple(float(i == k) for i in range(count))) for k, name in enumerate(names)]
-    return points if count == 1 else [*points, Point(name=CENTRE, weights=(1 / count,) * count)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """Validation images in the order of their prompts, the same on every process."""
-
-    points: list[Point]
-    pixels: Float[Tensor, "points images 3 height width"]
-    rewards: Float[Tensor, "points images objectives"]  # before they are shaped
-
-    def summary(self, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Mean, deviation and number of the rewards; of several objectives, of their weighted sums and of each.
-
-        Args:
-            before: the summary of the images before training, in whose deviations several rewards are measured; empty
-                for those images themselves.
-        """
-        if len(self.points) == 1:
-            return _statistics(self.rewards[0, :, 0])
-        by_point = {
-            point.name: {self.points[i].name: _statistics(column) for i, column in enumerate(rewards.unbind(1))}
-            for point, rewards in zip(self.points, self.rewards, strict=True)
-        }
-        units = [before.get("points", by_point)[each.name][each.name]["deviation"] for each in self.points[:-1]]
-        weights = self.rewards.new_tensor([point.weights for point in self.points])
-        scaled = self.rewards / self.rewards.new_tensor([unit or 1.0 for unit in units])
-        return _statistics((scaled * weights[:, None]).sum(2).flatten()) | {"points": by_point}
-
-    def as_lists(self) -> Any:
-        """The rewards by image; of several objectives, by point and objective."""
-        if len(self.points) == 1:
-            return self.rewards[0, :, 0].tolist()
-        return {
-            point.name: {self.points[i].name: column.tolist() for i, column in enumerate(rewards.unbind(1))}
-            for point, rewards in zip(self.points, self.rewards, strict=True)
-        }
-
-
-def _statistics(rewards: Tensor) -> dict[str, float]:
-    return {
-        "reward": rewards.mean().item(),
-        "deviation": rewards.std(correction=0).item(),
-        "images": len(rewards),
-    }
-
-
-def objective_validation(progress: Progress, name: str) -> dict[str, Any]:
-    """The summaries of one objective by moment: with all weight on it, if the run has several."""
-    of = progress.validation
-    return {moment: summary["points"][name][name] if "points" in summary else summary for moment, summary in of.items()}
 
 
 class Validator:
@@ -185,32 +114,6 @@ class Validator:
             pixels.append(shown)
             rewards.append(values)
         return Validation(points=self.points, pixels=torch.stack(pixels), rewards=torch.stack(rewards))
-
-
-def label_rewards(points: Sequence[Point], rewards: Float[Tensor, " objectives"]) -> str:
-    """The rewards of an image for its caption."""
-    if len(points) == 1:
-        return f"reward {rewards.item():.4g}"
-    return ", ".join(f"{point.name} {reward:.4g}" for point, reward in zip(points, rewards.tolist(), strict=False))
-
-
-def captioned(
-    prompts: Sequence[str], validation: Validation, base: Validation | None, index: int
-) -> tuple[list[Image.Image], list[str]]:
-    """The first images of a point, to the right of the base model's if there are any, and captions with prompt and
-    rewards.
-    """
-    images, captions, points = [], [], validation.points
-    factor = enlargement(to_image(validation.pixels[index, 0]), CELL)
-    for i, prompt in enumerate(prompts[:SHOWN]):
-        pixels, rewards = validation.pixels[index, i], label_rewards(points, validation.rewards[index, i])
-        if base is not None:
-            pixels = torch.cat([base.pixels[index, i], pixels], dim=-1)
-            before = label_rewards(points, base.rewards[index, i])
-            rewards = f"base, left: {before.removeprefix('reward ')}; right: {rewards.removeprefix('reward ')}"
-        images.append(enlarge(to_image(pixels), factor))
-        captions.append(f"{prompt}\n{rewards}")
-    return images, captions
 
 
 def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list[str]:
