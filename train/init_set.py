@@ -20,7 +20,7 @@ from stepfuse.train.settings import TrainSettings
 
 
 def resolve_objectives(settings: TrainSettings) -> tuple[TrainSettings, AdapterSet | None]:
-    """The set that a run starts from, and the settings, which without `objectives` take those of the set.
+    """The set that a run starts from, and the settings, which take the objectives of the set if they name none.
 
     Raises:
         ValueError: for a faulty set, one of another base or that lacks an objective, and a set that names a reward
@@ -29,7 +29,7 @@ def resolve_objectives(settings: TrainSettings) -> tuple[TrainSettings, AdapterS
     if not settings.init_set:
         return settings, None
     loaded = load_set(settings.init_set)
-    if not settings.objectives and len(loaded.adapters) > 1:
+    if not settings.objectives and not settings.objective_name and len(loaded.adapters) > 1:
         for objective in loaded.objectives:
             if not objective.reward:
                 raise ValueError(

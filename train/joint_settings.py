@@ -36,7 +36,8 @@ class JointSettings:
         weight_concentration: Concentration of the Dirichlet distribution that the weights of the other prompts are
             drawn from: 1 is uniform over all mixtures, more is closer to equal weights.
         init_set: Adapter set, a folder, a hub id or `emoji`, whose LoRAs and variance schedules the run starts from in
-            place of new ones, by the names of the objectives; without `objectives`, those of the set are trained.
+            place of new ones, by the names of the objectives. Without `objectives` and `objective_name`, all objectives
+            of the set are trained.
     """
 
     objectives: list = setting([])

@@ -1,7 +1,7 @@
 """What a run trains with: base model, policy, optimiser and reward, loaded and checked before anything is written."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Setup:
     Args:
         pipeline: the base model; by default it is loaded as the settings say.
         initial: the set whose adapters the run starts from, in place of new ones.
+        make: makes another policy than `make_policy`, with its arguments.
 
     Attributes:
         batch_size: number of images, or pairs of images, of this process in an optimiser step.
@@ -60,6 +61,7 @@ class Setup:
         prompts: Sequence[str],
         pipeline: DiffusionPipeline | None = None,
         initial: AdapterSet | None = None,
+        make: Callable[..., Policy] | None = None,
     ) -> None:
         self.settings, self.accelerator, self.reward, self.prompts = settings, accelerator, reward, prompts
         self.output = Path(settings.output_dir)
@@ -77,7 +79,7 @@ class Setup:
         self.embed = Embeddings(backbone, accelerator.device, offload=offload, report_cuts=main)
         self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
         schedules, names = initial_schedules(settings, initial), [each.name for each in settings.each]
-        policy = make_policy(backbone, settings, schedules, initial, row_modules=zero3(accelerator))
+        policy = (make or make_policy)(backbone, settings, schedules, initial, row_modules=zero3(accelerator))
         policy = policy.to(accelerator.device)
         self.engine = Engine(accelerator, policy, settings)
         shape = backbone.shape()
