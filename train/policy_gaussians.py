@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.diffusion.gaussian import Gaussian
+from stepfuse.fuse.diffusion.gaussian import Gaussian, at_least_float32
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.step import FusionStep
@@ -34,7 +34,7 @@ def step_gaussians(
     outputs, parameters = _forward(policy, sampling, asked, kinds, conditioning)
     current = sampling.with_schedules(parameters)
     sizes = [len(rows) for each in asked for rows in each.rows] * len(kinds)
-    parts = iter(output.to(torch.float32) for output in outputs.split(sizes))
+    parts = iter(at_least_float32(output) for output in outputs.split(sizes))
     by_kind = [[[next(parts) for _ in each.rows] for each in asked] for _ in kinds]
     gaussians: list[tuple[Gaussian, Gaussian | None]] = []
     for k, (step, each) in enumerate(zip(steps, asked, strict=True)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from stepfuse.fuse.lora.batched import add_stack, check_batched_layer
-from stepfuse.fuse.lora.layers import check_exist, check_mergeable
+from stepfuse.fuse.lora.layers import check_exist
 from stepfuse.fuse.lora.mixture import Network
 
 RowWeights = Float[Tensor, "rows adapters"]
@@ -46,10 +46,11 @@ class AdapterRows:
         self.route: RowWeights | None = None
         layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
         check_exist(layers.values(), names)
-        check_mergeable(list(layers.values()), names)
         remedy = "train with lora_target_modules that leave it out"
         for path, layer in layers.items():
             for name in names:
+                if layer.use_dora.get(name, False):
+                    raise ValueError(f"adapter {name!r} is a DoRA, which is not linear in its weight; train it alone")
                 if name in layer.r:
                     check_batched_layer(layer, path, name, unbatched, remedy)
         for layer in layers.values():
@@ -57,9 +58,10 @@ class AdapterRows:
                 add_stack(layer, self, _WeightedRows(layer, names, as_modules=as_modules))
 
     def route_of(self, networks: Sequence[Network], device: torch.device) -> RowWeights:
-        """The weights of each row's adapters."""
+        """The weights of each row's adapters, in the network's precision and at least float32."""
         rows = [dict(network.weights) for network in networks]
-        return torch.tensor([[row.get(name, 0.0) for name in self.names] for row in rows], device=device)
+        dtype = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
+        return torch.tensor([[row.get(name, 0.0) for name in self.names] for row in rows], device=device, dtype=dtype)
 
     @contextmanager
     def routed(self, route: RowWeights) -> Iterator[None]:
