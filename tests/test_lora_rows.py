@@ -1,14 +1,12 @@
 """Rows with weights of their own in one forward: outputs and gradients against peft and the written-out sum."""
 
-import warnings
-
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 
-from stepfuse.fuse.lora.layers import lora_layers, merged_adapters
+from stepfuse.fuse.lora.layers import lora_layers, merged_adapters, several_adapters
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.rows import AdapterRows
 from stepfuse.train.lora import train_all
@@ -30,8 +28,7 @@ WEIGHTS = torch.tensor(
 
 def with_adapters(network, zoo, add):
     """The network with trainable LoRAs whose factors are random."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    with torch.random.fork_rng(devices=[]), several_adapters():
         torch.manual_seed(1)
         for name, config in zoo.items():
             add(LoraConfig(**config), name)

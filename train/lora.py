@@ -1,6 +1,5 @@
 """The policy: a base model with a LoRA and a variance schedule for each objective, which are trained."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.denoiser import Router
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
-from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows, lora_layers
+from stepfuse.fuse.lora.layers import active_adapter, adapter_on_last_rows, lora_layers, several_adapters
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.rows import AdapterRows
 
@@ -125,9 +124,7 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
                 f"rank {rank} for {path}; expected a multiple of its {layer.groups} groups, or lora_target_modules "
                 "without it"
             )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft warns of a second adapter on one model: that is what several objectives are.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    with torch.random.fork_rng(devices=[]), several_adapters():
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=name)
     cast_training_params(network, dtype=torch.float32)

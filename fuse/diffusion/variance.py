@@ -196,7 +196,8 @@ class LearnedSchedule(VarianceSchedule):
 
     def __post_init__(self) -> None:
         check_number("eta", self.eta, most=1)
-        offsets = torch.as_tensor(self.offsets, dtype=torch.float32)
+        offsets = torch.as_tensor(self.offsets)
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
         object.__setattr__(self, "offsets", offsets)
         if offsets.ndim != 1 or len(offsets) < 2:
             raise ValueError(f"learned schedule with offsets of shape {tuple(offsets.shape)}; expected 2 knots or more")

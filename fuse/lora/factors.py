@@ -1,6 +1,5 @@
 """The factors of a LoRA, layer by layer: as peft's tensors and settings, and on a network, as peft holds them there."""
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepfuse.fuse.lora.keys import BIAS, DOWN, MAGNITUDE, UP, written_key
+from stepfuse.fuse.lora.layers import several_adapters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,9 +162,7 @@ def put_on(network: Any, name: str, file: Path, factors: Mapping[str, Factors]) 
         ValueError: naming a tensor that did not arrive.
     """
     given = peft_state(factors)
-    with warnings.catch_warnings():
-        # peft warns of a second adapter on one model: that is what a set is.
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    with several_adapters():
         network.load_lora_adapter(
             given,
             prefix=None,

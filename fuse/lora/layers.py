@@ -1,5 +1,6 @@
 """peft's LoRA layers of a network: which adapters are on, one at a time or merged, and whether they can be merged."""
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,6 +87,14 @@ def averaged_factors(network: nn.Module, weights: Mapping[str, float]) -> Iterat
     finally:
         for weight, data in kept:
             weight.data = data
+
+
+@contextmanager
+def several_adapters() -> Iterator[None]:
+    """Add an adapter to a network that may have others, of which peft warns: here that is what a network is for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        yield
 
 
 def lora_layers(network: nn.Module) -> list[BaseTunerLayer]:

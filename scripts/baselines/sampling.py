@@ -6,7 +6,6 @@ as an input.
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
+from stepfuse.fuse.lora.layers import several_adapters
 
 Blend = Callable[[Tensor, Time, Conditioning], Tensor]
 CopyOf = Callable[[Sequence[str]], Any]  # a copy of the network, with these adapters alone, active
@@ -71,8 +71,7 @@ def mixed_batch(denoiser: Denoiser, copy_of: CopyOf, names: Sequence[str]) -> tu
     dtype, device = network.dtype, network.device
     configs, weights = dict(network.peft_config), {k: v for k, v in network.state_dict().items() if ".lora_" in k}
     network.unload_lora()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    with several_adapters():
         wrapped = PeftModel(network, configs[names[0]], adapter_name=names[0])  # diffusers leaves this wrapper out
         for name in names[1:]:
             wrapped.add_adapter(name, configs[name])

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ from stepfuse.fuse.backbones.fingerprint import base_fingerprint
 from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.backbones.registry import backbone_class, backbone_of
 from stepfuse.fuse.diffusion.schedulers import STABLE_DIFFUSION
+from stepfuse.fuse.lora.layers import several_adapters
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
@@ -138,8 +138,7 @@ def set_model(folder: str, count: int, *, dtype: torch.dtype = torch.float32, de
 
 def _add_loras(network: Any, count: int, config: LoraConfig) -> None:
     """Add LoRAs that are not zero, in the network's precision; their time does not depend on their values."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+    with several_adapters():
         for i in range(count):
             network.add_adapter(copy.deepcopy(config), adapter_name=f"adapter{i + 1}")
     generator = torch.Generator().manual_seed(0)
