@@ -22,8 +22,9 @@ from stepfuse.train.setup import Setup
 class Update(Generic[S]):
     """Takes optimiser steps.
 
-    With `timesteps_per_forward` above 1 a forward pass has other rows than in the rollout, whose log-probabilities are
-    then not reproduced exactly: the first update on a rollout replaces them by its own.
+    With `timesteps_per_forward` above 1, and with several objectives, a forward pass has other rows than in the
+    rollout, whose log-probabilities are then not reproduced exactly: the first update on a rollout replaces them by its
+    own.
     """
 
     setup: Setup
@@ -44,6 +45,7 @@ class Update(Generic[S]):
             for index in range(0, len(batch.steps), shared)
         ]
         items = sum(len(steps) for _, steps in chunks)
+        replaces = first and (shared > 1 or len(setup.settings.each) > 1)
         count, device = len(setup.sampling.steps), setup.accelerator.device
         totals = torch.zeros(count, 4, device=device)  # by denoising step
         alone = VertexKL(count, [each.name for each in setup.settings.each], device)
@@ -56,7 +58,7 @@ class Update(Generic[S]):
                     gaussians = algorithm.gaussians(engine.wrapped, setup.sampling, steps, batch.conditioning)
                 losses = []
                 for (policy, reference), stored in zip(gaussians, steps, strict=True):
-                    if first and shared > 1:
+                    if replaces:
                         algorithm.update_log_probs(stored, policy)
                     values, kl, parts = self._loss(policy, reference, stored)
                     faults += compress(batch.prompts, (~torch.isfinite(values)).tolist())
