@@ -254,6 +254,12 @@ def test_a_set_that_was_not_built_here_is_not_replaced(adapters, tmp_path):
 # What decides that an adapter is made anew
 
 
+def test_the_hash_of_a_run_is_what_it_was_before_settings_were_added():
+    """A new setting goes into `ADDED` with what runs did before, or every adapter of a set would be made anew."""
+    assert config_hash(DPOSettings()).startswith("4b4dc5eb0ebe5f1a")
+    assert config_hash(DDPOSettings()).startswith("b707fcba7fce520f")
+
+
 def test_a_hash_is_of_what_decides_the_adapter(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("a cat\n")

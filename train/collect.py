@@ -101,7 +101,7 @@ def collect_rollouts(
     groups = [i // algorithm.group_size for i in range(setup.total_batch_size)]
     order = prompt_order(settings.seed, len(setup.prompts), step, groups[-1] + 1)
     prompts = [setup.prompts[order[group]] for group in groups]
-    mixtures = group_weights(settings, step, groups[-1] + 1)[groups]
+    mixtures = group_weights(settings, step // algorithm.updates_per_rollout, groups[-1] + 1)[groups]
     sampling = setup.current_sampling(learned=learned_steps(settings, setup.learnable, step))
     drawn: list[tuple[Scorer, Trajectory[D]]] = []
     rewards: list[Future[Tensor]] = []

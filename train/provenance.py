@@ -31,6 +31,7 @@ ADDED: dict[str, Any] = {
     "train_rule": "soup",
     "vertex_share": 0.5,
     "weight_concentration": 1.0,
+    "init_set": "",
 }
 EARLIER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what unset `lora_target_modules` stood for
 

@@ -1,0 +1,92 @@
+"""The weights that a joint run trains on: vertices in turn, and a Dirichlet distribution between them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import Dirichlet
+
+from stepfuse.train.mixtures import group_weights
+from stepfuse.train.settings import DDPOSettings, DPOSettings
+
+OBJECTIVES = [dict(reward=name) for name in "abc"]
+
+
+def settings(**own):
+    return DPOSettings(**dict(objectives=OBJECTIVES) | own)
+
+
+def drawn(rollouts, groups, **own):
+    return torch.cat([group_weights(settings(**own), rollout, groups) for rollout in range(rollouts)])
+
+
+def vertices(weights):
+    """The objective of each row that has all weight on one."""
+    return weights[(weights == 1).any(1)].argmax(1)
+
+
+def test_weights_sum_to_1_and_one_objective_has_all():
+    weights = drawn(20, 4)
+    assert weights.shape == (80, 3)
+    assert weights.dtype == torch.float64
+    assert (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(80, dtype=torch.float64))
+    assert group_weights(DPOSettings(), 3, 5).tolist() == [[1.0]] * 5
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("groups", [1, 4, 5])
+def test_the_share_of_vertices_is_exact_and_each_has_its_turn(share, groups):
+    """Of the first n groups floor(n · share) are vertices, of the objectives one after the other."""
+    weights = drawn(30, groups, vertex_share=share)
+    at = (weights == 1).any(1)
+    counts = at.cumsum(0)
+    assert counts.tolist() == [math.floor((n + 1) * share) for n in range(len(weights))]
+    turns = vertices(weights).tolist()
+    assert turns == [number % 3 for number in range(len(turns))]
+
+
+@pytest.mark.parametrize("concentration", [0.5, 1.0, 4.0])
+def test_the_others_have_the_moments_of_a_dirichlet_distribution(concentration):
+    """Mean 1/3, variance 2/9 / (3 α + 1), covariance -1/9 / (3 α + 1); and the law of one weight, Beta(α, 2 α)."""
+    count = 3000
+    weights = drawn(1, count, vertex_share=0, weight_concentration=concentration)
+    expected = Dirichlet(torch.full((3,), concentration, dtype=torch.float64))
+    deviation = expected.variance.sqrt() / count**0.5
+    assert ((weights.mean(0) - expected.mean) / deviation).abs().max() < 4
+    covariance = torch.cov(weights.T)
+    torch.testing.assert_close(covariance.diagonal(), expected.variance, rtol=0.12, atol=0)
+    off = covariance[~torch.eye(3, dtype=torch.bool)]
+    torch.testing.assert_close(off, torch.full_like(off, -1 / 9 / (3 * concentration + 1)), rtol=0.2, atol=0)
+    below = [(weights[:, 0] < x).double().mean().item() for x in (0.1, 0.3, 0.6)]
+    exact = [regularised_beta(concentration, 2 * concentration, x) for x in (0.1, 0.3, 0.6)]
+    assert below == pytest.approx(exact, abs=4 * 0.5 / count**0.5)
+
+
+def regularised_beta(a, b, x):
+    """P(w < x) of Beta(a, b), by quadrature after w = u^(1/a), which leaves no pole at 0."""
+    u = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000 * x**a
+    scale = torch.exp(torch.lgamma(torch.tensor(a + b)) - torch.lgamma(torch.tensor(a)) - torch.lgamma(torch.tensor(b)))
+    return float(scale * ((1 - u ** (1 / a)) ** (b - 1)).mean() * x**a / a)
+
+
+def test_a_concentration_near_0_leaves_weights_that_are_numbers():
+    weights = drawn(1, 500, vertex_share=0, weight_concentration=0.01)
+    assert weights.isfinite().all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(500, dtype=torch.float64))
+    assert (weights.amax(1) > 0.99).double().mean() > 0.8
+
+
+def test_weights_depend_on_seed_rollout_and_group_alone():
+    """So a run that is resumed, and every process, has the same: torch's own generator has no part in them."""
+    torch.manual_seed(1)
+    first = group_weights(settings(vertex_share=0), 7, 4)
+    torch.manual_seed(2)
+    assert torch.equal(group_weights(settings(vertex_share=0), 7, 4), first)
+    assert len({tuple(row) for row in first.tolist()}) == 4
+    for seed, rollout in ((0, 8), (1, 7)):
+        other = group_weights(settings(vertex_share=0, seed=seed), rollout, 4)
+        assert not (other == first).any()
+    ddpo = DDPOSettings(objectives=OBJECTIVES, vertex_share=0)
+    assert torch.equal(group_weights(replace(ddpo, train_batch_size=2), 7, 4), first)
