@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+# A weighted sum of z-scores, which are of size 1, that is all smaller is what rounding leaves of rewards that cancel.
+CANCELLED = 1e-4
+
 
 def best_and_worst(
     rewards: Float[Tensor, "batch candidates"], margin: float
@@ -24,7 +27,8 @@ def weighted_scores(
 ) -> Float[Tensor, "batch candidates"]:
     """One score for each candidate: Σ w_i z(r_i), each reward normalised among the candidates of its image.
 
-    Of one objective it is the reward itself, whose order the normalisation would not change.
+    Of one objective it is the reward itself, whose order the normalisation would not change. Rewards that oppose each
+    other under these weights leave equal scores.
     """
     if rewards.shape[-1] == 1:
         return rewards[..., 0]
@@ -32,7 +36,8 @@ def weighted_scores(
     equal = rewards.amax(1, keepdim=True) <= rewards.amin(1, keepdim=True)  # not of NaN, which stays
     centred = torch.where(equal, 0.0, centred)
     normalised = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
-    return (normalised * weights[:, None].to(rewards)).sum(-1)
+    scores = (normalised * weights[:, None].to(rewards)).sum(-1)
+    return torch.where(scores.abs().amax(1, keepdim=True) > CANCELLED, scores, 0.0 * scores)
 
 
 def group_advantages(
@@ -128,7 +133,8 @@ def mixed_advantages(
 
     As GDPO (arXiv:2601.05242) does, a reward that varies much within a prompt has no more weight than one that varies
     little. The sum is normalised in each group, not over all of them, since groups have different weights; at a vertex,
-    where one weight is 1, it is `group_advantages` of that reward.
+    where one weight is 1, it is `group_advantages` of that reward, scaled. Rewards that oppose each other under these
+    weights leave no advantage.
 
     Args:
         rewards: of each objective over the whole step; a positive factor of a column has no effect.
@@ -137,4 +143,7 @@ def mixed_advantages(
     """
     normalised = [group_advantages(column, groups, scale=True, clip=float("inf")) for column in rewards.unbind(1)]
     total = (torch.stack(normalised, dim=1) * weights.to(rewards)).sum(1)
+    names, index = groups.unique(return_inverse=True)
+    largest = total.new_zeros(len(names)).scatter_reduce(0, index, total.abs(), "amax")
+    total = torch.where((largest > CANCELLED)[index], total, 0.0)
     return group_advantages(total, groups, scale=scale, clip=clip)
