@@ -112,6 +112,7 @@ class Engine:
 
     def load(self, folder: Path, state: dict[str, Tensor]) -> None:
         """The inverse of `save`; `state` is the `trainable_state` at that time."""
+        self.policy.check_objectives(state)
         self.accelerator.load_state(str(folder), load_module_strict=False)  # an option of DeepSpeed
         if not self.deepspeed:
             self.policy.load_trainable_state(state)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import Any, Literal
 
 from stepfuse.data.names import nearest
@@ -69,7 +70,9 @@ def separate_objectives(settings: Any) -> tuple[Any, ...]:
         except ValueError as error:
             raise ValueError(f"objective {named}: {error}") from error
         name = each[-1].name
-        taken = name in [other.name for other in each[:-1]]
+        taken = name.lower() in [other.name.lower() for other in each[:-1]]  # some filesystems take them for one
         require(not taken, "objective_name", name, "another name for each objective")
         require(name != CENTRE, "objective_name", name, "another name: that of the validation images at equal weights")
+        used = name in ("samples", *PurePath(settings.logging_dir).parts[:1]) or name.startswith("checkpoint-")
+        require(not used, "objective_name", name, "another name: a folder of the run is called so")
     return tuple(each)

@@ -89,6 +89,14 @@ class Policy(nn.Module):
             state |= {f"{self._prefix(adapter)}{name}": value for name, value in mine.items()}
         return state
 
+    def check_objectives(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError for a `trainable_state` of other objectives."""
+        known = sorted({name.partition("/")[0] for name in state if "/" in name})
+        expected = sorted(self.adapters) if len(self.adapters) > 1 else []
+        if known != expected:
+            was, now = (", ".join(names) or "one objective" for names in (known, expected))
+            raise ValueError(f"the checkpoint has trained {was}, and the settings have {now}; resume with the same")
+
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of `trainable_state`."""
         for adapter, parameters in zip(self.adapters, self.schedule_parameters(), strict=True):

@@ -18,7 +18,9 @@ from stepfuse.data.output_folder import created_folder, delete_files, require_em
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import read_yaml, yaml_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.rules.objective import NAME
 from stepfuse.fuse.sets.adapter import OBJECTIVE
+from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, list_checkpoints, newest_intact
 from stepfuse.train.settings import TrainSettings
 
@@ -122,8 +124,12 @@ def adapter_folder(folder: Path, settings: TrainSettings, name: str) -> Path:
 
 def _objective_names(config: Mapping[str, Any]) -> list[str]:
     """The names of several objectives in the configuration that a run has written."""
-    entries = config.get("objectives") or []
-    return [str(entry.get("objective_name", "")) for entry in entries if isinstance(entry, Mapping)]
+    names: list[str] = []
+    for entry in config.get("objectives") or []:
+        with suppress(ValueError, TypeError, AttributeError, KeyError):  # of a file that someone has changed
+            reward = entry.get("reward") or config["reward"]
+            names.append(str(entry.get("objective_name") or parse_reward(reward).objective))
+    return [name for name in names if NAME.fullmatch(name)]
 
 
 @contextmanager

@@ -72,7 +72,9 @@ def select_policy(setup: Setup, progress: Progress, *, stopped: bool) -> dict[st
     progress.step, progress.kl = progress.best["step"], progress.best["kl"]
     progress.kl_steps, progress.vertex_kl_steps = progress.best_kl_steps, progress.best_vertex_kl_steps
     progress.validation["after"] = progress.best["validation"]
-    progress.validation_rewards["after"] = progress.validation_rewards.get("best", [])
+    progress.validation_rewards.pop("after", None)  # of another policy, or of other settings than the best one's
+    if "best" in progress.validation_rewards:
+        progress.validation_rewards["after"] = progress.validation_rewards["best"]
     return progress.best_state
 
 

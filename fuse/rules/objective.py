@@ -8,6 +8,8 @@ from torch import nn
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.rewards.shaping import Shaping
 
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -37,7 +39,7 @@ class Objective:
         return self.beta * self.shaping.scale
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
+        if not NAME.fullmatch(self.name):
             raise ValueError(f"objective name {self.name!r}; expected letters, digits, '_' and '-'")
         if hasattr(nn.ModuleDict(), self.name):  # where peft keeps adapters by name
             raise ValueError(f"objective name {self.name!r} is an attribute of torch's modules; choose another")
