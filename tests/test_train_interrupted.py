@@ -43,6 +43,11 @@ SETTINGS = {
     "pretrained_model_name_or_path": "pipeline",
     "resume_from_checkpoint": "latest",
 }
+JOINT = {
+    "objectives": [{"reward": "slope.py:slope"}, {"reward": "slope.py:flat", "rank": 2, "variance": "eta"}],
+    "train_rule": "product",
+    "max_train_steps": 6,
+}
 # Says in a file when it is called: rollouts come before it, the update after it.
 SLOPE = """
 from pathlib import Path
@@ -50,6 +55,9 @@ from pathlib import Path
 def slope(images, prompts):
     Path("called").touch()
     return (images[:, 0, :, :8] - images[:, 2, :, -8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
+
+def flat(images, prompts):
+    return -images.std((1, 2, 3))
 """
 
 pytestmark = pytest.mark.slow
@@ -62,6 +70,8 @@ def desk(tmp_path_factory):
     (folder / "prompts.txt").write_text("a red apple\na cat\ntwo keys\n")
     (folder / "slope.py").write_text(SLOPE)
     (folder / "ddpo.yaml").write_text(yaml.safe_dump(SETTINGS))
+    joint = {name: value for name, value in SETTINGS.items() if not name.startswith("per_prompt")} | JOINT
+    (folder / "joint.yaml").write_text(yaml.safe_dump(joint))
     return folder
 
 
@@ -172,6 +182,24 @@ def test_a_run_on_a_flow_transformer_killed_in_an_update_ends_with_the_same_bits
     assert not (output / "objective.json").exists()
     assert Training(launched, output.name, **flags).ended() == 0, (desk / "child.log").read_text()[-4000:]
     same(output, desk / "flow-straight")
+
+
+def test_a_joint_run_killed_in_an_update_ends_with_the_same_bits_and_the_same_weights(desk, launched):
+    straight = Training(launched, "joint-straight", config="joint.yaml")
+    assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
+    output, called = desk / "joint-killed", desk / "called"
+    training = Training(launched, output.name, config="joint.yaml")
+    wait_for(lambda: list_checkpoints(output))
+    called.unlink(missing_ok=True)
+    wait_for(called.exists)
+    training.kill()
+    assert training.ended() == -signal.SIGKILL
+    assert list_checkpoints(output)
+    assert not (output / "slope" / "objective.json").exists()
+    again = Training(launched, output.name, config="joint.yaml")
+    assert again.ended() == 0, (desk / "child.log").read_text()[-4000:]
+    for name in ("slope", "flat"):
+        same(output / name, desk / "joint-straight" / name)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest", "a bit"])

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import subprocess
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.evaluation.training_images import images_of_run
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
+from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
+from stepfuse.train.loop import train_adapter
+from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import read_lora
-from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
+from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
@@ -62,13 +66,22 @@ OWN = {
         "num_generations": 4,
         "max_train_steps": 4,
     },
+    "joint": {  # of two groups a step one is a mixture and one all on one objective
+        "objectives": [{"reward": "slope.py:slope"}, {"reward": "slope.py:flat", "rank": 2, "variance_knots": 2}],
+        "train_rule": "product",
+        "num_generations": 4,
+        "max_train_steps": 4,
+    },
 }
-PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py"}
+PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py", "joint": "ddpo.py"}
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
 SLOPE = """
 def slope(images, prompts):
     return (images[:, 0, :, :8] - images[:, 2, :, -8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
+
+def flat(images, prompts):
+    return -images.std((1, 2, 3))
 """
 
 pytestmark = pytest.mark.slow
@@ -104,11 +117,16 @@ def launch(desk, name, launcher, output, **flags):
     return desk / output
 
 
-def curve(folder, tag="loss"):
-    """What was logged, a number a step."""
+def curves(folder):
+    """What was logged by name, a number a step."""
     log = EventAccumulator(str(folder / "logs" / "stepfuse"))
     log.Reload()
-    return [event.value for event in log.Scalars(tag)]
+    return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
+
+
+def adapters(folder):
+    """The folders of a run's adapters: its own, or one for each of several objectives."""
+    return sorted(file.parent for file in folder.rglob("objective.json"))
 
 
 def tensors(folder, step=None):
@@ -125,23 +143,35 @@ def assert_same(found, expected, atol):
 
 
 def assert_same_run(found, expected):
-    """Loss, KL and reward at every step, and the adapter."""
-    for tag, near in (("loss", 1e-4), ("kl", 1e-4), ("reward", 1e-4), ("diversity", 1e-4), ("gradient_norm", 1e-3)):
-        was, now = curve(expected, tag), curve(found, tag)
-        assert len(was) == len(now) == read_adapter(expected).record["steps"] > 0
+    """Loss, KL and rewards at every step, and the adapters."""
+    was, now = curves(expected), curves(found)
+    rewards = [tag for tag in was if tag.startswith("reward")]
+    for tag in ("loss", "kl", "diversity", "gradient_norm", *rewards):
+        near = 1e-3 if tag == "gradient_norm" else 1e-4
         # A loss of DDPO that starts a rollout is a sum of advantages that is 0, and what is left of it is rounding.
-        assert now == pytest.approx(was, rel=near, abs=near), tag
-    assert_same(tensors(found), tensors(expected), atol=1e-4)
-    was, now = (read_adapter(folder).record for folder in (expected, found))
-    assert now["validation"]["after"] == pytest.approx(was["validation"]["after"], rel=1e-4)
-    assert images_of_run(now) == images_of_run(was) > 0
-    learned = tensors(expected)
-    assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 5e-3
+        assert now[tag] == pytest.approx(was[tag], rel=near, abs=near), tag
+    for folder in adapters(expected):
+        other = found / folder.relative_to(expected)
+        assert_same(tensors(other), tensors(folder), atol=1e-4)
+        before, record = (read_adapter(each).record for each in (folder, other))
+        assert len(was["loss"]) == record["steps"] > 0
+        assert record["validation"]["after"] == pytest.approx(before["validation"]["after"], rel=1e-4)
+        assert images_of_run(record) == images_of_run(before) > 0
+        learned = tensors(folder)
+        assert max(value.abs().max() for name, value in learned.items() if "lora_B" in name) > 5e-3
 
 
 @pytest.fixture(scope="module")
 def one(desk):
-    return {name: launch(desk, name, SINGLE_PROCESS, f"{name}-one", train_batch_size=8) for name in OWN}
+    launched = {
+        name: launch(desk, name, SINGLE_PROCESS, f"{name}-one", train_batch_size=8) for name in OWN if name != "joint"
+    }
+    forget_accelerator()
+    with chdir(desk):  # in this process, which saves the imports of another
+        words = as_flags({"config": "joint.yaml", "output_dir": "joint-one", "train_batch_size": 8})
+        joint = train_adapter(parse_settings(DDPOSettings, words))
+    forget_accelerator()
+    return launched | {"joint": desk / joint}
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +231,7 @@ def test_two_machines_of_one_process_are_one_of_two(desk, one):
     ]
     told = [machine.communicate(timeout=300)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], told
-    assert curve(desk / "ddpo-machines") == pytest.approx(curve(one["ddpo"])[:2], rel=1e-4, abs=1e-4)
+    assert curves(desk / "ddpo-machines")["loss"] == pytest.approx(curves(one["ddpo"])["loss"][:2], rel=1e-4, abs=1e-4)
 
 
 # Launched otherwise than it would run
