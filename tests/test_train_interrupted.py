@@ -46,7 +46,7 @@ SETTINGS = {
 JOINT = {
     "objectives": [{"reward": "slope.py:slope"}, {"reward": "slope.py:flat", "rank": 2, "variance": "eta"}],
     "train_rule": "product",
-    "max_train_steps": 6,
+    "max_train_steps": 4,
 }
 # Says in a file when it is called: rollouts come before it, the update after it.
 SLOPE = """

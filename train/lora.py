@@ -66,8 +66,6 @@ class Policy(nn.Module):
             # They stay until the next forward: gradient checkpointing runs the layers again in the backward pass.
             self.rows.route = weights
             output = self.backbone.predict(x, times, inputs, network=self.network)
-            # A schedule whose objective has no weight in this batch has a gradient too: processes expect one of each.
-            output = output + 0 * sum(value.sum() for each in self.schedule_parameters() for value in each.values())
         # Not the parameters themselves: with ZeRO-3 they may be partitioned again after this forward.
         return output, [{name: value * 1 for name, value in each.items()} for each in self.schedule_parameters()]
 

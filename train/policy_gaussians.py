@@ -74,4 +74,8 @@ def _forward(
         assert denoiser.batched is not None  # several LoRAs always share a forward
         networks = [n for each in asked for n, rows in zip(each.networks, each.rows, strict=True) for _ in rows]
         inputs["weights"] = denoiser.batched.route_of(networks * len(kinds), x.device)
-    return policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
+    output, parameters = policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
+    if len(sampling.objectives) > 1:
+        # A schedule whose objective has no weight in this batch has a gradient of 0: processes expect one of each.
+        output = output + 0 * sum(value.sum() for each in parameters for value in each.values())
+    return output, parameters

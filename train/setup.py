@@ -98,7 +98,8 @@ class Setup:
         )
         self.learnable = learnable_steps(settings, self.sampling)
         if not self.learnable:
-            raise ValueError("no denoising step is random, so there is nothing to learn from; use more steps")
+            several = " of every objective" if len(names) > 1 else ""
+            raise ValueError(f"no denoising step{several} is random, so there is nothing to learn from; use more steps")
         initial_hashes = init_record(settings, initial)
         self.record = provenance(settings, initial_hashes) | {"processes": accelerator.num_processes}
 
