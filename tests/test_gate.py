@@ -11,7 +11,9 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.noise_path import NoisePath
 from stepfuse.fuse.diffusion.variance import EtaSchedule, TableSchedule
 from stepfuse.fuse.lora.layers import lora_layers
+from stepfuse.fuse.rules.averages import Soup
 from stepfuse.fuse.rules.gap_profile import GapProfile, profile_from_dict, profile_to_dict
+from stepfuse.fuse.rules.merged_product import MergedProduct
 from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.product import Product, gated, soup_weights
 from stepfuse.fuse.rules.step import FusionStep
@@ -106,6 +108,27 @@ def test_for_a_network_linear_in_its_weights_the_soup_is_the_product(prediction_
     soup = gated(step, torch.ones(2, dtype=torch.bool))
     torch.testing.assert_close(soup.mean, product.mean, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(soup.variance, product.variance, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("etas", [(0.3, 0.9, 0.6), (0.8, 0.8, 0.8)])
+def test_an_infinite_gate_takes_one_network_at_every_step_and_is_what_adapters_are_distilled_through(etas):
+    step = linear_step(etas, (0.7, 0.3))
+    asked = []
+
+    def predict(x_t, t, networks, images, rows):
+        asked.extend(networks)
+        return step.predict_fn(x_t, t, networks, images, rows)
+
+    found = Product(gate=math.inf).fuse(replace(step, predict_fn=predict))
+    expected = gated(step, torch.ones(2, dtype=torch.bool))
+    trained = MergedProduct().fuse(step)
+    assert [network.merge for network in asked] == ["weights"]
+    for one in (found, trained):
+        assert torch.equal(one.mean, expected.mean)
+        assert torch.equal(one.variance, expected.variance)
+    soup = Soup().fuse(step)
+    same = torch.allclose(soup.mean, trained.mean) and torch.allclose(soup.variance, trained.variance)
+    assert same == (len(set(etas)) == 1)
 
 
 def test_with_equal_variances_the_soup_has_the_users_weights():

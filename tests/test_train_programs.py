@@ -13,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import dpo
 from stepfuse.train.arguments import parse_settings
+from stepfuse.train.distill_settings import DistillSettings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,7 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 # Help
 
 
-@pytest.mark.parametrize(("algorithm", "settings"), [("dpo", DPOSettings), ("ddpo", DDPOSettings)])
+@pytest.mark.parametrize(
+    ("algorithm", "settings"), [("dpo", DPOSettings), ("ddpo", DDPOSettings), ("distill", DistillSettings)]
+)
 def test_help_explains_every_setting_once_under_a_heading_with_its_default(capsys, algorithm, settings):
     with pytest.raises(SystemExit) as end:
         parse_settings(settings, ["--help"])
@@ -29,7 +32,7 @@ def test_help_explains_every_setting_once_under_a_heading_with_its_default(capsy
     text = capsys.readouterr().out
     listed = text.partition("\n\n")[2]
     flags = re.findall(r"^  (--\S+)", listed, flags=re.MULTILINE)
-    names = [field.name for field in dataclasses.fields(settings)]
+    names = [field.name for field in dataclasses.fields(settings) if field.name not in settings.fixed]
     assert [flag.rstrip(",").removeprefix("--") for flag in flags] == ["config", *names]
     assert not re.search(r"--\w+-", listed)  # one spelling
     entries = re.split(r"^  --", listed, flags=re.MULTILINE)[2:]
@@ -46,8 +49,8 @@ def test_help_and_wrong_arguments_need_neither_torch_nor_a_warning(tmp_path):
     Path(tmp_path, "wrong.yaml").write_text("rank: 0\n")
     program = """
 import sys
-from stepfuse.train import ddpo, dpo
-for main in (dpo.main, ddpo.main):
+from stepfuse.train import ddpo, distill, dpo
+for main in (dpo.main, ddpo.main, distill.main):
     for words in (["--help"], ["--rank", "x"], ["--config", "wrong.yaml"], ["--config", "none"], ["--beta", "-1"]):
         sys.argv = ["train", *words]
         try:
@@ -61,7 +64,7 @@ assert not {"torch", "transformers", "diffusers", "accelerate"} & set(sys.module
     )
     assert (done.returncode, done.stderr) == (0, "")
     endings = [line for line in done.stdout.splitlines() if line.startswith("ended:")]
-    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True] * 2
+    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True] * 3
 
 
 # As a program

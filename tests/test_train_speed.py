@@ -106,9 +106,9 @@ def test_a_run_finds_its_learnable_steps_once_and_trains_the_schedule_that_it_sa
         sampled.append(sampling.objectives[0].schedule)
         return learnable_steps(settings, sampling)
 
-    def make_policy(backbone, adapters, schedules, rows):
+    def make_policy(backbone, adapters, schedules, rows, **options):
         trained.extend(schedules)
-        return Policy(backbone, adapters, schedules, rows)
+        return Policy(backbone, adapters, schedules, rows, **options)
 
     monkeypatch.setattr("stepfuse.train.setup.learnable_steps", find_steps)
     monkeypatch.setattr("stepfuse.train.setup.Policy", make_policy)

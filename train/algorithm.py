@@ -57,10 +57,6 @@ class Algorithm(ABC, Generic[S]):
         self.settings = settings
 
     @abstractmethod
-    def source(self, setup: Setup, progress: Progress, health: Health) -> Source[S]:
-        """Where its micro-batches come from."""
-
-    @abstractmethod
     def gaussians(
         self, policy: nn.Module, sampling: Sampling, steps: Sequence[S], conditioning: Conditioning
     ) -> Sequence[StepGaussians]:
@@ -107,6 +103,14 @@ class Algorithm(ABC, Generic[S]):
     def log_prob_scale(self, x: Latents) -> float:
         """1, or with `log_prob_reduction: mean` 1 / dimensions of a latent."""
         return 1 / x[0].numel() if self.settings.log_prob_reduction == "mean" else 1.0
+
+
+class AlignmentAlgorithm(Algorithm[S]):
+    """An algorithm that trains on rewards or preferences."""
+
+    @abstractmethod
+    def source(self, setup: Setup, progress: Progress, health: Health) -> Source[S]:
+        """Where its micro-batches come from."""
 
 
 def preference_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.advantages import decoupled_advantages, group_advantages, mixed_advantages, tracked_advantages
-from stepfuse.train.algorithm import Algorithm, preference_loss
+from stepfuse.train.algorithm import AlignmentAlgorithm, preference_loss
 from stepfuse.train.collect import RolloutAlgorithm, ScoreLatents
 from stepfuse.train.fused_sampling import Sampling, Weights
 from stepfuse.train.losses import ddpo_loss
@@ -127,4 +127,8 @@ class DDPO(RolloutAlgorithm[SampledStep]):
 
 
 # By the `algorithm` of the settings.
-ALGORITHMS: dict[str, Callable[[Any], Algorithm[Any]]] = {"dpo": DPO, "diffusion-dpo": DiffusionDPO, "ddpo": DDPO}
+ALGORITHMS: dict[str, Callable[[Any], AlignmentAlgorithm[Any]]] = {
+    "dpo": DPO,
+    "diffusion-dpo": DiffusionDPO,
+    "ddpo": DDPO,
+}

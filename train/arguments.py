@@ -35,6 +35,8 @@ def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
         SystemExit: For `--help`.
     """
     parser = _Parser(settings)
+    if settings.positional and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{settings.positional}", *arguments]
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         written = unknown[0].split("=")[0]
@@ -66,8 +68,9 @@ class _Parser(TrlParser):
 
     def __init__(self, settings: type[TrainSettings]) -> None:
         program = f"accelerate launch --quiet train/{settings.program}.py"
+        first_word = f" [{settings.positional.upper()}]" if settings.positional else ""
         super().__init__(
-            usage=f"{program} [--config FILE] [--SETTING VALUE ...]",
+            usage=f"{program}{first_word} [--config FILE] [--SETTING VALUE ...]",
             description=settings.description,
             epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. "
             f"Without a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.program}`. "
@@ -86,7 +89,7 @@ class _Parser(TrlParser):
         )
         first.add_argument("-h", "--help", action="help", help="Show this help and exit.")
         texts, groups = _help_texts(settings), {}
-        for field in dataclasses.fields(settings):
+        for field in (field for field in dataclasses.fields(settings) if field.name not in settings.fixed):
             heading, text = texts[field.name]
             if heading not in groups:
                 groups[heading] = self.add_argument_group(heading)

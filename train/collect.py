@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
-from stepfuse.train.algorithm import Algorithm, Batch, Source, StepGaussians
+from stepfuse.train.algorithm import AlignmentAlgorithm, Batch, Source, StepGaussians
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.conditioning import prompt_order
 from stepfuse.train.fused_sampling import Sampling, Weights
@@ -27,7 +27,7 @@ from stepfuse.train.setup import Setup
 ScoreLatents = Callable[[Latents], "Future[Float[Tensor, 'images objectives']]"]
 
 
-class RolloutAlgorithm(Algorithm[D]):
+class RolloutAlgorithm(AlignmentAlgorithm[D]):
     """An algorithm that trains on denoising steps of images that the policy draws."""
 
     @abstractmethod

@@ -4,16 +4,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from stepfuse.data.text_files import print_any_text, printable, write_text
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import TrainSettings
 
 
-def run_training(settings_type: type[TrainSettings]) -> None:
-    """Parse the command line and train; end with one line and a non-zero exit status if that fails."""
+def run_training(settings_type: type[TrainSettings], train: Callable[[Any], object] | None = None) -> None:
+    """Parse the command line and train; end with one line and a non-zero exit status if that fails.
+
+    Args:
+        train: trains with these settings; by default `train_adapter`.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # on import it warns of torchvision, which is not needed
     print_any_text()
     output: str | None = None
@@ -24,7 +29,7 @@ def run_training(settings_type: type[TrainSettings]) -> None:
         from stepfuse.train.loop import train_adapter
 
         quiet_libraries()
-        train_adapter(settings)
+        (train or train_adapter)(settings)
     except ValueError as error:
         _fail(f"error: {printable(error)}")
     except KeyboardInterrupt:

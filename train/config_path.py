@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 
-FOLDERS = ("accelerate", "dpo", "ddpo", "eval", "sets")
+FOLDERS = ("accelerate", "dpo", "ddpo", "distill", "eval", "sets")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -106,15 +106,24 @@ def describe_end(settings: TrainSettings, progress: Progress, rewards: Sequence[
         if largest := largest_step(progress.kl_steps):
             index, share = largest
             lines[-1] += f", {100 * share:.0f} % of it in denoising step {index + 1} of {len(progress.kl_steps)}"
-    named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
-    folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
-    prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
-    create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
-    sample = ["stepfuse", "sample", str(folder), "--prompt", prompt]
     which = "these" if settings.objectives else "this and other"
     lines.append(f"next, make a set of {which} adapters (--adapter is repeated), and draw images:")
-    lines += [f"  {shlex.join(command)}" for command in (create, sample)]
-    return "\n".join(lines)
+    prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
+    return "\n".join([*lines, *next_commands(output, prompt)])
+
+
+def next_commands(output: Path, prompt: str, *options: str) -> list[str]:
+    """The commands that make a set of a run's adapters and draw an image with it, one a line.
+
+    Args:
+        output: folder of the run; that of the set is named after it.
+        options: of the image.
+    """
+    named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
+    folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
+    create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
+    sample = ["stepfuse", "sample", str(folder), "--prompt", prompt, *options]
+    return [f"  {shlex.join(command)}" for command in (create, sample)]
 
 
 def _describe_validation(reward: str, validation: Mapping[str, Any], progress: Progress, path: Sequence[str]) -> str:

@@ -91,12 +91,23 @@ class Sampling:
             strength=1.0,
         )
 
-    def predict(self, step: FusionStep, conditioning: Conditioning, *, reference: bool = False) -> Fused:
-        """The predictions that the rule asks for at a step, and that of the base if it is wanted."""
+    def predict(
+        self,
+        step: FusionStep,
+        conditioning: Conditioning,
+        *,
+        reference: bool = False,
+        negative: Latents | None = None,
+    ) -> Fused:
+        """The predictions that the rule asks for at a step, and that of the base if it is wanted.
+
+        Args:
+            negative: of other predictions at this step.
+        """
         networks, rows = zip(*self.rule.networks(step), strict=True)
         some = [step.some_rows(wanted) for wanted in rows]
         asked = ([*networks, BASE], [*some, None]) if reference else ([*networks], some)
-        guided = self.denoiser.guided(step.x_t, step.t, conditioning, *asked)
+        guided = self.denoiser.guided(step.x_t, step.t, conditioning, *asked, negative=negative)
         predictions = [step.spread(e, wanted) for e, wanted in zip(guided.predictions, some, strict=False)]
         base = guided.predictions[-1] if reference else None
         return Fused(predictions=predictions, negative=guided.negative, reference=base)

@@ -88,5 +88,7 @@ def add_adapter_of_set(backbone: Backbone, adapter: Adapter) -> None:
 
 
 def init_record(settings: TrainSettings, loaded: AdapterSet | None) -> dict[str, str]:
-    """The SHA-256 of each adapter that a run started from."""
-    return {} if loaded is None else {each.name: adapter_of(loaded, each.name).sha256 for each in settings.each}
+    """The SHA-256 of each adapter that a run started from, by SET/NAME."""
+    if loaded is None:
+        return {}
+    return {f"{settings.init_set}/{each.name}": adapter_of(loaded, each.name).sha256 for each in settings.each}

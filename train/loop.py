@@ -1,11 +1,13 @@
 """Training an adapter, or several together, from settings to the folder of the adapters."""
 
+from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stepfuse.fuse.rules.objective import Objective
-from stepfuse.train.algorithm import Algorithm, Source
+from stepfuse.train.algorithm import Algorithm, AlignmentAlgorithm, Source
 from stepfuse.train.algorithms import ALGORITHMS
 from stepfuse.train.checkpoints import Progress, load_checkpoint, save_checkpoint
 from stepfuse.train.display import ProgressDisplay, describe_end, describe_start
@@ -17,14 +19,14 @@ from stepfuse.train.memory import oom_hints
 from stepfuse.train.output import begin_output, disk_hints, find_start, locked
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.setup import Setup
+from stepfuse.train.setup import ModelSetup, Setup
 from stepfuse.train.trackers import start_trackers
 from stepfuse.train.trained_policy import kl_exceeded, select_policy, update_best, write_policy
 from stepfuse.train.update import Update
 from stepfuse.train.validation import Validator, fit_reward
 
 
-def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = None) -> Path:
+def train_adapter(settings: TrainSettings, algorithm: AlignmentAlgorithm[Any] | None = None) -> Path:
     """Train one adapter and write it to `settings.output_dir`, which is returned; of several objectives each has an
     adapter in a folder of its name there.
 
@@ -51,7 +53,7 @@ def train_adapter(settings: TrainSettings, algorithm: Algorithm[Any] | None = No
     return output
 
 
-def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
+def run(setup: Setup, algorithm: AlignmentAlgorithm[Any], start: Path | None) -> None:
     """Train from a checkpoint, or from the beginning if there is none, and write the adapter."""
     settings, accelerator = setup.settings, setup.accelerator
     progress = load_checkpoint(start, setup.engine) if start else Progress()
@@ -74,10 +76,11 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
         validator.record("before")
     if settings.trackers:
         validator.draw_base()
-    stopped = fit(setup, algorithm, source, progress, health, validator)
+    keep_best = partial(update_best, setup, progress, validator)
+    stopped = fit(setup, algorithm, source, progress, health, validate=validator.save, before_checkpoint=keep_best)
     if not stopped:
         validator.record("after")
-        update_best(setup, progress, validator)
+        keep_best()
     state = select_policy(setup, progress, stopped=stopped)
     if accelerator.is_main_process:
         write_policy(state, setup, algorithm, progress)
@@ -88,14 +91,21 @@ def run(setup: Setup, algorithm: Algorithm[Any], start: Path | None) -> None:
 
 
 def fit(
-    setup: Setup,
+    setup: ModelSetup,
     algorithm: Algorithm[Any],
     source: Source[Any],
     progress: Progress,
     health: Health,
-    validator: Validator,
+    *,
+    validate: Callable[[], None],
+    before_checkpoint: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Take optimiser steps up to `max_train_steps`; whether the KL limit stopped training."""
+    """Take optimiser steps up to `max_train_steps`; whether the KL limit stopped training.
+
+    Args:
+        validate: called every `validation_steps`.
+        before_checkpoint: called before each checkpoint is written.
+    """
     settings = setup.settings
     update = Update(setup=setup, algorithm=algorithm, health=health)
     main = setup.accelerator.is_main_process
@@ -109,18 +119,18 @@ def fit(
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
             progress.kl = measured.get("kl")
-            keep_kl_steps(progress, measured, len(setup.sampling.steps), setup.reward.names)
+            keep_kl_steps(progress, measured, len(setup.sampling.steps), setup.engine.policy.adapters)
             display.advance(measured, new_images=index == 0)
             setup.accelerator.log(measured, step=progress.step)
             if stopped := kl_exceeded(settings, progress, health):
                 break
             if settings.validation_steps and progress.step % settings.validation_steps == 0:
-                validator.save()
+                validate()
                 display.resume_clock()
         # Between rollouts only: a run could not be resumed exactly from the middle of one.
         crossed = progress.step // settings.checkpointing_steps > before // settings.checkpointing_steps
         if crossed and not stopped:
-            update_best(setup, progress, validator)
+            before_checkpoint()
             save_checkpoint(setup.output, setup.engine, progress, settings.checkpoints_total_limit)
     display.close()
     return stopped

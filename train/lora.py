@@ -32,6 +32,7 @@ class Policy(nn.Module):
         adapters: names of the LoRAs.
         schedules: the variance schedule of each.
         rows: runs several LoRAs, each row with weights of its own; not needed for one.
+        trains_schedules: False to leave the schedules as they are.
     """
 
     def __init__(
@@ -40,18 +41,21 @@ class Policy(nn.Module):
         adapters: Sequence[str],
         schedules: Sequence[VarianceSchedule],
         rows: AdapterRows | None = None,
+        *,
+        trains_schedules: bool = True,
     ) -> None:
         super().__init__()
         self.backbone, self.network, self.rows = backbone, backbone.network, rows
         self.adapters = tuple(adapters)
         several = len(self.adapters) > 1
+        trained = [schedule.trainable() if trains_schedules else {} for schedule in schedules]
         # By objective, the name of each parameter of its schedule here.
         self.schedule_names = [
-            {name: f"{name}_{adapter}" if several else name for name in schedule.trainable()}
-            for adapter, schedule in zip(adapters, schedules, strict=True)
+            {name: f"{name}_{adapter}" if several else name for name in parameters}
+            for adapter, parameters in zip(adapters, trained, strict=True)
         ]
-        for names, schedule in zip(self.schedule_names, schedules, strict=True):
-            for name, value in schedule.trainable().items():
+        for names, parameters in zip(self.schedule_names, trained, strict=True):
+            for name, value in parameters.items():
                 self.register_parameter(names[name], nn.Parameter(value.clone()))
         self.register_load_state_dict_pre_hook(_rename_part)
 

@@ -17,7 +17,7 @@ from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Branch, Latents
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.fuse.lora.mixture import BASE
-from stepfuse.train.algorithm import Algorithm, Batch, Source, StepGaussians, preference_loss
+from stepfuse.train.algorithm import AlignmentAlgorithm, Batch, Source, StepGaussians, preference_loss
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.health import Health
 from stepfuse.train.preference_pairs import Pair, PreferencePairs
@@ -91,7 +91,7 @@ def noise_pairs(
     return NoisedPairs(x_t=x_t, times=t, target=path.target(clean, e, t), reference=reference)
 
 
-class DiffusionDPO(Algorithm[NoisedPairs]):
+class DiffusionDPO(AlignmentAlgorithm[NoisedPairs]):
     """Diffusion-DPO on noised pairs: each prediction is the mean of a Gaussian of variance 1.
 
         log p(target) = -|target - prediction|² / 2,    L = dpo_loss of winner and loser

@@ -36,18 +36,18 @@ ADDED: dict[str, Any] = {
 EARLIER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what unset `lora_target_modules` stood for
 
 
-def provenance(settings: TrainSettings, initial: Mapping[str, str] | None = None) -> dict[str, Any]:
+def provenance(settings: TrainSettings, others: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What an adapter's record says of these.
 
-    `inputs` are the SHA-256 of the local files of prompts and rewards, by the names that the settings give them, and of
-    the adapters of `init_set`, which are `initial`.
+    `inputs` are the SHA-256 of the local files of prompts and rewards, by the names that the settings give them, and
+    of `others`.
     `config_sha256` is of everything that the trained adapter depends on: equal for equal adapters.
     """
     names = [each.reward for each in settings.each]
     rewards = {parse_reward(term.name).path for name in names for term in parse_reward(name).terms}
     named = {settings.prompts, settings.validation_set} | rewards
     inputs = {name: file_hash(Path(name)) for name in sorted(named) if Path(name).is_file()}
-    inputs |= {f"{settings.init_set}/{name}": sha256 for name, sha256 in (initial or {}).items()}
+    inputs |= others or {}
     config = dataclasses.asdict(settings)
     values = {name: value for name, value in config.items() if name not in WITHOUT_EFFECT}
     for name, default in ADDED.items():

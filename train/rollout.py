@@ -93,7 +93,7 @@ def rollout(
         weights: of the objectives for each image; by default equal ones.
         reference: also predict with the base, as a KL to it needs.
     """
-    x_t = _start(sampling, generators)
+    x_t = start(sampling, generators)
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     stored = []
     for index in range(len(sampling.steps)):
@@ -103,7 +103,7 @@ def rollout(
         gaussian = sampling.rule.combine(step, fused.predictions)
         x_s = gaussian.sample(generators)
         if wanted:
-            known = _stored_step(step, fused)
+            known = stored_step(step, fused)
             stored.append(SampledStep(**vars(known), x_s=x_s, log_prob=gaussian.log_prob(x_s)))
         x_t = x_s
     return Trajectory(steps=tuple(stored), latents=x_t, conditioning=conditioning)
@@ -134,7 +134,7 @@ def branching_rollout(
         margin: a pair is kept if its scores differ by more than this.
     """
     path, rule = sampling.denoiser.path, sampling.rule
-    x_t = _start(sampling, generators)
+    x_t = start(sampling, generators)
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     wide, wide_plan = conditioning.repeat(candidates), plan[torch.arange(len(x_t)).repeat_interleave(candidates)]
     rows = torch.arange(len(x_t), device=x_t.device)
@@ -154,7 +154,7 @@ def branching_rollout(
             ahead = sampling.predict(following, wide)
             clean, _ = path.clean_and_noise(clean, rule.average(following, ahead.predictions), following.t)
         rewards = score_latents(clean)
-        pending.append((_stored_step(step, sampling.with_reference(step, conditioning, now)), drawn, rewards))
+        pending.append((stored_step(step, sampling.with_reference(step, conditioning, now)), drawn, rewards))
         picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
         x_t = drawn[rows, picks]
         now = ahead and ahead[rows * candidates + picks]
@@ -184,13 +184,15 @@ def out_of_inference(trajectory: Trajectory[D]) -> Trajectory[D]:
     return replace(trajectory, steps=steps, latents=copy(trajectory.latents))
 
 
-def _start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
+def start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
+    """x_T, drawn with one generator per image."""
     device = next(sampling.denoiser.network.parameters()).device
     shape = (len(generators), *sampling.shape)
     return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
 
 
-def _stored_step(step: FusionStep, fused: Fused) -> Step:
+def stored_step(step: FusionStep, fused: Fused) -> Step:
+    """What every loss needs of a step that was predicted."""
     return Step(
         index=step.step_index,
         x_t=step.x_t,

@@ -43,6 +43,8 @@ class TrainSettings(
     description: ClassVar[str] = ""  # for `--help`
     example: ClassVar[str] = ""  # one of them
     memory_settings: ClassVar[Mapping[str, str]] = {}  # settings of the algorithm that need memory, and why
+    fixed: ClassVar[frozenset[str]] = frozenset()  # settings that are no flags, since others decide them
+    positional: ClassVar[str] = ""  # a setting that may be the first argument, without its flag
 
     each: ClassVar[tuple["TrainSettings", ...]]  # the settings of every objective; those of the run if it has one
 

@@ -18,6 +18,7 @@ from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.layers import has_layer_among
 from stepfuse.fuse.lora.rows import AdapterRows
+from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.rules.registry import get_rule
@@ -32,56 +33,49 @@ from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
 
 
-class Setup:
-    """What stays the same during a run. The base model is loaded, the LoRA added, and the optimiser made.
+class ModelSetup:
+    """What stays the same during a run, whatever it is trained on; complete after `make_engine`.
 
     Args:
-        pipeline: the base model; by default it is loaded as the settings say.
-        initial: the set whose adapters the run starts from, in place of new ones.
-        make: makes another policy than `make_policy`, with its arguments.
+        pipeline: the base model.
 
     Attributes:
         batch_size: number of images, or pairs of images, of this process in an optimiser step.
         total_batch_size: that number of all processes.
         backbone: the base model, whose network has the policy's LoRA.
         base: fingerprint of the base model.
+        engine: the policy and its optimiser.
         sampling: how the policy is sampled, with the initial schedules.
         learnable: indices of the denoising steps that can be trained on.
         record: configuration, input files, versions and number of processes at the start of the run.
-
-    Raises:
-        ValueError: for settings that do not fit the base model.
     """
 
+    base: dict[str, Any]
+
     def __init__(
-        self,
-        settings: TrainSettings,
-        accelerator: Accelerator,
-        reward: TrainingReward,
-        prompts: Sequence[str],
-        pipeline: DiffusionPipeline | None = None,
-        initial: AdapterSet | None = None,
-        make: Callable[..., Policy] | None = None,
+        self, settings: TrainSettings, accelerator: Accelerator, prompts: Sequence[str], pipeline: DiffusionPipeline
     ) -> None:
-        self.settings, self.accelerator, self.reward, self.prompts = settings, accelerator, reward, prompts
+        self.settings, self.accelerator, self.prompts = settings, accelerator, prompts
         self.output = Path(settings.output_dir)
         self.batch_size = settings.train_batch_size * settings.gradient_accumulation_steps
         self.total_batch_size = self.batch_size * accelerator.num_processes
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
-        inputs = {each: value for each in INPUTS if (value := getattr(settings, each)) is not None}
-        if pipeline is None:
-            pipeline = load_pipeline(name, dtype=dtype, revision=revision, variant=variant, **inputs)
-        else:
-            register_inputs(pipeline, **inputs)
-        self.backbone = backbone = backbone_of(pipeline)
+        self.backbone = backbone_of(pipeline)
         main, offload = accelerator.is_main_process, settings.offload_text_encoders
-        self.embed = Embeddings(backbone, accelerator.device, offload=offload, report_cuts=main)
-        self.base = describe_base(backbone, name, revision, variant=variant, hashed=main)
-        schedules, names = initial_schedules(settings, initial), [each.name for each in settings.each]
-        policy = (make or make_policy)(backbone, settings, schedules, initial, row_modules=zero3(accelerator))
-        policy = policy.to(accelerator.device)
-        self.engine = Engine(accelerator, policy, settings)
+        self.embed = Embeddings(self.backbone, accelerator.device, offload=offload, report_cuts=main)
+
+    def make_engine(self, policy: Policy, schedules: Sequence[VarianceSchedule], rule: FusionRule) -> None:
+        """Make the optimiser of a policy, and find the denoising steps that it can be trained on.
+
+        Args:
+            policy: on the network of `backbone`.
+            schedules: of its objectives.
+            rule: fuses the policies of the objectives.
+
+        Raises:
+            ValueError: if no step is random.
+        """
+        settings, backbone = self.settings, self.backbone
+        self.engine = Engine(self.accelerator, policy.to(self.accelerator.device), settings)
         shape = backbone.shape()
         path = backbone.path(shape)
         self.sampling = Sampling(
@@ -91,17 +85,16 @@ class Setup:
                 guidance=Guidance(source=settings.guidance, scale=settings.sample_guidance_scale),
                 batched=policy.rows or self._shared_forward(),
             ),
-            objectives=tuple(map(Expert.adapter, names, schedules)),
-            rule=get_rule(settings.train_rule) if len(names) > 1 else Product(),
+            objectives=tuple(map(Expert.adapter, policy.adapters, schedules)),
+            rule=rule,
             steps=path.steps(settings.sample_num_steps),
             shape=shape,
         )
         self.learnable = learnable_steps(settings, self.sampling)
         if not self.learnable:
-            several = " of every objective" if len(names) > 1 else ""
+            several = " of every objective" if len(schedules) > 1 else ""
             raise ValueError(f"no denoising step{several} is random, so there is nothing to learn from; use more steps")
-        initial_hashes = init_record(settings, initial)
-        self.record = provenance(settings, initial_hashes) | {"processes": accelerator.num_processes}
+        self.record = provenance(settings) | {"processes": self.accelerator.num_processes}
 
     def _shared_forward(self) -> SharedForward | None:
         """Base and the one policy in one forward, where the settings ask for shared forwards and it can be done."""
@@ -120,6 +113,49 @@ class Setup:
     def current_sampling(self, **changes: Any) -> Sampling:
         """How the policy is sampled now, with the parameters of its schedules. All processes take part."""
         return dataclasses.replace(self.sampling.with_schedules(self.engine.schedule_parameters()), **changes)
+
+
+class Setup(ModelSetup):
+    """What stays the same in a run that increases rewards. The base model is loaded, and LoRAs are added.
+
+    Args:
+        pipeline: the base model; by default it is loaded as the settings say.
+        initial: the set whose adapters the run starts from, in place of new ones.
+        make: makes another policy than `make_policy`, with its arguments.
+
+    Raises:
+        ValueError: for settings that do not fit the base model.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        reward: TrainingReward,
+        prompts: Sequence[str],
+        pipeline: DiffusionPipeline | None = None,
+        initial: AdapterSet | None = None,
+        make: Callable[..., Policy] | None = None,
+    ) -> None:
+        name, revision, variant = settings.pretrained_model_name_or_path, settings.revision, settings.variant
+        inputs = {each: value for each in INPUTS if (value := getattr(settings, each)) is not None}
+        if pipeline is None:
+            dtype = network_dtype(accelerator)
+            pipeline = load_pipeline(name, dtype=dtype, revision=revision, variant=variant, **inputs)
+        else:
+            register_inputs(pipeline, **inputs)
+        super().__init__(settings, accelerator, prompts, pipeline)
+        self.reward = reward
+        self.base = describe_base(self.backbone, name, revision, variant=variant, hashed=accelerator.is_main_process)
+        schedules = initial_schedules(settings, initial)
+        policy = (make or make_policy)(self.backbone, settings, schedules, initial, row_modules=zero3(accelerator))
+        self.make_engine(policy, schedules, get_rule(settings.train_rule) if len(schedules) > 1 else Product())
+        self.record |= provenance(settings, init_record(settings, initial))
+
+
+def network_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of the base model's weights."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
@@ -149,26 +185,43 @@ def make_policy(
         initial: the set whose LoRAs it starts from; by default they are new ones.
         row_modules: see `AdapterRows`; for several objectives.
     """
-    network, names = backbone.network, [each.name for each in settings.each]
     for index, each in enumerate(settings.each):
         if initial is not None:
             add_adapter_of_set(backbone, adapter_of(initial, each.name))
             continue
         add_lora(
-            network,
+            backbone.network,
             each.name,
             rank=each.rank,
             alpha=each.lora_alpha,
             targets=each.lora_target_modules or list(backbone.targets),
             seed=settings.seed + index,
         )
+    return policy_of(backbone, settings, schedules, row_modules=row_modules)
+
+
+def policy_of(
+    backbone: Backbone,
+    settings: TrainSettings,
+    schedules: Sequence[VarianceSchedule],
+    *,
+    row_modules: bool = False,
+    frozen: Sequence[str] = (),
+) -> Policy:
+    """The policy of the LoRAs that are on the base model's network under the names of the objectives.
+
+    Args:
+        row_modules: see `AdapterRows`; for several objectives.
+        frozen: names of other LoRAs there, which run in the same forwards and are not trained; schedules are not then.
+    """
+    network, names = backbone.network, [each.name for each in settings.each]
     train_all(network, names)
     rows = None
     if len(names) > 1:
-        rows = AdapterRows(network, names, backbone.unbatched, as_modules=row_modules)
+        rows = AdapterRows(network, [*names, *frozen], backbone.unbatched, as_modules=row_modules)
     if settings.gradient_checkpointing:
         network.enable_gradient_checkpointing()
     if settings.compile != "no":
         backbone.compile(settings.compile)
     network.train()
-    return Policy(backbone, names, schedules, rows)
+    return Policy(backbone, names, schedules, rows, trains_schedules=not frozen)

@@ -15,7 +15,7 @@ from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
 from stepfuse.train.health import Health
 from stepfuse.train.kl_by_step import VertexKL, kl_tag
-from stepfuse.train.setup import Setup
+from stepfuse.train.setup import ModelSetup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Update(Generic[S]):
     own.
     """
 
-    setup: Setup
+    setup: ModelSetup
     algorithm: Algorithm[S]
     health: Health
 

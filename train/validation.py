@@ -17,7 +17,7 @@ from stepfuse.rewards.protocol import Pixels
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.rollout import rollout, sample_generator
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.setup import Setup
+from stepfuse.train.setup import ModelSetup, Setup
 from stepfuse.train.trackers import log_images
 from stepfuse.train.validation_points import SHOWN, Validation, captioned, label_rewards, validation_points
 
@@ -131,27 +131,36 @@ def draw_together(
 ) -> Iterator[tuple[list[str], Pixels]]:
     """This process's share of images by micro-batch: prompts and pixels.
 
-    The noise of an image depends on the key and the index of its prompt. Every process has as many batches as any
-    other, since with ZeRO-3 all take part in each forward pass; if prompts do not divide, the last processes draw some
-    of the first again.
-
     Args:
+        key: see `shared_batches`.
         weights: of the objectives in the policy; None for the base model.
     """
     sampling = setup.sampling.of_base() if weights is None else setup.current_sampling()
     sampling = replace(sampling, learned=frozenset())
     row = torch.tensor([weights or (1.0,)], dtype=torch.float64)
+    for batch, generators in shared_batches(setup, key, prompts):
+        with setup.accelerator.autocast():
+            latents = rollout(sampling, setup.embed(batch), generators, row.expand(len(batch), -1)).latents
+        check_latents(latents, batch)
+        yield batch, decode_finite(setup.backbone, latents, batch)
+
+
+def shared_batches(
+    setup: ModelSetup, key: str, prompts: Sequence[str]
+) -> Iterator[tuple[list[str], list[torch.Generator]]]:
+    """This process's share of the prompts by micro-batch, with a generator for the image of each.
+
+    The noise of an image depends on the key and the index of its prompt. Every process has as many batches as any
+    other, since with ZeRO-3 all take part in each forward pass; if prompts do not divide, the last processes draw some
+    of the first again.
+    """
     each = -(-len(prompts) // setup.accelerator.num_processes)
     first = setup.accelerator.process_index * each
     for start in range(first, first + each, setup.settings.train_batch_size):
         end = min(start + setup.settings.train_batch_size, first + each)
         indices = [index % len(prompts) for index in range(start, end)]
-        batch = [prompts[index] for index in indices]
         generators = [sample_generator(setup.settings.seed, key, index) for index in indices]
-        with setup.accelerator.autocast():
-            latents = rollout(sampling, setup.embed(batch), generators, row.expand(len(batch), -1)).latents
-        check_latents(latents, batch)
-        yield batch, decode_finite(setup.backbone, latents, batch)
+        yield [prompts[index] for index in indices], generators
 
 
 def gathered(accelerator: Accelerator, share: Sequence[Tensor], count: int) -> Tensor:

@@ -68,15 +68,8 @@ class Soup(AverageRule):
     merges: ClassVar[Literal["weights", "factors"]] = "weights"
 
     def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
-        adapters = step.plan.adapters
-        mixtures, which = torch.unique(step.exponents(adapters), dim=1, return_inverse=True)
         cacheable = bool((step.plan.exponents == step.exponents()[:, :1]).all())
-        names = [adapter.name for adapter in adapters]
-        networks = [
-            Network.merged(dict(zip(names, weights, strict=True)), self.merges, cacheable=cacheable)
-            for weights in mixtures.T.tolist()
-        ]
-        return [(network, (which == i).nonzero().flatten()) for i, network in enumerate(networks)]
+        return step.soups(step.exponents(step.plan.adapters), self.merges, cacheable=cacheable)
 
     def average(self, step: FusionStep, predictions: Sequence[Latents]) -> Latents:
         return reduce(torch.add, predictions)

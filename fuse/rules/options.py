@@ -15,10 +15,11 @@ class ProductOptions:
     gate: float | None = setting(
         None,
         "At steps where the soup is at most this KL divergence from the product, run one merged network in place of "
-        "all adapters, such as 0.4. It needs a set measured by `stepfuse set profile` (default: run all adapters at "
-        "every step).",
+        "all adapters, such as 0.4. It needs a set measured by `stepfuse set profile`, or is `inf`, which runs one "
+        "network at every step (default: run all adapters at every step).",
         metavar="NATS",
         least=0,
+        finite=False,
     )
 
 

@@ -1,5 +1,6 @@
 """The product of Gaussians and its special cases."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -82,7 +83,8 @@ class Product(ProductLaw, ProductOptions):
     Cost: one forward for each objective whose weight is not 0, one more for the base where λ is not 1. Needs no reward.
 
     With a `gate`, in nats a step, steps where the set's profile measured KL( product ‖ soup ) ≤ gate take the one
-    network Σ b_i B_i A_i for every expert's prediction (`soup_weights`), with v* as it is: one forward.
+    network Σ b_i B_i A_i for every expert's prediction (`soup_weights`), with v* as it is: one forward. An infinite
+    gate takes it at every step, and needs no profile: for sets that were distilled.
     """
 
     name = "product"
@@ -93,7 +95,7 @@ class Product(ProductLaw, ProductOptions):
 
     @property
     def uses_gaps(self) -> bool:
-        return self.gate is not None
+        return self.gate is not None and math.isfinite(self.gate)
 
     def prepare(self, plan: Plan) -> Plan:
         """Raises ValueError for a gate with a strength, for it was measured at 1, and for no positive precision."""
@@ -107,6 +109,8 @@ class Product(ProductLaw, ProductOptions):
     def fuse(self, step: FusionStep) -> Gaussian:
         if self.gate is None:
             return super().fuse(step)
+        if not self.uses_gaps:
+            return gated(step, torch.ones(len(step.x_t), dtype=torch.bool))
         assert step.plan.gaps is not None
         return gated(step, step.plan.gaps[step.step_index] <= self.gate)
 
@@ -185,11 +189,9 @@ def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
     used, weights = step.used, soup_weights(step)
     # One expert alone costs no more than a soup, and is exact.
     soup = soup & ((step.exponents() != 0).sum(0) > 1) & weights.isfinite().all(0)
-    mixtures, which = torch.unique(weights[:-1, soup], dim=1, return_inverse=True)
-    names = [adapter.name for adapter in step.plan.adapters]
-    soups = [Network.merged(dict(zip(names, mixture, strict=True))) for mixture in mixtures.T.tolist()]
+    soups = step.soups(weights[:-1, soup])
     rows = [((a != 0) & ~soup).nonzero().flatten() for a in step.exponents(used)]
-    rows += [soup.nonzero().flatten()[which == i] for i in range(len(soups))]
-    predictions = step.predict([*(expert.network for expert in used), *soups], rows)
+    rows += [soup.nonzero().flatten()[some] for _, some in soups]
+    predictions = step.predict([*(expert.network for expert in used), *(network for network, _ in soups)], rows)
     shared = sum(predictions[len(used) :], torch.zeros(()).to(step.x_t))
     return fuse_predictions(step, used, [e + shared for e in predictions[: len(used)]])

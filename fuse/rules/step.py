@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -113,6 +113,26 @@ class FusionStep:
         """The networks of experts, each for the images whose exponent is not 0."""
         rows = [a.nonzero().flatten() for a in self.exponents(experts)]
         return [(expert.network, some) for expert, some in zip(experts, rows, strict=True)]
+
+    def soups(
+        self,
+        weights: Float[Tensor, "adapters images"],
+        merge: Literal["weights", "factors"] = "weights",
+        *,
+        cacheable: bool = False,
+    ) -> list[tuple[Network, Rows]]:
+        """The adapters merged with these weights of each image: a network for each distinct mixture, with its images.
+
+        Args:
+            merge, cacheable: see `Network`.
+        """
+        mixtures, which = torch.unique(weights, dim=1, return_inverse=True)
+        names = [adapter.name for adapter in self.plan.adapters]
+        networks = [
+            Network.merged(dict(zip(names, mixture, strict=True)), merge, cacheable=cacheable)
+            for mixture in mixtures.T.tolist()
+        ]
+        return [(network, (which == i).nonzero().flatten()) for i, network in enumerate(networks)]
 
     def weighted(self, values: Sequence[Tensor]) -> Tensor:
         """Σ a_i x_i + (1 - Σ a_i) x_ref of values of the experts that `used` lists."""

@@ -118,11 +118,14 @@ def read_factors(adapter: Adapter) -> tuple[str, dict[str, Factors]]:
         return lora.part, lora.factors(adapter.sha256)
 
 
-def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, Any]) -> None:
-    """Put an adapter on the base's network under its objective's name, and verify that every tensor arrived.
+def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, Any], *, name: str | None = None) -> None:
+    """Put an adapter on the base's network, and verify that every tensor arrived.
 
     The file is opened and read once: its header is checked against the network before a tensor is read, and the tensors
     that are put on the network are those that the recorded hash was compared with.
+
+    Args:
+        name: that it gets there; by default its objective's.
 
     Raises:
         ValueError: for an adapter of another base, or with a part that is not of the network, and for weights that are
@@ -138,7 +141,7 @@ def load_adapter(backbone: Backbone, adapter: Adapter, fingerprint: dict[str, An
     with open_lora(file, (backbone.part,)) as lora:
         check_fits(file, lora.layers, backbone.network)
         _check_recorded(adapter, lora)
-        put_on(backbone.network, adapter.name, file, lora.factors(adapter.sha256))
+        put_on(backbone.network, name or adapter.name, file, lora.factors(adapter.sha256))
 
 
 def _check_recorded(adapter: Adapter, lora: LoRAFile) -> None:

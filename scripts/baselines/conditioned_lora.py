@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from stepfuse.fuse.backbones.base import Backbone
@@ -62,13 +63,13 @@ class ConditionedPolicy(Policy):
     """The policy of the tied LoRAs; its state has the factors of every objective, as others have."""
 
     def trainable_state(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        state = {}
-        for adapter in self.adapters:
-            for path, layer in self.network.named_modules():
-                if isinstance(layer, nn.Module) and adapter in getattr(layer, "lora_A", ()):
-                    state[f"{adapter}/{path}.lora_A.weight"] = layer.lora_A[adapter].weight
-                    state[f"{adapter}/{path}.lora_B.weight"] = layer.lora_B[adapter].weight
-        return state
+        layers = {path: layer for path, layer in self.network.named_modules() if isinstance(layer, BaseTunerLayer)}
+        return {
+            f"{adapter}/{path}.{kind}.weight": factors[adapter].weight
+            for adapter in self.adapters
+            for path, layer in layers.items()
+            for kind, factors in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B))
+        }
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         raise ValueError("a conditioned LoRA cannot be resumed; train it again with --overwrite")
