@@ -37,8 +37,8 @@ pipe.load_lora_weights("{source}", subfolder="{name}", weight_name="{file}")
 TOGETHER = {
     "jointly": "The adapters were trained together in one run, on mixtures of their rewards, through the rule "
     "`{rule}`: the fused policy at any weights is what was trained.",
-    "distilled": "The adapters were distilled together: their `{rule}` is fitted to the product of the adapters that "
-    "they started from.",
+    "distilled": "The adapters were distilled together: merged by weight, they are fitted to the product of the "
+    "adapters that they started from. With several variance schedules that is the rule `product` with `gate` infinite.",
 }
 STRENGTHS = (
     " Loaded together with LoRA strengths w_i that sum to 1, these adapters are the trained policy at these weights: "

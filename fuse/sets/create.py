@@ -1,7 +1,7 @@
 """Making sets: of trained adapters, and copies of other sets."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -163,8 +163,8 @@ def find_adapters(folder: str | Path) -> list[Adapter]:
         return [find_adapter(folder)]
     found = {adapter.name: adapter for adapter in map(read_adapter, inner)}
     records = [adapter.record for adapter in found.values()]
-    together = next((record[key] for key in ("joint", "distilled") for record in records if record.get(key)), {})
-    names = together.get("objectives", list(found))
+    joint: Mapping[str, Any] = next((record["joint"] for record in records if record.get("joint")), {})
+    names = joint.get("objectives", list(found))
     if set(names) != set(found):
         missing = f"{folder} has adapters {', '.join(found)}, and its run trained {', '.join(names)}"
         raise ValueError(f"{missing}; train again")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sets.entries import Adapter
 
 
@@ -13,7 +14,9 @@ class SetTraining:
 
     Attributes:
         how: `apart`, each by itself; `jointly`, all in one run on mixtures of their rewards; or `distilled`.
-        rule: the rule that they were trained for, which is the default of their set.
+        rule: the rule that they were trained for, which is the default of their set. Distilled adapters are fitted as
+            one network that gives the product's Gaussian: `soup`, or with several variance schedules `product` with an
+            infinite gate.
     """
 
     how: Literal["apart", "jointly", "distilled"]
@@ -23,7 +26,7 @@ class SetTraining:
         texts = {
             "apart": "each adapter by itself",
             "jointly": f"jointly, by the rule {self.rule}",
-            "distilled": f"distilled, for the rule {self.rule}",
+            "distilled": f"distilled, for the rule {self.rule}" + ("" if self.rule == "soup" else " with gate inf"),
         }
         return texts[self.how]
 
@@ -40,14 +43,19 @@ def training_of(adapters: Sequence[Adapter]) -> SetTraining:
     runs = {str(record.get("config_sha256", "")) for record in records}
     if len(records) < 2 or len(runs) > 1:
         return APART
-    for key, how in (("joint", "jointly"), ("distilled", "distilled")):
-        known = [record.get(key) for record in records]
-        if all(isinstance(values, Mapping) for values in known):
-            return _training(known[0], how)
+    if together := _common(records, "joint"):
+        rule = str(together.get("rule"))
+        return SetTraining(how="jointly", rule=rule if rule in ("soup", "product") else "soup")
+    if _common(records, "distilled"):
+        schedules = [schedule_to_dict(adapter.objective.variance) for adapter in adapters]
+        return SetTraining(
+            how="distilled", rule="soup" if schedules.count(schedules[0]) == len(schedules) else "product"
+        )
     return APART
 
 
-def _training(values: Any, how: Any) -> SetTraining:
-    """Students are fitted as a soup, whatever rule they were distilled from."""
-    rule = "soup" if how == "distilled" else str(values.get("rule", "soup"))
-    return SetTraining(how=how, rule=rule if rule in ("soup", "product") else "soup")
+def _common(records: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]:
+    """What the first record has under a key that all have; empty if one has none."""
+    known = [record.get(key) for record in records]
+    first = known[0]
+    return first if isinstance(first, Mapping) and all(isinstance(values, Mapping) for values in known) else {}

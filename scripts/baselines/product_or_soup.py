@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,15 @@ STEPS = (5, 10, 20)
 DRAWS = 2000  # of prompts, for intervals
 
 
+class Factors(NamedTuple):
+    """One level of each factor."""
+
+    size: float
+    schedules: str
+    steps: int
+    weights: str
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", help="an adapter set: a folder, a hub id, or emoji")
@@ -60,21 +69,17 @@ def sweep(loaded: AdapterSet, output: Path, prompts: Sequence[str]) -> str:
     mixtures = {label_weights(weights): weights for weights in mixtures_of(loaded.names)}
     rewards = {objective.name: load_reward(objective.reward, "cpu") for objective in loaded.objectives}
     measured = [cell["factors"] for cell in cells]
-    combinations = itertools.product(SIZES, SCHEDULES, STEPS, mixtures)
-    named = [dict(zip(("size", "schedules", "steps", "weights"), each, strict=True)) for each in combinations]
+    combinations = itertools.starmap(Factors, itertools.product(SIZES, SCHEDULES, STEPS, mixtures))
     samplers: dict[float, FusedSampler] = {}
-    for factors in tqdm([each for each in named if each not in measured], desc="sweep"):
-        size = factors["size"]
-        if size not in samplers:
-            samplers = {size: load_sampler(loaded, size)}
-        sampler = with_schedules(samplers[size], factors["schedules"])
+    for factors in tqdm([each for each in combinations if each._asdict() not in measured], desc="sweep"):
+        if factors.size not in samplers:
+            samplers = {factors.size: load_sampler(loaded, factors.size)}
+        sampler = with_schedules(samplers[factors.size], factors.schedules)
         scores = {
-            rule: weighted_scores(
-                sampler, loaded, rule, mixtures[factors["weights"]], factors["steps"], prompts, rewards
-            )
+            rule: weighted_scores(sampler, loaded, rule, mixtures[factors.weights], factors.steps, prompts, rewards)
             for rule in ("product", "soup")
         }
-        cells.append({"factors": factors, "difference": (scores["product"] - scores["soup"]).tolist()})
+        cells.append({"factors": factors._asdict(), "difference": (scores["product"] - scores["soup"]).tolist()})
         write_json(output, {"identity": identity, "cells": cells})
     summary = effects(cells, prompts)
     write_json(output, {"identity": identity, "cells": cells, "effects": summary})

@@ -48,9 +48,15 @@ def repeated_merging(settings: TrainSettings, rounds: int) -> Path:
 
 
 def _alone(each: TrainSettings, folder: Path, start: str, steps: int) -> TrainSettings:
-    changes = {"objective_name": each.name, "output_dir": str(folder), "init_set": start, "max_train_steps": steps}
-    changes |= {"overwrite": True}
-    return replace(each, **changes, resume_from_checkpoint=None)
+    return replace(
+        each,
+        objective_name=each.name,
+        output_dir=str(folder),
+        init_set=start,
+        max_train_steps=steps,
+        overwrite=True,
+        resume_from_checkpoint=None,
+    )
 
 
 def average(folder: Path, names: list[str], rank: int) -> None:
