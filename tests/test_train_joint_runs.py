@@ -9,9 +9,8 @@ from safetensors.torch import load_file
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import list_checkpoints, read_state
-from stepfuse.train.loop import train_adapter
 from tests.fixtures_tiny import read_lora
-from tests.fixtures_training import Watched, forget_accelerator, refused_by, two_epochs
+from tests.fixtures_training import refused_by
 
 REWARDS = """
 calls = 0
@@ -237,39 +236,3 @@ def test_a_reward_that_is_not_finite_is_skipped_under_the_name_of_its_objective(
         assert entry["what"] == "skipped: a reward of calm that is not finite"
         assert len(entry["prompts"]) == 1
         assert all(torch.isfinite(value).all() for value in lora(name).values())
-
-
-# Steps
-
-
-class WatchedWeights(Watched):
-    """And the weights of each rollout."""
-
-    def __init__(self, settings):
-        super().__init__(settings)
-        self.drawn = []
-
-    def collect(self, sampling, conditioning, generators, weights, score):
-        self.drawn.append(weights.tolist())
-        return super().collect(sampling, conditioning, generators, weights, score)
-
-
-@pytest.mark.parametrize("rule", ["soup", "product"])
-def test_every_rollout_has_its_weights_and_its_first_update_starts_from_a_ratio_of_exactly_1(
-    run_training, tiny_base, rule
-):
-    """With two updates a rollout every vertex has its turn all the same."""
-    own = dict(guidance="off", train_rule=rule, train_batch_size=2, max_train_steps=8, variance="learned")
-    settings = two_epochs(tiny_base, objectives=[SLOPE, FLAT], **own)
-    watched = WatchedWeights(settings)
-    forget_accelerator()
-    train_adapter(settings, watched)
-    mixed, slope, again, calm = (batch[0] for batch in watched.drawn)
-    assert all(batch[0] == batch[1] for batch in watched.drawn)  # a group has one
-    assert (slope, calm) == ([1, 0], [0, 1])
-    assert 0 < mixed[0] < 1
-    assert 0 < again[0] < 1
-    assert mixed != again
-    updates = [watched.ratios[i : i + 3] for i in range(0, 24, 3)]  # three denoising steps each
-    assert all(update == [[0.0] * 2] * 3 for update in updates[::2])
-    assert min(max(abs(ratio) for step in update for ratio in step) for update in updates[1::2]) > 1e-5

@@ -7,9 +7,18 @@ import pytest
 import torch
 from torch.distributions import Dirichlet
 
+from stepfuse.train.loop import train_adapter
 from stepfuse.train.mixtures import group_weights
 from stepfuse.train.settings import DDPOSettings, DPOSettings
+from tests.fixtures_training import Watched, forget_accelerator, two_epochs
 
+REWARDS = """
+def slope(images, prompts):
+    return images[:, 0, :, :8].mean((1, 2)) - images[:, 2, :, 8:].mean((1, 2))
+
+def flat(images, prompts):
+    return -images.std((1, 2, 3))
+"""
 OBJECTIVES = [dict(reward=name) for name in "abc"]
 
 
@@ -90,3 +99,41 @@ def test_weights_depend_on_seed_rollout_and_group_alone():
         assert not (other == first).any()
     ddpo = DDPOSettings(objectives=OBJECTIVES, vertex_share=0)
     assert torch.equal(group_weights(replace(ddpo, train_batch_size=2), 7, 4), first)
+
+
+# In a run
+
+
+class WatchedWeights(Watched):
+    """And the weights of each rollout."""
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.drawn = []
+
+    def collect(self, sampling, conditioning, generators, weights, score):
+        self.drawn.append(weights.tolist())
+        return super().collect(sampling, conditioning, generators, weights, score)
+
+
+@pytest.mark.parametrize("rule", ["soup", "product"])
+def test_every_rollout_has_its_weights_and_its_first_update_starts_from_a_ratio_of_exactly_1(
+    run_training, tiny_base, rule
+):
+    """With two updates a rollout every vertex has its turn all the same."""
+    own = dict(guidance="off", train_rule=rule, train_batch_size=2, max_train_steps=8, variance="learned")
+    settings = two_epochs(
+        tiny_base, objectives=[dict(reward=f"rewards.py:{name}") for name in ("slope", "flat")], **own
+    )
+    watched = WatchedWeights(settings)
+    forget_accelerator()
+    train_adapter(settings, watched)
+    mixed, slope, again, calm = (batch[0] for batch in watched.drawn)
+    assert all(batch[0] == batch[1] for batch in watched.drawn)  # a group has one
+    assert (slope, calm) == ([1, 0], [0, 1])
+    assert 0 < mixed[0] < 1
+    assert 0 < again[0] < 1
+    assert mixed != again
+    updates = [watched.ratios[i : i + 3] for i in range(0, 24, 3)]  # three denoising steps each
+    assert all(update == [[0.0] * 2] * 3 for update in updates[::2])
+    assert min(max(abs(ratio) for step in update for ratio in step) for update in updates[1::2]) > 1e-5
