@@ -9,9 +9,9 @@ import os
 import sys
 
 from stepfuse.fuse.sampling import sampler  # noqa: F401  imported here once, for all children
-from stepfuse.train import algorithms, ddpo, dpo, loop, offline  # noqa: F401
+from stepfuse.train import algorithms, ddpo, distill, distill_run, dpo, loop, offline  # noqa: F401
 
-MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
+MAIN = {"dpo": dpo.main, "ddpo": ddpo.main, "distill": distill.main}
 
 
 def run(algorithm: str, arguments: list[str]) -> None:

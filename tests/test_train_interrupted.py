@@ -14,6 +14,7 @@ import yaml
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage, list_checkpoints
+from tests.fixtures_distill import save_opposed_set
 from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
 
 KILLS = 20
@@ -47,6 +48,17 @@ JOINT = {
     "objectives": [{"reward": "slope.py:slope"}, {"reward": "slope.py:flat", "rank": 2, "variance": "eta"}],
     "train_rule": "product",
     "max_train_steps": 4,
+}
+DISTILLATION = {
+    "adapter_set": "set",
+    "prompts": "prompts.txt",
+    "num_validation_images": 2,
+    "train_batch_size": 4,
+    "lr_scheduler": "cosine",
+    "max_train_steps": 8,
+    "checkpointing_steps": 1,
+    "report_to": "none",
+    "resume_from_checkpoint": "latest",
 }
 # Says in a file when it is called: rollouts come before it, the update after it.
 SLOPE = """
@@ -89,10 +101,10 @@ def launched(desk):
 class Training:
     """One run in a child."""
 
-    def __init__(self, launched, output, **flags):
+    def __init__(self, launched, output, program="ddpo", **flags):
         self.launched = launched
-        words = as_flags({"config": "ddpo.yaml", "output_dir": output} | flags)
-        launched.stdin.write(json.dumps(["ddpo", words]) + "\n")
+        words = as_flags({"config": f"{program}.yaml", "output_dir": output} | flags)
+        launched.stdin.write(json.dumps([program, words]) + "\n")
         self.pid = int(launched.stdout.readline())
 
     def kill(self):
@@ -200,6 +212,24 @@ def test_a_joint_run_killed_in_an_update_ends_with_the_same_bits_and_the_same_we
     assert again.ended() == 0, (desk / "child.log").read_text()[-4000:]
     for name in ("slope", "flat"):
         same(output / name, desk / "joint-straight" / name)
+
+
+def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_bits(desk, launched):
+    save_opposed_set(desk)
+    (desk / "distill.yaml").write_text(yaml.safe_dump(DISTILLATION))
+    straight = Training(launched, "distill-straight", "distill")
+    assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
+    output = desk / "distill-killed"
+    training = Training(launched, output.name, "distill")
+    wait_for(lambda: list_checkpoints(output))
+    time.sleep(0.1)
+    training.kill()
+    assert training.ended() == -signal.SIGKILL
+    assert not (output / "a" / "objective.json").exists()
+    again = Training(launched, output.name, "distill")
+    assert again.ended() == 0, (desk / "child.log").read_text()[-4000:]
+    for name in ("a", "b"):
+        same(output / name, desk / "distill-straight" / name)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest", "a bit"])
