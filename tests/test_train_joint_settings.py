@@ -99,3 +99,8 @@ def test_a_name_that_no_adapter_can_have_is_found_before_anything_is_written(run
     Path("joint.yaml").write_text(f"objectives:\n- {slope}\n- {slope}\n  objective_name: {name}\n")
     assert f"objective name {name!r}" in refused_by(run_training, "ddpo", config="joint.yaml", max_train_steps=1)
     assert {path.name for path in Path().rglob("*")} == {"joint.yaml", "prompts.txt", "rewards.py"}
+
+
+def test_the_run_has_no_name_beside_those_of_its_objectives():
+    with pytest.raises(ValueError, match="objective_name is both"):
+        DDPOSettings(objectives=[{"reward": "compressibility"}, {"reward": "colourfulness"}], objective_name="both")

@@ -135,11 +135,15 @@ def collect_rollouts(
 
 
 def mean_rewards(settings: TrainSettings, rewards: Float[Tensor, "all columns"], weights: Weights) -> dict[str, float]:
-    """The mean reward of a step; of several objectives that of each, over the images that have all weight on it."""
+    """The mean reward of a step; of several objectives that of each, over the images that have all weight on it.
+
+    Without vertices among the weights it is that over all images.
+    """
     finite = torch.isfinite(rewards).all(1)
     if len(settings.each) == 1:
         return {"reward": rewards[finite].sum(1).mean().item()}
-    alone = {each.name: finite & (weights[:, i] == 1).to(finite.device) for i, each in enumerate(settings.each)}
+    vertices = (weights == 1).to(finite.device) | (settings.vertex_share == 0)
+    alone = {each.name: finite & vertices[:, i] for i, each in enumerate(settings.each)}
     return {
         f"reward/{name}": rewards[rows, i].mean().item() for i, (name, rows) in enumerate(alone.items()) if rows.any()
     }

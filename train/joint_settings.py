@@ -61,6 +61,8 @@ def separate_objectives(settings: Any) -> tuple[Any, ...]:
     """The settings of each objective: those of the run, with its own; a ValueError names the objective."""
     if not settings.objectives:
         return (settings,)
+    name = settings.objective_name
+    require(name == "", "objective_name", name, "none beside objectives, each of which has its own")
     each: list[Any] = []
     for number, entry in enumerate(settings.objectives, start=1):
         named = entry.get("objective_name") or entry.get("reward") or f"number {number}"
