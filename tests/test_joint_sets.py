@@ -200,6 +200,42 @@ def test_an_initial_set_without_an_objective_or_with_a_strangers_reward_is_refus
         resolve_objectives(replace(joint, init_set="nowhere"))
 
 
+def test_guidance_or_a_schedule_that_the_adapters_were_not_trained_with_is_refused(joint, joint_set):
+    with refused("guidance is shared", "expected off"):
+        resolve_objectives(replace(joint, init_set=str(joint_set), guidance="shared"))
+    entries = [{**entry, "beta": 0.0, "variance": "eta"} for entry in OBJECTIVES]
+    with refused("beta is 0"):  # the set's schedule of one is trained, whatever the settings say
+        resolve_objectives(replace(joint, objectives=entries, init_set=str(joint_set)))
+
+
+def test_beta_of_the_set_counts_for_the_algorithm_that_it_was_trained_by(joint, joint_set):
+    again, _ = resolve_objectives(replace(joint, objectives=[], init_set=str(joint_set), beta=0.7))
+    assert [each.beta for each in again.each] == [0.1, 0.1]
+    dpo = DPOSettings(init_set=str(joint_set), guidance="off", beta=0.7)
+    other, _ = resolve_objectives(dpo)
+    assert [each.beta for each in other.each] == [0.7, 0.7]
+
+
+def test_the_record_has_the_rank_of_the_set_and_a_build_finds_the_run_again(joint, joint_set, tmp_path):
+    values = {"init_set": str(joint_set), "rank": 16, "max_train_steps": 2, "vertex_share": 0.0}
+    settings = replace(joint, objectives=[], output_dir=str(tmp_path / "run"), **values)
+    forget_accelerator()
+    train_adapter(settings)
+    forget_accelerator()
+    small, colour = find_adapters(tmp_path / "run")
+    assert [adapter.record["config"]["rank"] for adapter in (small, colour)] == [4, 2]
+    assert colour.record["config"]["variance"] == "learned"
+    resolved, _ = resolve_objectives(settings)
+    assert len(Training(settings=resolved, folder=tmp_path / "run").finished) == 2
+
+
+def test_folders_of_several_runs_do_not_stand_for_one(joint, apart, tmp_path):
+    copy_of(read_adapter(Path(joint.output_dir) / "small"), tmp_path / "runs" / "small")
+    copy_of(read_adapter(apart), tmp_path / "runs" / "alone")
+    with refused("several runs", "by itself"):
+        find_adapters(tmp_path / "runs")
+
+
 # Builds
 
 

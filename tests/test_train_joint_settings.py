@@ -83,7 +83,7 @@ def test_objectives_that_are_no_list_are_refused(tmp_path):
         (DDPOSettings, "--num_generations 1", "num_generations is 1; expected 2 or more per prompt"),
         (DDPOSettings, "--beta 0 --max_kl 2", "objective a: beta is 0.0; expected a positive number beside max_kl"),
         (DDPOSettings, "--vertex_share 1.5", "vertex_share is 1.5; expected a number in [0, 1]"),
-        (DDPOSettings, "--weight_concentration 0", "weight_concentration is 0.0; expected a positive number"),
+        (DDPOSettings, "--weight_concentration 0", "weight_concentration is 0.0; expected 0.01 or more"),
         (DDPOSettings, "--train_rule average_noise", "train_rule is 'average_noise'; expected one of soup, product"),
         (DDPOSettings, "--train_rule prodcut", "did you mean 'product'?"),
     ],

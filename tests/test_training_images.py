@@ -10,7 +10,7 @@ from stepfuse.fuse.rules.registry import RULES, get_rule
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.tables import rules_table
-from stepfuse.scripts.evaluation.training_images import images_drawn, images_of_run
+from stepfuse.scripts.evaluation.training_images import _run, images_drawn, images_of_run
 from tests.fixtures_evaluation import SETUP, cell
 
 DDPO = {"train_batch_size": 48, "gradient_accumulation_steps": 2, "max_train_steps": 20, "num_inner_epochs": 1}
@@ -91,3 +91,12 @@ def test_the_images_of_a_rule_are_in_the_summary_and_the_table_of_rules(emoji):
     assert [row[column]["main"] for row in shown["rows"]] == ["—", "1920", "—", "—"]
     json.dumps(summary, allow_nan=False)
     assert set(summary["rules"]) - {"mine"} <= set(RULES)
+
+
+def test_adapters_that_were_distilled_together_are_of_one_run_and_a_run_from_other_adapters_is_not_known():
+    config = {"train_batch_size": 4, "gradient_accumulation_steps": 1, "max_train_steps": 10}
+    distilled = {"config": config, "config_sha256": "a", "distilled": {"rule": "product"}}
+    assert _run(distilled) == _run(dict(distilled)) != ()
+    assert _run({"config": config, "config_sha256": "a"}) == ()
+    assert images_of_run(distilled) == 40
+    assert images_of_run({"config": config | {"init_set": "emoji"}}) is None

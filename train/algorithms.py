@@ -47,7 +47,7 @@ class DPO(RolloutAlgorithm[PairedStep]):
         assert reference is not None  # every stored step has one
         scale = self.log_prob_scale(step.x_t)
         log_probs = [p.log_prob(x) * scale for p in (policy, reference) for x in (step.chosen, step.rejected)]
-        loss = preference_loss(self.settings, self.beta(step.weights), *log_probs)
+        loss = preference_loss(self.settings, self.beta(step.weights).to(log_probs[0]), *log_probs)
         return torch.where(step.kept, loss, 0.0)
 
 

@@ -123,7 +123,7 @@ def collect_rollouts(
     images = accelerator.gather(torch.cat([scorer.thumbnails for scorer, _ in drawn]))
     spread = diversity(images, index if algorithm.group_size > 1 else index * 0)
     health.measure_diversity(spread, step + 1, settings.min_diversity)
-    columns = setup.reward.column_weights(mixtures)
+    columns = setup.reward.column_weights(mixtures).to(all_rewards)
     advantages = algorithm.advantages(all_rewards, columns, index, prompts, history)
     batches = []
     for indices, (scorer, trajectory) in zip(setup.micro_batches(), drawn, strict=True):

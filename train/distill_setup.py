@@ -67,4 +67,4 @@ class DistillSetup(ModelSetup):
         experts = [replace(each, network=Network.of(TEACHER + each.name)) for each in self.sampling.objectives]
         self.teachers: Sampling = replace(self.sampling, objectives=tuple(experts), rule=Product())
         weights = {f"{settings.adapter_set}/{a.folder.name}/{WEIGHTS}": a.sha256 for a in adapter_set.adapters}
-        self.record = provenance(settings, weights)
+        self.record |= provenance(settings, weights)

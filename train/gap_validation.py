@@ -1,5 +1,6 @@
 """How much of the gap between product and soup a distillation has left."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,10 +36,17 @@ class GapValidator:
         self.prompts = validation_prompts(setup.settings, setup.prompts)
         names = setup.adapter_set.names
         self.mixtures = mixtures_of(names, setup.adapter_set.default_weights)
+        self.drawn_by = {"seed": setup.settings.seed}
         self.vertices = [{name: 1.0} for name in names]
 
     def record(self, moment: str) -> None:
         """Keep the gaps, `before` or `after` training."""
+        if moment == "before":
+            self.progress.validation_prompts, self.progress.validation_settings = self.prompts, self.drawn_by
+        elif (self.prompts, self.drawn_by) != (self.progress.validation_prompts, self.progress.validation_settings):
+            raise ValueError(
+                "the gap before was measured with other validation prompts or another seed; resume with the same"
+            )
         self.progress.validation[moment] = self._measured()
 
     def save(self) -> None:
@@ -73,7 +81,10 @@ class GapValidator:
             with setup.accelerator.autocast():
                 conditioning, weights = setup.embed(prompts), row.expand(len(prompts), -1)
                 share.append(gap_of_runs(setup.sampling, setup.teachers, conditioning, generators, weights))
-        return max(0.0, gathered(setup.accelerator, share, len(self.prompts)).double().mean().item())
+        gap = gathered(setup.accelerator, share, len(self.prompts)).double().mean().item()
+        if not math.isfinite(gap):
+            raise ValueError(f"the gap at {dict(point)} is {gap}; lower learning_rate, or resume from an earlier step")
+        return max(0.0, gap)
 
 
 def gap_of_runs(
@@ -123,6 +134,7 @@ def distilled_record(setup: DistillSetup, progress: Progress) -> dict[str, Any]:
     before, after = progress.validation["before"], progress.validation["after"]
     return {
         "set": setup.settings.adapter_set,
+        "objectives": setup.adapter_set.names,
         "rule": setup.teachers.rule.name,
         **_shares(before, after),
         "images": after["images"],

@@ -10,12 +10,14 @@ from peft.utils import set_peft_model_state_dict
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.factors import peft_state
 from stepfuse.fuse.sampling.rewards import check_trusted
 from stepfuse.fuse.sets.adapter import load_adapter, read_factors
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.entries import Adapter
+from stepfuse.train.provenance import provenance
 from stepfuse.train.settings import TrainSettings
 
 
@@ -36,12 +38,25 @@ def resolve_objectives(settings: TrainSettings) -> tuple[TrainSettings, AdapterS
                     f"init_set {settings.init_set}: {objective.name!r} names no reward; give the objectives of the run"
                 )
             _check_own_reward(settings, objective)
-        settings = replace(settings, objectives=[_entry(adapter) for adapter in loaded.adapters])
+        settings = replace(settings, objectives=[_entry(settings, adapter) for adapter in loaded.adapters])
     for each in settings.each:
         if each.name not in loaded.names:
             known = f"it has {', '.join(loaded.names)}{nearest(each.name, loaded.names)}"
             raise ValueError(f"init_set {settings.init_set} has no adapter {each.name!r}; {known}")
+        _check_training(settings, each, adapter_of(loaded, each.name))
     return settings, loaded
+
+
+def _check_training(settings: TrainSettings, each: TrainSettings, adapter: Adapter) -> None:
+    """Raise ValueError for guidance that an adapter was not trained with, and for a schedule that cannot be trained."""
+    own = Guidance(source=each.guidance, scale=each.sample_guidance_scale)
+    trained = Guidance(source=adapter.guidance, scale=adapter.guidance_scale)
+    if str(own) != str(trained):
+        raise ValueError(
+            f"guidance is {own}; expected {trained}, as {adapter.name!r} of init_set {settings.init_set} was trained "
+            "with (guidance and sample_guidance_scale)"
+        )
+    each.check_trained_variance(bool(adapter.objective.variance.trainable()))
 
 
 def _check_own_reward(settings: TrainSettings, objective: Any) -> None:
@@ -52,17 +67,16 @@ def _check_own_reward(settings: TrainSettings, objective: Any) -> None:
         raise ValueError(f"{reason}; if you trust it, name it in the objectives of the run") from error
 
 
-def _entry(adapter: Adapter) -> dict[str, Any]:
-    """The settings of an objective, as its adapter's training had them."""
-    objective = adapter.objective
-    shaping = objective.shaping
-    return {
+def _entry(settings: TrainSettings, adapter: Adapter) -> dict[str, Any]:
+    """The settings of an objective, as its adapter's training had them; beta if that was by the same algorithm."""
+    objective, record = adapter.objective, adapter.record
+    shaping, beta = objective.shaping, record.get("config", {}).get("beta")
+    return ({"beta": beta} if beta and record.get("algorithm") == settings.algorithm else {}) | {
         "objective_name": objective.name,
         "reward": objective.reward,
         "reward_shift": shaping.shift,
         "reward_scale": shaping.scale,
         "reward_clip": list(shaping.clip),
-        "beta": adapter.record.get("config", {}).get("beta", objective.beta),
     }
 
 
@@ -92,3 +106,9 @@ def init_record(settings: TrainSettings, loaded: AdapterSet | None) -> dict[str,
     if loaded is None:
         return {}
     return {f"{settings.init_set}/{each.name}": adapter_of(loaded, each.name).sha256 for each in settings.each}
+
+
+def run_hash(settings: TrainSettings) -> str:
+    """The `config_sha256` of a run with these settings, which depends on the adapters that it starts from."""
+    settings, loaded = resolve_objectives(settings)
+    return provenance(settings, init_record(settings, loaded))["config_sha256"]

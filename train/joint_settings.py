@@ -44,7 +44,7 @@ class JointSettings:
     objectives: list = setting([])
     train_rule: Literal["soup", "product"] = "soup"
     vertex_share: float = setting(0.5, least=0, most=1)
-    weight_concentration: float = setting(1.0, above=0)
+    weight_concentration: float = setting(1.0, least=0.01)
     init_set: str = ""
 
     def check_together(self) -> None:

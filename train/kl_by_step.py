@@ -39,10 +39,11 @@ class VertexKL:
         """Add the KL of the samples of a step, with their weights of the objectives."""
         if self.names and weights is not None:
             alone = (weights == 1).to(self.totals)
+            kl = kl.to(self.totals)
             self.totals[step_index] += torch.stack([(alone * kl[:, None]).sum(0), alone.sum(0)], dim=1)
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all processes by `kl_tag`, and `kl/NAME`, the sum over the steps, where all were measured."""
+    def means(self, accelerator: Accelerator, learnable: int) -> dict[str, float]:
+        """The means over all processes by `kl_tag`, and `kl/NAME`, which estimates the sum over `learnable` steps."""
         measured: dict[str, float] = {}
         if not self.names:
             return measured
@@ -50,7 +51,7 @@ class VertexKL:
             known = {kl_tag(k, name): kl / n for k, (kl, n) in enumerate(by_step.tolist()) if n}
             measured |= known
             if known:
-                measured[f"kl/{name}"] = sum(known.values())
+                measured[f"kl/{name}"] = sum(known.values()) / len(known) * learnable
         return measured
 
 
@@ -86,7 +87,8 @@ def kl_record(setup: Setup, kl_steps: Sequence[float | None]) -> list[StepKL]:
 def show_kl_steps(setup: Setup, progress: Progress) -> None:
     """Write the picture of the KL by step beside the adapter, and send it to the trackers; none where all are 0."""
     if largest_step(progress.kl_steps):
-        steps = progress.vertex_kl_steps or {setup.settings.title: progress.kl_steps}
+        alone = {name: steps for name, steps in progress.vertex_kl_steps.items() if largest_step(steps)}
+        steps = alone or {setup.settings.title: progress.kl_steps}
         picture = draw_kl_steps({name: kl_record(setup, kl_steps) for name, kl_steps in steps.items()})
         picture.save(setup.output / KL_PICTURE)
         log_picture(setup.accelerator.trackers, progress.step, "kl_steps", picture)

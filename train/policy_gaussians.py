@@ -64,12 +64,14 @@ def _forward(
     """The policy on all rows that are asked for, step by step and network by network, for each kind of prompt."""
     denoiser = sampling.denoiser
     rows = torch.cat([rows for each in asked for rows in each.rows])
-    x_t = torch.cat([each.step.x_t[rows.to(each.step.x_t.device)] for each in asked for rows in each.rows])
+    x_t = torch.cat([_rows_of(each.step.x_t, some) for each in asked for some in each.some])
     times = torch.cat(
         [denoiser.path.network_time(each.step.t).expand(len(rows)) for each in asked for rows in each.rows]
     )
     x = torch.cat([x_t] * len(kinds))
-    inputs = conditioning[rows].inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
+    whole = [some for each in asked for some in each.some] == [None]
+    repeated = conditioning if whole else conditioning[rows]
+    inputs = repeated.inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
     if len(sampling.objectives) > 1:
         assert denoiser.batched is not None  # several LoRAs always share a forward
         networks = [n for each in asked for n, rows in zip(each.networks, each.rows, strict=True) for _ in rows]
@@ -79,3 +81,7 @@ def _forward(
         # A schedule whose objective has no weight in this batch has a gradient of 0: processes expect one of each.
         output = output + 0 * sum(value.sum() for each in parameters for value in each.values())
     return output, parameters
+
+
+def _rows_of(x_t: Tensor, rows: Tensor | None) -> Tensor:
+    return x_t if rows is None else x_t[rows.to(x_t.device)]

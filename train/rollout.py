@@ -27,7 +27,7 @@ class Step:
         index: of the step among the denoising steps of an image, from 0.
         x_t: the latents before the step, as they were stored; log-probabilities are only computed on these tensors.
         t, s: times of the step on the noise path.
-        weights: w_i of the objectives for each image.
+        weights: w_i of the objectives for each image, on the CPU: they decide which networks are run.
         negative: e_u of the base; None unless the guided predictions share it.
         reference: the guided prediction of the base; None if no loss needs it.
     """
@@ -198,7 +198,7 @@ def stored_step(step: FusionStep, fused: Fused) -> Step:
         x_t=step.x_t,
         t=step.t,
         s=step.s,
-        weights=step.plan.weights[step.step_index].T.to(step.x_t),
+        weights=step.plan.weights[step.step_index].T,
         negative=fused.negative,
         reference=fused.reference,
     )

@@ -61,6 +61,9 @@ class TrainSettings(
         """Name of the training algorithm."""
         return self.program
 
+    def check_trained_variance(self, trained: bool) -> None:
+        """Raise ValueError for a variance schedule that is trained, if `trained`, and that this algorithm cannot."""
+
     @property
     def title(self) -> str:
         """The names of all objectives, for messages."""
@@ -126,9 +129,13 @@ class DPOSettings(PairSettings, TrainSettings):
             require(self.margin == 0, "margin", self.margin, whole)
         if self.pairs:
             require(self.max_kl is None, "max_kl", self.max_kl, "none with pairs, of which no KL of steps is measured")
-            require(not self.trains_variance, "variance", self.variance, "one that is not trained, with pairs")
+            self.check_trained_variance(self.trains_variance)
             clip = self.train_clip_range
             require(clip == 0, "train_clip_range", clip, "0 with pairs: Diffusion-DPO's loss has no clamp")
+
+    def check_trained_variance(self, trained: bool) -> None:
+        if self.pairs:
+            require(not trained, "variance", self.variance, "one that is not trained, with pairs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,9 +178,7 @@ class DDPOSettings(TrainSettings):
         if self.objectives:
             self._check_joint()
             return
-        if not self.beta:
-            needed = "a positive number beside max_kl or a variance that is trained, which need the base"
-            require(self.max_kl is None and not self.trains_variance, "beta", self.beta, needed)
+        self.check_trained_variance(self.trains_variance)
         sums = self.multi_objective_aggregation == "sum_then_normalize"
         if not sums:
             wanted = "a weighted: sum, for multi_objective_aggregation normalize_then_sum"
@@ -200,3 +205,11 @@ class DDPOSettings(TrainSettings):
         unset = "unset with objectives, each of which is normalised by itself"
         require(aggregation == default, "multi_objective_aggregation", aggregation, unset)
         require(self.num_generations >= 2, "num_generations", self.num_generations, "2 or more per prompt")
+
+    def check_trained_variance(self, trained: bool) -> None:
+        if not self.beta:
+            needed = "a positive number beside max_kl or a variance that is trained, which need the base"
+            require(self.max_kl is None and not trained, "beta", self.beta, needed)
+
+
+SETTINGS: dict[str, type[TrainSettings]] = {"dpo": DPOSettings, "ddpo": DDPOSettings}  # of train/dpo.py, train/ddpo.py

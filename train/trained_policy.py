@@ -8,6 +8,7 @@ from torch import Tensor
 
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.objective import Objective
+from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.train.algorithm import Algorithm
@@ -125,8 +126,19 @@ def training_record(setup: Setup, algorithm: Algorithm, progress: Progress, sett
     } | setup.record
     if several:
         record["config"] = dataclasses.asdict(settings)
+    if settings.init_set:
+        record["config"] = record["config"] | lora_on_network(setup, name)
+    if several:
         record["joint"] = joint_record(setup.settings) | {"validation": progress.validation}
     return record
+
+
+def lora_on_network(setup: Setup, name: str) -> dict[str, Any]:
+    """The settings of a LoRA that came from a set, where they are not those of the run."""
+    config: Any = setup.backbone.network.peft_config[name]
+    schedule = setup.sampling.objectives[setup.reward.names.index(name)].schedule
+    kind = schedule_to_dict(schedule)["kind"]
+    return {"rank": config.r, "lora_alpha": None, "lora_target_modules": None, "variance": kind}
 
 
 def joint_record(settings: TrainSettings) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Update(Generic[S]):
         if algorithm.measures_kl:  # nats per image: the sum over all denoising steps that can be trained on
             measured["kl"] = kl_sum / count * len(setup.learnable)
             measured |= {kl_tag(k): kl / n for k, (_, kl, _, n) in enumerate(by_step) if n}
-            measured |= alone.means(setup.accelerator)
+            measured |= alone.means(setup.accelerator, len(setup.learnable))
         return measured
 
     def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,7 +99,7 @@ class Update(Generic[S]):
         kl = torch.zeros_like(values) if reference is None else policy.kl(reference)
         weights = self.algorithm.weights(stored)
         if self.algorithm.adds_kl and weights is not None:
-            values = values + self.algorithm.beta(weights) * kl
+            values = values + self.algorithm.beta(weights).to(kl) * kl
         kept = self.algorithm.kept(stored)
         share = torch.ones(()) if kept is None else kept.float().mean()
         parts = (values.mean(), kl.mean(), share, torch.ones(()))

@@ -107,13 +107,16 @@ class Validator:
     def _draw(self, prompts: list[str], *, base: bool = False) -> Validation:
         setup, accelerator = self.setup, self.setup.accelerator
         pixels, rewards = [], []
-        for point in self.points:
+        for point in self.points[:1] if base else self.points:
             drawn = draw_together(setup, "validation", prompts, weights=None if base else point.weights)
             scored = [(images, setup.reward.unshaped(images, batch)) for batch, images in drawn]
             shown, values = (gathered(accelerator, share, len(prompts)) for share in zip(*scored, strict=True))
             pixels.append(shown)
             rewards.append(values)
-        return Validation(points=self.points, pixels=torch.stack(pixels), rewards=torch.stack(rewards))
+        copies = len(self.points) // len(pixels)  # the base has no weights
+        return Validation(
+            points=self.points, pixels=torch.stack(pixels * copies), rewards=torch.stack(rewards * copies)
+        )
 
 
 def validation_prompts(settings: TrainSettings, training: Sequence[str]) -> list[str]:

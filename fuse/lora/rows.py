@@ -50,7 +50,8 @@ class AdapterRows:
         for path, layer in layers.items():
             for name in names:
                 if layer.use_dora.get(name, False):
-                    raise ValueError(f"adapter {name!r} is a DoRA, which is not linear in its weight; train it alone")
+                    why = "which is not linear in its weight, and cannot be trained with others"
+                    raise ValueError(f"adapter {name!r} is a DoRA, {why}")
                 if name in layer.r:
                     check_batched_layer(layer, path, name, unbatched, remedy)
         for layer in layers.values():
@@ -123,4 +124,4 @@ class _WeightedRows(nn.Module):
 
 
 def _times(inner: Tensor, weights: Tensor) -> Tensor:
-    return inner * weights.to(inner)
+    return (inner * weights).to(inner.dtype)  # in the precision of the weights: 1/3 in bfloat16 is .334

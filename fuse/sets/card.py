@@ -20,6 +20,7 @@ from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
 from stepfuse.fuse.sets.kl_card import kl_text, write_kl_picture
 from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, SHOWN, STRIP
+from stepfuse.fuse.sets.set_training import STRENGTHS
 from stepfuse.rewards.registry import local_parts
 
 CODE_MARKS = str.maketrans("`|<>[]", "'¦‹›()")
@@ -34,16 +35,6 @@ image = pipe("{prompt}", weights={weights}, generator=torch.Generator().manual_s
 LOAD_ONE = """```python
 pipe.load_lora_weights("{source}", subfolder="{name}", weight_name="{file}")
 ```"""
-TOGETHER = {
-    "jointly": "The adapters were trained together in one run, on mixtures of their rewards, through the rule "
-    "`{rule}`: the fused policy at any weights is what was trained.",
-    "distilled": "The adapters were distilled together: merged by weight, they are fitted to the product of the "
-    "adapters that they started from. With several variance schedules that is the rule `product` with `gate` infinite.",
-}
-STRENGTHS = (
-    " Loaded together with LoRA strengths w_i that sum to 1, these adapters are the trained policy at these weights: "
-    "they need no fusion."
-)
 
 
 def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, source: str | None = None) -> Path:
@@ -101,7 +92,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
         f"where images are drawn. Guidance is {loaded.describe_guidance()}; "
         f"{loaded.num_inference_steps} steps; {_size(loaded)}rule {code(loaded.default_rule)}.",
-        *([TOGETHER[training.how].format(rule=training.rule)] if training.how in TOGETHER else []),
+        *training.sentences(),
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
         CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
@@ -109,7 +100,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
         f"`stepfuse set export {source} {loaded.names[0]} --format kohya`; a mixture as "
         f'one file: `stepfuse set merge {source} --weights "{label_weights(loaded.default_weights)}"`.'
-        + (STRENGTHS if training.rule == "soup" else ""),
+        + (STRENGTHS if training.rule == "soup" and loaded.guidance != "shared" else ""),
         "## Adapters",
         _adapters(loaded),
         "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "

@@ -7,6 +7,17 @@ from typing import Any, Literal
 from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sets.entries import Adapter
 
+TOGETHER = {
+    "jointly": "The adapters were trained together in one run, on mixtures of their rewards, through the rule "
+    "`{rule}`: the fused policy at any weights is what was trained.",
+    "distilled": "The adapters were distilled together: merged by weight, they are fitted to the product of the "
+    "adapters that they started from. With several variance schedules that is the rule `product` with `gate` infinite.",
+}
+STRENGTHS = (
+    " Loaded together with LoRA strengths w_i that sum to 1, these adapters are the network that was trained at these "
+    "weights."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SetTraining:
@@ -29,6 +40,10 @@ class SetTraining:
             "distilled": f"distilled, for the rule {self.rule}" + ("" if self.rule == "soup" else " with gate inf"),
         }
         return texts[self.how]
+
+    def sentences(self) -> list[str]:
+        """What a card says of adapters that were trained together."""
+        return [TOGETHER[self.how].format(rule=self.rule)] if self.how in TOGETHER else []
 
     def to_json(self) -> dict[str, str]:
         return {"how": self.how, "rule": self.rule}

@@ -34,10 +34,8 @@ from stepfuse.train.loop import run
 from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.output import find_start, locked
 from stepfuse.train.scoring import TrainingReward
-from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
+from stepfuse.train.settings import SETTINGS, TrainSettings
 from stepfuse.train.setup import Setup
-
-SETTINGS: dict[str, type[TrainSettings]] = {"dpo": DPOSettings, "ddpo": DDPOSettings}
 
 
 class ScaledUp(nn.Module):
@@ -80,8 +78,13 @@ def conditioned_policy(
 ) -> Policy:
     """One LoRA on the network under the names of all objectives, with scales for each."""
     network, names = backbone.network, [each.name for each in settings.each]
+    if len(names) < 2:
+        raise ValueError(f"{len(names)} objective; expected two or more, under `objectives`")
     if any(schedule.trainable() for schedule in schedules):
         raise ValueError("a conditioned LoRA has no learned variance; train with another variance")
+    for setting in ("lora_alpha", "init_set", "resume_from_checkpoint"):
+        if value := getattr(settings, setting):
+            raise ValueError(f"{setting} is {value}; expected it unset for a conditioned LoRA")
     rank = sum(each.rank for each in settings.each)
     targets = settings.lora_target_modules or list(backbone.targets)
     for name in names:
@@ -93,6 +96,8 @@ def conditioned_policy(
         for name in names:
             layer.lora_A[name] = layer.lora_A[first]
             layer.lora_B[name] = ScaledUp(shared, rank)
+    if settings.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
     network.train()
     return ConditionedPolicy(backbone, names, schedules, AdapterRows(network, names, backbone.unbatched))
 

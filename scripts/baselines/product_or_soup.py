@@ -66,6 +66,8 @@ def sweep(loaded: AdapterSet, output: Path, prompts: Sequence[str]) -> str:
     if known and known["identity"] != identity:
         raise ValueError(f"{output} is the sweep of another set or of other prompts; choose another file")
     cells: list[dict[str, Any]] = known.get("cells", [])
+    if lacking := set(loaded.names) - set(loaded.reward_scales):
+        raise ValueError(f"the set has no unit for the reward of {sorted(lacking)[0]!r}; train with validation images")
     mixtures = {label_weights(weights): weights for weights in mixtures_of(loaded.names)}
     rewards = {objective.name: load_reward(objective.reward, "cpu") for objective in loaded.objectives}
     measured = [cell["factors"] for cell in cells]

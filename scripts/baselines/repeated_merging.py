@@ -16,10 +16,9 @@ from pathlib import Path
 from stepfuse.fuse.lora.merge import merge_factors
 from stepfuse.fuse.sets.adapter import read_adapter, read_factors, write_adapter
 from stepfuse.fuse.sets.create import create_set
-from stepfuse.scripts.baselines.conditioned_lora import SETTINGS
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import TrainSettings
+from stepfuse.train.settings import SETTINGS, TrainSettings
 
 
 def repeated_merging(settings: TrainSettings, rounds: int) -> Path:
@@ -38,7 +37,8 @@ def repeated_merging(settings: TrainSettings, rounds: int) -> Path:
         folder = output / f"round-{number}"
         if not (folder / "set").exists():
             trained = [
-                train_adapter(_alone(each, folder / "adapters" / each.name, start, steps)) for each in settings.each
+                train_adapter(_alone(each, folder / "adapters" / each.name, start, steps, settings.seed + number))
+                for each in settings.each
             ]
             create_set(folder / "set", trained, rule="soup")
         start = str(folder / "start")
@@ -47,13 +47,14 @@ def repeated_merging(settings: TrainSettings, rounds: int) -> Path:
     return output / f"round-{rounds}" / "set"
 
 
-def _alone(each: TrainSettings, folder: Path, start: str, steps: int) -> TrainSettings:
+def _alone(each: TrainSettings, folder: Path, start: str, steps: int, seed: int) -> TrainSettings:
     return replace(
         each,
         objective_name=each.name,
         output_dir=str(folder),
         init_set=start,
         max_train_steps=steps,
+        seed=seed,  # other prompts and noise in every round
         overwrite=True,
         resume_from_checkpoint=None,
     )

@@ -24,9 +24,8 @@ def images_drawn(adapter_set: AdapterSet, rule: FusionRule) -> int | None:
 
 def _run(record: Mapping[str, Any]) -> tuple[str, ...]:
     """What identifies the run of adapters that were trained together; empty for one that was trained alone."""
-    joint = record.get("joint")
-    together = joint.get("objectives") if isinstance(joint, Mapping) else None
-    return (str(record.get("config_sha256")), *map(str, together)) if together else ()
+    together = isinstance(record.get("joint"), Mapping) or isinstance(record.get("distilled"), Mapping)
+    return ("together", str(record.get("config_sha256"))) if together else ()
 
 
 def images_of_run(record: Mapping[str, Any]) -> int | None:
@@ -36,10 +35,12 @@ def images_of_run(record: Mapping[str, Any]) -> int | None:
 
     At each step of an image DPO denoises and scores `num_candidates` candidates, as it would of so many images. On
     pairs of a data set nothing is drawn. Records without the number of processes are taken for those of one. Images of
-    validation do not count, nor those of runs that made the adapters that a run started from.
+    validation do not count. None too for a run that started from other adapters.
     """
     config = record.get("config") or {}
     try:
+        if config.get("init_set"):
+            return None  # those of the adapters that it started from are not known
         if config.get("pairs"):
             return 0
         # `steps` of the record are those of the best checkpoint where that became the adapter.

@@ -26,9 +26,10 @@ from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
+from stepfuse.train.init_set import resolve_objectives, run_hash
 from stepfuse.train.output import locked
-from stepfuse.train.provenance import config_hash
+from stepfuse.train.settings import SETTINGS
 
 # Settings that all objectives of a set have in common.
 SHARED = ("pretrained_model_name_or_path", "max_sequence_length", "resolution", "guidance", "sample_guidance_scale")
@@ -192,11 +193,11 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
     require(algorithm in SETTINGS, "algorithm", algorithm, known)
     path = _find(name, file, algorithm)
     try:
-        settings = load_settings(path, SETTINGS[algorithm], changes, besides=("env",))
+        settings, _ = resolve_objectives(load_settings(path, SETTINGS[algorithm], changes, besides=("env",)))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     name = "joint" if settings.objectives else settings.name
-    folder = Path(config.output_dir) / "adapters" / f"{name}-{config_hash(settings)[:8]}"
+    folder = Path(config.output_dir) / "adapters" / f"{name}-{run_hash(settings)[:8]}"
     return Training(settings=settings, folder=folder)
 
 

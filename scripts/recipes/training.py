@@ -15,10 +15,9 @@ from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import yaml_text
 from stepfuse.fuse.sets.create import find_adapters
 from stepfuse.fuse.sets.entries import Adapter
-from stepfuse.train.provenance import config_hash
-from stepfuse.train.settings import DDPOSettings, DPOSettings, TrainSettings
+from stepfuse.train.init_set import run_hash
+from stepfuse.train.settings import TrainSettings
 
-SETTINGS: dict[str, type[TrainSettings]] = {"dpo": DPOSettings, "ddpo": DDPOSettings}  # of train/dpo.py, train/ddpo.py
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
 SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
@@ -32,7 +31,7 @@ class Training:
 
     @cached_property
     def sha256(self) -> str:
-        return config_hash(self.settings)
+        return run_hash(self.settings)
 
     @property
     def names(self) -> list[str]:
