@@ -60,7 +60,7 @@ def setup_of(**settings):
 @pytest.fixture(scope="module")
 def distilled(desk):
     run(output_dir="out", max_train_steps=60, train_batch_size=8, lr_scheduler="cosine", timesteps_per_forward=3)
-    return create_set(desk / "students", ["out/a", "out/b"])
+    return create_set(desk / "students", ["out"])
 
 
 # What is left of the gap
@@ -218,7 +218,12 @@ def test_a_kind_of_lora_that_cannot_be_batched_is_refused_by_name(desk):
 
 @pytest.mark.parametrize(
     ("setting", "value", "culprit"),
-    [("rank", 8, "rank is 8"), ("guidance", "full", "guidance is full"), ("sample_num_steps", 7, "is 7; expected 3")],
+    [
+        ("rank", 8, "rank is 8"),
+        ("init_set", "a", "init_set is a"),
+        ("guidance", "full", "guidance is full"),
+        ("sample_num_steps", 7, "is 7; expected 3"),
+    ],
 )
 def test_what_the_set_decides_is_not_set(desk, setting, value, culprit):
     Path("own.yaml").write_text(yaml.safe_dump({"adapter_set": "set", setting: value}))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from stepfuse.data.settings_fields import setting
 from stepfuse.data.settings_file import require
+from stepfuse.train.joint_settings import objective_settings
 from stepfuse.train.policy_settings import LoRASettings, VarianceSettings
 from stepfuse.train.run_settings import BaseModelSettings, RewardSettings
 from stepfuse.train.settings import TrainSettings
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from stepfuse.fuse.sets.adapter_set import AdapterSet
 
 OTHERS = (  # besides those of the base model, the rewards, the LoRA and the schedules
-    *("objectives", "train_rule", "sample_num_steps", "sample_guidance_scale", "guidance", "resolution"),
+    *("objectives", "init_set", "train_rule", "sample_num_steps", "sample_guidance_scale", "guidance", "resolution"),
     *("skip_first_steps", "skip_last_steps", "beta", "log_prob_reduction", "variance_learning_rate"),
     *("max_kl", "load_best_model_at_end", "min_diversity"),
 )
@@ -67,7 +68,7 @@ def with_set(settings: DistillSettings, adapter_set: "AdapterSet") -> DistillSet
     decided: dict[str, Any] = {
         "pretrained_model_name_or_path": base["name_or_path"],
         **{name: base.get(name) for name in ("revision", "variant", "max_sequence_length", "resolution")},
-        "objectives": [_objective_settings(objective) for objective in adapter_set.objectives],
+        "objectives": [objective_settings(objective) for objective in adapter_set.objectives],
         "guidance": adapter_set.guidance,
         "sample_guidance_scale": adapter_set.guidance_scale,
         "sample_num_steps": adapter_set.num_inference_steps,
@@ -80,15 +81,3 @@ def with_set(settings: DistillSettings, adapter_set: "AdapterSet") -> DistillSet
             expected = f"{right!r}, as of set {settings.adapter_set}" if name in decided else "it unset in distillation"
             require(name in decided and given == right, name, given, expected)
     return complete
-
-
-def _objective_settings(objective: Any) -> dict[str, Any]:
-    shaping = objective.shaping
-    return {
-        "objective_name": objective.name,
-        "reward": objective.reward,
-        "beta": objective.beta,
-        "reward_shift": shaping.shift,
-        "reward_scale": shaping.scale,
-        "reward_clip": list(shaping.clip),
-    }

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from accelerate import Accelerator
-from diffusers.training_utils import cast_training_params
 
-from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path
+from stepfuse.fuse.backbones.fingerprint import check_path
 from stepfuse.fuse.backbones.loading import load_base
 from stepfuse.fuse.lora.mixture import Network
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -16,6 +15,7 @@ from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.train.distill_settings import DistillSettings
 from stepfuse.train.fused_sampling import Sampling
+from stepfuse.train.init_set import add_adapter_of_set
 from stepfuse.train.provenance import provenance
 from stepfuse.train.setup import ModelSetup, network_dtype, policy_of, zero3
 
@@ -54,15 +54,13 @@ class DistillSetup(ModelSetup):
         super().__init__(settings, accelerator, prompts, load_base(adapter_set.base, dtype=network_dtype(accelerator)))
         self.adapter_set, self.base = adapter_set, adapter_set.base
         check_path(adapter_set.base, self.backbone.path(self.backbone.default_shape))
-        network, fingerprint = self.backbone.network, base_fingerprint(self.backbone.network)
         for adapter in adapter_set.adapters:
-            load_adapter(self.backbone, adapter, fingerprint)
-            load_adapter(self.backbone, adapter, fingerprint, name=TEACHER + adapter.name)
-        network.requires_grad_(False)
+            add_adapter_of_set(self.backbone, adapter)
+            load_adapter(self.backbone, adapter, adapter_set.base, name=TEACHER + adapter.name)
+        self.backbone.network.requires_grad_(False)
         schedules = [objective.variance for objective in adapter_set.objectives]
         frozen = [TEACHER + name for name in adapter_set.names]
         policy = policy_of(self.backbone, settings, schedules, row_modules=zero3(accelerator), frozen=frozen)
-        cast_training_params(network)
         self.make_engine(policy, schedules, MergedProduct())
         experts = [replace(each, network=Network.of(TEACHER + each.name)) for each in self.sampling.objectives]
         self.teachers: Sampling = replace(self.sampling, objectives=tuple(experts), rule=Product())

@@ -133,8 +133,8 @@ def distilled_record(setup: DistillSetup, progress: Progress) -> dict[str, Any]:
     """What was distilled, and the gaps before and after."""
     before, after = progress.validation["before"], progress.validation["after"]
     return {
-        "set": setup.settings.adapter_set,
         "objectives": setup.adapter_set.names,
+        "set": setup.settings.adapter_set,
         "rule": setup.teachers.rule.name,
         **_shares(before, after),
         "images": after["images"],

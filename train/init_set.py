@@ -17,6 +17,7 @@ from stepfuse.fuse.sampling.rewards import check_trusted
 from stepfuse.fuse.sets.adapter import load_adapter, read_factors
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.entries import Adapter
+from stepfuse.train.joint_settings import objective_settings
 from stepfuse.train.provenance import provenance
 from stepfuse.train.settings import TrainSettings
 
@@ -69,15 +70,12 @@ def _check_own_reward(settings: TrainSettings, objective: Any) -> None:
 
 def _entry(settings: TrainSettings, adapter: Adapter) -> dict[str, Any]:
     """The settings of an objective, as its adapter's training had them; beta if that was by the same algorithm."""
-    objective, record = adapter.objective, adapter.record
-    shaping, beta = objective.shaping, record.get("config", {}).get("beta")
-    return ({"beta": beta} if beta and record.get("algorithm") == settings.algorithm else {}) | {
-        "objective_name": objective.name,
-        "reward": objective.reward,
-        "reward_shift": shaping.shift,
-        "reward_scale": shaping.scale,
-        "reward_clip": list(shaping.clip),
-    }
+    record = adapter.record
+    beta = record.get("config", {}).get("beta")
+    own = {"beta": beta} if beta and record.get("algorithm") == settings.algorithm else {}
+    entry = objective_settings(adapter.objective)
+    del entry["beta"]  # that of the objective is a temperature
+    return entry | own
 
 
 def adapter_of(loaded: AdapterSet, name: str) -> Adapter:

@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_fields import setting
 from stepfuse.data.settings_file import require
 from stepfuse.train.policy_settings import LoRASettings, VarianceSettings
 from stepfuse.train.run_settings import RewardSettings
+
+if TYPE_CHECKING:
+    from stepfuse.fuse.rules.objective import Objective
 
 CENTRE = "centre"  # names the validation images at equal weights, beside those of each objective
 # What an objective may have for itself.
@@ -78,3 +81,16 @@ def separate_objectives(settings: Any) -> tuple[Any, ...]:
         used = name in ("samples", *PurePath(settings.logging_dir).parts[:1]) or name.startswith("checkpoint-")
         require(not used, "objective_name", name, "another name: a folder of the run is called so")
     return tuple(each)
+
+
+def objective_settings(objective: "Objective") -> dict[str, Any]:
+    """The entry in `objectives` of an adapter that was trained on an objective."""
+    shaping = objective.shaping
+    return {
+        "objective_name": objective.name,
+        "reward": objective.reward,
+        "reward_shift": shaping.shift,
+        "reward_scale": shaping.scale,
+        "reward_clip": list(shaping.clip),
+        "beta": objective.beta,
+    }

@@ -163,11 +163,10 @@ def find_adapters(folder: str | Path) -> list[Adapter]:
         return [find_adapter(folder)]
     found = {adapter.name: adapter for adapter in map(read_adapter, inner)}
     records = [adapter.record for adapter in found.values()]
-    known = [record.get("joint") or record.get("distilled") for record in records]
+    known: list[Mapping[str, Any]] = [record.get("joint") or record.get("distilled") or {} for record in records]
     if not all(known) or len({record.get("config_sha256") for record in records}) > 1:
         raise ValueError(f"{folder} has adapters of several runs, {', '.join(found)}; give each folder by itself")
-    together: Mapping[str, Any] = known[0]
-    names = together.get("objectives", list(found))
+    names = known[0].get("objectives", list(found))
     if set(names) != set(found):
         missing = f"{folder} has adapters {', '.join(found)}, and its run trained {', '.join(names)}"
         raise ValueError(f"{missing}; train again")

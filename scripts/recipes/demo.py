@@ -25,9 +25,10 @@ from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
 from stepfuse.rewards.statistics import Interval, paired_interval
 from stepfuse.scripts.evaluation.plots import axis_label
-from stepfuse.scripts.recipes.training import SETTINGS, SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
 from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.rollout import sample_generator
+from stepfuse.train.settings import SETTINGS
 
 ALGORITHMS = {"colourfulness": "dpo", "compressibility": "ddpo"}  # of each objective
 # Guidance of the images that are drawn; adapters of the flow base are trained without.
