@@ -94,7 +94,7 @@ class ModelSetup:
         if not self.learnable:
             several = " of every objective" if len(schedules) > 1 else ""
             raise ValueError(f"no denoising step{several} is random, so there is nothing to learn from; use more steps")
-        self.record = provenance(settings) | {"processes": self.accelerator.num_processes}
+        self.record: dict[str, Any] = {"processes": self.accelerator.num_processes}
 
     def _shared_forward(self) -> SharedForward | None:
         """Base and the one policy in one forward, where the settings ask for shared forwards and it can be done."""
