@@ -53,6 +53,9 @@ def test_objectives_are_mappings_of_a_file_or_of_the_command_line(tmp_path):
         ([TWO[0], "{reward: b, variance: lerned}"], "objective b: variance is 'lerned'"),
         ([TWO[0], "{reward: b"], "--objectives: '{reward: b', line 1 is not YAML"),
         ([TWO[0], "{reward: b, reward: c}"], "the key 'reward' comes twice"),
+        ([TWO[0], "{reward: b, vertex_turns: 0}"], "objective b: vertex_turns is 0; expected"),
+        ([TWO[0], "{reward: b, vertex_turns: 1001}"], "objective b: vertex_turns is 1001; expected"),
+        ([TWO[0], "{reward: b, vertex_turns: 1.5}"], "objective b: vertex_turns is 1.5; expected"),
         # A deterministic schedule beside a random one: no density of the product, and nothing to train it with.
         ([TWO[0], "{reward: b, sample_eta: 0}"], "objective b: sample_eta is 0"),
         ([TWO[0], "{reward: b, variance: table, sample_etas: [1.0, 0.0]}"], "objective b: sample_etas is [1.0, 0.0]"),

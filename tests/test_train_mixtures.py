@@ -56,6 +56,19 @@ def test_the_share_of_vertices_is_exact_and_each_has_its_turn(share, groups):
     assert turns == [number % 3 for number in range(len(turns))]
 
 
+def test_an_objective_with_more_turns_is_a_vertex_as_much_more_often():
+    """Of any 7 vertices in a row 4 are the third objective's, 2 the second's and 1 the first's; the mixtures stay."""
+    own = [entry | {"vertex_turns": turns} for entry, turns in zip(OBJECTIVES, (1, 2, 4), strict=True)]
+    weights, plain = drawn(30, 4, objectives=own), drawn(30, 4)
+    turns = vertices(weights).tolist()
+    assert len(turns) == 60
+    for start in range(len(turns) - 7):
+        assert [turns[start : start + 7].count(i) for i in range(3)] == [1, 2, 4]
+    assert turns[:7] == [2, 1, 2, 2, 0, 1, 2]  # by (had + 1) / turns, of equal ones the first
+    mixed = (plain != 1).all(1)
+    assert torch.equal(weights[mixed], plain[mixed])
+
+
 @pytest.mark.parametrize("concentration", [0.5, 1.0, 4.0])
 def test_the_others_have_the_moments_of_a_dirichlet_distribution(concentration):
     """Mean 1/3, variance 2/9 / (3 α + 1), covariance -1/9 / (3 α + 1); and the law of one weight, Beta(α, 2 α)."""

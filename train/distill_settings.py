@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 OTHERS = (  # besides those of the base model, the rewards, the LoRA and the schedules
     *("objectives", "init_set", "train_rule", "sample_num_steps", "sample_guidance_scale", "guidance", "resolution"),
-    *("skip_first_steps", "skip_last_steps", "beta", "log_prob_reduction", "variance_learning_rate"),
+    *("vertex_turns", "skip_first_steps", "skip_last_steps", "beta", "log_prob_reduction", "variance_learning_rate"),
     *("max_kl", "load_best_model_at_end", "min_diversity"),
 )
 

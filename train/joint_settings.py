@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 CENTRE = "centre"  # names the validation images at equal weights, beside those of each objective
 # What an objective may have for itself.
 OF_RUN = ("fit_reward", "async_scoring")
-OF_OBJECTIVE = ["beta"] + [
-    field.name
-    for kind in (RewardSettings, LoRASettings, VarianceSettings)
-    for field in fields(kind)
-    if field.name not in OF_RUN
+OF_OBJECTIVE = [
+    "beta",
+    *(
+        field.name
+        for kind in (RewardSettings, LoRASettings, VarianceSettings)
+        for field in fields(kind)
+        if field.name not in OF_RUN
+    ),
+    "vertex_turns",
 ]
 
 
@@ -37,6 +41,8 @@ class JointSettings:
         train_rule: Fusion rule of the images and of the loss: `soup`, one network with the LoRAs added by weight, or
             `product`, the product of the Gaussians (MSDDA).
         vertex_share: Fraction of the prompts of a step whose weight is all on one objective, each in turn.
+        vertex_turns: Of the prompts whose weight is all on one objective, how many are this objective's for each one of
+            an objective with 1. A setting of an entry of `objectives`: more for a reward that is slower to learn.
         weight_concentration: Concentration of the Dirichlet distribution that the weights of the other prompts are
             drawn from: 1 is uniform over all mixtures, more is closer to equal weights.
         init_set: Adapter set, a folder, a hub id or `emoji`, whose LoRAs and variance schedules the run starts from in
@@ -47,6 +53,7 @@ class JointSettings:
     objectives: list = setting([])
     train_rule: Literal["soup", "product"] = "soup"
     vertex_share: float = setting(0.5, least=0, most=1)
+    vertex_turns: int = setting(1, least=1, most=1000)
     weight_concentration: float = setting(1.0, least=0.01)
     init_set: str = ""
 

@@ -30,6 +30,7 @@ ADDED: dict[str, Any] = {
     "objectives": [],
     "train_rule": "soup",
     "vertex_share": 0.5,
+    "vertex_turns": 1,
     "weight_concentration": 1.0,
     "init_set": "",
 }
