@@ -13,7 +13,7 @@ from stepfuse.fuse.sets.adapter import read_factors
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import find_adapters
 from stepfuse.scripts.baselines.conditioned_lora import train_conditioned
-from stepfuse.scripts.baselines.product_or_soup import effects, sweep
+from stepfuse.scripts.baselines.product_or_soup import effects, resolved, sentence, sweep
 from stepfuse.scripts.baselines.repeated_merging import repeated_merging
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import refused
@@ -84,6 +84,15 @@ def test_the_effects_of_a_sweep_are_means_over_the_cells_of_each_level():
     )
     intervals = [one["difference"] for one in effects(cells, ["a", "b", "c"])]
     assert len({round(i["high"] - i["low"], 9) for i in intervals}) == 1  # the same resamples of prompts
+
+
+def test_a_cell_counts_where_its_interval_lies_on_one_side_of_0():
+    cells = [{"difference": values} for values in ([1, 2, 3], [-1, -2, -3], [2, 2, 3], [-1, 0, 1])]
+    assert resolved(cells, ["a", "b", "c"]) == (2, 1)
+    assert sentence(2, 1, 4) == (
+        "Of 4 cells product is better in 2 and soup in 1, by 95 % intervals. "
+        "If the two were equal, each would be better in 0.1 cells by chance."
+    )
 
 
 def test_a_sweep_goes_on_where_it_stopped_and_refuses_another_set(settings, monkeypatch, tmp_path):

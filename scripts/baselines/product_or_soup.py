@@ -83,12 +83,22 @@ def sweep(loaded: AdapterSet, output: Path, prompts: Sequence[str]) -> str:
         }
         cells.append({"factors": factors._asdict(), "difference": (scores["product"] - scores["soup"]).tolist()})
         write_json(output, {"identity": identity, "cells": cells})
-    summary = effects(cells, prompts)
-    write_json(output, {"identity": identity, "cells": cells, "effects": summary})
+    summary, (better, worse) = effects(cells, prompts), resolved(cells, prompts)
+    figures = {"effects": summary, "product_better": better, "soup_better": worse}
+    write_json(output, {"identity": identity, "cells": cells} | figures)
     rows = [
         (one["factor"], one["level"], one["cells"], interval_text(one["difference"], signed=True)) for one in summary
     ]
-    return markdown_table(["factor", "level", "cells", "product minus soup, σ"], rows, right=["cells"])
+    table = markdown_table(["factor", "level", "cells", "product minus soup, σ"], rows, right=["cells"])
+    return f"{table}\n\n{sentence(better, worse, len(cells))}"
+
+
+def sentence(better: int, worse: int, cells: int) -> str:
+    """How often one of the rules is better than the other, beside what chance would make of equal ones."""
+    return (
+        f"Of {cells} cells product is better in {better} and soup in {worse}, by 95 % intervals. "
+        f"If the two were equal, each would be better in {0.025 * cells:.1f} cells by chance."
+    )
 
 
 def mixtures_of(names: Sequence[str]) -> list[dict[str, float]]:
@@ -163,6 +173,13 @@ def effects(cells: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> list[
         interval = vars(percentile_interval(means))
         summary.append({"factor": factor, "level": str(level), "cells": sum(rows), "difference": interval})
     return summary
+
+
+def resolved(cells: Sequence[Mapping[str, Any]], prompts: Sequence[str]) -> tuple[int, int]:
+    """In how many cells the 95 % interval of the difference lies above 0, and in how many below."""
+    resamples = resample_prompts(prompts, draws=DRAWS)
+    intervals = [percentile_interval(resampled_means(np.array(cell["difference"]), resamples)) for cell in cells]
+    return sum(one.low > 0 for one in intervals), sum(one.high < 0 for one in intervals)
 
 
 def _levels(cells: Sequence[Mapping[str, Any]], factor: str) -> list[Any]:
