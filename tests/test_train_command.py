@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import subprocess
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.diffusion.variance import LearnedSchedule
 from stepfuse.fuse.sets.adapter import read_adapter
+from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
-from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
+from stepfuse.train.loop import train_adapter
+from stepfuse.train.settings import DDPOSettings, DPOSettings
+from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
 RANK, ALPHA = 4, 7
@@ -107,10 +111,13 @@ def base_of(desk):
 @pytest.mark.parametrize("algorithm", ["dpo", "ddpo"])
 def test_eight_micro_batches_of_one_are_one_batch_of_eight(desk, algorithm, request):
     whole = request.getfixturevalue(algorithm)
-    settings = {"dpo": DPO, "ddpo": DDPO}[algorithm]
-    split = launch(
-        desk, f"{algorithm}.py", settings, f"{algorithm}-split", train_batch_size=1, gradient_accumulation_steps=8
-    )
+    settings = {"dpo": DPO, "ddpo": DDPO}[algorithm] | {"train_batch_size": 1, "gradient_accumulation_steps": 8}
+    (desk / "split.yaml").write_text(yaml.safe_dump(settings))
+    words = as_flags({"config": "split.yaml", "output_dir": f"{algorithm}-split"})
+    forget_accelerator()
+    with chdir(desk):  # in this process, which saves the imports of another
+        split = desk / train_adapter(parse_settings({"dpo": DPOSettings, "ddpo": DDPOSettings}[algorithm], words))
+    forget_accelerator()
     expected, found = tensors(whole), tensors(split)
     assert "checkpoint-2/policy.safetensors" in expected
     assert expected.keys() == found.keys()

@@ -17,11 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.evaluation.training_images import images_of_run
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
 from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import DDPOSettings
+from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
 
@@ -73,6 +72,7 @@ OWN = {
         "max_train_steps": 4,
     },
 }
+SETTINGS_OF = {"ddpo.py": DDPOSettings, "dpo.py": DPOSettings}
 PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py", "joint": "ddpo.py"}
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
@@ -163,15 +163,15 @@ def assert_same_run(found, expected):
 
 @pytest.fixture(scope="module")
 def one(desk):
-    launched = {
-        name: launch(desk, name, SINGLE_PROCESS, f"{name}-one", train_batch_size=8) for name in OWN if name != "joint"
-    }
+    """Runs of one process, which is this one: it saves the imports of others."""
+    runs = {}
+    with chdir(desk):
+        for name in OWN:
+            forget_accelerator()
+            words = as_flags({"config": f"{name}.yaml", "output_dir": f"{name}-one", "train_batch_size": 8})
+            runs[name] = desk / train_adapter(parse_settings(SETTINGS_OF[PROGRAMS[name]], words))
     forget_accelerator()
-    with chdir(desk):  # in this process, which saves the imports of another
-        words = as_flags({"config": "joint.yaml", "output_dir": "joint-one", "train_batch_size": 8})
-        joint = train_adapter(parse_settings(DDPOSettings, words))
-    forget_accelerator()
-    return launched | {"joint": desk / joint}
+    return runs
 
 
 @pytest.fixture(scope="module")
