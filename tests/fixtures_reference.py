@@ -1,4 +1,7 @@
-"""Latents of the embedded set under every rule: what later versions of the code must draw again.
+"""Latents of a set under every rule: what later versions of the code must draw again.
+
+The set is the first one of the embedded base, of adapters that were trained separately and have different variance
+schedules (docs/evaluation-apart), with one of its oracles.
 
     python -m tests.fixtures_reference      writes tests/reference/latents.safetensors
 
@@ -21,6 +24,7 @@ from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 
 FILE = Path(__file__).parent / "reference" / "latents.safetensors"
+SET = Path(__file__).parent / "reference" / "emoji-set"
 PROMPTS = ["a fox on a green background", "a red apple on a blue background"]
 HALVES = {"compressibility": 0.5, "alignment": 0.5}
 MIXED = [{"compressibility": 0.2, "colourfulness": 0.3, "alignment": 0.5}, {"colourfulness": 1.0}]
@@ -55,7 +59,7 @@ CASES: dict[str, tuple[str, dict, dict, object, dict]] = {
 
 @cache
 def load_sampler(loading: str) -> FusedSampler:
-    return FusedSampler.from_pretrained("emoji", **json.loads(loading))
+    return FusedSampler.from_pretrained(SET, **json.loads(loading))
 
 
 def draw(case: str) -> Tensor:

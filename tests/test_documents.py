@@ -124,7 +124,7 @@ def test_the_readme_evaluation_runs_in_small(checkout: Path) -> None:
     words, _ = (shlex.split(line, comments=True) for line in lines_of("stepfuse evaluate emoji"))
     place = words.index("--config") + 1
     settings = yaml.safe_load(find_config(words[place], "eval").read_text())
-    settings |= {"prompts": "emoji-heldout:2", "seeds_per_prompt": 2, "steps": 2, "strip_prompts": 1}
+    settings |= {"prompts": "emoji-heldout:2", "seeds_per_prompt": 2, "steps": 2, "strip_prompts": 1, "kl_seeds": 0}
     (code,) = [rule for rule in settings["rules"] if isinstance(rule, dict) and rule["rule"] == "code"]
     code |= {"candidates": 2, "block_size": 1}
     words[place] = str(checkout / "small.yaml")

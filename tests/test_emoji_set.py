@@ -1,13 +1,11 @@
 """The embedded adapter set, what is measured of it, and that the figures shown are those of its tables."""
 
-import itertools
 import json
-import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 import pytest
-import yaml
 
 from stepfuse.data import emoji
 from stepfuse.data.intervals import interval_text as text
@@ -16,16 +14,22 @@ from stepfuse.data.settings_file import load_settings
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.set_training import SetTraining
 from stepfuse.rewards.statistics import deviation_within
+from stepfuse.scripts.baselines.product_or_soup import effects, resolved, sentence
 from stepfuse.scripts.evaluation.config import EvaluationConfig, Setup, cells_of
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.report import sentences
 from stepfuse.scripts.oracle_world.page import page, verdicts
+from stepfuse.scripts.recipes.build_set import read_build
 from tests.fixtures_tiny import generators
 
 ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
 EVALUATION = ROOT / "docs" / "evaluation"
-CONFIG = ROOT / "configs" / "eval" / "emoji.yaml"
+APART = ROOT / "docs" / "evaluation-apart"  # of adapters that were trained apart, which the set had before
+CONFIG_OF = {EVALUATION: CONFIGS / "eval" / "emoji-joint.yaml", APART: CONFIGS / "eval" / "emoji.yaml"}
+ACCOUNTS = pytest.mark.parametrize("account", CONFIG_OF, ids=lambda folder: folder.name)
 OBJECTIVES = ["compressibility", "colourfulness", "alignment"]
 
 
@@ -49,67 +53,80 @@ def test_a_folder_of_that_name_without_a_set_does_not_hide_it(tmp_path: Path, mo
     assert load_set("emoji").names == OBJECTIVES
 
 
-def test_the_set_belongs_to_the_embedded_base_and_its_variances_differ() -> None:
-    sampler = FusedSampler.from_pretrained("emoji", rule="oracle")
-    schedules = [objective.variance for objective in sampler.objectives]
-    assert len(set(map(str, schedules))) == 3
+def test_the_set_belongs_to_the_embedded_base_and_was_trained_for_its_rule() -> None:
+    loaded = load_set("emoji")
+    assert loaded.default_rule == "soup"
+    assert loaded.training == SetTraining(how="jointly", rule="soup")
+    sampler = FusedSampler.from_pretrained(loaded, rule="oracle")
     prompts, weights = ["a fox on a green background"] * 2, [{"colourfulness": 0.5, "alignment": 0.5}, {"alignment": 1}]
     images = sampler.sample(prompts, weights, num_inference_steps=2, generator=generators(0, 0), progress=False)
     assert isinstance(images, list)
     assert images[0].tobytes() != images[1].tobytes()
 
 
-def test_every_adapter_names_the_command_that_remakes_it() -> None:
-    """The card's commands, and the settings that training recorded."""
-    card = (emoji.ADAPTER_SET / "README.md").read_text()
-    loaded = load_set("emoji")
-    for adapter in [*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles)]:
-        config = adapter.record["config"]
-        lines = card.replace("\\\n", " ").splitlines()
-        (line,) = [line for line in lines if f"--output_dir outputs/{adapter.name}" in line]
-        assert f"train/{adapter.record['algorithm']}.py" in line
-        file = next(word for word in line.split() if word.endswith(".yaml"))
-        settings = yaml.safe_load((ROOT / file).read_text())
-        words = shlex.split(line)
-        given = {word[2:]: value for word, value in itertools.pairwise(words) if word.startswith("--")}
-        for name in given.keys() & settings.keys() - {"output_dir"}:
-            settings[name] = type(settings[name])(given[name])
-        ours = {"output_dir", "checkpointing_steps", "overwrite", "validation_steps"}
-        assert {k: v for k, v in config.items() if k in settings.keys() - ours} == {
-            k: v for k, v in settings.items() if k not in ours
-        }
+def test_the_command_of_the_card_remakes_every_adapter() -> None:
+    """The build of its configuration has the settings that training recorded."""
+    assert "stepfuse build configs/sets/emoji.yaml" in (emoji.ADAPTER_SET / "README.md").read_text()
+    _, objectives, oracles, _ = read_build(CONFIGS / "sets" / "emoji.yaml")
+    built = {name: training.sha256 for training in (*objectives, *oracles) for name in training.names}
+    assert built == {adapter.name: adapter.record["config_sha256"] for adapter in load_set("emoji").all_adapters}
 
 
-def test_the_evaluation_is_of_held_out_prompts_and_every_rule() -> None:
-    config = load_settings(CONFIG, EvaluationConfig)
+def test_the_runs_that_it_is_compared_with_have_no_fewer_images_and_the_same_settings() -> None:
+    _, (joint,), long_oracles, _ = read_build(CONFIGS / "sets" / "emoji.yaml")
+    _, objectives, oracles, _ = read_build(CONFIGS / "sets" / "emoji-apart.yaml")
+    assert joint.settings.max_train_steps <= sum(t.settings.max_train_steps for t in (*objectives, *long_oracles))
+    assert {t.settings.max_train_steps for t in (*objectives, *oracles)} == {18}
+    assert {t.settings.max_train_steps for t in long_oracles} == {3 * 18}
+    betas = {each.name: each.beta for each in joint.settings.each}
+    own = {"reward", "objective_name", "objectives", "beta", "max_train_steps", "output_dir"}
+    own |= {"checkpointing_steps", "validation_steps", "num_validation_images"}
+    expected = {name: value for name, value in asdict(joint.settings).items() if name not in own}
+    for training in (*objectives, *oracles, *long_oracles):
+        assert {name: value for name, value in asdict(training.settings).items() if name not in own} == expected
+        names = training.settings.name.removeprefix("oracle-").split("-")
+        names = OBJECTIVES if names == ["thirds"] else names
+        assert training.settings.beta == pytest.approx(sum(betas[name] for name in names) / len(names), abs=1e-4)
+        rewards = [next(each.reward for each in joint.settings.each if each.name == name) for name in names]
+        assert all(reward in training.settings.reward for reward in rewards)
+
+
+@ACCOUNTS
+def test_the_evaluation_is_of_held_out_prompts_and_every_cell(account: Path) -> None:
+    config = load_settings(CONFIG_OF[account], EvaluationConfig)
     prompts = load_prompts(config.prompts)
     assert len(prompts) >= 64
     assert config.seeds_per_prompt >= 8
     assert not set(prompts) & set(load_prompts("emoji"))
     cells = cells_of(config, OBJECTIVES)
-    assert {type(cell.rule) for cell in cells} == set(RULES.values())
-    assert len([cell for cell in cells if cell.label == "oracle"]) >= 3
-    identity = json.loads((EVALUATION / "evaluation.json").read_text())
-    loaded = load_set("emoji")
-    everyone = [*loaded.adapters, *(oracle.adapter for oracle in loaded.oracles)]
-    assert identity["adapters"] == {adapter.name: adapter.sha256 for adapter in everyone}
-    results = pd.read_parquet(EVALUATION / "results.parquet", columns=["rule", "weights", "strength", "prompt"])
+    assert len([cell for cell in cells if cell.label == "oracle"]) >= 4
+    results = pd.read_parquet(account / "results.parquet", columns=["rule", "weights", "strength", "prompt"])
     assert set(results.prompt) == set(prompts)
     images = len(prompts) * config.seeds_per_prompt
     expected = {(cell.label, cell.weights_label, cell.strength): images for cell in cells}
     assert results.groupby(["rule", "weights", "strength"]).size().to_dict() == expected
 
 
+def test_the_evaluation_is_of_the_set() -> None:
+    identity = json.loads((EVALUATION / "evaluation.json").read_text())
+    assert identity["adapters"] == {adapter.name: adapter.sha256 for adapter in load_set("emoji").all_adapters}
+
+
+def test_the_evaluation_of_adapters_trained_apart_has_every_rule() -> None:
+    config = load_settings(CONFIG_OF[APART], EvaluationConfig)
+    assert {type(cell.rule) for cell in cells_of(config, OBJECTIVES)} == set(RULES.values())
+
+
 def test_the_scales_are_told_beside_the_deviations_of_the_bases_images() -> None:
-    """The evaluation was drawn with scales that its configuration gave; now it measures them."""
-    told = (EVALUATION / "README.md").read_text()
-    given = json.loads((EVALUATION / "evaluation.json").read_text())["config"]["scales"]
+    """The evaluation of adapters trained apart had scales that its configuration gave; now they are measured."""
+    told = (APART / "README.md").read_text()
+    given = json.loads((APART / "evaluation.json").read_text())["config"]["scales"]
     assert "units σ of {compressibility:g} kB, {colourfulness:g} and {alignment:g} CLIP".format(**given) in told
-    base = pd.read_parquet(EVALUATION / "results.parquet").query("rule == 'base'")
+    base = pd.read_parquet(APART / "results.parquet").query("rule == 'base'")
     rewards = (f"reward_{objective.reward}" for objective in load_set("emoji").objectives)
     measured = [deviation_within(base[reward], base["prompt"].tolist()) for reward in rewards]
     assert "{:.3f}, {:.2f} and {:.2f}".format(*measured) in told
-    for config in CONFIG.parent.glob("*.yaml"):
+    for config in (CONFIGS / "eval").glob("*.yaml"):
         assert not load_settings(config, EvaluationConfig).scales
 
 
@@ -121,18 +138,29 @@ def numbers(values: object, place: str = "") -> dict[str, object]:
     return {key: leaf for name, value in items for key, leaf in numbers(value, f"{place}/{name}").items()}
 
 
-@pytest.mark.slow
-def test_the_summary_is_that_of_the_table() -> None:
-    summary = json.loads((EVALUATION / "summary.json").read_text())
-    setup = Setup(
+def setup_of(summary: dict) -> Setup:
+    """What was measured, as a summary and the set have it; the first account is of before there were shares."""
+    rules = summary["rules"].items()
+    images = {rule: figures["training_images"] for rule, figures in rules if "training_images" in figures}
+    oracles = tuple((oracle.weights, oracle.scales) for oracle in load_set("emoji").oracles) if images else ()
+    return Setup(
         objectives=tuple(summary["objectives"].items()),
         rewards=tuple(summary["rewards"]),
         scales=summary["scales"],
         held_out=tuple(summary["held_out"]),
+        oracles=oracles,
+        sets=summary.get("sets", {}),
+        training_images=images,
         steps=0,
         guidance=0,
     )
-    again = summarise(pd.read_parquet(EVALUATION / "results.parquet"), setup, draws=summary["draws"])
+
+
+@pytest.mark.slow
+@ACCOUNTS
+def test_the_summary_is_that_of_the_table(account: Path) -> None:
+    summary = json.loads((account / "summary.json").read_text())
+    again = summarise(pd.read_parquet(account / "results.parquet"), setup_of(summary), draws=summary["draws"])
     got, shown = numbers(again), numbers(summary)
     assert got.keys() >= shown.keys()  # it may have been written before there were some of the figures
     values = {place for place, value in shown.items() if isinstance(value, float)}
@@ -149,20 +177,78 @@ MIXTURES = [
 ]
 
 
-def test_the_tables_shown_are_those_of_the_summary() -> None:
+def figures_of(summary: dict) -> dict[tuple[str, float], dict[str, dict]]:
+    """By rule and strength, and then by weights, the cells of mixed weights that the tables show."""
+    rows: dict[tuple[str, float], dict[str, dict]] = {}
+    for cell in summary["cells"]:
+        if cell["weights"] in MIXTURES:
+            rows.setdefault((cell["rule"], cell["strength"]), {})[cell["weights"]] = cell
+    return rows
+
+
+def rows_of(summary: dict, figure: str, *, signed: bool) -> list[str]:
+    """The beginnings of the rows of a table: rule, and an interval at each of the mixtures."""
+    rows = []
+    for (rule, strength), cells in figures_of(summary).items():
+        known = [cells[weights].get(figure) if weights in cells else None for weights in MIXTURES]
+        shown = ["–" if interval is None else text(interval, signed=signed) for interval in known]
+        name = f"`{rule.removesuffix(f' at strength {strength:g}')}`" + (f", λ = {strength:g}" if strength != 1 else "")
+        rows.append(f"| {name} | {' | '.join(shown)} |")
+    return rows
+
+
+@ACCOUNTS
+def test_the_tables_shown_are_those_of_the_summary(account: Path) -> None:
+    summary = json.loads((account / "summary.json").read_text())
+    page = (account / "README.md").read_text()
+    gains = rows_of(summary, "scalarised_gain", signed=True)
+    assert len(gains) >= 10  # all but the base, and of the earlier set kl
+    assert [row for row in gains if row not in page] == []
+    assert all(f"- {sentence}" in page for sentence in sentences(summary))
+
+
+def test_the_front_page_shows_the_gains_of_the_embedded_set() -> None:
+    gains = rows_of(json.loads((EVALUATION / "summary.json").read_text()), "scalarised_gain", signed=True)
+    readme = (ROOT / "README.md").read_text()
+    assert [row for row in gains if "λ" not in row and row not in readme] == []
+
+
+def with_oracles(results: pd.DataFrame, label: str) -> pd.DataFrame:
+    """The table with the oracles of another label in the place of the set's own."""
+    return results[results.rule != "oracle"].replace({"rule": {label: "oracle"}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("oracles", ["oracle", "oracle, 18 steps"])
+def test_the_shares_shown_follow_from_the_table_of_images(oracles: str) -> None:
+    results = pd.read_parquet(EVALUATION / "results.parquet")
     summary = json.loads((EVALUATION / "summary.json").read_text())
-    readme, account = (ROOT / "README.md").read_text(), (EVALUATION / "README.md").read_text()
-    shown = {"product at strength 1.5": "`product`, λ = 1.5"}
-    mixed = {(cell["rule"], cell["weights"]): cell for cell in summary["cells"] if cell["weights"] in MIXTURES}
-    rules = dict.fromkeys(rule for rule, _ in mixed)
-    assert len(rules) == 10  # all but base and kl, and product at another strength
-    for rule in rules:
-        cells = [mixed.get((rule, weights)) for weights in MIXTURES]
-        gains = " | ".join("–" if cell is None else text(cell["scalarised_gain"], signed=True) for cell in cells)
-        row = f"| {shown.get(rule, f'`{rule}`')} | {gains} |"
-        assert row in readme
-        assert row in account
-    assert all(f"- {sentence}" in account for sentence in sentences(summary))
+    if oracles != "oracle":
+        results = with_oracles(results, oracles)
+    again = summarise(results, setup_of(summary), draws=summary["draws"])
+    page = (EVALUATION / "README.md").read_text()
+    section = page.split(f"### Of the `{oracles}`")[1].split("###")[0]
+    for figure in ("share_of_oracle", "share_at_oracle_kl"):
+        rows = [row for row in rows_of(again, figure, signed=False) if set(row.split(" | ")[1:]) - {"–", "– |"}]
+        ours = [row for row in rows if row.startswith(("| `soup` |", "| `product` |"))]
+        assert ours
+        assert [row for row in ours if row not in section] == []
+
+
+def test_where_the_product_is_better_than_the_soup_follows_from_the_sweep() -> None:
+    sweep = json.loads((EVALUATION / "product-or-soup.json").read_text())
+    page, cells, prompts = (EVALUATION / "README.md").read_text(), sweep["cells"], sweep["identity"]["prompts"]
+    assert prompts == load_prompts("emoji-heldout:64")
+    assert len({str(cell["factors"]) for cell in cells}) == len(cells) == 72
+    shown = effects(cells, prompts)
+    assert shown == sweep["effects"]
+    assert all(f"| {one['cells']} | {text(one['difference'], signed=True)} |" in page for one in shown)
+    better, worse = resolved(cells, prompts)
+    assert sentence(better, worse, len(cells)) in page
+    assert all(one["difference"]["low"] <= 0 for one in shown)  # at no level the product
+    for size, schedules in ((1.0, "as trained"), (2.0, "distinct")):
+        held = [c for c in cells if (c["factors"]["size"], c["factors"]["schedules"]) == (size, schedules)]
+        assert text(effects(held, prompts)[0]["difference"], signed=True) in page
 
 
 def test_the_page_of_the_oracle_world_is_that_of_its_figures() -> None:

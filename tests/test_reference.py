@@ -25,7 +25,7 @@ REFERENCE = FILE.parent
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_rules_draw_the_embedded_set_as_before(case: str) -> None:
+def test_rules_draw_a_set_as_before(case: str) -> None:
     latents, hashes, drawn_by = read()
     found = draw(case)
     if drawn_by == processor():
