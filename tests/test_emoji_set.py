@@ -1,6 +1,7 @@
 """The embedded adapter set, what is measured of it, and that the figures shown are those of its tables."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from stepfuse.data import emoji
 from stepfuse.data.intervals import interval_text as text
 from stepfuse.data.prompts import load_prompts
 from stepfuse.data.settings_file import load_settings
+from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.set_training import SetTraining
-from stepfuse.rewards.statistics import deviation_within
+from stepfuse.rewards.statistics import deviation_within, percentile_interval, resample_prompts, resampled_means
 from stepfuse.scripts.baselines.product_or_soup import effects, resolved, sentence
 from stepfuse.scripts.evaluation.config import EvaluationConfig, Setup, cells_of
 from stepfuse.scripts.evaluation.figures import summarise
@@ -233,6 +235,38 @@ def test_the_shares_shown_follow_from_the_table_of_images(oracles: str) -> None:
         ours = [row for row in rows if row.startswith(("| `soup` |", "| `product` |"))]
         assert ours
         assert [row for row in ours if row not in section] == []
+
+
+def test_the_images_of_training_shown_are_those_of_the_records() -> None:
+    page = (EVALUATION / "README.md").read_text().split("## What is compared")[1].split("## Mixtures")[0]
+    rules = json.loads((EVALUATION / "summary.json").read_text())["rules"]
+    images = {rule: figures["training_images"] for rule, figures in rules.items() if rule != "base"}
+    assert all(f"{count:,}" in page for count in images.values())
+    assert images["soup"] <= images["soup, trained apart"] + images["oracle"]
+    assert f"{images['soup, trained apart'] + images['oracle']:,}" in page
+
+
+def test_the_gains_of_single_adapters_are_compared_as_the_table_of_images_says() -> None:
+    """Ratios of the joint adapters' gains to those of others, and the interval where it matters."""
+    results = pd.read_parquet(EVALUATION / "results.parquet").sort_values(["prompt", "seed"])
+    page = re.sub(r"\s+", " ", (EVALUATION / "README.md").read_text())
+    base = results[results.rule == "base"]
+    resamples = resample_prompts(base.prompt.tolist(), draws=2000)
+
+    def ratio(objective: Objective, other: str) -> dict:
+        rows = (
+            results[(results.rule == rule) & (results.weights == f"{objective.name}=1")] for rule in ("soup", other)
+        )
+        column = f"reward_{objective.reward}"
+        ours, theirs = (resampled_means(row[column].to_numpy() - base[column].to_numpy(), resamples) for row in rows)
+        return vars(percentile_interval(ours / theirs))
+
+    compressibility, colourfulness, alignment = load_set("emoji").objectives
+    apart = [ratio(objective, "soup, trained apart")["mean"] for objective in (compressibility, colourfulness)]
+    assert "gain {:.1f} and {:.1f} times as much as the adapters".format(*apart) in page
+    first = [ratio(objective, "soup, first set") for objective in (compressibility, colourfulness, alignment)]
+    shown = "the joint ones have {:.1f}, {:.1f} and {}".format(first[0]["mean"], first[1]["mean"], text(first[2]))
+    assert shown in page
 
 
 def test_where_the_product_is_better_than_the_soup_follows_from_the_sweep() -> None:
