@@ -21,7 +21,7 @@ from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
 from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import DDPOSettings, DPOSettings
+from stepfuse.train.settings import SETTINGS
 from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
 
 REPOSITORY = Path(__file__).parents[1]
@@ -116,7 +116,7 @@ def test_eight_micro_batches_of_one_are_one_batch_of_eight(desk, algorithm, requ
     words = as_flags({"config": "split.yaml", "output_dir": f"{algorithm}-split"})
     forget_accelerator()
     with chdir(desk):  # in this process, which saves the imports of another
-        split = desk / train_adapter(parse_settings({"dpo": DPOSettings, "ddpo": DDPOSettings}[algorithm], words))
+        split = desk / train_adapter(parse_settings(SETTINGS[algorithm], words))
     forget_accelerator()
     expected, found = tensors(whole), tensors(split)
     assert "checkpoint-2/policy.safetensors" in expected

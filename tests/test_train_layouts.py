@@ -20,7 +20,7 @@ from stepfuse.scripts.evaluation.training_images import images_of_run
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
 from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import DDPOSettings, DPOSettings
+from stepfuse.train.settings import SETTINGS as ALGORITHMS
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
 
@@ -72,7 +72,6 @@ OWN = {
         "max_train_steps": 4,
     },
 }
-SETTINGS_OF = {"ddpo.py": DDPOSettings, "dpo.py": DPOSettings}
 PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py", "joint": "ddpo.py"}
 TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
@@ -169,7 +168,7 @@ def one(desk):
         for name in OWN:
             forget_accelerator()
             words = as_flags({"config": f"{name}.yaml", "output_dir": f"{name}-one", "train_batch_size": 8})
-            runs[name] = desk / train_adapter(parse_settings(SETTINGS_OF[PROGRAMS[name]], words))
+            runs[name] = desk / train_adapter(parse_settings(ALGORITHMS[Path(PROGRAMS[name]).stem], words))
     forget_accelerator()
     return runs
 
