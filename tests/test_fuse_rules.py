@@ -62,6 +62,12 @@ def function():
 """
 
 
+def test_an_option_of_another_rule_is_refused_with_the_rule_that_has_it():
+    """As `stepfuse sample SET --gate 0.4` gives it to the default rule of a jointly trained set."""
+    with refused("rule soup has no option 'gate', an option of the rule product; it has none"):
+        get_rule("soup", gate=0.4)
+
+
 def test_rules_of_a_file_have_its_options(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     name = f"{tmp_path}/mine.py:Mine"

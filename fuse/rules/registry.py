@@ -57,13 +57,20 @@ def get_rule(name: str, **options: Any) -> "FusionRule":
     """A rule by its name in `RULES`, or `path/to/file.py:Class`, with its options; ValueError for unknown ones."""
     check_rule_name(name)
     kind = RULES[name] if name in RULES else _load_rule(name)
-    fields = [field.name for field in dataclasses.fields(kind)]
+    fields = _options(kind)
     for option in options:
         if option not in fields:
+            owners = [other for other, rule in RULES.items() if option in _options(rule)]
+            belongs = f", an option of the rule {' or '.join(owners)}" if owners else ""
             raise ValueError(
-                f"rule {name} has no option {option!r}; it has {', '.join(fields) or 'none'}{nearest(option, fields)}"
+                f"rule {name} has no option {option!r}{belongs}; it has {', '.join(fields) or 'none'}"
+                f"{nearest(option, fields)}"
             )
     return kind(**options)
+
+
+def _options(rule: "type[FusionRule]") -> list[str]:
+    return [field.name for field in dataclasses.fields(rule)]
 
 
 def get_default_rule(name: str, **options: Any) -> "FusionRule":
