@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPModel
 
+from stepfuse.data.devices import to_device
 from stepfuse.rewards.networks import NetworkReward
 from stepfuse.rewards.pixels import normalise
 from stepfuse.rewards.protocol import Pixels, Scores
@@ -49,8 +50,11 @@ class CLIPReward(NetworkReward):
     def embed_prompts(self, prompts: Sequence[str]) -> Float[Tensor, "batch width"]:
         """Return text embeddings of norm 1. A prompt that occurs several times is embedded once."""
         distinct = list(dict.fromkeys(prompts))
-        vectors = unit_vectors(self.model.get_text_features(input_ids=self.tokenize(distinct).to(self.model.device)))
-        return vectors[[distinct.index(prompt) for prompt in prompts]]
+        vectors = unit_vectors(
+            self.model.get_text_features(input_ids=to_device(self.tokenize(distinct), self.model.device))
+        )
+        rows = torch.tensor([distinct.index(prompt) for prompt in prompts])
+        return vectors[to_device(rows, vectors.device)]
 
     def score_batch(self, images: Pixels, prompts: Sequence[str]) -> Scores:
         return self.factor * (self.embed_images(images) * self.embed_prompts(prompts)).sum(1)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.emoji import BACKGROUNDS
 from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.protocol import Pixels, Scores
@@ -23,7 +24,8 @@ def emoji_background(images: Pixels, prompts: Sequence[str]) -> Scores:
     inside = torch.zeros(images.shape[-2:], dtype=torch.bool, device=images.device)
     inside[width:-width, width:-width] = True
     colour = images.float()[:, :, ~inside].mean(2) * 255
-    return -(colour - torch.tensor([_expected_colour(p) for p in prompts]).to(colour)).square().mean(1).sqrt()
+    expected = to_device(torch.tensor([_expected_colour(p) for p in prompts]), colour.device, colour.dtype)
+    return -(colour - expected).square().mean(1).sqrt()
 
 
 def _expected_colour(prompt: str) -> tuple[int, int, int]:

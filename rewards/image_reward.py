@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from stepfuse.data.devices import to_device
 from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.networks import NetworkReward, count_layers, load_head, load_model, read_config, rename
 from stepfuse.rewards.pixels import normalise, resize_and_crop
@@ -89,8 +90,8 @@ class ImageReward(NetworkReward):
             list(prompts), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
         )
         hidden = self.text(
-            input_ids=tokens.input_ids.to(self.device),
-            attention_mask=tokens.attention_mask.to(self.device),
+            input_ids=to_device(tokens.input_ids, self.device),
+            attention_mask=to_device(tokens.attention_mask, self.device),
             encoder_hidden_states=features,
             encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=self.device),
             is_decoder=False,

@@ -45,6 +45,11 @@ class NamedReward:
     package: str = ""
     extra: str = ""
 
+    @property
+    def takes_dtype(self) -> bool:
+        """Whether it has networks of torch, which run in other precisions than float32 too."""
+        return self.build is not None and self.differentiable
+
     def state(self) -> str:
         """Return "ready", what the argument must give, what to install, or what happens at first use."""
         if self.package and find_spec(self.package) is None:

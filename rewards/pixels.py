@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.images import from_bytes, to_bytes
 from stepfuse.rewards.protocol import Pixels
 
@@ -16,7 +17,7 @@ MAX_ASPECT_RATIO = 200  # an image is resized completely before it is cropped, s
 
 def normalise(pixels: Pixels) -> Pixels:
     """Return (pixels - mean) / standard deviation, per channel, with the constants of CLIP."""
-    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (MEAN, STD))
+    mean, std = (to_device(torch.tensor(v), pixels.device)[:, None, None] for v in (MEAN, STD))
     return (pixels - mean) / std
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.out_of_memory import is_out_of_memory
 from stepfuse.rewards.user_code import user_line
 
 Pixels = Float[Tensor, "batch 3 height width"]
@@ -40,7 +41,8 @@ def score(
         Scores of shape (batch,), float32, on the device of the images.
 
     Raises:
-        ValueError: If the reward raises an exception, or returns anything but a tensor of shape (batch,).
+        ValueError: If the reward raises an exception, or returns anything but a tensor of shape (batch,). Errors of a
+            failed allocation pass as they are, since what helps depends on the program.
     """
     if len(prompts) != len(images):
         raise ValueError(f"got {len(prompts)} prompts for {len(images)} images; expected one prompt per image")
@@ -48,6 +50,8 @@ def score(
         with torch.autocast(images.device.type, enabled=False):
             values = reward(images, prompts)
     except Exception as error:  # user code can raise any exception
+        if is_out_of_memory(error):
+            raise
         error_type = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         line = user_line(error)
         location = f" ({line})" if line else ""

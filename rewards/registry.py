@@ -1,5 +1,6 @@
 """Rewards by name."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,11 @@ from stepfuse.rewards.user_code import load_function
 from stepfuse.rewards.weighted import Weighted
 
 CONFIGS = FOLDER / "rewards"
+OWN_DTYPE = {  # by the kind of a reward that has a precision of its own: what it is
+    "server": "a server, which is started with a precision",
+    "function": "a function, whose code decides its precision",
+    "file": "a reward file, which states dtype itself",
+}
 
 HPSV3 = NamedReward(
     file=CONFIGS / "hpsv3.yaml",
@@ -80,6 +86,29 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         return read_reward_file(entry.file, load_reward, device)
     assert entry.function is not None
     return entry.function
+
+
+def check_reward_dtype(names: Sequence[str], dtype: torch.dtype) -> None:
+    """Check that networks of rewards can be run in this precision, and that one of these rewards has any.
+
+    Rewards without networks, and such terms of a sum, are computed as they are.
+
+    Raises:
+        ValueError: for a worker, a server, a function or a reward file, which have a precision of their own; and where
+            no reward has a network. It names the reward.
+    """
+    if dtype == torch.float32:
+        return
+    asked = f"reward_dtype {str(dtype).removeprefix('torch.')}"
+    parts = [part for name in names for part in summands(name)]
+    for part in parts:
+        known = REWARDS[part.head] if part.kind == "catalogue" and part.head in REWARDS else None
+        if part.kind in OWN_DTYPE or (known is not None and known.file is not None):
+            why = OWN_DTYPE.get(part.kind, "a worker, whose code decides its precision")
+            raise ValueError(f"{asked}, but the reward {part.text!r} is {why}; leave reward_dtype out")
+    if parts and not any(part.head in REWARDS and REWARDS[part.head].takes_dtype for part in parts):
+        listed = ", ".join(repr(part.text) for part in parts)
+        raise ValueError(f"{asked}, but {listed} has no network that could run in it; leave reward_dtype out")
 
 
 def reward_unit(name: str) -> str:

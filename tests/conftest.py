@@ -1,5 +1,6 @@
 """One thread, no hub, and the types and named shapes of signatures checked as the code runs."""
 
+import gc
 import os
 import shutil
 import socket
@@ -56,6 +57,7 @@ def unchecked() -> Iterator[None]:
 def pytest_configure(config: pytest.Config) -> None:
     if not _network_selected(config):
         os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+    gc.disable()  # until tests begin: imports and collection make millions of objects, of which nearly all stay
     import torch
 
     torch.set_num_threads(1)
@@ -73,6 +75,18 @@ def _import_libraries() -> None:
     from peft import LoraConfig  # noqa: F401
 
     logging.set_verbosity(level)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the pretended device, which stays once it is there, unless it is asked for by its path."""
+    folder = Path(__file__).parent / "pretended"
+    asked = any(Path(argument.partition("::")[0]).absolute().is_relative_to(folder) for argument in config.args)
+    return True if collection_path == folder and not asked else None
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is there stays, and is not gone through again at every collection of garbage
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

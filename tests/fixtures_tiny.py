@@ -1,6 +1,6 @@
 """Randomly initialised pipelines of a few thousand weights, and adapters for them, saved as real ones are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from stepfuse.train.lora import add_lora
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")  # Stable Diffusion's
 LATENT = (4, 8, 8)  # of 16×16 pixels: one level of the autoencoder halves them
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def ddim(**config: object) -> DDIMScheduler:
@@ -137,6 +138,7 @@ def save_adapter(
     rank: int = 2,
     alpha: int | None = None,
     seed: int = 0,
+    targets: Sequence[str] = ATTENTION,
     variance: VarianceSchedule | None = None,
     beta: float = 0.1,
     reward: str | None = None,
@@ -147,7 +149,7 @@ def save_adapter(
     """An adapter of random weights, as training would leave it."""
     pipeline = load_pipeline(str(base))
     fingerprint = base_fingerprint(pipeline.unet)
-    add_random_lora(pipeline, name, rank=rank, alpha=alpha, seed=seed)
+    add_random_lora(pipeline, name, rank=rank, alpha=alpha, seed=seed, targets=targets)
     return write_adapter(
         Adapter(
             folder=folder,
@@ -164,9 +166,17 @@ def save_adapter(
     )
 
 
-def add_random_lora(pipeline: DiffusionPipeline, name: str, *, rank: int, alpha: int | None, seed: int) -> None:
+def add_random_lora(
+    pipeline: DiffusionPipeline,
+    name: str,
+    *,
+    rank: int,
+    alpha: int | None,
+    seed: int,
+    targets: Sequence[str] = ATTENTION,
+) -> None:
     """A LoRA whose B is not zero, so that it changes what the UNet says."""
-    add_lora(pipeline.unet, name, rank=rank, alpha=alpha, targets=["to_q", "to_k", "to_v", "to_out.0"], seed=seed + 100)
+    add_lora(pipeline.unet, name, rank=rank, alpha=alpha, targets=list(targets), seed=seed + 100)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, value in pipeline.unet.named_parameters():

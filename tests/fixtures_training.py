@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 import transformers
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -20,11 +21,13 @@ from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO
+from stepfuse.train.arguments import parse_settings
 from stepfuse.train.fused_sampling import Sampling
+from stepfuse.train.loop import train_adapter
 from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import branching_rollout, sample_generator
-from stepfuse.train.settings import DDPOSettings
+from stepfuse.train.settings import SETTINGS, DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
 
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
@@ -78,6 +81,17 @@ def run_main(monkeypatch, algorithm: str, **flags) -> None:
     monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *as_flags(flags)])
     forget_accelerator()
     MAIN[algorithm]()
+
+
+def train_here(folder: Path, algorithm: str, settings: dict, output: str, **flags) -> Path:
+    """A run in this process, from a folder: settings as a config file, the rest as flags."""
+    (folder / f"{output}.yaml").write_text(yaml.safe_dump(settings))
+    words = as_flags({"config": f"{output}.yaml", "output_dir": output} | flags)
+    forget_accelerator()
+    with chdir(folder):
+        train_adapter(parse_settings(SETTINGS[algorithm], words))
+    forget_accelerator()
+    return folder / output
 
 
 def refused_by(run, *arguments, **flags) -> str:

@@ -28,7 +28,7 @@ REWARDS = "def slope(images, prompts):\n    return images.mean((1, 2, 3))\n"
 # What only the files of model families may name. `--unet_only` is a flag of the command line.
 WORDS = re.compile(r"(?<![A-Za-z])unet(?!_only)|encoder_hidden_states|sample_size|added_cond_kwargs", re.IGNORECASE)
 OWN_FILES = re.compile(
-    r"fuse/backbones/(?!base|denoiser|conditioning|guidance|loading|fingerprint)\w+\.py|scripts/(benchmark|baselines|emoji)/|scripts/cli/benchmark\w*\.py"
+    r"fuse/backbones/(?!base|denoiser|conditioning|guidance|loading|fingerprint)\w+\.py|scripts/(benchmark|baselines|emoji|gpu)/|scripts/cli/benchmark\w*\.py"
 )
 
 

@@ -290,3 +290,34 @@ def test_adapters_that_are_not_there_or_of_another_unet_are_refused(base, denois
         BatchedAdapters(denoiser.network, ["thin", "absent"])
     with refused("another network"):
         replace(denoiser, backbone=backbone_of(load_pipeline(str(base))))
+
+
+def test_fixed_routes_move_with_the_network_and_are_written_where_they_changed(base):
+    unet = unet_with(base, {"thin": ZOO["thin"], "attention": ZOO["attention"]})
+    batched = BatchedAdapters(unet, ["thin", "attention"])
+    batched.fix(4, torch.device("cpu"))
+    routes = [batched.route_of(networks(*names), torch.device("cpu")) for names in (["thin"], [None, "attention"])]
+    assert routes[0].experts is routes[1].experts
+    assert routes[1].experts.tolist() == [2, 1, 0, 0]
+    routes[1].experts.zero_()
+    batched.route_of(networks(None, "attention"), torch.device("cpu"))
+    assert routes[1].experts.tolist() == [0, 0, 0, 0]  # the same networks, so nothing was written
+    batched.route_of([Network.merged({"thin": 0.5})], torch.device("cpu"))
+    unet.to("meta")
+    assert {value.device.type for value in unet.buffers()} == {"meta"}
+    meta = torch.device("meta")
+    assert batched.route_of(networks("thin"), meta).experts.device == meta
+    assert batched.route_of([Network.merged({"thin": 0.5})], meta).up.device == meta
+
+
+def test_a_route_goes_to_the_device_once(denoiser):
+    """Also within inference mode, and can be used with gradients later."""
+    cpu = torch.device("cpu")
+    for names in (networks(None, "thin", "wide"), [Network.merged({"thin": 0.5, "wide": 0.5})]):
+        with torch.inference_mode():
+            first = denoiser.batched.route_of(names, cpu)
+        again = denoiser.batched.route_of(list(names), cpu)
+        assert again.experts is first.experts
+        assert again.up is first.up
+        assert not (first.experts if first.up is None else first.up).is_inference()
+    assert denoiser.batched.route_of(networks("thin", "wide"), cpu).experts is not None

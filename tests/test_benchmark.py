@@ -220,13 +220,14 @@ def test_the_table_has_a_line_a_row(results):
 def test_the_command_writes_the_results_and_prints_the_table(set_folder, tmp_path, capsys):
     output = tmp_path / "new" / "bench.json"
     main(
-        f"benchmark {set_folder} --adapters 1,2 --rules product --baselines set_adapters --images 1 --steps 1 "
-        f"--repeats 1 --device cpu --output {output}".split()
+        f"benchmark {set_folder} --adapters 1,2 --rules product --baselines= --images 1 --steps 1 "
+        f"--repeats 1 --device cpu --output {output}".split()  # two rows, whose memory is measured in two processes
     )
     results = json.loads(output.read_text())
     printed = capsys.readouterr().out
     assert sampling_table(results) in printed
-    assert results["settings"]["adapters"] == [1, 2]
+    assert (results["settings"]["adapters"], results["settings"]["rivals"]) == ([1, 2], [])
+    assert [(row["way"], row["adapters"]) for row in results["rows"]] == [(ONE_ADAPTER, 1), ("product", 2)]
     assert all(row["peak_memory_mb"] > row["weights_mb"] > 0 for row in results["rows"])
 
 

@@ -29,6 +29,7 @@ TINY = {
 }
 SHAPES = {"prompt_embeds": (5, 16), "pooled_prompt_embeds": (8,)}
 DEPTHS = {"sd35": "2 of 24 layers", "flux": "2 of 57 layers", "qwen": "2 of 60 layers"}
+NO_KL = ("ddpo", "stepfuse, no KL")
 SCALE = 3.0
 
 
@@ -170,7 +171,11 @@ def test_an_architecture_of_no_known_family_is_refused_by_name_before_it_is_buil
 
 @pytest.mark.usefixtures("own_accelerator")
 def test_the_command_of_training_takes_stable_diffusion_3(monkeypatch, tmp_path, capsys):
-    """Three rows a step an image of DDPO with a KL, and one with gradient; the baselines train UNets only."""
+    """Of DDPO with a KL and of Flow-GRPO, by steps and images; the others' loops train UNets only.
+
+    Ours and Flow-GRPO take two rows of both steps in the rollout. Neither learns from the last; of the first ours takes
+    a row of the policy and one of the base, and Flow-GRPO two of each.
+    """
     published = ARCHITECTURES["sd35"]
     tiny = TINY["sd35"] | dict(joint_attention_dim=4096, pooled_projection_dim=2048)  # of its text encoders
     monkeypatch.setitem(ARCHITECTURES, "sd35", replace(published, config={**published.config, **tiny}))
@@ -182,7 +187,8 @@ def test_the_command_of_training_takes_stable_diffusion_3(monkeypatch, tmp_path,
     results = json.loads(output.read_text())
     assert results["depth"] == "2 of 24 layers"
     counted = {(row["algorithm"], row["name"]): row["rows_an_image"] for row in results["rows"]}
-    assert set(counted) == {("ddpo", "stepfuse"), ("ddpo", "stepfuse, no KL"), ("dpo", "stepfuse")}
+    assert set(counted) == {("ddpo", "Flow-GRPO"), *((each, "stepfuse") for each in ("ddpo", "dpo")), NO_KL}
+    assert (counted["ddpo", "Flow-GRPO"], counted["ddpo", "stepfuse"]) == (2 * 2 + 4, 2 * 2 + 2)
     printed = capsys.readouterr().out
     assert training_table(results) in printed
     assert "ddpo-pytorch, SPO: left out, it trains UNets only." in printed

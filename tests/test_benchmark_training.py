@@ -176,7 +176,7 @@ def test_a_compiled_row_takes_its_count_from_the_one_that_is_not():
     eager, compiled = Row("ddpo", "stepfuse"), Row("ddpo", "stepfuse", compile="full")
     seconds = {eager: [2.0], compiled: [1.0]}
     measured = Measured(seconds=seconds, batch_rows={eager: (20, 5), compiled: (0, 0)})
-    entry = training._entry(compiled, measured, images=5)
+    entry = training._entry(compiled, measured, TrainingBenchmark(images=5))
     assert (entry["rows_an_image"], entry["gradient_rows_an_image"]) == (4, 1)
 
 

@@ -7,14 +7,32 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from stepfuse.data import emoji
 from stepfuse.fuse.backbones.denoiser import Router
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.fuse.rules.weights import WeightSchedule
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
-from tests.fixtures_tiny import generators, refused, save_adapter, save_stable_diffusion
+from stepfuse.train.settings import DDPOSettings
+from stepfuse.train.setup import make_policy
+from tests.fixtures_tiny import (
+    ddim,
+    denoiser_of,
+    generators,
+    prompt_embeds,
+    refused,
+    save_adapter,
+    save_stable_diffusion,
+)
+from tests.fixtures_training import COMMON, run_main, save_tiny_pipeline, tiny_unet, training_desk
 
+SCRIPT_METHOD = pytest.mark.filterwarnings(  # torch's own
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)
+REWARDS = "def slope(images, prompts):\n    return images.mean((1, 2, 3))\n"
 ETAS = {"a": 0.3, "b": 0.7, "c": 1.0}
+LAYERS = ["attn1.to_q", "attn2.to_out.0"]  # of each block: a LoRA on all of them takes longer to trace
 ALL = {"a": 0.5, "b": 0.3, "c": 0.2}
 
 
@@ -23,7 +41,8 @@ def set_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("set")
     base = save_stable_diffusion(root / "base")
     for seed, (name, eta) in enumerate(ETAS.items()):
-        save_adapter(root / name, base, name, seed=seed, variance=EtaSchedule(eta=eta), rank=1 + seed)
+        own = dict(seed=seed, variance=EtaSchedule(eta=eta), rank=1 + seed, targets=LAYERS)
+        save_adapter(root / name, base, name, **own)
     create_set(root / "set", [root / name for name in ETAS], base_schedule=EtaSchedule(eta=0.6))
     return root / "set"
 
@@ -92,17 +111,19 @@ def test_weights_strengths_and_the_adapters_in_use_compile_nothing_anew(eager, c
 
 
 @torch._dynamo.config.patch(recompile_limit=8)
-def test_blocks_of_two_widths_under_every_kind_of_network_stay_within_torchs_limit():
+def test_blocks_of_two_widths_under_every_kind_of_network_stay_within_torchs_limit(tmp_path):
     """The embedded base's transformer blocks are of two widths, which share one piece of code and its limit of graphs.
 
     Two widths, and three kinds of network (an adapter a row, soups, averaged factors), each for one number of rows, any
     number, and a single row at most: 18 graphs, and torch gives up at 8 unless told otherwise.
     """
     torch.compiler.reset()
-    sampler = FusedSampler.from_pretrained("emoji")
+    for seed, name in enumerate("ab"):
+        save_adapter(tmp_path / name, emoji.PIPELINE, name, seed=seed, targets=LAYERS[:1], guidance="off")
+    sampler = FusedSampler.from_pretrained(create_set(tmp_path / "set", [tmp_path / "a", tmp_path / "b"]))
     counter = CompileCounter()
     sampler.compile("regional", backend=counter)
-    halves, others = ({"compressibility": w, "colourfulness": 1 - w} for w in (0.5, 0.3))
+    halves, others = ({"a": w, "b": 1 - w} for w in (0.5, 0.3))
     for rule in ("product", "systematic", "soup", "soup_factors"):
         for images in (2, 3, 1):
             draw(sampler, halves, rule=rule, images=images)
@@ -125,7 +146,7 @@ def test_more_rows_than_foreseen_compile_once_more(eager, compiled):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own
+@SCRIPT_METHOD
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_by_inductor_the_numbers_are_the_same(eager, compiled):
     compiled.compile("regional")
@@ -167,3 +188,37 @@ def test_what_cannot_be_compiled_is_refused(set_folder):
         FusedSampler.from_pretrained(set_folder).compile("most")
     with refused("batched"):
         FusedSampler.from_pretrained(set_folder, forwards="separate").compile()
+    with refused("'max-autotune'", "GPU"):
+        FusedSampler.from_pretrained(set_folder).compile(mode="max-autotune")
+
+
+@SCRIPT_METHOD
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+@torch.compiler.set_stance("default", force_backend="eager")
+def test_a_policy_that_is_compiled_for_training_stays_within_torchs_limit():
+    """Beyond it torch runs a network as it is, with no more than a warning; here from the second width of blocks on."""
+    torch.compiler.reset()
+    unet = tiny_unet()
+    denoiser = denoiser_of(unet, ddim(), guidance="off")
+    settings = DDPOSettings(**COMMON, pretrained_model_name_or_path="none", compile="regional")
+    make_policy(denoiser.backbone, settings, [EtaSchedule()])
+    embeds = torch.zeros(2, 7, 32)
+    denoiser.predictions(torch.zeros(2, 4, 8, 8), 500, prompt_embeds(embeds, embeds), [BASE])
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@SCRIPT_METHOD
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo asks
+@torch.compiler.set_stance("default", force_backend="eager")
+def test_a_compiled_training_uses_the_graphs_of_its_rollouts_in_validation(monkeypatch, tmp_path):
+    """Blocks of two widths, in rollouts, where the base and the policy are two networks, and in updates: 6 graphs, 9
+    with those for any number of rows."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    save_tiny_pipeline(tmp_path / "pipeline")
+    with training_desk(monkeypatch, tmp_path, REWARDS):
+        own = dict(max_train_steps=2, num_validation_images=2, train_batch_size=2, validation_steps=1)
+        run_main(monkeypatch, "ddpo", pretrained_model_name_or_path="pipeline", compile="regional", **own)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 9
+    torch.compiler.reset()

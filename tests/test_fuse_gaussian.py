@@ -293,3 +293,22 @@ def test_named_shapes_are_checked_in_these_tests():
     standard = Gaussian(mean=torch.zeros(2, 3), variance=torch.ones(2, 1))
     with pytest.raises(jaxtyping.TypeCheckError, match="log_prob"):
         standard.log_prob(torch.zeros(()))  # no batch
+
+
+def test_in_order_the_bits_of_a_product_of_nine_do_not_depend_on_the_batch():
+    """With experts of exponent 0 among them, as a batch has those that other images use."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(9, 8, 5, generator=generator)
+    v = 0.1 + torch.rand(9, 1, 1, generator=generator)
+    a = torch.rand(9, 8, generator=generator) * (torch.rand(9, 8, generator=generator) > 0.3)
+    a[0] = 1.0
+
+    def fused(images, used):
+        experts = [Gaussian(mean=means[i, images], variance=v[[i]].expand(len(images), 1, 1)[:, 0]) for i in used]
+        return product(experts, a[used][:, images], in_order=True)
+
+    together = fused(list(range(8)), list(range(9)))
+    for image in range(8):
+        alone = fused([image], a[:, image].nonzero().flatten().tolist())
+        assert torch.equal(alone.mean[0], together.mean[image])
+        assert torch.equal(alone.variance[0], together.variance[image])

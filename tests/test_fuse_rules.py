@@ -134,6 +134,33 @@ def test_every_rule_says_its_cost_and_whether_it_needs_a_reward(name):
     assert "Needs no reward" in text or "Needs rewards" in text or "Needs differentiable rewards" in text
 
 
+# Checks before a run
+
+
+class Wide(EtaSchedule):
+    """A schedule whose later steps have 30 times the ancestral variance."""
+
+    def relative(self, path, t, s, like):
+        return like.new_full([1] * like.ndim, 30.0 if t < 500 else 1.0)
+
+
+def test_a_schedule_beyond_the_path_is_refused_before_the_run():
+    path = NoisePath.from_scheduler(ddim())
+    steps = path.steps(4)
+    ratios = [path.ancestral_variance(t, s, torch.zeros(1)) / path.at(s, torch.zeros(1))[1] ** 2 for t, s in steps]
+    first = next(k for k, ((t, _), ratio) in enumerate(zip(steps, ratios, strict=True)) if t < 500 and 30 * ratio > 1)
+    plan = Plan(
+        path=path,
+        steps=steps,
+        objectives=[Expert.adapter("a", EtaSchedule()), Expert.adapter("b", Wide())],
+        base=Expert.base(EtaSchedule()),
+        weights=torch.full((4, 2, 1), 0.5, dtype=torch.float64),
+        strength=1.0,
+    )
+    with refused("'b'", f"step {first + 1} of 4", "sigma_s²"):
+        plan.check_variances()
+
+
 # Rewards while sampling
 
 

@@ -341,7 +341,7 @@ def test_a_run_needs_one_denoiser_with_guidance_and_one_without(sampler, monkeyp
     made = []
     monkeypatch.setattr(Denoiser, "__post_init__", lambda self: made.append(self.guidance.source))
     draw(sampler, THIRDS, num_inference_steps=5, guidance_interval=(0.2, 0.6))
-    assert made == ["off"]  # the other is the sampler's own
+    assert made == ["shared", "off"]  # not one a step
 
 
 def test_a_plan_of_an_interval_that_is_none_cannot_be_made(sampler):

@@ -17,8 +17,9 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.manifest import MANIFEST, check_schema
-from stepfuse.train.kl_by_step import VertexKL, kl_tag
+from stepfuse.train.kl_by_step import kl_tag, vertex_means
 from stepfuse.train.loop import train_adapter
+from stepfuse.train.step_measures import StepMeasures
 from tests.fixtures_tiny import refused
 from tests.fixtures_training import Watched, forget_accelerator, two_epochs
 
@@ -174,11 +175,11 @@ def test_a_record_that_is_none_is_refused(wrong):
 
 def test_the_kl_at_a_vertex_is_of_its_images_and_stands_for_all_steps_that_can_be_trained_on():
     forget_accelerator()
-    alone = VertexKL(4, ["a", "b"], torch.device("cpu"))
+    measures = StepMeasures(Accelerator(cpu=True), 4, ["a", "b"])
     weights = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [1.0, 0.0]])
-    alone.add(1, torch.tensor([1.0, 10.0, 100.0, 3.0]), weights)
-    alone.add(3, torch.tensor([2.0, 20.0, 200.0, 4.0]), weights)
+    measures.add("wxyz", torch.zeros(4), torch.tensor([1.0, 10.0, 100.0, 3.0]), 1, None, weights)
+    measures.add("wxyz", torch.zeros(4), torch.tensor([2.0, 20.0, 200.0, 4.0]), 3, None, weights)
     # a: 2 and 3 nats in the two steps that were drawn, of three; b: 10 and 20
     expected = {kl_tag(1, "a"): 2, kl_tag(3, "a"): 3, "kl/a": 7.5, kl_tag(1, "b"): 10, kl_tag(3, "b"): 20, "kl/b": 45}
-    assert alone.means(Accelerator(cpu=True), learnable=3) == expected
+    assert vertex_means(measures.read().vertices, learnable=3) == expected
     forget_accelerator()

@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,8 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", "docs", *LAYERS),
 }
-REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji")  # baselines of the benchmarks, and builders of the emoji base
+# Baselines of the benchmarks, builders of the emoji base, and the check of a GPU.
+REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji", "scripts/gpu")
 MEGABYTE = 2**20
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -47,12 +49,9 @@ def test_every_folder_is_a_package_of_the_namespace_or_stays_in_the_repository()
 
 def test_every_module_imports_from_outside_the_checkout(tmp_path):
     paths = [path for path in SOURCES if path.name != "__main__.py"]
-    # Each one on its own, so that no module leans on another having been imported before it.
     program = """
 import importlib, sys
 for name in sys.argv[1:]:
-    for loaded in [key for key in sys.modules if key.split(".")[0] == "stepfuse"]:
-        del sys.modules[loaded]
     print(importlib.import_module(name).__file__)
 """
     done = subprocess.run(
@@ -67,6 +66,21 @@ for name in sys.argv[1:]:
     assert "torchvision" not in done.stderr  # which transformers asks for, and nothing here needs
     # -I keeps the working directory and PYTHONPATH out of sys.path: this is the installed package.
     assert [Path(line).name for line in done.stdout.splitlines()] == [path.name for path in paths]
+
+
+def test_no_module_leans_on_what_another_imported():
+    # After `import stepfuse.fuse` or `from stepfuse.fuse import rules`, `rules.product` is there only where another
+    # module imported it. As imports also make no circle (test_imports), any module can be the first, though the test
+    # above imports them one after another.
+    packages = {_module(path.parent / "__init__.py") for path in SOURCES}
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in SOURCES
+        for node in _nodes(path)
+        if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "stepfuse" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and packages & {f"{node.module}.{alias.name}" for alias in node.names})
+    ]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("folder", ["train", "scripts"])
@@ -206,7 +220,7 @@ def _module(path: Path) -> str:
 
 def _imports(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import in a file; a relative one begins with a dot."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in _nodes(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -214,6 +228,11 @@ def _imports(path: Path) -> Iterator[tuple[int, str]]:
             module = "." * node.level + (node.module or "")
             for alias in node.names:
                 yield node.lineno, f"{module}.{alias.name}"
+
+
+@cache
+def _nodes(path: Path) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def _tracked() -> list[Path]:

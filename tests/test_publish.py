@@ -4,8 +4,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -200,22 +198,13 @@ def test_a_dry_run_shows_files_and_sizes_and_asks_nobody(hub, mine, capsys):
 
 
 @pytest.mark.parametrize(("answer", "sent"), [("y", True), ("", False)])
-def test_a_person_at_a_terminal_is_asked(hub, mine, tmp_path, answer, sent):
+def test_a_person_at_a_terminal_is_asked(hub, mine, monkeypatch, capsys, answer, sent):
     main_end, other_end = pty.openpty()
-    environment = os.environ | {
-        "HF_ENDPOINT": hub.endpoint,
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    command = [sys.executable, "-m", "stepfuse.scripts.cli.main", "publish", str(mine), REPOSITORY]
-    pipes = dict(stdin=other_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-        os.write(main_end, f"{answer}\n".encode())
-        said, complaints = process.communicate(timeout=120)
-    os.close(main_end)
-    os.close(other_end)
-    assert process.returncode == 0, complaints
+    with open(other_end) as terminal, open(main_end, "w") as keyboard:
+        monkeypatch.setattr("sys.stdin", terminal)
+        print(answer, file=keyboard, flush=True)
+        run("publish", mine, REPOSITORY)
+    said, complaints = capsys.readouterr()
     assert f"Send to {REPOSITORY}? [y/N]" in said
     assert ("nothing was sent" in said) is not sent
     assert TOKEN not in said + complaints

@@ -18,8 +18,8 @@ from stepfuse.train.checkpoints import read_state
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_reference import CASES, FILE, draw, processor, read, sha256
-from tests.fixtures_training import save_tiny_pipeline
-from tests.test_train_command import DDPO, DPO, PROMPTS, SLOPE, launch
+from tests.fixtures_training import save_tiny_pipeline, train_here
+from tests.test_train_command import DDPO, DPO, PROMPTS, SLOPE
 
 REFERENCE = FILE.parent
 
@@ -53,7 +53,7 @@ def test_a_checkpoint_of_before_is_resumed_to_the_adapter_of_before(
     for kept in (REFERENCE / algorithm).glob("checkpoint-*"):
         shutil.copytree(kept, desk / algorithm / kept.name, dirs_exist_ok=True)
     options = options | {"train_batch_size": 8, "resume_from_checkpoint": "latest"}
-    folder = launch(desk, f"{algorithm}.py", settings, algorithm, **options)
+    folder = train_here(desk, algorithm, settings, algorithm, **options)
     weights = "pytorch_lora_weights.safetensors"
     expected, found = (read_state(parent / weights) for parent in (REFERENCE / algorithm, folder))
     assert expected.keys() == found.keys()

@@ -1,6 +1,7 @@
 """Sets mutated by chance: each is refused in one line that names a file of it, or holds what a set should.
 
-STEPFUSE_FUZZ is the number of mutations, of manifests and weights together.
+STEPFUSE_FUZZ is the number of mutations by chance, of manifests and weights together; each kind of them comes beside
+these whatever the number.
 """
 
 import copy
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, reject, settings
+from hypothesis import HealthCheck, event, example, given, reject, settings
 from hypothesis import strategies as st
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
@@ -33,7 +34,7 @@ from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.manifest import MANIFEST
 from tests.fixtures_tiny import save_stable_diffusion
 
-EXAMPLES = int(os.environ.get("STEPFUSE_FUZZ", "10000"))
+EXAMPLES = int(os.environ.get("STEPFUSE_FUZZ", "1000"))
 SECONDS = 2.0  # of computing, of one example
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 REWARDS = {"a": "reward_of_a", "b": "reward_of_b", "both": "weighted:0.5*reward_of_a/2 + 0.5*reward_of_b"}
@@ -63,14 +64,26 @@ MORE = ("oracles", "profiles", "evaluation")
 WALK = st.tuples(st.integers(1, 6), st.integers(0, 2**36 - 1))  # how far, and a place out of 64 at each level
 EDIT = st.tuples(WALK, st.sampled_from(HOW), st.sampled_from(VALUES), st.sampled_from(KEYS))
 EDITS = st.lists(EDIT, min_size=1, max_size=2)
+# Each value in the place of another and beside others, each key, and what has neither in many places.
+KINDS = [(how, value, "a") for value in VALUES for how in ("replace", "add")]
+KINDS += [(how, None, key) for key in KEYS for how in ("rename", "double")]
+KINDS += [(how, None, "a") for how in ("nudge", "delete", "wrap", "graft") for _ in range(24)]
 WHERE = st.sampled_from(["header", "metadata"])
 NUDGE = st.tuples(WALK, st.just("nudge"), st.none(), st.just("a"))
 PLACE = st.integers(0, 2**13)
 FLIP = st.tuples(PLACE, st.integers(1, 255))
-BYTES = st.tuples(st.lists(FLIP, max_size=2), st.none() | PLACE, st.sampled_from([b"", b"}", b"\xff"]))
+BYTES = st.tuples(st.lists(FLIP, max_size=2), st.none() | PLACE, st.sampled_from([b"", b"}", b"\xff", b"\0"]))
 FUZZ = settings(
     deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck), max_examples=EXAMPLES
 )
+
+
+def with_each_kind(run, **chosen):
+    """Examples of one edit each, at places spread over the document, beside those by chance."""
+    for number, kind in enumerate(KINDS):
+        walk = (1 + number % 6, number * 0x9E3779B97 % 2**36)
+        run = example(edits=[(walk, *kind)], **chosen)(run)
+    return run
 
 
 def share(tenths: int) -> int:
@@ -291,7 +304,7 @@ def test_a_mutated_manifest_is_refused_or_makes_a_set(target):
         rewrite(target.folder / MANIFEST, written(mutate(target.values(whole=whole), edits)))
         load_or_refuse(target.folder)
 
-    run()
+    with_each_kind(run, whole=True)()
 
 
 @pytest.mark.usefixtures("untouched")
@@ -317,6 +330,8 @@ def test_mutated_weights_are_refused_or_make_a_set(target):
         target.put(length.to_bytes(8, "little") + header + target.data, known)
         load_or_refuse(target.folder)
 
+    for where in ("header", "metadata"):
+        run = with_each_kind(run, where=where, fixed=True, known=True)
     run()
 
 
@@ -337,7 +352,7 @@ def test_weights_with_other_bytes_are_refused_or_make_a_set(target):
 def test_a_mutated_set_that_loads_goes_on_its_base_or_is_refused(target):
     base = str(target.folder.parent / "base")
 
-    @settings(FUZZ, max_examples=max(1, EXAMPLES // 250))
+    @settings(FUZZ, max_examples=max(1, EXAMPLES // 100))
     @given(
         edits=st.lists(NUDGE, max_size=2) | st.lists(EDIT, max_size=1),
         where=WHERE,

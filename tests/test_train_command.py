@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 import subprocess
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -18,11 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.diffusion.variance import LearnedSchedule
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
-from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import SETTINGS
-from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
+from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline, train_here
 
 REPOSITORY = Path(__file__).parents[1]
 RANK, ALPHA = 4, 7
@@ -71,25 +67,20 @@ def desk(tmp_path_factory):
     return folder
 
 
-def launch(desk, script, settings, output, **flags):
-    """Settings as a config file, the rest as flags."""
-    config = desk / f"{output}.yaml"
-    config.write_text(yaml.safe_dump(settings))
-    own = as_flags({"config": config, "output_dir": output} | flags)
-    command = launch_command(REPOSITORY / "train" / script, *own)
-    done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return desk / output
-
-
 @pytest.fixture(scope="module")
 def dpo(desk):
-    return launch(desk, "dpo.py", DPO, "dpo", train_batch_size=8)
+    """Launched, as users do; what else is trained here is trained in this process, which has imported all of it."""
+    (desk / "dpo.yaml").write_text(yaml.safe_dump(DPO))
+    own = as_flags({"config": "dpo.yaml", "output_dir": "dpo", "train_batch_size": 8})
+    command = launch_command(REPOSITORY / "train" / "dpo.py", *own)
+    done = subprocess.run(command, cwd=desk, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return desk / "dpo"
 
 
 @pytest.fixture(scope="module")
 def ddpo(desk):
-    return launch(desk, "ddpo.py", DDPO, "ddpo", train_batch_size=8)
+    return train_here(desk, "ddpo", DDPO, "ddpo", train_batch_size=8)
 
 
 def tensors(folder):
@@ -112,12 +103,7 @@ def base_of(desk):
 def test_eight_micro_batches_of_one_are_one_batch_of_eight(desk, algorithm, request):
     whole = request.getfixturevalue(algorithm)
     settings = {"dpo": DPO, "ddpo": DDPO}[algorithm] | {"train_batch_size": 1, "gradient_accumulation_steps": 8}
-    (desk / "split.yaml").write_text(yaml.safe_dump(settings))
-    words = as_flags({"config": "split.yaml", "output_dir": f"{algorithm}-split"})
-    forget_accelerator()
-    with chdir(desk):  # in this process, which saves the imports of another
-        split = desk / train_adapter(parse_settings(SETTINGS[algorithm], words))
-    forget_accelerator()
+    split = train_here(desk, algorithm, settings, f"{algorithm}-split")
     expected, found = tensors(whole), tensors(split)
     assert "checkpoint-2/policy.safetensors" in expected
     assert expected.keys() == found.keys()
@@ -141,7 +127,7 @@ def test_a_run_cut_off_after_two_steps_and_resumed_ends_where_the_whole_run_did(
     output = desk / "resumed"
     output.mkdir()
     shutil.copytree(dpo / "checkpoint-2", output / "checkpoint-2")
-    launch(desk, "dpo.py", DPO, "resumed", train_batch_size=8, resume_from_checkpoint="latest")
+    train_here(desk, "dpo", DPO, "resumed", train_batch_size=8, resume_from_checkpoint="latest")
     expected, found = tensors(dpo), tensors(output)
     assert expected.keys() == found.keys()
     for file, state in expected.items():

@@ -142,6 +142,8 @@ def test_a_skipped_update_leaves_the_policy_as_it_was(run_training, monkeypatch,
     run_training("ddpo", max_train_steps=2, checkpointing_steps=1, nonfinite="skip", checkpoints_total_limit=5)
     first, second = (read_state(Path(f"out/checkpoint-{step}/policy.safetensors")) for step in (1, 2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    rate = torch.load("out/checkpoint-2/custom_checkpoint_0.pkl", weights_only=True)  # accelerate's name for it
+    assert rate["last_epoch"] == 1  # of two steps
     (entry,) = record()["health"]
     assert (entry["what"], entry["step"]) == (f"skipped: a {what} that is not finite", 2)
     assert json.loads(Path("out/checkpoint-2/progress.json").read_text())["health"] == [entry]

@@ -15,7 +15,8 @@ import yaml
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage, list_checkpoints
 from tests.fixtures_distill import save_opposed_set
-from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline
+from tests.fixtures_forked import Training, launched
+from tests.fixtures_training import save_tiny_pipeline
 
 KILLS = 20
 STEPS = 90
@@ -88,31 +89,9 @@ def desk(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def launched(desk):
-    """`accelerate launch` of a program that forks a child for every run; forking again costs no new start."""
-    words = launch_command(Path(__file__).parent / "forked_training.py")
-    with subprocess.Popen(
-        words, cwd=desk, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    ) as parent:
-        yield parent
-        parent.stdin.close()
-
-
-class Training:
-    """One run in a child."""
-
-    def __init__(self, launched, output, program="ddpo", **flags):
-        self.launched = launched
-        words = as_flags({"config": f"{program}.yaml", "output_dir": output} | flags)
-        launched.stdin.write(json.dumps([program, words]) + "\n")
-        self.pid = int(launched.stdout.readline())
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
-
-    def ended(self):
-        """Its exit status, or minus the signal that ended it."""
-        return int(self.launched.stdout.readline())
+def processes(desk):
+    with launched(desk) as processes:
+        yield processes
 
 
 def wait_for(condition, seconds=60):
@@ -133,14 +112,14 @@ def same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def straight(desk, launched):
+def straight(desk, processes):
     """The same run, never interrupted."""
-    training = Training(launched, "straight")
+    training = Training(processes, "straight")
     assert training.ended() == 0, (desk / "child.log").read_text()[-4000:]
     return desk / "straight"
 
 
-def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk, launched, straight):
+def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk, processes, straight):
     output, called = desk / "killed", desk / "called"
     moments = random.Random(5)
     where = {"any": 0, "update": 0, "checkpoint": 0}
@@ -148,7 +127,7 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
     for number in range(KILLS):
         kind = ("any", "update", "any", "checkpoint")[number % 4]
         called.unlink(missing_ok=True)
-        training = Training(launched, output.name)
+        training = Training(processes, output.name)
         if kind == "any":  # from the start of the process through some steps
             time.sleep(moments.uniform(0, 1.5))
         else:
@@ -171,20 +150,20 @@ def test_a_run_killed_at_20_moments_ends_with_the_bits_of_one_that_was_not(desk,
     assert aside > 0  # some were killed while a checkpoint was written
     assert not (output / "objective.json").exists()
     assert list_checkpoints(output)  # it had something to go on from
-    training = Training(launched, output.name)  # to its end
+    training = Training(processes, output.name)  # to its end
     assert training.ended() == 0, (desk / "child.log").read_text()[-4000:]
     same(output, straight)
     assert [p.name for p in list_checkpoints(output)] == [f"checkpoint-{step}" for step in (STEPS - 2, STEPS)]
     assert not [p for p in output.iterdir() if p.name in (TEMPORARY, "checkpoint.old", ".lock")]
 
 
-def test_a_run_on_a_flow_transformer_killed_in_an_update_ends_with_the_same_bits(desk, launched):
+def test_a_run_on_a_flow_transformer_killed_in_an_update_ends_with_the_same_bits(desk, processes):
     flags = dict(pretrained_model_name_or_path="emoji-flow", max_train_steps=8)
-    straight = Training(launched, "flow-straight", **flags)
+    straight = Training(processes, "flow-straight", **flags)
     assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
     output, called = desk / "flow-killed", desk / "called"
     called.unlink(missing_ok=True)
-    training = Training(launched, output.name, **flags)
+    training = Training(processes, output.name, **flags)
     for _ in range(5):  # as above; then the second rollout was scored
         wait_for(called.exists)
         called.unlink()
@@ -192,15 +171,15 @@ def test_a_run_on_a_flow_transformer_killed_in_an_update_ends_with_the_same_bits
     assert training.ended() == -signal.SIGKILL
     assert list_checkpoints(output)
     assert not (output / "objective.json").exists()
-    assert Training(launched, output.name, **flags).ended() == 0, (desk / "child.log").read_text()[-4000:]
+    assert Training(processes, output.name, **flags).ended() == 0, (desk / "child.log").read_text()[-4000:]
     same(output, desk / "flow-straight")
 
 
-def test_a_joint_run_killed_in_an_update_ends_with_the_same_bits_and_the_same_weights(desk, launched):
-    straight = Training(launched, "joint-straight", config="joint.yaml")
+def test_a_joint_run_killed_in_an_update_ends_with_the_same_bits_and_the_same_weights(desk, processes):
+    straight = Training(processes, "joint-straight", config="joint.yaml")
     assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
     output, called = desk / "joint-killed", desk / "called"
-    training = Training(launched, output.name, config="joint.yaml")
+    training = Training(processes, output.name, config="joint.yaml")
     wait_for(lambda: list_checkpoints(output))
     called.unlink(missing_ok=True)
     wait_for(called.exists)
@@ -208,32 +187,32 @@ def test_a_joint_run_killed_in_an_update_ends_with_the_same_bits_and_the_same_we
     assert training.ended() == -signal.SIGKILL
     assert list_checkpoints(output)
     assert not (output / "slope" / "objective.json").exists()
-    again = Training(launched, output.name, config="joint.yaml")
+    again = Training(processes, output.name, config="joint.yaml")
     assert again.ended() == 0, (desk / "child.log").read_text()[-4000:]
     for name in ("slope", "flat"):
         same(output / name, desk / "joint-straight" / name)
 
 
-def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_bits(desk, launched):
+def test_a_distillation_killed_after_a_checkpoint_ends_with_the_same_bits(desk, processes):
     save_opposed_set(desk)
     (desk / "distill.yaml").write_text(yaml.safe_dump(DISTILLATION))
-    straight = Training(launched, "distill-straight", "distill")
+    straight = Training(processes, "distill-straight", "distill")
     assert straight.ended() == 0, (desk / "child.log").read_text()[-4000:]
     output = desk / "distill-killed"
-    training = Training(launched, output.name, "distill")
+    training = Training(processes, output.name, "distill")
     wait_for(lambda: list_checkpoints(output))
     time.sleep(0.1)
     training.kill()
     assert training.ended() == -signal.SIGKILL
     assert not (output / "a" / "objective.json").exists()
-    again = Training(launched, output.name, "distill")
+    again = Training(processes, output.name, "distill")
     assert again.ended() == 0, (desk / "child.log").read_text()[-4000:]
     for name in ("a", "b"):
         same(output / name, desk / "distill-straight" / name)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "no manifest", "a bit"])
-def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(desk, launched, straight, harm):
+def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(desk, processes, straight, harm):
     output = desk / harm.replace(" ", "-")
     output.mkdir()
     (output / "config.yaml").touch()
@@ -253,15 +232,15 @@ def test_a_newest_checkpoint_that_is_not_whole_is_passed_over(desk, launched, st
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
     assert damage(hurt)
-    training = Training(launched, output.name)
+    training = Training(processes, output.name)
     assert training.ended() == 0, (desk / "child.log").read_text()[-4000:]
     same(output, straight)
     assert not damage(hurt)  # written again
 
 
-def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_does_not_block(desk, launched):
+def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_does_not_block(desk, processes):
     output = desk / "shared"
-    first = Training(launched, output.name)
+    first = Training(processes, output.name)
     wait_for((output / "config.yaml").exists)
     words = [sys.executable, str(Path(__file__).parents[1] / "train" / "ddpo.py"), "--config", "ddpo.yaml"]
     words += ["--output_dir", output.name, "--max_train_steps", "4"]
@@ -274,7 +253,7 @@ def test_a_second_run_in_one_folder_is_refused_and_a_dead_one_does_not_block(des
     first.kill()
     assert first.ended() == -signal.SIGKILL
     assert (output / ".lock").exists()  # it had no time to tidy up
-    third = Training(launched, output.name, max_train_steps=4)
+    third = Training(processes, output.name, max_train_steps=4)
     assert third.ended() == 0, (desk / "child.log").read_text()[-4000:]
     assert read_adapter(output).record["config"]["max_train_steps"] == 4
     assert not (output / ".lock").exists()

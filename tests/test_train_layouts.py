@@ -4,10 +4,8 @@ Without a GPU processes talk by gloo, DeepSpeed's too.
 """
 
 import json
-import os
 import socket
 import subprocess
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.scripts.evaluation.training_images import images_of_run
-from stepfuse.train.arguments import parse_settings
 from stepfuse.train.checkpoints import read_state
-from stepfuse.train.loop import train_adapter
-from stepfuse.train.settings import SETTINGS as ALGORITHMS
+from tests.fixtures_forked import Training, launched
 from tests.fixtures_tiny import read_lora
-from tests.fixtures_training import as_flags, forget_accelerator, launch_command, save_tiny_pipeline
+from tests.fixtures_training import as_flags, launch_command, save_tiny_pipeline, train_here
 
 REPOSITORY = Path(__file__).parents[1]
 ACCELERATE = REPOSITORY / "configs" / "accelerate"
-STEPS = 20
+STEPS = 12  # six rollouts: twice and more of every prompt
 SETTINGS = {
     "prompts": "prompts.txt",
     "seed": 3,
@@ -73,8 +69,9 @@ OWN = {
     },
 }
 PROGRAMS = {"ddpo": "ddpo.py", "dpo": "dpo.py", "flow": "ddpo.py", "joint": "ddpo.py"}
-TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml")]
+TWO = ["--config_file", str(ACCELERATE / "cpu-2.yaml"), "--main_process_port", "0"]
 ZERO2 = ["--config_file", str(ACCELERATE / "zero2.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
+ZERO2 += ["--main_process_port", "0"]
 SLOPE = """
 def slope(images, prompts):
     return (images[:, 0, :, :8] - images[:, 2, :, -8:]).mean((1, 2)) * images.new_tensor([len(p) for p in prompts])
@@ -113,6 +110,13 @@ def launch(desk, name, launcher, output, **flags):
     words = command(name, launcher, output, **flags)
     done = subprocess.run(words, cwd=desk, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return desk / output
+
+
+def train(desk, name, processes, output, **flags):
+    """A run in children of processes that `accelerate launch` has started, which saves their imports."""
+    training = Training(processes, output, Path(PROGRAMS[name]).stem, **{"config": f"{name}.yaml"} | flags)
+    assert training.ended() == 0, (desk / "child.log").read_text()[-6000:]
     return desk / output
 
 
@@ -163,39 +167,47 @@ def assert_same_run(found, expected):
 @pytest.fixture(scope="module")
 def one(desk):
     """Runs of one process, which is this one: it saves the imports of others."""
-    runs = {}
-    with chdir(desk):
-        for name in OWN:
-            forget_accelerator()
-            words = as_flags({"config": f"{name}.yaml", "output_dir": f"{name}-one", "train_batch_size": 8})
-            runs[name] = desk / train_adapter(parse_settings(ALGORITHMS[Path(PROGRAMS[name]).stem], words))
-    forget_accelerator()
-    return runs
+    return {
+        name: train_here(desk, Path(PROGRAMS[name]).stem, SETTINGS | own, f"{name}-one", train_batch_size=8)
+        for name, own in OWN.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def zero2(desk):
-    return launch(desk, "ddpo", ZERO2, "ddpo-zero2", train_batch_size=4)
+def two_processes(desk):
+    with launched(desk, TWO, processes=2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def zero2_processes(desk):
+    with launched(desk, ZERO2, processes=2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def zero2(desk, zero2_processes):
+    return train(desk, "ddpo", zero2_processes, "ddpo-zero2", train_batch_size=4)
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_two_processes_of_four_are_one_of_eight(desk, one, name):
-    assert_same_run(launch(desk, name, TWO, f"{name}-two", train_batch_size=4), one[name])
+def test_two_processes_of_four_are_one_of_eight(desk, one, two_processes, name):
+    assert_same_run(train(desk, name, two_processes, f"{name}-two", train_batch_size=4), one[name])
 
 
 def test_zero_2_is_one_process(one, zero2):
     assert_same_run(zero2, one["ddpo"])
 
 
-def test_zero_2_is_one_process_on_a_flow_transformer(desk, one):
-    assert_same_run(launch(desk, "flow", ZERO2, "flow-zero2", train_batch_size=4), one["flow"])
+def test_zero_2_is_one_process_on_a_flow_transformer(desk, one, zero2_processes):
+    assert_same_run(train(desk, "flow", zero2_processes, "flow-zero2", train_batch_size=4), one["flow"])
 
 
-def test_zero_2_goes_on_from_a_checkpoint_to_the_same_bits(desk, zero2):
+def test_zero_2_goes_on_from_a_checkpoint_to_the_same_bits(desk, zero2, zero2_processes):
     output = desk / "ddpo-zero2-resumed"
     output.mkdir()
-    (zero2 / "checkpoint-16").rename(output / "checkpoint-16")
-    launch(desk, "ddpo", ZERO2, output.name, train_batch_size=4, resume_from_checkpoint="latest")
+    (zero2 / "checkpoint-8").rename(output / "checkpoint-8")
+    train(desk, "ddpo", zero2_processes, output.name, train_batch_size=4, resume_from_checkpoint="latest")
     assert_same(tensors(output), tensors(zero2), atol=0)
 
 
@@ -236,14 +248,12 @@ def test_two_machines_of_one_process_are_one_of_two(desk, one):
 # Launched otherwise than it would run
 
 
-def refusal(desk, launcher, **variables):
-    words = command("ddpo", launcher, "refused", train_batch_size=4)
-    done = subprocess.run(words, cwd=desk, env=os.environ | variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    return next(line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: "))
-
-
-def test_deepspeed_that_accelerate_would_leave_out_is_refused(desk):
-    line = refusal(desk, ZERO2, ACCELERATE_USE_CPU="true")
+def test_deepspeed_that_accelerate_would_leave_out_is_refused(desk, zero2_processes):
+    log = desk / "child.log"
+    told = log.stat().st_size if log.exists() else 0
+    training = Training(zero2_processes, "refused", environment={"ACCELERATE_USE_CPU": "true"})
+    assert training.ended() == 1
+    said = log.read_bytes()[told:].decode()  # in bytes, as the size is: bars of progress are not ASCII
+    line = next(line for line in said.splitlines() if line.startswith("error: "))
     assert "DeepSpeed" in line
     assert "use_cpu" in line

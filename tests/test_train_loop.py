@@ -12,6 +12,7 @@ from stepfuse.data.file_info import file_hash
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.algorithms import DPO
 from stepfuse.train.checkpoints import read_state
+from stepfuse.train.engine import make_optimizer
 from stepfuse.train.loop import train_adapter
 from stepfuse.train.settings import DPOSettings
 from tests.fixtures_training import (
@@ -296,3 +297,21 @@ def test_a_policy_takes_the_parameter_names_of_earlier_deepspeed_checkpoints():
     assert any(name.startswith("unet.") and "lora_B" in name for name in state)
     assert other.load_state_dict(state, strict=True).unexpected_keys == []
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in policy.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_optimiser_keeps_its_own_kernel_with_the_state_of_another(fused):
+    """A checkpoint of a run on a GPU, whose kernel is fused, resumed on a CPU; or one of earlier versions on a GPU."""
+    settings = DPOSettings(learning_rate=0.01)
+    steps = {}
+    for kernel in (fused, not fused):
+        policy = PolicyWorld().policy
+        optimizer = make_optimizer(policy, settings, fused=kernel)
+        if steps:
+            optimizer.load_state_dict(steps[fused])
+        for parameter in policy.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        optimizer.step()
+        steps[kernel] = optimizer.state_dict()
+    assert [bool(group["fused"]) for group in steps[not fused]["param_groups"]] == [not fused]
+    assert {state["step"].item() for state in steps[not fused]["state"].values()} == {2}

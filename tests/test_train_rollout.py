@@ -1,5 +1,6 @@
 """Rollouts: against diffusers' own DDIM loop, whatever the batch, at the promised number of forwards."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,7 @@ from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.fused_sampling import Sampling
-from stepfuse.train.lora import add_lora
+from stepfuse.train.lora import SharedForward, add_lora
 from stepfuse.train.rollout import branching_rollout, rollout, sample_generator
 from stepfuse.train.settings import DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
@@ -333,3 +334,13 @@ def test_the_variance_of_a_step_is_computed_once(kind, monkeypatch):
     monkeypatch.setattr(EtaSchedule, "relative", counted)
     getattr(world, kind)()
     assert times == [t for t, _ in world.steps]
+
+
+@pytest.mark.parametrize("kind", ["rollout", "branch"])
+def test_what_is_stored_of_a_step_keeps_no_other_latents_in_memory(kind):
+    world = World()
+    world.denoiser = replace(world.denoiser, batched=SharedForward(world.unet, "mine"))
+    for step in getattr(world, kind)().steps:
+        stored = [value for value in vars(step).values() if isinstance(value, torch.Tensor) and value.ndim == 4]
+        assert len(stored) == 4 + (kind == "branch")  # x_t, e_u, e_ref, and x_s or the two candidates
+        assert [value.untyped_storage().nbytes() for value in stored] == [4 * 4 * 8 * 8 * 4] * len(stored)

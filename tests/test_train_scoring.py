@@ -150,7 +150,7 @@ def test_a_batch_is_scored_while_the_next_is_sampled(run, monkeypatch):
         return images.mean((1, 2, 3))
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", counted)
-    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: waits)
+    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device, dtype: waits)
     run(max_train_steps=1)
     assert ran_again.is_set()
 
@@ -176,7 +176,7 @@ def test_a_reward_that_fails_names_the_step_that_caused_it(algorithm, aside, run
     calls = []
     # One call for the validation and, in DDPO, two a step: the fourth is in step 2; in DPO all are in step 1.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: broken)
+        patch.setattr("stepfuse.train.scoring.load_reward", lambda name, device, dtype: broken)
         with refused("step 2" if algorithm == "ddpo" else "step 1", "no such colour"):
             run(algorithm, async_scoring=aside)
     assert not Path("out/objective.json").exists()
@@ -226,7 +226,7 @@ def test_a_reward_is_fitted_on_images_of_the_base_and_a_resumed_run_keeps_it(run
         calls.append(values.tolist())
         return values
 
-    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device: recording)
+    monkeypatch.setattr("stepfuse.train.scoring.load_reward", lambda name, device, dtype: recording)
     options = dict(fit_reward=6, checkpointing_steps=1)
     straight = run(output_dir="straight", **options)
     fitted = calls[0] + calls[1]  # before anything else, a micro-batch at a time

@@ -244,4 +244,4 @@ def test_spo_holds_a_second_unet_and_ddpo_pytorch_none(task, base):
     assert not trained & reference
     assert_close(dict(spo.reference.named_parameters()), dict(base.unet.named_parameters()))
     loop = DDPOPyTorch(replace(task, pipeline=with_copied_network(base)))
-    assert loop.networks == (loop.unet,)
+    assert loop.networks == (loop.network,)

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
+
 # A weighted sum of z-scores, which are of size 1, that is all smaller is what rounding leaves of rewards that cancel.
 CANCELLED = 1e-4
 
@@ -36,7 +38,7 @@ def weighted_scores(
     equal = rewards.amax(1, keepdim=True) <= rewards.amin(1, keepdim=True)  # not of NaN, which stays
     centred = torch.where(equal, 0.0, centred)
     normalised = centred / (centred.square().mean(1, keepdim=True).sqrt() + 1e-8)
-    scores = (normalised * weights[:, None].to(rewards)).sum(-1)
+    scores = (normalised * to_device(weights, rewards.device, rewards.dtype)[:, None]).sum(-1)
     return torch.where(scores.abs().amax(1, keepdim=True) > CANCELLED, scores, 0.0 * scores)
 
 

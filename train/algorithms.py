@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.advantages import decoupled_advantages, group_advantages, mixed_advantages, tracked_advantages
@@ -47,7 +48,8 @@ class DPO(RolloutAlgorithm[PairedStep]):
         assert reference is not None  # every stored step has one
         scale = self.log_prob_scale(step.x_t)
         log_probs = [p.log_prob(x) * scale for p in (policy, reference) for x in (step.chosen, step.rejected)]
-        loss = preference_loss(self.settings, self.beta(step.weights).to(log_probs[0]), *log_probs)
+        beta = to_device(self.beta(step.weights), log_probs[0].device, log_probs[0].dtype)
+        loss = preference_loss(self.settings, beta, *log_probs)
         return torch.where(step.kept, loss, 0.0)
 
 

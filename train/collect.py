@@ -6,10 +6,12 @@ from concurrent.futures import Future
 from functools import partial
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.train.algorithm import AlignmentAlgorithm, Batch, Source, StepGaussians
@@ -115,12 +117,15 @@ def collect_rollouts(
         trajectory = out_of_inference(trajectory)
         rewards.append(scorer.terms(trajectory.latents))  # scored while the next is sampled
         drawn.append((scorer, trajectory))
-    all_rewards = accelerator.gather(torch.cat([future.result() for future in rewards]))
+    scores, shown = (
+        torch.cat(parts)
+        for parts in ([future.result() for future in rewards], [scorer.thumbnails for scorer, _ in drawn])
+    )
+    all_rewards, images = gather_on_host(accelerator, scores, shown)
     for what in setup.reward.faults:
         if health.skips and (bad := gather_object([prompt for scorer, _ in drawn for prompt in scorer.faulty[what]])):
             health.not_finite(what, step + 1, bad)
-    index = torch.tensor(groups, device=all_rewards.device)
-    images = accelerator.gather(torch.cat([scorer.thumbnails for scorer, _ in drawn]))
+    index = torch.tensor(groups)
     spread = diversity(images, index if algorithm.group_size > 1 else index * 0)
     health.measure_diversity(spread, step + 1, settings.min_diversity)
     columns = setup.reward.column_weights(mixtures).to(all_rewards)
@@ -128,10 +133,20 @@ def collect_rollouts(
     batches = []
     for indices, (scorer, trajectory) in zip(setup.micro_batches(), drawn, strict=True):
         if advantages is not None:
-            trajectory = algorithm.assign_advantages(trajectory, advantages[indices.start : indices.stop])
+            own = to_device(advantages[indices.start : indices.stop], trajectory.latents.device)
+            trajectory = algorithm.assign_advantages(trajectory, own)
         batch = Batch(prompts=scorer.prompts, steps=trajectory.steps, conditioning=trajectory.conditioning)
         batches.append(batch)
     return batches, mean_rewards(settings, all_rewards, mixtures) | {"diversity": spread}
+
+
+def gather_on_host(
+    accelerator: Accelerator, rewards: Float[Tensor, "own columns"], images: Float[Tensor, "own *shape"]
+) -> tuple[Float[Tensor, "all columns"], Float[Tensor, "all *shape"]]:
+    """Rewards and thumbnails of all processes, on the host, which waits once for them in a rollout."""
+    columns = rewards.shape[1]
+    gathered = accelerator.gather(torch.cat([rewards, images.flatten(1).to(rewards)], dim=1)).cpu()
+    return gathered[:, :columns].contiguous(), gathered[:, columns:].unflatten(1, images.shape[1:]).contiguous()
 
 
 def mean_rewards(settings: TrainSettings, rewards: Float[Tensor, "all columns"], weights: Weights) -> dict[str, float]:

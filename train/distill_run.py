@@ -16,7 +16,7 @@ from stepfuse.train.distill_setup import DistillSetup
 from stepfuse.train.distillation import Distillation
 from stepfuse.train.gap_validation import GapValidator, describe_validation, distilled_record
 from stepfuse.train.health import Health
-from stepfuse.train.launch import make_accelerator
+from stepfuse.train.launch import end_run, make_accelerator
 from stepfuse.train.loop import fit
 from stepfuse.train.memory import oom_hints
 from stepfuse.train.output import adapter_folder, begin_output, disk_hints, find_start, locked
@@ -68,8 +68,7 @@ def run(setup: DistillSetup, start: Path | None) -> None:
         lines.append("next, make a set of them, and draw images with one network in place of all adapters:")
         commands = next_commands(setup.output, validator.prompts[0], "--rule", "product", "--gate", "inf")
         print("\n".join([*lines, *commands]), flush=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_run(accelerator)
 
 
 def write_students(state: Mapping[str, Tensor], setup: DistillSetup, progress: Progress) -> None:

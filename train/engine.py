@@ -1,6 +1,7 @@
 """Backward pass, clipping, optimiser and learning rate of the policy, with or without DeepSpeed."""
 
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ class Engine:
         self.accelerator, self.policy, self.max_grad_norm = accelerator, policy, settings.max_grad_norm
         self.deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        self.wrapped, self.optimizer = accelerator.prepare(policy, make_optimizer(policy, settings))
+        # On a CPU the fused kernel rounds otherwise than torch's default, and DeepSpeed chooses its own.
+        fused = not self.deepspeed and all(parameter.device.type == "cuda" for parameter in self.trainable)
+        self.wrapped, self.optimizer = accelerator.prepare(policy, make_optimizer(policy, settings, fused=fused))
         self.rate = get_scheduler(
             settings.lr_scheduler,
             self.optimizer,
@@ -54,31 +57,41 @@ class Engine:
         else:
             self.accelerator.backward(loss)
 
-    def clip(self) -> float | None:
-        """Clip the gradient; its norm before that, which DeepSpeed knows after its step only."""
+    def clip(self) -> Tensor | None:
+        """Clip the gradient; its norm before that, on the device, which DeepSpeed knows after its step only."""
         if self.deepspeed:
             return None
-        return float(self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm))
+        return self.accelerator.clip_grad_norm_(self.trainable, self.max_grad_norm)
 
-    def step(self, norm: float | None) -> float:
-        """Update parameters and rate, from the norm of `clip`; the gradient's norm before it was clipped."""
+    def step(self, norm: float | None) -> tuple[float, bool]:
+        """Update the parameters, and the learning rate if they were.
+
+        Returns the gradient's norm before it was clipped, and whether parameters were updated: where the gradient is
+        beyond the range of fp16, DeepSpeed lowers its scale instead.
+
+        Args:
+            norm: what `clip` found, which is finite: another gradient is dropped. None with DeepSpeed.
+        """
+        applied = True
         if self.deepspeed:
             self.wrapped.step()
-            norm = float(self.wrapped.get_global_grad_norm())
+            norm, applied = float(self.wrapped.get_global_grad_norm()), self.wrapped.was_step_applied()
         self.optimizer.step()  # no effect with DeepSpeed, which has its own
         self.optimizer.zero_grad()
-        self.rate.step()
+        if applied:
+            self.rate.step()
         assert norm is not None
-        return norm
+        return norm, applied
 
     def drop(self) -> None:
-        """Discard this step's gradient."""
+        """Discard the gradient after `clip`: parameters and learning rate stay, and a gradient scale is adapted."""
         self.optimizer.zero_grad()
-        self.rate.step()
+        if self.scaled:  # `clip` has told the scaler what it found, and may do so once between two updates of the scale
+            self.accelerator.scaler.update()
 
     @property
     def scaled(self) -> bool:
-        """Whether gradients are scaled (fp16), and infinite ones are left to the scaler."""
+        """Whether gradients are scaled (fp16), so that one beyond that range is no fault and lowers the scale."""
         return self.accelerator.scaler is not None
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -93,7 +106,7 @@ class Engine:
         return {name: value.detach().float().contiguous().cpu().clone() for name, value in state.items()}
 
     def schedule_parameters(self) -> list[dict[str, Tensor]]:
-        """The trained parameters of each objective's schedule by name. All processes take part."""
+        """The trained parameters of each objective's schedule by name, on the CPU. All processes take part."""
         parameters = self.policy.schedule_parameters()
         held = [parameter for each in parameters for parameter in each.values()]
         gathered: Any = nullcontext()
@@ -103,7 +116,8 @@ class Engine:
             gathered = deepspeed.zero.GatheredParameters(held)
         with gathered:
             return [
-                {name: parameter.detach().float().clone() for name, parameter in each.items()} for each in parameters
+                {name: parameter.detach().float().cpu().clone() for name, parameter in each.items()}
+                for each in parameters
             ]
 
     def save(self, folder: Path) -> None:
@@ -118,24 +132,37 @@ class Engine:
             self.policy.load_trainable_state(state)
 
 
-def make_optimizer(policy: Policy, settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW for the LoRAs, and with another learning rate for the parameters of the schedules."""
+def make_optimizer(policy: Policy, settings: TrainSettings, *, fused: bool = False) -> torch.optim.Optimizer:
+    """AdamW for the LoRAs, and with another learning rate for the parameters of the schedules.
+
+    Args:
+        fused: update all parameters in one kernel. It has no effect on 8-bit states, which have their own.
+    """
     variance = [parameter for each in policy.schedule_parameters() for parameter in each.values()]
     of_schedules = {id(parameter) for parameter in variance}
     lora = [p for p in policy.parameters() if p.requires_grad and id(p) not in of_schedules]
     groups: list[dict[str, Any]] = [{"params": lora, "lr": settings.learning_rate}]
     if variance:
         groups.append({"params": variance, "lr": settings.variance_learning_rate, "weight_decay": 0.0})
-    kind: Any = torch.optim.AdamW
+    kind: Any = partial(torch.optim.AdamW, fused=fused or None)  # None leaves the other kernels to torch
     if settings.use_8bit_adam:
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise ValueError("use_8bit_adam needs bitsandbytes; pip install 'stepfuse[8bit]'") from error
         kind = AdamW8bit
-    return kind(
+    optimizer = kind(
         groups,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
         eps=settings.adam_epsilon,
     )
+    if not settings.use_8bit_adam:
+        optimizer.register_load_state_dict_pre_hook(_with_own_kernel)
+    return optimizer
+
+
+def _with_own_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the kernel of this run in place of that of the run that saved it, on another device perhaps."""
+    own = {"fused": optimizer.param_groups[0]["fused"]}
+    return state | {"param_groups": [saved | own for saved in state["param_groups"]]}

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
@@ -62,7 +63,8 @@ class Sampling:
     def trains_on(self, step: FusionStep) -> bool:
         """Whether a step is trained on: one without a variance is not, as the last of some schedulers."""
         wanted = self.learned is None or step.step_index in self.learned
-        return wanted and all(bool((step.variance(each) > 0).all()) for each in step.plan.objectives)
+        of_steps = [step.plan.variances(each, "cpu", torch.float32) for each in step.plan.objectives]
+        return wanted and all(bool(v[step.step_index] > 0) for v in of_steps)
 
     def with_schedules(self, parameters: list[dict[str, Tensor]]) -> "Sampling":
         """The same with other values of the schedules' trainable fields, a mapping for each objective."""
@@ -79,8 +81,12 @@ class Sampling:
     def equal_weights(self, count: int) -> Weights:
         return torch.full((count, len(self.objectives)), 1 / len(self.objectives), dtype=torch.float64)
 
-    def plan(self, weights: Weights) -> Plan:
-        """The run of a batch of images with these weights, which sum to 1."""
+    def plan(self, weights: Weights, *, tabulated: bool = True) -> Plan:
+        """The run of a batch of images with these weights, which sum to 1.
+
+        Args:
+            tabulated: see `Plan`; with schedules on the host.
+        """
         table = weights.detach().double().cpu().T
         return Plan(
             path=self.denoiser.path,
@@ -89,6 +95,7 @@ class Sampling:
             base=Expert.base(self.objectives[0].schedule.base),
             weights=table.expand(len(self.steps), *table.shape),
             strength=1.0,
+            tabulated=tabulated,
         )
 
     def predict(
@@ -120,9 +127,12 @@ class Sampling:
     def reference(self, step: FusionStep, prediction: Latents) -> Gaussian:
         """p_ref: what the rule makes of the base in place of every policy, with their schedules before training."""
         before = [replace(each, schedule=each.schedule.base) for each in step.plan.objectives]
-        step = replace(step, plan=replace(step.plan, objectives=before))
+        step = replace(step, plan=replace(step.plan, objectives=before, tabulated=False))
         rows = [step.some_rows(wanted) for _, wanted in self.rule.networks(step)]
-        parts = [prediction if some is None else step.spread(prediction[some], some) for some in rows]
+        parts = [
+            prediction if some is None else step.spread(prediction[to_device(some, prediction.device)], some)
+            for some in rows
+        ]
         return self.rule.combine(step, parts)
 
 

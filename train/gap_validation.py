@@ -75,13 +75,15 @@ class GapValidator:
 
     @torch.no_grad()
     def _gap(self, point: Mapping[str, float]) -> float:
-        setup, share = self.setup, []
+        setup = self.setup
+        share: list[list[Tensor]] = []
         row = torch.tensor([[point.get(name, 0.0) for name in setup.adapter_set.names]], dtype=torch.float64)
         for prompts, generators in shared_batches(setup, "validation", self.prompts):
             with setup.accelerator.autocast():
                 conditioning, weights = setup.embed(prompts), row.expand(len(prompts), -1)
-                share.append(gap_of_runs(setup.sampling, setup.teachers, conditioning, generators, weights))
-        gap = gathered(setup.accelerator, share, len(self.prompts)).double().mean().item()
+                share.append([gap_of_runs(setup.sampling, setup.teachers, conditioning, generators, weights)])
+        (gaps,) = gathered(setup.accelerator, share, len(self.prompts))
+        gap = gaps.double().mean().item()
         if not math.isfinite(gap):
             raise ValueError(f"the gap at {dict(point)} is {gap}; lower learning_rate, or resume from an earlier step")
         return max(0.0, gap)

@@ -5,8 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor
 
 from stepfuse.data.kl_steps import KL_PICTURE, StepKL, draw_kl_steps, largest_step
 from stepfuse.fuse.diffusion.kl_weights import kl_weights
@@ -28,31 +26,20 @@ def kl_tag(step_index: int, objective: str = "") -> str:
     return f"kl_step/{objective}{'/' if objective else ''}{step_index + 1:02d}"
 
 
-class VertexKL:
-    """The KL of each denoising step over the images that have all weight on one objective, for a run with several."""
+def vertex_means(sums: Mapping[str, Sequence[Sequence[float]]], learnable: int) -> dict[str, float]:
+    """The mean KL over the images that have all weight on one objective, by `kl_tag`; and `kl/NAME`, of all steps.
 
-    def __init__(self, count: int, names: Sequence[str], device: torch.device) -> None:
-        self.names = names if len(names) > 1 else []
-        self.totals = torch.zeros(count, len(names), 2, device=device)  # sum and number
-
-    def add(self, step_index: int, kl: Tensor, weights: Tensor | None) -> None:
-        """Add the KL of the samples of a step, with their weights of the objectives."""
-        if self.names and weights is not None:
-            alone = (weights == 1).to(self.totals)
-            kl = kl.to(self.totals)
-            self.totals[step_index] += torch.stack([(alone * kl[:, None]).sum(0), alone.sum(0)], dim=1)
-
-    def means(self, accelerator: Accelerator, learnable: int) -> dict[str, float]:
-        """The means over all processes by `kl_tag`, and `kl/NAME`, which estimates the sum over `learnable` steps."""
-        measured: dict[str, float] = {}
-        if not self.names:
-            return measured
-        for name, by_step in zip(self.names, accelerator.reduce(self.totals, "sum").unbind(1), strict=True):
-            known = {kl_tag(k, name): kl / n for k, (kl, n) in enumerate(by_step.tolist()) if n}
-            measured |= known
-            if known:
-                measured[f"kl/{name}"] = sum(known.values()) / len(known) * learnable
-        return measured
+    Args:
+        sums: by objective, and for each denoising step, the sum over these images and their number.
+        learnable: the number of steps whose sum `kl/NAME` estimates.
+    """
+    measured: dict[str, float] = {}
+    for name, by_step in sums.items():
+        known = {kl_tag(k, name): kl / n for k, (kl, n) in enumerate(by_step) if n}
+        measured |= known
+        if known:
+            measured[f"kl/{name}"] = sum(known.values()) / len(known) * learnable
+    return measured
 
 
 def keep_kl_steps(progress: Progress, measured: Mapping[str, float], count: int, names: Sequence[str]) -> None:

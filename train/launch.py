@@ -2,13 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
+from stepfuse.data.devices import allow_tf32
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.trackers import check_trackers
+
+_HELD: list[Any] = []
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -19,7 +23,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     """
     check_trackers(settings.trackers)
     if settings.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+        allow_tf32()
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     on_cpu = not torch.accelerator.is_available() and (processes > 1 or deepspeed)
@@ -57,3 +61,17 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         config["gradient_clipping"] = settings.max_grad_norm
         accelerator.gradient_state.plugin_kwargs["num_steps"] = 1
     return accelerator
+
+
+def end_run(accelerator: Accelerator) -> None:
+    """Wait for all processes, and end trackers and the communication of processes."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        # A thread of gloo lets go of a collective after it, for which it needs the interpreter's lock if nobody else
+        # holds the collective. A process group that is deleted meanwhile holds that lock, and waits for the thread for
+        # ever (torch 2.13). So the last collective is held.
+        last = torch.distributed.barrier(async_op=True)
+        last.wait()
+        _HELD.append(last)
+    else:
+        accelerator.wait_for_everyone()
+    accelerator.end_training()

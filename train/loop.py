@@ -14,7 +14,7 @@ from stepfuse.train.display import ProgressDisplay, describe_end, describe_start
 from stepfuse.train.health import Health
 from stepfuse.train.init_set import resolve_objectives
 from stepfuse.train.kl_by_step import keep_kl_steps, warn_of_dominant_step
-from stepfuse.train.launch import make_accelerator
+from stepfuse.train.launch import end_run, make_accelerator
 from stepfuse.train.memory import oom_hints
 from stepfuse.train.output import begin_output, disk_hints, find_start, locked
 from stepfuse.train.scoring import TrainingReward
@@ -86,8 +86,7 @@ def run(setup: Setup, algorithm: AlignmentAlgorithm[Any], start: Path | None) ->
         write_policy(state, setup, algorithm, progress)
         setup.embed.report_streamed()
         print(describe_end(settings, progress, [reward.name for reward in setup.reward.objectives]), flush=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    end_run(accelerator)
 
 
 def fit(

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
+from stepfuse.data.out_of_memory import first_sentence, is_out_of_memory
 from stepfuse.train.settings import TrainSettings
 
 
@@ -14,12 +13,10 @@ def oom_hints(settings: TrainSettings) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "not enough memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
-        first = " ".join(str(error).split()).split(". ")[0]
         reducing = "; ".join(_reducing_settings(settings))
-        raise ValueError(f"out of memory ({first}); these settings reduce it: {reducing}") from error
+        raise ValueError(f"out of memory ({first_sentence(error)}); these settings reduce it: {reducing}") from error
 
 
 def _reducing_settings(settings: TrainSettings) -> list[str]:
@@ -29,6 +26,7 @@ def _reducing_settings(settings: TrainSettings) -> list[str]:
         f"now {settings.gradient_accumulation_steps}, makes up for it)"
     ]
     knobs += [f"--{name} (now {getattr(settings, name)}, {why})" for name, why in settings.memory_settings.items()]
+    knobs += _reducing_pixels(settings)
     if settings.timesteps_per_forward > 1:
         knobs.append(f"--timesteps_per_forward 1 (now {settings.timesteps_per_forward})")
     switches = ("gradient_checkpointing", "offload_text_encoders", "use_8bit_adam")
@@ -37,3 +35,17 @@ def _reducing_settings(settings: TrainSettings) -> list[str]:
         knobs.append(f"--mixed_precision bf16 (now {settings.mixed_precision or 'as accelerate is configured'})")
     knobs.append(f"--resolution (now {settings.resolution or 'the default of the base model'})")
     return [*knobs, "several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in CPU memory"]
+
+
+def _reducing_pixels(settings: TrainSettings) -> list[str]:
+    """Settings of decoding and of rewards, which distillation does not have."""
+    knobs = []
+    if settings.decode_batch_size != 1:
+        knobs.append(f"--decode_batch_size 1 (now {settings.decode_batch_size or 'by free memory'})")
+    if "reward" in settings.fixed:
+        return knobs
+    if settings.async_scoring:
+        knobs.append("--no_async_scoring (now on, which keeps the images of two micro-batches more)")
+    if any(each.reward_dtype == "float32" for each in settings.each):
+        knobs.append("--reward_dtype bfloat16 (now float32), for rewards that are networks")
+    return knobs

@@ -11,6 +11,7 @@ from jaxtyping import Float, Real
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.images import to_pixels
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
@@ -52,11 +53,12 @@ def collect_pairs(setup: Setup, pairs: Iterator[Pair], step: int) -> tuple[list[
         winner = encode_images(setup, [pair.winner() for pair in own], generators)
         loser = encode_images(setup, [pair.loser() for pair in own], generators)
         # one noise and one time per pair, so that winner and loser differ by the image alone
-        noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators]).to(winner)
+        noise = torch.stack([torch.randn(winner.shape[1:], generator=g) for g in generators])
+        noise = to_device(noise, winner.device, winner.dtype)
         times = torch.cat([denoiser.path.draw(g) for g in generators])
         prompts = [pair.prompt for pair in own]
+        conditioning = setup.embed([*prompts, *prompts])
         with setup.accelerator.autocast():
-            conditioning = setup.embed([*prompts, *prompts])
             noised = noise_pairs(denoiser, winner, loser, noise, times, conditioning)
         batches.append(Batch(prompts=prompts, steps=[noised], conditioning=conditioning))
     return batches, {}

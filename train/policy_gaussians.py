@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.diffusion.gaussian import Gaussian, at_least_float32
 from stepfuse.fuse.lora.mixture import Network
@@ -42,7 +43,7 @@ def step_gaussians(
         branches = guidance.branches(each.networks, each.some)
         raw = [*stored, *(output for kind in by_kind for output in kind[k])]
         predictions = sampling.denoiser.combine(branches, raw)
-        fusion = fusion_step(current.plan(step.weights), step.index, step.x_t)
+        fusion = fusion_step(current.plan(step.weights, tabulated=False), step.index, step.x_t)
         spread = [fusion.spread(e, some) for e, some in zip(predictions, each.some, strict=True)]
         reference = None if step.reference is None else current.reference(fusion, step.reference)
         gaussians.append((current.rule.combine(fusion, spread), reference))
@@ -70,13 +71,13 @@ def _forward(
     )
     x = torch.cat([x_t] * len(kinds))
     whole = [some for each in asked for some in each.some] == [None]
-    repeated = conditioning if whole else conditioning[rows]
+    repeated = conditioning if whole else conditioning[to_device(rows, x_t.device)]
     inputs = repeated.inputs(kinds) | denoiser.backbone.guidance_inputs(denoiser.guidance, x)
     if len(sampling.objectives) > 1:
         assert denoiser.batched is not None  # several LoRAs always share a forward
         networks = [n for each in asked for n, rows in zip(each.networks, each.rows, strict=True) for _ in rows]
         inputs["weights"] = denoiser.batched.route_of(networks * len(kinds), x.device)
-    output, parameters = policy(x, times.to(x_t.device).repeat(len(kinds)), **inputs)
+    output, parameters = policy(x, to_device(times, x_t.device).repeat(len(kinds)), **inputs)
     if len(sampling.objectives) > 1:
         # A schedule whose objective has no weight in this batch has a gradient of 0: processes expect one of each.
         output = output + 0 * sum(value.sum() for each in parameters for value in each.values())
@@ -84,4 +85,4 @@ def _forward(
 
 
 def _rows_of(x_t: Tensor, rows: Tensor | None) -> Tensor:
-    return x_t if rows is None else x_t[rows.to(x_t.device)]
+    return x_t if rows is None else x_t[to_device(rows, x_t.device)]

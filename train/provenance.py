@@ -20,6 +20,7 @@ WITHOUT_EFFECT = (
     "logging_dir",
     "report_to",
     "async_scoring",
+    "decode_batch_size",
     "checkpoints_total_limit",
 )
 # Settings that earlier versions did not have, and their values there: with these the hash is that of the same run then.
@@ -33,6 +34,7 @@ ADDED: dict[str, Any] = {
     "vertex_turns": 1,
     "weight_concentration": 1.0,
     "init_set": "",
+    "reward_dtype": "float32",
 }
 EARLIER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # what unset `lora_target_modules` stood for
 

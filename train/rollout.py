@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
+from stepfuse.fuse.diffusion.gaussian import standard_normal
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.train.advantages import best_and_worst, weighted_scores
@@ -93,6 +94,7 @@ def rollout(
         weights: of the objectives for each image; by default equal ones.
         reference: also predict with the base, as a KL to it needs.
     """
+    sampling = replace(sampling, denoiser=sampling.denoiser.for_run())
     x_t = start(sampling, generators)
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     stored = []
@@ -134,6 +136,7 @@ def branching_rollout(
         margin: a pair is kept if its scores differ by more than this.
     """
     path, rule = sampling.denoiser.path, sampling.rule
+    sampling = replace(sampling, denoiser=sampling.denoiser.for_run())
     x_t = start(sampling, generators)
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     wide, wide_plan = conditioning.repeat(candidates), plan[torch.arange(len(x_t)).repeat_interleave(candidates)]
@@ -155,7 +158,7 @@ def branching_rollout(
             clean, _ = path.clean_and_noise(clean, rule.average(following, ahead.predictions), following.t)
         rewards = score_latents(clean)
         pending.append((stored_step(step, sampling.with_reference(step, conditioning, now)), drawn, rewards))
-        picks = torch.stack([torch.randint(candidates, (), generator=g) for g in generators]).to(x_t.device)
+        picks = to_device(torch.stack([torch.randint(candidates, (), generator=g) for g in generators]), x_t.device)
         x_t = drawn[rows, picks]
         now = ahead and ahead[rows * candidates + picks]
     stored = []
@@ -188,7 +191,7 @@ def start(sampling: Sampling, generators: list[torch.Generator]) -> Latents:
     """x_T, drawn with one generator per image."""
     device = next(sampling.denoiser.network.parameters()).device
     shape = (len(generators), *sampling.shape)
-    return randn_tensor(shape, generator=generators, device=device, dtype=torch.float32)
+    return standard_normal(shape, generators, device=device, dtype=torch.float32)
 
 
 def stored_step(step: FusionStep, fused: Fused) -> Step:
@@ -199,6 +202,12 @@ def stored_step(step: FusionStep, fused: Fused) -> Step:
         t=step.t,
         s=step.s,
         weights=step.plan.weights[step.step_index].T,
-        negative=fused.negative,
-        reference=fused.reference,
+        negative=_own(fused.negative),
+        reference=_own(fused.reference),
     )
+
+
+def _own(prediction: Latents | None) -> Latents | None:
+    """A copy of what is stored, for a prediction is a part of a forward's output and would keep all of it."""
+    with torch.inference_mode(False):  # so that it can be used in a loss
+        return None if prediction is None else prediction.clone()

@@ -49,6 +49,8 @@ class RewardSettings:
         fit_reward: Number of images of the base model on which reward_shift and reward_scale are fitted, to mean 0 and
             standard deviation 1, before training. 0 does not fit them.
         async_scoring: Compute the rewards of one micro-batch while the next one is sampled.
+        reward_dtype: Precision of the networks of rewards; scores are float32. Rewards without networks are computed as
+            before; for workers, servers and functions of your own it is an error.
         objective_name: Name of the objective in adapter sets and in weights. Unset, the name of the reward.
     """
 
@@ -58,6 +60,7 @@ class RewardSettings:
     reward_clip: list[float] = setting([], finite=False, expected="two numbers, the lower first")
     fit_reward: int = setting(0, least=0)
     async_scoring: bool = True
+    reward_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     objective_name: str = ""
 
     def check_together(self) -> None:
@@ -118,6 +121,8 @@ class OutputSettings:
         train_batch_size: Images per process in a micro-batch. An optimiser step has train_batch_size ×
             gradient_accumulation_steps × processes images.
         gradient_accumulation_steps: Micro-batches per optimiser step.
+        decode_batch_size: Largest number of images that the autoencoder decodes or encodes at once. Unset, as many as
+            fit into a share of the memory.
         checkpointing_steps: Optimiser steps between two checkpoints.
         checkpoints_total_limit: Number of checkpoints to keep; the oldest is deleted. `none` keeps all.
         logging_dir: Folder of the trackers' logs, inside output_dir.
@@ -136,6 +141,7 @@ class OutputSettings:
     max_train_steps: int = setting(100, least=1)
     train_batch_size: int = setting(8, least=1)
     gradient_accumulation_steps: int = setting(1, least=1)
+    decode_batch_size: int | None = setting(None, least=1)
     checkpointing_steps: int = setting(500, least=1)
     checkpoints_total_limit: int | None = setting(2, least=1, expected="1 or more, or none")
     logging_dir: str = "logs"

@@ -13,7 +13,7 @@ from torch import Tensor
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.rewards.protocol import Pixels, close
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import check_reward_dtype, load_reward
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.scoring_queue import ScoringQueue
 from stepfuse.rewards.shaping import Shaping
@@ -32,7 +32,8 @@ class ObjectiveReward:
     """
 
     def __init__(self, settings: TrainSettings, device: str | torch.device) -> None:
-        self.reward, self.name = as_sum(load_reward(settings.reward, device), settings.reward), settings.reward
+        reward = load_reward(settings.reward, device, getattr(torch, settings.reward_dtype))
+        self.reward, self.name = as_sum(reward, settings.reward), settings.reward
         self.shaping = Shaping(shift=settings.reward_shift, scale=settings.reward_scale, clip=settings.reward_clip)
         if settings.fit_reward:
             self.reward.check_fit()
@@ -82,6 +83,9 @@ class TrainingReward:
         self.names = [each.name for each in settings.each]
         several = len(self.names) > 1
         self.faults = [f"a reward {f'of {name} ' if several else ''}that is not finite" for name in self.names]
+        for dtype in {each.reward_dtype for each in settings.each}:
+            names = [each.reward for each in settings.each if each.reward_dtype == dtype]
+            check_reward_dtype(names, getattr(torch, dtype))
         self.objectives: list[ObjectiveReward] = []
         try:
             for each in settings.each:
@@ -135,13 +139,13 @@ class Scorer:
         copies = len(latents) // len(self.prompts)
         prompts = [prompt for prompt in self.prompts for _ in range(copies)]
         pixels = self._decode(latents)
-        return self.reward.queue.submit(lambda: _sums(self._columns(pixels, prompts)))
+        return self.reward.queue.submit(lambda: _sums(self._columns(pixels, prompts)), pixels)
 
     def terms(self, latents: Latents) -> "Future[Float[Tensor, 'images columns']]":
         """The terms of one objective, or the rewards of several, of one latent per prompt."""
         pixels = self._decode(latents)
         self.thumbnails = thumbnails(pixels)
-        return self.reward.queue.submit(lambda: _one_table(self._columns(pixels, self.prompts)))
+        return self.reward.queue.submit(lambda: _one_table(self._columns(pixels, self.prompts)), pixels)
 
     @torch.no_grad()
     def _decode(self, latents: Latents) -> Pixels:
@@ -153,8 +157,9 @@ class Scorer:
             columns = self.reward.columns(pixels, prompts)
         except ValueError as error:
             raise ValueError(f"step {self.step + 1}: {error}; training stopped, checkpoints are kept") from error
-        for terms, faulty in zip(columns, self.faulty.values(), strict=True):
-            faulty += compress(prompts, (~torch.isfinite(terms).all(1)).tolist())
+        for objective, terms, faulty in zip(self.reward.objectives, columns, self.faulty.values(), strict=True):
+            if not objective.finite:  # others are finite, or were an error
+                faulty += compress(prompts, (~torch.isfinite(terms).all(1)).tolist())
         return columns
 
 

@@ -60,6 +60,7 @@ class ModelSetup:
         self.batch_size = settings.train_batch_size * settings.gradient_accumulation_steps
         self.total_batch_size = self.batch_size * accelerator.num_processes
         self.backbone = backbone_of(pipeline)
+        self.backbone.decode_batch_size = settings.decode_batch_size
         main, offload = accelerator.is_main_process, settings.offload_text_encoders
         self.embed = Embeddings(self.backbone, accelerator.device, offload=offload, report_cuts=main)
 
@@ -162,6 +163,7 @@ def learnable_steps(settings: TrainSettings, sampling: Sampling) -> list[int]:
     """Indices of the denoising steps that can be trained on: random ones, but the first and last that are skipped."""
     trained = range(settings.skip_first_steps, len(sampling.steps) - settings.skip_last_steps)
     plan, like = sampling.plan(sampling.equal_weights(1)), torch.zeros(1, 1, 1, 1)
+    plan.check_variances()
     return [index for index in trained if sampling.trains_on(fusion_step(plan, index, like))]
 
 

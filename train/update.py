@@ -3,19 +3,20 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import compress
 from typing import Generic
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.text_files import quoted
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
 from stepfuse.train.health import Health
-from stepfuse.train.kl_by_step import VertexKL, kl_tag
+from stepfuse.train.kl_by_step import kl_tag, vertex_means
 from stepfuse.train.setup import ModelSetup
+from stepfuse.train.step_measures import StepMeasures, StepReading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +47,7 @@ class Update(Generic[S]):
         ]
         items = sum(len(steps) for _, steps in chunks)
         replaces = first and (shared > 1 or len(setup.settings.each) > 1)
-        count, device = len(setup.sampling.steps), setup.accelerator.device
-        totals = torch.zeros(count, 4, device=device)  # by denoising step
-        alone = VertexKL(count, [each.name for each in setup.settings.each], device)
-        faults: list[str] = []
-        faulty = False
+        measures = StepMeasures(setup.accelerator, len(setup.sampling.steps), [e.name for e in setup.settings.each])
         for index, (batch, steps) in enumerate(chunks):
             last = index + 1 == len(chunks)
             with engine.synchronised(last):
@@ -60,26 +57,22 @@ class Update(Generic[S]):
                 for (policy, reference), stored in zip(gaussians, steps, strict=True):
                     if replaces:
                         algorithm.update_log_probs(stored, policy)
-                    values, kl, parts = self._loss(policy, reference, stored)
-                    faults += compress(batch.prompts, (~torch.isfinite(values)).tolist())
-                    totals[algorithm.step_index(stored)] += parts.to(totals)
-                    alone.add(algorithm.step_index(stored), kl, algorithm.weights(stored))
+                    values, kl = self._loss(policy, reference, stored)
+                    place = (algorithm.step_index(stored), algorithm.kept(stored), algorithm.weights(stored))
+                    measures.add(batch.prompts, values.detach(), kl.detach(), *place)
                     losses.append(values.mean())
-                if last:  # before the last backward, after which DeepSpeed cannot drop the step
-                    faulty = self._not_finite("a loss that is not finite", step, faults)
+                if last and engine.deepspeed:  # after its last backward it cannot drop the step
+                    self._has_faulty_loss(step, measures.read())
                 engine.backward(torch.stack(losses).sum() / items, last=last)
-        norm = engine.clip()
-        if norm is not None and not math.isfinite(norm) and not faulty and not engine.scaled:
-            prompts = [prompt for batch in batches for prompt in batch.prompts]
-            faulty = self._not_finite("a gradient that is not finite", step, prompts)
-        if faulty:
+        read = measures.read(engine.clip())
+        norm = read.norm
+        if self._has_faulty_loss(step, read) or self._has_faulty_gradient(step, read, batches):
             engine.drop()
         else:
-            norm = engine.step(norm)
-            if not math.isfinite(norm) and not engine.scaled:
+            norm, applied = engine.step(norm)
+            if applied and not math.isfinite(norm):  # of DeepSpeed, which has made the step
                 raise ValueError(f"step {step}: the gradient is not finite; training stopped, checkpoints are kept")
-        by_step = setup.accelerator.reduce(totals, "sum").tolist()
-        loss_sum, kl_sum, kept_sum, count = map(sum, zip(*by_step, strict=True))
+        loss_sum, kl_sum, kept_sum, count = map(sum, zip(*read.by_step, strict=True))
         measured = {
             "loss": loss_sum / max(kept_sum, 1e-12),
             "gradient_norm": norm if norm is not None else math.nan,
@@ -89,32 +82,37 @@ class Update(Generic[S]):
             measured["kept_pairs"] = kept_sum / count
         if algorithm.measures_kl:  # nats per image: the sum over all denoising steps that can be trained on
             measured["kl"] = kl_sum / count * len(setup.learnable)
-            measured |= {kl_tag(k): kl / n for k, (_, kl, _, n) in enumerate(by_step) if n}
-            measured |= alone.means(setup.accelerator, len(setup.learnable))
+            measured |= {kl_tag(k): kl / n for k, (_, kl, _, n) in enumerate(read.by_step) if n}
+            measured |= vertex_means(read.vertices, len(setup.learnable))
         return measured
 
-    def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and KL of each sample of one denoising step; and their means, the share kept, and 1."""
+    def _loss(self, policy: Gaussian, reference: Gaussian | None, stored: S) -> tuple[Tensor, Tensor]:
+        """Loss and KL of each sample of one denoising step."""
         values = self.algorithm.loss(policy, reference, stored)
         kl = torch.zeros_like(values) if reference is None else policy.kl(reference)
         weights = self.algorithm.weights(stored)
         if self.algorithm.adds_kl and weights is not None:
-            values = values + self.algorithm.beta(weights).to(kl) * kl
-        kept = self.algorithm.kept(stored)
-        share = torch.ones(()) if kept is None else kept.float().mean()
-        parts = (values.mean(), kl.mean(), share, torch.ones(()))
-        return values, kl.detach(), torch.stack([part.detach().to(values) for part in parts])
+            values = values + to_device(self.algorithm.beta(weights), kl.device, kl.dtype) * kl
+        return values, kl
 
-    def _not_finite(self, what: str, step: int, prompts: list[str]) -> bool:
-        """Report something that is not finite on any process, with the prompts of all; whether there was any."""
-        accelerator = self.setup.accelerator
-        count = torch.tensor(float(len(prompts)), device=accelerator.device)
-        if not accelerator.reduce(count, "sum").item():
+    def _has_faulty_loss(self, step: int, read: StepReading) -> bool:
+        if read.faults:
+            self._report("a loss that is not finite", step, read.faulty)
+        return read.faults > 0
+
+    def _has_faulty_gradient(self, step: int, read: StepReading, batches: Sequence[Batch[S]]) -> bool:
+        """Whether the gradient is not finite, on all processes alike. Where gradients are scaled that is no fault."""
+        if read.norm is None or math.isfinite(read.norm):
             return False
+        if not self.setup.engine.scaled:
+            self._report("a gradient that is not finite", step, [p for batch in batches for p in batch.prompts])
+        return True
+
+    def _report(self, what: str, step: int, prompts: list[str]) -> None:
+        """Report something that is not finite on any process, with the prompts of all."""
         all_prompts = gather_object(prompts)
         if self.setup.engine.deepspeed and self.health.skips:
             raise ValueError(
                 f"step {step}: {what}, for {quoted(sorted(all_prompts))}; with DeepSpeed a step cannot be skipped"
             )
         self.health.not_finite(what, step, all_prompts)
-        return True

@@ -1,6 +1,6 @@
 """The validation images of a run: drawn by all processes together, scored, saved and compared."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from stepfuse.train.trackers import log_images
 from stepfuse.train.validation_points import SHOWN, Validation, captioned, label_rewards, validation_points
 
 DRAWN_BY = (
-    *("pretrained_model_name_or_path", "revision", "variant", "seed", "reward", "resolution"),
+    *("pretrained_model_name_or_path", "revision", "variant", "seed", "reward", "reward_dtype", "resolution"),
     *("sample_num_steps", "guidance", "sample_guidance_scale"),
     *("variance", "variance_options", "sample_eta", "sample_etas"),
 )
@@ -109,8 +109,8 @@ class Validator:
         pixels, rewards = [], []
         for point in self.points[:1] if base else self.points:
             drawn = draw_together(setup, "validation", prompts, weights=None if base else point.weights)
-            scored = [(images, setup.reward.unshaped(images, batch)) for batch, images in drawn]
-            shown, values = (gathered(accelerator, share, len(prompts)) for share in zip(*scored, strict=True))
+            scored = ((images, setup.reward.unshaped(images, batch)) for batch, images in drawn)
+            shown, values = gathered(accelerator, scored, len(prompts))
             pixels.append(shown)
             rewards.append(values)
         copies = len(self.points) // len(pixels)  # the base has no weights
@@ -142,8 +142,11 @@ def draw_together(
     sampling = replace(sampling, learned=frozenset())
     row = torch.tensor([weights or (1.0,)], dtype=torch.float64)
     for batch, generators in shared_batches(setup, key, prompts):
-        with setup.accelerator.autocast():
-            latents = rollout(sampling, setup.embed(batch), generators, row.expand(len(batch), -1)).latents
+        conditioning = setup.embed(batch)
+        # As in the rollouts that are trained on, whose graphs a compiled network then uses here too.
+        with setup.accelerator.autocast(), torch.inference_mode(not setup.engine.partitioned):
+            latents = rollout(sampling, conditioning, generators, row.expand(len(batch), -1)).latents
+        latents = latents.clone()  # no longer bound to inference
         check_latents(latents, batch)
         yield batch, decode_finite(setup.backbone, latents, batch)
 
@@ -166,9 +169,21 @@ def shared_batches(
         yield [prompts[index] for index in indices], generators
 
 
-def gathered(accelerator: Accelerator, share: Sequence[Tensor], count: int) -> Tensor:
-    """The batches of all processes as one, in order, without what was drawn twice; on the CPU."""
-    return accelerator.gather(torch.cat(list(share)).contiguous())[:count].cpu()
+def gathered(accelerator: Accelerator, share: Iterable[Sequence[Tensor]], count: int) -> list[Tensor]:
+    """Columns of tensors of all processes in order, without what was drawn twice; on the CPU.
+
+    Args:
+        share: this process's tensors by micro-batch, one for each column. Each batch goes to the CPU before the next is
+            asked for, so that a GPU need not hold all images.
+        count: number of rows of all processes.
+    """
+    batches = [[_of_all_processes(accelerator, each) for each in batch] for batch in share]
+    return [torch.cat(column, dim=1).flatten(0, 1)[:count] for column in zip(*batches, strict=True)]
+
+
+def _of_all_processes(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """The rows of each process, as (processes, rows, …) on the CPU."""
+    return accelerator.gather(rows.contiguous()).cpu().unflatten(0, (accelerator.num_processes, -1))
 
 
 def fit_reward(setup: Setup, progress: Progress) -> None:
@@ -179,11 +194,10 @@ def fit_reward(setup: Setup, progress: Progress) -> None:
             raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
         prompts = [setup.prompts[i * len(setup.prompts) // count] for i in range(count)]
         # Before training the policy is the base, with all weights.
-        shares = [*draw_together(setup, "fit", prompts, weights=setup.sampling.equal_weights(1)[0].tolist())]
-        fitted = []
-        for objective in objectives:
-            columns = [objective.reward.terms_of(pixels, batch) for batch, pixels in shares]
-            fitted.append(objective.fit(gathered(setup.accelerator, columns, count)))
+        drawn = draw_together(setup, "fit", prompts, weights=setup.sampling.equal_weights(1)[0].tolist())
+        terms = ([objective.reward.terms_of(pixels, batch) for objective in objectives] for batch, pixels in drawn)
+        columns = gathered(setup.accelerator, terms, count)
+        fitted = [objective.fit(column) for objective, column in zip(objectives, columns, strict=True)]
         progress.reward = fitted[0] if len(fitted) == 1 else {"objectives": fitted}
     if progress.reward:
         for objective, known in zip(objectives, progress.reward.get("objectives", [progress.reward]), strict=True):

@@ -10,6 +10,8 @@ from diffusers.image_processor import VaeImageProcessor
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from stepfuse.fuse.backbones.autoencoder import upcast
+from stepfuse.fuse.backbones.compilation import CUDA_GRAPHS
 from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.diffusion.gaussian import Generators
@@ -27,10 +29,13 @@ class Backbone(ABC):
     Latents are (batch, channels, height, width) everywhere else; what a network wants otherwise is done in `predict`.
 
     Attributes:
-        pipeline: the base.
+        pipeline: the base. An autoencoder that overflows in float16 is moved to float32.
+        decode_batch_size: the most images that the autoencoder decodes or encodes at once; None for as many as fit into
+            a share of the memory.
         part: the pipeline's name of the network that LoRAs are of, which is also the prefix of their keys in files.
         blocks: class names of the blocks that the network repeats, which regional compilation compiles.
         unbatched: names of layers whose first dimension is not that of images; a LoRA there cannot be batched.
+        records_graphs: whether the network was compiled with CUDA graphs.
         embeds: the arguments of `encode` that take embeddings in place of prompts.
     """
 
@@ -41,6 +46,9 @@ class Backbone(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:
         self.pipeline = pipeline
+        self.decode_batch_size: int | None = None
+        self.records_graphs = False
+        upcast(pipeline.components.get("vae"))
 
     @property
     def resolution(self) -> int | None:
@@ -65,7 +73,12 @@ class Backbone(ABC):
         """Compile the network in place, with these options of `torch.compile`.
 
         `regional`: the blocks that it repeats, once for each width, in seconds; `full`: all of it, in minutes.
+
+        Torch's limit of graphs for one piece of code becomes 64, where it is less, for blocks of all widths share it:
+        each is compiled for adapters and without, with gradients and without, and for two numbers of rows at least.
         """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+        self.records_graphs = options.get("mode") in CUDA_GRAPHS
         if how == "full":
             self.network.compile(**options)
             return

@@ -1,13 +1,15 @@
 """What a network is given besides the latent and the time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.weak import WeakIdKeyDictionary
 
 Inputs = Mapping[str, Tensor]  # by name, a row an image
+_HOST_COPIES: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,25 @@ class Conditioning:
 
     def repeat(self, count: int) -> "Conditioning":
         """Every row `count` times, one after the other: a a b b."""
-        return self[torch.arange(len(self)).repeat_interleave(count)]
+        return Conditioning(
+            positive={name: value.repeat_interleave(count, 0) for name, value in self.positive.items()},
+            negative={name: value.repeat_interleave(count, 0) for name, value in self.negative.items()},
+        )
 
     def inputs(self, kinds: str) -> dict[str, Tensor]:
         """The tensors under `+` (positive), `-` (negative), or `-+` (both, stacked in that order)."""
-        return stack([self.positive if kind == "+" else self.negative for kind in kinds])
+        return stack([self.of(kind) for kind in kinds])
+
+    def of(self, kind: str) -> Inputs:
+        """The tensors under `+` (positive) or `-` (negative)."""
+        return self.positive if kind == "+" else self.negative
+
+
+def host_copy(mask: Tensor) -> Tensor:
+    """A mask on the host, for which a device is waited for once: the inputs of a run's steps are the same tensors."""
+    if mask not in _HOST_COPIES:
+        _HOST_COPIES[mask] = mask.cpu()
+    return _HOST_COPIES[mask]
 
 
 def join(parts: Sequence[Conditioning]) -> Conditioning:

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from stepfuse.data.devices import without_autocast
 from stepfuse.data.library_messages import TRUNCATION, without_messages
 from stepfuse.fuse.backbones import autoencoder
 from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
@@ -172,7 +173,7 @@ class FlowTransformer(Backbone):
             mask = torch.ones(found[self.inputs[0]].shape[:2], dtype=torch.bool, device=device)
             return {name: found.get(name, mask) for name in self.inputs}
         self.check_can_encode()
-        with without_messages(*TRUNCATION):  # `prompt_length` reports it
+        with without_messages(*TRUNCATION), without_autocast(device):  # `prompt_length` reports truncation
             embed = self.embed_negative if prefix else self.embed
             return dict(zip(self.inputs, embed(list(prompts), device), strict=True))
 
@@ -190,10 +191,10 @@ class FlowTransformer(Backbone):
         return x.to(dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
 
     def decode_unclamped(self, latents: Latents) -> Pixels:
-        return autoencoder.decode(self.pipeline.vae, latents)
+        return autoencoder.decode(self.pipeline.vae, latents, at_once=self.decode_batch_size)
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
-        return autoencoder.encode(self.pipeline.vae, pixels, generators)
+        return autoencoder.encode(self.pipeline.vae, pixels, generators, at_once=self.decode_batch_size)
 
 
 def network_dtype(network: Any) -> torch.dtype:

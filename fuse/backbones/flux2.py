@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from transformers import ProcessorMixin
 
-from stepfuse.data.library_messages import retrieve_latents
+from stepfuse.fuse.backbones.autoencoder import encoder_input, run_decoder, run_encoder
 from stepfuse.fuse.backbones.base import Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
@@ -105,12 +104,12 @@ class Flux2(FlowTransformer):
         vae = self.pipeline.vae
         mean, deviation = self._statistics(latents)
         z = pixel_shuffle(latents * deviation + mean, PATCH)
-        return vae.decode(z.to(vae.dtype), return_dict=False)[0].float()
+        return run_decoder(vae, z, self.decode_batch_size)
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
         vae = self.pipeline.vae
-        encoded = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)))
-        patches = pixel_unshuffle(retrieve_latents(encoded, generator=generators).float(), PATCH)
+        images = encoder_input(vae, pixels)
+        patches = pixel_unshuffle(run_encoder(vae, images, generators, self.decode_batch_size), PATCH)
         mean, deviation = self._statistics(patches)
         return (patches - mean) / deviation
 

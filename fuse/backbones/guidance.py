@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.names import nearest
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
 
@@ -97,7 +98,7 @@ class Guidance:
             return [e_c for _, e_c in positive]
         if self.shares:
             (e_u,) = negative
-            negative = [e_u if b.rows is None else e_u[b.rows.to(e_u.device)] for b, _ in positive]
+            negative = [e_u if b.rows is None else e_u[to_device(b.rows, e_u.device)] for b, _ in positive]
         return [guide(e_u, e_c, self.scale) for e_u, (_, e_c) in zip(negative, positive, strict=True)]
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from stepfuse.data.library_messages import retrieve_latents
-from stepfuse.fuse.backbones.autoencoder import statistics
+from stepfuse.fuse.backbones.autoencoder import encoder_input, run_decoder, run_encoder, statistics
 from stepfuse.fuse.backbones.base import Pixels
-from stepfuse.fuse.backbones.conditioning import Inputs
+from stepfuse.fuse.backbones.conditioning import Inputs, host_copy
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.backbones.qwen_image_names import QwenImageNames
@@ -89,8 +87,7 @@ class QwenImage(FlowTransformer):
             hidden_states=pack(x_t),
             timestep=times / 1000,
             encoder_hidden_states=given["prompt_embeds"],
-            # attention without a mask is faster, and worth the wait for the device that looking costs
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states_mask=None if host_copy(mask).all() else mask,  # without one attention is faster
             img_shapes=[[tokens]] * len(x),
             return_dict=False,
         )[0]
@@ -110,12 +107,12 @@ class QwenImage(FlowTransformer):
         vae = self.pipeline.vae
         mean, deviation = statistics(vae, latents)
         frames = (latents * deviation + mean).unsqueeze(2)
-        return vae.decode(frames.to(vae.dtype), return_dict=False)[0][:, :, 0].float()
+        return run_decoder(vae, frames, self.decode_batch_size)[:, :, 0]
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
         vae = self.pipeline.vae
-        frames = VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)).unsqueeze(2)
-        z = retrieve_latents(vae.encode(frames), generator=generators)[:, :, 0].float()
+        frames = encoder_input(vae, pixels).unsqueeze(2)
+        z = run_encoder(vae, frames, generators, self.decode_batch_size)[:, :, 0]
         mean, deviation = statistics(vae, z)
         return (z - mean) / deviation
 

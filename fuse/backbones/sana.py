@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
+from stepfuse.fuse.backbones.autoencoder import encoder_input, run_encoder
 from stepfuse.fuse.backbones.base import Pixels, Shape
 from stepfuse.fuse.backbones.conditioning import Inputs
 from stepfuse.fuse.backbones.flow import FlowTransformer, as_prediction, check_not_float16
@@ -96,8 +96,9 @@ class Sana(FlowTransformer):
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
         """See `Backbone.encode_pixels`; this autoencoder has no randomness."""
         vae: Any = self.pipeline.vae
-        z = vae.encode(VaeImageProcessor.normalize(pixels.to(vae.device, vae.dtype)), return_dict=False)[0]
-        return z.float() * vae.config.scaling_factor
+        images = encoder_input(vae, pixels)
+        z = run_encoder(vae, images, None, self.decode_batch_size, lambda encoded, generator: encoded.latent)
+        return z * vae.config.scaling_factor
 
 
 def euler_of(scheduler: SchedulerMixin) -> SchedulerMixin:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from stepfuse.data.devices import without_autocast
 from stepfuse.data.library_messages import TRUNCATION, without_messages
 from stepfuse.fuse.backbones import autoencoder
 from stepfuse.fuse.backbones.base import Backbone, Pixels, Shape
@@ -102,10 +103,11 @@ class StableDiffusion(Backbone):
         zeros = absent & (negative is None and bool(self.pipeline.config.get("force_zeros_for_empty_prompt")))
         if positive is None or (negative is None and not bool(zeros.all())):
             self.check_can_encode()
-        with without_messages(*TRUNCATION):  # `prompt_length` reports it
+        device = device or self.device
+        with without_messages(*TRUNCATION), without_autocast(device):  # `prompt_length` reports truncation
             found = self.pipeline.encode_prompt(
                 prompt=None if prompts is None else list(prompts),
-                device=device or self.device,
+                device=device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
                 negative_prompt=None if bool(absent.all()) else [text or "" for text in negatives],
@@ -127,10 +129,10 @@ class StableDiffusion(Backbone):
         return output.to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
     def decode_unclamped(self, latents: Latents) -> Pixels:
-        return autoencoder.decode(self.pipeline.vae, latents)
+        return autoencoder.decode(self.pipeline.vae, latents, at_once=self.decode_batch_size)
 
     def encode_pixels(self, pixels: Pixels, generators: Generators) -> Latents:
-        return autoencoder.encode(self.pipeline.vae, pixels, generators)
+        return autoencoder.encode(self.pipeline.vae, pixels, generators, at_once=self.decode_batch_size)
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from stepfuse.fuse.backbones.conditioning import Inputs
+from stepfuse.data.devices import to_device
+from stepfuse.fuse.backbones.conditioning import Inputs, host_copy
 from stepfuse.fuse.backbones.flow import FlowTransformer
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.backbones.z_image_names import ZImageNames
@@ -100,8 +101,11 @@ class ZImage(FlowTransformer):
         """The network is told 1 - sigma, and predicts x_0 - e."""
         x_t, given = self.in_network_type(x, inputs)
         mask = given["prompt_embeds_mask"].bool()
-        prompts = given["prompt_embeds"][mask].split(mask.sum(1).tolist())  # lists need their lengths on the host
+        prompts = [
+            embeds[to_device(kept.nonzero().flatten(), embeds.device)]
+            for embeds, kept in zip(given["prompt_embeds"], host_copy(mask), strict=True)
+        ]
         output = (self.network if network is None else network)(
-            list(x_t.unsqueeze(2)), (1000 - times) / 1000, list(prompts), return_dict=False
+            list(x_t.unsqueeze(2)), (1000 - times) / 1000, prompts, return_dict=False
         )[0]
         return -torch.stack(output).squeeze(2).to(torch.promote_types(x.dtype, torch.float32))

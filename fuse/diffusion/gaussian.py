@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
+
+from stepfuse.data.devices import on_host, to_device
 
 Generators = torch.Generator | list[torch.Generator] | None
 Latents = Float[Tensor, "batch *shape"]
@@ -33,13 +36,14 @@ class Gaussian:
 
     def sample(self, generator: Generators = None) -> Latents:
         """x = m + sqrt(v) n, n ~ N(0, I); one generator a sample makes a draw independent of its batch."""
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        noise = standard_normal(self.mean.shape, generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + root(self.variance) * noise
 
     def log_prob(self, x: Latents) -> Float[Tensor, " batch"]:
         """log p(x) = -|x - m|² / (2v) - (D/2) log(2πv), in nats: the sum over all D dimensions, never their mean.
 
-        A ValueError where a variance is 0, for there is no density then.
+        A ValueError where a variance is 0, for there is no density then; on a GPU, where reading it would make the host
+        wait, NaN or infinite.
         """
         self._require_density("log_prob")
         log_two_pi_v = (2 * torch.pi * self.variance).log()
@@ -49,7 +53,7 @@ class Gaussian:
     def kl(self, other: "Gaussian") -> Float[Tensor, " batch"]:
         """KL(self ‖ other) = Σ_d [ (m - m')² / v' + v / v' - 1 - log(v / v') ] / 2, in nats.
 
-        A ValueError where a variance of either is 0.
+        A ValueError where a variance of either is 0; on a GPU NaN or infinite.
         """
         self._require_density("kl")
         other._require_density("kl")
@@ -58,7 +62,7 @@ class Gaussian:
         return terms.reshape(len(terms), -1).sum(1)
 
     def _require_density(self, what: str) -> None:
-        if not bool((self.variance > 0).all()):
+        if on_host(self.variance) and not bool((self.variance > 0).all()):
             raise ValueError(
                 f"{what} of a Gaussian of variance {self.variance.min().item():g}: a deterministic step "
                 "(eta 0, or the last step of a scheduler that ends on alpha 1) has no density"
@@ -70,6 +74,8 @@ def product(
     exponents: Float[Tensor, "experts"] | Float[Tensor, "experts batch"],
     *,
     relative_variances: Float[Tensor, "experts"] | None = None,
+    deterministic: bool | None = None,
+    in_order: bool = False,
 ) -> Gaussian:
     """The normalised weighted product of densities, p* ∝ Π p_i^(a_i) (MSDDA, arXiv:2604.14379).
 
@@ -82,33 +88,65 @@ def product(
         experts: the Gaussians p_i, of one shape.
         exponents: a_i, one an expert, or one an expert and sample.
         relative_variances: r_i, needed where variances are 0 and differ in their limit; 1 if not given.
+        deterministic: whether every variance is 0, or none; by default the variances are read, for which the host
+            waits where they are on a GPU.
+        in_order: see `total`.
 
     Raises:
-        ValueError: for a precision that is not positive, or zero variances beside non-zero ones.
+        ValueError: for a precision that is not positive, where it is on the host; and for zero variances beside
+            non-zero ones, if they are read.
     """
     if not experts:
         raise ValueError("product of no experts: give at least one Gaussian")
     means = [expert.mean for expert in experts]
     a = _columns(exponents, len(experts), means[0])
     variances = torch.stack(torch.broadcast_tensors(*[expert.variance for expert in experts]))
-    v, zero = variances, variances == 0
-    if zero.any():
-        if not zero.all():
-            raise ValueError(
-                "product of deterministic and random steps: some variances are 0 and some are not "
-                f"(smallest {variances.min().item():g}, largest {variances.max().item():g}); "
-                "use eta 0 for all objectives or for none"
-            )
-        v = _limit(relative_variances, variances)
-    precision = (a / v).sum(0)
-    if not bool((precision > 0).all()):
+    if deterministic is None:
+        deterministic = all_zero(variances)
+    v = _limit(relative_variances, variances) if deterministic else variances
+    precision = total(a / v, in_order=in_order)
+    if on_host(precision) and not bool((precision > 0).all()):
         raise ValueError(
             f"the fused precision 1/v* is {precision.min().item():g} and must be positive: "
             f"exponents {_numbers(exponents)} extrapolate too far for these variances"
         )
     variance = 1 / precision
     mean = variance * sum(a[i] / v[i] * means[i] for i in range(len(experts)))
-    return Gaussian(mean=mean, variance=torch.zeros_like(variance) if zero.any() else variance)
+    return Gaussian(mean=mean, variance=torch.zeros_like(variance) if deterministic else variance)
+
+
+def total(values: Float[Tensor, "terms ..."], *, in_order: bool) -> Float[Tensor, "..."]:
+    """Σ_i x_i over the first dimension; `in_order` one after the other.
+
+    The order in which torch adds five or more depends on the other dimensions, so that the last bits of an image would
+    depend on its batch.
+    """
+    return reduce(torch.add, values.unbind(0)) if in_order else values.sum(0)
+
+
+def all_zero(variances: Tensor) -> bool:
+    """Whether all variances are 0, or none is; a ValueError for some."""
+    zero = variances == 0
+    if bool(zero.any()) and not bool(zero.all()):
+        raise ValueError(
+            "product of deterministic and random steps: some variances are 0 and some are not "
+            f"(smallest {variances.min().item():g}, largest {variances.max().item():g}); "
+            "use eta 0 for all objectives or for none"
+        )
+    return bool(zero.all())
+
+
+def standard_normal(
+    shape: Sequence[int], generator: Generators, *, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "..."]:
+    """Numbers of N(0, 1), drawn where the generators are, one generator for all samples or one a sample.
+
+    Those of generators on the CPU are the same on every device, and go to a GPU without a wait of the host.
+    """
+    first = generator[0] if isinstance(generator, list) else generator
+    drawn_on = device if first is None or first.device.type != "cpu" else first.device
+    noise = randn_tensor(tuple(shape), generator=generator, device=drawn_on, dtype=dtype)
+    return to_device(noise, device)
 
 
 def root(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.diffusion.configuration import check_configuration
 from stepfuse.fuse.diffusion.gaussian import Latents, at_least_float32, per_sample
 from stepfuse.fuse.diffusion.schedulers import SCHEDULER_EXPECTED, SCHEDULER_HANDLED, DiscretePrediction, as_ddim
@@ -151,8 +152,8 @@ class TablePath(NoisePath):
         key = like.device, at_least_float32(like).dtype
         if key not in self._copies:  # copied once: small copies at every step would keep a GPU waiting
             with torch.inference_mode(False):  # kept longer than the mode they are first asked for in
-                self._copies[key] = self.alpha.to(*key), self.sigma.to(*key)
-        index = t if isinstance(t, int) else torch.as_tensor(t, device=like.device)
+                self._copies[key] = to_device(self.alpha, *key), to_device(self.sigma, *key)
+        index = t if isinstance(t, int) else to_device(torch.as_tensor(t), like.device)
         alpha, sigma = self._copies[key]
         return per_sample(alpha[index], like), per_sample(sigma[index], like)
 
@@ -206,7 +207,7 @@ class FlowPath(NoisePath):
     def at(self, t: Time, like: Tensor) -> tuple[Tensor, Tensor]:
         dtype = at_least_float32(like).dtype
         if isinstance(t, Tensor):
-            sigma = per_sample(t.to(like.device, torch.float64), like)
+            sigma = per_sample(to_device(t, like.device, torch.float64), like)
             return (1 - sigma).to(dtype), sigma.to(dtype)
         # filled in on the device: a copy from the host at every step would keep a GPU waiting
         shape = [1] * like.ndim

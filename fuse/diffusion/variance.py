@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import on_host, to_device
 from stepfuse.fuse.diffusion.gaussian import at_least_float32, per_sample
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 
@@ -150,7 +151,7 @@ class TableSchedule(VarianceSchedule):
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         row = (_starts(path, len(self.etas)) >= path.share(t)[:, None]).sum(1) - 1
         etas = torch.tensor(self.etas, dtype=torch.float64)[row.clamp(0, len(self.etas) - 1)]
-        return per_sample(etas.square(), like).to(like.device, at_least_float32(like).dtype)
+        return to_device(per_sample(etas.square(), like), like.device, at_least_float32(like).dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,7 @@ class LearnedSchedule(VarianceSchedule):
         object.__setattr__(self, "offsets", offsets)
         if offsets.ndim != 1 or len(offsets) < 2:
             raise ValueError(f"learned schedule with offsets of shape {tuple(offsets.shape)}; expected 2 knots or more")
-        if not bool(torch.isfinite(offsets.detach()).all()):
+        if on_host(offsets) and not bool(torch.isfinite(offsets.detach()).all()):
             raise ValueError(f"learned schedule with offsets {offsets.tolist()}; expected finite numbers")
         if self.eta == 0:
             raise ValueError("learned schedule on eta 0: there is no variance to scale; use an eta above 0")
@@ -209,10 +210,10 @@ class LearnedSchedule(VarianceSchedule):
     def relative(self, path: NoisePath, t: Time, s: Time, like: Tensor) -> Tensor:
         dtype = at_least_float32(like).dtype
         like = like.new_zeros([1] * like.ndim, dtype=torch.float64)
-        position = (path.share(t) * (len(self.offsets) - 1)).to(like)
+        position = to_device(path.share(t) * (len(self.offsets) - 1), like.device, like.dtype)
         low = position.floor().clamp(max=len(self.offsets) - 2).long()
         fraction = position - low
-        offsets = self.offsets.to(like)
+        offsets = to_device(self.offsets, like.device, like.dtype)
         offset = offsets[low] * (1 - fraction) + offsets[low + 1] * fraction
         growth = per_sample(offset.exp(), like)
         p = self.eta**2 * (1 - correlation(path, t, s, like) ** 2)

@@ -10,8 +10,10 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.tuners.lora.variants import DoraConv2dVariant, DoraLinearVariant
 from torch import Tensor, nn
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.lora.layers import check_exist, is_among
 from stepfuse.fuse.lora.mixture import BASE, Network
+from stepfuse.fuse.lora.routes import FixedRoutes, RecentRoutes
 from stepfuse.fuse.lora.stack import LoRAStack, Route
 
 S = TypeVar("S", bound=nn.Module)
@@ -36,7 +38,8 @@ class BatchedAdapters:
         self.names = tuple(names)
         self.route: Route | None = None
         self._merged: Network | None = None
-        self._fixed: Any = None  # a Route with all of its tensors
+        self._fixed: FixedRoutes | None = None  # a module of the network, which moves it
+        self._recent: RecentRoutes[Route] = RecentRoutes()
         layers = {k: m for k, m in network.named_modules() if isinstance(m, LoraLayer)}
         check_exist(layers.values(), names)
         for path, layer in layers.items():
@@ -66,42 +69,58 @@ class BatchedAdapters:
             ValueError: for a merged DoRA, which is not linear in its weight.
         """
         if self._fixed is not None:
-            return self._fixed_route(networks)
+            return self._fixed_route(tuple(networks), device)
         base = next((i for i, network in enumerate(networks) if network != BASE), len(networks))
-        adapted = networks[base:]
-        if not _merge_of(adapted):
-            return Route(base=base, experts=self._indices(adapted).to(device))
-        if adapted[0].cacheable and len(set(adapted)) == 1 and self._can_merge(device):
+        adapted = tuple(networks[base:])
+        merge = _merge_of(adapted)
+        if merge and adapted[0].cacheable and len(set(adapted)) == 1 and self._can_merge(device):
             self._merge(adapted[0], device)
             return Route(base=base, merged=True)
-        return replace(self._mixture_route(adapted, device), base=base)
+        make = self._mixture_route if merge else self._expert_route
+        route = self._recent.get((adapted, device, self._stacks[0].up.dtype), lambda: make(adapted, device))
+        return replace(route, base=base)
+
+    def _expert_route(self, networks: Sequence[Network], device: torch.device) -> Route:
+        return Route(base=0, experts=to_device(self._indices(networks), device))
 
     def _mixture_route(self, merged: Sequence[Network], device: torch.device) -> Route:
         up, down = self._coefficients(merged)
         used = up.any(0).nonzero().flatten()
         used = used if len(used) else torch.tensor([0])
-        up, down = (values[:, used].to(device, self._stacks[0].up.dtype) for values in (up, down))
-        return Route(base=0, up=up, down=down if _merge_of(merged) == "factors" else None, used=used.to(device))
+        up, down = (to_device(values[:, used], device, self._stacks[0].up.dtype) for values in (up, down))
+        down_or_none = down if _merge_of(merged) == "factors" else None
+        return Route(base=0, up=up, down=down_or_none, used=to_device(used, device))
 
     def fix(self, rows: int, device: torch.device) -> None:
         """Keep routes of up to `rows` rows in the same tensors, so that a compiled network is not compiled again.
 
         Other adapters or mixtures are then other values, and no CUDA graph is recorded again.
         """
-        up, down = (torch.zeros(rows, len(self.names), device=device, dtype=self._stacks[0].up.dtype) for _ in range(2))
-        self._fixed = Route(base=0, experts=torch.zeros(rows, dtype=torch.int64, device=device), up=up, down=down)
+        self._fix(rows, device)
 
-    def _fixed_route(self, networks: Sequence[Network]) -> Route:
-        if len(networks) > len(self._fixed.experts):
-            self.fix(len(networks), self._fixed.experts.device)
-        fixed, merge = self._fixed, _merge_of(networks)
+    def _fix(self, rows: int, device: torch.device) -> FixedRoutes:
+        first = self._stacks[0]
+        self._fixed = FixedRoutes(rows, len(self.names), device=device, dtype=first.up.dtype)
+        first.add_module("fixed_routes", self._fixed)
+        return self._fixed
+
+    @property
+    def fixed(self) -> bool:
+        """Whether routes are kept in the same tensors."""
+        return self._fixed is not None
+
+    def _fixed_route(self, networks: tuple[Network, ...], device: torch.device) -> Route:
+        fixed = self._fixed
+        assert fixed is not None
+        # An offloaded network comes to the device after its route, and brings along what is not there yet.
+        if len(networks) > fixed.rows or fixed.experts.device != device:
+            fixed = self._fix(max(len(networks), fixed.rows), device)
+        merge = _merge_of(networks)
         if not merge:
-            fixed.experts[: len(networks)].copy_(self._indices(networks))
-            return replace(fixed, up=None, down=None)
-        up, down = self._coefficients(networks)
-        fixed.up[: len(up)].copy_(up)
-        fixed.down[: len(down)].copy_(down)
-        return replace(fixed, experts=None, down=fixed.down if merge == "factors" else None)
+            fixed.write(["experts"], networks, lambda: [self._indices(networks)])
+            return Route(base=0, experts=fixed.experts)
+        fixed.write(["up", "down"], networks, lambda: self._coefficients(networks))
+        return Route(base=0, up=fixed.up, down=fixed.down if merge == "factors" else None)
 
     def release(self) -> None:
         """Give back the memory of merged weights."""

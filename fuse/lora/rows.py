@@ -16,9 +16,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.lora.batched import add_stack, check_batched_layer
 from stepfuse.fuse.lora.layers import check_exist
 from stepfuse.fuse.lora.mixture import Network
+from stepfuse.fuse.lora.routes import RecentRoutes
 
 RowWeights = Float[Tensor, "rows adapters"]
 
@@ -44,6 +46,7 @@ class AdapterRows:
     ) -> None:
         self.network, self.names = network, tuple(names)
         self.route: RowWeights | None = None
+        self._recent: RecentRoutes[RowWeights] = RecentRoutes()
         layers = {path: module for path, module in network.named_modules() if isinstance(module, LoraLayer)}
         check_exist(layers.values(), names)
         remedy = "train with lora_target_modules that leave it out"
@@ -60,9 +63,14 @@ class AdapterRows:
 
     def route_of(self, networks: Sequence[Network], device: torch.device) -> RowWeights:
         """The weights of each row's adapters, in the network's precision and at least float32."""
-        rows = [dict(network.weights) for network in networks]
         dtype = torch.promote_types(next(self.network.parameters()).dtype, torch.float32)
-        return torch.tensor([[row.get(name, 0.0) for name in self.names] for row in rows], device=device, dtype=dtype)
+
+        def make() -> RowWeights:
+            rows = [dict(network.weights) for network in networks]
+            weights = torch.tensor([[row.get(name, 0.0) for name in self.names] for row in rows], dtype=dtype)
+            return to_device(weights, device)
+
+        return self._recent.get((tuple(networks), device, dtype), make)
 
     @contextmanager
     def routed(self, route: RowWeights) -> Iterator[None]:
@@ -73,8 +81,13 @@ class AdapterRows:
         finally:
             self.route = before
 
+    @property
+    def fixed(self) -> bool:
+        """Never: its routes are plain tensors."""
+        return False
+
     def fix(self, rows: int, device: torch.device) -> None:
-        """Nothing: its routes are plain tensors."""
+        """Nothing, see `fixed`."""
 
     def release(self) -> None:
         """Nothing: it keeps no merged weights."""
@@ -104,7 +117,7 @@ class _WeightedRows(nn.Module):
         base = layer.get_base_layer()
         down = torch.cat([layer.lora_A[name].weight for _, name in self._columns])
         up = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for _, name in self._columns], dim=1)
-        w = torch.cat([weights[:, [c]].expand(-1, layer.r[name]) for c, name in self._columns], dim=1)
+        w = torch.cat([weights[:, c : c + 1].expand(-1, layer.r[name]) for c, name in self._columns], dim=1)
         x = x.to(down.dtype)
         if down.ndim == 4:
             inner = functional.conv2d(x, down, None, base.stride, base.padding)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents
 from stepfuse.fuse.lora.mixture import Rows
 from stepfuse.fuse.rules.base import FusionRule
@@ -79,4 +80,4 @@ class CoDe(FusionRule, BestOfNOptions):
             if bool(w.any()):
                 total += w * reward(clean, images).detach().cpu().double() / scale
         best = total.reshape(-1, self.candidates).argmax(1)
-        return (best + torch.arange(len(best)) * self.candidates).to(clean.device)
+        return to_device(best + torch.arange(len(best)) * self.candidates, clean.device)

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.mixture import BASE, Network, Rows
@@ -45,6 +47,10 @@ class Plan:
         strength: λ.
         guidance_interval: (begin, end) as shares of the steps, outside of which there is no guidance.
         gaps: KL( product ‖ soup ) of each step and image in nats, from the set's gap profile, for rules that use it.
+        tabulated: Whether variances are computed once, for all steps, from schedules that are on the host. False for
+            stored steps of training, of which a plan has one, and which are random.
+        batch_invariant: Whether an image is computed in the same way whatever others the batch holds: without the
+            shortcut for a batch of one expert, which saves rounding.
 
     Raises:
         ValueError: For an interval that is empty or not within [0, 1].
@@ -60,6 +66,9 @@ class Plan:
     strength: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     gaps: Float[Tensor, "steps batch"] | None = None
+    tabulated: bool = True
+    batch_invariant: bool = False
+    _variances: dict[Any, Tensor] = field(default_factory=dict, repr=False)  # not of images, so of parts of a plan too
 
     def __post_init__(self) -> None:
         begin, end = self.guidance_interval
@@ -81,6 +90,50 @@ class Plan:
         """a_i = λ w_i, and 1 - λ for the base, float64, in the order of `experts`."""
         base = torch.full_like(self.weights[:, :1], 1 - self.strength)
         return torch.cat([self.strength * self.weights, base], 1)
+
+    @cached_property
+    def has_table(self) -> bool:
+        """Whether a step takes its variances from `variances`, which have no gradient; not if schedules have one."""
+        parameters = [value for expert in self.experts for value in expert.schedule.trainable().values()]
+        return self.tabulated and not any(value.requires_grad for value in parameters)
+
+    @cached_property
+    def _exponents(self) -> dict[Any, Tensor]:
+        return {}
+
+    def exponents_on(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "steps experts batch"]:
+        """`exponents` on a device, where they stay for the run."""
+        if (device, dtype) not in self._exponents:
+            with torch.inference_mode(False):  # kept longer than the mode they are first asked for in
+                self._exponents[device, dtype] = to_device(self.exponents, device, dtype)
+        return self._exponents[device, dtype]
+
+    def variances(self, expert: Expert, device: torch.device | str, dtype: torch.dtype) -> Float[Tensor, " steps"]:
+        """v of an expert at each step, in squared latent units, on a device, where they stay for the run."""
+        key = expert, torch.device(device), dtype
+        if key not in self._variances:
+            with torch.inference_mode(False), torch.no_grad():  # kept longer than the mode they are first asked for in
+                here = self._steps_of(expert, dtype) if key[1].type == "cpu" else self.variances(expert, "cpu", dtype)
+                self._variances[key] = to_device(here, device)
+        return self._variances[key]
+
+    def _steps_of(self, expert: Expert, dtype: torch.dtype) -> Float[Tensor, " steps"]:
+        like, path = torch.zeros(1, 1, dtype=dtype), self.path
+        steps = [(t, s, expert.schedule.relative(path, t, s, like)) for t, s in self.steps]
+        return torch.cat([(r * path.ancestral_variance(t, s, like)).reshape(1) for t, s, r in steps])
+
+    def check_variances(self) -> None:
+        """Check before a run that no expert's variance is outside [0, sigma_s²]; a ValueError names expert and step."""
+        largest = torch.cat([self.path.at(s, torch.zeros(1, dtype=torch.float64))[1] ** 2 for _, s in self.steps])
+        for expert in self.experts:
+            v = self.variances(expert, "cpu", torch.float64)
+            outside = ~((v >= 0) & (v <= largest * (1 + 1e-6)))
+            if bool(outside.any()):
+                k = int(outside.nonzero()[0])
+                raise ValueError(
+                    f"the variance schedule of {expert.name!r} gives a step variance of {v[k].item():g} at step "
+                    f"{k + 1} of {len(self.steps)}, where the path allows 0 to sigma_s² = {largest[k].item():g}"
+                )
 
     def is_guided(self, step_index: int) -> bool:
         """Whether there is guidance at a step: where begin ≤ k / T < end."""

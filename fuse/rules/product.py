@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, product
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, product, total
 from stepfuse.fuse.lora.mixture import Network, Rows
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.checks import check_strength
@@ -39,9 +39,10 @@ def soup_weights(step: FusionStep) -> Float[Tensor, "experts batch"]:
     u = exponents / scale[:, None]
     # Times alpha_t, which is 0 where flow matching starts.
     k = alpha_t * (sigma_s**2 - r * ancestral).clamp(min=0).sqrt() - alpha_s * sigma_t
-    shares = u / u.sum(0) * k[:, None]
-    total = shares.sum(0)
-    return torch.where(total < 0, shares / total, torch.nan)
+    in_order = step.plan.batch_invariant
+    shares = u / total(u, in_order=in_order) * k[:, None]
+    whole = total(shares, in_order=in_order)
+    return torch.where(whole < 0, shares / whole, torch.nan)
 
 
 class Base(FusionRule):
@@ -178,10 +179,17 @@ class Oracle(ProductLaw):
 def fuse_predictions(step: FusionStep, experts: Sequence[Expert], predictions: Sequence[Latents]) -> Gaussian:
     """The product of experts with the step's exponents."""
     gaussians = [step.transition(e, step.variance(i)) for e, i in zip(predictions, experts, strict=True)]
-    exponents = step.exponents(experts)
-    if len(gaussians) == 1 and bool((exponents == 1).all()):
+    if len(gaussians) == 1 and not step.plan.batch_invariant and bool((step.exponents(experts) == 1).all()):
         return gaussians[0]
-    return product(gaussians, exponents, relative_variances=step.relative_variances(experts))
+    deterministic = step.is_deterministic(experts)
+    relative = None if deterministic is False else step.relative_variances(experts)
+    return product(
+        gaussians,
+        step.device_exponents(experts),
+        relative_variances=relative,
+        deterministic=deterministic,
+        in_order=step.plan.batch_invariant,
+    )
 
 
 def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
@@ -193,5 +201,5 @@ def gated(step: FusionStep, soup: Bool[Tensor, " batch"]) -> Gaussian:
     rows = [((a != 0) & ~soup).nonzero().flatten() for a in step.exponents(used)]
     rows += [soup.nonzero().flatten()[some] for _, some in soups]
     predictions = step.predict([*(expert.network for expert in used), *(network for network, _ in soups)], rows)
-    shared = sum(predictions[len(used) :], torch.zeros(()).to(step.x_t))
+    shared = sum(predictions[len(used) :], step.x_t.new_zeros(()))
     return fuse_predictions(step, used, [e + shared for e in predictions[: len(used)]])

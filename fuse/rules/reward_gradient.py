@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.nn import functional
 
+from stepfuse.data.devices import to_device
 from stepfuse.data.settings_fields import setting
 from stepfuse.fuse.diffusion.gaussian import Gaussian, per_sample
 from stepfuse.fuse.rules.base import FusionRule
@@ -39,11 +40,12 @@ class RewardGradientGuidance(FusionRule):
         clean, _ = step.plan.path.clean_and_noise(step.x_t, prediction, step.t)
         total = torch.zeros_like(clean)
         for objective, score in zip(step.plan.objectives, step.rewards, strict=True):
-            weight = step.weight(objective).to(clean)
+            weight = step.weight(objective)
             if bool(weight.any()):
                 with torch.enable_grad():
                     x_0 = clean.detach().requires_grad_()
                     (gradient,) = torch.autograd.grad(score(x_0, step.images).sum(), x_0)
+                weight = to_device(weight, clean.device, clean.dtype)
                 total += per_sample(weight, clean) * functional.normalize(gradient, dim=1)
         k = step.step_index * 50 / len(step.plan.steps)
         scale = min((1 + self.growth) ** k - 1, 1.0)

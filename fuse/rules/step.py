@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, per_sample
+from stepfuse.data.devices import on_host, to_device
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Latents, all_zero, at_least_float32, per_sample
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.diffusion.transition import transition
 from stepfuse.fuse.lora.mixture import Network, Rows
@@ -62,6 +63,11 @@ class FusionStep:
         all_experts = self.plan.exponents[self.step_index]
         return all_experts if experts is None else all_experts[[self.plan.experts.index(e) for e in experts]]
 
+    def device_exponents(self, experts: Sequence[Expert]) -> Float[Tensor, "experts batch"]:
+        """a_i of experts at this step, on the device of x_t."""
+        table = self.plan.exponents_on(self.x_t.device, self._dtype)[self.step_index]
+        return torch.stack([table[self.plan.experts.index(expert)] for expert in experts])
+
     def weight(self, expert: Expert) -> Float[Tensor, " batch"]:
         """w_i of an objective or oracle at this step."""
         return self.plan.weights[self.step_index, self.plan.adapters.index(expert)]
@@ -72,6 +78,9 @@ class FusionStep:
 
     def variance(self, expert: Expert) -> Tensor:
         """v of an expert at this step, in squared latent units, broadcastable against x_t."""
+        if self.plan.has_table:
+            of_steps = self.plan.variances(expert, self.x_t.device, self._dtype)
+            return per_sample(of_steps[self.step_index], self.x_t)
         if expert not in self._variances:
             relative = expert.schedule.relative(self.plan.path, self.t, self.s, self.x_t)
             self._variances[expert] = relative * self._ancestral
@@ -84,6 +93,22 @@ class FusionStep:
     @cached_property
     def _ancestral(self) -> Tensor:
         return self.plan.path.ancestral_variance(self.t, self.s, self.x_t)
+
+    def is_deterministic(self, experts: Sequence[Expert]) -> bool | None:
+        """Whether all of these experts' variances are 0 at this step, or none is; a ValueError for some.
+
+        None where the variances themselves tell, on the host.
+        """
+        if not self.plan.has_table:
+            return None if on_host(self.x_t) else False
+        return all_zero(self._host_variances(experts))
+
+    def _host_variances(self, experts: Sequence[Expert]) -> Float[Tensor, " experts"]:
+        return torch.stack([self.plan.variances(each, "cpu", self._dtype)[self.step_index] for each in experts])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return at_least_float32(self.x_t).dtype
 
     def predict(self, networks: Sequence[Network], rows: Sequence[Rows] | None = None) -> list[Latents]:
         """Predictions at (x_t, t), each as large as x_t; with `rows` for these rows of x_t, and 0 elsewhere."""
@@ -106,7 +131,7 @@ class FusionStep:
         if rows is None:
             return prediction
         result = torch.zeros_like(self.x_t, dtype=prediction.dtype)
-        result[rows.to(prediction.device)] = prediction
+        result[to_device(rows, prediction.device)] = prediction
         return result
 
     def used_networks(self, experts: Sequence[Expert]) -> list[tuple[Network, Rows]]:
@@ -136,7 +161,7 @@ class FusionStep:
 
     def weighted(self, values: Sequence[Tensor]) -> Tensor:
         """Σ a_i x_i + (1 - Σ a_i) x_ref of values of the experts that `used` lists."""
-        exponents = self.exponents(self.used).to(values[0])
+        exponents = self.device_exponents(self.used)
         return reduce(torch.add, [per_sample(a, x) * x for a, x in zip(exponents, values, strict=True)])
 
     def transition(self, prediction: Latents, variance: Tensor) -> Gaussian:
@@ -150,10 +175,9 @@ class FusionStep:
 
     def select_expert(self, choice: Int[Tensor, " batch"]) -> Gaussian:
         """p_i(x_s | x_t) of one expert an image, by its index in `plan.experts`: the forwards of one model."""
-        variance = per_sample(self.x_t.new_zeros(len(self.x_t)), self.x_t)
+        variances = self._host_variances(self.plan.experts)[choice]
+        variance = per_sample(to_device(variances, self.x_t.device), self.x_t)
         indices = choice.unique().tolist()
         experts, rows = [self.plan.experts[i] for i in indices], [(choice == i).nonzero().flatten() for i in indices]
         predictions = self.predict([expert.network for expert in experts], rows)
-        for expert, chosen in zip(experts, rows, strict=True):
-            variance[chosen.to(self.x_t.device)] = self.variance(expert).to(variance)
         return self.transition(reduce(torch.add, predictions), variance)

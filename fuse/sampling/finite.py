@@ -38,7 +38,8 @@ def decode_finite(backbone: Backbone, latents: Latents, prompts: Sequence[str]) 
 
 
 def _not_finite(values: Float[Tensor, "batch *shape"]) -> list[int]:
-    return (~torch.isfinite(values).flatten(1).all(1)).nonzero().flatten().tolist()
+    finite = torch.isfinite(values).flatten(1).all(1).tolist()
+    return [row for row, whole in enumerate(finite) if not whole]
 
 
 def _named(rows: Sequence[int], prompts: Sequence[str]) -> str:

@@ -4,9 +4,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from stepfuse.fuse.backbones.base import Backbone
+from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint, check_path, same_base
+from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import INPUTS, load_base, register_inputs
 from stepfuse.fuse.backbones.registry import backbone_of
+from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.lora.mixture import BASE
 from stepfuse.fuse.sets.adapter import load_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 
@@ -35,3 +39,38 @@ def load_backbone(
     for adapter in adapter_set.all_adapters:
         load_adapter(backbone, adapter, fingerprint)
     return backbone
+
+
+def make_denoiser(
+    adapter_set: AdapterSet,
+    backbone: Backbone,
+    guidance: Guidance,
+    *,
+    batched: bool,
+    rows_at_once: int | None,
+    batch_invariant: bool,
+) -> Denoiser:
+    """The guided predictions of a set's base with its adapters on it.
+
+    Args:
+        batched: all adapters in one forward.
+        rows_at_once, batch_invariant: see `Denoiser`; by default an invariant forward has as many rows as one image at
+            most: of the base, of every adapter, and of the negative prompt.
+
+    Raises:
+        ValueError: for adapters that have no batched form.
+    """
+    names = [adapter.name for adapter in adapter_set.all_adapters]
+    router = BatchedAdapters(backbone.network, names, backbone.unbatched) if batched else None
+    if batch_invariant:
+        rows_at_once = rows_at_once or len(guidance.branches([BASE] * (1 + len(adapter_set.objectives))))
+        if router is not None:  # the LoRAs of every row are computed then, of the base's rows too
+            router.fix(rows_at_once, backbone.device)
+    return Denoiser(
+        backbone=backbone,
+        path=backbone.path(backbone.default_shape),
+        guidance=guidance,
+        batched=router,
+        rows_at_once=rows_at_once,
+        batch_invariant=batch_invariant,
+    )

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from torch import Tensor
 
 from stepfuse.data.names import nearest
+from stepfuse.fuse.backbones.autoencoder import upcast
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.base import FusionRule
@@ -251,6 +252,7 @@ class FusedPipeline:
         """Move or cast everything; `DiffusionPipeline.to`."""
         self.sampler.release()
         self.sampler.pipeline.to(*arguments, **options)
+        upcast(self.components.get("vae"))
         return self
 
     def enable_model_cpu_offload(self, *arguments: Any, **options: Any) -> None:

@@ -9,7 +9,9 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor
 
+from stepfuse.data.devices import to_device
 from stepfuse.fuse.backbones.base import Backbone, Shape
+from stepfuse.fuse.backbones.compilation import check_compilation
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Latents
@@ -47,6 +49,7 @@ class FusedPolicies:
         reward_scales: σ_i, the unit of each reward where rewards are weighed against each other.
         profiles: measured gaps between soup and product, for rules with a gate.
         trust_rewards: load rewards that are files of code or servers, if objectives name such.
+        reward_dtype: precision of the networks of rewards that are loaded.
     """
 
     objectives: tuple[Objective, ...]
@@ -61,6 +64,7 @@ class FusedPolicies:
     reward_scales: Mapping[str, float] = field(default_factory=dict)
     profiles: tuple[GapProfile, ...] = ()
     trust_rewards: bool = False
+    reward_dtype: torch.dtype = torch.float32
 
     @property
     def backbone(self) -> Backbone:
@@ -115,7 +119,9 @@ class FusedPolicies:
             weights=torch.cat([table, table.new_zeros(len(steps), len(self.oracles), count)], 1),
             strength=float(strength),
             guidance_interval=guidance_interval,
+            batch_invariant=self.denoiser.batch_invariant,
         )
+        plan.check_variances()
         rule, guidance = self.rule, self.denoiser.guidance
         used = plan.names_with_weight
         if rule.merges:
@@ -189,14 +195,16 @@ class FusedPolicies:
 
     def _predict_fn(self, plan: Plan, conditioning: Conditioning) -> PredictFn:
         """Guided predictions of a batch, and those without guidance at steps outside the plan's interval."""
-        unguided = replace(self.denoiser, guidance=replace(self.denoiser.guidance, source="off"))
+        guided = self.denoiser.for_run()
+        unguided = replace(guided, guidance=replace(guided.guidance, source="off"), _kept={})
+        rows_of = _ImageRows(conditioning)
         guided_times = {t for step_index, (t, _) in enumerate(plan.steps) if plan.is_guided(step_index)}
 
         def predict(
             x_t: Latents, t: Time, networks: Sequence[Network], images: Rows, rows: Sequence[Rows | None]
         ) -> list[Latents]:
-            used = self.denoiser if t in guided_times else unguided
-            return used.predictions(x_t, t, conditioning[images.to(x_t.device)], networks, rows)
+            used = guided if t in guided_times else unguided
+            return used.predictions(x_t, t, rows_of(images, x_t.device), networks, rows)
 
         return predict
 
@@ -205,30 +213,44 @@ class FusedPolicies:
         if self.rule.needs:
             raise ValueError(f"rule {self.rule.name} needs rewards, and those need prompts; use sample with prompts")
 
-    def compile(self, how: str = "regional", *, rows: int = 64, **options: Any) -> None:
+    def compile(self, how: str = "regional", *, mode: str = "default", rows: int = 64, **options: Any) -> None:
         """Compile the network and its batched adapters, in place.
 
         Weights, strengths, schedules and adapters in use are values to it: other ones compile nothing anew. A soup is
         another network than adapters one a row; and a second number of rows in a batch compiles once more, as a single
-        row does, but no third. Torch's limit of graphs for one piece of code becomes 64: blocks of all widths share it.
+        row does, but no third. Numbers of rows are multiples of the number of images denoised together, rows being
+        repeated where they are not, so that one batch has CUDA graphs for at most so many as an image has rows.
 
         Args:
             how: `regional` or `full`, see `Backbone.compile`.
+            mode: of `torch.compile`; `reduce-overhead` and `max-autotune` record CUDA graphs.
             rows: the most rows of a batch foreseen; more compile once more.
-            options: for `torch.compile`; on a GPU mode="reduce-overhead" (CUDA graphs) is faster.
+            options: others of `torch.compile`.
 
         Raises:
-            ValueError: for another word, or without batched forwards.
+            ValueError: for another word, CUDA graphs without a GPU, or without batched forwards.
         """
-        if how not in ("regional", "full"):
-            raise ValueError(f"compile {how!r}; expected regional or full")
+        check_compilation(how, mode, self.backbone.device.type)
         if self.denoiser.batched is None:
             raise ValueError("only batched forwards compile without doing so for each adapter; use forwards='batched'")
         self.denoiser.batched.fix(rows, self.backbone.device)
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-        self.backbone.compile(how, fullgraph=True, **options)
+        self.backbone.compile(how, fullgraph=True, **({} if mode == "default" else {"mode": mode}), **options)
 
     def release(self) -> None:
         """Give back the memory of a soup's merged weights, which stay for the next; in float32 soups have them."""
         if self.denoiser.batched:
             self.denoiser.batched.release()
+
+
+class _ImageRows:
+    """The conditioning of a batch by image. That of the images asked for last is kept: a run asks for the same."""
+
+    def __init__(self, conditioning: Conditioning) -> None:
+        self._all = conditioning
+        self._images, self._rows = torch.arange(len(conditioning)), conditioning
+
+    def __call__(self, images: Rows, device: torch.device) -> Conditioning:
+        if images is not self._images:
+            same = torch.equal(images, torch.arange(len(self._all)))
+            self._images, self._rows = images, self._all if same else self._all[to_device(images, device)]
+        return self._rows

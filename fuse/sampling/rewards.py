@@ -28,11 +28,18 @@ def check_trusted(objective: Objective, *, trusted: bool) -> None:
         )
 
 
-def reward_of(objective: Objective, rule: FusionRule, device: torch.device, *, trusted: bool = False) -> Reward:
+def reward_of(
+    objective: Objective,
+    rule: FusionRule,
+    device: torch.device,
+    *,
+    trusted: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
     """The reward an objective names, if it may and can be loaded."""
     check_trusted(objective, trusted=trusted)
     try:
-        return load_reward(objective.reward, device)
+        return load_reward(objective.reward, device, dtype)
     except ValueError as error:
         raise ValueError(
             f"rule {rule.name} needs the reward of objective {objective.name!r}: {error}; or pass it as rewards={{…}}"

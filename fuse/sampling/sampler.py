@@ -7,30 +7,29 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from stepfuse.data.images import to_image
 from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.fuse.backbones.denoiser import Denoiser
 from stepfuse.fuse.backbones.guidance import Guidance, Latents
 from stepfuse.fuse.backbones.prompt_length import warn_of_cuts
-from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators
-from stepfuse.fuse.lora.batched import BatchedAdapters
+from stepfuse.fuse.diffusion.gaussian import Gaussian, Generators, standard_normal
 from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
 from stepfuse.fuse.rules.run import AfterStep, image_generators
 from stepfuse.fuse.rules.step import FusionStep
 from stepfuse.fuse.rules.weights import Weights
+from stepfuse.fuse.sampling.batch_invariant import check_invariant, decode_each, encode_each
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, decode_finite
 from stepfuse.fuse.sampling.inputs import negative_prompts
-from stepfuse.fuse.sampling.load import load_backbone
+from stepfuse.fuse.sampling.load import load_backbone, make_denoiser
 from stepfuse.fuse.sampling.policies import FusedPolicies
 from stepfuse.fuse.sampling.rewards import reward_of
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.rewards.protocol import Reward
+from stepfuse.rewards.registry import check_reward_dtype
 
 FORWARDS = ("batched", "separate")
 BatchObserver = Callable[[FusionStep, Gaussian, Conditioning, slice], None]
@@ -54,9 +53,12 @@ class FusedSampler(FusedPolicies):
         guidance_scale: float | None = None,
         forwards: str = "batched",
         rows_at_once: int | None = None,
+        batch_invariant: bool = False,
         rewards: Mapping[str, Reward] | None = None,
         reward_scales: Mapping[str, float] | None = None,
         trust_rewards: bool = False,
+        reward_dtype: torch.dtype = torch.float32,
+        decode_batch_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> "FusedSampler":
@@ -71,9 +73,14 @@ class FusedSampler(FusedPolicies):
             forwards: `batched`, all adapters in one forward, or `separate`, each in one of its own: slower, for kinds
                 of LoRA that have no batched form.
             rows_at_once: the most rows in one forward; smaller is slower and takes less memory.
+            batch_invariant: an image has the same bits in every batch, also where kernels depend on shapes: forwards of
+                exactly `rows_at_once` rows, by default those of one image with all adapters, some computed in vain.
             rewards: by objective, for rules that need them; by default those the objectives name.
             reward_scales: by objective; by default the deviation each adapter's training measured on the base.
             trust_rewards: let the set name rewards that are code or servers, for rules that need them.
+            reward_dtype: precision of the networks of rewards that are loaded.
+            decode_batch_size: the most images that the autoencoder decodes at once; by default as many as fit into a
+                share of the memory.
             dtype, device: where and how the base is kept.
 
         Raises:
@@ -81,6 +88,8 @@ class FusedSampler(FusedPolicies):
         """
         if forwards not in FORWARDS:
             raise ValueError(f"forwards {forwards!r}; expected {' or '.join(FORWARDS)}")
+        if decode_batch_size is not None and decode_batch_size < 1:
+            raise ValueError(f"decode_batch_size {decode_batch_size}; expected 1 or more")
         if isinstance(rule, str):
             rule = get_rule(rule)  # before anything is loaded
         if not isinstance(adapter_set, AdapterSet):
@@ -89,15 +98,16 @@ class FusedSampler(FusedPolicies):
         scale = adapter_set.guidance_scale if guidance_scale is None else guidance_scale
         chosen = Guidance(source=guidance or adapter_set.guidance, scale=scale)
         backbone = load_backbone(adapter_set, pipeline, dtype, device)
-        names = [adapter.name for adapter in adapter_set.all_adapters]
+        backbone.decode_batch_size = decode_batch_size
         sampler = cls(
             objectives=adapter_set.objectives,
-            denoiser=Denoiser(
-                backbone=backbone,
-                path=backbone.path(backbone.default_shape),
-                guidance=chosen,
-                batched=BatchedAdapters(backbone.network, names, backbone.unbatched) if forwards == "batched" else None,
+            denoiser=make_denoiser(
+                adapter_set,
+                backbone,
+                chosen,
+                batched=forwards == "batched",
                 rows_at_once=rows_at_once,
+                batch_invariant=batch_invariant,
             ),
             reference=adapter_set.base_schedule,
             rule=rule,
@@ -109,18 +119,20 @@ class FusedSampler(FusedPolicies):
             reward_scales=adapter_set.reward_scales | dict(reward_scales or {}),
             profiles=adapter_set.profiles,
             trust_rewards=trust_rewards,
+            reward_dtype=reward_dtype,
         )
         return sampler.with_rule(rule)
 
     def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
         """The same sampler under another rule, with the rewards it needs loaded; a ValueError where it cannot be."""
         rule = get_rule(rule) if isinstance(rule, str) else rule
+        if self.denoiser.batch_invariant:
+            check_invariant(rule)
         if not rule.needs:
             return replace(self, rule=rule)
-        rewards = {
-            o.name: self.rewards.get(o.name) or reward_of(o, rule, self.backbone.device, trusted=self.trust_rewards)
-            for o in self.objectives
-        }
+        check_reward_dtype([o.reward for o in self.objectives if o.name not in self.rewards], self.reward_dtype)
+        load = partial(reward_of, trusted=self.trust_rewards, dtype=self.reward_dtype)
+        rewards = {o.name: self.rewards.get(o.name) or load(o, rule, self.backbone.device) for o in self.objectives}
         return replace(self, rule=rule, rewards=rewards)
 
     @torch.no_grad()
@@ -204,19 +216,22 @@ class FusedSampler(FusedPolicies):
         if report_cuts and conditioning is None:
             warn_of_cuts(self.backbone, [*prompts, *negatives])
         device = self.backbone.device
+        encode, decode = self.backbone.encode, decode_finite
+        if self.denoiser.batch_invariant:
+            encode, decode = partial(encode_each, self.backbone), decode_each
         outputs = []
         together = max(1, batch_size // latents_per_image)
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]
         with tqdm(total=len(batches) * len(plan.steps), disable=not progress, desc="denoise") as bar:
             for rows in batches:
                 if conditioning is None:
-                    given = self.backbone.encode(prompts[rows], negatives[rows], height=height, width=width)
+                    given = encode(prompts[rows], negatives[rows], height=height, width=width)
                 else:
                     given = conditioning[rows].to(device)
                 run = self.run(plan[rows], given, prompts[rows])
                 noise = generators[rows]
                 if latents is None:
-                    x_T = randn_tensor((len(noise), *shape), generator=noise, device=device, dtype=torch.float32)
+                    x_T = standard_normal((len(noise), *shape), noise, device=device, dtype=torch.float32)
                 else:
                     x_T = latents[rows].to(device, torch.float32)
                 finite: FiniteSteps = []
@@ -233,7 +248,7 @@ class FusedSampler(FusedPolicies):
                 x_0 = self.rule.denoise(run, x_T, noise)
                 check_latents(x_0, prompts[rows], finite)
                 if output_type != "latent":
-                    x_0 = decode_finite(self.backbone, x_0, prompts[rows]).cpu()
+                    x_0 = decode(self.backbone, x_0, prompts[rows]).cpu()
                 outputs.append(x_0)
         output = torch.cat(outputs)
         return [to_image(pixels) for pixels in output] if output_type == "pil" else output

@@ -59,8 +59,15 @@ def _score(reward: Any, header: "dict[str, Any]", arrays: "list[Any]") -> "tuple
             raise ValueError(f"returned {values.shape} for {len(arrays[0])} images; expected ({len(arrays[0])},)")
     except Exception as error:
         traceback.print_exc()
-        return {"kind": "failed", "id": header["id"], "message": _describe(error)}, []
+        kind = "out of memory" if _is_out_of_memory(error) else "failed"
+        return {"kind": kind, "id": header["id"], "message": _describe(error)}, []
     return {"kind": "scores", "id": header["id"]}, [values]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, in an environment that may have another torch or none."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return "MemoryError" in names or "OutOfMemoryError" in names or "can't allocate memory" in str(error)
 
 
 def _fork_watchdog(descriptor: int) -> None:

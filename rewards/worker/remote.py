@@ -63,6 +63,8 @@ class RemoteReward(ABC):
                 if attempt:
                     raise ValueError(f"{self.label} failed twice on {where}: it {error}; {hint}") from error
         kind, answered = answer.get("kind"), answer.get("id", self._requests) == self._requests
+        if answered and kind == "out of memory":  # on this machine, whose memory is shared
+            raise MemoryError(f"{self.label}: {answer.get('message')}")
         if answered and kind == "failed":
             raise ValueError(str(answer.get("message")))
         shapes = [array.shape for array in scores]

@@ -37,11 +37,11 @@ class DDPOPyTorch(Loop):
     @torch.no_grad()
     def rollout(self) -> Samples:
         """Each step in one forward pass of two rows an image, with the LoRA on both."""
-        self.unet.eval()
+        self.network.eval()
         prompts, conditioning, x_t = self.begin()
         latents, log_probs = [x_t], []
         for t in self.scheduler.timesteps[:, None]:
-            prediction = self.predict(self.unet, x_t, t, conditioning)
+            prediction = self.predict(self.network, x_t, t, conditioning)
             _, mean, deviation = ddim_step(self.scheduler, prediction, t, x_t)
             x_s = mean + deviation * torch.randn_like(prediction)
             log_probs.append(mean_log_prob(x_s, mean, deviation))
@@ -61,7 +61,7 @@ class DDPOPyTorch(Loop):
 
     def learn(self, samples: Samples) -> None:
         """A forward and backward pass of two rows an image, with the steps of each image shuffled."""
-        self.unet.train()
+        self.network.train()
         images, steps = samples.times.shape
         rows = torch.randperm(images, device=self.device)
         order = torch.stack([torch.randperm(steps, device=self.device) for _ in range(images)])

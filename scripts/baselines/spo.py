@@ -42,7 +42,7 @@ class SPO(Loop):
     @torch.no_grad()
     def rollout(self) -> Pairs:
         """After the first step with candidates, all k of an image go through the UNet, in 2 k rows."""
-        self.unet.eval()
+        self.network.eval()
         prompts, conditioning, x = self.begin()
         images, k, dtype = len(x), self.candidates, x.dtype
         rows = torch.arange(images, device=self.device)
@@ -50,7 +50,7 @@ class SPO(Loop):
         found = []
         start, drawn, before = x, None, self.scheduler.timesteps[:1]
         for step_index, t in enumerate(self.scheduler.timesteps[:, None]):
-            prediction = self.predict(self.unet, x, t, conditioning if drawn is None else wide)
+            prediction = self.predict(self.network, x, t, conditioning if drawn is None else wide)
             x_0, mean, deviation = ddim_step(self.scheduler, prediction, t, x)
             if drawn is None:
                 start = x
@@ -81,7 +81,7 @@ class SPO(Loop):
         """Four forward passes of two rows a pair, although winner and loser have the same x_t."""
         if not len(pairs.times):
             raise ValueError("the candidates of every step have the same reward; expected different rewards")
-        self.unet.train()
+        self.network.train()
         order = torch.randperm(len(pairs.times), device=self.device)
         batches = order.split(self.task.images)
         for batch in batches:

@@ -1,17 +1,17 @@
-"""What the restated training loops of ddpo-pytorch and SPO have in common.
+"""What the restated training loops of ddpo-pytorch, SPO and Flow-GRPO have in common.
 
 What goes through which network, with and without gradient, what is decoded when, and what is stored follow the
-published code. Where that is older, both get what stepfuse has: SDPA in place of explicit attention scores, LoRAs by
-peft, and the scheduler's table on the device. Both leave out logging, progress bars and images.
+published code. Where that is older, all get what stepfuse has: SDPA in place of explicit attention scores, LoRAs by
+peft, and the scheduler's table on the device. All leave out logging, progress bars and images.
 """
 
 import copy
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +34,7 @@ Times = Int[Tensor, " times"]  # one for all samples, or one a sample
 class Task:
     """What a loop trains, and on what."""
 
-    pipeline: DiffusionPipeline  # frozen and without a LoRA; its UNet is trained
+    pipeline: DiffusionPipeline  # frozen and without a LoRA; its denoising network is trained
     accelerator: Accelerator
     reward: Reward
     prompts: Sequence[str]
@@ -47,26 +47,36 @@ class Task:
 
 
 class Loop(ABC):
-    """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows."""
+    """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows.
 
-    def __init__(self, task: Task, *, wrap: Callable[[nn.Module], nn.Module] = lambda unet: unet) -> None:
+    Attributes:
+        table: the name of the scheduler's noise levels.
+        embedded: the network's inputs that the pipeline's `encode_prompt` gives, in its order.
+        further: its arguments beside those of all pipelines.
+    """
+
+    table: ClassVar[str] = "alphas_cumprod"
+    embedded: ClassVar[Sequence[str]] = ("prompt_embeds", "text_embeds")
+    further: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, task: Task, *, wrap: Callable[[nn.Module], nn.Module] = lambda network: network) -> None:
         self.task, self.pipeline, self.device = task, task.pipeline, task.accelerator.device
         self.backbone = backbone_of(self.pipeline)
-        self.unet: Any = self.pipeline.unet
+        self.network: Any = self.backbone.network
         self.scheduler = copy.deepcopy(self.pipeline.scheduler)
         self.scheduler.set_timesteps(task.steps, device=self.device)
-        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        setattr(self.scheduler, self.table, getattr(self.scheduler, self.table).to(self.device))
         side = task.resolution
         self.shape = self.backbone.shape(side, side)
         self.blank = self.backbone.encode([""], height=side, width=side, device=self.device)
         self.random = random.Random(0)
-        add_lora(self.unet, "baseline", rank=4, alpha=4, targets=list(task.targets), seed=0)
+        add_lora(self.network, "baseline", rank=4, alpha=4, targets=list(task.targets), seed=0)
         if task.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.trainable = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+            self.network.enable_gradient_checkpointing()
+        self.trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=1e-4)
-        self.trained, self.optimizer = task.accelerator.prepare(wrap(self.unet), optimizer)
-        self.networks: tuple[nn.Module, ...] = (self.unet,)
+        self.trained, self.optimizer = task.accelerator.prepare(wrap(self.network), optimizer)
+        self.networks: tuple[nn.Module, ...] = (self.network,)
 
     @abstractmethod
     def rollout(self) -> Any:
@@ -82,15 +92,23 @@ class Loop(ABC):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def draw(self, count: int) -> list[str]:
+        """The prompts of a rollout."""
+        return self.random.choices(self.task.prompts, k=count)
+
     def begin(self) -> tuple[list[str], Conditioning, Latents]:
         """Prompts, their embeddings, computed each time, beside the one of "", and x_T."""
         count = self.task.images
-        prompts = self.random.choices(self.task.prompts, k=count)
+        prompts = self.draw(count)
         positive, _, *pooled = self.pipeline.encode_prompt(
-            prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt=prompts,
+            device=self.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **self.further,
         )
         blank = self.blank[torch.zeros(count, dtype=torch.long)]
-        own = {"prompt_embeds": positive} | ({"text_embeds": pooled[0]} if pooled else {})
+        own = dict(zip(self.embedded, (positive, *pooled[:1]), strict=False))
         conditioning = Conditioning(positive={**blank.positive, **own}, negative=blank.negative)
         return prompts, conditioning, torch.randn(count, *self.shape, device=self.device, dtype=positive.dtype)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from stepfuse.data.settings_fields import check_settings, setting
 from stepfuse.data.settings_file import require
+from stepfuse.fuse.backbones.compilation import ALL_MODES
 from stepfuse.fuse.rules.registry import RULES, check_rule_name
 from stepfuse.scripts.benchmark.architectures import ARCHITECTURES, TRAINED
 
@@ -16,9 +17,10 @@ MODELS = ("emoji", *TRAINED)
 NOT_MEASURED = ("base", "kl", "code", "rgg", "oracle")  # rules that do not fuse any adapters without rewards
 SEPARATE = "separate"
 BASELINES = (SEPARATE, "diffusion_blend", "set_adapters", "mixed_batch")
-REFERENCES = {"ddpo": "ddpo-pytorch", "dpo": "SPO"}  # by algorithm, the implementation that it is compared with
+# By algorithm, the implementation that it is compared with: on UNets, and on flow transformers.
+REFERENCES = {"ddpo": "ddpo-pytorch", "dpo": "SPO"}
+FLOW_REFERENCES = {"ddpo": "Flow-GRPO"}
 ORIGINALS = ("image_reward", "hpsv2", "pickscore")
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 DType = Literal["float32", "float16", "bfloat16"]
 
 _what, _how = partial(setting, group="what to measure"), partial(setting, group="how to run")
@@ -50,6 +52,11 @@ def stated_depth(model: str, layers: int) -> str:
 def trains_unet(model: str) -> bool:
     """Whether the network of a model of `MODELS` is a UNet."""
     return model not in ARCHITECTURES or ARCHITECTURES[model].flow is None
+
+
+def references(model: str) -> dict[str, str]:
+    """By algorithm, the implementation that training a model of `MODELS` is compared with, where there is one."""
+    return REFERENCES if trains_unet(model) else FLOW_REFERENCES
 
 
 def check_layers(model: str, layers: int) -> None:
@@ -113,7 +120,7 @@ class SamplingBenchmark:
         "Mode of torch.compile, such as reduce-overhead for CUDA graphs; it needs --compile (default: torch's default "
         "mode).",
         metavar="NAME",
-        choices=COMPILE_MODES,
+        choices=ALL_MODES,
     )
     memory: bool = _memory()
     threads: int | None = _threads(group="how to run")
@@ -151,7 +158,9 @@ class TrainingBenchmark:
     )
     layers: int = _layers()
     algorithms: tuple[str, ...] = _what(
-        (*REFERENCES,), "Algorithms to time: ddpo against ddpo-pytorch, dpo against SPO.", choices=REFERENCES
+        (*REFERENCES,),
+        "Algorithms to time: on UNets ddpo against ddpo-pytorch, dpo against SPO; on sd35 ddpo against Flow-GRPO.",
+        choices=REFERENCES,
     )
     images: int = _what(8, "Images of one optimiser step.", least=1)
     steps: int = _what(20, "Denoising steps.", least=1)

@@ -1,4 +1,4 @@
-"""What one optimiser step of training costs, rollout and update, beside the loops of ddpo-pytorch and SPO.
+"""What one optimiser step of training costs, rollout and update, beside the loops of others.
 
 Every method trains the same LoRA of the same model on as many images of as many denoising steps, in one precision, and
 scores pixels that one VAE decodes with one cheap reward.
@@ -19,35 +19,36 @@ from stepfuse.fuse.backbones.loading import quiet_libraries
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.scripts.benchmark import harness, memory
 from stepfuse.scripts.benchmark.harness import Measured, cell, ratio_range
-from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark, stated_depth, trains_unet
+from stepfuse.scripts.benchmark.settings import REFERENCES, TrainingBenchmark, references, stated_depth, trains_unet
 from stepfuse.scripts.benchmark.training_methods import OURS, REWARD, Row, base_pipeline, method_of
 
 
 def rows_of(settings: TrainingBenchmark) -> list[Row]:
-    """The baseline, then stepfuse, of each algorithm; the baselines train UNets only."""
+    """The baseline of the model, where there is one, then stepfuse, of each algorithm."""
     rows = []
     for algorithm in settings.algorithms:
+        baseline = references(settings.model).get(algorithm)
         ours = [Row(algorithm, OURS)]
         if algorithm == "ddpo":
             ours.append(Row(algorithm, OURS, kl=False))
-        rows += [Row(algorithm, REFERENCES[algorithm]), *ours]
+        rows += [*([Row(algorithm, baseline)] if baseline else []), *ours]
         if (together := settings.timesteps_per_forward) > 1:
             rows += [replace(row, together=together) for row in ours]
         if (fraction := settings.timestep_fraction) < 1:
-            if algorithm == "ddpo":  # SPO has no such setting
-                rows.append(Row(algorithm, REFERENCES[algorithm], fraction=fraction))
+            if baseline and algorithm == "ddpo":  # SPO has no such setting
+                rows.append(Row(algorithm, baseline, fraction=fraction))
             rows.append(Row(algorithm, OURS, fraction=fraction, together=together))
         if settings.compile != "no":
             rows.append(Row(algorithm, OURS, compile=settings.compile))
-    return rows if trains_unet(settings.model) else [row for row in rows if row.method == OURS]
+    return rows
 
 
 def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = lambda results: None) -> dict[str, Any]:
     """Time every row in alternation, then measure each one's memory; both are reported as soon as they are known."""
     device = torch.device(settings.device)
-    rows, missing = harness.available(rows_of(settings), [*REFERENCES.values()])
+    rows, missing = harness.available(rows_of(settings), references(settings.model).values())
     if not trains_unet(settings.model):
-        missing = {", ".join(REFERENCES[name] for name in settings.algorithms): "it trains UNets only"}
+        missing |= {", ".join(REFERENCES[name] for name in settings.algorithms): "it trains UNets only"}
     with _prepared(settings):
         base = base_pipeline(settings)
         targets = list(backbone_of(base).targets)
@@ -55,7 +56,7 @@ def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = l
         measured = harness.measure(builders, repeats=settings.repeats, device=device)
         del base, builders
         clear_device_cache(garbage_collection=True)  # each row loads the model again in its process
-        entries = {row: _entry(row, measured, settings.images) for row in measured.seconds}
+        entries = {row: _entry(row, measured, settings) for row in measured.seconds}
         results = {
             "format_version": 1,
             **harness.context(device),
@@ -72,9 +73,9 @@ def benchmark_training(settings: TrainingBenchmark, *, report: memory.Report = l
     return results
 
 
-def _entry(row: Row, measured: Measured[Row], images: int) -> dict[str, Any]:
+def _entry(row: Row, measured: Measured[Row], settings: TrainingBenchmark) -> dict[str, Any]:
     """A row of the results; its ratios are to the baseline as published."""
-    baseline = Row(row.algorithm, REFERENCES[row.algorithm])
+    baseline, images = Row(row.algorithm, references(settings.model).get(row.algorithm, "")), settings.images
     # Counting hooks would be compiled too; the rows of a compiled network are those of the one that is not.
     batch_rows, with_gradient = measured.batch_rows.get(replace(row, compile="no"), (None, None))
     described = asdict(row)

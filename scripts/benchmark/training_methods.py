@@ -109,8 +109,9 @@ def _stepfuse(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
 
 
 def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline) -> Method:
-    """ddpo-pytorch or SPO on the same task, with the same optimiser and LoRA."""
+    """ddpo-pytorch, Flow-GRPO or SPO on the same task, with the same optimiser and LoRA."""
     from stepfuse.scripts.baselines.ddpo_pytorch import DDPOPyTorch
+    from stepfuse.scripts.baselines.flow_grpo import FlowGRPO
     from stepfuse.scripts.baselines.spo import SPO
     from stepfuse.scripts.baselines.training import Loop, Task
 
@@ -128,7 +129,8 @@ def _baseline(row: Row, settings: TrainingBenchmark, pipeline: DiffusionPipeline
     )
     loop: Loop
     if row.algorithm == "ddpo":
-        loop = DDPOPyTorch(task, timestep_fraction=row.fraction)
+        kind = {"ddpo-pytorch": DDPOPyTorch, "Flow-GRPO": FlowGRPO}[row.method]
+        loop = kind(task, timestep_fraction=row.fraction)
     else:
         memory.check_copies(pipeline.unet, 1, accelerator.device)
         loop = SPO(task, candidates=settings.candidates, skip_first_steps=settings.skip_first_steps)

@@ -133,6 +133,19 @@ def precision(parser: Container, of: str = "the base model") -> None:
     option(parser, "--dtype", str, f"Floating-point type of {of}.", default="float32", choices=DTYPES)
 
 
+def reward_precision(parser: Container) -> None:
+    """Options of commands that run rewards."""
+    text = "Floating-point type of the networks of rewards; scores are float32."
+    option(parser, "--reward_dtype", str, text, default="float32", choices=DTYPES)
+    text = "Use TF32 for float32 matrix products on Ampere and newer GPUs (default: full float32)."
+    option(parser, "--allow_tf32", bool, text)
+
+
+def decode_batch_size(parser: Container) -> None:
+    text = "Images decoded at once by the autoencoder (default: as many as fit into a share of the memory)."
+    option(parser, "--decode_batch_size", int, text)
+
+
 def output(parser: Container, default: str, text: str) -> None:
     option(parser, "--output", Path, text, metavar="FILE", default=Path(default))
     overwrite(parser, "the output file")

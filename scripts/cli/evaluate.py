@@ -27,7 +27,10 @@ def add_arguments(parser: Parser) -> None:
     option(what, "--world", str, text, choices=("gmm",))
     declare.seed(what, "Random seed with --world; a config states its own.")
     declare.trust(what)
-    declare.precision(parser.group("speed and memory"))
+    speed = parser.group("speed and memory")
+    declare.decode_batch_size(speed)
+    declare.precision(speed)
+    declare.reward_precision(speed)
     text = "Output folder; a folder with an unfinished evaluation of the same set and config is continued."
     replaced = "the evaluation in the output folder"
     declare.output_dir(parser.group("output"), "outputs/evaluation", text, replaced=replaced)
@@ -47,11 +50,14 @@ def run(arguments: Arguments) -> None:
 
     import torch
 
+    from stepfuse.data.devices import allow_tf32
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.evaluation.config import EvaluationConfig, cells_of
     from stepfuse.scripts.evaluation.report import sentences
     from stepfuse.scripts.evaluation.run import evaluate
 
+    if arguments.allow_tf32:
+        allow_tf32()
     device = prepare_device(arguments.device)
     settings = load_settings(config, EvaluationConfig)
     summary = evaluate(
@@ -63,6 +69,8 @@ def run(arguments: Arguments) -> None:
         dtype=getattr(torch, arguments.dtype),
         command=f"stepfuse evaluate {arguments.set} --config {arguments.config}",
         trust_rewards=arguments.trust_rewards,
+        reward_dtype=getattr(torch, arguments.reward_dtype),
+        decode_batch_size=arguments.decode_batch_size,
     )
     if summary:  # the main process
         rules = {cell.label: cell.rule for cell in cells_of(settings, list(summary["objectives"]))}

@@ -62,6 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(141)  # 128 + SIGPIPE, as of a command that the signal ends
     except ValueError as error:
         sys.exit(f"error: {printable(error)}")
+    except (MemoryError, RuntimeError) as error:
+        from stepfuse.scripts.cli.memory import out_of_memory_message
+
+        message = out_of_memory_message(error, parsed)
+        if message is None:
+            raise
+        sys.exit(f"error: {printable(message)}")
     except KeyboardInterrupt:
         print(f"\ninterrupted{_how_to_continue(parsed)}", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as of a command that the signal ends

@@ -22,6 +22,7 @@ def add_arguments(parser: Parser) -> None:
     option(parser, "--prompts", Path, text, metavar="FILE", required=True)
     declare.batch_size(parser, "Images scored at once.", 16)
     declare.device(parser)
+    declare.reward_precision(parser)
     declare.output(parser, "scores.csv", "CSV file with the columns file_name, prompt and score.")
     text = "Picture to write of the best images with their scores, such as best.png (default: none)."
     option(parser, "--picture", Path, text, metavar="FILE")
@@ -39,9 +40,14 @@ def run(arguments: Arguments) -> None:
     if not arguments.prompts.is_file():
         raise ValueError(f"--prompts {arguments.prompts}; expected a file, with one prompt per line for instance")
 
+    import torch
+
+    from stepfuse.data.devices import allow_tf32
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.rewards import score_folder
 
+    if arguments.allow_tf32:
+        allow_tf32()
     score_folder(
         arguments.name,
         arguments.images,
@@ -50,4 +56,5 @@ def run(arguments: Arguments) -> None:
         device=prepare_device(arguments.device),
         batch_size=arguments.batch_size,
         picture=arguments.picture,
+        reward_dtype=getattr(torch, arguments.reward_dtype),
     )

@@ -21,11 +21,23 @@ def add_arguments(parser: Parser) -> None:
     )
     option(parser, "--token_file", Path, text, metavar="FILE")
     declare.device(parser)
+    declare.reward_precision(parser)
 
 
 def run(arguments: Arguments) -> None:
+    import torch
+
+    from stepfuse.data.devices import allow_tf32
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.rewards import serve
 
-    device = prepare_device(arguments.device)
-    serve(arguments.name, host=arguments.host, port=arguments.port, token_file=arguments.token_file, device=device)
+    if arguments.allow_tf32:
+        allow_tf32()
+    serve(
+        arguments.name,
+        host=arguments.host,
+        port=arguments.port,
+        token_file=arguments.token_file,
+        device=prepare_device(arguments.device),
+        reward_dtype=getattr(torch, arguments.reward_dtype),
+    )

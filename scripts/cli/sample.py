@@ -5,6 +5,7 @@ import sys
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.settings_fields import Bounds
 from stepfuse.data.text_files import printable
+from stepfuse.fuse.backbones.compilation import HOW, MODES, check_compilation
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import completion, declare
@@ -93,11 +94,24 @@ def _add_speed(speed: Container) -> None:
     )
     option(speed, "--rows_at_once", int, text)
     text = (
+        "Give every forward pass exactly --rows_at_once rows (by default those of one image with all adapters), and "
+        "encode and decode one image at a time: an image then has the same bits whatever others it is drawn with, also "
+        "on a GPU. Rows that are missing are computed in vain."
+    )
+    option(speed, "--batch_invariant", bool, text)
+    text = (
         "Compile the network with torch.compile. regional: each transformer block; full: all of it (default: no "
         "compilation)."
     )
-    option(speed, "--compile", str, text, choices=("regional", "full"))
+    option(speed, "--compile", str, text, choices=HOW)
+    text = (
+        "Mode of torch.compile. reduce-overhead: CUDA graphs; max-autotune: CUDA graphs, and kernels chosen by "
+        "measurement. Both need --compile and a GPU (default: default)."
+    )
+    option(speed, "--mode", str, text, choices=MODES)
+    declare.decode_batch_size(speed)
     declare.precision(speed)
+    declare.reward_precision(speed)
 
 
 def parse_interval(text: str) -> tuple[float, float]:
@@ -119,15 +133,24 @@ def run(arguments: Arguments) -> None:
     interval = parse_interval(arguments.guidance_interval)
     if arguments.compile and arguments.forwards == "separate":
         raise ValueError("--compile needs --forwards batched: separate forwards would compile once for each adapter")
+    if arguments.mode and not arguments.compile:
+        raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     columns = check_weights(arguments.weights or [], check_set(arguments.set))
 
+    import torch
+
+    from stepfuse.data.devices import allow_tf32
     from stepfuse.data.lettering import enlargement
     from stepfuse.data.seeds import numbered_generator
     from stepfuse.fuse.rules.registry import get_default_rule, get_rule
     from stepfuse.fuse.sampling.pictures import sampled_picture
     from stepfuse.fuse.sets.adapter_set import load_set
-    from stepfuse.scripts.cli.load import load_sampler
+    from stepfuse.scripts.cli.load import load_sampler, prepare_device
 
+    if arguments.allow_tf32:
+        allow_tf32()
+    if arguments.compile:
+        check_compilation(arguments.compile, arguments.mode or "default", prepare_device(arguments.device))
     loaded = load_set(arguments.set, read_weights=False)
     rule = get_rule(arguments.rule, **options) if arguments.rule else get_default_rule(loaded.default_rule, **options)
     columns = columns or [loaded.default_weights]
@@ -139,10 +162,13 @@ def run(arguments: Arguments) -> None:
         guidance_scale=arguments.guidance_scale,
         forwards=arguments.forwards,
         rows_at_once=arguments.rows_at_once,
+        batch_invariant=arguments.batch_invariant,
         trust_rewards=arguments.trust_rewards,
+        reward_dtype=getattr(torch, arguments.reward_dtype),
+        decode_batch_size=arguments.decode_batch_size,
     )
     if arguments.compile:
-        sampler.compile(arguments.compile)
+        sampler.compile(arguments.compile, mode=arguments.mode or "default")
     rows = [row for row in range(len(arguments.prompt)) for _ in columns]
     images = sampler.sample(
         [arguments.prompt[row] for row in rows],

@@ -19,7 +19,7 @@ from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.rewards.clip import CLIPReward
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.protocol import Reward, score
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import check_reward_dtype, load_reward
 from stepfuse.rewards.statistics import deviation_within
 from stepfuse.scripts.evaluation.checks import check_judges, check_scales
 from stepfuse.scripts.evaluation.config import EvaluationConfig, PlannedCell, Setup, cells_of
@@ -55,7 +55,14 @@ class Evaluation:
 
     @classmethod
     def prepare(
-        cls, adapter_set: AdapterSet, config: EvaluationConfig, *, device: str, dtype: torch.dtype
+        cls,
+        adapter_set: AdapterSet,
+        config: EvaluationConfig,
+        *,
+        device: str,
+        dtype: torch.dtype,
+        reward_dtype: torch.dtype = torch.float32,
+        decode_batch_size: int | None = None,
     ) -> "Evaluation":
         """Load what is needed and check that every cell can be sampled; a ValueError names what cannot."""
         cells = cells_of(config, adapter_set.names)
@@ -68,7 +75,8 @@ class Evaluation:
             check_judges(config, each)
         by_objective = {o.name: o.reward for o in adapter_set.objectives}
         names = dict.fromkeys([*by_objective.values(), *config.rewards, *config.judges])
-        rewards = {name: load_reward(name, device) for name in names}
+        check_reward_dtype(list(names), reward_dtype)
+        rewards = {name: load_reward(name, device, reward_dtype) for name in names}
         for name, reward in rewards.items():  # a gray picture for every prompt: what fails always, fails here
             for begin in range(0, len(prompts), config.batch_size):
                 some = prompts[begin : begin + config.batch_size]
@@ -78,6 +86,8 @@ class Evaluation:
             guidance=config.guidance or adapter_set.guidance,
             guidance_scale=adapter_set.guidance_scale if config.guidance_scale is None else config.guidance_scale,
             rewards={name: rewards[reward] for name, reward in by_objective.items()},
+            reward_dtype=reward_dtype,
+            decode_batch_size=decode_batch_size,
             dtype=dtype,
             device=device,
         )
@@ -211,5 +221,7 @@ class Evaluation:
             "prompts": text_hash("\n".join(self.prompts)),
         }
         resolution = self.samplers.loaded.backbone.resolution
-        added = {"resolution": resolution, "sets": others}  # earlier evaluations have neither
+        reward_dtype = self.samplers.loaded.reward_dtype
+        reduced = "" if reward_dtype == torch.float32 else str(reward_dtype)
+        added = {"resolution": resolution, "sets": others, "reward_dtype": reduced}  # earlier evaluations have none
         return identity | {name: value for name, value in added.items() if value}

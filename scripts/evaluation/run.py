@@ -46,6 +46,8 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     command: str = "",
     trust_rewards: bool = False,
+    reward_dtype: torch.dtype = torch.float32,
+    decode_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """Sample, measure and report; returns the figures. An interrupted run resumes, with the same numbers.
 
@@ -67,7 +69,9 @@ def evaluate(
     loaded = load_set(adapter_set, read_weights=False)
     for objective in loaded.objectives:
         check_trusted(objective, trusted=trust_rewards)
-    evaluation = Evaluation.prepare(loaded, config, device=device, dtype=dtype)
+    evaluation = Evaluation.prepare(
+        loaded, config, device=device, dtype=dtype, reward_dtype=reward_dtype, decode_batch_size=decode_batch_size
+    )
     identity = evaluation.identity(dtype)
     if state.is_main_process:
         _claim(output, identity, overwrite=overwrite)

@@ -20,7 +20,7 @@ from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
-from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.registry import check_reward_dtype, load_reward
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.server import RewardServer
 
@@ -29,21 +29,30 @@ SHOWN = 32  # images of a picture
 
 
 def score_folder(
-    name: str, folder: Path, prompts: Path, output: Path, *, device: str, batch_size: int, picture: Path | None
+    name: str,
+    folder: Path,
+    prompts: Path,
+    output: Path,
+    *,
+    device: str,
+    batch_size: int,
+    picture: Path | None,
+    reward_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write file_name, prompt and score of every image to a CSV file, in order; a file that exists is replaced.
 
     Rows are added to a temporary file as they are scored. Interrupted, and run again, it resumes after the last row.
     """
+    check_reward_dtype([name], reward_dtype)
     items = pair_prompts(folder, prompts)
     with output_errors(output):
-        partial = _partial_file(real_path(output), name, items)
+        partial = _partial_file(real_path(output), name, reward_dtype, items)
         partial.parent.mkdir(parents=True, exist_ok=True)
         done = _whole_rows(partial)
         if [row[:2] for row in done] != [[item.name, item.prompt] for item in items[: len(done)]]:
             done = []
         write_text(partial, "".join(json.dumps(row) + "\n" for row in done))
-    reward = load_reward(name, device)
+    reward = load_reward(name, device, reward_dtype)
     try:
         _score_rest(reward, name, items[len(done) :], partial, device, batch_size)
     finally:
@@ -77,11 +86,20 @@ def _tile(image: Image.Image) -> Image.Image:
     return tile
 
 
-def serve(name: str, *, host: str, port: int, token_file: Path | None, device: str) -> None:
+def serve(
+    name: str,
+    *,
+    host: str,
+    port: int,
+    token_file: Path | None,
+    device: str,
+    reward_dtype: torch.dtype = torch.float32,
+) -> None:
     """Serve a reward until interrupted."""
+    check_reward_dtype([name], reward_dtype)
     given = read_token(token_file)
     token = given or secrets.token_urlsafe(24)
-    reward = load_reward(name, device)
+    reward = load_reward(name, device, reward_dtype)
     with RewardServer(reward, name=name, address=(host, port), token=token, device=device) as server:
         print(f"{name} at {server.url}", flush=True)
         if given is None:
@@ -114,12 +132,15 @@ def _score_rest(
             bar.update(len(batch))
 
 
-def _partial_file(output: Path, name: str, items: list[PromptedImage]) -> Path:
-    """The unfinished table of this reward on these images; another name where the reward's code or an image differs."""
+def _partial_file(output: Path, name: str, dtype: torch.dtype, items: list[PromptedImage]) -> Path:
+    """The unfinished table of this reward on these images; another name where its code, its precision or an image
+    differs.
+    """
     path = parse_reward(name).path
     code = Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).is_file() else ""
     images = (f"{i.name}\0{i.prompt}\0{i.file.stat().st_mtime_ns}" for i in items)
-    digest = text_hash("\0".join([name, code, *images]))
+    precision = [] if dtype == torch.float32 else [str(dtype)]
+    digest = text_hash("\0".join([name, code, *precision, *images]))
     return output.with_name(f".{output.name}.{digest[:12]}.partial")
 
 

@@ -1,0 +1,1 @@
+"""`scripts/gpu_check`: what can only be tested and measured on a GPU, in parts that end one by one."""
