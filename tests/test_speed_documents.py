@@ -104,7 +104,12 @@ def test_the_measurements_name_their_machine_and_settings() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "section"), [("versions.json", "## Between versions"), ("versions-flow.json", "### With the flow")]
+    ("name", "section"),
+    [
+        ("versions.json", "## Between versions"),
+        ("versions-flow.json", "### With the flow"),
+        ("versions-gpu.json", "### Without waits"),
+    ],
 )
 def test_the_table_of_versions_is_of_their_measurements(name: str, section: str) -> None:
     measured, text = read(name), ACCOUNT.partition(section)[2].partition("\n### ")[0]
