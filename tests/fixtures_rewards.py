@@ -36,6 +36,7 @@ ENDINGS = (
     ", " + "very " * 2000 + "long",  # 10,000 characters
     None,  # no prompt at all
 )
+SMALL = ("image_reward", "pickscore", "hpsv2", "laion_aesthetic")
 
 
 def photographs(count: int = 64) -> list[tuple[torch.Tensor, list[str]]]:
@@ -147,3 +148,14 @@ def save_hpsv2(folder: Path, name: str = "HPS_v2_compressed.pt") -> None:
                 shapes |= {f"{block}{part}weight": (width,), f"{block}{part}bias": (width,)}
     state = {key: random_tensor(key, torch.Size(shape)).half() for key, shape in shapes.items()}
     torch.save({"state_dict": state | {"logit_scale": torch.tensor(2.6592).half()}}, folder / name)
+
+
+def save_small_networks(root: Path) -> None:
+    """The networks of `SMALL`, of random weights, each in a folder of its name."""
+    for name in SMALL:
+        (root / name).mkdir()
+    save_image_reward(root / "image_reward")
+    save_clip(root / "pickscore")
+    save_hpsv2(root / "hpsv2")
+    save_clip(root / "laion_aesthetic")
+    save_head(root / "laion_aesthetic" / "aesthetic-model.pth", 48)

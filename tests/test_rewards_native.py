@@ -19,37 +19,30 @@ from stepfuse.rewards.hpsv2 import clean_prompt
 from stepfuse.rewards.image_reward import load_tokenizer
 from stepfuse.rewards.registry import load_reward
 from tests.fixtures_rewards import (
+    SMALL,
     photographs,
     save_clip,
-    save_head,
     save_hpsv2,
     save_image_reward,
+    save_small_networks,
     scores_of,
     small_image_reward,
 )
 from tests.fixtures_tiny import refused
-
-NAMES = ("image_reward", "pickscore", "hpsv2", "laion_aesthetic")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """One folder a reward, with what `NAME:FOLDER` reads."""
     root = tmp_path_factory.mktemp("weights")
-    for name in NAMES:
-        (root / name).mkdir()
-    save_image_reward(root / "image_reward")
-    save_clip(root / "pickscore")
-    save_hpsv2(root / "hpsv2")
+    save_small_networks(root)
     save_hpsv2(root / "hpsv2", "HPS_v2.1_compressed.pt")
-    save_clip(root / "laion_aesthetic")
-    save_head(root / "laion_aesthetic" / "aesthetic-model.pth", 48)
     return root
 
 
 @pytest.fixture(scope="module")
 def rewards(folders):
-    return {name: load_reward(f"{name}:{folders / name}") for name in NAMES}
+    return {name: load_reward(f"{name}:{folders / name}") for name in SMALL}
 
 
 # Scores.
@@ -117,7 +110,7 @@ def test_versions_of_hpsv2_read_their_own_file(folders):
         (folders / "hpsv2" / "aside.pt").rename(folders / "hpsv2" / "HPS_v2.1_compressed.pt")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 def test_scores_do_not_depend_on_the_batch_and_keep_their_order(name, folders):
     (pixels, prompts), *_ = photographs(8)
     one = load_reward(f"{name}:{folders / name}")
@@ -128,7 +121,7 @@ def test_scores_do_not_depend_on_the_batch_and_keep_their_order(name, folders):
     assert len(set(threes.tolist())) == 8
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 def test_half_precision_is_of_the_networks_alone(name, folders, rewards):
     (pixels, prompts), *_ = photographs(8)
     reduced = load_reward(f"{name}:{folders / name}", dtype=torch.bfloat16)
@@ -143,7 +136,7 @@ def test_half_precision_is_of_the_networks_alone(name, folders, rewards):
 # Gradients.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("size", [(64, 64), (40, 56)], ids=["square", "wide"])
 def test_gradients_are_the_slopes_of_central_differences(name, size, rewards):
     generator = torch.Generator().manual_seed(0)
@@ -165,7 +158,7 @@ def test_gradients_are_the_slopes_of_central_differences(name, size, rewards):
     assert (gradient != 0).float().mean() > 0.5  # what is cropped away counts for nothing
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 def test_the_smooth_way_is_close_to_the_exact_one(name, rewards):
     for pixels, prompts in photographs(32):
         exact = rewards[name](pixels, prompts)
@@ -273,7 +266,7 @@ def test_a_head_of_another_layout_is_refused_by_name(how, folders, tmp_path):
         load_reward(f"laion_aesthetic:{tmp_path}")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 def test_a_file_that_a_folder_lacks_is_named_with_its_address(name, tmp_path):
     with refused(str(tmp_path), "https://huggingface.co/", "/resolve/"):
         load_reward(f"{name}:{tmp_path}")

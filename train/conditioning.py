@@ -82,11 +82,11 @@ class Embeddings:
 
     def _shared(self, inputs: Inputs) -> Inputs:
         """The negative inputs, as one object for all prompts where they are the same."""
-        kept = self._keep(inputs)
-        self._negative = kept if self._negative is None else self._negative
-        known = self._negative
-        same = known.keys() == kept.keys() and all(torch.equal(value, known[name]) for name, value in kept.items())
-        return known if same else kept
+        given, known = {name: value.cpu() for name, value in inputs.items()}, self._negative
+        if known is None:
+            known = self._negative = self._keep(given)
+        same = known.keys() == given.keys() and all(torch.equal(value, known[name]) for name, value in given.items())
+        return known if same else self._keep(given)
 
     def _own_bytes(self, row: Conditioning) -> int:
         return _bytes(row.positive) + (0 if row.negative is self._negative else _bytes(row.negative))

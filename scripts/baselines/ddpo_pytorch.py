@@ -1,27 +1,20 @@
 """The training loop of kvablack/ddpo-pytorch, restated: `scripts/train.py` with `config/base.py`."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
-from stepfuse.fuse.backbones.conditioning import Conditioning
-from stepfuse.scripts.baselines.training import Loop, PerSample, Task, ddim_step, mean_log_prob
+from stepfuse.scripts.baselines.training import Loop, PerSample, Samples, Task, ddim_step, mean_log_prob
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
-    """A rollout."""
+class TimedSamples(Samples):
+    """A rollout whose images have their steps in orders of their own."""
 
-    x_t: Float[Tensor, "images steps channels height width"]
-    x_s: Float[Tensor, "images steps channels height width"]
-    log_prob: Float[Tensor, "images steps"]
     times: Int[Tensor, "images steps"]
-    advantage: Float[Tensor, " images"]
-    conditioning: Conditioning
 
 
 class DDPOPyTorch(Loop):
@@ -35,7 +28,7 @@ class DDPOPyTorch(Loop):
         self.learned = max(1, round(task.steps * timestep_fraction))
 
     @torch.no_grad()
-    def rollout(self) -> Samples:
+    def rollout(self) -> TimedSamples:
         """Each step in one forward pass of two rows an image, with the LoRA on both."""
         self.network.eval()
         prompts, conditioning, x_t = self.begin()
@@ -47,19 +40,16 @@ class DDPOPyTorch(Loop):
             log_probs.append(mean_log_prob(x_s, mean, deviation))
             x_t = x_s.to(x_t.dtype)
             latents.append(x_t)
-        with ThreadPoolExecutor(2) as threads:
-            scores = threads.submit(self.task.reward, self.backbone.decode(x_t), prompts)
-        rewards = scores.result().to(self.device)
-        return Samples(
+        return TimedSamples(
             x_t=torch.stack(latents[:-1], dim=1),
             x_s=torch.stack(latents[1:], dim=1),
             log_prob=torch.stack(log_probs, dim=1),
             times=self.scheduler.timesteps.repeat(len(x_t), 1),
-            advantage=(rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8),
+            advantage=self.advantages(x_t, prompts, epsilon=1e-8),
             conditioning=conditioning,
         )
 
-    def learn(self, samples: Samples) -> None:
+    def learn(self, samples: TimedSamples) -> None:
         """A forward and backward pass of two rows an image, with the steps of each image shuffled."""
         self.network.train()
         images, steps = samples.times.shape

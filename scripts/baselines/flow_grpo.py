@@ -1,9 +1,7 @@
 """The training loop of yifan123/flow_grpo, restated: `scripts/train_sd3.py` and `config/grpo.py` (arXiv:2505.05470)."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,18 +11,7 @@ from torch import Tensor, nn
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.scripts.baselines.ddpo_pytorch import ddpo_pytorch_loss
-from stepfuse.scripts.baselines.training import Loop, Task, Times, mean_log_prob
-
-
-@dataclass(frozen=True, kw_only=True)
-class Samples:
-    """A rollout."""
-
-    x_t: Float[Tensor, "images steps channels height width"]
-    x_s: Float[Tensor, "images steps channels height width"]
-    log_prob: Float[Tensor, "images steps"]
-    advantage: Float[Tensor, " images"]
-    conditioning: Conditioning
+from stepfuse.scripts.baselines.training import Loop, Samples, Task, Times, mean_log_prob
 
 
 class FlowGRPO(Loop):
@@ -65,14 +52,11 @@ class FlowGRPO(Loop):
             log_probs.append(mean_log_prob(x_s, mean, deviation))
             latents.append(x_s)
             x_t = x_s.to(dtype)
-        with ThreadPoolExecutor(2) as threads:
-            scores = threads.submit(self.task.reward, self.backbone.decode(x_t), prompts)
-        rewards = scores.result().to(self.device)
         return Samples(
             x_t=torch.stack(latents[:-1], dim=1),
             x_s=torch.stack(latents[1:], dim=1),
             log_prob=torch.stack(log_probs, dim=1),
-            advantage=(rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4),
+            advantage=self.advantages(x_t, prompts, epsilon=1e-4),
             conditioning=conditioning,
         )
 

@@ -10,6 +10,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -46,6 +47,17 @@ class Task:
     gradient_checkpointing: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A rollout that a policy gradient learns from."""
+
+    x_t: Float[Tensor, "images steps channels height width"]
+    x_s: Float[Tensor, "images steps channels height width"]
+    log_prob: Float[Tensor, "images steps"]
+    advantage: Float[Tensor, " images"]
+    conditioning: Conditioning
+
+
 class Loop(ABC):
     """AdamW on a LoRA, DDIM with eta 1, and guidance by the trained network, whose e_u are further rows.
 
@@ -77,6 +89,13 @@ class Loop(ABC):
         optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, weight_decay=1e-4)
         self.trained, self.optimizer = task.accelerator.prepare(wrap(self.network), optimizer)
         self.networks: tuple[nn.Module, ...] = (self.network,)
+
+    def advantages(self, latents: Latents, prompts: Sequence[str], epsilon: float) -> Float[Tensor, " images"]:
+        """(r - mean) / (deviation + epsilon) of a rollout's rewards, computed by a thread as the published loops do."""
+        with ThreadPoolExecutor(2) as threads:
+            scores = threads.submit(self.task.reward, self.backbone.decode(latents), prompts)
+        rewards = scores.result().to(self.device)
+        return (rewards - rewards.mean()) / (rewards.std(correction=0) + epsilon)
 
     @abstractmethod
     def rollout(self) -> Any:

@@ -95,8 +95,8 @@ def _add_speed(speed: Container) -> None:
     option(speed, "--rows_at_once", int, text)
     text = (
         "Give every forward pass exactly --rows_at_once rows (by default those of one image with all adapters), and "
-        "encode and decode one image at a time: an image then has the same bits whatever others it is drawn with, also "
-        "on a GPU. Rows that are missing are computed in vain."
+        "encode and decode one image at a time: an image then has the same bits whatever others it is drawn with (not "
+        "tried on a GPU yet). Rows that are missing are computed in vain."
     )
     option(speed, "--batch_invariant", bool, text)
     text = (

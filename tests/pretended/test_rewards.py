@@ -6,24 +6,17 @@ import torch
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
-from tests.fixtures_rewards import save_clip, save_head, save_hpsv2, save_image_reward
+from tests.fixtures_rewards import SMALL, save_small_networks
 from tests.pretended.worlds import PROMPTS
 
 PLAIN = ("colourfulness", "compressibility", "incompressibility", "emoji_background", "clip_score")
-SMALL = ("image_reward", "pickscore", "hpsv2", "laion_aesthetic")  # by small models of random weights
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """How the rewards are loaded, by their own names."""
     root = tmp_path_factory.mktemp("weights")
-    for name in SMALL:
-        (root / name).mkdir()
-    save_image_reward(root / "image_reward")
-    save_clip(root / "pickscore")
-    save_hpsv2(root / "hpsv2")
-    save_clip(root / "laion_aesthetic")
-    save_head(root / "laion_aesthetic" / "aesthetic-model.pth", 48)
+    save_small_networks(root)
     mixed = "weighted:1*colourfulness/5 + 1*compressibility/1"
     return (
         dict(zip(PLAIN, PLAIN, strict=True)) | {name: f"{name}:{root / name}" for name in SMALL} | {"weighted": mixed}
