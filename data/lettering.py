@@ -3,7 +3,7 @@
 import math
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -107,7 +107,7 @@ def _replacement(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
 
 
-@cache
+@lru_cache(maxsize=8192)
 def _font_file(character: str) -> Path | None:
     """A font that has a character: DejaVu Sans, or for what it lacks and can be seen, an installed one."""
     if ord(character) in _characters(_dejavu()):

@@ -36,17 +36,17 @@ class HTTPSettings:
     timeout: float = setting(300.0, above=0, finite=False)
 
 
-def read_token(file: Path | None) -> str | None:
-    """Read the token from a file, or by default from the variable STEPFUSE_REWARD_TOKEN; None if that is not set.
+def read_token(file: Path | None, variable: str = TOKEN) -> str | None:
+    """Read the token from a file, or by default from an environment variable; None if that is not set.
 
     Raises:
         ValueError: If the file is missing or empty, or if the token is not one word of ASCII letters, digits and
             punctuation. The message does not contain the token.
     """
-    source = f"the variable {TOKEN}" if file is None else f"token file {file}"
+    source = f"the variable {variable}" if file is None else f"token file {file}"
     if file is not None and not file.is_file():
         raise ValueError(f"no {source}")
-    token = os.environ.get(TOKEN) if file is None else file.read_text(encoding="utf-8-sig", errors="replace")
+    token = os.environ.get(variable) if file is None else file.read_text(encoding="utf-8-sig", errors="replace")
     if token is None:
         return None
     token = token.strip()

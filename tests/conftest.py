@@ -145,6 +145,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def emoji_service() -> Any:
+    """The embedded set, loaded to be served; not started."""
+    from tests.fixtures_serve import load_service
+
+    return load_service("emoji")
+
+
+@pytest.fixture(scope="session")
 def lora_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Stable Diffusion and Stable Diffusion XL, for LoRAs of every kind."""
     from tests.fixtures_formats import load_bases

@@ -1,4 +1,4 @@
-"""What the tests' hub keeps of a model: commits, branches and content by its hash, in a folder."""
+"""What the tests' hub keeps of a model or a Space: commits, branches and content by its hash, in a folder."""
 
 import base64
 import hashlib
@@ -16,6 +16,8 @@ import yaml
 
 LARGE = (".bin", ".ckpt", ".gz", ".npz", ".onnx", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".zip")
 GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LARGE).encode()
+SDKS = ("docker", "gradio", "static")  # of Spaces
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
 HASH = "([0-9a-f]{64})"  # a sha256
 LARGEST_REGULAR = 10 * 1024**2  # bytes; what is larger is a large file, whatever its name
 
@@ -65,6 +67,15 @@ def front_matter(card: str) -> dict[str, Any] | None:
     if match and not isinstance(data, dict):
         raise yaml.YAMLError("The YAML metadata of your README.md is invalid.")
     return data
+
+
+def check_space(card: Mapping[str, Any]) -> None:
+    """An error of yaml's for a Space's card that the hub's reference of Spaces does not allow."""
+    faults = [f'"{key}" must be one of {COLOURS}' for key in ("colorFrom", "colorTo") if card.get(key) not in COLOURS]
+    faults += [f'"sdk" must be one of {SDKS}'] * (card.get("sdk") not in SDKS)
+    faults += ['"short_description" is longer than 60 characters'] * (len(card.get("short_description", "")) > 60)
+    if faults:
+        raise yaml.YAMLError("; ".join(faults))
 
 
 class Repo:

@@ -1,8 +1,9 @@
-"""A hub on this machine: models over the HTTP protocol of huggingface.co, kept in a folder.
+"""A hub on this machine: models and Spaces over the HTTP protocol of huggingface.co, kept in a folder.
 
 Speaks what huggingface_hub 2.4 asks for and refuses what the real hub refuses. Large files come by LFS with
 `tests.hub_lfs` imported, and by xet with `tests.hub_xet`: it is the client that decides. Storage is another origin than
-the hub, as theirs is: tokens must not follow there.
+the hub, as theirs is: tokens must not follow there. A Space is a repository with an SDK, at addresses of its own;
+nothing runs in it.
 """
 
 import hmac
@@ -26,9 +27,11 @@ from tests.hub_repository import (
     GITATTRIBUTES,
     LARGE,
     LARGEST_REGULAR,
+    SDKS,
     Refused,
     Repo,
     change,
+    check_space,
     front_matter,
     git_hash,
     now,
@@ -87,8 +90,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self.cut_uploads, self.cut_downloads = Cuts(), Cuts()  # of large files; of any
 
-    def repo(self, name: str) -> Repo:
-        return Repo(self.folder / name)
+    def repo(self, name: str, *, space: bool = False) -> Repo:
+        return Repo(self.folder / "spaces" / name if space else self.folder / name)
 
     def signature(self, text: str) -> str:
         return hmac.new(self.secret, text.encode(), "sha256").hexdigest()
@@ -140,6 +143,8 @@ class Exchange(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def act(self, method: str, path: str) -> None:
+        # Of a Space all else is as of a model.
+        path, self.space = re.subn("^(/api)?/spaces/", lambda found: "/api/models/" if found[1] else "/", path)
         for its_method, pattern, action in ROUTES:
             if its_method == method and (match := pattern.fullmatch(path)):
                 return action(self, *(part and unquote(part) for part in match.groups()))
@@ -203,7 +208,7 @@ class Exchange(BaseHTTPRequestHandler):
         return self.server.tokens[token] if token else None
 
     def repo(self, name: str, *, write: bool = False) -> Repo:
-        user, repo = self.user(), self.server.repo(name)
+        user, repo = self.user(), self.server.repo(name, space=bool(self.space))
         owned = user == name.split("/")[0]
         if not repo.exists() or (repo.state["private"] and not owned):
             message = "Repository not found" if user else "Invalid username or password."
@@ -229,7 +234,10 @@ class Exchange(BaseHTTPRequestHandler):
     @route("POST", "/api/validate-yaml")
     def validate_yaml(self) -> None:
         try:
-            card = front_matter(self.given()["content"])
+            given = self.given()
+            card = front_matter(given["content"])
+            if given["repoType"] == "space":
+                check_space(card or {})
         except yaml.YAMLError as error:
             raise Refused(400, "Invalid YAML in README.md", errors=[dict(message=str(error))], warnings=[]) from error
         warning = dict(message="empty or missing yaml metadata in repo card")
@@ -241,13 +249,15 @@ class Exchange(BaseHTTPRequestHandler):
         if user is None or given.get("organization") not in (None, user):
             raise Refused(403 if user else 401, "You don't have the rights to create a model under this namespace")
         name, private = f"{user}/{given['name']}", given.get("visibility") == "private"
-        if not re.fullmatch(REPO, name) or given.get("type", "model") != "model":
-            raise Refused(400, f"not a model's name: {name}")
-        repo, url = self.server.repo(name), f"{self.server.endpoint}/{name}"
+        kind, sdk = given.get("type", "model"), given.get("sdk")
+        if not re.fullmatch(REPO, name) or kind not in ("model", "space") or (kind == "space") != (sdk in SDKS):
+            raise Refused(400, f"not a {kind}: {name} with the SDK {sdk}")
+        repo = self.server.repo(name, space=kind == "space")
+        url = f"{self.server.endpoint}/{'spaces/' if kind == 'space' else ''}{name}"
         with self.server.lock:
             if repo.exists():
-                raise Refused(409, "You already created this model repo", url=url)
-            repo.state = dict(private=private, branches={}, tags={}, created=now())
+                raise Refused(409, f"You already created this {kind} repo", url=url)
+            repo.state = dict(private=private, branches={}, tags={}, created=now(), sdk=sdk)
             repo.commit("main", {".gitattributes": repo.add(GITATTRIBUTES)}, title="initial commit", user="system")
         self.tell(dict(url=url, name=name, private=private))
 
@@ -262,6 +272,7 @@ class Exchange(BaseHTTPRequestHandler):
         card = front_matter(repo.content(files["README.md"]).decode()) if "README.md" in files else None
         about = dict(id=name, modelId=name, author=name.split("/")[0], sha=sha, private=state["private"], cardData=card)
         dates = dict(createdAt=state["created"], lastModified=commit["date"])
+        about |= dict(sdk=(card or {}).get("sdk", state["sdk"])) if self.space else {}
         self.tell(about | dates | dict(gated=False, disabled=False, tags=[], siblings=siblings))
 
     @route("GET", f"/api/models/{REPO}/refs")
@@ -361,7 +372,7 @@ class Exchange(BaseHTTPRequestHandler):
                 change(repo, files, line["key"], line["value"])
             about = dict(title=header["summary"], message=header.get("description", ""), user=str(self.user()))
             sha = repo.commit(branch, files, **about)
-        url = f"{self.server.endpoint}/{name}/commit/{sha}"
+        url = f"{self.server.endpoint}/{'spaces/' if self.space else ''}{name}/commit/{sha}"
         self.tell(dict(success=True, commitOid=sha, commitUrl=url, hookOutput=""))
 
 

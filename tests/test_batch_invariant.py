@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stepfuse.fuse.backbones.row_counts import row_counts
+from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.rules.gap_profile import GapProfile
 from stepfuse.fuse.rules.registry import get_rule
 from stepfuse.fuse.sampling.sampler import FusedSampler
@@ -30,11 +31,11 @@ def plain():
 
 
 @pytest.fixture(scope="module")
-def fixed():
+def fixed(plain):
     """As for a compiled network."""
-    sampler = FusedSampler.from_pretrained("emoji")
-    sampler.denoiser.batched.fix(16, torch.device("cpu"))
-    return sampler
+    adapters = BatchedAdapters(plain.denoiser.network, plain.denoiser.batched.names)
+    adapters.fix(16, torch.device("cpu"))
+    return replace(plain, denoiser=replace(plain.denoiser, batched=adapters))
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from accelerate import cpu_offload
 from peft import LoraConfig
 
 from stepfuse.fuse.backbones.fingerprint import base_fingerprint
-from stepfuse.fuse.backbones.guidance import Guidance
+from stepfuse.fuse.backbones.guidance import Branch, Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.mixture import BASE, Network
 from stepfuse.fuse.lora.stack import LoRAStack
+from stepfuse.fuse.sampling.shared_forwards import SharedForwards, split
 from tests.fixtures_tiny import LATENT, ddim, denoiser_of, networks, prompt_embeds, refused, save_stable_diffusion
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -89,6 +90,23 @@ def test_every_kind_of_lora_in_one_forward_is_what_peft_says_of_each(denoiser):
     assert_near(denoiser.predictions(*given, names), expected)
     for name, prediction in zip(ZOO, expected[1:], strict=True):
         assert (prediction - expected[0]).abs().max() > 0.01, f"{name} changes nothing, so nothing was tested"
+
+
+@pytest.mark.parametrize("names", [ZOO, PLAIN], ids=["with DoRAs", "without"])
+def test_forwards_that_are_shared_run_every_kind_of_lora_at_its_own_time(base, names):
+    """Each adapter at another time, some together with the base; without DoRAs as mixtures, with them as adapters."""
+    unet = unet_with(base, {name: ZOO[name] for name in names})
+    separate = denoiser_of(unet, ddim(), guidance="off")
+    forwards = SharedForwards(
+        separate.backbone, BatchedAdapters(unet, list(names)), max_rows=len(names) + 2, exact=False
+    )
+    x_t, _, conditioning = inputs(1)
+    expected, rows = [], []
+    for number, network in enumerate(networks(None, *names)):
+        expected += separate.predictions(x_t, 100 + number, conditioning, [network])
+        rows.append(separate.rows_of(Branch(network, "+"), x_t, 100 + number, conditioning))
+    assert len({forwards.shapes(each) for each in rows}) == 1
+    assert_near(split(forwards.run(rows).outputs, rows), expected)
 
 
 @pytest.mark.parametrize("guidance", ["shared", "full", "off"])

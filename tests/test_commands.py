@@ -47,6 +47,7 @@ def test_there_are_the_commands_that_are_tested_here():
         "benchmark sampling",
         "benchmark rewards",
         "benchmark training",
+        "benchmark serve",
         "reward list",
         "reward score",
         "reward serve",

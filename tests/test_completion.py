@@ -44,7 +44,7 @@ def completions(line, folder):
         ("stepfuse sa", ["sample"]),
         ("stepfuse be", ["benchmark"]),
         ("stepfuse benchmark t", ["training"]),
-        ("stepfuse benchmark ", ["sampling", "rewards", "training", "emoji", "sets/"]),
+        ("stepfuse benchmark ", ["sampling", "rewards", "training", "serve", "emoji", "sets/"]),
         ("stepfuse benchmark emo", ["emoji"]),
         ("stepfuse benchmark emoji --ad", ["--adapters"]),
         ("stepfuse benchmark sampling emoji --rules product,sou", ["soup", "soup_factors"]),

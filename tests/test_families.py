@@ -15,21 +15,27 @@ from stepfuse.fuse.backbones.guidance import Guidance
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.backbones.registry import backbone_of
 from stepfuse.fuse.diffusion.variance import EtaSchedule
+from stepfuse.fuse.lora.batched import BatchedAdapters
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.rules.gap_profile import GapProfile
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.sampling.sampler import FusedSampler
+from stepfuse.fuse.sampling.shared_forwards import SharedForwards
 from stepfuse.fuse.sets.adapter import load_adapter, read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.scripts.evaluation.costs import counted_rows
+from stepfuse.scripts.serve.drawing import Limits, read_drawing
+from stepfuse.scripts.serve.prepared import prepare
+from stepfuse.scripts.serve.served_sets import load_sets
 from stepfuse.train.fused_sampling import Sampling
 from stepfuse.train.lora import Policy, add_lora
 from stepfuse.train.policy_gaussians import step_gaussians
 from stepfuse.train.rollout import rollout
 from tests.fixtures_families import FAMILIES, save_family
+from tests.fixtures_serve import drawn_together
 from tests.fixtures_tiny import generators
 
 PROMPTS = ["a red apple", "a cat on a blue background"]  # of different lengths
@@ -127,7 +133,8 @@ def theirs(family, pipeline: DiffusionPipeline, steps: int, *seeds: int) -> torc
 
 def drawn(family, sampler: FusedSampler, prompts=PROMPTS, seeds=(0, 1), **options) -> torch.Tensor:
     size = dict(height=family.size, width=family.size)
-    return sampler.sample(prompts, generator=generators(*seeds), output_type="latent", progress=False, **size | options)
+    given = dict(output_type="latent", progress=False) | size | options
+    return sampler.sample(prompts, generator=generators(*seeds), **given)
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-6) -> None:
@@ -164,6 +171,41 @@ def test_adapters_in_one_forward_are_those_in_separate_forwards(family, sampler,
     batched, separate, in_pieces = (drawn(family, each.with_rule(rule), weights=weights) for each in (sampler, *others))
     assert_near(batched, separate, 3e-6)
     assert_near(in_pieces, separate, 3e-6)
+
+
+def test_runs_that_share_forwards_draw_what_each_draws_alone(family, others):
+    """Two rules, guidance scales, numbers of steps and lengths of prompts, in the forwards of one engine."""
+    separate, _ = others
+    scale = separate.denoiser.guidance.scale
+    runs = [
+        (separate.with_rule("product"), dict(prompts=PROMPTS[:1], seeds=(0,), weights={"b": 1.0, "c": 0.5})),
+        (separate.with_rule("soup"), dict(prompts=[PROMPTS[1]] * 2, seeds=(1, 2), num_inference_steps=4)),
+    ]
+    guidance = replace(separate.denoiser.guidance, scale=scale + 1)
+    second = replace(runs[1][0], denoiser=replace(separate.denoiser, guidance=guidance))
+    runs[1] = (second, runs[1][1])
+    backbone = separate.backbone
+    adapters = BatchedAdapters(backbone.network, separate.names, backbone.unbatched)
+    forwards = SharedForwards(backbone, adapters, max_rows=4, exact=False)
+    draws = [lambda predict, run=run: drawn(family, sharing(run[0], predict), **run[1]) for run in runs]
+    for found, (sampler, options) in zip(drawn_together(forwards, draws), runs, strict=True):
+        assert_near(found, drawn(family, sampler, **options), 3e-6)
+
+
+def test_a_set_of_every_family_is_served(family, random_set, sampler):
+    (served,), adapters = load_sets([random_set], dtype=torch.float32, device="cpu")
+    forwards = SharedForwards(served.sampler.backbone, adapters, max_rows=4, exact=False)
+    size = f"{family.size}x{family.size}"
+    bodies = [{"prompt": prompt, "size": size, "steps": 3, "seed": seed} for seed, prompt in enumerate(PROMPTS)]
+    prepared = [prepare(read_drawing(body, Limits()), {served.name: served}, 4) for body in bodies]
+    together = drawn_together(forwards, [each.draw for each in prepared])
+    for seed, pixels in enumerate(together):
+        expected = drawn(family, sampler, PROMPTS[seed], (seed,), num_inference_steps=3, output_type="pt")
+        assert_near(pixels, expected, 1e-5)
+
+
+def sharing(sampler: FusedSampler, predict) -> FusedSampler:
+    return replace(sampler, denoiser=replace(sampler.denoiser, forward_fn=predict))
 
 
 def test_steps_below_the_gate_cost_one_network(family, sampler):

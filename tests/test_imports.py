@@ -27,9 +27,11 @@ ALLOWED = {
         "baselines": set(),
         "benchmark": {"baselines", "evaluation"},
         "recipes": {"evaluation", "oracle_world"},
-        "cli": {"benchmark", "evaluation", "oracle_world", "recipes"},
+        "serve": set(),
+        "cli": {"benchmark", "evaluation", "oracle_world", "recipes", "serve"},
         "interface": {"evaluation"},
         "gpu": {"benchmark"},
+        "load": {"benchmark", "evaluation"},
     },
 }
 

@@ -11,6 +11,7 @@ import pytest
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.benchmark.sampling import sampling_table
+from stepfuse.scripts.benchmark.serve import serve_table
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark, TrainingBenchmark
 from stepfuse.scripts.cli.main import parse
 from stepfuse.scripts.cli.options import settings_of
@@ -121,3 +122,12 @@ def test_the_table_of_versions_is_of_their_measurements(name: str, section: str)
         ratios = [new / old for old, new in zip(values["old"], values["new"], strict=True)]
         expected = [statistics.median(values["old"]), statistics.median(values["new"]), statistics.median(ratios)]
         assert [float(cell) for cell in shown] == pytest.approx(expected, abs=6e-4)
+
+
+def test_the_table_of_the_server_is_of_its_measurement() -> None:
+    text = (SPEED / "serve.md").read_text()
+    assert serve_table(read("serve.json")) in text
+    commands = re.findall(r"^stepfuse (benchmark serve .*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert callable(parse(shlex.split(command)).run)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.weak import WeakIdKeyDictionary
 
+from stepfuse.data.devices import on_host
+
 Inputs = Mapping[str, Tensor]  # by name, a row an image
 _HOST_COPIES: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
 
@@ -52,6 +54,8 @@ class Conditioning:
 
 def host_copy(mask: Tensor) -> Tensor:
     """A mask on the host, for which a device is waited for once: the inputs of a run's steps are the same tensors."""
+    if on_host(mask):
+        return mask  # a copy of it that is kept would be itself, and never be forgotten
     if mask not in _HOST_COPIES:
         _HOST_COPIES[mask] = mask.cpu()
     return _HOST_COPIES[mask]

@@ -1,6 +1,6 @@
 """Guided predictions of the base and of its adapters, from one network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stepfuse.data.devices import on_host, to_device
 from stepfuse.fuse.backbones.base import Backbone
-from stepfuse.fuse.backbones.conditioning import Conditioning, input_rows, stack
+from stepfuse.fuse.backbones.conditioning import Conditioning, Inputs, input_rows, stack
 from stepfuse.fuse.backbones.guidance import Branch, Guidance, Latents, SomeRows
 from stepfuse.fuse.backbones.row_counts import padded, row_counts
 from stepfuse.fuse.diffusion.noise_path import NoisePath, Time
@@ -47,6 +47,29 @@ class Router(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ForwardRows:
+    """Rows of a forward that run one network.
+
+    Attributes:
+        x: their latents.
+        times: of the network, one a row.
+        inputs: what else the network is given, a row a latent.
+        network: the base, one adapter, or several that are merged.
+    """
+
+    x: Latents
+    times: Tensor
+    inputs: Inputs
+    network: Network
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice) -> "ForwardRows":
+        return replace(self, x=self.x[rows], times=self.times[rows], inputs=input_rows(self.inputs, rows))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Guided:
     """Guided predictions, one a network, and e_u of the base where all of them have it in common."""
 
@@ -66,6 +89,7 @@ class Denoiser:
         rows_at_once: the most rows in one forward: less memory, more forwards. By default no limit.
         batch_invariant: every forward has exactly `rows_at_once` rows, so that kernels, which are chosen by shapes, are
             the same for an image whatever others it is denoised with.
+        forward_fn: runs the forwards in place of this denoiser; several runs may share it.
 
     Raises:
         ValueError: for no rows at once, batch_invariant without their number, or adapters of another network.
@@ -77,6 +101,7 @@ class Denoiser:
     batched: Router | None = None
     rows_at_once: int | None = None
     batch_invariant: bool = False
+    forward_fn: Callable[[Sequence[ForwardRows]], list[Latents]] | None = field(default=None, repr=False, compare=False)
     _kept: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -93,6 +118,13 @@ class Denoiser:
     @property
     def network(self) -> Any:
         return self.backbone.network
+
+    @property
+    def kinds_together(self) -> Sequence[str]:
+        """The kinds of embeddings, `+` and `-`, whose rows go through one forward, and are padded to one length."""
+        if not self.guidance.subtracts:
+            return ["+"]
+        return ["+-"] if self.forward_fn is None else ["+", "-"]  # a `forward_fn` keeps rows of other shapes apart
 
     def for_run(self) -> "Denoiser":
         """The same for one run on one thread, whose network inputs are kept from step to step."""
@@ -140,6 +172,8 @@ class Denoiser:
 
     def run(self, x_t: Latents, t: Time, conditioning: Conditioning, branches: Sequence[Branch]) -> list[Latents]:
         """Raw predictions of branches, in float32 or wider: a forward for each network, or one if they are batched."""
+        if self.forward_fn is not None:
+            return self.forward_fn([self.rows_of(branch, x_t, t, conditioning) for branch in branches])
         groups: dict[Any, list[int]] = {}
         for index, branch in enumerate(branches):
             alone = self.batched is None or branch.network == BASE
@@ -152,6 +186,13 @@ class Denoiser:
             together = [branches[index] for index in indices]
             outputs |= zip(indices, self._forward(x_t, t, conditioning, together), strict=True)
         return [outputs[index] for index in range(len(branches))]
+
+    def rows_of(self, branch: Branch, x_t: Latents, t: Time, conditioning: Conditioning) -> ForwardRows:
+        """What a forward is given for one branch."""
+        rows: slice | Rows = slice(None) if branch.rows is None else to_device(branch.rows, x_t.device)
+        x = x_t[rows]
+        inputs = input_rows(conditioning.of(branch.kind), rows) | self.backbone.guidance_inputs(self.guidance, x)
+        return ForwardRows(x=x, times=self._times(t, x_t, [rows]), inputs=inputs, network=branch.network)
 
     def _forward(self, x_t: Latents, t: Time, conditioning: Conditioning, branches: Sequence[Branch]) -> list[Latents]:
         """Branches of one network, stacked; in several forwards only where `rows_at_once` says so."""

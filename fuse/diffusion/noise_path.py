@@ -170,13 +170,14 @@ class TablePath(NoisePath):
         """As DDIM spaces them; s is FINAL where it lies before the table."""
         if not 1 <= count <= self.length:
             raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
-        self.scheduler.set_timesteps(count)
-        first = int(self.scheduler.timesteps.max())
+        scheduler = copy.copy(self.scheduler)  # several threads may ask for steps
+        scheduler.set_timesteps(count)
+        first = int(scheduler.timesteps.max())
         if first >= self.length:
             raise ValueError(f"{count} sampling steps start at time {first}; expected {self.length - 1} at most")
         stride = self.length // count
         # DDIM steps from t to t - stride, whatever comes next in the list of times.
-        return [(t, max(t - stride, FINAL)) for t in self.scheduler.timesteps.tolist()]
+        return [(t, max(t - stride, FINAL)) for t in scheduler.timesteps.tolist()]
 
     def describe(self) -> dict[str, Any]:
         names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"]
@@ -234,8 +235,9 @@ class FlowPath(NoisePath):
                 "model family does not take into account; set shift instead"
             )
         sigmas = torch.linspace(1, 1 / count, count, dtype=torch.float64).tolist()
-        self.scheduler.set_timesteps(sigmas=sigmas, mu=self.mu(count) if callable(self.mu) else self.mu)
-        return list(pairwise(self.scheduler.sigmas.tolist()))
+        scheduler = copy.copy(self.scheduler)  # several threads may ask for steps
+        scheduler.set_timesteps(sigmas=sigmas, mu=self.mu(count) if callable(self.mu) else self.mu)
+        return list(pairwise(scheduler.sigmas.tolist()))
 
     def describe(self) -> dict[str, Any]:
         """What decides the path and the grid of steps; not `mu`, which follows from the image size."""

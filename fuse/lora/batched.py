@@ -50,6 +50,11 @@ class BatchedAdapters:
         self._doras = {name for name in names for layer in used if layer.use_dora.get(name, False)}
         self._stacks = [add_stack(layer, self, LoRAStack(layer, names)) for layer in used]
 
+    @property
+    def are_mixed(self) -> bool:
+        """Whether every adapter can be one of a mixture, which a DoRA cannot."""
+        return not self._doras
+
     @contextmanager
     def routed(self, route: Route) -> Iterator[None]:
         """Run the network with these LoRAs on the rows of its batch."""

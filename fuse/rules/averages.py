@@ -49,6 +49,7 @@ class AverageNoise(AverageRule):
     """
 
     name = "average_noise"
+    summary = "Averages the noises that the adapters predict at every step."
 
     def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
         return step.used_networks(step.used)
@@ -65,6 +66,7 @@ class Soup(AverageRule):
     """
 
     name = "soup"
+    summary = "One network with the weighted sum of the LoRAs; the cheapest."
     merges: ClassVar[Literal["weights", "factors"]] = "weights"
 
     def networks(self, step: FusionStep) -> Sequence[tuple[Network, Rows]]:
@@ -83,4 +85,5 @@ class SoupFactors(Soup):
     """
 
     name = "soup_factors"
+    summary = "One network with the LoRAs' two factors averaged apart; to compare with published numbers."
     merges = "factors"

@@ -25,6 +25,7 @@ class FusionRule:
 
     Attributes:
         name: The rule's name in `RULES` and in messages; by default the name of the class.
+        summary: What it does in a plain sentence or two, for those who choose among rules.
         needs: `"rewards"` while sampling, or their `"gradients"`.
         accepts: The weights it accepts: `"any"`, all on a `"single"` objective, those that adapters of the set were
             `"trained"` on, or `"none"`, because they have no effect.
@@ -32,6 +33,7 @@ class FusionRule:
     """
 
     name: ClassVar[str]
+    summary: ClassVar[str] = ""
     needs: ClassVar[Literal["", "rewards", "gradients"]] = ""
     accepts: ClassVar[Literal["any", "single", "trained", "none"]] = "any"
     is_one_adapter: ClassVar[bool] = False

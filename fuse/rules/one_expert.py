@@ -77,6 +77,7 @@ class Switch(OneExpert):
     """
 
     name = "switch"
+    summary = "Each step uses one adapter, chosen at random with the weights as chances."
 
     def fuse(self, step: FusionStep) -> Gaussian:
         exponents = step.exponents()
@@ -96,6 +97,7 @@ class Systematic(OneExpert):
     """
 
     name = "systematic"
+    summary = "Each step uses one adapter; they take turns, as often as their weights say."
 
     def fuse(self, step: FusionStep) -> Gaussian:
         if "choices" not in step.memory:

@@ -49,6 +49,7 @@ class Base(FusionRule):
     """p_ref: every adapter off, the weights and λ of no effect. Cost: one forward. Needs no reward."""
 
     name = "base"
+    summary = "The base model alone, without any adapter."
     accepts = "none"
 
     def fuse(self, step: FusionStep) -> Gaussian:
@@ -89,6 +90,7 @@ class Product(ProductLaw, ProductOptions):
     """
 
     name = "product"
+    summary = "Multiplies the adapters' Gaussians at every step: the optimum for the weighted reward."
 
     @property
     def merges(self) -> Literal["", "weights"]:
@@ -126,6 +128,7 @@ class KL(ProductLaw):
     """
 
     name = "kl"
+    summary = "One adapter alone, nearer to the base or further from it by the strength."
     accepts = "single"
 
     def prepare(self, plan: Plan) -> Plan:
@@ -151,6 +154,7 @@ class Oracle(ProductLaw):
     """
 
     name = "oracle"
+    summary = "An adapter that was trained for exactly these weights; what the other rules are compared with."
     accepts = "trained"
 
     def prepare(self, plan: Plan) -> Plan:

@@ -53,7 +53,7 @@ def check_rule_name(name: str) -> None:
     )
 
 
-def get_rule(name: str, **options: Any) -> "FusionRule":
+def get_rule(name: str, /, **options: Any) -> "FusionRule":
     """A rule by its name in `RULES`, or `path/to/file.py:Class`, with its options; ValueError for unknown ones."""
     check_rule_name(name)
     kind = RULES[name] if name in RULES else _load_rule(name)
@@ -73,7 +73,7 @@ def _options(rule: "type[FusionRule]") -> list[str]:
     return [field.name for field in dataclasses.fields(rule)]
 
 
-def get_default_rule(name: str, **options: Any) -> "FusionRule":
+def get_default_rule(name: str, /, **options: Any) -> "FusionRule":
     """As `get_rule`, for the default rule of a set, which is never a file: it could run code of a stranger."""
     if is_user_code(name):
         raise ValueError(

@@ -25,6 +25,7 @@ class RewardGradientGuidance(FusionRule):
     """
 
     name = "rgg"
+    summary = "Pushes the base's picture at every step in the direction that raises the rewards."
     needs = "gradients"
 
     growth: float = setting(0.024, "How fast the guidance grows; 0.024 in the commands of Diffusion Blend.", above=0)

@@ -16,8 +16,8 @@ def weight_table(
     """Users' weights by objective name → columns that sum to 1 at every step, float64.
 
     Raises:
-        ValueError: for an unknown objective, a weight that is not finite, or weights that do not have a positive
-            sum at some step.
+        ValueError: for an unknown objective, a weight that is not finite, or weights that do not have a positive,
+            finite sum at some step.
     """
     table = torch.zeros(steps, len(names), len(weights), dtype=torch.float64)
     for column, given in enumerate(weights):
@@ -31,6 +31,8 @@ def weight_table(
         if not bool(torch.isfinite(table[..., column]).all()):
             raise ValueError(f"weights {label_weights(given)} are not all finite; give each objective a number")
         sums = table[..., column].sum(1)
+        if not bool(torch.isfinite(sums).all()):
+            raise ValueError(f"weights {label_weights(given)} have a sum that is not finite; give smaller ones")
         if bool((sums <= 0).any()):
             first = int((sums <= 0).nonzero()[0])
             where = f" at step {first + 1} of {steps}" if steps > 1 else ""

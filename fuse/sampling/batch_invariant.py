@@ -19,28 +19,31 @@ def check_invariant(rule: FusionRule) -> None:
 
 def encode_each(
     backbone: Backbone,
+    kinds_together: Sequence[str],
     prompts: Sequence[str],
     negatives: Sequence[str | None],
     *,
     height: int | None = None,
     width: int | None = None,
 ) -> Conditioning:
-    """Embed prompts one at a time.
+    """Embed prompts one at a time; equal ones once.
+
+    Args:
+        kinds_together: of embeddings whose rows go through one forward, see `Denoiser.kinds_together`.
 
     Raises:
         ValueError: for prompts of different lengths, where the model family pads them to the longest of a batch.
     """
-    each = [
-        backbone.encode([prompt], [negative], height=height, width=width)
-        for prompt, negative in zip(prompts, negatives, strict=True)
-    ]
-    for name in each[0].positive:
-        if len({part.of(kind)[name].shape for part in each for kind in "+-"}) > 1:
-            raise ValueError(
-                "batch_invariant, and these prompts and negative prompts have different numbers of tokens, which this "
-                "model pads to the longest of a batch; use prompts of one length"
-            )
-    return join(each)
+    pairs = list(zip(prompts, negatives, strict=True))
+    known = {pair: backbone.encode([pair[0]], [pair[1]], height=height, width=width) for pair in dict.fromkeys(pairs)}
+    for kinds in kinds_together:
+        for name in next(iter(known.values())).positive:
+            if len({part.of(kind)[name].shape for part in known.values() for kind in kinds}) > 1:
+                raise ValueError(
+                    "batch_invariant, and these prompts and negative prompts have different numbers of tokens, which "
+                    "this model pads to the longest of a batch; use prompts of one length"
+                )
+    return join([known[pair] for pair in pairs])
 
 
 def decode_each(backbone: Backbone, latents: Latents, prompts: Sequence[str]) -> Pixels:

@@ -218,7 +218,7 @@ class FusedSampler(FusedPolicies):
         device = self.backbone.device
         encode, decode = self.backbone.encode, decode_finite
         if self.denoiser.batch_invariant:
-            encode, decode = partial(encode_each, self.backbone), decode_each
+            encode, decode = partial(encode_each, self.backbone, self.denoiser.kinds_together), decode_each
         outputs = []
         together = max(1, batch_size // latents_per_image)
         batches = [slice(i, i + together) for i in range(0, len(prompts), together)]

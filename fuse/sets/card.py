@@ -119,10 +119,9 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
 
 def front_matter(loaded: AdapterSet, source: str) -> str:
     """The hub's metadata, with what was measured as its model-index."""
-    licences = {adapter.license for adapter in loaded.all_adapters if adapter.license}
     known: dict[str, Any] = {}
-    if licences:
-        known["license"] = "other" if len(licences) > 1 else licences.pop()
+    if license := one_license(loaded):
+        known["license"] = license
     if parse_id(base := loaded.base["name_or_path"]):
         known |= {"base_model": base, "base_model_relation": "adapter"}
     data = ModelCardData(
@@ -134,6 +133,12 @@ def front_matter(loaded: AdapterSet, source: str) -> str:
         eval_results=_results(loaded) or None,
     )
     return data.to_yaml(line_break="\n") + "\n"
+
+
+def one_license(loaded: AdapterSet) -> str | None:
+    """The licence of the adapters, `other` if they have several; None if none is stated."""
+    licences = {adapter.license for adapter in loaded.all_adapters if adapter.license}
+    return "other" if len(licences) > 1 else licences.pop() if licences else None
 
 
 def plain(text: object) -> str:

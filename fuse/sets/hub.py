@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -70,15 +71,56 @@ def fetch_set(name: str) -> Path:
                     f"{name!r} is no folder here, and the hub cannot be asked for it ({first_line(error)})"
                 ) from error
             return Path(cached).parent
-        sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
-        for file in sizes:
-            check_no_pickle(PurePosixPath(name, file))
-        if MANIFEST not in sizes:
-            raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
+        found = _published(name, info)
         hf_hub_download(repository, MANIFEST, revision=revision)  # so that the cache knows what `revision` is
-        manifest = Path(hf_hub_download(repository, MANIFEST, revision=info.sha))
-        wanted = [MANIFEST, *SHOWN, *_weights_of(name, manifest, sizes)]
-        return Path(snapshot_download(repository, revision=info.sha, allow_patterns=wanted))
+        wanted = [MANIFEST, *SHOWN, *_weights_of(name, found.manifest, found.sizes)]
+        return Path(snapshot_download(repository, revision=found.commit, allow_patterns=wanted))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedSet:
+    """A set in a repository of the hub, at one commit.
+
+    Attributes:
+        repository: `owner/name`.
+        commit: the hash.
+        restricted: private, or gated by terms: it is not fetched without a token.
+        manifest: the file, in the hub's cache.
+        sizes: of the files in bytes.
+    """
+
+    repository: str
+    commit: str
+    restricted: bool
+    manifest: Path
+    sizes: Mapping[str, int | None]
+
+
+def find_set(name: str) -> PublishedSet:
+    """Look a set up on the hub and fetch its manifest, without the weights.
+
+    Raises:
+        ValueError: for a repository, revision or manifest that is not there or may not be read, or a pickle.
+    """
+    repository, revision = parse_id(name) or (name, None)
+    with hub_errors(name):
+        return _published(name, HfApi().model_info(repository, revision=revision, files_metadata=True))
+
+
+def _published(name: str, info: ModelInfo) -> PublishedSet:
+    sizes = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+    for file in sizes:
+        check_no_pickle(PurePosixPath(name, file))
+    if MANIFEST not in sizes:
+        raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
+    commit = str(info.sha)
+    return PublishedSet(
+        repository=info.id,
+        commit=commit,
+        restricted=bool(info.private or info.gated),
+        manifest=Path(hf_hub_download(info.id, MANIFEST, revision=commit)),
+        sizes=sizes,
+    )
 
 
 def _weights_of(name: str, manifest: Path, sizes: Mapping[str, int | None]) -> list[str]:

@@ -1,11 +1,15 @@
-"""`stepfuse publish`: a set, checked, with its card, in one commit of a repository of the hub."""
+"""`stepfuse publish`: a set, checked, with its card, in one commit of a repository of the hub.
+
+The Space that runs it is sent the same way: `space.py`.
+"""
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from stepfuse.data import emoji
@@ -28,11 +32,13 @@ class Publication:
     Attributes:
         repository: `owner/name`.
         revision: a branch; made where there is none.
-        private: of a repository that is made.
+        private: the repository is, or is made, private.
         exists: the repository is there already.
         files: contents by the path they will have.
-        stale: weights in the repository of adapters that are no longer in the set.
-        notes: on what is not sent, a line each.
+        stale: files in the repository that an earlier publication sent and this one does not have.
+        message: of the commit.
+        notes: on what is not sent or what is left to do, a line each.
+        space: the repository is a Docker Space, not a model.
     """
 
     repository: str
@@ -41,12 +47,18 @@ class Publication:
     exists: bool
     files: dict[str, bytes | Path]
     stale: tuple[str, ...]
+    message: str
     notes: tuple[str, ...] = ()
+    space: bool = False
+
+    @property
+    def where(self) -> str:
+        return f"the Space {self.repository}" if self.space else self.repository
 
     def __str__(self) -> str:
         sizes = {name: len(c) if isinstance(c, bytes) else c.stat().st_size for name, c in self.files.items()}
-        kind = "private" if self.private else "public"
-        where = f"{self.repository}, branch {self.revision}" + ("" if self.exists else f" (a new {kind} repository)")
+        what = f"a new {'private' if self.private else 'public'} {'Docker Space' if self.space else 'repository'}"
+        where = f"{self.where}, branch {self.revision}" + ("" if self.exists else f" ({what})")
         lines = [f"to {where}, in one commit:"]
         lines += [f"  {size_label(size):>10}  {name}" for name, size in sizes.items()]
         lines += [f"  {'deleted':>10}  {name}" for name in self.stale]
@@ -84,14 +96,17 @@ def prepare(
         **{name: folder / name for name in shown},
         **{f"{a.folder.name}/{WEIGHTS}": a.folder / WEIGHTS for a in loaded.all_adapters},
     }
-    exists, in_repository = _remote(repository, revision, private) if ask_hub else (False, [])
+    found = _remote(repository, revision=revision, private=private) if ask_hub else None
+    in_repository = found.files if found else ()
+    names = ", ".join(sorted({PurePosixPath(name).parts[0] for name in files if "/" in name}))
     return Publication(
         repository=repository,
         revision=revision,
-        private=private,
-        exists=exists,
+        private=found.private if found else private,
+        exists=found is not None,
         files=files,
         stale=tuple(name for name in in_repository if PurePosixPath(name).name == WEIGHTS and name not in files),
+        message=f"Adapter set: {names}",
         notes=tuple(
             f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
             "set, and cannot evaluate it by this reward unless you give it to them"
@@ -125,8 +140,8 @@ def check_secrets(manifest: Path) -> None:
         )
 
 
-def publish(publication: Publication) -> str:
-    """Send it in one commit, and return the address of the commit.
+def publish(publication: Publication) -> CommitInfo:
+    """Send it in one commit, and return that: its `commit_url` is its address, its `oid` the hash.
 
     The weights go first, one file after another: repeated after an interruption, what had arrived is not sent again.
 
@@ -135,27 +150,32 @@ def publish(publication: Publication) -> str:
     """
     api = HfApi()
     repository, branch = publication.repository, publication.revision
+    kind, sdk = ("space", "docker") if publication.space else ("model", None)
     with hub_errors(repository):
         if not publication.exists:
-            api.create_repo(repository, private=publication.private, exist_ok=True)
+            private = publication.private
+            api.create_repo(repository, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
         if branch != DEFAULT:
-            api.create_branch(repository, branch=branch, exist_ok=True)
+            api.create_branch(repository, branch=branch, exist_ok=True, repo_type=kind)
         added = [CommitOperationAdd(name, content) for name, content in publication.files.items()]
         for operation in added:
             if PurePosixPath(operation.path_in_repo).name == WEIGHTS:
-                api.preupload_lfs_files(repository, [operation], revision=branch)
+                api.preupload_lfs_files(repository, [operation], revision=branch, repo_type=kind)
         deleted = [CommitOperationDelete(name) for name in publication.stale]
-        names = ", ".join(sorted({PurePosixPath(name).parts[0] for name in publication.files if "/" in name}))
-        message = f"Adapter set: {names}"
-        done = api.create_commit(repository, [*added, *deleted], commit_message=message, revision=branch)
-    return str(done.commit_url)
+        return api.create_commit(
+            repository,
+            [*added, *deleted],
+            commit_message=publication.message,
+            revision=branch,
+            repo_type=kind,
+        )
 
 
-def confirmed(publication: Publication) -> bool:
-    """Ask at the terminal; ValueError where standard input is not a terminal."""
+def confirmed(where: str) -> bool:
+    """Ask at the terminal whether to send it there; ValueError where standard input is not a terminal."""
     if not sys.stdin.isatty():
         raise ValueError("no terminal to confirm at; pass --yes to send it, or --dry_run to list what would be sent")
-    return input(f"Send to {publication.repository}? [y/N] ").strip().lower() in ("y", "yes")
+    return input(f"Send to {where}? [y/N] ").strip().lower() in ("y", "yes")
 
 
 def check_token() -> None:
@@ -164,19 +184,30 @@ def check_token() -> None:
         raise ValueError("no token of the hub; log in: `hf auth login`, or set HF_TOKEN")
 
 
-def _remote(repository: str, branch: str, private: bool) -> tuple[bool, list[str]]:
-    """Whether the repository is there, and the files of its branch."""
+@dataclass(frozen=True, kw_only=True)
+class _Remote:
+    """A repository that is there: whether it is private, and the files of the branch."""
+
+    private: bool
+    files: Sequence[str]
+
+
+def _remote(repository: str, *, revision: str, private: bool) -> _Remote | None:
+    """What a repository of a model holds, None where there is none; ValueError if it is to be private and is public."""
     api = HfApi()
     with hub_errors(repository):
         try:
             info = api.model_info(repository)
         except RepositoryNotFoundError:
-            return False, []
-        if private and not info.private:
-            raise ValueError(
-                f"{repository} is there and is public; make it private on its page, or leave out --private"
-            )
+            return None
+        check_privacy(repository, private=private, is_private=bool(info.private))
         try:
-            return True, api.list_repo_files(repository, revision=branch)
+            return _Remote(private=bool(info.private), files=api.list_repo_files(repository, revision=revision))
         except RevisionNotFoundError:
-            return True, []
+            return _Remote(private=bool(info.private), files=())
+
+
+def check_privacy(repository: str, *, private: bool, is_private: bool) -> None:
+    """Raise ValueError where a private repository is asked for and a public one is there."""
+    if private and not is_private:
+        raise ValueError(f"{repository} is there and is public; make it private on its page, or leave out --private")

@@ -1,1 +1,1 @@
-"""`stepfuse benchmark`: the cost of sampling, training and rewards, beside baselines."""
+"""`stepfuse benchmark`: the cost of sampling, training, rewards and serving, beside baselines."""

@@ -23,7 +23,7 @@ from stepfuse.scripts.evaluation.costs import counted_rows, machine, now
 Columns = list[tuple[str, Callable[[dict[str, Any]], str]]]  # of a table: the title, and an entry's cell
 Row = TypeVar("Row")  # a row of the results: hashable, and its text is its name
 LIBRARIES = ("torch", "diffusers", "peft", "transformers", "accelerate", "stepfuse")
-LEFT_ALIGNED = ("algorithm", "method", "range", "reward")  # columns of texts
+LEFT_ALIGNED = ("algorithm", "load", "method", "range", "reward")  # columns of texts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import add_settings, settings_of
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
-KINDS = ("sampling", "rewards", "training")  # of benchmark, which may follow where a set may
+KINDS = ("sampling", "rewards", "training", "serve")  # of benchmark, which may follow where a set may
 
 
 def add_arguments(parser: Parser) -> None:

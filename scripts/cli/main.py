@@ -23,6 +23,7 @@ COMMANDS = {  # in the order of --help; `set create` is the module set_create in
     "set export": "write the adapters of a set as LoRAs for other tools, one file or folder each",
     "set merge": "write a weighted sum of the adapters, the soup, as one LoRA for other tools",
     "sample": "generate images with a set, for any weights of its objectives",
+    "serve": "draw images over HTTP, and serve a page with a slider for each weight",
     "evaluate": "measure fusion rules and baselines of a set on the same prompts and seeds",
     "build": "train the adapters of a set, create the set, profile and evaluate it, and write its card",
     "publish": "check a set, list the files to upload, ask, and upload them to the Hugging Face Hub in one commit",
@@ -31,10 +32,11 @@ COMMANDS = {  # in the order of --help; `set create` is the module set_create in
     "reward list": "print every reward with its size, its license, and whether it has a gradient",
     "reward score": "score a folder of images and write a table",
     "reward serve": "serve a reward over HTTP, for --reward http://HOST:PORT on another machine",
-    "benchmark": "time sampling, rewards or training, beside other implementations of the same",
+    "benchmark": "time sampling, rewards, training or the server, beside other implementations of the same",
     "benchmark sampling": "time fused sampling and other methods, as multiples of one adapter with guidance",
     "benchmark rewards": "time rewards against the packages they come from, and compare their scores",
     "benchmark training": "time one optimiser step, sampling and update, against the loops of ddpo-pytorch and SPO",
+    "benchmark serve": "load a server with requests at random times, beside diffusers' set_adapters in a queue",
 }
 GROUPS = {  # commands that have actions, with the example and further sentences of their help pages
     "set": ("stepfuse set show emoji", ""),

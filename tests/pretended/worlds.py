@@ -83,8 +83,8 @@ def save_world(root: Path) -> Path:
     return root / "set"
 
 
-def load_sampler(folder: Path, device: str) -> FusedSampler:
-    return FusedSampler.from_pretrained(folder, device=device, reward_scales=SCALES)
+def load_sampler(folder: Path, device: str, **options: Any) -> FusedSampler:
+    return FusedSampler.from_pretrained(folder, device=device, reward_scales=SCALES, **options)
 
 
 def draw(sampler: FusedSampler, case: Case, steps: int, kind: str = "cpu") -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""`stepfuse serve`: draw images of adapter sets over HTTP, and the page with the weights' sliders."""

@@ -1,0 +1,41 @@
+// Elements are made by their names and texts, never from HTML: what a prompt or an answer holds stays text.
+
+export function element(name, attributes = {}, children = []) {
+  return fill(document.createElement(name), attributes, children);
+}
+
+export function svg(name, attributes = {}, children = []) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+}
+
+function fill(node, attributes, children) {
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  node.append(...children);
+  return node;
+}
+
+export function byId(id) {
+  return document.getElementById(id);
+}
+
+/** The options of a select, as [value, text]; its value stays where it can. */
+export function choices(select, options, value = select.value) {
+  select.replaceChildren(...options.map(([key, text]) => element("option", { value: key }, [text])));
+  if (options.some(([key]) => key === value)) select.value = value;
+}
+
+/** Show or hide one line of text. */
+export function say(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+  node.hidden = !text;
+}
+
+/** Mark a field as wrong, or no longer. */
+export function fault(name, text) {
+  const line = byId(`${name}-error`);
+  say(line, text);
+  for (const field of document.querySelectorAll(`[aria-describedby~="${name}-error"]`)) {
+    if (text) field.setAttribute("aria-invalid", "true");
+    else field.removeAttribute("aria-invalid");
+  }
+}
