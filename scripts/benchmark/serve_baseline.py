@@ -16,9 +16,9 @@ import torch
 from stepfuse.data.seeds import numbered_generator
 from stepfuse.fuse.backbones.loading import load_base, quiet_libraries
 from stepfuse.fuse.backbones.registry import backbone_of
-from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.lora.layers import several_adapters
 from stepfuse.fuse.lora.safe_files import WEIGHTS
+from stepfuse.fuse.rules.schedules import schedule_to_dict
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.scripts.benchmark.serve_load import Answer, Request, await_arrival
 from stepfuse.scripts.benchmark.serve_settings import ServeBenchmark
@@ -53,9 +53,10 @@ class Baseline:
 
 def eta_of(loaded: AdapterSet, weights: dict[str, float]) -> float:
     """DDIM's eta with the variance of the soup, Σ w_i eta_i²; 1 where the set has schedules of other kinds."""
-    etas = {o.name: o.variance.eta for o in loaded.objectives if isinstance(o.variance, EtaSchedule)}
-    if len(etas) < len(loaded.objectives):
+    described = {o.name: schedule_to_dict(o.variance) for o in loaded.objectives}
+    if any(each["kind"] != "eta" for each in described.values()):
         return 1.0
+    etas = {name: each["eta"] for name, each in described.items()}
     return math.sqrt(sum(weight * etas[name] ** 2 for name, weight in weights.items()))
 
 
