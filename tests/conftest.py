@@ -153,6 +153,22 @@ def emoji_service() -> Any:
 
 
 @pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    from tests.fixtures_page import chromium
+
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    from tests.fixtures_page import tab_of
+
+    with tab_of(browser) as tab:
+        yield tab
+
+
+@pytest.fixture(scope="session")
 def lora_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Stable Diffusion and Stable Diffusion XL, for LoRAs of every kind."""
     from tests.fixtures_formats import load_bases

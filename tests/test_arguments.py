@@ -129,7 +129,7 @@ def test_dashes_and_underscores_are_the_same_in_every_flag(command):
     words = example(COMMANDS[command])
     for name, action in OPTIONS:
         if name == command and action.option_strings:
-            usual = {"device": "cpu", "candidates": "2"}.get(action.dest, "1")
+            usual = {"device": "cpu", "candidates": "2", "requests": "2", "rule": "soup"}.get(action.dest, "1")
             value = [] if action.nargs == 0 else [next(iter(action.choices or [usual]))]
             flag = action.option_strings[0]
             dashed = "--" + flag.removeprefix("--").replace("_", "-")
@@ -323,9 +323,13 @@ def test_the_bounds_of_numbers_are_these():
         "eta": (0, -infinity, 1),
         "reference_eta": (0, -infinity, 1),
         "timestep_fraction": (-infinity, 0, 1),
+        "time_limit": (-infinity, 0, infinity),
+        "grace": (0, -infinity, infinity),
+        "rate": (-infinity, 0, infinity),
+        "light": (-infinity, 0, infinity),
     }
     for name, bounds in found.items():
-        least = 2 if name == "candidates" else 1
+        least = 2 if name in ("candidates", "requests") else 1
         assert bounds <= {others.get(name, (1, -infinity, infinity)), (least, -infinity, infinity)}, name
     assert found.keys() > others.keys()
 

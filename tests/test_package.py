@@ -23,8 +23,8 @@ TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
     *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", "docs", *LAYERS),
 }
-# Baselines of the benchmarks, builders of the emoji base, and the check of a GPU.
-REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji", "scripts/gpu")
+# Baselines of the benchmarks, builders of the emoji base, the check of a GPU, and the load on a server.
+REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji", "scripts/gpu", "scripts/load")
 MEGABYTE = 2**20
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

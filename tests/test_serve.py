@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
 from itertools import product
 
 import httpx2
@@ -13,6 +14,7 @@ import openai
 import pytest
 import torch
 
+from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.serve.access import Access
 from tests.fixtures_serve import PATH, another, events_of, picture, running_service, settings_of
 from tests.fixtures_tiny import generators
@@ -296,3 +298,15 @@ def test_a_forward_that_fails_ends_its_requests_and_no_others(server, monkeypatc
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "internal")
         assert "/root" not in failed.text
         assert other.post(request(0)).status_code == 200
+
+
+def test_a_set_is_known_by_its_adapters_and_rules_by_plain_words(emoji_service):
+    served = emoji_service.sets["emoji"]
+    first, *others = served.loaded.adapters
+    changed = replace(served.loaded, adapters=(replace(first, sha256="0" * 64), *others))
+    described, other = served.describe(), replace(served, loaded=changed).describe()
+    assert described == served.describe()
+    assert described["id"] != other["id"]
+    summaries = {rule["name"]: rule["summary"] for rule in described["rules"]}
+    assert summaries["soup"] == "One network with the weighted sum of the LoRAs; the cheapest."
+    assert all(RULES[name].summary == summary and summary.endswith(".") for name, summary in summaries.items())

@@ -73,6 +73,10 @@ class NoisePath(ABC):
         """The (t, s) of a sampler with `count` steps, noisiest first; a ValueError for a count that it cannot have."""
 
     @abstractmethod
+    def scheduler_of(self, count: int) -> SchedulerMixin:
+        """A copy of the scheduler with the time steps of `steps`, for diffusers' own loops; its errors are the same."""
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What decides alpha_t, sigma_t and the steps, and what is predicted, as plain JSON values."""
 
@@ -168,6 +172,11 @@ class TablePath(NoisePath):
 
     def steps(self, count: int) -> list[tuple[Time, Time]]:
         """As DDIM spaces them; s is FINAL where it lies before the table."""
+        scheduler, stride = self.scheduler_of(count), self.length // count
+        # DDIM steps from t to t - stride, whatever comes next in the list of times.
+        return [(t, max(t - stride, FINAL)) for t in scheduler.timesteps.tolist()]
+
+    def scheduler_of(self, count: int) -> SchedulerMixin:
         if not 1 <= count <= self.length:
             raise ValueError(f"{count} sampling steps; expected 1 to {self.length}")
         scheduler = copy.copy(self.scheduler)  # several threads may ask for steps
@@ -175,9 +184,7 @@ class TablePath(NoisePath):
         first = int(scheduler.timesteps.max())
         if first >= self.length:
             raise ValueError(f"{count} sampling steps start at time {first}; expected {self.length - 1} at most")
-        stride = self.length // count
-        # DDIM steps from t to t - stride, whatever comes next in the list of times.
-        return [(t, max(t - stride, FINAL)) for t in scheduler.timesteps.tolist()]
+        return scheduler
 
     def describe(self) -> dict[str, Any]:
         names = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "rescale_betas_zero_snr"]
@@ -226,6 +233,9 @@ class FlowPath(NoisePath):
 
     def steps(self, count: int) -> list[tuple[Time, Time]]:
         """linspace(1, 1/N), shifted by the scheduler; a ValueError too where its shift needs a `mu` that is None."""
+        return list(pairwise(self.scheduler_of(count).sigmas.tolist()))
+
+    def scheduler_of(self, count: int) -> SchedulerMixin:
         least = 2 if self.scheduler.config.shift_terminal else 1  # the first sigma is 1, the last shift_terminal
         if count < least:
             raise ValueError(f"{count} sampling steps; expected {least} or more")
@@ -237,7 +247,7 @@ class FlowPath(NoisePath):
         sigmas = torch.linspace(1, 1 / count, count, dtype=torch.float64).tolist()
         scheduler = copy.copy(self.scheduler)  # several threads may ask for steps
         scheduler.set_timesteps(sigmas=sigmas, mu=self.mu(count) if callable(self.mu) else self.mu)
-        return list(pairwise(scheduler.sigmas.tolist()))
+        return scheduler
 
     def describe(self) -> dict[str, Any]:
         """What decides the path and the grid of steps; not `mu`, which follows from the image size."""

@@ -91,7 +91,7 @@ def mixed_batch(denoiser: Denoiser, copy_of: CopyOf, names: Sequence[str]) -> tu
 
 def denoise(blend: Blend, path: NoisePath, steps: int, x: Tensor, conditioning: Conditioning) -> Tensor:
     """From x_T to x_0, by diffusers' own DDIM with eta 1, or its Euler steps."""
-    times, scheduler = path.steps(steps), path.scheduler  # which are then its time steps
+    times, scheduler = path.steps(steps), path.scheduler_of(steps)
     options = {"eta": 1.0} if "eta" in inspect.signature(scheduler.step).parameters else {}
     for (t, _), own in zip(times, scheduler.timesteps.to(x.device), strict=True):
         x = scheduler.step(blend(x, t, conditioning), own, x, **options).prev_sample

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 
+from stepfuse.data.seeds import LIMIT
 from stepfuse.data.settings_fields import check_settings, setting
 from stepfuse.fuse.rules.registry import check_rule_name
 from stepfuse.scripts.benchmark.settings import DType
@@ -37,7 +38,7 @@ class ServeBenchmark:
     light: float = _what(
         0.5, "Requests a second under light load, as a share of what set_adapters can serve.", metavar="SHARE", above=0
     )
-    seed: int = _what(0, "Random seed of mixtures and arrivals.", least=0)
+    seed: int = _what(0, "Random seed of mixtures and arrivals.", least=0, most=LIMIT - 1)
     repeats: int = _how(3, "Rounds of measurements, of which the median counts.", least=1)
     max_rows: int = _how(16, "Most rows of one forward pass of the server.", least=1)
     threads: int | None = _how(None, "Number of CPU threads (default: as many as torch chooses).", least=1)

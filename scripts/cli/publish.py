@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SPACE = (
     "Write a Docker Space that runs `stepfuse serve` on the set, after the set itself; for a SET that is on the hub "
-    "already, the Space alone."
+    "already, the Space alone (default: no Space)."
 )
 
 

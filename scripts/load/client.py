@@ -6,7 +6,8 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from stepfuse.scripts.load.cases import images_of
 from stepfuse.scripts.load.tally import Tally
 from stepfuse.scripts.load.wrong import PATH, Wrong, raw_request, read_status, send_wrong, wrong_requests
 
+Event = tuple[str, dict[str, Any]]
 FIELDS = ("b64_json", "seed", "settings")  # of a picture
 
 
@@ -73,32 +75,23 @@ class Client:
 
     def ask(self) -> None:
         """Up to three requests over one connection."""
-        connection = self._server.connect()
-        try:
+        with closing(self._server.connect()) as connection:
             for _ in range(self._random.randint(1, 3)):
                 self._ask(connection, self._random.choice(self._pool))
-        finally:
-            connection.close()
 
     def ask_once(self) -> None:
-        connection = self._server.connect()
-        try:
+        with closing(self._server.connect()) as connection:
             self._ask(connection, self._random.choice(self._drawn))
-        finally:
-            connection.close()
 
     def stream(self) -> None:
-        connection = self._server.connect()
-        try:
-            solo = self._random.choice(self._pool)
-            answer = self._send(connection, solo, stream=True)
-            if answer.status != 200:
-                answer.read()
-                self._check(solo, answer.status, [])
+        solo = self._random.choice(self._pool)
+        with closing(self._server.connect()) as connection:
+            received = self._stream(connection, solo)
+            if received is None:
                 return
             pictures: dict[int, dict[str, Any]] = {}
             step = -1
-            for name, data in events(answer):
+            for name, data in received:
                 if name == "error":
                     self._check(solo, 500, [])
                     return
@@ -111,24 +104,17 @@ class Client:
                 else:
                     pictures[data["index"]] = {field: data[field] for field in FIELDS}
             self._check(solo, 200, [pictures[index] for index in sorted(pictures)])
-        finally:
-            connection.close()
 
     def leave_stream(self) -> None:
         """Read a few events of a stream, and leave."""
-        connection = self._server.connect()
-        try:
-            solo = self._random.choice(self._drawn)
-            answer = self._send(connection, solo, stream=True)
-            if answer.status != 200:
-                answer.read()
-                self._check(solo, answer.status, [])
+        solo = self._random.choice(self._drawn)
+        with closing(self._server.connect()) as connection:
+            received = self._stream(connection, solo)
+            if received is None:
                 return
-            for _, _ in zip(range(self._random.randint(0, 2)), events(answer), strict=False):
+            for _ in zip(range(self._random.randint(0, 2)), received, strict=False):
                 pass
             self._tally.abandoned(images=solo.images)
-        finally:
-            connection.close()
 
     def leave(self) -> None:
         """Send a request, and leave before the answer."""
@@ -171,8 +157,7 @@ class Client:
     def send_slowly(self) -> None:
         """Send a body over some seconds, byte by byte at the end."""
         solo = self._random.choice(self._drawn)
-        connection = self._server.connect()
-        try:
+        with closing(self._server.connect()) as connection:
             body = self._body(solo)
             connection.putrequest("POST", PATH)
             for name, value in {**self._headers, "Content-Length": str(len(body))}.items():
@@ -182,8 +167,6 @@ class Client:
                 time.sleep(0.05)
                 connection.send(bytes([byte]))
             self._read(solo, connection.getresponse())
-        finally:
-            connection.close()
 
     # How.
 
@@ -208,6 +191,15 @@ class Client:
             time.sleep(min(seconds, 30))
             connection.close()  # idle connections are closed by the server too
 
+    def _stream(self, connection: http.client.HTTPConnection, solo: Solo) -> Iterator[Event] | None:
+        """The events of a request, or None where the answer has none; it is checked then."""
+        answer = self._send(connection, solo, stream=True)
+        if answer.status == 200:
+            return events(answer)
+        answer.read()
+        self._check(solo, answer.status, [])
+        return None
+
     def _ask(self, connection: http.client.HTTPConnection, solo: Solo) -> None:
         self._read(solo, self._send(connection, solo))
 
@@ -227,7 +219,7 @@ class Client:
             self._tally.fault(f"other pictures than alone: {solo.case}")
 
 
-def events(answer: http.client.HTTPResponse) -> Any:
+def events(answer: http.client.HTTPResponse) -> Iterator[Event]:
     """Names and data of server-sent events."""
     name = ""
     for line in answer:
@@ -235,5 +227,4 @@ def events(answer: http.client.HTTPResponse) -> Any:
         if text.startswith("event: "):
             name = text.removeprefix("event: ")
         elif text.startswith("data: "):
-            data: Mapping[str, Any] = json.loads(text.removeprefix("data: "))
-            yield name, data
+            yield name, json.loads(text.removeprefix("data: "))
