@@ -17,12 +17,12 @@ from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from tests.fixtures_training import as_flags, launch_command
 
 PROGRAM = Path(__file__).parent / "forked_training.py"
-RUN_SECONDS = 300.0  # of one training, at most
+RUN_SECONDS = 900.0  # of one training, at most: DeepSpeed may compile an extension first
 
 
 @contextmanager
 def launched(
-    folder: Path, launcher: Sequence[str] = SINGLE_PROCESS, *, processes: int = 1, start_seconds: float = 200
+    folder: Path, launcher: Sequence[str] = SINGLE_PROCESS, *, processes: int = 1, start_seconds: float = 300
 ) -> Iterator[list[TextIO]]:
     """The launched processes by rank, in a folder where their children write `child.log`."""
     with ExitStack() as stack:

@@ -1,9 +1,11 @@
 """Parts of the server: turns in the queue, numbers of rows that agree, and several sets on one base."""
 
+import platform
 import threading
 
 import httpx2
 import numpy as np
+import psutil
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -15,6 +17,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.serve.access import is_loopback
 from stepfuse.scripts.serve.fair_queue import FairQueue
+from stepfuse.scripts.serve.host_memory import release_free_memory
 from tests.fixtures_serve import load_service, picture, running_service, settings_of
 from tests.fixtures_tiny import generators, save_adapter, save_stable_diffusion
 
@@ -74,6 +77,20 @@ def test_rows_that_depend_on_their_position_go_alone():
 def test_the_mean_cost_is_that_of_the_fewest_rows_in_vain():
     # Forwards of 2 rows cost 5; one of k rows would cost k + 3: 1 -> 5/4, 2 -> 5/5, 3 -> 10/6, 4 -> 10/7.
     assert mean_cost([2], 4) == pytest.approx((5 / 4 + 1 + 10 / 6 + 10 / 7) / 4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
+def test_freed_memory_between_what_stays_is_returned():
+    memory = psutil.Process().memory_info
+    begin = memory().rss
+    blocks = [bytearray(b"x" * 50_000) for _ in range(2000)]
+    full = memory().rss
+    assert full - begin > 80e6
+    last = blocks[-1]
+    del blocks
+    release_free_memory()
+    assert full - memory().rss > 80e6
+    assert len(last) == 50_000
 
 
 def test_addresses_that_only_this_machine_reaches():

@@ -48,6 +48,7 @@ class Backbone(ABC):
         self.pipeline = pipeline
         self.decode_batch_size: int | None = None
         self.records_graphs = False
+        self._device: torch.device | None = None
         upcast(pipeline.components.get("vae"))
 
     @property
@@ -67,7 +68,11 @@ class Backbone(ABC):
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes; with offloading its modules lie elsewhere meanwhile."""
-        return self.pipeline._execution_device
+        return self._device or self.pipeline._execution_device
+
+    def keep_device(self) -> None:
+        """Look up `device` once and for all, for diffusers goes through all modules; the pipeline must then stay."""
+        self._device = self.pipeline._execution_device
 
     def compile(self, how: str, **options: Any) -> None:
         """Compile the network in place, with these options of `torch.compile`.

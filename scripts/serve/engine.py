@@ -18,10 +18,12 @@ from stepfuse.fuse.backbones.denoiser import ForwardRows
 from stepfuse.fuse.sampling.shared_forwards import SharedForwards, split
 from stepfuse.scripts.serve.errors import internal, late, out_of_memory, queue_full, stopping
 from stepfuse.scripts.serve.fair_queue import FairQueue
+from stepfuse.scripts.serve.host_memory import release_free_memory
 from stepfuse.scripts.serve.job import Job
 from stepfuse.scripts.serve.metrics import Metrics
 
 LOG = logging.getLogger("stepfuse.serve")
+RELEASE_SECONDS = 30  # between two times that freed memory is returned to the system
 JOBS = 4  # that run together at least, however many rows each of them has
 Chosen = list[tuple[Job, list[ForwardRows]]]
 
@@ -46,6 +48,7 @@ class Engine:
         self._stopping = False
         self._seconds = 1.0  # of a job from its start to its end: an exponential moving average
         self._turn = 0
+        self._released = monotonic()
         self._thread = threading.Thread(target=self._loop, name="stepfuse-engine", daemon=True)
 
     # Of any thread.
@@ -125,6 +128,9 @@ class Engine:
                     LOG.error("the engine failed", exc_info=error)
                     self._end_all()
                 self.metrics.state(waiting=self.waiting, running=len(self._running))
+                if monotonic() - self._released > RELEASE_SECONDS:
+                    release_free_memory()
+                    self._released = monotonic()
 
     def _drop(self) -> None:
         """Stop what is cancelled, late or given up."""

@@ -86,6 +86,7 @@ def make_service(
         check_compilation(settings.compile, settings.mode or "default", device)
     loaded, adapters = load_sets(sets, dtype=dtype, device=device, decode_batch_size=settings.decode_batch_size)
     backbone = loaded[0].sampler.backbone
+    backbone.keep_device()
     forwards = SharedForwards(backbone, adapters, max_rows=settings.max_rows, exact=backbone.device.type == "cpu")
     if settings.compile:
         backbone.compile(settings.compile, fullgraph=True, **({"mode": settings.mode} if settings.mode else {}))

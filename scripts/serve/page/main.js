@@ -16,7 +16,7 @@ import { describe } from "./simplex.js";
 import { Stage } from "./stage.js";
 import * as transfer from "./transfer.js";
 
-const TYPING = 180; // milliseconds without a key until a text is drawn
+const TYPING = 120; // milliseconds without a key until a text is drawn
 const FIELDS = ["prompt", "seed", "weights", "strength", "rule", "compare", "steps", "guidance", "guidance_scale", "size"]
   .concat(["negative_prompt", "rule_options", "weights_on", "picture", "file", "frames"]);
 const NUMBERS = ["steps", "guidance_scale", "width", "height"];

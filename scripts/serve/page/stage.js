@@ -5,7 +5,7 @@ import { Background } from "./painter.js";
 import { request } from "./settings.js";
 import { View } from "./view.js";
 
-const REST = 150; // milliseconds
+const REST = 120; // milliseconds
 
 export class Stage {
   /**
