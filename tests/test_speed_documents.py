@@ -15,6 +15,7 @@ from stepfuse.scripts.benchmark.serve import serve_table
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark, TrainingBenchmark
 from stepfuse.scripts.cli.main import parse
 from stepfuse.scripts.cli.options import settings_of
+from stepfuse.scripts.load.soak import FLAT, account
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "docs" / "speed"
@@ -131,3 +132,19 @@ def test_the_table_of_the_server_is_of_its_measurement() -> None:
     assert len(commands) == 2
     for command in commands:
         assert callable(parse(shlex.split(command)).run)
+
+
+def test_the_soak_lasted_half_an_hour_and_found_nothing() -> None:
+    soak = read("serve-soak.json")
+    assert account(soak) in re.sub(r"\s+", " ", (SPEED / "serve.md").read_text())
+    assert (soak["settings"]["minutes"], soak["faults"]) == (30, [])
+    before, after = soak["memory"]["second_and_last_fifth"]["rss_mb"]
+    assert after <= (1 + FLAT) * before
+
+
+def test_the_times_of_the_page_are_those_of_the_measurement() -> None:
+    playwright = pytest.importorskip("playwright", reason="the page is driven by playwright")
+    assert playwright
+    from stepfuse.scripts.load.page import page_table
+
+    assert page_table(read("serve-page.json")) in (SPEED / "serve.md").read_text()

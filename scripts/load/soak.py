@@ -181,6 +181,29 @@ def settled(server: ServerProcess, tally: Tally) -> tuple[Any, int]:
     return found
 
 
+def account(results: dict[str, Any]) -> str:
+    """What was asked for and what came of it, in words."""
+    requests, stopped = results["requests"], results["stopped"]
+    answers = ", ".join(f"{count:,} with status {status}" for status, count in requests["answers"].items())
+    lines = [
+        f"Answers: {answers}; images in them: {requests['images']:,}; requests that their clients left: "
+        f"{requests['left']:,}; distinct requests: {requests['distinct']}; faults: {len(results['faults'])}."
+    ]
+    if means := results["memory"].get("second_and_last_fifth"):
+        before, after = means["rss_mb"]
+        lines.append(
+            f"Memory: {before:.0f} MB on average in the second fifth of the time, {after:.0f} MB in the last "
+            f"({100 * (after / before - 1):+.1f} %)."
+        )
+    later = ", ".join(f"{kind}: {count}" for kind, count in stopped["later_requests"].items())
+    lines.append(
+        f"After SIGTERM {stopped['drawn']} of the {stopped['sent']} requests that were there were drawn, later ones "
+        f"were refused ({later}), and the server ended after {stopped['seconds']:.1f} s with exit status "
+        f"{stopped['exit_status']}."
+    )
+    return " ".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", metavar="SET")
@@ -199,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = soak(Soak(**parsed))
     if output is not None:
         write_json(output, results)
-    print(json.dumps({name: results[name] for name in ("requests", "stopped")}, indent=2))
+    print(account(results))
     if results["faults"]:
         sys.exit("\n".join(f"fault: {line}" for line in results["faults"]))
     print("no faults")
