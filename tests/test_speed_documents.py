@@ -143,8 +143,7 @@ def test_the_soak_lasted_half_an_hour_and_found_nothing() -> None:
 
 
 def test_the_times_of_the_page_are_those_of_the_measurement() -> None:
-    playwright = pytest.importorskip("playwright", reason="the page is driven by playwright")
-    assert playwright
+    pytest.importorskip("playwright", reason="the page is driven by playwright")
     from stepfuse.scripts.load.page import page_table
 
     assert page_table(read("serve-page.json")) in (SPEED / "serve.md").read_text()

@@ -14,6 +14,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ def measure(model: str, *, changes: int, threads: int | None) -> dict[str, Any]:
             "machine": machine(torch.device("cpu")),
             "settings": {"model": model, "changes": changes, "threads": threads, "browser": chromium.version},
             "one_run": alone,
-            "prompt": [_after(page, lambda text=text: page.fill("#prompt", text)) for text in prompts],
-            "weights": [_after(page, lambda share=share: _set_share(page, share)) for share in shares],
+            "prompt": [_after(page, partial(page.fill, "#prompt", text)) for text in prompts],
+            "weights": [_after(page, partial(_set_share, page, share)) for share in shares],
         }
 
 
