@@ -27,7 +27,7 @@ class Pending:
         self._latest = 0, 0, 0
         self._news = asyncio.Event()
         self._begin = begin
-        self._job = Job(
+        self._job: Job | None = Job(  # None once it is over: the job refers to this object, and both to the pixels
             draw=lambda job: prepared.draw(job.predict, job.notify),
             images=prepared.drawing.count,
             notify=lambda *state: self._call(self._progressed, state),
@@ -44,10 +44,13 @@ class Pending:
         return monotonic() - self._begin
 
     def submit(self) -> None:
+        assert self._job is not None
         self._engine.submit(self._job)
 
     def cancel(self) -> None:
-        self._engine.cancel(self._job)
+        if self._job is not None:
+            self._engine.cancel(self._job)
+            self._job = None
 
     async def result(self, request: Request | None = None) -> Tensor:
         """The pixels; the job is given up where the client of the request leaves meanwhile.
@@ -94,6 +97,7 @@ class Pending:
         self._news.set()
 
     def _finish(self, result: Tensor | BaseException) -> None:
+        self._job = None
         if self._finished.done():
             return
         if isinstance(result, BaseException):

@@ -22,6 +22,7 @@ from stepfuse.scripts.serve.app import Service, make_app
 from stepfuse.scripts.serve.drawing import Limits, read_drawing
 from stepfuse.scripts.serve.engine import Engine
 from stepfuse.scripts.serve.errors import RequestError
+from stepfuse.scripts.serve.host_memory import keep_what_is_loaded
 from stepfuse.scripts.serve.metrics import Metrics
 from stepfuse.scripts.serve.prepared import prepare
 from stepfuse.scripts.serve.served_sets import ServedSet, load_sets
@@ -69,6 +70,7 @@ def serve(
             forwarded_allow_ips=settings.trusted_proxies or (PRIVATE_NETWORKS if settings.public else "127.0.0.1,::1"),
             server_header=False,
         )
+        keep_what_is_loaded()
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         names = ", ".join(service.sets)
