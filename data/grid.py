@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from stepfuse.data.lettering import Lettering, enlarge, enlargement
+from stepfuse.data.palette import LIGHT
 
 CELL = 128  # pixels: smaller images are enlarged to at least this
 ImageRows = Sequence[Sequence[Image.Image]]
@@ -32,10 +33,10 @@ def labelled_grid(
     labels = _beside(row_labels, text, height)
     margin = gap + max(_width(lines, text) for lines in labels) + gap
     column = max(width, *(_width(lines, text) for lines in heads))
-    top = gap // 2 + text.line_height * max(map(len, heads)) + gap // 2
+    top = gap + text.line_height * max(map(len, heads)) + gap // 2
     heights = [max(height, text.line_height * len(lines)) for lines in labels]
-    size = margin + len(heads) * (column + gap), top + sum(heights) + len(heights) * (gap // 2)
-    sheet = Image.new("RGB", size, "white")
+    size = margin + len(heads) * (column + gap), top + sum(heights) + len(heights) * (gap // 2) + gap // 2
+    sheet = Image.new("RGB", size, LIGHT.paper)
     draw = ImageDraw.Draw(sheet)
     lefts = [margin + j * (column + gap) for j in range(len(heads))]
     for left, lines in zip(lefts, heads, strict=True):
@@ -67,7 +68,7 @@ def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], colum
     lines = [_lines(caption, text, width) for caption in captions]
     rows = [range(start, min(start + columns, len(images))) for start in range(0, len(images), columns)]
     heights = [height + gap // 2 + text.line_height * max(len(lines[i]) for i in row) + gap for row in rows]
-    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, gap + sum(heights)), "white")
+    sheet = Image.new("RGB", (len(rows[0]) * (width + gap) + gap, gap + sum(heights)), LIGHT.paper)
     draw, top = ImageDraw.Draw(sheet), gap
     for row, row_height in zip(rows, heights, strict=True):
         for column, i in enumerate(row):

@@ -7,6 +7,9 @@ from typing import TypedDict
 
 from PIL import Image
 
+from stepfuse.data.lettering import drawable
+from stepfuse.data.palette import plot_settings
+
 KL_PICTURE = "kl_steps.png"
 LABELS = 12  # steps that are labelled at the most
 
@@ -39,18 +42,18 @@ def draw_kl_steps(policies: Mapping[str, Sequence[StepKL]]) -> Image.Image:
     shown = range(0, longest, math.ceil(longest / LABELS))
     labels = [f"{k + 1}\n{levels[0][k]:.2g}" if alike else str(k + 1) for k in shown]
     file = io.BytesIO()
-    with matplotlib.rc_context({"font.family": "sans-serif", "font.size": 9, "text.parse_math": False}):
+    with matplotlib.rc_context(plot_settings()):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained", dpi=120)
         axes = figure.subplots()
         for name, steps in policies.items():
             nats = [math.nan if step["nats"] is None else step["nats"] for step in steps]
-            axes.plot(range(len(nats)), nats, marker="o", markersize=4, linewidth=1, label=name)
+            axes.plot(range(len(nats)), nats, label=drawable(name))
         axes.set_xticks(list(shown), labels)
         axes.set_xlim(-0.5, longest - 0.5)
         axes.set_xlabel("denoising step, the noisiest first" + ("; below, its noise level σ" if alike else ""))
         axes.set_ylabel("KL to the base (nats per image)")
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        axes.set_title("Where the policy departs from the base")
+        axes.legend()
         figure.savefig(file, format="png")
     return Image.open(file).convert("RGB")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from stepfuse.data.palette import LIGHT
+
 GLUE = "\u00a0"  # a no-break space: a line never ends at one
 SPACES = re.compile(r"(?:(?!\u00a0)\s)+")
 SOFT = "_-./:,;"  # where a word that is longer than the line is broken first
@@ -51,7 +53,7 @@ class Lettering:
         for number, line in enumerate(lines):
             x, middle = left, top + (number + 0.5) * self.line_height
             for font, run in self._runs(line):
-                draw.text((x, middle), run, fill="black", font=font, anchor="lm")
+                draw.text((x, middle), run, fill=LIGHT.ink, font=font, anchor="lm")
                 x += font.getlength(run)
 
     def _break(self, word: str, width: float) -> int:

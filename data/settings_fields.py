@@ -1,8 +1,10 @@
 """Fields of settings dataclasses: bounds, names and help. Importing this module imports neither torch nor PyYAML."""
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +89,22 @@ def parse_mapping(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"{text!r}; expected NAME=NUMBER") from error
     return mapping
+
+
+def setting_texts(settings: type) -> dict[str, tuple[str, str]]:
+    """Heading and text of each field of a settings dataclass, from the docstrings of the class and its bases.
+
+    The heading is the first line of the docstring, up to `:` or `.`. The text is that of the attribute, of which
+    `a, b: text` is several.
+    """
+    texts: dict[str, tuple[str, str]] = {}
+    for owner in settings.__mro__:
+        doc = inspect.cleandoc(owner.__doc__ or "")
+        attributes = re.split(r"\n(?=    \w)", doc.partition("Attributes:")[2])
+        for names, _, text in (part.strip().partition(": ") for part in attributes):
+            for name in names.split(", "):
+                texts.setdefault(name, (re.split("[:.]", doc, maxsplit=1)[0], " ".join(text.split())))
+    return texts
 
 
 def check_settings(settings: Any) -> None:

@@ -145,6 +145,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package as it would be released: the one that scripts/test has built, or a new one."""
+    from tests.fixtures_release import built_wheel
+
+    return built_wheel(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
 def emoji_service() -> Any:
     """The embedded set, loaded to be served; not started."""
     from tests.fixtures_serve import load_service

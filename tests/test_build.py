@@ -138,7 +138,7 @@ def test_one_command_trains_fuses_measures_and_goes_on_where_it_was_interrupted(
     cell = next(c for c in summary["cells"] if c["rule"] == "product" and "0.5" in c["weights"])
     for reward in ("compressibility", "colourfulness"):
         assert f"{cell['rewards'][reward]['gain']['mean']:+.3g} [" in text
-    assert "| both | oracle of small=0.5,colour=0.5 |" in text
+    assert "| both | oracle of small 0.5 · colour 0.5 |" in text
     assert "](strip.png)" in text
     with Image.open("out/set/strip.png") as strip:
         assert strip.width > 4 * 64  # the base, two adapters and their mixture

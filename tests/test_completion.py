@@ -65,7 +65,7 @@ def test_the_shell_is_offered_what_may_follow(here, line, expected):
 
 
 def test_the_completion_script_of_argcomplete_serves_the_command():
-    """The line that the README gives; bash runs what it prints."""
+    """The line that docs/get-started.md gives; bash runs what it prints."""
     register = STEPFUSE.parent / "register-python-argcomplete"
     script = subprocess.run([register, "stepfuse"], capture_output=True, text=True, check=True).stdout
     asked = 'complete -p stepfuse; COMP_LINE="stepfuse sam" COMP_POINT=12 COMP_TYPE=9; COMP_WORDS=(stepfuse sam); '

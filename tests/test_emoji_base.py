@@ -1,6 +1,7 @@
 """The embedded bases are saved so that transformers 4 and 5 read all of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -59,11 +60,11 @@ def test_the_build_names_them_so(tmp_path):
     torch.testing.assert_close(again(ids).last_hidden_state, model(ids).last_hidden_state, rtol=0, atol=0)
 
 
-def test_the_readme_has_what_was_measured_of_both_bases():
+def test_the_page_of_base_models_has_what_was_measured_of_both_bases():
     measured = [json.loads((ROOT / f"docs/embedded-bases/{name}.json").read_text()) for name in ("emoji-flow", "emoji")]
     assert all(figures["pairs"] == 256 and figures["choices"] == 32 and figures["steps"] == 20 for figures in measured)
     assert measured[0]["sampled"] >= 0.7
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/base-models.md").read_text()
     for head, key, form in (("sharpness", "gradient_energy", "{:.4f}"), ("CLIP distance", "clip_distance", "{:.3f}")):
         values = [*(figures[key]["sampled"] for figures in measured), measured[0][key]["real"]]
         cells = [form.format(value) for value in values]
@@ -74,7 +75,28 @@ def test_the_readme_has_what_was_measured_of_both_bases():
     assert unguided["guidance_scale"] == 1.0
     assert (
         f"with a guidance scale of 1 the images of `emoji-flow` have {unguided['gradient_energy']['sampled']:.4f}"
-        in text
+        in re.sub(r"\s+", " ", text)
     )
     ranks = [f"{100 * value:.1f} %" for value in (*(figures["sampled"] for figures in measured), measured[0]["real"])]
     assert f"| {' | '.join(ranks)} |" in text
+
+
+def test_the_page_of_base_models_shows_how_visible_rewards_are():
+    measured = json.loads((ROOT / "docs/embedded-bases/visible-rewards.json").read_text())
+    text = (ROOT / "docs/base-models.md").read_text()
+    assert f"{measured['steps']} steps of step-level DPO" in text
+    assert f"{measured['prompts']} held-out prompts" in text
+    lines = [line for line in text.splitlines() if re.search(r"^\| `\w+` \| [+−]", line)]
+    differences = []
+    for line in lines:
+        name, gain, deviations, difference, _ = line.strip("| ").split(" | ")
+        row = measured["rewards"][name.strip("`")]
+        differences.append(row["colour_difference"]["mean"])
+        decimals = len(gain.split()[0].partition(".")[2])
+        ends = (f"{row['gain'][end]:+.{decimals}f}".replace("-", "−") for end in ("mean", "low", "high"))
+        assert gain == "{} [{}, {}] ".format(*ends) + row["unit"]
+        assert float(deviations) == pytest.approx(row["gain_in_deviations"], abs=0.005)
+        ends = (f"{row['colour_difference'][end]:.1f}" for end in ("mean", "low", "high"))
+        assert difference == "{} [{}, {}]".format(*ends)
+    assert len(lines) == len(measured["rewards"])
+    assert differences == sorted(differences, reverse=True)

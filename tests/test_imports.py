@@ -23,7 +23,7 @@ ALLOWED = {
     "scripts": {
         "oracle_world": set(),
         "evaluation": set(),
-        "emoji": set(),
+        "emoji": {"recipes"},
         "baselines": set(),
         "benchmark": {"baselines", "evaluation"},
         "recipes": {"evaluation", "oracle_world"},
@@ -31,6 +31,7 @@ ALLOWED = {
         "cli": {"benchmark", "evaluation", "oracle_world", "recipes", "serve"},
         "interface": {"evaluation"},
         "gpu": {"benchmark"},
+        "release": {"benchmark"},
         "load": {"benchmark", "evaluation"},
     },
 }

@@ -137,9 +137,9 @@ def test_the_picture_has_a_line_for_each_policy():
     one, two = draw_kl_steps({"a": STEPS}), draw_kl_steps({"a": STEPS, "b": [*STEPS, *STEPS]})
     assert one.size == two.size
     colours = [{tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3)} for picture in (one, two)]
-    blue, orange = (31, 119, 180), (255, 127, 14)  # matplotlib's first two
+    blue, vermilion = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)  # of Okabe and Ito
     assert [blue in found for found in colours] == [True, True]
-    assert [orange in found for found in colours] == [False, True]
+    assert [vermilion in found for found in colours] == [False, True]
 
 
 def test_the_card_of_a_set_names_the_step_and_has_the_picture(run_training):

@@ -185,4 +185,4 @@ def test_the_page_has_shares_their_reasons_and_the_weights_without_an_oracle(tmp
     for heading in ("share of oracle", "KL / oracle&#39;s", "share at its KL", "training images"):
         assert f">{heading}</button>" in page
     assert f"—<small>{shares.NO_ORACLE}</small>" in page
-    assert "Weights without an oracle: x=0.75, y=0.25<" in page
+    assert "Weights without an oracle: x 0.75 · y 0.25<" in page

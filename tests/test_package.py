@@ -17,14 +17,17 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from stepfuse.scripts.release.packages import BESIDE, LAYERS
+from stepfuse.scripts.release.packages import REPOSITORY_ONLY as SCRIPTS_ONLY
+
 ROOT = Path(__file__).parents[1]
-LAYERS = ("configs", "data", "rewards", "fuse", "train", "scripts")  # each may import those before it
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "CHANGELOG.md", "CONTRIBUTING.md"),
+    *("PACKAGE.md", "MANIFEST.in"),
     *(".gitignore", ".pre-commit-config.yaml", ".ci", "tests", "docs", *LAYERS),
 }
-# Baselines of the benchmarks, builders of the emoji base, the check of a GPU, and the load on a server.
-REPOSITORY_ONLY = ("scripts/baselines", "scripts/emoji", "scripts/gpu", "scripts/load")
+# Baselines of the benchmarks, builders of the emoji base, the checks of a GPU and of a release, the load on a server.
+REPOSITORY_ONLY = tuple(f"scripts/{name}" for name in SCRIPTS_ONLY)
 MEGABYTE = 2**20
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -45,6 +48,18 @@ def test_every_folder_is_a_package_of_the_namespace_or_stays_in_the_repository()
         assert setuptools["package-dir"][f"stepfuse.{layer}"] == layer
         assert "py.typed" in setuptools["package-data"][f"stepfuse.{layer}"]
         assert (ROOT / layer / "py.typed").is_file()
+
+
+def test_an_sdist_can_be_made_of_what_an_unpacked_archive_is_copied_to():
+    project = PYPROJECT["project"]
+    included = re.search(r"^include (.+)$", (ROOT / "MANIFEST.in").read_text(), re.MULTILINE)[1].split()
+    assert {project["readme"], *project["license-files"], *included, "pyproject.toml", "MANIFEST.in"} == {*BESIDE}
+    assert {folder.split("/")[0] for folder in PYPROJECT["tool"]["setuptools"]["package-dir"].values()} == {*LAYERS}
+
+
+def test_the_types_of_what_stays_in_the_repository_are_checked_too():
+    (copied,) = re.findall(r"cp -R (.+) \"\$scratch", (ROOT / "scripts" / "test").read_text())
+    assert copied.split() == [*REPOSITORY_ONLY]
 
 
 def test_every_module_imports_from_outside_the_checkout(tmp_path):
@@ -130,19 +145,7 @@ def test_no_import_is_bare_or_relative():
     assert wrong == []
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_the_package_and_nothing_else(tmp_path):
-    # From a copy: setuptools would pack what an earlier build left in the checkout's build/.
-    source = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        source.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, source)
-    for layer in LAYERS:
-        shutil.copytree(ROOT / layer, source / layer, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path):
     names = set(zipfile.ZipFile(wheel).namelist())
     ours = {name for name in names if name.startswith("stepfuse/")}
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
@@ -172,7 +175,7 @@ def test_every_dependency_has_a_pin_that_it_allows():
     versions = {canonicalize_name(name): version for name, version in pins.items()}
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    listed = [*project["dependencies"], *extras["dev"], *extras["serve"], *extras["ocr"]]
+    listed = [*project["dependencies"], *extras["dev"], *extras["serve"], *extras["docs"], *extras["ocr"]]
     for requirement in (Requirement(each) for each in listed if not each.startswith("stepfuse[")):
         assert requirement.specifier.contains(versions[canonicalize_name(requirement.name)]), requirement
 

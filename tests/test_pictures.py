@@ -12,20 +12,22 @@ from matplotlib import get_data_path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.text import Text
 from PIL import Image, ImageDraw
 
 from stepfuse.data import lettering
 from stepfuse.data.grid import captioned_grid, labelled_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import Lettering, drawable
-from stepfuse.fuse.rules.weights import parse_weights
+from stepfuse.data.palette import LIGHT
+from stepfuse.fuse.rules.weights import parse_weights, shown_weights
 from stepfuse.fuse.sampling.pictures import sampled_picture, weights_heading
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.image_files import PromptedImage
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.cli.main import main
+from stepfuse.scripts.evaluation.mixture_front import Mixture, draw_mixture_front
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
-from stepfuse.scripts.recipes.demo import draw_front
 from stepfuse.scripts.recipes.rewards import show_ranked
 from tests.fixtures_evaluation import cell, figures
 
@@ -164,6 +166,12 @@ def test_weights_that_change_over_the_steps_have_a_heading():
     assert weights_heading(weights) == "a\u00a00.9@0-0.5, 0.2@0.5-1\nb\u00a00.333"
 
 
+def test_weights_are_written_for_people_without_those_that_are_0():
+    assert shown_weights("a=0.75,b=0.25,c=0") == shown_weights({"a": 0.75, "b": 0.25}) == "a 0.75 · b 0.25"
+    assert shown_weights({"a": 0.0, "b": 0.0}) == "a 0 · b 0"
+    assert shown_weights("no weights") == "no weights"
+
+
 # Captions.
 
 
@@ -198,7 +206,7 @@ def test_ranked_images_are_enlarged_by_a_whole_factor_or_shrunk(drawn, tmp_path)
     items = [
         PromptedImage(file=tmp_path / f"{i}.png", name=f"{i}.png", prompt=text) for i, text in enumerate([LONG, "b"])
     ]
-    show_ranked(items, [2.0, 1.0], tmp_path / "best.png")
+    show_ranked(items, [-2.0, -3.25], tmp_path / "best.png", unit="kB")
     sheet = np.asarray(Image.open(tmp_path / "best.png"))
     expected = np.asarray(small).repeat(4, 0).repeat(4, 1)
     y, x = next(
@@ -208,7 +216,7 @@ def test_ranked_images_are_enlarged_by_a_whole_factor_or_shrunk(drawn, tmp_path)
     assert (sheet[y - 8 : y, x : x + 128] == 255).all()
     box = cells(Image.fromarray(sheet), [(10, 200, 30)])[0]
     assert (box[2] - box[0], box[3] - box[1]) == (128, 32)
-    assert bare("".join(text for text, _ in drawn)) == bare(f"2  {LONG}1  b")
+    assert bare("".join(text for text, _ in drawn)) == bare(f"−2 kB {LONG} −3.25 kB b")
 
 
 def use_fonts(monkeypatch: pytest.MonkeyPatch, *files: Path) -> None:
@@ -312,31 +320,28 @@ def test_the_legend_explains_every_mark_of_the_fronts(summary, plotted, tmp_path
     (figure,) = plotted
     (legend,) = figure.legends
     entries = dict(zip([text.get_text() for text in legend.get_texts()], legend.legend_handles, strict=True))
-    for rule, (colour, marker) in styles(list(summary["rules"])).items():
-        assert (entries[rule].get_color(), entries[rule].get_marker(), entries[rule].get_alpha()) == (
-            colour,
-            marker,
-            None,
-        )
+    for rule, look in styles(list(summary["rules"])).items():
+        assert (entries[rule].get_color(), entries[rule].get_marker()) == (look.colour, look.marker)
+        assert entries[rule].get_markerfacecolor() == look.colour
     others = [entry for entry in entries if entry not in summary["rules"]]
     assert len(others) == 2
     (axes,) = figure.axes
-    opacities = {line.get_alpha() for line in axes.lines}
-    (faint,) = [entry for entry in others if entries[entry].get_alpha() is not None]
-    assert faint.startswith("faint")
-    assert entries[faint].get_alpha() in opacities
+    fillings = {line.get_markerfacecolor() for line in axes.lines if line.get_marker() != "None"}
+    (hollow,) = [entry for entry in others if entries[entry].get_markerfacecolor() == LIGHT.paper]
+    assert hollow.startswith("hollow")
+    assert LIGHT.paper in fillings
     assert any("95 %" in entry for entry in others)
     assert "→" in axes.get_xlabel()
     assert "→" in axes.get_ylabel()
     assert texts_outside(figure) == []
 
 
-def test_nothing_faint_is_explained_where_nothing_is_faint(plotted, tmp_path):
+def test_nothing_hollow_is_explained_where_nothing_is_hollow(plotted, tmp_path):
     save_fronts(
         tmp_path / "fronts.png", figures(cell("base", None), cell("product", 1.0, (1, 0)), cell("product", 0.0))
     )
     (legend,) = plotted[0].legends
-    assert not any(text.get_text().startswith("faint") for text in legend.get_texts())
+    assert not any(text.get_text().startswith("hollow") for text in legend.get_texts())
 
 
 def test_bars_of_a_front_are_the_intervals_around_the_means(summary, plotted, tmp_path):
@@ -365,29 +370,55 @@ def test_many_long_names_stay_within_the_picture(plotted, tmp_path, summary):
     assert texts_outside(plotted[0]) == []
 
 
-def test_the_front_of_the_demo_has_its_intervals_and_says_what_its_points_are(plotted, tmp_path):
-    """Of five mixtures, those whose gain is known have bars: mean + low − gain to mean + high − gain."""
-    weights = (0.0, 0.25, 0.5, 0.75, 1.0)
-    means = {str(w): {"a": 10 - w, "compressibility": -2 + w} for w in weights}
-    known = {"a alone": 0.0, "middle": 0.5, "compressibility alone": 1.0}
+def test_the_front_of_three_objectives_has_a_panel_for_each_two(plotted, tmp_path):
+    """A line joins the mixtures of the two; that of all three is hollow, and those of the third are left out."""
+    names = ("a", "b", "c")
+    weights = [{name: 1.0} for name in names]
+    weights += [{"a": 0.5, "b": 0.5}, {"b": 0.5, "c": 0.5}, {"a": 0.5, "c": 0.5}, dict.fromkeys(names, 1 / 3)]
+    mixtures = [Mixture(weights=w, means={n: w.get(n, 0.0) for n in names}, gains={}) for w in weights]
+    rewards = dict.fromkeys(names, "compressibility")
+    draw_mixture_front(tmp_path / "front.png", rewards, dict.fromkeys(names, -0.1), mixtures, title="Means")
+    (figure,) = plotted
+    assert [axes.get_ylabel()[0] for axes in figure.axes] == ["b", "c", "c"]
+    for axes in figure.axes:
+        line, hollow, base = axes.lines
+        assert line.get_xydata().tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
+        assert hollow.get_xydata().tolist() == [[pytest.approx(1 / 3), pytest.approx(1 / 3)]]
+        assert hollow.get_markerfacecolor() != hollow.get_markeredgecolor()
+        assert base.get_xydata().tolist() == [[-0.1, -0.1]]
+        assert len(axes.texts) == 5  # four mixtures, and "better"
+
+
+def test_the_front_of_two_objectives_says_what_its_points_are_and_where_better_is(plotted, tmp_path):
+    """Bars go from mean + low − gain to mean + high − gain; labels meet neither each other nor the axes' ends."""
     gain = {"mean": 1.0, "low": 0.75, "high": 1.5}
-    gains = {name: {"a": gain, "compressibility": gain} for name in known}
-    results = {
-        "objectives": ["a", "compressibility"], "rewards": ["clip_score", "compressibility"],
-        "means": {"base": {"a": 9.0, "compressibility": -2.0}, **means}, "gain_over_base": gains,
-    }  # fmt: skip
-    draw_front(tmp_path / "front.png", results)
+    mixtures = [
+        Mixture(
+            weights={"a": 1 - w, "compressibility": w},
+            means={"a": 10 - w, "compressibility": -2 + w},
+            gains=dict.fromkeys(("a", "compressibility"), None if w == 0.25 else gain),
+        )
+        for w in (0.0, 0.25, 0.5, 1.0)
+    ]
+    rewards, base = {"a": "clip_score", "compressibility": "compressibility"}, {"a": 9.0, "compressibility": -2.0}
+    draw_mixture_front(tmp_path / "front.png", rewards, base, mixtures, title="Means of 4 prompts")
     (figure,) = plotted
     (axes,) = figure.axes
     segments = {tuple(np.round(s.ravel(), 9)) for lines in axes.collections for s in lines.get_segments()}
-    assert len(segments) == 2 * len(known)
-    for weight in known.values():
-        x, y = 10 - weight, -2 + weight
-        assert tuple(np.round([x - 0.25, y, x + 0.5, y], 9)) in segments
-        assert tuple(np.round([x, y - 0.25, x, y + 0.5], 9)) in segments
-    assert {text.get_text() for text in axes.texts} == {f"{weight:g}" for weight in weights}
+    expected = {(9.75 - w, w - 2, 10.5 - w, w - 2) for w in (0, 0.5, 1)}
+    assert segments == expected | {(10 - w, w - 2.25, 10 - w, w - 1.5) for w in (0, 0.5, 1)}
+    labels = {text.get_text().replace("\n", " · "): text for text in axes.texts}
+    both = {"a 0.75 · compressibility 0.25", "a 0.5 · compressibility 0.5"}
+    assert set(labels) == {"a 1", "compressibility 1", "better"} | both
+    boxes = [text.get_window_extent().extents for text in axes.texts]
+    assert all(apart(one, other) for i, one in enumerate(boxes) for other in boxes[:i])
+    *_, base_mark = axes.lines
+    assert all(apart(box, base_mark.get_window_extent().extents) for box in boxes)
     assert axes.get_xlabel().replace("\n", " ") == "a: clip_score (100 × cosine, higher is better →)"
     assert axes.get_ylabel() == "compressibility (kB, higher is better →)"
+    assert axes.get_title() == "Means of 4 prompts"
+    tip, word = axes.transAxes.transform(labels["better"].xy), Text.get_window_extent(labels["better"]).extents
+    assert (tip > word[2:]).all()  # from the word up and to the right
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(shown) == 3
     assert any("95 %" in text for text in shown)

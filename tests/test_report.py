@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from stepfuse.data.palette import DARK as DARK_THEME
+from stepfuse.data.palette import LIGHT
 from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.plots import save_fronts, styles
@@ -147,7 +149,8 @@ def test_every_picture_kept_is_in_a_strip_with_words_for_it(results, page):
     assert len(kept) == 2 * (1 + sum(map(len, RULES.values())) + 1)
     assert set(sources) == set(kept)
     assert all(attributes["alt"] for attributes in shown)
-    product = next(a for a in shown if a["alt"].endswith(f": product at {NAMES[0]}=0.5,{NAMES[1]}=0.5, strength 1"))
+    half = f"{NAMES[0]} 0.5 · {NAMES[1]} 0.5"
+    product = next(a for a in shown if a["alt"].endswith(f": product at {half}, strength 1"))
     assert product["alt"].startswith(f"{HOSTILE}, seed 0")
     assert product["src"] == f"data:image/png;base64,{base64.b64encode(png((2, 0, 99))).decode()}"
 
@@ -155,7 +158,8 @@ def test_every_picture_kept_is_in_a_strip_with_words_for_it(results, page):
 def test_a_strip_goes_from_one_objective_to_the_other(results, summary):
     """rgg's cells, numbers 18 to 20, are all on the first edge; of kl's 15 and 16 none is half way."""
     first = strips(results, summary)[0]
-    assert first["columns"] == ["1 / 0", "0.5 / 0.5", "0 / 1"]
+    columns = [column.replace("\u00a0", " ").replace("\n", " · ") for column in first["columns"]]
+    assert columns == [f"{NAMES[0]} 1", f"{NAMES[0]} 0.5 · {NAMES[1]} 0.5", f"{NAMES[1]} 1"]
     labels = [row["label"] for row in first["rows"]]
     assert labels == ["product", "soup", "kl", "kl, strength 2", "rgg", "oracle", "mine </td>"]
     pictures = {row["label"]: [image and image["src"] for image in row["images"]] for row in first["rows"]}
@@ -251,19 +255,19 @@ def test_a_small_image_is_shown_at_a_whole_multiple_of_its_size(results, summary
     assert base["small"] == small
 
 
-def test_the_legend_of_the_page_names_rules_faint_points_and_bars(page):
+def test_the_legend_of_the_page_names_rules_hollow_points_and_bars(page):
     text = page.read_text(encoding="utf-8")
     legend = text[text.index('<div class="legend">') : text.index('<div class="fronts">')]
     assert legend.count("<input") == len(RULES) + 1
     assert legend.count('class="swatch"') == len(RULES) + 1 + 2
-    assert "faint" in legend
+    assert "hollow" in legend
     assert "95 %" in legend
 
 
 def test_a_rule_s_lacking_weights_are_told(page):
     """rgg has the first three of seven."""
     words = "".join(Reader(page).words)
-    assert f"rgg lacks {NAMES[1]}=0.5, {NAMES[2]}=0.5; {NAMES[2]}=1; " in words
+    assert f"rgg lacks {NAMES[1]} 0.5 · {NAMES[2]} 0.5; {NAMES[2]} 1; " in words
     assert "4 of 7" in words
 
 
@@ -282,8 +286,8 @@ def test_the_fronts_are_one_picture_too(summary, tmp_path):
         assert picture.width == 3 * 506
         assert 440 < picture.height < 560
         colours = {colour for _, colour in picture.convert("RGB").getcolors(2**24)}
-    for colour, _ in styles(list(summary["rules"])).values():
-        assert tuple(bytes.fromhex(colour[1:])) in colours  # in the legend at full ink
+    for look in styles(list(summary["rules"])).values():
+        assert tuple(bytes.fromhex(look.colour[1:])) in colours  # in the legend
     save_fronts(tmp_path / "none.png", summary | {"objectives": {NAMES[0]: REWARDS[0]}})
     assert not (tmp_path / "none.png").exists()
 
@@ -355,20 +359,23 @@ def seen(browser: str, page: Path, folder: Path, *options: str) -> str:
 DARK = """<pre id="probe"></pre><script>
 const shown = getComputedStyle(document.body);
 document.getElementById("probe").textContent = JSON.stringify([
-  shown.backgroundColor, shown.color, getComputedStyle(document.querySelector(".fronts figure")).filter]);
+  shown.backgroundColor, shown.color, getComputedStyle(document.querySelector(".fronts .rule-1 path")).stroke,
+  getComputedStyle(document.querySelector(".fronts svg text")).fill]);
 </script>"""
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [(0, True), (1, False)])
-def test_a_dark_page_is_dark_with_light_text_and_inverted_fronts(browser, page, tmp_path, scheme, dark):
+def test_a_dark_page_is_dark_with_light_text_and_the_dark_colours_of_series(browser, page, tmp_path, scheme, dark):
     text = page.read_text(encoding="utf-8")
     (tmp_path / "copy.html").write_text(text.replace("</body>", f"{DARK}</body>"), encoding="utf-8")
     shown = seen(browser, tmp_path / "copy.html", tmp_path, f"--blink-settings=preferredColorScheme={scheme}")
-    ground, ink, drawn = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', shown, re.DOTALL)[1]))
+    ground, ink, line, label = json.loads(html.unescape(re.search(r'<pre id="probe">(.*?)</pre>', shown, re.DOTALL)[1]))
     lightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (ground, ink)]
     assert (lightness[0] < 100 < 600 < lightness[1]) == dark
     assert (lightness[1] < 100 < 600 < lightness[0]) == (not dark)
-    assert drawn.startswith("invert") == dark
+    expected = (DARK_THEME if dark else LIGHT).series[0]
+    assert bytes(map(int, re.findall(r"\d+", line))).hex() == expected[1:]
+    assert label == ink
 
 
 @pytest.mark.parametrize("width", [1280, 400])

@@ -13,9 +13,14 @@ from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.clip_score import clip_score
 from stepfuse.rewards.colourfulness import colourfulness
 from stepfuse.rewards.compressibility import compressibility, incompressibility
+from stepfuse.rewards.contrast import contrast
 from stepfuse.rewards.emoji_background import emoji_background
+from stepfuse.rewards.lightness import lightness
 from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward
+from stepfuse.rewards.subject_size import subject_size
+from stepfuse.rewards.symmetry import symmetry
+from stepfuse.rewards.warmth import warmth
 from tests.fixtures_tiny import refused
 
 PROMPTS = ["a red apple on a blue background", "a fox on a green background", "a dog on a red background"]
@@ -188,7 +193,7 @@ def test_every_reward_is_found_by_its_name():
         "compressibility": compressibility(images, PROMPTS),
         "emoji_background": emoji_background(images, PROMPTS),
         "incompressibility": incompressibility(images, PROMPTS),
-    }
+    } | {reward.__name__: reward(images, PROMPTS) for reward in (lightness, warmth, contrast, symmetry, subject_size)}
     # A weighted one is nothing without its terms, those of tests/test_rewards_native.py need their weights, and
     # tests/test_reward_ocr.py an extra.
     native = {"image_reward", "pickscore", "hpsv2", "hpsv2.1", "laion_aesthetic"}

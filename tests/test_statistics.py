@@ -74,7 +74,7 @@ def test_two_prompts_give_the_interval_between_their_means():
 def test_a_policy_against_itself_differs_by_nothing():
     interval = paired_interval([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ["a", "b", "c"])
     assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
-    assert str(interval) == "+0.000 [+0.000, +0.000]"
+    assert str(interval) == "+0 [+0, +0]"
 
 
 def test_an_interval_is_that_of_its_seed_whatever_the_order_of_pairs():

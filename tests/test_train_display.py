@@ -134,6 +134,7 @@ def test_a_log_file_gets_few_lines_with_a_running_mean(monkeypatch, capsys):
     assert len(lines) == 20
     # the last 20 rewards are 80 to 99; 4 images in half a second
     assert "step 100/100, mean reward 89.5, loss 0.5, 8 images/s" in lines[-1]
+    assert lines[9].endswith("step 50/100, mean reward 39.5, loss 0.5, 8 images/s, 00:25 left")
 
 
 def test_other_processes_show_nothing(capsys):

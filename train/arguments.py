@@ -4,9 +4,7 @@ import argparse
 import copy
 import dataclasses
 import functools
-import inspect
 import os
-import re
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, cast, get_args
@@ -14,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from trl import TrlParser
 
 from stepfuse.data.names import nearest
-from stepfuse.data.settings_fields import parse_mapping
+from stepfuse.data.settings_fields import parse_mapping, setting_texts
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
 from stepfuse.train.settings import TrainSettings
 
@@ -34,7 +32,7 @@ def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
             of the wrong type or out of range.
         SystemExit: For `--help`.
     """
-    parser = _Parser(settings)
+    parser = SettingsParser(settings)
     if settings.positional and arguments and not arguments[0].startswith("-"):
         arguments = [f"--{settings.positional}", *arguments]
     flags, unknown = parser.parse_known_args(arguments)
@@ -60,20 +58,20 @@ def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
     return settings(**given)
 
 
-class _Parser(TrlParser):
+class SettingsParser(TrlParser):
     """A parser with a flag for every field, in groups and with one spelling in its help, that raises ValueError.
 
     The method `parse_args_and_config` is not used, because it reads YAML 1.1, in the encoding of the locale.
     """
 
     def __init__(self, settings: type[TrainSettings]) -> None:
-        program = f"accelerate launch --quiet train/{settings.program}.py"
+        program = f"accelerate launch --quiet -m stepfuse.train.{settings.program}"
         first_word = f" [{settings.positional.upper()}]" if settings.positional else ""
         super().__init__(
             usage=f"{program}{first_word} [--config FILE] [--SETTING VALUE ...]",
             description=settings.description,
             epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. "
-            f"Without a checkout, the command is `accelerate launch --quiet -m stepfuse.train.{settings.program}`. "
+            f"In a checkout, `train/{settings.program}.py` is the same as `-m stepfuse.train.{settings.program}`. "
             "With --quiet the launcher prints no traceback of its own if the run fails.",
             formatter_class=functools.partial(_Formatter, max_help_position=30),
             allow_abbrev=False,
@@ -88,7 +86,7 @@ class _Parser(TrlParser):
             "Flags override it.",
         )
         first.add_argument("-h", "--help", action="help", help="Show this help and exit.")
-        texts, groups = _help_texts(settings), {}
+        texts, groups = setting_texts(settings), {}
         for field in (field for field in dataclasses.fields(settings) if field.name not in settings.fixed):
             heading, text = texts[field.name]
             if heading not in groups:
@@ -116,7 +114,7 @@ class _Parser(TrlParser):
         if NoneType in get_args(field.type):
             flag.type = _or_none(cast(Any, flag.type))
         flag.choices = flag.choices or field.metadata.get("choices") or None
-        flag.help = f"{text} (default: {_shown(flag.default)})".replace("%", "%%")
+        flag.help = f"{text} (default: {shown(flag.default)})".replace("%", "%%")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Leave choices to the settings, which suggest the nearest."""
@@ -135,18 +133,7 @@ class _Formatter(argparse.HelpFormatter):
         return {"int": "INTEGER", "float": "NUMBER"}.get(getattr(action.type, "__name__", ""), "TEXT")
 
 
-def _help_texts(settings: type) -> dict[str, tuple[str, str]]:
-    """Heading and text of each field: the first line of its class's docstring, up to `:` or `.`, and its attribute."""
-    texts = {}
-    for owner in settings.__mro__:
-        doc = inspect.cleandoc(owner.__doc__ or "")
-        attributes = re.split(r"\n(?=    \w)", doc.partition("Attributes:")[2])
-        for name, _, text in (part.strip().partition(": ") for part in attributes):
-            texts[name] = (re.split("[:.]", doc, maxsplit=1)[0], " ".join(text.split()))
-    return texts
-
-
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
     """A default as it would be typed."""
     if isinstance(default, bool):
         return "on" if default else "off"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from stepfuse.configs import FOLDER
 from stepfuse.data.names import nearest
 
+ACCELERATE = FOLDER / "accelerate"  # as messages name it, which must be right with and without a checkout
 FOLDERS = ("accelerate", "dpo", "ddpo", "distill", "eval", "sets")
 
 

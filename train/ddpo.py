@@ -1,6 +1,6 @@
 """Train one adapter by step-level DDPO.
 
-accelerate launch --quiet train/ddpo.py --config ddpo/emoji-compressibility --output_dir outputs/compressibility
+accelerate launch --quiet -m stepfuse.train.ddpo --config ddpo/emoji-compressibility --output_dir outputs/jpeg
 """
 
 from stepfuse.train.command import run_training

@@ -27,7 +27,8 @@ REPORTS = 20  # lines of a run in a log file
 class ProgressDisplay:
     """A progress bar on a terminal; in a log file, a line after every twentieth of the steps.
 
-    The reward and the images per second are means over the last 20 steps, since every step has other prompts.
+    The reward, the images per second and the time left are means over the last 20 steps, since every step has other
+    prompts. The time left is that of the training alone, without its last validation.
 
     Args:
         images: Number of images, of all processes, that a step is trained on.
@@ -65,7 +66,8 @@ class ProgressDisplay:
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update()
         if self.lines and self.step * REPORTS // self.total > (self.step - 1) * REPORTS // self.total:
-            print(f"{self.name}: step {self.step}/{self.total}, {text}", file=sys.stderr, flush=True)
+            left = tqdm.format_interval(seconds / len(self.speeds) * (self.total - self.step))
+            print(f"{self.name}: step {self.step}/{self.total}, {text}, {left} left", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self.bar.close()

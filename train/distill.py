@@ -1,6 +1,6 @@
 """Distil the product of a set's adapters into a soup, which runs one network in place of all adapters.
 
-accelerate launch --quiet train/distill.py SET --config distill/emoji --output_dir outputs/distilled
+accelerate launch --quiet -m stepfuse.train.distill SET --config distill/emoji --output_dir outputs/distilled
 """
 
 from stepfuse.train.command import run_training

@@ -1,6 +1,6 @@
 """Train one adapter by step-level DPO.
 
-accelerate launch --quiet train/dpo.py --config dpo/emoji-alignment --output_dir outputs/alignment
+accelerate launch --quiet -m stepfuse.train.dpo --config dpo/emoji-alignment --output_dir outputs/alignment
 """
 
 from stepfuse.train.command import run_training

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs
 
 from stepfuse.data.devices import allow_tf32
+from stepfuse.train.config_path import ACCELERATE
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.trackers import check_trackers
 
@@ -47,8 +48,8 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         )
     if accelerator.num_processes != processes:
         raise ValueError(
-            f"{processes} processes were launched and each would train alone; use configs/accelerate/cpu-2.yaml, "
-            "or set use_cpu to false in yours"
+            f"{processes} processes were launched and each would train alone; pass --config_file "
+            f"{ACCELERATE / 'cpu-2.yaml'} to the launcher, or set use_cpu to false in your configuration"
         )
     if deepspeed:
         from transformers.integrations import unset_hf_deepspeed_config

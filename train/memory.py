@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stepfuse.data.out_of_memory import first_sentence, is_out_of_memory
+from stepfuse.train.config_path import ACCELERATE
 from stepfuse.train.settings import TrainSettings
 
 
@@ -34,7 +35,8 @@ def _reducing_settings(settings: TrainSettings) -> list[str]:
     if settings.mixed_precision in (None, "no"):
         knobs.append(f"--mixed_precision bf16 (now {settings.mixed_precision or 'as accelerate is configured'})")
     knobs.append(f"--resolution (now {settings.resolution or 'the default of the base model'})")
-    return [*knobs, "several GPUs, or configs/accelerate/zero2-offload.yaml, which keeps the optimiser in CPU memory"]
+    offload = f"--config_file {ACCELERATE / 'zero2-offload.yaml'}, which keeps the optimiser in CPU memory"
+    return [*knobs, f"several GPUs, or `accelerate launch` with {offload}"]
 
 
 def _reducing_pixels(settings: TrainSettings) -> list[str]:

@@ -62,7 +62,7 @@ class Backbone(ABC):
 
     @property
     def targets(self) -> Sequence[str]:
-        """Names, or ends of names, of the layers that get a LoRA by default: at least the projections of attention."""
+        """Names, or ends of names, of the layers that get a LoRA by default, at least all projections of attention."""
         return ("to_q", "to_k", "to_v", "to_out.0")
 
     @property

@@ -57,7 +57,7 @@ class VarianceSchedule(ABC):
 
     @property
     def base(self) -> "VarianceSchedule":
-        """The schedule of the base model in training: this one before it was trained."""
+        """The schedule of the base model in training, which is this one before it was trained."""
         return self
 
     def trainable(self) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ class FusionRule:
 
     @property
     def merges(self) -> Literal["", "weights", "factors"]:
-        """How it merges adapters, which must allow it: by weights, by factors, or not."""
+        """How it merges adapters, by weights, by factors, or not; the adapters must allow it."""
         return ""
 
     @property

@@ -55,7 +55,7 @@ class FusionStep:
 
     @property
     def used(self) -> list[Expert]:
-        """The experts that take part in this step: those whose exponent is not 0 for every image."""
+        """The experts that take part in this step, whose exponent is not 0 for every image."""
         return [expert for expert, a in zip(self.plan.experts, self.exponents(), strict=True) if bool(a.any())]
 
     def exponents(self, experts: Sequence[Expert] | None = None) -> Float[Tensor, "experts batch"]:

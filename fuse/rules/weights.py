@@ -78,3 +78,20 @@ def weight_rows(weights: Weights | Sequence[Weights], names: Sequence[str]) -> l
 def label_weights(weights: Weights) -> str:
     """The inverse of `parse_weights`."""
     return ",".join(f"{k}={v}" if isinstance(v, WeightSchedule) else f"{k}={v:g}" for k, v in weights.items())
+
+
+def shown_weights(weights: Weights | str, *, separator: str = " · ", space: str = " ") -> str:
+    """Weights for people: `a 0.75 · b 0.25`, without those that are 0 where others are not.
+
+    A text that is no weights, as a stranger's set may have, stays as it is. In headings, `separator` may be a line
+    break, and `space` the no-break space between a name and its weight.
+    """
+    try:
+        mapping = parse_weights(weights) if isinstance(weights, str) else weights
+    except ValueError:
+        return str(weights)
+    counted = {name: weight for name, weight in mapping.items() if weight != 0} or mapping
+    return separator.join(
+        f"{name}{space}{str(weight).replace(',', ', ') if isinstance(weight, WeightSchedule) else f'{weight:.3g}'}"
+        for name, weight in counted.items()
+    )

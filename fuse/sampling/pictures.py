@@ -7,7 +7,7 @@ from PIL import Image
 from stepfuse.data.grid import ImageRows, labelled_grid
 from stepfuse.data.lettering import GLUE, enlarge
 from stepfuse.data.seeds import numbered_generator
-from stepfuse.fuse.rules.weights import Weights, WeightSchedule
+from stepfuse.fuse.rules.weights import Weights, shown_weights
 from stepfuse.fuse.sampling.sampler import FusedSampler
 
 STRIP_ROWS = 3  # of the picture on a card
@@ -40,8 +40,5 @@ def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, 
 
 
 def weights_heading(weights: Weights) -> str:
-    """Weights as the heading of a column: a line for each objective, with its name and weight kept together."""
-    return "\n".join(
-        f"{name}{GLUE}{str(weight).replace(',', ', ') if isinstance(weight, WeightSchedule) else f'{weight:.3g}'}"
-        for name, weight in weights.items()
-    )
+    """Weights as the heading of a column: a line for each objective."""
+    return shown_weights(weights, separator="\n", space=GLUE)

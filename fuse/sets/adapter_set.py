@@ -90,7 +90,7 @@ class AdapterSet:
 
     @property
     def reward_scales(self) -> dict[str, float]:
-        """σ_i: the unit the oracles were trained with; without any, the deviation measured on the base's images."""
+        """σ_i, the unit the oracles were trained with; without any, the deviation measured on the base's images."""
         measured = {a.name: a.record.get("validation", {}).get("before", {}).get("deviation") for a in self.adapters}
         known = {name: value for name, value in measured.items() if value}
         for oracle in self.oracles:

@@ -14,7 +14,7 @@ from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.schedules import schedule_label
-from stepfuse.fuse.rules.weights import label_weights
+from stepfuse.fuse.rules.weights import label_weights, shown_weights
 from stepfuse.fuse.sets.adapter_set import AdapterSet
 from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
@@ -161,7 +161,7 @@ def _results(loaded: AdapterSet) -> list[EvalResult]:
     if (evaluation := loaded.evaluation) is not None:
         data = f"{evaluation['prompts']} prompts, {evaluation['seeds']} seeds"
         gains = [
-            (f"{evaluation['objectives'][name]}, gain over the base at {cell['weights']}", gain)
+            (f"{evaluation['objectives'][name]}, gain over the base at {shown_weights(cell['weights'])}", gain)
             for cell in evaluation["cells"]
             if cell["rule"] == loaded.default_rule and cell["strength"] == 1
             for name, gain in cell["gains"].items()
@@ -188,7 +188,7 @@ def _base(loaded: AdapterSet) -> str:
 def _adapters(loaded: AdapterSet) -> str:
     headings = ["adapter", "reward", "trained by", "variance", "beta", "rank", "gain", "KL", "licence"]
     rows = [_adapter(adapter) for adapter in loaded.adapters]
-    rows += [_adapter(oracle.adapter, label_weights(oracle.weights)) for oracle in loaded.oracles]
+    rows += [_adapter(oracle.adapter, shown_weights(oracle.weights)) for oracle in loaded.oracles]
     return markdown_table(headings, rows, right=["beta", "rank", "gain", "KL"])
 
 
@@ -214,7 +214,7 @@ def _measured(loaded: AdapterSet) -> str:
     for cell in shown:
         strength = "" if cell["strength"] == 1 else f", strength {cell['strength']:g}"
         gains = [_interval(cell["gains"].get(name)) for name in names]
-        rows.append([f"{code(cell['rule'])}{strength}", plain(cell["weights"]), *gains])
+        rows.append([f"{code(cell['rule'])}{strength}", plain(shown_weights(cell["weights"])), *gains])
     parts = [
         f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
         "a paired bootstrap over prompts.",

@@ -12,7 +12,7 @@ from stepfuse.data.text_files import print_any_text, printable
 from stepfuse.scripts.cli.parser import Parser
 
 COMMANDS = {  # in the order of --help; `set create` is the module set_create in this folder
-    "demo": "train two adapters on an embedded base, fuse them, and plot the trade-off between the rewards",
+    "demo": "train adapters for two or three rewards, fuse them, and show images and the trade-off between the rewards",
     "set": "create, check, show and change adapter sets, and exchange LoRAs with other tools",
     "set create": "combine trained adapters of one base model into a set",
     "set validate": "check every file of a set, and with --load that its adapters fit the base model",

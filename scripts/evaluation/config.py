@@ -26,23 +26,28 @@ class EvaluationConfig(PromptSettings):
     """The settings of `stepfuse evaluate`, as YAML gives them; `PromptSettings` has those of the prompts.
 
     Attributes:
-        seeds_per_prompt: images of each prompt in each cell.
-        seed: from which the seed of every image is derived.
-        grid: weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
-        weights: further weights of sum 1, as `a=0.5,b=0.5` in quotes or as mappings; for rules that list none.
-        rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of `label`, `weights`,
-            `strength` or `strengths`, `set`, and options of the rule. `set` is a folder or hub id of another set of the
-            same base and objectives, whose adapters are fused in place of those of the set that is evaluated.
-        rewards: further rewards to measure besides those of the objectives.
-        judges: held-out rewards by which all rules are judged; nothing may be trained on them.
-        scales: by objective, the unit σ in which its reward is weighed; by default the evaluation measures the standard
+        seeds_per_prompt: Number of images of each prompt in each cell.
+        seed: Number that the seed of every image is derived from.
+        grid: The weights are all multiples of 1/grid that sum to 1, a line for two objectives, a simplex for more.
+        weights: Further weights of sum 1, as `a=0.5,b=0.5` in quotes or as mappings, for rules that list none.
+        rules: Fusion rules: names, classes in files, `path/to/file.py:Class`, or mappings with `rule` and any of
+            `label`, `weights`, `strength` or `strengths`, `set`, and options of the rule. `set` is a folder or hub id
+            of another set of the same base and objectives, whose adapters are fused in place of those of the set that
+            is evaluated.
+        rewards: Further rewards to measure, besides those of the objectives.
+        judges: Held-out rewards by which all rules are judged; no adapter may have been trained on them.
+        scales: By objective, the unit σ in which its reward is weighted. Unset, the evaluation measures the standard
             deviation of the reward among the base's images of one prompt.
-        steps, guidance, guidance_scale: by default the set's.
-        resolution: height and width of the images in pixels; by default those the adapters were trained at.
-        batch_size: how many images are denoised together.
-        kl_seeds: for how many of the seeds the KL to the base is measured; each image is then sampled twice.
-        embedding: a CLIP model for the diversity within a prompt; for the embedded bases by default the embedded CLIP.
-        strip_prompts: of how many prompts images are kept for the report.
+        steps: Number of denoising steps. Unset, that of the set.
+        guidance: Source of the unconditional prediction, `shared`, `full`, `off` or `embedded`. Unset, that of the set.
+        guidance_scale: Scale of classifier-free guidance. Unset, that of the set.
+        resolution: Height and width of the images in pixels. Unset, those that the adapters were trained at.
+        batch_size: Number of images that are denoised together.
+        kl_seeds: Number of the seeds for which the KL divergence from the base is measured; each of their images is
+            sampled twice.
+        embedding: CLIP model for the diversity within a prompt. Unset, the embedded CLIP for the embedded bases, and no
+            diversity for others.
+        strip_prompts: Number of prompts whose images are kept for the report.
     """
 
     prompts: str = "emoji-heldout:64"

@@ -15,19 +15,15 @@ import numpy as np
 from stepfuse.data.intervals import half_lengths
 from stepfuse.data.lettering import GLUE, drawable
 from stepfuse.data.output_file import atomic_file
+from stepfuse.data.palette import BAR_STROKE, LIGHT, SMALL, Series, plot_settings, series, with_css_variables
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.evaluation.metric import Metric
 from stepfuse.scripts.evaluation.metrics import METRICS
 from stepfuse.scripts.evaluation.tables import WEIGHTED_GAIN
 
-Style = tuple[str, str]  # colour and marker
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D00", "#56B4E9", "#6A3D9A", "#B2182B", "#4D9221", "#525252")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
-SETTINGS = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 9, "font.family": "sans-serif"}
-FIXED = {"base": ("#000000", "h"), "oracle": ("#000000", "*")}
-FAINT = 0.35  # opacity
+FIXED = {"base": Series(colour=LIGHT.ink, marker="h"), "oracle": Series(colour=LIGHT.ink, marker="*")}
 LABELS = {
-    "faint": "faint: another strength, or weight on a further objective",
+    "hollow": "hollow: another strength, or weight on a further objective",
     "bars": "bars: 95 % interval of the gain over the base",
 }
 LONGEST = 44  # characters of a line of an axis label
@@ -47,10 +43,10 @@ def axis_label(objective: str, reward: str) -> str:
     return "\n".join(lines).replace(GLUE, " ")
 
 
-def styles(rules: Collection[str]) -> dict[str, Style]:
-    """Rule → colour and marker; base and oracle are black."""
+def styles(rules: Collection[str]) -> dict[str, Series]:
+    """Rule → colour, marker and dashes; base and oracle have the colour of the text."""
     others = [rule for rule in rules if rule not in FIXED]
-    drawn = {rule: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i, rule in enumerate(others)}
+    drawn = dict(zip(others, series(len(others)), strict=True))
     return {rule: FIXED.get(rule) or drawn[rule] for rule in rules}
 
 
@@ -77,11 +73,12 @@ def swatches(summary: dict) -> Iterator[dict[str, str]]:
     """The marker of every rule as the outline of an SVG's polygon within [-1, 1]², for the page's legend."""
     from matplotlib.markers import MarkerStyle
 
-    for rule, (colour, marker) in styles(summary["rules"]).items():
-        style = MarkerStyle(marker)
+    for rule, look in styles(summary["rules"]).items():
+        style = MarkerStyle(look.marker)
         outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=np.float64)
         outline /= np.abs(outline).max()
-        yield {"rule": rule, "colour": colour, "points": " ".join(f"{x:.3f},{-y:.3f}" for x, y in outline)}
+        points = " ".join(f"{x:.3f},{-y:.3f}" for x, y in outline)
+        yield {"rule": rule, "colour": with_css_variables(look.colour), "points": points}
 
 
 def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
@@ -91,7 +88,7 @@ def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
     from matplotlib.figure import Figure
 
     file = io.StringIO()
-    with matplotlib.rc_context(SETTINGS | {"svg.hashsalt": salt}), warnings.catch_warnings():
+    with matplotlib.rc_context(plot_settings() | {"svg.hashsalt": salt}), warnings.catch_warnings():
         # The browser draws the letters, so it does not matter which of them matplotlib's font lacks.
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = Figure(figsize=(4.6, 3.9), layout="constrained")
@@ -99,7 +96,7 @@ def _svg(draw: Callable[[Any], None], salt: str, label: str) -> str:
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = file.getvalue()
     svg = re.sub(r'id="(rule-\d+)-\w+"', r'class="\1"', svg[svg.index("<svg") :])
-    svg = re.sub(r'\bid="', f'id="{salt}-', svg)
+    svg = re.sub(r'\bid="', f'id="{salt}-', with_css_variables(svg))
     svg = re.sub(r'(href="#|url\(#)', rf"\1{salt}-", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}; the table Cells has them" ', 1)
 
@@ -114,7 +111,7 @@ def save_fronts(file: Path, summary: dict) -> None:
         return
     across = min(ACROSS, len(pairs))
     down = -(-len(pairs) // across)
-    with matplotlib.rc_context(SETTINGS), atomic_file(file) as temporary:
+    with matplotlib.rc_context(plot_settings()), atomic_file(file) as temporary:
         figure = Figure(figsize=(4.6 * across, 4.0 * down), layout="constrained")
         for i, pair in enumerate(pairs, start=1):
             _draw_front(figure.add_subplot(down, across, i), summary, pair, writable=drawable)
@@ -123,28 +120,38 @@ def save_fronts(file: Path, summary: dict) -> None:
 
 
 def labels(summary: dict) -> dict[str, str]:
-    """What the legend explains besides the rules: faint points and bars, where some front has them."""
+    """What the legend explains besides the rules: hollow points and bars, where some front has them."""
     edges = [edge(summary["cells"], *pair) for pair in combinations(summary["objectives"], 2)]
     drawn = {
-        "faint": any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"]),
+        "hollow": any(not _is_main(cell, on_edge) for on_edge in edges for cell in summary["cells"]),
         "bars": any(values["gain"] for cell in summary["cells"] for values in cell["rewards"].values()),
     }
     return {kind: text for kind, text in LABELS.items() if drawn[kind]}
 
 
 def _add_legend(figure: Any, summary: dict) -> None:
-    """Below the fronts: every rule's marker, faint points and bars, in as many columns as the figure is wide."""
+    """Below the fronts: every rule's marker and line, hollow points and bars, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     marks: list[Line2D] = []
-    for rule, (colour, marker) in styles(summary["rules"]).items():
-        marks.append(Line2D([], [], linestyle="", color=colour, marker=marker, label=drawable(rule)))
-    shapes: dict[str, Any] = {"faint": {"marker": "o", "alpha": FAINT}, "bars": {"marker": "+", "ms": 12, "mew": 0.8}}
+    for rule, look in styles(summary["rules"]).items():
+        marker: dict[str, Any] = {"marker": look.marker, "ms": 8 if rule in FIXED else 6}
+        dashes = "" if rule == "base" else look.dashes
+        marks.append(Line2D([], [], linestyle=dashes, color=look.colour, label=drawable(rule), **marker))
+    shapes: dict[str, dict[str, Any]] = {
+        "hollow": {"marker": "o", "mfc": LIGHT.paper, "mec": LIGHT.ink, "mew": 1.0},
+        "bars": {"marker": "+", "ms": 12, "mew": BAR_STROKE, "mec": LIGHT.ink},
+    }
     for kind, label in labels(summary).items():
-        marks.append(Line2D([], [], linestyle="", color="black", label=label, **shapes[kind]))
+        marks.append(Line2D([], [], linestyle="", color=LIGHT.ink, label=label, **shapes[kind]))
+    add_legend_below(figure, marks)
+
+
+def add_legend_below(figure: Any, handles: Sequence[Any]) -> None:
+    """A legend below the plots in as many columns as the figure is wide; the figure becomes higher by it."""
     width, height = figure.get_size_inches()
-    for columns in range(len(marks), 0, -1):
-        legend = figure.legend(handles=marks, loc="outside lower center", ncols=columns, frameon=False)
+    for columns in range(len(handles), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=3)
         extent = legend.get_window_extent()
         if columns == 1 or extent.width <= figure.bbox.width:
             break
@@ -155,7 +162,8 @@ def _add_legend(figure: Any, summary: dict) -> None:
 def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Callable[[str], str] = str) -> None:
     """Mean rewards in natural units; bars are the intervals of the paired gain over the base, around the mean.
 
-    Cells on the edge are joined, at strength 1 in full ink; those off it and those of other strengths are faint.
+    Cells on the edge are joined; those off it and those of other strengths are hollow, and the lines of other
+    strengths thin.
     """
     rewards = [summary["objectives"][name] for name in pair]
     measured = [c for c in summary["cells"] if all(c["rewards"][reward]["mean"] for reward in rewards)]
@@ -170,13 +178,26 @@ def _draw_front(axes: Any, summary: dict, pair: tuple[str, str], *, writable: Ca
                 lines.setdefault(cell[key], []).append(cell)
         for value, joined in lines.items():
             means = [[cell["rewards"][reward]["mean"]["mean"] for cell in joined] for reward in rewards]
-            alpha = FAINT if key == "strength" and value != 1 else 0.9
-            axes.plot(*means, "-", color=style[0], lw=1.3, alpha=alpha, gid=f"rule-{i}-line")
+            width = {"linewidth": 0.6} if key == "strength" and value != 1 else {}
+            line = {"color": style.colour, "linestyle": style.dashes, "marker": ""} | width
+            axes.plot(*means, **line, gid=f"rule-{i}-line")
         for cell in cells:
             figures = [cell["rewards"][reward] for reward in rewards]
             points, gains = [reward["mean"] for reward in figures], [reward["gain"] for reward in figures]
-            _draw_point(axes, points, gains, style, f"rule-{i}-point", faint=not _is_main(cell, on_edge))
-    _finish(axes, *(axis_label(writable(name), writable(summary["objectives"][name])) for name in pair))
+            _draw_point(axes, points, gains, style, f"rule-{i}-point", hollow=not _is_main(cell, on_edge))
+    x_label, y_label = (axis_label(writable(name), writable(summary["objectives"][name])) for name in pair)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.margins(0.06)
+    add_better_arrow(axes)
+
+
+def add_better_arrow(axes: Any) -> None:
+    """In the upper right corner, the direction in which both rewards grow."""
+    arrow = {"arrowstyle": "-|>", "color": LIGHT.soft, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate(
+        "better", xy=(0.985, 0.985), xytext=(-22, -16), xycoords="axes fraction", textcoords="offset points",
+        ha="right", va="top", color=LIGHT.soft, fontsize=SMALL, arrowprops=arrow | {"relpos": (1, 1)}, zorder=1,
+    )  # fmt: skip
 
 
 def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
@@ -187,29 +208,24 @@ def _draw_metric(axes: Any, summary: dict, metric: Metric) -> None:
                 values = [value if isinstance(value, dict) else {"mean": value, "low": None} for value in point]
                 _draw_point(axes, values, values, style, f"rule-{i}-point")
     unit = f" ({metric.unit})" if metric.unit else ""
-    _finish(axes, f"{metric.title}{unit}", "weighted gain over the base (σ)")
+    axes.set(xlabel=f"{metric.title}{unit}", ylabel="weighted gain over the base (σ)")
+    axes.margins(0.06)
 
 
 def _draw_point(
-    axes: Any, means: Sequence[dict], bars: Sequence[dict | None], style: Style, gid: str, *, faint: bool = False
+    axes: Any, means: Sequence[dict], bars: Sequence[dict | None], style: Series, gid: str, *, hollow: bool = False
 ) -> None:
     """One cell at two means, with the half lengths of two intervals as bars."""
-    colour, marker = style
     x, y = ([mean["mean"]] for mean in means)
     x_bars, y_bars = ([[end] for end in half_lengths(bar)] if bar and bar["low"] is not None else None for bar in bars)
+    size = 9 if style in FIXED.values() else 6
+    filled = {"mfc": LIGHT.paper, "mec": style.colour, "mew": 0.9, "ms": 0.7 * size} if hollow else {"ms": size}
     drawn = axes.errorbar(
-        x, y, xerr=x_bars, yerr=y_bars, fmt=marker, color=colour, ecolor=colour, elinewidth=0.8, mec="white", mew=0.6,
-        ms=9 if style in FIXED.values() else 6, alpha=FAINT if faint else 1.0, zorder=3 if faint else 4,
+        x, y, xerr=x_bars, yerr=y_bars, fmt="", linestyle="", marker=style.marker, color=style.colour,
+        elinewidth=0.5 * BAR_STROKE if hollow else BAR_STROKE, zorder=3 if hollow else 4, **filled,
     )  # fmt: skip
     for artist in drawn.get_children():
         artist.set_gid(gid)
-
-
-def _finish(axes: Any, x_label: str, y_label: str) -> None:
-    axes.set(xlabel=x_label, ylabel=y_label)
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(0.06)
 
 
 def _is_main(cell: dict, on_edge: Sequence[dict]) -> bool:

@@ -13,8 +13,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from stepfuse.data.intervals import excludes_zero, interval_text
+from stepfuse.data.lettering import GLUE
+from stepfuse.data.palette import DARK, LIGHT, css_variables
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.rules.weights import Weights, shown_weights
 from stepfuse.scripts.evaluation.config import Rules, Setup
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.metric import finite
@@ -39,6 +42,8 @@ def write_report(file: Path, results: pd.DataFrame, summary: dict, setup: Setup)
         labels=labels(summary),
         tables={"Rules": rules_table(summary), "Cells": cells_table(summary)},
         strips=strips(results, summary),
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
     )
     write_text(file, page)
 
@@ -55,6 +60,7 @@ def _environment(*, html: bool) -> Environment:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"interval": interval_text, "signed": partial(interval_text, signed=True)}
+    environment.filters["weights"] = shown_weights
     environment.tests["excluding_zero"] = excludes_zero
     return environment
 
@@ -71,11 +77,13 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
     groups, on_edges = [], set()
     for first, second in combinations(summary["objectives"], 2):
         members = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
-        columns = {share: f"{1 - share:.3g} / {share:.3g}" for share in sorted({share for _, share in members})}
+        columns = {
+            share: _heading({first: 1 - share, second: share}) for share in sorted({share for _, share in members})
+        }
         groups.append((f"{first} / {second}", members, columns))
         on_edges |= {_key(cell) for cell, _ in members}
     others = [(cell, cell["weights"]) for cell in cells if _key(cell) not in on_edges]
-    groups.append(("other weights", others, {weights: weights.replace(",", ", ") for _, weights in others}))
+    groups.append(("other weights", others, {weights: _heading(weights) for _, weights in others}))
     blocks = []
     for title, members, columns in groups:
         for (prompt, seed), shot in pictures.items():
@@ -83,6 +91,10 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
             if rows := _rows(members, list(columns), shot, list(summary["rules"])):
                 blocks.append(block | {"base": shot.get(base), "rows": rows})
     return blocks
+
+
+def _heading(weights: Weights | str) -> str:
+    return shown_weights(weights, separator="\n", space=GLUE)
 
 
 def _rows(members: list[tuple[dict, Any]], columns: list, shot: dict[Key, Picture], rules: list[str]) -> list[dict]:
@@ -110,7 +122,7 @@ def _pictures(results: pd.DataFrame) -> dict[tuple[str, int], dict[Key, Picture]
     columns = ["rule", "weights", "strength", "prompt", "seed", "image"]
     for rule, weights, strength, prompt, seed, image in results.reindex(columns=columns).itertuples(index=False):
         if isinstance(image, bytes):
-            cell = f"{rule} at {weights}, strength {strength:g}" if weights else rule
+            cell = f"{rule} at {shown_weights(weights)}, strength {strength:g}" if weights else rule
             picture = _picture(image) | {"alt": f"{prompt}, seed {seed}: {cell}"}
             pictures.setdefault((prompt, seed), {})[rule, weights, finite(strength)] = picture
     return pictures

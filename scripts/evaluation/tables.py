@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stepfuse.data.intervals import interval_text, number_text
+from stepfuse.fuse.rules.weights import shown_weights
 from stepfuse.scripts.evaluation.metric import Figure
 from stepfuse.scripts.evaluation.metrics import METRICS, reward_metric, role_of
 
@@ -124,7 +125,7 @@ def cells_table(summary: dict) -> dict[str, Any]:
     of_rewards, of_others = ([figure for m in metrics for figure in m.figures] for metrics in (rewards, others))
     figures = [*MIXTURE, *of_rewards, *COMPARISONS, *of_others]
     rows = [
-        {**cell, "weights": cell["weights"].replace(",", ", ") or "—"}
+        {**cell, "weights": shown_weights(cell["weights"]) if cell["weights"] else "—"}
         | {name: ("", "—", reason) for name, reason in cell.get("unknown", {}).items()}
         for cell in summary["cells"]
     ]

@@ -40,18 +40,20 @@ class BuildConfig:
     """The settings of `stepfuse build`, as YAML gives them.
 
     Attributes:
-        output_dir: the folder for adapters, set and evaluation.
-        objectives: mappings of `algorithm`, dpo or ddpo, `config`, the YAML of a training, and any settings that
-            override it. One whose training has several `objectives` stands for all of them, which it trains together.
-        oracles: the same for adapters trained on weighted: rewards.
-        accelerate: a configuration of accelerate for every training; by default one process in float32.
-        reference_eta: eta of the base in the set.
-        guidance, guidance_scale: of the images that are drawn with the set, its evaluation's too; by default those of
-            training.
-        half: store the set's weights in float16.
-        dtype: of the base for everything but training, which has accelerate's mixed precision.
-        profile: prompts on which the gap between soup and product is measured, for `sample --gate`; none by default.
-        evaluate: an evaluation's YAML; none by default.
+        output_dir: Folder that adapters, set and evaluation are written to.
+        objectives: Mappings of `algorithm`, dpo or ddpo, `config`, the configuration of a training, and any settings
+            that override it. One whose training has several `objectives` stands for all of them, which it trains
+            together.
+        oracles: The same for adapters that are trained on `weighted:` rewards.
+        accelerate: Configuration of accelerate for every training. Unset, one process in float32.
+        reference_eta: Eta of the base in the set.
+        guidance: Guidance of the images that are drawn with the set, also in its evaluation. Unset, that of training.
+        guidance_scale: Scale of that guidance. Unset, that of training.
+        half: Store the weights of the set in float16.
+        dtype: Precision of the base for everything but training, which has the mixed precision of accelerate.
+        profile: Prompts on which the gap between soup and product is measured, for `sample --gate`. Unset, it is not
+            measured.
+        evaluate: Configuration of an evaluation. Unset, the set is not evaluated.
     """
 
     output_dir: str = "outputs/set"

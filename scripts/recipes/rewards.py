@@ -14,13 +14,15 @@ from tqdm import tqdm
 from stepfuse.data.file_info import text_hash
 from stepfuse.data.grid import CELL, captioned_grid
 from stepfuse.data.images import to_image
+from stepfuse.data.intervals import number_text
 from stepfuse.data.lettering import enlarge
 from stepfuse.data.output_file import atomic_file, output_errors, real_path
+from stepfuse.data.palette import LIGHT
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
 from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
-from stepfuse.rewards.registry import check_reward_dtype, load_reward
+from stepfuse.rewards.registry import check_reward_dtype, load_reward, reward_unit
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.server import RewardServer
 
@@ -65,23 +67,24 @@ def score_folder(
     ends = f"{min(scores):.4g} to {max(scores):.4g}"
     print(f"{file_name(output)}: {len(scores)} images, {name} {fmean(scores):.4g} on average, {ends}")
     if picture is not None:
-        show_ranked(items, scores, picture)
+        show_ranked(items, scores, picture, unit=reward_unit(name))
         print(f"{file_name(picture)}: the best {min(SHOWN, len(items))} first")
 
 
-def show_ranked(items: list[PromptedImage], scores: list[float], file: Path) -> None:
-    """The images in order of their scores, the best first, as one picture."""
+def show_ranked(items: list[PromptedImage], scores: list[float], file: Path, *, unit: str | None = None) -> None:
+    """The images in order of their scores, the best first, as one picture; the scores have their unit."""
     order = sorted(range(len(items)), key=lambda i: -scores[i])[:SHOWN]
     tiles = [_tile(to_image(read_pixels(items[i].file)[0])) for i in order]
     with atomic_file(file) as temporary:
-        captioned_grid(tiles, [f"{scores[i]:.3g}  {items[i].prompt}" for i in order], columns=8).save(temporary)
+        captions = [f"{number_text(scores[i])}{f' {unit}' if unit else ''}\n{items[i].prompt}" for i in order]
+        captioned_grid(tiles, captions, columns=8).save(temporary)
 
 
 def _tile(image: Image.Image) -> Image.Image:
-    """An image on a white square: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
+    """An image on a square of paper: a small one enlarged by a whole factor with crisp edges, a large one shrunk."""
     image = enlarge(image, max(1, CELL // max(image.size)))
     image.thumbnail((CELL, CELL), Image.Resampling.LANCZOS)
-    tile = Image.new("RGB", (CELL, CELL), "white")
+    tile = Image.new("RGB", (CELL, CELL), LIGHT.paper)
     tile.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
     return tile
 

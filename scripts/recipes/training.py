@@ -49,8 +49,11 @@ class Training:
         return adapters if trained and [adapter.name for adapter in adapters] == self.names else []
 
 
-def train(training: Training, launcher: Sequence[str]) -> None:
+def train(training: Training, launcher: Sequence[str], *, summary: bool = True) -> None:
     """Train by `accelerate launch`, from the newest checkpoint; its processes end with this one, even if it is killed.
+
+    Args:
+        summary: Whether the training prints its result and the next commands; its progress and errors are always shown.
 
     Raises:
         ValueError: where the training fails or writes no complete adapter.
@@ -63,7 +66,8 @@ def train(training: Training, launcher: Sequence[str]) -> None:
     command += [*launcher, "--num_cpu_threads_per_process", str(torch.get_num_threads())]
     command += [str(files("stepfuse.train") / f"{training.settings.algorithm}.py"), "--config", str(file)]
     # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+    stdout = None if summary else subprocess.DEVNULL
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True) as process:
         try:
             status = process.wait()
         except BaseException:

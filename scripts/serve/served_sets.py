@@ -22,6 +22,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.entries import objective_to_dict
 from stepfuse.fuse.sets.hub import parse_id
+from stepfuse.rewards.registry import reward_unit
 
 EXAMPLES = ("a fox on a green background", "a red apple on a blue background", "a cat face on a purple background")
 
@@ -199,7 +200,7 @@ def _example_prompts(loaded: AdapterSet) -> list[str]:
 
 
 def _evaluation(loaded: AdapterSet) -> dict[str, Any] | None:
-    """What an evaluation of the set measured, its weights as mappings."""
+    """What an evaluation of the set measured, its weights as mappings, with the units of its rewards."""
     if loaded.evaluation is None:
         return None
     cells = [
@@ -207,7 +208,8 @@ def _evaluation(loaded: AdapterSet) -> dict[str, Any] | None:
         for cell in loaded.evaluation["cells"]
         if not is_user_code(cell["rule"])
     ]
-    return dict(loaded.evaluation) | {"cells": cells}
+    units = {name: reward_unit(reward) for name, reward in loaded.evaluation["objectives"].items()}
+    return dict(loaded.evaluation) | {"cells": cells, "units": units}
 
 
 def guidance_of(each: ServedSet, source: str | None, scale: float | None) -> Guidance:

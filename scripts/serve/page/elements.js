@@ -8,6 +8,14 @@ export function svg(name, attributes = {}, children = []) {
   return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
 }
 
+/** The mark of a series of a plot, `size` from its centre to its side: a circle, of the second series a square. */
+export function mark(series, x, y, size, kind = "") {
+  const attributes = { class: `${kind} mark`.trim() };
+  if (series === 0) return svg("circle", { ...attributes, cx: x, cy: y, r: size });
+  const half = 0.89 * size; // which gives it the area of the circle
+  return svg("rect", { ...attributes, x: x - half, y: y - half, width: 2 * half, height: 2 * half });
+}
+
 function fill(node, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   node.append(...children);

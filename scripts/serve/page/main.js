@@ -159,7 +159,7 @@ function mark() {
   const cells = set.evaluation ? cellsOf(set.evaluation, names(set), settings.rule) : [];
   const here = cells.filter((cell) => Math.abs(cell.strength - settings.strength) < 1e-6).map((cell) => cell.point);
   const count = names(set).length;
-  const dots = count === 3 && here.length ? "; white dots: measured mixtures" : "";
+  const dots = count === 3 && here.length ? "; rings: measured mixtures" : "";
   say(byId("legend"), count === 2 || count === 3 ? `Small pictures: drawn in advance${dots}.` : "");
   weights.mark(here, gallery.of(stage.views[0].context).filter((picture) => picture.steps <= settings.steps));
 }

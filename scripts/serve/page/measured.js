@@ -1,6 +1,6 @@
 // What was measured: the gains at the present weights, and the fronts with the present point.
 
-import { element, svg } from "./elements.js";
+import { element, mark, svg } from "./elements.js";
 import { front } from "./front.js";
 import { cellsOf, gainsAt, signed } from "./gains.js";
 
@@ -30,7 +30,7 @@ export function showMeasured({ gains, note, title, fronts, key }, set, settings)
     const here = reason ? { kind: "none", gains: {}, note: reason } : gainsAt(evaluation, names, { rule, weights, strength });
     return { rule, here, cells: cellsOf(evaluation, names, rule) };
   });
-  gains.replaceChildren(...names.map((name) => gainRow(name, evaluation.objectives[name], series)));
+  gains.replaceChildren(...names.map((name) => gainRow(name, evaluation.objectives[name], evaluation.units?.[name], series)));
   const agree = series.every(({ here }) => here.note === series[0].here.note);
   const remarks = agree ? [series[0].here.note] : series.map(({ rule, here }) => `${rule}: ${here.note}`);
   note.replaceChildren(
@@ -39,17 +39,17 @@ export function showMeasured({ gains, note, title, fronts, key }, set, settings)
       `Mean gain over the base with 95 % intervals; ${evaluation.prompts} held-out prompts × ${evaluation.seeds} seeds.`,
     ]),
   );
-  showFronts({ title, fronts, key }, names, series, settings.strength);
+  showFronts({ title, fronts, key }, names, series, settings.strength, evaluation.units);
 }
 
 /** A plot for each pair of rewards, or for the pair that is chosen where there are more than three. */
-function showFronts({ title, fronts, key }, names, all, strength) {
+function showFronts({ title, fronts, key }, names, all, strength, units) {
   const series = all.map((one) => atNearest(one, strength));
   const mixtures = new Set(series.flatMap(({ cells }) => cells.map(({ point }) => point.join(" ")))).size;
   title.textContent = mixtures > 1 ? "Measured front" : "Measured gains of one mixture";
   const pairs = names.flatMap((a, i) => names.slice(i + 1).map((b) => [a, b]));
   const shown = names.length <= 3 ? pairs : [chooser(fronts, names).selects.map((select) => select.value)];
-  const plots = shown.map(([a, b]) => front(a, b, names, series));
+  const plots = shown.map(([a, b]) => front(a, b, names, series, units));
   if (names.length > 3) chooser(fronts, names).update(plots);
   else fronts.replaceChildren(...plots);
   const where = ({ near }) => (near === undefined ? "not measured" : `measured at strength ${near}`);
@@ -59,7 +59,7 @@ function showFronts({ title, fronts, key }, names, all, strength) {
   const sentences = [
     elsewhere.length ? `${whose} was ${whose === "Nothing" ? "" : "not "}measured at strength ${strength}; the nearest strength is shown.` : "",
     agree ? `${where(series[0]).replace(/^./, (letter) => letter.toUpperCase())}, with 95 % intervals.` : "With 95 % intervals.",
-    "Ring: the present weights, dashed where interpolated.",
+    "Hollow: the present weights, dashed where interpolated.",
   ];
   const label = (one) => (agree ? one.rule : `${one.rule}, ${where(one)}`);
   key.replaceChildren(
@@ -76,7 +76,7 @@ function atNearest({ rule, here, cells }, strength) {
 }
 
 /** One reward: its gain as text and as a point with its interval. */
-function gainRow(name, reward, series) {
+function gainRow(name, reward, unit, series) {
   const all = series.flatMap(({ cells }) => cells.map((cell) => cell.gains[name]).filter(Boolean));
   const ends = all.flatMap(({ mean, low, high }) => [mean, low ?? mean, high ?? mean]);
   const [least, most] = [Math.min(0, ...ends), Math.max(0, ...ends)];
@@ -90,7 +90,7 @@ function gainRow(name, reward, series) {
     if (!gain) return element("span", { class: `${kind} value` }, [...whose, "not measured"]);
     const y = 7 + 14 * i;
     if (gain.low !== null) marks.push(svg("line", { class: `${kind} interval`, x1: x(gain.low), x2: x(gain.high), y1: y, y2: y }));
-    marks.push(svg("circle", { class: `${kind} dot`, cx: x(gain.mean), cy: y, r: 4.5 }));
+    marks.push(mark(i, x(gain.mean), y, 4.5, `${kind} dot`));
     const scale = gain.low === null ? gain.mean : (gain.high - gain.low) / 2;
     const interval = gain.low === null ? "" : ` [${signed(gain.low, scale)}, ${signed(gain.high, scale)}]`;
     return element("span", { class: `${kind} value` }, [
@@ -100,7 +100,8 @@ function gainRow(name, reward, series) {
     ]);
   });
   const bar = svg("svg", { viewBox: `0 0 300 ${height}`, class: "bar", "aria-hidden": "true" }, marks);
-  const label = element("span", { class: "name" }, [name, ...(reward === name ? [] : [element("small", {}, [` ${reward}`])])]);
+  const details = [reward === name ? "" : reward, unit ?? ""].filter(Boolean).join(", ");
+  const label = element("span", { class: "name" }, [name, ...(details ? [element("small", {}, [` ${details}`])] : [])]);
   return element("div", { class: "gain" }, [label, element("span", { class: "values" }, texts), bar]);
 }
 

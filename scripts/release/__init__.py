@@ -1,0 +1,1 @@
+"""The check of a release, for maintainers: the built package, used where no checkout is. Not part of the package."""
