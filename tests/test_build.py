@@ -285,7 +285,7 @@ def test_every_build_that_is_shipped_is_sound(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("stepfuse.scripts.recipes.build_set.load_prompts", lambda name: [name])  # some are of the hub
     config, objectives, oracles, _ = read_build(file)
-    assert f"stepfuse build configs/sets/{file.name}" in file.read_text()
+    assert f"stepfuse build sets/{file.stem}\n" in file.read_text()
     assert len(objectives) == len(config.objectives)
     assert sum(len(training.names) for training in objectives) >= 2
     weighted = [training.settings.reward for training in oracles]
