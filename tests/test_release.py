@@ -230,8 +230,12 @@ def test_an_interrupted_check_ends_its_processes_and_deletes_its_folder_or_keeps
     assert said == ("interrupted\n" if keep else "interrupted; what was made is deleted\n")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_interrupt_while_a_command_starts_ends_the_command(shell: Shell) -> None:
-    """A timer interrupts at ever later moments: some before the process is there, and some after."""
+    """A timer interrupts at ever later moments: some before the process is there, and some after.
+
+    One between the opening of the log and its `with` leaves a file that Python closes with a warning.
+    """
     others = psutil.Process().children()
 
     def run(milliseconds: float) -> None:
