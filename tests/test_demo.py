@@ -14,7 +14,7 @@ from PIL import Image
 
 from stepfuse.data import emoji
 from stepfuse.scripts.cli.main import main, parse
-from stepfuse.scripts.recipes.demo import demo
+from stepfuse.scripts.recipes.demo import demo, joint_training, progress
 from stepfuse.scripts.recipes.demo_mixtures import mixtures
 from stepfuse.scripts.recipes.demo_report import claims, next_commands, report
 from stepfuse.train.arguments import parse_settings
@@ -179,6 +179,14 @@ def test_three_objectives_are_trained_in_one_run(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         demo(tmp_path, seed=0, overwrite=False, quick=False, objectives=3)
     assert [training.names for training in trained] == [["lightness", "subject_size", "contrast"]]
+
+
+def test_a_demo_says_after_which_step_it_continues(tmp_path: Path) -> None:
+    training = joint_training(tmp_path / "adapters", seed=0, quick=False, objectives=2)
+    assert progress(training) == "It takes 7 steps"
+    for step in (3, 5):
+        (tmp_path / "adapters" / f"checkpoint-{step}").mkdir(parents=True)
+    assert progress(training) == "Continuing after step 5 of 7 steps"
 
 
 def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) -> None:

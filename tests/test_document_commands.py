@@ -234,7 +234,7 @@ def test_the_first_commands_run_as_processes_as_they_stand(desk: Path) -> None:
     for words in (shlex.split(command, comments=True), training.as_process(desk / "small.yaml")):
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
-    with Image.open("fox.png") as picture:
+    with Image.open("apple.png") as picture:
         assert picture.size == (256, 256)  # of the embedded base itself, enlarged four times
 
 

@@ -74,7 +74,7 @@ def test_the_package_works_where_no_checkout_is(wheel: Path, tmp_path: Path) -> 
     (folder / "example.py").write_text(snippet)
     (folder / "commands.txt").write_text("\n".join([drawn, shown, "python example.py", trained]))
     printed = user.run(["python", "-c", IMPORTS + SEVERAL])
-    assert (folder / "fox.png").is_file()
+    assert (folder / "apple.png").is_file()
     assert "next, make a set" in printed
     assert (folder / "outputs/compressibility/objective.json").is_file()
     assert str(ROOT) not in printed

@@ -7,8 +7,8 @@ from stepfuse.scripts.cli.parser import Arguments, Parser, option
 def add_arguments(parser: Parser) -> None:
     parser.explain(
         "stepfuse demo --output_dir outputs/demo",
-        "It takes less than 5 minutes on two CPU cores, and needs no GPU and no download. An interrupted demo is continued "
-        "by the same command.",
+        "It takes less than 5 minutes on two CPU cores, and needs no GPU and no download. An interrupted demo is "
+        "continued by the same command.",
     )
     text = "Output folder for the adapters, their set, the pictures slider.png and front.png, and results.json."
     declare.output_dir(parser, "outputs/demo", text, replaced="the demo in the output folder")

@@ -13,6 +13,7 @@ from stepfuse.fuse.sets.create import create_set, set_files
 from stepfuse.scripts.recipes.demo_mixtures import measure
 from stepfuse.scripts.recipes.demo_report import report
 from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
+from stepfuse.train.checkpoints import list_checkpoints
 from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.settings import DPOSettings
 
@@ -66,6 +67,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool, objectives: i
         if training.finished:
             print(f"They are trained already: {training.folder}")
         else:
+            print(f"{progress(training)}; a line for each step follows, the first after about a minute.", flush=True)
             train(training, SINGLE_PROCESS, summary=False)
         print("\n[2/3] Draw held-out prompts with the base and at every mixture", flush=True)
         create_set(output / SET, [training.folder], overwrite=True, **GUIDANCE)
@@ -83,6 +85,14 @@ def joint_training(folder: Path, *, seed: int, quick: bool, objectives: int) -> 
     changes |= (THREE if objectives == 3 else {}) | (QUICK if quick else {})
     settings = load_settings(FOLDER / f"{CONFIG}.yaml", DPOSettings, changes)
     return Training(settings=settings, folder=folder)
+
+
+def progress(training: Training) -> str:
+    """How far a training is."""
+    checkpoints, steps = list_checkpoints(training.folder), f"{training.settings.max_train_steps} steps"
+    if not checkpoints:
+        return f"It takes {steps}"
+    return f"Continuing after step {checkpoints[-1].name.partition('-')[2]} of {steps}"
 
 
 def claim(output: Path, state: dict, *, overwrite: bool) -> bool:

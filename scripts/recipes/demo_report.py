@@ -58,7 +58,17 @@ def next_commands(output: Path, results: Mapping) -> list[str]:
     first, second, *_ = results["objectives"]
     adapter_set = str(output / "set")
     weights = f"{first}=0.3,{second}=0.7"
-    sample = ["stepfuse", "sample", adapter_set, "--prompt", PROMPT, "--weights", weights, "--output", "fox.png"]
+    sample = [
+        "stepfuse",
+        "sample",
+        adapter_set,
+        "--prompt",
+        PROMPT,
+        "--weights",
+        weights,
+        "--output",
+        str(output / "fox.png"),
+    ]
     install = "" if find_spec("fastapi") else "pip install 'stepfuse[serve]' && "
     other = ["{reward: warmth}", "{reward: compressibility}"]
     train = ["accelerate", "launch", "--quiet", "-m", "stepfuse.train.dpo", "--config", "dpo/emoji-flow-joint"]
