@@ -130,7 +130,7 @@ def test_dashes_and_underscores_are_the_same_in_every_flag(command):
     for name, action in OPTIONS:
         if name == command and action.option_strings:
             usual = {"device": "cpu", "candidates": "2", "requests": "2", "rule": "soup"}.get(action.dest, "1")
-            value = [] if action.nargs == 0 else [next(iter(action.choices or [usual]))]
+            value = [] if action.nargs == 0 else [str(next(iter(action.choices or [usual])))]
             flag = action.option_strings[0]
             dashed = "--" + flag.removeprefix("--").replace("_", "-")
             expected = vars(parse([*words, flag, *value]))
