@@ -44,7 +44,7 @@ class Shell:
         supervised = [sys.executable, "-P", str(SUPERVISOR), *words]
         output = self.log.with_suffix(".stdout")
         process: subprocess.Popen[bytes] | None = None
-        with output.open("wb") as stdout, self.log.open("ab") as stderr:
+        with open(output, "wb") as stdout, open(self.log, "ab") as stderr:
             try:
                 with signals_held():
                     process = subprocess.Popen(
@@ -76,7 +76,7 @@ class Shell:
 
     def tail(self, start: int) -> list[str]:
         """The last lines of what was added to the log after its first `start` bytes."""
-        with self.log.open("rb") as log:
+        with open(self.log, "rb") as log:
             log.seek(start)
             text = log.read().decode(errors="replace").rstrip()
         # A progress bar is one line, of which the last state counts.
