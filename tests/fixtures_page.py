@@ -1,7 +1,6 @@
 """The page of `stepfuse serve` in Chromium."""
 
 import io
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +13,12 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from stepfuse.scripts.load.browser import find_browser
 from stepfuse.scripts.serve.app import Service, make_app
 from tests.fixtures_serve import Running
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is driven by playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = find_browser()
 IN_BROWSER = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="the page is looked at in Chromium, which is not here"),

@@ -5,7 +5,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +19,7 @@ from stepfuse.scripts.evaluation.config import Setup
 from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.plots import save_fronts, styles
 from stepfuse.scripts.evaluation.report import strips, write_report
+from stepfuse.scripts.load.browser import find_browser
 
 HOSTILE = '<script>alert(1)</script> & "quoted"'
 NAMES = ("left", "<b>up</b> $_x$", "away")  # objectives
@@ -294,10 +294,7 @@ def test_the_fronts_are_one_picture_too(summary, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if found := shutil.which(name):
-            return found
-    pytest.skip("needs chromium or chrome")
+    return find_browser() or pytest.skip("needs chromium or chrome")
 
 
 ERRORS = "<script>window.errors = []; addEventListener('error', e => errors.push(e.message || 'load'), true);</script>"
@@ -346,13 +343,8 @@ def seen(browser: str, page: Path, folder: Path, *options: str) -> str:
     """The page's elements after its scripts have run."""
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000"]
     command += ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += [
-        f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1400,1000",
-        *options,
-        "--dump-dom",
-        page.as_uri(),
-    ]
+    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1400,1000", *options, "--dump-dom"]
+    command.append(page.as_uri())
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True).stdout
 
 

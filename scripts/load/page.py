@@ -10,7 +10,6 @@ comparison the same image is asked for without the page, when nothing else is dr
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +23,9 @@ from playwright.sync_api import Page, sync_playwright
 from stepfuse.data.json_file import write_json
 from stepfuse.scripts.benchmark.server_process import ServerProcess, server_process
 from stepfuse.scripts.evaluation.costs import machine
+from stepfuse.scripts.load.browser import BROWSERS, find_browser
 from stepfuse.scripts.load.wrong import PATH
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 REST = 3.0  # seconds between two changes, in which the lattice is being drawn
 MILLISECONDS = 120_000  # that a picture may take
 MEASURES = """() => Object.fromEntries(
@@ -35,7 +34,7 @@ MEASURES = """() => Object.fromEntries(
 
 def measure(model: str, *, changes: int, threads: int | None) -> dict[str, Any]:
     """Seconds of each change. A ValueError where there is no browser."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    browser = find_browser()
     if browser is None:
         raise ValueError(f"no browser to open the page in; install one of {', '.join(BROWSERS)}")
     with server_process([model], threads=threads) as server, sync_playwright() as playwright:
