@@ -39,6 +39,6 @@ def draw_strip(sampler: FusedSampler, prompts: Sequence[str], *, seed: int = 0, 
     return labelled_grid(list(zip(*drawn, strict=True)), prompts, ["base", *map(weights_heading, columns)])
 
 
-def weights_heading(weights: Weights) -> str:
+def weights_heading(weights: Weights | str) -> str:
     """Weights as the heading of a column: a line for each objective."""
     return shown_weights(weights, separator="\n", space=GLUE)

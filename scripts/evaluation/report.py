@@ -13,11 +13,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from stepfuse.data.intervals import excludes_zero, interval_text
-from stepfuse.data.lettering import GLUE
 from stepfuse.data.palette import DARK, LIGHT, css_variables
 from stepfuse.data.text_files import write_text
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.fuse.rules.weights import Weights, shown_weights
+from stepfuse.fuse.rules.weights import shown_weights
+from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.scripts.evaluation.config import Rules, Setup
 from stepfuse.scripts.evaluation.findings import findings
 from stepfuse.scripts.evaluation.metric import finite
@@ -78,12 +78,13 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
     for first, second in combinations(summary["objectives"], 2):
         members = [(cell, round(cell["shares"][second], 6)) for cell in edge(cells, first, second)]
         columns = {
-            share: _heading({first: 1 - share, second: share}) for share in sorted({share for _, share in members})
+            share: weights_heading({first: 1 - share, second: share})
+            for share in sorted({share for _, share in members})
         }
         groups.append((f"{first} / {second}", members, columns))
         on_edges |= {_key(cell) for cell, _ in members}
     others = [(cell, cell["weights"]) for cell in cells if _key(cell) not in on_edges]
-    groups.append(("other weights", others, {weights: _heading(weights) for _, weights in others}))
+    groups.append(("other weights", others, {weights: weights_heading(weights) for _, weights in others}))
     blocks = []
     for title, members, columns in groups:
         for (prompt, seed), shot in pictures.items():
@@ -91,10 +92,6 @@ def strips(results: pd.DataFrame, summary: dict) -> list[dict[str, Any]]:
             if rows := _rows(members, list(columns), shot, list(summary["rules"])):
                 blocks.append(block | {"base": shot.get(base), "rows": rows})
     return blocks
-
-
-def _heading(weights: Weights | str) -> str:
-    return shown_weights(weights, separator="\n", space=GLUE)
 
 
 def _rows(members: list[tuple[dict, Any]], columns: list, shot: dict[Key, Picture], rules: list[str]) -> list[dict]:

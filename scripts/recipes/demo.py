@@ -67,7 +67,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool, objectives: i
         if training.finished:
             print(f"They are trained already: {training.folder}")
         else:
-            print(f"{progress(training)}; a line for each step follows, the first after about a minute.", flush=True)
+            print(f"{progress(training)}; the first one is shown after about a minute.", flush=True)
             train(training, SINGLE_PROCESS, summary=False)
         print("\n[2/3] Draw held-out prompts with the base and at every mixture", flush=True)
         create_set(output / SET, [training.folder], overwrite=True, **GUIDANCE)

@@ -34,17 +34,21 @@ def mixtures(objectives: Sequence[str]) -> dict[str, Weights]:
     For two objectives, five from the first to the second; for three, the objectives alone, each two in equal parts, and
     all in equal parts.
     """
-    alone = {f"{name} alone": {name: 1.0} for name in objectives}
-    equal = {"equal weights": {name: 1 / len(objectives) for name in objectives}}
+    alone: list[Weights] = [{name: 1.0} for name in objectives]
+    equal: Weights = dict.fromkeys(objectives, 1 / len(objectives))
     if len(objectives) == 2:
         first, second = objectives
-        heads, tails = alone.items()
-        between = [{first: 1 - i / STEPS, second: i / STEPS} for i in range(1, STEPS)]
-        near, far = between[: STEPS // 2 - 1], between[STEPS // 2 :]
-        named = [{shown_weights(weights): weights for weights in side} for side in (near, far)]
-        return dict([heads]) | named[0] | equal | named[1] | dict([tails])
-    pairs = [dict.fromkeys(pair, 0.5) for pair in combinations(objectives, 2)]
-    return alone | {shown_weights(pair): pair for pair in pairs} | equal
+        between: list[Weights] = [{first: 1 - i / STEPS, second: i / STEPS} for i in range(1, STEPS)]
+        ordered = [alone[0], *between, alone[1]]
+    else:
+        ordered = [*alone, *(dict.fromkeys(pair, 0.5) for pair in combinations(objectives, 2)), equal]
+
+    def named(weights: Weights) -> str:
+        if weights == equal:
+            return "equal weights"
+        return shown_weights(weights) if len(weights) > 1 else f"{next(iter(weights))} alone"
+
+    return {named(weights): weights for weights in ordered}
 
 
 def measure(adapter_set: Path, pictures: Sequence[Path], *, seed: int, prompts: int) -> dict:
