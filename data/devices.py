@@ -18,6 +18,11 @@ def to_device(values: Tensor, device: torch.device | str, dtype: torch.dtype | N
     return values.to(device, dtype)
 
 
+def default_device() -> str:
+    """`"cuda"` if PyTorch can use a GPU, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def on_host(values: Tensor) -> bool:
     """Whether reading the numbers of a tensor makes nobody wait. Others are not read on the way to an image."""
     return values.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""The data of the embedded base: concepts, captions and background colours. Importing this does not import torch.
+"""The data of the bundled base models: concepts, captions and background colours. Importing this does not import torch.
 
 An image shows one Noto emoji on a coloured background, captioned "a red apple on a blue background". For every concept,
 two of the twelve background colours are held out of training; evaluations use these captions as prompts.
@@ -15,6 +15,8 @@ FLOW = Path(__file__).parent / "emoji-flow"
 BASES = {"emoji-flow": FLOW, "emoji": PIPELINE}  # by the names that commands take
 CLIP = FOLDER / "clip"
 ADAPTER_SET = Path(__file__).parent / "emoji-set"
+FLOW_ADAPTER_SET = Path(__file__).parent / "emoji-flow-set"
+ADAPTER_SETS = {"emoji-flow": FLOW_ADAPTER_SET, "emoji": ADAPTER_SET}  # each has the name of its base
 RESOLUTION = 64
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {

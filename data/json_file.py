@@ -24,12 +24,16 @@ def write_json(file: Path, values: Mapping[str, Any], *, indent: int = 2, sort_k
 
 def read_json(file: Path, what: str) -> dict[str, Any]:
     """Read a JSON object, bounded in size and depth, or raise ValueError that names the file and what it should be."""
-    if not file.is_file():
-        raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected {what}, of {MAX_BYTES:,} at most")
     try:
-        values = parse_json(file.read_bytes())
+        if not file.is_file():
+            raise ValueError(f"no {file.name} in {file.parent}; expected {what}")
+        if file.stat().st_size > MAX_BYTES:
+            raise ValueError(f"{file} has {file.stat().st_size:,} bytes; expected {what}, of {MAX_BYTES:,} at most")
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}; expected {what}") from error
+    try:
+        values = parse_json(data)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {one_line(error)}") from error
     if not isinstance(values, dict):

@@ -70,7 +70,10 @@ def require_empty_dir(
     with output_errors(output):
         content = [name for name in os.listdir(folder) if name not in (*NOT_CONTENT, *besides)]
     if content and not overwrite:
-        raise ValueError(f"{option} {output} exists and is not empty; choose another or pass --overwrite")
+        raise ValueError(
+            f"{option} {output} exists and is not empty; choose another or pass --overwrite, which replaces files of "
+            "stepfuse only (all others stay)"
+        )
     if content:
         replaceable = set(ours(folder))
         for name in writes:

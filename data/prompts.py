@@ -17,7 +17,7 @@ def load_prompts(
 
     Args:
         source: A UTF-8 text file with one prompt per line, in which empty lines are skipped, or a name in
-            `PROMPT_SETS`, such as `emoji` (the captions that the embedded base is trained on) and `emoji-heldout` (its
+            `PROMPT_SETS`, such as `emoji` (the captions that the bundled base is trained on) and `emoji-heldout` (its
             held-out captions). With `:COUNT` appended, COUNT evenly spaced prompts: `emoji-heldout:64`.
         dataset_name: A data set of the hub, a folder or a file, used instead of `source`. If a row has a list of
             captions, one of them is drawn. Rows without a caption are skipped, and their number is printed.

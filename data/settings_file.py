@@ -1,14 +1,13 @@
 """Settings from YAML files: values of dataclass fields, with errors that name unknown keys and wrong types."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from stepfuse.configs import FOLDER
-from stepfuse.data.names import nearest
+from stepfuse.data.names import near_names, nearest, suggestion
 from stepfuse.data.text_files import file_name
 
 S = TypeVar("S")
@@ -36,9 +35,9 @@ def find_config(name: str, folder: str) -> Path:
     names = [f"{folder}/{stem}" for stem in packaged]
     if (FOLDER / f"{short}.yaml").is_file():
         raise ValueError(f"config {name!r} belongs to another command; expected a file or one of {', '.join(names)}")
-    close = difflib.get_close_matches(short if "/" in short else f"{folder}/{short}", names, n=3, cutoff=0.6)
-    expected = f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(names)}"
-    raise ValueError(f"no config file {name!r} and no packaged configuration of this name; {expected}")
+    near = [f"{folder}/{stem}" for stem in near_names(short.rpartition("/")[2], packaged)]
+    expected = suggestion(near) or f"; expected one of {', '.join(names)}"
+    raise ValueError(f"no config file {name!r} and no packaged configuration of this name{expected}")
 
 
 def read_settings(file: Path, settings: type, *, besides: Sequence[str] = ()) -> dict[str, Any]:

@@ -23,6 +23,8 @@ extensions = [
     "repository_files",
     "generated_pages",
     "plain_docstrings",
+    "mathml",
+    "unbroken_text",
 ]
 exclude_patterns = ["_build", "_ext", "**/.ipynb_checkpoints"]
 suppress_warnings = ["config.cache"]  # functions among the settings below; every page is read again
@@ -33,13 +35,14 @@ repository_pages = {
     "CONTRIBUTING.md": "contributing",
     "CHANGELOG.md": "changelog",
     "data/emoji-set/README.md": "cards/emoji-set",
+    "data/emoji-flow-set/README.md": "cards/emoji-flow-set",
     "data/emoji-flow/README.md": "cards/emoji-flow",
     "data/emoji-base/pipeline/README.md": "cards/emoji-base",
     "data/emoji-base/clip/README.md": "cards/emoji-clip",
 }
 
 nb_execution_mode = "off"  # tests run the notebooks
-myst_enable_extensions = ["attrs_inline"]
+myst_enable_extensions = ["attrs_inline", "dollarmath"]
 myst_heading_anchors = 4  # as the repository's own pages have them
 smartquotes_action = "D"  # dashes; quotation marks stay as they are typed
 default_role = "code"  # `names` in docstrings
@@ -59,6 +62,7 @@ linkcheck_anchors_ignore_for_url = [r"https://github\.com/.*", r"https://hugging
 linkcheck_timeout = 20
 linkcheck_ignore = [r"http://(localhost|127\.0\.0\.1)(:\d+)?(/.*)?"]
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "stepfuse"
 html_static_path = ["_static"]

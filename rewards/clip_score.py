@@ -21,7 +21,7 @@ def clip_score(
     """r = 100 · cos(image, prompt), without the published clamp at 0, so that the gradient is never 0 everywhere.
 
     Images are resized and cropped in float32, by `resize_and_crop_smoothly`. The model is a hub id or a folder, by
-    default the embedded CLIP model of the emoji base; if it cannot be loaded, ValueError is raised.
+    default the bundled CLIP model of the emoji base; if it cannot be loaded, ValueError is raised.
     """
     source = name_or_path or emoji.CLIP
     try:

@@ -1,7 +1,6 @@
 """A reward on a server that `stepfuse reward serve NAME` runs."""
 
 import http.client
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -13,10 +12,9 @@ from typing import Any
 import numpy as np
 
 from stepfuse.data.settings_fields import setting
+from stepfuse.rewards.token_file import TOKEN, read_token
 from stepfuse.rewards.worker.messages import MessageError, decode
 from stepfuse.rewards.worker.remote import RemoteReward, RequestError
-
-TOKEN = "STEPFUSE_REWARD_TOKEN"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,25 +32,6 @@ class HTTPSettings:
     token_file: str | None = None
     batch_size: int = setting(16, above=0)
     timeout: float = setting(300.0, above=0, finite=False)
-
-
-def read_token(file: Path | None, variable: str = TOKEN) -> str | None:
-    """Read the token from a file, or by default from an environment variable; None if that is not set.
-
-    Raises:
-        ValueError: If the file is missing or empty, or if the token is not one word of ASCII letters, digits and
-            punctuation. The message does not contain the token.
-    """
-    source = f"the variable {variable}" if file is None else f"token file {file}"
-    if file is not None and not file.is_file():
-        raise ValueError(f"no {source}")
-    token = os.environ.get(variable) if file is None else file.read_text(encoding="utf-8-sig", errors="replace")
-    if token is None:
-        return None
-    token = token.strip()
-    if not (token.isascii() and token.isprintable()) or " " in token or not (token or file is None):
-        raise ValueError(f"{source} does not hold a token; expected one word of letters, digits and punctuation")
-    return token or None
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

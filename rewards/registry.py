@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from stepfuse.configs import FOLDER
+from stepfuse.data.stages import stage
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.named_reward import NamedReward
 from stepfuse.rewards.over_http import HTTPReward, HTTPSettings
@@ -78,6 +79,7 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
     check_catalogued(parsed)
     entry = REWARDS[parsed.head]
     if entry.build is not None:
+        stage(f"Loading the reward {name} …")
         return entry.build(parsed.argument or None, device, dtype)
     if parsed.argument:
         hint = f"; copy {entry.file} and edit it" if entry.file else ""

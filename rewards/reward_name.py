@@ -119,3 +119,11 @@ def parse_terms(text: str) -> tuple[Term, ...]:
 def label_terms(terms: tuple[Term, ...]) -> str:
     """The name of a weighted sum of these terms."""
     return "weighted:" + " + ".join(f"{t.weight!r}*{t.name}/{t.scale!r}" for t in terms)
+
+
+def check_reward(name: str) -> None:
+    """Check that a reward's name is known, or that its file exists."""
+    reward = parse_reward(name)
+    check_catalogued(reward)
+    if reward.path and not Path(reward.path).is_file():
+        raise ValueError(f"no reward {name!r}: no file {reward.path!r}")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy.stats import bootstrap
 
 
@@ -96,6 +95,8 @@ def deviation_within(values: Sequence[float] | np.ndarray, prompts: Sequence[str
 
     Values that are not finite, and prompts with fewer than two finite values, are ignored; NaN if no prompt remains.
     """
+    import pandas as pd  # the import takes a second, and intervals do without
+
     table = pd.DataFrame({"value": np.asarray(values, dtype=float), "prompt": list(prompts)})
     finite = table[np.isfinite(table["value"])]
     return float(finite.groupby("prompt")["value"].var(ddof=1).mean() ** 0.5)

@@ -13,8 +13,7 @@ from typing import TextIO
 
 from accelerate.utils.other import get_free_port
 
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS
-from tests.fixtures_training import as_flags, launch_command
+from tests.fixtures_training import SINGLE_PROCESS, as_flags, launch_command
 
 PROGRAM = Path(__file__).parent / "forked_training.py"
 RUN_SECONDS = 900.0  # of one training, at most: DeepSpeed may compile an extension first

@@ -19,11 +19,12 @@ from PIL import Image
 
 from stepfuse.fuse.sampling.shared_forwards import SharedForwards
 from stepfuse.scripts.serve.access import Access
+from stepfuse.scripts.serve.address import listen
 from stepfuse.scripts.serve.app import Service, make_app
 from stepfuse.scripts.serve.engine import Engine
 from stepfuse.scripts.serve.job import Job
 from stepfuse.scripts.serve.metrics import Metrics
-from stepfuse.scripts.serve.run import listen, make_service
+from stepfuse.scripts.serve.run import make_service
 from stepfuse.scripts.serve.settings import ServeSettings
 
 PATH = "/v1/images/generations"

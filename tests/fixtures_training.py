@@ -18,7 +18,6 @@ from stepfuse.data import emoji
 from stepfuse.fuse.diffusion.variance import EtaSchedule, LearnedSchedule
 from stepfuse.fuse.rules.plan import Expert
 from stepfuse.rewards.scoring_queue import ScoringQueue
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import ddpo, dpo
 from stepfuse.train.algorithms import DDPO
 from stepfuse.train.arguments import parse_settings
@@ -30,6 +29,7 @@ from stepfuse.train.rollout import branching_rollout, sample_generator
 from stepfuse.train.settings import SETTINGS, DDPOSettings
 from tests.fixtures_tiny import denoiser_of, prompt_embeds
 
+SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 MAIN = {"dpo": dpo.main, "ddpo": ddpo.main}
 COMMON = {
     "prompts": "prompts.txt",

@@ -11,7 +11,6 @@ from typing import get_args
 
 import pytest
 
-from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.fuse.backbones.guidance import GUIDANCE
 from stepfuse.fuse.rules.options import RULE_OPTIONS
@@ -166,7 +165,9 @@ WRONG = {  # what is typed → what the answer names
     "--versoin": ["--versoin", "'--version'"],
     "sample emoji": ["--prompt"],
     "sample emoji --prompt x --steps two": ["--steps", "'two'"],
-    "sample emoji --prompt x --strength strong": ["--strength", "'strong'"],
+    "sample emoji --prompt x --strength strong": ["--strength", "'strong'", "such as 1.0"],
+    "serve emoji --port abc": ["--port", "'abc'", "such as 8000"],
+    "demo --objectives lightness": ["--objectives", "'lightness'", "expected one of 2, 3"],
     "sample emoji --prompt x --steps 0": ["--steps 0", "1 or more"],
     "sample emoji --prompt x --steps -3": ["--steps -3"],
     "sample emoji --prompt x --strength nan": ["--strength nan"],
@@ -194,7 +195,16 @@ WRONG = {  # what is typed → what the answer names
     "sample ./outputs/sets --prompt x": ["outputs/sets", "'outputs/set'"],
     "sample outputs/deeper/set --prompt x": ["outputs/deeper/set"],
     "set show empty": ["empty", "adapter_set.json"],
+    "set show outputs": ["outputs", "the adapter set in it is outputs/set"],
+    "set show outputs/deeper/./set": ["outputs/deeper/set"],
+    "set show run/set": ["'run/set'", "'run/deep/set'"],
+    "set show base": ["'base' is a base model, not an adapter set", "set create"],
+    "set show there.png": ["there.png is a file"],
+    "set show run/trained": ["in run/trained: it holds adapters, not a set", "set create"],
+    "set show stable-diffusion-v1-5": ["is the name of the base model", "not of an adapter set"],
     "set create full --adapter outputs/set": ["full", "--overwrite"],
+    "set create new --adapter run": ["no adapter in run", "adapters are in run/trained"],
+    "set create new --adapter run/traind": ["no adapter in run/traind", "'run/trained'"],
     "set create new --adapter gone": ["gone"],
     "set create new --adapter empty": ["empty", "set import"],
     "set profile emoji": ["'emoji'", "pull"],
@@ -238,6 +248,11 @@ WRONG = {  # what is typed → what the answer names
     "benchmark training --model emojy": ["'emojy'", "'emoji'"],
     "benchmark training --algorithms dpoo": ["'dpoo'", "'dpo'"],
     "pull OWNER/NAME full": ["full", "--overwrite"],
+    "demo --output_dir full": ["--output_dir full", "--overwrite", "others stay"],
+    "demo --output_dir begun --seed 2": ["--output_dir begun", "--seed 1", "--overwrite"],
+    "serve emoji --host 0.0.0.0": ["--host 0.0.0.0", "--token_file"],
+    "serve emoji --token_file gone": ["token file gone"],
+    "build wrong.yaml": ["wrong.yaml", "'objektives'", "'objectives'"],
 }
 ATTEMPT = """
 import contextlib, io, json, shlex, sys, time
@@ -260,10 +275,14 @@ print(json.dumps(answers))
 def answers(tmp_path_factory):
     """What each wrong line is answered with, by one process."""
     folder = tmp_path_factory.mktemp("here")
-    for name in ("empty", "full", "outputs/set"):
+    for name in ("empty", "full", "outputs/set", "run/deep/set", "run/trained/a", "base"):
         (folder / name).mkdir(parents=True)
-    (folder / "outputs/set/adapter_set.json").write_text('{"format_version": 1, "adapters": [{"name": "a"}]}')
-    for name in ("there.png", "full/mine.txt"):
+    for name in ("outputs/set", "run/deep/set"):
+        (folder / name / "adapter_set.json").write_text('{"format_version": 1, "adapters": [{"name": "a"}]}')
+    (folder / "begun").mkdir()
+    (folder / "begun/demo.json").write_text('{"objectives": 2, "seed": 1, "quick": false, "training": "0"}')
+    (folder / "wrong.yaml").write_text("objektives: []\n")
+    for name in ("there.png", "full/mine.txt", "run/trained/a/objective.json", "base/model_index.json"):
         (folder / name).write_text("precious")
     before = sorted(folder.rglob("*"))
     done = subprocess.run(
@@ -305,6 +324,23 @@ def test_a_number_out_of_its_bounds_is_refused_by_the_name_of_its_option(name):
     NUMBERS[name].check(2 if bounds.least == 2 else 1)
 
 
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_example_of_a_number_is_a_valid_value_of_its_option(name):
+    """The number after "such as" is accepted, and where there are choices they are those that are listed."""
+    action = NUMBERS[name]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^'two'; expected ") as error:
+        action.type("two")
+    expected = str(error.value).partition("expected ")[2]
+    if action.choices:
+        assert expected == "one of " + ", ".join(map(str, action.choices))
+    elif "such as" in expected:
+        value = action.type(expected.partition("such as ")[2])
+        action.type.check(value)
+        assert value == action.default
+    else:
+        assert str(action.type.bounds) in expected
+
+
 def test_the_bounds_of_numbers_are_these():
     found = {}
     for _, action in OPTIONS:
@@ -344,47 +380,6 @@ def test_version_is_the_packages(monkeypatch, capsys):
 
 
 # Suggestions.
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("prodct", "product"),
-        ("PRODUCT", "product"),
-        ("average-noise", "average_noise"),
-        ("avg_noise", "average_noise"),
-        ("sys", "systematic"),
-        ("soup_factor", "soup_factors"),
-        ("", None),
-        ("x", None),
-        ("quite another", None),
-    ],
-)
-def test_the_nearest_name_is_suggested(name, expected):
-    told = nearest(name, RULES)
-    assert told == (f"; did you mean {expected!r}?" if expected else "")
-
-
-def test_suggestions_are_made_for_names_in_settings_and_files():
-    """Where a name does not come from the command line."""
-    from stepfuse.data.settings_file import check_names
-    from stepfuse.fuse.rules.registry import get_rule
-    from stepfuse.fuse.rules.schedules import schedule_from_dict
-    from stepfuse.fuse.rules.weight_table import weight_table
-    from stepfuse.rewards.registry import load_reward
-    from stepfuse.scripts.evaluation.config import EvaluationConfig
-
-    for refuse, meant in [
-        (lambda: get_rule("sistematic"), "systematic"),
-        (lambda: get_rule("code", candidate=3), "candidates"),
-        (lambda: weight_table([{"alinment": 1.0}], ["alignment", "style"]), "alignment"),
-        (lambda: load_reward("image-reward"), "image_reward"),
-        (lambda: schedule_from_dict({"kind": "etta"}), "eta"),
-        (lambda: schedule_from_dict({"kind": "eta", "eto": 1}), "eta"),
-        (lambda: check_names({"seed_per_prompt": 1}, EvaluationConfig), "seeds_per_prompt"),
-    ]:
-        with pytest.raises(ValueError, match=f"did you mean '{meant}'"):
-            refuse()
 
 
 def test_an_output_folder_that_is_a_new_volume_counts_as_empty(tmp_path):

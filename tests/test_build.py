@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+from stepfuse.data.run_lock import locked
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -21,7 +22,6 @@ from stepfuse.fuse.sets.card import card
 from stepfuse.scripts.cli.main import main
 from stepfuse.scripts.recipes.build_set import BuildConfig, assemble, read_build
 from stepfuse.scripts.recipes.training import Training
-from stepfuse.train.output import locked
 from stepfuse.train.provenance import config_hash
 from stepfuse.train.settings import DDPOSettings, DPOSettings
 from tests.fixtures_tiny import refused

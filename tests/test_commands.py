@@ -91,15 +91,24 @@ def test_a_reader_of_the_output_that_has_ended_is_no_error(unbuffered):
         env=os.environ | {"PYTHONUNBUFFERED": "" if unbuffered == "0" else "1"},
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, "")
+    assert (done.returncode, done.stderr) == (141, "Loading the rewards …\n")
+
+
+AGAIN = "interrupted; the same command"
 
 
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("evaluate emoji --config eval/emoji --output_dir out", "interrupted; the same command continues it"),
-        ("demo --output_dir out --overwrite", "interrupted; the same command without --overwrite continues it"),
-        ("build sets/emoji", "interrupted; the same command continues it"),
+        (
+            "evaluate emoji --config eval/emoji --output_dir out",
+            f"{AGAIN} continues from what was saved",
+        ),
+        (
+            "demo --output_dir out --overwrite",
+            f"{AGAIN} without --overwrite continues from what was saved",
+        ),
+        ("build sets/emoji", f"{AGAIN} continues from what was saved"),
         ("reward score compressibility --images . --prompts p --overwrite", "interrupted; the same command continues"),
         ("evaluate --world gmm --output_dir out", "interrupted"),
         ("sample emoji --prompt x", "interrupted"),

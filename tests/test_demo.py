@@ -13,9 +13,12 @@ import pytest
 from PIL import Image
 
 from stepfuse.data import emoji
+from stepfuse.data.intervals import interval_text
+from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.scripts.cli.main import main, parse
+from stepfuse.scripts.cli.set_show import measured_table
 from stepfuse.scripts.recipes.demo import demo, joint_training, progress
-from stepfuse.scripts.recipes.demo_mixtures import mixtures
+from stepfuse.scripts.recipes.demo_mixtures import evaluation_of, mixtures
 from stepfuse.scripts.recipes.demo_report import claims, next_commands, report
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.settings import DPOSettings
@@ -90,6 +93,14 @@ def test_the_mixtures_go_from_one_objective_to_another(count: int) -> None:
             assert all(f"{name} {weight:g}" in column or column == f"{name} alone" for name, weight in weights.items())
 
 
+def test_the_manifest_of_the_demo_keeps_every_measured_gain() -> None:
+    """By its own rule, with the weights as they are typed."""
+    measured = results(equal_low=0.125) | {"weights": {"lightness alone": {"lightness": 1.0}}}
+    (cell,) = evaluation_of(measured, "soup")["cells"]
+    assert (cell["rule"], cell["weights"], cell["strength"]) == ("soup", "lightness=1", 1)
+    assert cell["gains"]["lightness"] == {"mean": 1.5, "low": 0.5, "high": 2.5}
+
+
 @pytest.mark.slow
 def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -120,6 +131,11 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
     written = json.loads((output / "results.json").read_text())
     assert written["minutes"] is None  # of the last call alone it would be too few
     assert set(written["means"]) == {"base", *mixtures(["lightness", "subject_size"])}
+    loaded = load_set(output / "set", read_weights=False)
+    assert loaded.evaluation == evaluation_of(written, "soup")
+    for adapter in loaded.adapters:
+        assert adapter.gain == written["gain_over_base"][f"{adapter.name} alone"][adapter.name]
+        assert interval_text(adapter.gain, signed=True) in measured_table(loaded)
     for name in ("slider.png", "front.png"):
         with Image.open(output / name) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 100  # not a blank sheet

@@ -191,6 +191,9 @@ def _python(line: str, folder: Path, run: bool) -> None:
     _, flag, module, *_ = shlex.split(line, comments=True)
     assert flag == "-m"
     assert find_spec(module)
+    if module in ("stepfuse.train.dpo", "stepfuse.train.ddpo", "stepfuse.train.distill"):
+        _accelerate(line.replace("python -m", "accelerate launch --quiet -m"), folder, run)
+        return
     if run:
         assert printed(line)
 

@@ -29,7 +29,7 @@ from tests.fixtures_tiny import generators
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 EVALUATION = ROOT / "docs" / "evaluation"
-APART = ROOT / "docs" / "evaluation-apart"  # of adapters that were trained apart, which the set had before
+APART = ROOT / "docs" / "evaluation-apart"  # of adapters that were trained separately, which the set had before
 CONFIG_OF = {EVALUATION: CONFIGS / "eval" / "emoji-joint.yaml", APART: CONFIGS / "eval" / "emoji.yaml"}
 ACCOUNTS = pytest.mark.parametrize("account", CONFIG_OF, ids=lambda folder: folder.name)
 OBJECTIVES = ["compressibility", "colourfulness", "alignment"]
@@ -120,7 +120,7 @@ def test_the_evaluation_of_adapters_trained_apart_has_every_rule() -> None:
 
 
 def test_the_scales_are_told_beside_the_deviations_of_the_bases_images() -> None:
-    """The evaluation of adapters trained apart had scales that its configuration gave; now they are measured."""
+    """The evaluation of adapters trained separately had scales that its configuration gave; now they are measured."""
     told = (APART / "README.md").read_text()
     given = json.loads((APART / "evaluation.json").read_text())["config"]["scales"]
     assert "units σ of {compressibility:g} kB, {colourfulness:g} and {alignment:g} CLIP".format(**given) in told
@@ -242,8 +242,8 @@ def test_the_images_of_training_shown_are_those_of_the_records() -> None:
     rules = json.loads((EVALUATION / "summary.json").read_text())["rules"]
     images = {rule: figures["training_images"] for rule, figures in rules.items() if rule != "base"}
     assert all(f"{count:,}" in page for count in images.values())
-    assert images["soup"] <= images["soup, trained apart"] + images["oracle"]
-    assert f"{images['soup, trained apart'] + images['oracle']:,}" in page
+    assert images["soup"] <= images["soup, trained separately"] + images["oracle"]
+    assert f"{images['soup, trained separately'] + images['oracle']:,}" in page
 
 
 def test_the_gains_of_single_adapters_are_compared_as_the_table_of_images_says() -> None:
@@ -262,7 +262,7 @@ def test_the_gains_of_single_adapters_are_compared_as_the_table_of_images_says()
         return vars(percentile_interval(ours / theirs))
 
     compressibility, colourfulness, alignment = load_set("emoji").objectives
-    apart = [ratio(objective, "soup, trained apart")["mean"] for objective in (compressibility, colourfulness)]
+    apart = [ratio(objective, "soup, trained separately")["mean"] for objective in (compressibility, colourfulness)]
     assert "gain {:.1f} and {:.1f} times as much as the adapters".format(*apart) in page
     first = [ratio(objective, "soup, first set") for objective in (compressibility, colourfulness, alignment)]
     shown = "the joint ones have {:.1f}, {:.1f} and {}".format(first[0]["mean"], first[1]["mean"], text(first[2]))

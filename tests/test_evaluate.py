@@ -147,7 +147,7 @@ def test_pictures_are_kept_of_the_first_prompts_and_seed_for_the_page(drawn):
     kept = frame[frame.image.notna()]
     assert set(kept.prompt) == {PROMPTS[0]}
     assert set(kept.seed) == {0}
-    assert (drawn / "report.html").read_text().count("data:image/png;base64,") >= 12
+    assert (drawn / "report.html").read_text().count("data:image/webp;base64,") >= 12
 
 
 def test_the_summary_speaks_of_every_cell(drawn):

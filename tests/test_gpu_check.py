@@ -43,6 +43,7 @@ def test_parts_are_chosen_by_the_beginnings_of_their_names():
         for model in ("sd15", "sdxl", "sd35", "flux")
         for images in (1, 8)
     ]
+    assert chosen(["c-sd35-dpo", "a", "c-sd35"], parts) == ["c-sd35-dpo", "a", "c-sd35-ddpo"]
     with refused("no part 'b-sd'; expected some of a, e, b-sd15-eager-1"):
         chosen(["b-sd"], parts)
 

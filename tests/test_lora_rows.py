@@ -182,7 +182,7 @@ def test_routes_of_networks_are_their_weights_by_column(unet):
     ("config", "unbatched", "culprits"),
     [
         (dict(r=2, use_dora=True, target_modules=["to_q"]), [], ["'odd' is a DoRA", "cannot be trained with others"]),
-        (dict(r=2, target_modules=["to_q"]), ["attn2"], ["attn2.to_q", "does not keep images apart", "leave it out"]),
+        (dict(r=2, target_modules=["to_q"]), ["attn2"], ["attn2.to_q", "mixes the images of a batch", "leave it out"]),
         (dict(r=2, lora_bias=True, target_modules=["to_out.0"]), [], ["has a bias", "leave it out"]),
     ],
 )

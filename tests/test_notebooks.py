@@ -28,10 +28,10 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NotebookClient]
 
 @pytest.mark.slow
 def test_the_quickstart_runs(client: NotebookClient) -> None:
-    small = {"train_steps": 1, "images_per_step": 2, "compared_images": 2, "measured_prompts": 3, "steps": 3}
+    small = {"train_steps": 1, "images_per_step": 2, "compared_images": 2, "measured_prompts": 3, "steps": 4}
     done = run_notebook(client, "quickstart.ipynb", **small)
     printed = printed_by(done)
-    assert "adapter colourfulness, step 1: outputs/quickstart/colourfulness" in printed
+    assert "adapter contrast, step 1: outputs/quickstart/contrast" in printed
     rows = re.findall(r"^ +\d\.\d\d( +[+-]\d+\.\d\d \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]){2}$", printed, re.MULTILINE)
     assert len(rows) == 5
     assert images_in(done) == 1 + 3 + 2 + 1  # first images, two sliders, the front

@@ -150,7 +150,9 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path):
     ours = {name for name in names if name.startswith("stepfuse/")}
     assert {name.split("/")[0] for name in names - ours} == {f"stepfuse-{PYPROJECT['project']['version']}.dist-info"}
     embedded = [
-        path for name in ("emoji-base", "emoji-flow", "emoji-set") for path in (ROOT / "data" / name).rglob("*")
+        path
+        for name in ("emoji-base", "emoji-flow", "emoji-set", "emoji-flow-set")
+        for path in (ROOT / "data" / name).rglob("*")
     ]
     single = (
         "scripts/evaluation/findings.j2",

@@ -184,6 +184,17 @@ def test_a_set_fetched_before_is_there_when_the_hub_is_not(hub, mine, monkeypatc
     assert torch.equal(draw(REPOSITORY), expected)
     with refused("ada/other", "cannot be asked"):
         load_set("ada/other")
+    with refused(
+        "'runwayml/stable-diffusion-v1-5' is the name of the base model", "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    ):
+        load_set("runwayml/stable-diffusion-v1-5")
+
+
+def test_a_repository_of_a_base_model_is_told_from_a_set(hub):
+    HfApi().create_repo("ada/base")
+    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="model_index.json", repo_id="ada/base")
+    with refused("'ada/base' is a base model, not an adapter set", "set create"):
+        load_set("ada/base")
 
 
 # What is shown and asked before anything is sent.

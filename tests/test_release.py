@@ -63,7 +63,7 @@ def test_the_package_works_where_no_checkout_is(wheel: Path, tmp_path: Path) -> 
     assert re.fullmatch(r"stepfuse \d+\.\d+\.\d+\n", user.run("stepfuse --version"))
     known = commands()
     (drawn,), (shown,) = (
-        [line for line in known if line.startswith(f"stepfuse {name} ")] for name in ("sample emoji", "set show")
+        [line for line in known if line.startswith(f"stepfuse {name} ")] for name in ("sample emoji-flow", "set show")
     )
     (launched,) = [line for line in known if line.startswith("accelerate launch")]
     program, _, words = launched.partition(" --config ")
@@ -239,8 +239,11 @@ def test_an_interrupt_while_a_command_starts_ends_the_command(shell: Shell) -> N
     others = psutil.Process().children()
 
     def run(milliseconds: float) -> None:
-        signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000)
-        shell.run(["sleep", "60"])
+        signal.setitimer(signal.ITIMER_REAL, milliseconds / 1000, 1.0)  # again, where a finaliser has swallowed it
+        try:
+            shell.run(["sleep", "60"])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

@@ -20,6 +20,7 @@ from stepfuse.scripts.evaluation.figures import summarise
 from stepfuse.scripts.evaluation.plots import save_fronts, styles
 from stepfuse.scripts.evaluation.report import strips, write_report
 from stepfuse.scripts.load.browser import find_browser
+from tests.fixtures_report import cell_and_prompt, kept_png, png
 
 HOSTILE = '<script>alert(1)</script> & "quoted"'
 NAMES = ("left", "<b>up</b> $_x$", "away")  # objectives
@@ -41,12 +42,6 @@ SETUP = Setup(
 )
 
 
-def png(colour: tuple[int, ...], side: int = 64) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(file, "PNG")
-    return file.getvalue()
-
-
 def rows(rule: str, shares: tuple[float, ...] | None, number: int, strength: float = 1.0) -> list[dict]:
     """Six images of one cell, each kept picture of a colour of its own."""
     label = "" if shares is None else ",".join(f"{n}={s:g}" for n, s in zip(NAMES, shares, strict=True) if s)
@@ -56,7 +51,7 @@ def rows(rule: str, shares: tuple[float, ...] | None, number: int, strength: flo
         | {f"w_{name}": float("nan") if shares is None else s for name, s in zip(NAMES, shares or values, strict=True)}
         | {f"reward_{r}": value + i + 0.1 * seed for r, value in zip(REWARDS, [*values, -sum(values)], strict=True)}
         | {"kl": 2.0, "diversity": 0.4, "nfe": 40.0 + number, "seconds": 0.2, "peak_memory_mb": float("nan")}
-        | {"image": png((number, i, 99)) if seed == 0 and i < 2 else None}
+        | {"image": kept_png(number, i) if seed == 0 and i < 2 else None}
         for i, prompt in enumerate(PROMPTS)
         for seed in (0, 1)
     ]
@@ -109,7 +104,7 @@ def test_the_page_needs_nothing_else(page):
         if key in ("src", "href", "xlink:href", "srcset", "action", "poster")
     ]  # fmt: skip
     assert references
-    assert all(value.startswith(("data:image/png;base64,", "#")) for value in references)
+    assert all(value.startswith(("data:image/webp;base64,", "#")) for value in references)
     text = page.read_text(encoding="utf-8")
     assert "@import" not in text
     assert re.findall(r"url\((?!#)", text) == []
@@ -143,16 +138,16 @@ def test_references_within_the_page_meet_one_element_each(page):
 
 def test_every_picture_kept_is_in_a_strip_with_words_for_it(results, page):
     """A cell of one objective alone is on two edges; the base is at the left of every row."""
-    shown = Reader(page).all("img")
-    sources = [attributes["src"] for attributes in shown]
-    kept = [f"data:image/png;base64,{base64.b64encode(p).decode()}" for p in results["image"] if isinstance(p, bytes)]
-    assert len(kept) == 2 * (1 + sum(map(len, RULES.values())) + 1)
-    assert set(sources) == set(kept)
-    assert all(attributes["alt"] for attributes in shown)
+    pictures = Reader(page).all("img")
+    cells = 1 + sum(map(len, RULES.values())) + 1
+    assert results["image"].notna().sum() == 2 * cells
+    kept = {(cell, prompt) for cell in range(cells) for prompt in (0, 1)}
+    assert {cell_and_prompt(attributes["src"]) for attributes in pictures} == kept
+    assert all(attributes["alt"] for attributes in pictures)
     half = f"{NAMES[0]} 0.5 · {NAMES[1]} 0.5"
-    product = next(a for a in shown if a["alt"].endswith(f": product at {half}, strength 1"))
+    product = next(a for a in pictures if a["alt"].endswith(f": product at {half}, strength 1"))
     assert product["alt"].startswith(f"{HOSTILE}, seed 0")
-    assert product["src"] == f"data:image/png;base64,{base64.b64encode(png((2, 0, 99))).decode()}"
+    assert cell_and_prompt(product["src"]) == (2, 0)
 
 
 def test_a_strip_goes_from_one_objective_to_the_other(results, summary):
@@ -162,14 +157,12 @@ def test_a_strip_goes_from_one_objective_to_the_other(results, summary):
     assert columns == [f"{NAMES[0]} 1", f"{NAMES[0]} 0.5 · {NAMES[1]} 0.5", f"{NAMES[1]} 1"]
     labels = [row["label"] for row in first["rows"]]
     assert labels == ["product", "soup", "kl", "kl, strength 2", "rgg", "oracle", "mine </td>"]
-    pictures = {row["label"]: [image and image["src"] for image in row["images"]] for row in first["rows"]}
-
-    def source(number: int) -> str:
-        return f"data:image/png;base64,{base64.b64encode(png((number, 0, 99))).decode()}"
-
-    assert pictures["rgg"] == [source(18), source(19), source(20)]
-    assert pictures["kl"] == [source(15), None, source(16)]
-    assert first["base"]["src"] == source(0)
+    cells = {
+        row["label"]: [image and cell_and_prompt(image["src"])[0] for image in row["images"]] for row in first["rows"]
+    }
+    assert cells["rgg"] == [18, 19, 20]
+    assert cells["kl"] == [15, None, 16]
+    assert cell_and_prompt(first["base"]["src"]) == (0, 0)
     others = strips(results, summary)[-1]
     assert (others["title"], [row["label"] for row in others["rows"]]) == (
         "other weights",
@@ -183,7 +176,7 @@ def test_a_photograph_is_shrunk(results, summary):
     Image.new("RGBA", (1024, 512), (9, 9, 9, 255)).save(file, "PNG")
     large = results.assign(image=[file.getvalue(), *[None] * 5, png((1, 0, 99)), *[None] * (len(results) - 7)])
     kind, data = strips(large, summary)[0]["base"]["src"].split(",")
-    assert kind == "data:image/jpeg;base64"
+    assert kind == "data:image/webp;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as image:
         assert image.size == (256, 128)
 

@@ -55,12 +55,13 @@ def test_a_coarse_picture_comes_first_and_then_the_servers_own(page: Any, server
 def test_a_dragged_point_shows_the_nearest_picture_at_once_and_keys_move_it(page: Any, server: Running) -> None:
     visit(page, server)
     before = shown(page)
+    assert "Drag the point in the triangle" in page.inner_text(".purpose")
     box = page.locator("#triangle").bounding_box()
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.6 * box["height"])
     page.mouse.down()
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.75 * box["height"])
     assert page.get_attribute(".view", "data-kind") == "nearest"
-    assert "nearest drawn weights" in page.inner_text(".view .text")
+    assert "nearest generated weights" in page.inner_text(".view .text")
     page.mouse.up()
     exact(page)
     assert not np.array_equal(shown(page), before)
@@ -154,7 +155,7 @@ def test_html_in_a_prompt_and_in_an_error_stays_text(page: Any, server: Running)
     page.fill("#rule_options", f"{INJECTION.replace('=', '')}=1")
     page.keyboard.press("Enter")
     page.locator(".error", has_text="<img src").wait_for()
-    assert page.title() == "stepfuse"
+    assert page.title() == "emoji – stepfuse"
     assert page.locator("img[src=x], main script").count() == 0
 
 

@@ -18,6 +18,7 @@ from stepfuse.fuse.sets.create import create_set
 from stepfuse.scripts.serve.access import is_loopback
 from stepfuse.scripts.serve.fair_queue import FairQueue
 from stepfuse.scripts.serve.host_memory import release_free_memory
+from stepfuse.scripts.serve.served_sets import names_of
 from tests.fixtures_serve import load_service, picture, running_service, settings_of
 from tests.fixtures_tiny import generators, save_adapter, save_stable_diffusion
 
@@ -115,6 +116,27 @@ def test_steps_asked_for_by_several_threads_are_ones_own():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "source"),
+    [
+        ("outputs/demo/set", "demo", "outputs/demo/set"),
+        ("outputs/style", "style", "outputs/style"),
+        ("outputs/set", "set", "outputs/set"),
+        ("/srv/mine/set", "mine", "mine/set"),
+        ("../mine/set", "mine", "mine/set"),
+        ("ada/fox@main", "ada/fox", "ada/fox@main"),
+    ],
+)
+def test_a_set_is_named_by_its_folder_and_loaded_by_a_relative_path_or_its_id(
+    folder, name, source, tmp_path, monkeypatch
+):
+    """A folder that is only called `set` has the name of the one around it; others do not see absolute paths."""
+    monkeypatch.chdir(tmp_path)
+    if "@" not in folder and not folder.startswith(("/", "..")):
+        (tmp_path / folder).mkdir(parents=True)
+    assert names_of(folder) == (name, source)
 
 
 def test_sets_of_one_base_share_it_and_their_forwards(tmp_path):

@@ -122,6 +122,27 @@ def test_every_public_name_and_every_reward_is_in_the_site(site: Path) -> None:
 
 
 @pytest.mark.slow
+def test_formulas_are_shown_as_mathematics(site: Path) -> None:
+    """Each pair of dollars of the text is one formula, and no dollar is left outside code."""
+    source = (ROOT / "docs/concepts.md").read_text(encoding="utf-8").replace("$$", "$")
+    page = page_of(site / "concepts.html").find("article")
+    formulas = page.find_all("math")
+    assert len(formulas) == source.count("$") / 2 > 20
+    assert "$" not in page.get_text()
+
+
+@pytest.mark.slow
+def test_intervals_of_tables_and_options_of_commands_are_not_divided_between_lines(site: Path) -> None:
+    page = page_of(site / "evaluation/README.html")
+    whole = {part.get_text() for part in page.find_all(class_="unbroken")}
+    assert {"[+1.65, +2.04]", "--output_dir", "--config"} <= whole
+    cells = [cell for cell in page.find_all("td") if "[" in cell.get_text()]
+    assert len(cells) > 100
+    assert all(cell.find(class_="unbroken") for cell in cells)
+    assert "1.37–1.55" in {part.get_text() for part in page_of(site / "speed/README.html").find_all(class_="unbroken")}
+
+
+@pytest.mark.slow
 def test_links_of_the_site_lead_to_its_files_and_their_anchors(site: Path) -> None:
     lost = []
     pages = sorted(site.rglob("*.html"))

@@ -40,6 +40,19 @@ def test_the_tables_are_those_of_the_measurements(name: str) -> None:
     assert sampling_table(read(name)) in ACCOUNT
 
 
+def test_the_tables_of_the_gpu_are_those_of_its_check() -> None:
+    measured = read("gpu.json")
+    parts = measured["parts"]
+    assert {part["status"] for part in parts.values()} == {"passed"}
+    rows = parts["b-sd15-eager-1"]["result"]["rows"]
+    assert sampling_table(parts["b-sd15-eager-1"]["result"]) in ACCOUNT
+    ratio = {row["way"]: row["ratio"] for row in rows if row["adapters"] == 8}
+    assert f"adapters takes {ratio['product']:.1f} times as long as one adapter" in " ".join(ACCOUNT.split())
+    assert f"for each adapter, takes {ratio['set_adapters']:.1f} times. Of the 15" in " ".join(ACCOUNT.split())
+    minutes = read("gpu-demo-results.json")["minutes"]
+    assert f"took {minutes:.1f} minutes there" in ACCOUNT
+
+
 @pytest.mark.parametrize(
     ("begin", "way"),
     [

@@ -10,8 +10,8 @@ import torch
 
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.advantages import best_and_worst
-from stepfuse.train.checkpoints import list_checkpoints, read_state
-from stepfuse.train.health import diversity, thumbnails
+from stepfuse.train.checkpoints import Progress, list_checkpoints, read_state
+from stepfuse.train.health import IDLE, Health, diversity, thumbnails
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import refused_by
 
@@ -265,3 +265,18 @@ def test_memory_that_does_not_suffice_names_the_knobs_with_their_values(run_trai
     for knob in ("--offload_text_encoders (now off)", "zero2-offload.yaml", "--resolution (now 16384)"):
         assert knob in line
     assert not Path("out").exists()
+
+
+def test_a_run_of_dpo_without_a_pair_to_train_on_warns_at_once_and_stops_after_ten_steps(caplog) -> None:
+    health = Health(Progress(), skips=False, main=True)
+    with caplog.at_level("WARNING"):
+        for step in range(1, IDLE):
+            health.check_pairs(0.0, step, 0.5)
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        "step 1: no two candidates have rewards that differ by more than margin 0.5"
+    ]
+    with pytest.raises(ValueError, match=r"in the first 10 steps .* pass a smaller --margin, such as 0"):
+        health.check_pairs(0.0, IDLE, 0.5)
+    trained = Health(Progress(), skips=False, main=True)
+    for step in range(1, 2 * IDLE):
+        trained.check_pairs(0.25 if step == 2 else 0.0, step, 0.5)

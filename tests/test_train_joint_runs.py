@@ -153,7 +153,7 @@ def test_a_best_checkpoint_of_other_validation_images_is_written_without_a_gain(
     capsys.readouterr()
     run_joint(max_train_steps=2, seed=7, resume_from_checkpoint="latest", **flags)
     assert record("slope")["steps"] == record("calm")["best"]["step"] == 2
-    assert "no gain: the images after were drawn with another seed" in capsys.readouterr().out
+    assert "no gain: the images after were generated with another seed" in capsys.readouterr().out
 
 
 def test_a_kl_beyond_its_limit_stops_all_and_the_best_checkpoint_becomes_the_adapters(run_joint):

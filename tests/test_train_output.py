@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from stepfuse.train.output import LOCK, locked
+from stepfuse.data.run_lock import LOCK, check_free, locked
 from tests.fixtures_tiny import refused
 
 
@@ -22,6 +22,19 @@ def test_a_lock_is_refused_by_its_holder_or_where_none_can_be_read_as_another_ru
         monkeypatch.setattr(Path, "read_text", unreadable)
         with refused("in use by another run;"), locked(tmp_path):
             pass
+
+
+def test_a_folder_that_a_run_will_refuse_is_found_before_and_left_as_it_is(tmp_path):
+    folder = tmp_path / "new"
+    check_free(folder, empty=True)
+    assert not folder.exists()
+    with locked(folder), refused("in use by"):
+        check_free(folder, empty=False)
+    (folder / "mine.txt").write_text("mine")
+    (folder / LOCK).write_text("left by a run that was killed")
+    with refused("not empty"):
+        check_free(folder, empty=True)
+    check_free(folder, empty=False)
 
 
 @pytest.mark.parametrize("kept", [False, True])

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS
 from stepfuse.train import dpo
 from stepfuse.train.arguments import parse_settings
 from stepfuse.train.distill_settings import DistillSettings
 from stepfuse.train.settings import DDPOSettings, DPOSettings
+from tests.fixtures_training import SINGLE_PROCESS
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -51,7 +51,8 @@ def test_help_and_wrong_arguments_need_neither_torch_nor_a_warning(tmp_path):
 import sys
 from stepfuse.train import ddpo, distill, dpo
 for main in (dpo.main, ddpo.main, distill.main):
-    for words in (["--help"], ["--rank", "x"], ["--config", "wrong.yaml"], ["--config", "none"], ["--beta", "-1"]):
+    for words in (["--help"], ["--rank", "x"], ["--config", "wrong.yaml"], ["--config", "none"], ["--beta", "-1"],
+                  ["--output_dir", "."]):
         sys.argv = ["train", *words]
         try:
             main()
@@ -64,7 +65,7 @@ assert not {"torch", "transformers", "diffusers", "accelerate"} & set(sys.module
     )
     assert (done.returncode, done.stderr) == (0, "")
     endings = [line for line in done.stdout.splitlines() if line.startswith("ended:")]
-    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True] * 3
+    assert [line.startswith("ended: error: ") for line in endings] == [False, True, True, True, True, True] * 3
 
 
 # As a program

@@ -373,7 +373,7 @@ def test_output_folder_that_holds_something_is_left_as_it_is(desk, monkeypatch, 
     Path("mine").mkdir()
     Path("mine/objective.json").write_text("precious")
     line = refusal(monkeypatch, algorithm, "--output_dir", "mine")
-    assert "output mine exists and is not empty" in line
+    assert "--output_dir mine exists and is not empty" in line
     assert "--overwrite" in line
 
 

@@ -22,14 +22,19 @@ BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "n
 
 
 def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
-    """Read the settings of a run from flags and from the YAML file that `--config` names. Flags win.
+    """The settings of a run, from flags and from the YAML file that `--config` names; see `parse_values`."""
+    return settings(**parse_values(settings, arguments))
+
+
+def parse_values(settings: type[TrainSettings], arguments: Sequence[str]) -> dict[str, Any]:
+    """Read the values of settings from flags and from the YAML file that `--config` names. Flags win.
 
     Every field is a flag, which may be written with underscores or dashes. The mapping `env` of the file, if there is
     one, is added to the environment.
 
     Raises:
         ValueError: For an unknown flag or key, with the nearest one; for a missing or malformed file; and for a value
-            of the wrong type or out of range.
+            of the wrong type. The settings themselves refuse what is out of range.
         SystemExit: For `--help`.
     """
     parser = SettingsParser(settings)
@@ -55,7 +60,7 @@ def parse_settings(settings: type[S], arguments: Sequence[str]) -> S:
             raise ValueError(f"{file}: {str(error).removeprefix('--')}") from error
     given = vars(parser.parse_args(arguments))
     del given["config"]
-    return settings(**given)
+    return given
 
 
 class SettingsParser(TrlParser):
@@ -72,7 +77,8 @@ class SettingsParser(TrlParser):
             description=settings.description,
             epilog="Every setting is also a line `setting: value` of the YAML file. Flags may be written with dashes. "
             f"In a checkout, `train/{settings.program}.py` is the same as `-m stepfuse.train.{settings.program}`. "
-            "With --quiet the launcher prints no traceback of its own if the run fails.",
+            "With --quiet the launcher prints no traceback of its own if the run fails. One process needs no launcher: "
+            f"`python -m stepfuse.train.{settings.program}` is the same, and starts sooner.",
             formatter_class=functools.partial(_Formatter, max_help_position=30),
             allow_abbrev=False,
             add_help=False,

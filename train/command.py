@@ -4,12 +4,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepfuse.data.run_lock import check_free
+from stepfuse.data.stages import announce_imports, stages_shown
 from stepfuse.data.text_files import print_any_text, printable, write_text
-from stepfuse.train.arguments import parse_settings
+from stepfuse.rewards.reward_name import check_reward
+from stepfuse.train.arguments import parse_values
 from stepfuse.train.settings import TrainSettings
 
 
@@ -23,19 +26,34 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
     print_any_text()
     output: str | None = None
     try:
-        settings = parse_settings(settings_type, sys.argv[1:])
-        output = settings.output_dir
-        from stepfuse.fuse.backbones.loading import quiet_libraries
-        from stepfuse.train.loop import train_adapter
+        values = parse_values(settings_type, sys.argv[1:])
+        check_rewards(values)
+        output = str(values["output_dir"])
+        check_free(Path(output), empty=not values["overwrite"] and values["resume_from_checkpoint"] is None)
+        with stages_shown(shown=os.environ.get("RANK", "0") == "0"):
+            settings = settings_type(**values)
+            announce_imports()
 
-        quiet_libraries()
-        (train or train_adapter)(settings)
+            from stepfuse.fuse.backbones.loading import quiet_libraries
+            from stepfuse.train.loop import train_adapter
+
+            quiet_libraries()
+            (train or train_adapter)(settings)
     except ValueError as error:
         _fail(f"error: {printable(error)}")
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(f"\n{_interrupted(output)}", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def check_rewards(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a reward that is not known or whose file does not exist, before torch is imported."""
+    entries = values.get("objectives") or [values]
+    for entry in entries:
+        name = entry.get("reward") if isinstance(entry, Mapping) else None
+        if isinstance(name, str) and not values.get("pairs"):
+            check_reward(name)
 
 
 def _fail(line: str) -> NoReturn:
@@ -54,5 +72,6 @@ def _interrupted(output: str | None) -> str:
 
     checkpoints = list_checkpoints(Path(output))
     if not checkpoints:
-        return f"interrupted before the first checkpoint in {output}; start again with --overwrite"
+        begun = (Path(output) / "config.yaml").is_file()
+        return f"interrupted before the first checkpoint in {output}; start again{' with --overwrite' * begun}"
     return f"interrupted; resume from {checkpoints[-1]} with the same command and --resume_from_checkpoint latest"

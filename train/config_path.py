@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from stepfuse.configs import FOLDER
-from stepfuse.data.names import nearest
+from stepfuse.data.names import near_names, suggestion
 
 ACCELERATE = FOLDER / "accelerate"  # as messages name it, which must be right with and without a checkout
 FOLDERS = ("accelerate", "dpo", "ddpo", "distill", "eval", "sets")
@@ -28,7 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     short = name.removeprefix("configs/").removesuffix(".yaml")
     if short not in files:
-        sys.exit(f"error: no packaged configuration {name!r}{nearest(short, files)}; expected FOLDER/NAME")
+        folder, _, stem = short.rpartition("/")
+        known = [name for name in files if name.startswith(f"{folder}/")] or list(files)
+        near = near_names(stem, [name.rpartition("/")[2] for name in known])
+        meant = suggestion([name for each in near for name in known if name.endswith(f"/{each}")])
+        sys.exit(f"error: no packaged configuration {name!r}{meant or '; expected FOLDER/NAME'}")
     print(files[short])
 
 

@@ -22,10 +22,11 @@ from stepfuse.train.validation_points import objective_validation
 
 WINDOW = 20  # steps that running means are taken over
 REPORTS = 20  # lines of a run in a log file
+LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # the measured values need the room of a bar
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal; in a log file, a line after every twentieth of the steps.
+    """A line that is kept up to date on a terminal; in a log file, a line after every twentieth of the steps.
 
     The reward, the images per second and the time left are means over the last 20 steps, since every step has other
     prompts. The time left is that of the training alone, without its last validation.
@@ -39,7 +40,13 @@ class ProgressDisplay:
         self.total, self.step, self.images = settings.max_train_steps, step, images
         terminal = sys.stderr.isatty()
         self.name = f"train {settings.title}"
-        self.bar = tqdm(total=self.total, initial=step, desc=self.name, disable=not (shown and terminal))
+        self.bar = tqdm(
+            total=self.total,
+            initial=step,
+            desc=self.name,
+            bar_format=LINE,
+            disable=not (shown and terminal),
+        )
         self.lines = shown and not terminal
         self.rewards: dict[str, deque[float]] = {}
         self.speeds: deque[tuple[int, float]] = deque(maxlen=WINDOW)
@@ -109,7 +116,7 @@ def describe_end(settings: TrainSettings, progress: Progress, rewards: Sequence[
             index, share = largest
             lines[-1] += f", {100 * share:.0f} % of it in denoising step {index + 1} of {len(progress.kl_steps)}"
     which = "these" if settings.objectives else "this and other"
-    lines.append(f"next, make a set of {which} adapters (--adapter is repeated), and draw images:")
+    lines.append(f"next, make a set of {which} adapters (--adapter is repeated), and generate images:")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
     return "\n".join([*lines, *next_commands(output, prompt)])
 
@@ -138,7 +145,7 @@ def _describe_validation(reward: str, validation: Mapping[str, Any], progress: P
     line = f"reward {reward} on {after['images']} validation images: {before['reward']:.4g} → {after['reward']:.4g}"
     gain = describe_gain(rewards, progress.validation_prompts)
     if not gain and rewards.get("before"):
-        gain = " (no gain: the images after were drawn with another seed, other prompts or other settings)"
+        gain = " (no gain: the images after were generated with another seed, other prompts or other settings)"
     return line + gain
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from stepfuse.data.run_lock import locked
 from stepfuse.fuse.lora.factors import network_factors
 from stepfuse.fuse.sets.adapter import write_adapter
 from stepfuse.fuse.sets.adapter_set import load_set
@@ -19,7 +20,7 @@ from stepfuse.train.health import Health
 from stepfuse.train.launch import end_run, make_accelerator
 from stepfuse.train.loop import fit
 from stepfuse.train.memory import oom_hints
-from stepfuse.train.output import adapter_folder, begin_output, disk_hints, find_start, locked
+from stepfuse.train.output import adapter_folder, begin_output, disk_hints, find_start
 from stepfuse.train.trackers import start_trackers
 
 
@@ -65,7 +66,7 @@ def run(setup: DistillSetup, start: Path | None) -> None:
         write_students(state, setup, progress)
         lines = [f"students of {settings.adapter_set}, step {progress.step}: {setup.output}"]
         lines += describe_validation(progress.validation["before"], progress.validation["after"])
-        lines.append("next, make a set of them, and draw images with one network in place of all adapters:")
+        lines.append("next, make a set of them, and generate images with one network in place of all adapters:")
         commands = next_commands(setup.output, validator.prompts[0], "--rule", "product", "--gate", "inf")
         print("\n".join([*lines, *commands]), flush=True)
     end_run(accelerator)

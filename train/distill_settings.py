@@ -25,8 +25,8 @@ class DistillSettings(TrainSettings):
     """Distillation: the soup of copies of the adapters is fitted to the product of the adapters, without rewards.
 
     Attributes:
-        adapter_set: Adapter set whose product is distilled: a folder, a hub id, or `emoji`. It decides the base model,
-            the guidance, the denoising steps, the variance schedules and the names of the objectives.
+        adapter_set: Adapter set whose product is distilled: a folder, a hub id, `emoji-flow` or `emoji`. It decides the
+            base model, the guidance, the denoising steps, the variance schedules and the names of the objectives.
     """
 
     program: ClassVar[str] = "distill"
@@ -49,7 +49,9 @@ class DistillSettings(TrainSettings):
     num_validation_images: int = setting(16, least=1)
 
     def check_together(self) -> None:
-        require(self.adapter_set != "", "adapter_set", repr(self.adapter_set), "a folder, a hub id, or emoji")
+        require(
+            self.adapter_set != "", "adapter_set", repr(self.adapter_set), "a folder, a hub id, emoji-flow, or emoji"
+        )
 
 
 def with_set(settings: DistillSettings, adapter_set: "AdapterSet") -> DistillSettings:

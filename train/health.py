@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 SIDE = 8  # pixels of the thumbnails that diversity is measured on
 ENTRIES = 200  # most entries in the record
 COLLAPSED = "diversity has collapsed"
+IDLE = 10  # steps from the start without a pair to train on, after which a run of DPO stops
 
 
 class Health:
@@ -28,6 +29,7 @@ class Health:
 
     def __init__(self, progress: Progress, *, skips: bool, main: bool) -> None:
         self.progress, self.skips, self.main = progress, skips, main
+        self.idle: list[int] = []  # the first steps, as long as none had a pair to train on
 
     def note(self, what: str, step: int, **values: Any) -> None:
         """Log and record an event."""
@@ -45,6 +47,24 @@ class Health:
                 "--nonfinite skip skips them"
             )
         self.note(f"skipped: {what}", step, prompts=sorted(set(prompts)))
+
+    def check_pairs(self, kept: float, step: int, margin: float) -> None:
+        """Warn of a first step of DPO that trained nothing, and stop a run that began with `IDLE` such steps.
+
+        Args:
+            kept: share of the pairs whose rewards differ by more than the margin.
+
+        Raises:
+            ValueError: at step `IDLE`, if no step before had such a pair.
+        """
+        if kept or step != len(self.idle) + 1:
+            return
+        self.idle.append(step)
+        said = f"no two candidates have rewards that differ by more than margin {margin:g}, so nothing was trained"
+        if step == 1:
+            self.note(f"{said}; a smaller --margin keeps more pairs, and 0 all that differ", step)
+        elif step == IDLE:
+            raise ValueError(f"in the first {IDLE} steps {said}; pass a smaller --margin, such as 0")
 
     def measure_diversity(self, value: float, step: int, floor: float) -> None:
         """Compare the diversity of a rollout with that of the first one, which is the base's."""

@@ -44,10 +44,10 @@ class JointSettings:
         vertex_turns: Of the prompts whose weight is all on one objective, how many are this objective's for each one of
             an objective with 1. A setting of an entry of `objectives`: more for a reward that is slower to learn.
         weight_concentration: Concentration of the Dirichlet distribution that the weights of the other prompts are
-            drawn from: 1 is uniform over all mixtures, more is closer to equal weights.
-        init_set: Adapter set, a folder, a hub id or `emoji`, whose LoRAs and variance schedules the run starts from in
-            place of new ones, by the names of the objectives. Without `objectives` and `objective_name`, all objectives
-            of the set are trained.
+            sampled from: 1 is uniform over all mixtures, more is closer to equal weights.
+        init_set: Adapter set, a folder, a hub id, `emoji-flow` or `emoji`, whose LoRAs and variance schedules the run
+            starts from in place of new ones, by the names of the objectives. Without `objectives` and `objective_name`,
+            all objectives of the set are trained.
     """
 
     objectives: list = setting([])

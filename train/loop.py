@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from stepfuse.data.run_lock import locked
+from stepfuse.data.stages import stage
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.train.algorithm import Algorithm, AlignmentAlgorithm, Source
 from stepfuse.train.algorithms import ALGORITHMS
@@ -16,7 +18,7 @@ from stepfuse.train.init_set import resolve_objectives
 from stepfuse.train.kl_by_step import keep_kl_steps, warn_of_dominant_step
 from stepfuse.train.launch import end_run, make_accelerator
 from stepfuse.train.memory import oom_hints
-from stepfuse.train.output import begin_output, disk_hints, find_start, locked
+from stepfuse.train.output import begin_output, disk_hints, find_start
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import ModelSetup, Setup
@@ -67,6 +69,7 @@ def run(setup: Setup, algorithm: AlignmentAlgorithm[Any], start: Path | None) ->
     setup.embed.report([*setup.prompts, *validator.prompts])
     fit_reward(setup, progress)
     if start is None:
+        stage(f"Generating {len(validator.prompts) * len(validator.points)} validation images before training …")
         validator.current()  # finds a faulty reward before anything is written
     if accelerator.is_main_process:
         begin_output(setup.output, settings, overwrite=settings.overwrite and start is None)
@@ -77,8 +80,13 @@ def run(setup: Setup, algorithm: AlignmentAlgorithm[Any], start: Path | None) ->
     if settings.trackers:
         validator.draw_base()
     keep_best = partial(update_best, setup, progress, validator)
+    if setup.prompts:  # else it trains on preference pairs, without rewards
+        varies = " and mixtures of the rewards" if settings.objectives else ""
+        stage(f"Each step has other prompts{varies}, so its mean rewards vary from those of the step before.")
+    stage(f"Training to step {settings.max_train_steps} …")
     stopped = fit(setup, algorithm, source, progress, health, validate=validator.save, before_checkpoint=keep_best)
     if not stopped:
+        stage("Generating the validation images after training …")
         validator.record("after")
         keep_best()
     state = select_policy(setup, progress, stopped=stopped)
@@ -117,6 +125,8 @@ def fit(
         for index in range(min(algorithm.updates_per_rollout, settings.max_train_steps - before)):
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
+            if "kept_pairs" in measured:
+                health.check_pairs(measured["kept_pairs"], progress.step, getattr(settings, "margin", 0.0))
             progress.kl = measured.get("kl")
             keep_kl_steps(progress, measured, len(setup.sampling.steps), setup.engine.policy.adapters)
             display.advance(measured, new_images=index == 0)

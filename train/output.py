@@ -1,20 +1,19 @@
-"""The output folder of a run: locked, never overwritten by accident, and the checkpoint to start from."""
+"""The output folder of a run: never overwritten by accident, and the checkpoint to start from."""
 
 import dataclasses
 import errno
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from stepfuse.data.folder_files import files_below, files_named
 from stepfuse.data.kl_steps import KL_PICTURE
-from stepfuse.data.output_folder import created_folder, delete_files, require_empty_dir
+from stepfuse.data.output_folder import delete_files, require_empty_dir
+from stepfuse.data.run_lock import LOCK
 from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import read_yaml, yaml_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
@@ -24,39 +23,7 @@ from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, list_checkpoints, newest_intact
 from stepfuse.train.settings import TrainSettings
 
-LOCK = ".lock"
 CONFIG = "config.yaml"
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder on the main process while a run writes to it; the kernel unlocks it when the process ends.
-
-    Raises:
-        ValueError: if another process holds the lock, or the folder cannot be written to.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        yield
-        return
-    with created_folder(folder):
-        lock = FileLock(folder / LOCK, blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            holder = ""
-            with suppress(OSError):
-                holder = (folder / LOCK).read_text(encoding="utf-8", errors="replace").strip()
-            raise ValueError(
-                f"{folder} is in use by {holder or 'another run'}; wait until it ends or choose another --output_dir"
-            ) from None
-        except OSError as error:
-            raise ValueError(f"output {folder} cannot be written to: {error.strerror}; choose another") from error
-        try:
-            write_text(folder / LOCK, f"process {os.getpid()} on {socket.gethostname()}\n")
-            yield
-        finally:
-            (folder / LOCK).unlink(missing_ok=True)
-            lock.release()
 
 
 def find_start(folder: Path, wanted: str | None, *, names: Sequence[str] = (), overwrite: bool) -> Path | None:
@@ -87,7 +54,9 @@ def find_start(folder: Path, wanted: str | None, *, names: Sequence[str] = (), o
     # Of checkpoints the oldest would be deleted.
     adapters = [f"{name}/{file}" for name in names for file in (OBJECTIVE, WEIGHTS)] if names else [OBJECTIVE, WEIGHTS]
     writes = (CONFIG, *adapters, KL_PICTURE, *checkpoints)
-    require_empty_dir(folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,))
+    require_empty_dir(
+        folder, overwrite=overwrite, ours=training_files, writes=writes, besides=(LOCK,), option="--output_dir"
+    )
     return None
 
 

@@ -78,7 +78,7 @@ class SamplingSettings:
         skip_first_steps: Number of steps, noisiest first, that are sampled but not trained on. SPO skips 4 of 20.
         skip_last_steps: Number of steps at the end that are sampled but not trained on. On a flow path that ends close
             to 0, one of them may dominate every ratio of densities and the KL divergence.
-        train_timestep_fraction: Fraction of the denoising steps to train on, drawn at random for every rollout.
+        train_timestep_fraction: Fraction of the denoising steps to train on, chosen at random for every rollout.
         timesteps_per_forward: Number of denoising steps of an image in one forward pass of the loss. From 2 on, base
             model and LoRA also share the rollout's forward passes. Faster if train_batch_size does not fill the GPU,
             with more memory.

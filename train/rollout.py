@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stepfuse.data.devices import to_device
+from stepfuse.data.stages import counted
 from stepfuse.fuse.backbones.conditioning import Conditioning
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.diffusion.gaussian import standard_normal
@@ -98,7 +99,7 @@ def rollout(
     x_t = start(sampling, generators)
     plan = sampling.plan(sampling.equal_weights(len(x_t)) if weights is None else weights)
     stored = []
-    for index in range(len(sampling.steps)):
+    for index in counted(range(len(sampling.steps)), "denoising steps"):
         step = fusion_step(plan, index, x_t)
         wanted = sampling.trains_on(step)
         fused = sampling.predict(step, conditioning, reference=wanted and reference)
@@ -143,7 +144,7 @@ def branching_rollout(
     rows = torch.arange(len(x_t), device=x_t.device)
     pending: list[tuple[Step, Tensor, Future[Tensor]]] = []
     now: Fused | None = None
-    for index in range(len(sampling.steps)):
+    for index in counted(range(len(sampling.steps)), "denoising steps"):
         step = fusion_step(plan, index, x_t)
         now = now or sampling.predict(step, conditioning)
         gaussian = rule.combine(step, now.predictions)

@@ -18,8 +18,8 @@ class BaseModelSettings:
     """Base model.
 
     Attributes:
-        pretrained_model_name_or_path: Base model: a hub id, the folder of a diffusers pipeline, or `emoji` for the
-            small model that is embedded.
+        pretrained_model_name_or_path: Base model: a hub id, the folder of a diffusers pipeline, or a bundled base
+            model, `emoji` or `emoji-flow`.
         revision: Revision of the base model on the hub: a branch, tag or commit.
         variant: Variant of the base model's weight files, for example `fp16`.
         max_sequence_length: Tokens of a prompt for base models that pad prompts to a fixed length, as diffusers'
@@ -84,7 +84,7 @@ class PromptSettings:
 
     Attributes:
         prompts: Training prompts: a text file with one prompt per line, or one of the sets emoji, colours, dpok,
-            partiprompts and pick-a-pic. SET:COUNT takes COUNT of its prompts, evenly spaced.
+            quoted-words, partiprompts, pick-a-pic and unigenbench. SET:COUNT takes COUNT of its prompts, evenly spaced.
         dataset_name: Hub data set that the training prompts are taken from, instead of `prompts`.
         dataset_split: Split of the data set.
         caption_column: Column of the data set that holds the prompts.

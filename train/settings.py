@@ -80,7 +80,7 @@ class PairSettings:
         image_columns: Columns of the two images of a pair.
         label_column: Column of the preference: 1 if the first image is preferred, 0 if the second is. Other values are
             ties, which are dropped.
-        pairs_shuffle_buffer: Size of the shuffle buffer: the number of pairs that the next one is drawn from.
+        pairs_shuffle_buffer: Size of the shuffle buffer: the number of pairs that the next one is chosen from.
     """
 
     pairs: str = ""
@@ -97,8 +97,8 @@ class DPOSettings(PairSettings, TrainSettings):
     """DPO: candidates of one step, the best against the worst (MSDDA; SPO, arXiv:2406.04314).
 
     Attributes:
-        num_candidates: Number of candidates x_s that are drawn from every x_t; the best and the worst form a pair. SPO:
-            4.
+        num_candidates: Number of candidates x_s that are sampled from every x_t; the best and the worst form a pair.
+            SPO: 4.
         margin: A pair is dropped unless its rewards differ by more than this.
         label_smoothing: Assumed probability that a preference is flipped, in [0, 0.5); as in trl's DPOConfig.
         loss_type: Loss on the difference of log-ratios: DPO's `sigmoid` or `ipo`; as in trl's DPOConfig.

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from stepfuse.data.devices import to_device
+from stepfuse.data.stages import counted
 from stepfuse.data.text_files import quoted
 from stepfuse.fuse.diffusion.gaussian import Gaussian
 from stepfuse.train.algorithm import Algorithm, Batch, S
@@ -48,7 +49,7 @@ class Update(Generic[S]):
         items = sum(len(steps) for _, steps in chunks)
         replaces = first and (shared > 1 or len(setup.settings.each) > 1)
         measures = StepMeasures(setup.accelerator, len(setup.sampling.steps), [e.name for e in setup.settings.each])
-        for index, (batch, steps) in enumerate(chunks):
+        for index, (batch, steps) in enumerate(counted(chunks, "loss and gradient")):
             last = index + 1 == len(chunks)
             with engine.synchronised(last):
                 with setup.accelerator.autocast():

@@ -10,7 +10,9 @@ from diffusers import AutoModel, DiffusionPipeline
 
 from stepfuse.data import emoji
 from stepfuse.data.library_messages import LIBRARIES, quiet_loading
-from stepfuse.data.names import nearest
+from stepfuse.data.names import near_names, suggestion
+from stepfuse.data.near_folders import near_folders
+from stepfuse.data.stages import stage
 from stepfuse.fuse.backbones.base import RESOLUTION, Backbone
 from stepfuse.fuse.backbones.flow import LENGTH
 from stepfuse.fuse.backbones.registry import backbone_class
@@ -57,14 +59,17 @@ def load_pipeline(
         ValueError: for a pipeline of another family or with an unsupported configuration, a folder without one, and
             weights that are not there in this variant.
     """
+    stage(f"Loading the base model {name_or_path} …")
     path = stored_at(name_or_path)
     try:
         index = DiffusionPipeline.load_config(path, revision=revision)
     except OSError as error:
+        near = near_folders(Path(name_or_path), lambda folder: (folder / "model_index.json").is_file())
+        near = near_names(name_or_path, emoji.BASES)[:1] or near
         raise ValueError(
             f"no diffusers pipeline at {name_or_path!r}: expected a hub id, a folder with model_index.json, relative "
             f"to {Path.cwd()} unless it is absolute, or one of {', '.join(emoji.BASES)}"
-            f"{nearest(name_or_path, emoji.BASES)} ({str(error).splitlines()[0]})"
+            f"{suggestion(near)} ({str(error).splitlines()[0]})"
         ) from error
     options = {k: v for k, v in options.items() if v is not None} | {"dtype": dtype, "revision": revision}
     if safe:
@@ -110,7 +115,7 @@ def register_inputs(pipeline: DiffusionPipeline, **values: int | None) -> None:
 
 
 def stored_at(name_or_path: str) -> str:
-    """The folder of an embedded base; other names as they are."""
+    """The folder of a bundled base; other names as they are."""
     return str(emoji.BASES.get(name_or_path, name_or_path))
 
 

@@ -16,7 +16,7 @@ from stepfuse.fuse.diffusion.configuration import Expected, check_configuration
 from stepfuse.fuse.diffusion.gaussian import Generators
 
 PATCH = 2  # the side of a token in a latent
-EDITS = "networks that edit images, or draw in layers, are not supported"
+EDITS = "networks that edit images, or generate layers, are not supported"
 EXPECTED = {
     "patch_size": Expected((PATCH,), "latents are packed so"),
     "guidance_embeds": Expected((False,), "diffusers' network does not take the guidance scale as an input"),

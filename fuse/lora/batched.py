@@ -211,7 +211,7 @@ def check_batched_layer(
     if type(layer) not in (Linear, Conv2d, RoutedLinear, RoutedConv2d):
         why = f"is a {type(layer).__name__} of peft"
     elif is_among(path, unbatched):
-        why = "is of a layer that does not keep images apart"
+        why = "is of a layer that mixes the images of a batch"
     elif variant is not None and not isinstance(variant, DoraLinearVariant | DoraConv2dVariant):
         why = f"is a {type(variant).__name__.removesuffix('Variant')}"
     elif layer.lora_bias.get(name, False):

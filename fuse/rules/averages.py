@@ -85,5 +85,5 @@ class SoupFactors(Soup):
     """
 
     name = "soup_factors"
-    summary = "One network with the LoRAs' two factors averaged apart; to compare with published numbers."
+    summary = "One network with the LoRAs' two factors averaged separately; to compare with published numbers."
     merges = "factors"

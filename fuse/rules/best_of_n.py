@@ -26,7 +26,7 @@ class CoDe(FusionRule, BestOfNOptions):
     """
 
     name = "code"
-    summary = "Draws several candidates of the base a few steps at a time, and keeps the one with the best reward."
+    summary = "Samples several candidates of the base a few steps at a time, and keeps the one with the best reward."
     needs = "rewards"
 
     @property

@@ -52,5 +52,6 @@ def check_from_base(plan: Plan, rule: str, noise_for: str = "") -> None:
         )
     if noise_for and not any(plan.relative_variances([plan.base], k).item() for k in range(len(plan.steps))):
         raise ValueError(
-            f"rule {rule} needs a base that draws noise: {noise_for}; create the set with a --reference_eta above 0"
+            f"rule {rule} needs a base policy that adds noise: {noise_for}; create the set with a "
+            "--reference_eta above 0"
         )

@@ -129,7 +129,7 @@ class FusedPipeline:
         batch_size: int | None = None,
         **more_embeds: Tensor | None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draw images.
+        """Sample images.
 
         Args:
             prompt: one or several; None where `prompt_embeds` is given.

@@ -38,6 +38,7 @@ from stepfuse.fuse.sets.manifest import (
     read_versioned,
 )
 from stepfuse.fuse.sets.set_training import APART, SetTraining, training_of
+from stepfuse.fuse.sets.wrong_source import check_is_set
 from stepfuse.rewards.reward_name import parse_reward
 
 
@@ -154,8 +155,8 @@ def load_set(folder: str | Path, *, read_weights: bool = True) -> AdapterSet:
     """Read and check a set: every file whole, every hash right, one base.
 
     Args:
-        folder: where it is; `emoji`, the set of the embedded base; or a hub id, `owner/name` or
-            `owner/name@revision`.
+        folder: where it is; `emoji-flow` or `emoji`, the sets of the bundled base models; or a hub id, `owner/name`
+            or `owner/name@revision`.
         read_weights: False where the weights are put on a base next, which compares them with their hashes: then only
             the headers of their files are read and checked here.
 
@@ -172,6 +173,7 @@ def load_set(folder: str | Path, *, read_weights: bool = True) -> AdapterSet:
 
 def read_manifest(folder: Path) -> AdapterSet:
     """Read the manifest of a set alone; ValueError, naming the value at fault, for a malformed one."""
+    check_is_set(folder)
     file = check_path_in_set(folder, MANIFEST)
     values = read_versioned(file, "an adapter set, as `stepfuse set create` writes it")
     check_schema(file, values)

@@ -20,6 +20,7 @@ from stepfuse.fuse.sets.entries import Adapter
 from stepfuse.fuse.sets.hub import parse_id
 from stepfuse.fuse.sets.kl_card import kl_text, write_kl_picture
 from stepfuse.fuse.sets.manifest import CARD, FRONTS, MANIFEST, SHOWN, STRIP
+from stepfuse.fuse.sets.set_name import set_name
 from stepfuse.fuse.sets.set_training import STRENGTHS
 from stepfuse.rewards.registry import local_parts
 
@@ -49,8 +50,11 @@ def write_card(folder: Path, loaded: AdapterSet, pictures: Path | None = None, s
         with atomic_file(folder / FRONTS) as picture:
             shutil.copyfile(pictures / FRONTS, picture)
     write_kl_picture(folder, loaded)
+    title = set_name(folder) if source is None else ""
     with atomic_file(file) as temporary:
-        write_text(temporary, card(loaded, source=source or file_name(folder), shown=shown_on_card(folder)))
+        write_text(
+            temporary, card(loaded, source=source or file_name(folder), title=title, shown=shown_on_card(folder))
+        )
     return file
 
 
@@ -76,21 +80,23 @@ def is_card(file: Path) -> bool:
         return False
 
 
-def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
+def card(loaded: AdapterSet, *, source: str, shown: list[str], title: str = "") -> str:
     """The card as Markdown with the hub's front matter; every figure is of the set.
 
     Args:
         source: a hub id, or a folder.
         shown: pictures beside it.
+        title: by default the last part of the source.
     """
+    title = title or source.rpartition("/")[2]
     objectives, training = ", ".join(loaded.names), loaded.training
     weights = json.dumps({name: float(f"{weight:g}") for name, weight in loaded.default_weights.items()})
     parts = [
-        f"---\n{front_matter(loaded, source)}---",
-        f"# {plain(source.rpartition('/')[2])}",
+        f"---\n{front_matter(loaded, title)}---",
+        f"# {plain(title)}",
         f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
         "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
-        f"where images are drawn. Guidance is {loaded.describe_guidance()}; "
+        f"where images are generated. Guidance is {loaded.describe_guidance()}; "
         f"{loaded.num_inference_steps} steps; {_size(loaded)}rule {code(loaded.default_rule)}.",
         *training.sentences(),
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
@@ -104,7 +110,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
         "## Adapters",
         _adapters(loaded),
         "Gain: of the mean reward over the base, with its 95 % interval, by the evaluation where one was made and else "
-        "over the images that training itself drew. KL: of the last step of training, in nats an image.",
+        "over the validation images of training. KL: of the last step of training, in nats an image.",
         *kl_text(loaded, shown),
         "## Measured",
         _measured(loaded),
@@ -117,7 +123,7 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def front_matter(loaded: AdapterSet, source: str) -> str:
+def front_matter(loaded: AdapterSet, title: str) -> str:
     """The hub's metadata, with what was measured as its model-index."""
     known: dict[str, Any] = {}
     if license := one_license(loaded):
@@ -129,7 +135,7 @@ def front_matter(loaded: AdapterSet, source: str) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["stepfuse", "lora", "text-to-image", "multi-objective", "reinforcement-learning"],
-        model_name=source.rpartition("/")[2],
+        model_name=title,
         eval_results=_results(loaded) or None,
     )
     return data.to_yaml(line_break="\n") + "\n"
@@ -159,7 +165,7 @@ def _results(loaded: AdapterSet) -> list[EvalResult]:
     data = "validation images of training"
     gains = [(f"{a.objective.reward}, gain over the base", a.gain) for a in loaded.adapters if a.gain]
     if (evaluation := loaded.evaluation) is not None:
-        data = f"{evaluation['prompts']} prompts, {evaluation['seeds']} seeds"
+        data = f"{_count(evaluation['prompts'], 'prompt')}, {_count(evaluation['seeds'], 'seed')}"
         gains = [
             (f"{evaluation['objectives'][name]}, gain over the base at {shown_weights(cell['weights'])}", gain)
             for cell in evaluation["cells"]
@@ -216,8 +222,8 @@ def _measured(loaded: AdapterSet) -> str:
         gains = [_interval(cell["gains"].get(name)) for name in names]
         rows.append([f"{code(cell['rule'])}{strength}", plain(shown_weights(cell["weights"])), *gains])
     parts = [
-        f"Gain over the base on {evaluation['prompts']} prompts × {evaluation['seeds']} seeds, with 95 % intervals by "
-        "a paired bootstrap over prompts.",
+        f"Gain over the base on {_count(evaluation['prompts'], 'prompt')} × {_count(evaluation['seeds'], 'seed')}, "
+        "with 95 % intervals by a paired bootstrap over prompts.",
         markdown_table(["rule", "weights", *names], rows, right=names),
     ]
     if hidden := len(evaluation["cells"]) - len(shown):

@@ -57,7 +57,7 @@ def create_set(
         rule: default fusion rule, one of `RULES`; by default `product`, or for adapters that were trained together the
             rule that they were trained for.
         base_schedule: variance schedule of the base policy; by default eta 1.
-        guidance, guidance_scale: of the images that are drawn with the set; by default as the adapters were trained.
+        guidance, guidance_scale: of the images that are sampled with the set; by default as the adapters were trained.
         base: how others call the base, where the adapters were trained from a folder.
         base_license, license: of the base, and of adapters that do not state theirs, as the hub abbreviates them.
 

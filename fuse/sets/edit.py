@@ -35,17 +35,26 @@ def add_profile(folder: str | Path, profile: GapProfile) -> AdapterSet:
 
 
 def add_evaluation(folder: str | Path, summary: Mapping[str, Any]) -> AdapterSet:
-    """Keep with a set the gains that an evaluation of it measured, and of each adapter alone on its reward."""
+    """Keep with a set the gains that an evaluation of it measured, see `add_gains`."""
+    return add_gains(folder, shorten(summary))
+
+
+def add_gains(folder: str | Path, evaluation: Mapping[str, Any]) -> AdapterSet:
+    """Keep with a set the gains that were measured of it, and with each adapter that of all weight on it alone.
+
+    Args:
+        evaluation: As in the manifest. All weight on one adapter is the same image by the product and by a soup.
+    """
     loaded, folder = load_set(folder, read_weights=False), check_writable(folder)
-    evaluation = shorten(summary)
     alone = {
-        name: cell["gains"].get(name)
+        name: cell["gains"][name]
         for name in loaded.names
+        for rule in ("soup", "soup_factors", "product")
         for cell in evaluation["cells"]
-        if cell["rule"] == "product" and cell["strength"] == 1 and cell["weights"] == f"{name}=1"
+        if cell["rule"] == rule and cell["strength"] == 1 and cell["weights"] == f"{name}=1" and cell["gains"].get(name)
     }
     adapters = tuple(replace(a, gain=alone.get(a.name) or a.gain) for a in loaded.adapters)
-    save_manifest(folder, replace(loaded, adapters=adapters, evaluation=evaluation))
+    save_manifest(folder, replace(loaded, adapters=adapters, evaluation=dict(evaluation)))
     return load_set(folder, read_weights=False)
 
 

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 from stepfuse.data.text_files import first_line
 from stepfuse.fuse.lora.safe_files import WEIGHTS, check_no_pickle
 from stepfuse.fuse.sets.manifest import MANIFEST, SHOWN, adapter_entries, check_schema, read_versioned
+from stepfuse.fuse.sets.wrong_source import PIPELINE, base_model, known_base
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w][\w./-]*))?")
 UNREACHABLE = "{name}: the hub cannot be reached ({reason}); try again"
@@ -67,8 +68,12 @@ def fetch_set(name: str) -> Path:
                 raise
             cached = try_to_load_from_cache(repository, MANIFEST, revision=revision)
             if not isinstance(cached, str):
+                known = known_base(name)
+                if known or isinstance(try_to_load_from_cache(repository, PIPELINE, revision=revision), str):
+                    raise ValueError(base_model(name, known)) from error
                 raise ValueError(
-                    f"{name!r} is no folder here, and the hub cannot be asked for it ({first_line(error)})"
+                    f"no folder {name!r}, and the hub cannot be asked for a repository of this name "
+                    f"({first_line(error)}); expected an adapter set, which `stepfuse set create` makes of adapters"
                 ) from error
             return Path(cached).parent
         found = _published(name, info)
@@ -112,6 +117,8 @@ def _published(name: str, info: ModelInfo) -> PublishedSet:
     for file in sizes:
         check_no_pickle(PurePosixPath(name, file))
     if MANIFEST not in sizes:
+        if PIPELINE in sizes:
+            raise ValueError(base_model(name))
         raise ValueError(f"{name!r} has no {MANIFEST}: it is no adapter set; `stepfuse set import` takes one LoRA")
     commit = str(info.sha)
     return PublishedSet(

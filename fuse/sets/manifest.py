@@ -21,7 +21,7 @@ FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
 CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"  # beside the manifest, where there are some
 SHOWN = (CARD, FRONTS, STRIP, KL_PICTURE)
-EMBEDDED_SETS = {"emoji": emoji.ADAPTER_SET}
+EMBEDDED_SETS = dict(emoji.ADAPTER_SETS)
 SCHEMA = Path(__file__).parent / "adapter_set.schema.json"
 
 

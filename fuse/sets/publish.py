@@ -108,8 +108,8 @@ def prepare(
         stale=tuple(name for name in in_repository if PurePosixPath(name).name == WEIGHTS and name not in files),
         message=f"Adapter set: {names}",
         notes=tuple(
-            f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can draw images with the "
-            "set, and cannot evaluate it by this reward unless you give it to them"
+            f"note: the reward of {adapter.name!r}, {name}, is {what} and is not sent; others can generate images with "
+            "the set, and cannot evaluate it by this reward unless you give it to them"
             for adapter in loaded.all_adapters
             for name, what in local_parts(adapter.objective.reward)
         ),

@@ -23,10 +23,10 @@ README = """---
 
 Text to image with the adapter set [{repository}](https://huggingface.co/{repository}) at commit {commit}, on {base}. It
 has a LoRA for each of its objectives, {objectives}, which are fused while denoising: move their weights, and the image
-is drawn for the new mixture, without training.
+is generated for the new mixture, without training.
 
 This Space runs `stepfuse serve`, whose address also answers the OpenAI client's requests for images. Anybody who can
-see the Space can draw with it, within the limits that the page shows.
+see the Space can generate images with it, within the limits that the page shows.
 """
 IMAGE = """# The page of `stepfuse serve` for {source}.
 # Written by `stepfuse publish --space` of stepfuse {version}, which replaces it when it is run again.

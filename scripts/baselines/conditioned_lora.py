@@ -23,6 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from stepfuse.data.run_lock import locked
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
 from stepfuse.fuse.lora.layers import lora_layers
@@ -32,7 +33,7 @@ from stepfuse.train.arguments import parse_settings
 from stepfuse.train.launch import make_accelerator
 from stepfuse.train.loop import run
 from stepfuse.train.lora import Policy, add_lora
-from stepfuse.train.output import find_start, locked
+from stepfuse.train.output import find_start
 from stepfuse.train.scoring import TrainingReward
 from stepfuse.train.settings import SETTINGS, TrainSettings
 from stepfuse.train.setup import Setup

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", help="an adapter set: a folder, a hub id, or emoji")
+    parser.add_argument("set", help="an adapter set: a folder, a hub id, emoji-flow, or emoji")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", default="emoji-heldout:64")
     arguments = parser.parse_args()

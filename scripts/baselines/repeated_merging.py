@@ -1,4 +1,4 @@
-"""A baseline of joint training: adapters are trained apart in rounds, each from the average of the round before.
+"""A baseline of joint training: adapters are trained separately in rounds, each from the average of the round before.
 
     python -m stepfuse.scripts.baselines.repeated_merging dpo --config dpo/emoji-joint --output_dir outputs/merged
 

@@ -97,7 +97,7 @@ def random_model(
 def random_pipeline(
     architecture: str, *, layers: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> DiffusionPipeline:
-    """A pipeline of random weights, with the tokenizer of the embedded base, which has fewer tokens than published."""
+    """A pipeline of random weights, with the tokenizer of the bundled base, which has fewer tokens than published."""
     pipeline = random_model(architecture, 0, layers=layers, dtype=dtype, device=device)
     tokenizer = CLIPTokenizer.from_pretrained(emoji.PIPELINE / "tokenizer", model_max_length=77)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}

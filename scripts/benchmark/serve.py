@@ -151,7 +151,7 @@ def serve_table(results: dict[str, Any]) -> str:
         "",
         f"Requests a second: {rates['heavy']:.2f} under heavy load, {rates['light']:.2f} under light load. "
         f"{images['equal_to_the_first_drawn_alone']} of {images['drawn_by_the_server']} images of the server have the "
-        f"bits of the image drawn alone; those of set_adapters differ by at most "
+        f"bits of the image generated alone; those of set_adapters differ by at most "
         f"{images['largest_difference_to_set_adapters']} of 255.",
     ]
     return "\n".join(lines)

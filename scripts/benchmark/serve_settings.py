@@ -23,7 +23,7 @@ class ServeBenchmark:
     requests: int = _what(32, "Requests of one image, each of another mixture of the set's adapters.", least=2)
     rule: str = _what(
         "soup",
-        "Fusion rule that the server draws with. The image of set_adapters is that of the soup, with the base's "
+        "Fusion rule of the server. The image of set_adapters is that of the soup, with the base's "
         "guidance replaced by that of the adapters.",
         metavar="NAME",
     )

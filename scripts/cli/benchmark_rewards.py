@@ -1,6 +1,7 @@
 """`stepfuse benchmark rewards`."""
 
 from stepfuse.data.output_file import require_new_file
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.cli import declare
@@ -22,6 +23,8 @@ def run(arguments: Arguments) -> None:
     require_checkout()
     settings = settings_of(RewardBenchmark, arguments)
     require_new_file(arguments.output, overwrite=arguments.overwrite)
+
+    announce_imports()
 
     from stepfuse.scripts.benchmark.rewards import benchmark_rewards, reward_table
     from stepfuse.scripts.cli.load import write_results

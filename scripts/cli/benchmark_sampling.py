@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepfuse.data.output_file import require_new_file
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import completion, declare
@@ -41,6 +42,8 @@ def run(arguments: Arguments) -> None:
     if arguments.set is not None:
         check_set(arguments.set, instead=KINDS)
     settings = settings_of(SamplingBenchmark, arguments, model=arguments.architecture or str(arguments.set))
+
+    announce_imports()
 
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, sampling_table
     from stepfuse.scripts.cli.load import prepare_device, write_results

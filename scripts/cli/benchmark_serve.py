@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from stepfuse.data.output_file import require_new_file
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.benchmark.serve_settings import ServeBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
@@ -13,8 +14,8 @@ from stepfuse.scripts.cli.parser import Arguments, Parser
 def add_arguments(parser: Parser) -> None:
     parser.explain(
         "stepfuse benchmark serve emoji --output serve.json",
-        "Requests arrive at random times. A server on this machine draws them together, and one after the other; "
-        "diffusers' pipeline draws them one after the other, by set_adapters and without HTTP.",
+        "Requests arrive at random times. A server on this machine computes them together, and one after the other; "
+        "diffusers' pipeline computes them one after the other, by set_adapters and without HTTP.",
     )
     declare.adapter_set(parser)
     add_settings(parser, ServeBenchmark)
@@ -26,6 +27,8 @@ def run(arguments: Arguments) -> None:
     check_set(arguments.set)
     settings = settings_of(ServeBenchmark, arguments, model=str(arguments.set))
     require_new_file(arguments.output, overwrite=arguments.overwrite)
+
+    announce_imports()
 
     from stepfuse.scripts.cli.load import prepare_device, write_results
 

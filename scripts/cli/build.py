@@ -1,8 +1,13 @@
 """`stepfuse build`."""
 
-from stepfuse.data.settings_file import find_config
+from pathlib import Path
+
+from stepfuse.data.run_lock import check_free
+from stepfuse.data.settings_file import find_config, load_settings
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
+from stepfuse.scripts.recipes.build_config import BuildConfig
 
 
 def add_arguments(parser: Parser) -> None:
@@ -18,6 +23,9 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: Arguments) -> None:
     config = find_config(arguments.config, "sets")
+    check_free(Path(load_settings(config, BuildConfig).output_dir), empty=False)
+
+    announce_imports()
 
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.build_set import build

@@ -10,12 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from stepfuse.data.names import nearest
+from stepfuse.data.names import near_names, nearest, suggestion
 from stepfuse.data.output_file import require_new_file
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import check_rule_name, is_user_code
 from stepfuse.fuse.rules.weights import Weights, WeightSchedule, label_weights, parse_weights
-from stepfuse.rewards.reward_name import check_catalogued, parse_reward
 
 DEVICES = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu", "mlu", "musa", "xla")
 RULE_FLAGS = {field.name: rule for rule, options in RULE_OPTIONS.items() for field in fields(options)}
@@ -60,16 +59,8 @@ def check_rule(name: str, options: Mapping[str, Any]) -> None:
             raise ValueError(f"rule {name} has no option {option!r}; {owner}")
 
 
-def check_reward(name: str) -> None:
-    """Check that a reward's name is known, or that its file exists."""
-    reward = parse_reward(name)
-    check_catalogued(reward)
-    if reward.path and not Path(reward.path).is_file():
-        raise ValueError(f"no reward {name!r}: no file {reward.path!r}")
-
-
 def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()) -> tuple[str, ...] | None:
-    """Check that an adapter set exists: a folder, the name of an embedded set, or a hub id.
+    """Check that an adapter set exists: a folder, the name of a bundled set, or a hub id.
 
     Args:
         oracles: Whether to return the names of oracle adapters too.
@@ -79,6 +70,7 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
         The names of its adapters, as far as they can be read here; None for a set on the hub, which is not downloaded.
     """
     from stepfuse.fuse.sets.manifest import EMBEDDED_SETS, MANIFEST, adapter_entries, read_versioned
+    from stepfuse.fuse.sets.wrong_source import base_model, check_is_set, known_base, near_sets
 
     name, folder = str(given), given
     if name in EMBEDDED_SETS and not (folder / MANIFEST).exists():
@@ -86,28 +78,26 @@ def check_set(given: Path, *, oracles: bool = False, instead: Sequence[str] = ()
     if not folder.exists():
         from stepfuse.fuse.sets.hub import parse_id
 
-        near = nearest(name, [*EMBEDDED_SETS, *instead, *siblings(folder)])
+        # An id of the hub may well have the name of a bundled set after its owner.
+        bundled_or_other = [] if "/" in name else near_names(name, [*EMBEDDED_SETS, *instead])[:1]
+        near = suggestion([*bundled_or_other, *near_sets(folder)])
         if parse_id(name) is None:
+            if known := known_base(name):
+                raise ValueError(base_model(name, known))
+            bundled = " or ".join(EMBEDDED_SETS)
             raise ValueError(
-                f"no adapter set {name!r}; expected a folder with {MANIFEST}, a hub id OWNER/NAME, or emoji{near}"
+                f"no adapter set {name!r}; expected a folder with {MANIFEST}, a hub id OWNER/NAME, or {bundled}{near}"
             )
-        if near and folder.parent.is_dir() and "@" not in name:
+        if near and "@" not in name:
             raise ValueError(f"no folder {name!r}{near} (for a repository of the hub: {name}@main)")
         return None
+    check_is_set(folder)
     values = read_versioned(folder / MANIFEST, "an adapter set, as written by `stepfuse set create`")
     try:
         entries = adapter_entries(values) if oracles else values["adapters"]
         return tuple(str(adapter["name"]) for adapter in entries)
     except (KeyError, TypeError):
         return None  # a malformed manifest: loading it explains what is wrong
-
-
-def siblings(path: Path) -> list[str]:
-    """The folders beside a path that does not exist, written as the path is."""
-    try:
-        return [str(path.with_name(other.name)) for other in path.parent.iterdir() if other.is_dir()]
-    except (OSError, ValueError):
-        return []
 
 
 def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> list[Weights]:

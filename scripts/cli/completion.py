@@ -45,7 +45,7 @@ rules = one_of(RULES, "py")
 
 
 def adapter_sets(prefix: str, **_: Any) -> list[str]:
-    """Names of embedded sets, and folders that are adapter sets or may contain one."""
+    """Names of bundled sets, and folders that are adapter sets or may contain one."""
     from argcomplete.completers import DirectoriesCompleter
 
     from stepfuse.fuse.sets.manifest import EMBEDDED_SETS

@@ -6,16 +6,17 @@ from typing import TYPE_CHECKING, Any
 from stepfuse.data.settings_fields import AT_LEAST_0, SEED, Bounds, parse_mapping
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.rules.schedules import SCHEDULES
+from stepfuse.rewards.reward_name import check_reward
 from stepfuse.scripts.cli import completion
-from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_reward, check_texts
+from stepfuse.scripts.cli.checks import DEVICES, check_device_name, check_texts
 from stepfuse.scripts.cli.parser import Arguments, Container, option
 
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule
 
 SET = (
-    "Adapter set: a folder, a Hugging Face Hub id OWNER/NAME or OWNER/NAME@REVISION, or emoji, the set that is part of "
-    "the package."
+    "Adapter set: a folder, a Hugging Face Hub id OWNER/NAME or OWNER/NAME@REVISION, or emoji-flow or emoji, which "
+    "are part of the package."
 )
 SET_FOLDER = "Folder of the adapter set."
 DTYPES = ("float32", "float16", "bfloat16")

@@ -1,7 +1,9 @@
 """`stepfuse demo`."""
 
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
+from stepfuse.scripts.recipes.demo_folder import SETTINGS, check_early
 
 
 def add_arguments(parser: Parser) -> None:
@@ -24,7 +26,10 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
+    given = {name: getattr(arguments, name) for name in SETTINGS}
+    check_early(arguments.output_dir, given, overwrite=arguments.overwrite)
+    announce_imports()
+
     from stepfuse.scripts.recipes.demo import demo
 
-    names = ("seed", "overwrite", "quick", "objectives")
-    demo(arguments.output_dir, **{name: getattr(arguments, name) for name in names})
+    demo(arguments.output_dir, overwrite=arguments.overwrite, **given)

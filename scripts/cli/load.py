@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from stepfuse.data import emoji
+from stepfuse.data.devices import default_device
 from stepfuse.data.json_file import write_json
 from stepfuse.data.prompts import load_prompts
 from stepfuse.fuse.backbones.loading import quiet_libraries
@@ -22,7 +23,7 @@ def prepare_device(name: str | None) -> str:
         ValueError: If the device cannot be used.
     """
     quiet_libraries()
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or default_device()
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:  # unknown, or not part of this build of torch
@@ -37,7 +38,7 @@ def load_sampler(adapter_set: AdapterSet, arguments: Arguments, **options: Any) 
 
 
 def heldout_prompts(adapter_set: AdapterSet, count: int) -> list[str]:
-    """Prompts that suit the base model of a set and that no embedded adapter was trained on."""
+    """Prompts that suit the base model of a set and that no bundled adapter was trained on."""
     kind = "emoji-heldout" if adapter_set.base["name_or_path"] in emoji.BASES else "colours-heldout"
     return load_prompts(f"{kind}:{count}")
 

@@ -8,6 +8,7 @@ import select
 import sys
 from collections.abc import Sequence
 
+from stepfuse.data.stages import stages_shown
 from stepfuse.data.text_files import print_any_text, printable
 from stepfuse.scripts.cli.parser import Parser
 
@@ -23,7 +24,7 @@ COMMANDS = {  # in the order of --help; `set create` is the module set_create in
     "set export": "write the adapters of a set as LoRAs for other tools, one file or folder each",
     "set merge": "write a weighted sum of the adapters, the soup, as one LoRA for other tools",
     "sample": "generate images with a set, for any weights of its objectives",
-    "serve": "draw images over HTTP, and serve a page with a slider for each weight",
+    "serve": "generate images over HTTP, and serve a page with a slider for each weight",
     "evaluate": "measure fusion rules and baselines of a set on the same prompts and seeds",
     "build": "train the adapters of a set, create the set, profile and evaluate it, and write its card",
     "publish": "check a set, list the files to upload, ask, and upload them to the Hugging Face Hub in one commit",
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = argparse.Namespace()
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
-        parsed.run(parsed)
+        with stages_shown(shown=os.environ.get("RANK", "0") == "0"):
+            parsed.run(parsed)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _output_is_closed():
@@ -91,7 +93,7 @@ def _how_to_continue(parsed: argparse.Namespace) -> str:
     if not getattr(parsed, "continued", False) or getattr(parsed, "world", None):
         return ""
     cleared = getattr(parsed, "overwrite", False) and hasattr(parsed, "output_dir")
-    return f"; the same command{' without --overwrite' if cleared else ''} continues it"
+    return f"; the same command{' without --overwrite' if cleared else ''} continues from what was saved"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -129,9 +131,9 @@ def make_parser(words: Sequence[str] | None = None) -> Parser:
     parser = Parser(
         prog="stepfuse",
         description="Fuse diffusion adapters, one per reward, while denoising, for any weights.\n"
-        "Adapters are trained by `accelerate launch -m stepfuse.train.dpo` and `stepfuse.train.ddpo`.",
+        "Adapters are trained by `accelerate launch -m stepfuse.train.dpo`, or `python -m` for one process.",
         epilog="first command:\n"
-        '  stepfuse sample emoji --prompt "a fox on a green background" --output fox.png\n'
+        '  stepfuse sample emoji-flow --prompt "a red apple on a blue background" --output apple.png\n'
         'shell completion:\n  eval "$(register-python-argcomplete stepfuse)"',
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="Print the version.")

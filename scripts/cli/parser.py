@@ -114,20 +114,31 @@ def _with_underscores(word: str) -> str:
     return "--" + name.removeprefix("--").replace("-", "_") + equals + value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Number:
     """The type of an option that is a number."""
 
     name: str
     kind: type[int] | type[float]
     bounds: Bounds
+    choices: Sequence[int | float] = ()
+    default: int | float | None = None
 
     def __call__(self, text: str) -> int | float:
         try:
             return self.kind(text)
         except ValueError:
-            example = "a whole number, such as 4" if self.kind is int else "a number, such as 0.5"
-            raise argparse.ArgumentTypeError(f"{text!r}; expected {example}") from None
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {self.expected}") from None
+
+    @property
+    def expected(self) -> str:
+        """What is accepted, in words: the choices, or a number with the default as its example, or the bounds."""
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        noun, bounds = "a whole number" if self.kind is int else "a number", str(self.bounds)
+        if self.default is not None:
+            return f"{noun}, such as {self.default}"
+        return bounds if bounds.startswith("a ") else f"{noun}, {bounds}"
 
     def check(self, value: int | float) -> None:
         if not self.bounds.allow(value):
@@ -166,7 +177,8 @@ def option(
         more["action"] = "store_false" if default else "store_true"
     else:
         if kind in (int, float):
-            kind = Number(name, kind, bounds or BOUNDS[kind])
+            choices = more.get("choices", ())
+            kind = Number(name=name, kind=kind, bounds=bounds or BOUNDS[kind], choices=choices, default=default)
             check, metavar = kind.check, metavar or "N"
         more |= {"type": kind, "metavar": metavar or None, "default": default}
     action = parser.add_argument(name, *aliases, help=with_default(text, default), **more)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from stepfuse.data.output_folder import require_empty_dir
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -20,6 +21,8 @@ def run(arguments: Arguments) -> None:
     output = arguments.output or Path(str(arguments.set).rpartition("/")[2].partition("@")[0])
     check_set(arguments.set)
     require_empty_dir(output, overwrite=arguments.overwrite)
+
+    announce_imports()
 
     from stepfuse.fuse.sets.create import copy_set
 

@@ -1,5 +1,6 @@
 """`stepfuse reward list`."""
 
+from stepfuse.data.stages import stage
 from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.scripts.cli.parser import Arguments, Parser
 
@@ -9,6 +10,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
+    stage("Loading the rewards …")
+
     from stepfuse.rewards.named_reward import table
 
     rows = table(REWARDS)

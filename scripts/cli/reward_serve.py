@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from stepfuse.data.settings_fields import Bounds
+from stepfuse.data.stages import announce_imports
+from stepfuse.rewards.token_file import read_token
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
@@ -25,6 +27,9 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
+    read_token(arguments.token_file)  # refused before the libraries are loaded
+    announce_imports()
+
     import torch
 
     from stepfuse.data.devices import allow_tf32

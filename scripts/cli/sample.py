@@ -4,6 +4,7 @@ import sys
 
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.settings_fields import Bounds
+from stepfuse.data.stages import announce_imports
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.backbones.compilation import HOW, MODES, check_compilation
 from stepfuse.fuse.rules.options import RULE_OPTIONS
@@ -16,7 +17,7 @@ from stepfuse.scripts.cli.parser import Arguments, Container, Parser, option
 
 def add_arguments(parser: Parser) -> None:
     parser.explain(
-        'stepfuse sample emoji --weights alignment=0.7,compressibility=0.3 --prompt "a fox on a blue background"',
+        'stepfuse sample emoji-flow --weights lightness=0.3,subject_size=0.7 --prompt "a fox on a green background"',
         "Several weights or prompts make a labelled grid.",
     )
     declare.adapter_set(parser)
@@ -95,8 +96,8 @@ def _add_speed(speed: Container) -> None:
     option(speed, "--rows_at_once", int, text)
     text = (
         "Give every forward pass exactly --rows_at_once rows (by default those of one image with all adapters), and "
-        "encode and decode one image at a time: an image then has the same bits whatever others it is drawn with (not "
-        "tried on a GPU yet). Rows that are missing are computed in vain."
+        "encode and decode one image at a time: an image then has the same bits whatever others it is generated with. "
+        "Smaller batches are padded, and the padding is discarded."
     )
     option(speed, "--batch_invariant", bool, text)
     text = (
@@ -136,6 +137,8 @@ def run(arguments: Arguments) -> None:
     if arguments.mode and not arguments.compile:
         raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     columns = check_weights(arguments.weights or [], check_set(arguments.set))
+
+    announce_imports()
 
     import torch
 

@@ -1,18 +1,22 @@
 """`stepfuse serve`."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import add_settings, settings_of
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 from stepfuse.scripts.serve.settings import TOKEN, ServeSettings
 
+EXTRA = ("fastapi", "uvicorn", "greenlet", "prometheus_client")  # the modules of the extra `serve`
+
 
 def add_arguments(parser: Parser) -> None:
     parser.explain(
-        "stepfuse serve emoji",
-        "The page is at the address that is printed; programs draw with OpenAI's clients.",
+        "stepfuse serve emoji-flow",
+        "The page is at the address that is printed; programs request images with OpenAI's clients.",
     )
     text = f"{declare.SET} Several sets must have the same base model, which they share."
     declare.adapter_set(parser, text, nargs="+")
@@ -30,18 +34,26 @@ def run(arguments: Arguments) -> None:
         check_set(each)
     settings = settings_of(ServeSettings, arguments)
 
-    import torch
+    for name in EXTRA:
+        if find_spec(name) is None:
+            raise ValueError(f"{name} is not installed; pip install 'stepfuse[serve]'")
 
-    from stepfuse.scripts.cli.load import prepare_device
+    from stepfuse.scripts.serve.address import access_of, listen
 
-    try:
+    access = access_of(settings, arguments.token_file)
+    with listen(settings.host, settings.port) as listener:
+        announce_imports()
+
+        import torch
+
+        from stepfuse.scripts.cli.load import prepare_device
         from stepfuse.scripts.serve.run import serve
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed; pip install 'stepfuse[serve]'") from error
-    serve(
-        arguments.set,
-        settings,
-        token_file=arguments.token_file,
-        dtype=getattr(torch, arguments.dtype),
-        device=prepare_device(arguments.device),
-    )
+
+        serve(
+            arguments.set,
+            settings,
+            access=access,
+            listener=listener,
+            dtype=getattr(torch, arguments.dtype),
+            device=prepare_device(arguments.device),
+        )

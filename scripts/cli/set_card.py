@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+from stepfuse.data.names import suggestion
+from stepfuse.data.near_folders import near_folders
 from stepfuse.data.output_file import atomic_file
+from stepfuse.data.stages import announce_imports
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
@@ -21,7 +24,7 @@ def add_arguments(parser: Parser) -> None:
     declare.license(parser, "adapters that do not record one", "none")
     declare.license(parser, "the base model", "as the set records it", "--base_license")
     declare.prompt(parser, "Prompt of a row of the picture; repeat for more rows (default: three held-out prompts).")
-    option(parser, "--no_strip", bool, "Draw no picture; an existing one stays in the set (default: draw one).")
+    option(parser, "--no_strip", bool, "Generate no picture; an existing one stays in the set (default: generate one).")
     declare.seed(parser, "Random seed of the picture.")
     declare.precision(parser)
 
@@ -33,6 +36,8 @@ def run(arguments: Arguments) -> None:
 
     folder = check_writable(arguments.set)
 
+    announce_imports()
+
     from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set
     from stepfuse.fuse.sets.card import check_card, write_card
@@ -43,7 +48,8 @@ def run(arguments: Arguments) -> None:
     check_card(folder)  # before minutes go into the picture
     evaluation = arguments.evaluation
     if evaluation is not None and not (evaluation / "summary.json").is_file():
-        raise ValueError(f"no summary.json in {evaluation}; expected the output of stepfuse evaluate")
+        near = suggestion(near_folders(evaluation, lambda folder: (folder / "summary.json").is_file()))
+        raise ValueError(f"no summary.json in {evaluation}; expected the output of stepfuse evaluate{near}")
     if not arguments.no_strip:
         prompts = arguments.prompt or heldout_prompts(loaded, STRIP_ROWS)
         strip = draw_strip(load_sampler(loaded, arguments), prompts, seed=arguments.seed, progress=True)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import require_empty_dir
+from stepfuse.data.stages import announce_imports
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import declare
-from stepfuse.scripts.cli.checks import siblings
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
 
@@ -34,8 +33,8 @@ def add_arguments(parser: Parser) -> None:
     )
     declare.variance(parser, "reference_", "the base policy", text)
     text = (
-        "Guidance of the images that are drawn with the set: shared, by the base's unconditional prediction; full, by "
-        "each adapter's own; embedded, an input of the network; off (default: as the adapters were trained)."
+        "Guidance of the images that are generated with the set: shared, by the base's unconditional prediction; full, "
+        "by each adapter's own; embedded, an input of the network; off (default: as the adapters were trained)."
     )
     declare.guidance(parser, text, "Scale of that guidance, such as 4.5 (default: as in training).")
     text = (
@@ -51,20 +50,13 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    from stepfuse.fuse.sets.manifest import MANIFEST
+    from stepfuse.fuse.sets.wrong_source import check_has_adapters
 
     require_empty_dir(arguments.output, overwrite=arguments.overwrite)
     for folder in (*arguments.adapter, *arguments.oracle):
-        if not folder.is_dir():
-            near = nearest(str(folder), siblings(folder))
-            raise ValueError(f"no adapter in {folder}; expected a folder, as written by training{near}")
-        trained = (folder / "objective.json").is_file() or any(folder.glob("*/objective.json"))
-        if not trained and not (folder.parent / MANIFEST).is_file():
-            raise ValueError(
-                f"no adapter in {folder}: it has no objective.json, which training writes; `stepfuse set import` takes "
-                "a LoRA of another tool"
-            )
+        check_has_adapters(folder)
 
+    announce_imports()
     base_schedule = declare.schedule_of(arguments, "reference_", default=1.0)
 
     from stepfuse.fuse.sets.create import create_set

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import resolve_folder
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -34,6 +35,8 @@ def run(arguments: Arguments) -> None:
             raise ValueError(f"--output {output} is a file; expected a folder ({what})")
         else:
             resolve_folder(output)
+
+    announce_imports()
 
     from stepfuse.fuse.sets.export import export
 

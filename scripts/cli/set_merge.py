@@ -1,5 +1,6 @@
 """`stepfuse set merge`."""
 
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set, check_weights
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -22,6 +23,8 @@ def run(arguments: Arguments) -> None:
     check_safetensors(arguments.output, overwrite=arguments.overwrite)
     texts = [] if arguments.weights is None else [arguments.weights]
     weights = check_weights(texts, check_set(arguments.set))
+
+    announce_imports()
 
     from stepfuse.fuse.sets.export import merge
 

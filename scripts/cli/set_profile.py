@@ -1,6 +1,7 @@
 """`stepfuse set profile`."""
 
 from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
+from stepfuse.data.stages import announce_imports
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.completion import one_of
@@ -15,7 +16,7 @@ def add_arguments(parser: Parser) -> None:
     declare.adapter_set(parser, declare.SET_FOLDER)
     text = (
         "Text file with one prompt per line, or a prompt set such as partiprompts:32 for 32 of its prompts (default: "
-        "colours-heldout:16, or emoji-heldout:16 for the embedded base)."
+        "colours-heldout:16, or emoji-heldout:16 for the bundled base models)."
     )
     option(parser, "--prompts", str, text, metavar="FILE_OR_NAME", complete=one_of(PROMPT_SETS, "txt"))
     option(parser, "--steps", int, "Number of denoising steps (default: that of the set).")
@@ -33,6 +34,8 @@ def run(arguments: Arguments) -> None:
     from stepfuse.fuse.sets.manifest import check_writable
 
     check_writable(arguments.set)  # before minutes go into measuring
+
+    announce_imports()
 
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
     from stepfuse.fuse.sets.adapter_set import load_set

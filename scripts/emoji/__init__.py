@@ -1,1 +1,1 @@
-"""Builders of the embedded emoji bases; not in the wheel."""
+"""Builders of the bundled emoji bases; not in the wheel."""

@@ -1,4 +1,4 @@
-"""Rebuild the embedded emoji base: the pipeline and the CLIP model in `data/emoji-base`.
+"""Rebuild the bundled emoji base: the pipeline and the CLIP model in `data/emoji-base`.
 
     npm pack emoji-datasource-google@16.0.0
     python -m stepfuse.scripts.emoji.build_base --package emoji-datasource-google-16.0.0.tgz \

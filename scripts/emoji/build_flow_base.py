@@ -1,4 +1,4 @@
-"""Rebuild the embedded flow base, the pipeline in `data/emoji-flow`.
+"""Rebuild the bundled flow base, the pipeline in `data/emoji-flow`.
 
     npm pack emoji-datasource-google@16.0.0
     python -m stepfuse.scripts.emoji.build_flow_base --package emoji-datasource-google-16.0.0.tgz \

@@ -1,4 +1,4 @@
-"""The training loop of all stages of the embedded emoji base."""
+"""The training loop of all stages of the bundled emoji base."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The models of the embedded flow base, before training: Stable Diffusion 3's architecture, small."""
+"""The models of the bundled flow base, before training: Stable Diffusion 3's architecture, small."""
 
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import nn
@@ -25,7 +25,7 @@ def new_flow_vae() -> AutoencoderTiny:
 
 
 def first_text_encoder(clip: CLIPModel) -> CLIPTextModelWithProjection:
-    """The text encoder of the embedded CLIP with its projection, frozen."""
+    """The text encoder of the bundled CLIP with its projection, frozen."""
     config = clip.config.text_config.to_dict() | {"projection_dim": clip.config.projection_dim}
     encoder = CLIPTextModelWithProjection(CLIPTextConfig(**config))
     state = {key: value for key, value in clip.state_dict().items() if key.startswith(("text_model.", "text_proj"))}

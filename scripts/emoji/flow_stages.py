@@ -1,4 +1,4 @@
-"""The stages of training the embedded flow base: its autoencoder, and the transformer with its second text encoder."""
+"""The stages of training the bundled flow base: its autoencoder, and the transformer with its second text encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,9 +1,9 @@
-"""Measure an embedded base, write its model card, and a grid of samples.
+"""Measure a bundled base, write its model card, and a grid of samples.
 
     python -m stepfuse.scripts.emoji.measure_base emoji-flow --package emoji-datasource-google-16.0.0.tgz \
         --training outputs/emoji-flow/training.json
 
-Over 256 pairs of held-out prompts and seeds, for sampled images and for real ones: how often the embedded CLIP ranks
+Over 256 pairs of held-out prompts and seeds, for sampled images and for real ones: how often the bundled CLIP ranks
 the true caption first among 32 held-out captions; the sharpness, as the energy of differences of neighbouring pixels;
 and the CLIP distance, 1 - cos, to another real image of the same caption. The sharpness is also measured of what the
 autoencoder makes of real images.
@@ -192,7 +192,7 @@ Rebuilt by `python -m stepfuse.scripts.emoji.{build}` and measured by
 `python -m stepfuse.scripts.emoji.measure_base {base}` in a checkout of the repository; see their `--help`.
 
 Limits: 64 pixels, {len(emoji.concepts())} concepts, twelve grounds. It is made to be small and quick, for tests,
-demos and benchmarks; it draws nothing else.
+demos and benchmarks; it generates nothing else.
 """
     head = "---\nlicense: apache-2.0\nlibrary_name: {}\npipeline_tag: {}\n---\n\n# The stepfuse emoji {}\n"
     for folder, facts in FOLDERS[base].items():

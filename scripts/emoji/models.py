@@ -1,4 +1,4 @@
-"""The models of the embedded emoji base and their tokenizer, before training."""
+"""The models of the bundled emoji base and their tokenizer, before training."""
 
 import json
 from pathlib import Path

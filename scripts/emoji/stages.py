@@ -1,4 +1,4 @@
-"""The stages of training the embedded emoji base: the autoencoder, CLIP, and the UNet with its text encoder."""
+"""The stages of training the bundled emoji base: the autoencoder, CLIP, and the UNet with its text encoder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""How visible rewards are: a short training on each, and what it changes in the images of the embedded flow base.
+"""How visible rewards are: a short training on each, and what it changes in the images of the bundled flow base.
 
     python -m stepfuse.scripts.emoji.visible_rewards --output_dir outputs/visible
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
+from stepfuse.data.devices import default_device
 from stepfuse.data.grid import labelled_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.json_file import write_json
@@ -27,7 +28,7 @@ from stepfuse.rewards.protocol import score
 from stepfuse.rewards.registry import load_reward, reward_unit
 from stepfuse.rewards.statistics import paired_interval
 from stepfuse.scripts.recipes.demo import GUIDANCE
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import Training, train
 from stepfuse.train.rollout import sample_generator
 from stepfuse.train.settings import DPOSettings
 
@@ -53,9 +54,9 @@ def main() -> None:
         settings = load_settings(FOLDER / CONFIG, DPOSettings, changes)
         training = Training(settings=settings, folder=output / name)
         if not training.finished:
-            train(training, SINGLE_PROCESS)
+            train(training)
         create_set(output / f"{name}-set", [training.folder], overwrite=True, **GUIDANCE)
-        sampler = FusedSampler.from_pretrained(output / f"{name}-set")
+        sampler = FusedSampler.from_pretrained(output / f"{name}-set", device=default_device())
         if not columns:
             columns["base"] = draw(sampler, prompts, strength=0.0, seed=seed)
         columns[name] = draw(sampler, prompts, strength=1.0, seed=seed)

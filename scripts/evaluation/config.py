@@ -45,7 +45,7 @@ class EvaluationConfig(PromptSettings):
         batch_size: Number of images that are denoised together.
         kl_seeds: Number of the seeds for which the KL divergence from the base is measured; each of their images is
             sampled twice.
-        embedding: CLIP model for the diversity within a prompt. Unset, the embedded CLIP for the embedded bases, and no
+        embedding: CLIP model for the diversity within a prompt. Unset, the bundled CLIP for the bundled bases, and no
             diversity for others.
         strip_prompts: Number of prompts whose images are kept for the report.
     """

@@ -1,4 +1,4 @@
-"""Tests and measurements for a machine with a GPU, of which each part ends for itself.
+"""Tests and measurements for a machine with a GPU, in parts that end independently.
 
 What a part finds is written to the output file as the part ends. Parts that have passed are not run again on the same
 commit and machine, so that the same command goes on where the time was over. Those that failed come after those that
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.pretend:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads are slower on models as small as these
     parts = all_parts(pretend=given.pretend)
-    names = chosen(given.parts, parts)
+    names = chosen(given.parts, parts) if given.parts else list(parts)
     limits = {name: part.limit for name, part in parts.items()}
     for beginning, seconds in given.limit:
         limits |= dict.fromkeys(chosen([beginning], parts), seconds)
@@ -99,9 +99,12 @@ def _starter(results: dict[str, Any], output: Path, *, pretend: bool) -> Starter
 
 
 def _commit() -> str:
-    """The state of the checkout: its commit, and whether files are changed."""
+    """The state of the checkout: its commit, and whether files are changed; empty where git or its data is absent."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
     return done.stdout.strip()
 
 
@@ -113,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--parts",
         type=lambda text: text.split(","),
-        default=list(LETTERS),
-        metavar="a,b",
-        help=f"parts to run, by their names or beginnings such as b-sdxl ({letters}; default: all)",
+        metavar="b,a",
+        help="parts to run, by their names or beginnings such as b-sdxl, which are run in this order "
+        f"({letters}; default: all)",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON file of the results (default: outputs/gpu_check.json)"
@@ -137,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--again", action="store_true", help="also run the parts that have passed")
     parser.add_argument(
-        "--pretend", action="store_true", help="small models on a pretended CUDA device: a test of this script"
+        "--pretend", action="store_true", help="small models on a simulated CUDA device: a test of this script"
     )
     return parser
 

@@ -26,7 +26,13 @@ def marked_tests(place: Place, report: Report) -> dict[str, Any]:
     code = pytest.main(["-m", "gpu", "-n", "0", *options, *files])
     cases = list(ElementTree.parse(results).iter("testcase"))
     outcomes = {case.get("name", ""): next((child.tag for child in case), "passed") for case in cases}
-    report({"tests": outcomes})
+    messages = {
+        case.get("name", ""): (child.get("message") or "")[:2000]
+        for case in cases
+        for child in case
+        if child.tag in ("failure", "error")
+    }
+    report({"tests": outcomes, "messages": messages})
     wrong = [f"{name} ({outcome})" for name, outcome in outcomes.items() if outcome != "passed"]
     if wrong or code or not outcomes:
         raise ValueError(", ".join(wrong) or f"pytest ended with code {int(code)}")

@@ -57,7 +57,7 @@ def all_parts(*, pretend: bool) -> dict[str, Part]:
                     continue  # nothing is compiled there
                 values = {**size, **own["sampling"], **own["sizes"].get(model, {}), **options}
                 values |= dict(model=model, images=images, baselines=_BASELINES if how == "eager" else ())
-                limit = 60 if how == "eager" else 90
+                limit = 120 if how == "eager" else 180
                 parts[f"b-{model}-{how}-{images}"] = Part(function="sampling", values=values, limit=limit)
     return parts
 
@@ -102,11 +102,15 @@ _SMALL: dict[str, Any] = {
 
 
 def chosen(names: Sequence[str], parts: Mapping[str, Part]) -> list[str]:
-    """The parts of these names or beginnings of names, such as b or b-sdxl; a ValueError for one that is no part's."""
+    """The parts of these names or beginnings of names, such as b or b-sdxl, in the order in which they are named.
+
+    Raises:
+        ValueError: for a name that is no part's.
+    """
     found: dict[str, None] = {}
     for name in names:
         matches = [part for part in parts if part == name or part.startswith(f"{name}-")]
         if not matches:
             raise ValueError(f"no part {name!r}; expected some of {', '.join(parts)}, or beginnings such as b-sdxl")
         found |= dict.fromkeys(matches)
-    return [part for part in parts if part in found]
+    return list(found)

@@ -109,7 +109,7 @@ def draw_pool(server: ServerProcess, settings: Soak, tally: Tally) -> list[Solo]
         tally.answered(solo.status, images=solo.images)
         pool.append(solo)
         if number % 10 == 9:
-            print(f"{number + 1} of {settings.pool} requests drawn alone", flush=True)
+            print(f"{number + 1} of {settings.pool} requests computed alone", flush=True)
     refused = [each for each in pool if each.status != 200]
     if not len(refused) <= len(pool) / 3 or any(each.status != 400 for each in refused):
         tally.fault(f"alone, {len(refused)} of {len(pool)} requests were refused: {refused[0]}")
@@ -170,7 +170,7 @@ def await_idle(server: ServerProcess, tally: Tally, *, seconds: float = 120) -> 
         if state["running"] == state["waiting"] == 0:
             return
         time.sleep(0.1)
-    tally.fault(f"{state['running']} requests are drawn and {state['waiting']} wait, and nobody asks for any")
+    tally.fault(f"{state['running']} requests are running and {state['waiting']} wait, and nobody asks for any")
 
 
 def settled(server: ServerProcess, tally: Tally) -> tuple[Any, int]:
@@ -186,7 +186,7 @@ def account(results: dict[str, Any]) -> str:
     requests, stopped = results["requests"], results["stopped"]
     answers = ", ".join(f"{count:,} with status {status}" for status, count in requests["answers"].items())
     lines = [
-        f"Answers: {answers}; images in them: {requests['images']:,}; requests that their clients left: "
+        f"Answers: {answers}; images in them: {requests['images']:,}; requests whose clients disconnected: "
         f"{requests['left']:,}; distinct requests: {requests['distinct']}; faults: {len(results['faults'])}."
     ]
     if means := results["memory"].get("second_and_last_fifth"):
@@ -197,7 +197,7 @@ def account(results: dict[str, Any]) -> str:
         )
     later = ", ".join(f"{kind}: {count}" for kind, count in stopped["later_requests"].items())
     lines.append(
-        f"After SIGTERM {stopped['drawn']} of the {stopped['sent']} requests that were there were drawn, later ones "
+        f"After SIGTERM {stopped['drawn']} of the {stopped['sent']} accepted requests were completed, later ones "
         f"were refused ({later}), and the server ended after {stopped['seconds']:.1f} s with exit status "
         f"{stopped['exit_status']}."
     )

@@ -58,13 +58,13 @@ class Tally:
         ended = counted[200] + counted[499]
         if ended != self.statuses[200] + self.left:
             wrong.append(
-                f"{self.statuses[200]} requests were drawn and {self.left} were left by their clients, and the server "
-                f"counts {counted[200]} and {counted[499]}"
+                f"{self.statuses[200]} requests were answered and {self.left} were left by their clients, and the "
+                f"server counts {counted[200]} and {counted[499]}"
             )
         if not self.statuses[200] <= counted[200]:
-            wrong.append(f"{self.statuses[200]} requests were drawn, and the server counts {counted[200]}")
+            wrong.append(f"{self.statuses[200]} requests were answered, and the server counts {counted[200]}")
         if not self.images <= images <= self.images + self.images_left:
-            wrong.append(f"{self.images} images were drawn, and the server counts {images}")
+            wrong.append(f"{self.images} images were generated, and the server counts {images}")
         return wrong
 
 

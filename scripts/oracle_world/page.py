@@ -24,8 +24,26 @@ NOT_MEASURED = {
     "soup": "there are no network weights to merge",
     "soup_factors": "there are no network weights to merge",
     "kl": "it takes one objective; for one it is product",
-    "oracle": "the target's own second run, the floor, stands for a perfectly trained one",
+    "oracle": "the floor, a second run of the target, stands for a perfectly trained one",
 }
+INTRODUCTION = """\
+`stepfuse evaluate --world gmm` measures fusion rules without a network, on data of which every density is known: a
+mixture of Gaussians in two dimensions, with two, three or four objectives. Here the *target* of a denoising step, which
+is the optimum for the weighted sum of the rewards, has a closed form. So the error of each rule can be measured.
+
+A *cell* is one choice of weights, number of steps and variances. The variances of the objectives are *equal* or
+*distinct*: `.8/.2, 10 steps, distinct` has the weights 0.8 and 0.2 of two objectives with different variances. The
+terms of this page are:
+
+| term | meaning |
+|---|---|
+| distance | the sliced 2-Wasserstein distance between the final samples of two runs |
+| floor | the distance between two independent runs of the target; its *bound* is 3 standard deviations above its mean |
+| expected KL a run | the KL divergence of a rule's steps from those of the target, in nats, summed over a run |
+| blend | the samples of `product` |
+| path by path | the root mean square distance of samples with the same initial noise and the same noise in every step |
+| average step | a step with the mean Σ a_i m_i and the variance Σ a_i v_i |
+| tilted data | the density p(x_0) exp(Σ w_i q_i(x_0)) with rewards q_i, the target of RL on whole runs |"""
 
 
 def world_files(folder: Path) -> set[Path]:
@@ -72,7 +90,7 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
                 )
     for kind, members in kinds.items():
         yield (
-            "The average step N(Σ a_i m_i, Σ a_i v_i), what picking one expert a step tends to in short steps, ends "
+            "The average step N(Σ a_i m_i, Σ a_i v_i), the limit of selecting one expert a step in short steps, ends "
             f"{_range(cell['average_step_from_blend'] for cell in members)} from the target with {kind} variances "
             f"(the floor is {_range(cell['floor'] for cell in members)}); from it `switch` ends "
             f"{_range(cell['rules']['switch']['to_average_step'] for cell in members)} and `systematic` "
@@ -82,7 +100,7 @@ def verdicts(cells: Sequence[dict]) -> Iterator[str]:
         ends = [{rule: figures["to_tilted_data"]["mean"] for rule, figures in cell["rules"].items()} for cell in cells]
         nearer, best = (sum(end[name] < end[other] for end in ends) for other in ("base", "product"))
         yield (
-            f"`{name}` uses rewards of x_0, with no temperature of its own: it ends nearer than the base to the "
+            f"`{name}` uses rewards of x_0, and has no temperature: it ends nearer than the base to the "
             f"tilted data, the target of RL on whole runs, in {nearer} of {len(cells)} cells, and nearer than "
             f"`product`, whose target is the step-level one, in {best}."
         )
@@ -119,7 +137,9 @@ def page(result: dict) -> str:
         ],
     }
     parts = [
-        "# The oracle world",
+        "# A world in closed form",
+        INTRODUCTION,
+        "## Results",
         "\n".join(f"- {sentence}" for sentence in result["verdicts"]),
         f"{result['replicates']} replicates of {result['samples']} samples, half as many with 3 or 4 objectives, "
         f"seed {result['seed']}; distances are {result['distance']}. ± is half a 95 % interval; not corrected for the "

@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.names import nearest
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.prompts import load_prompts
-from stepfuse.data.settings_fields import check_settings, setting
+from stepfuse.data.run_lock import locked
 from stepfuse.data.settings_file import find_config, load_settings, require
 from stepfuse.fuse.diffusion.variance import EtaSchedule
 from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
@@ -26,57 +25,13 @@ from stepfuse.fuse.sets.edit import add_evaluation, add_profile
 from stepfuse.fuse.sets.manifest import MANIFEST, STRIP
 from stepfuse.scripts.evaluation.config import EvaluationConfig
 from stepfuse.scripts.evaluation.run import evaluate
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.build_config import BuildConfig
+from stepfuse.scripts.recipes.training import Training, train
 from stepfuse.train.init_set import resolve_objectives, run_hash
-from stepfuse.train.output import locked
 from stepfuse.train.settings import SETTINGS
 
 # Settings that all objectives of a set have in common.
 SHARED = ("pretrained_model_name_or_path", "max_sequence_length", "resolution", "guidance", "sample_guidance_scale")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """The settings of `stepfuse build`, as YAML gives them.
-
-    Attributes:
-        output_dir: Folder that adapters, set and evaluation are written to.
-        objectives: Mappings of `algorithm`, dpo or ddpo, `config`, the configuration of a training, and any settings
-            that override it. One whose training has several `objectives` stands for all of them, which it trains
-            together.
-        oracles: The same for adapters that are trained on `weighted:` rewards.
-        accelerate: Configuration of accelerate for every training. Unset, one process in float32.
-        reference_eta: Eta of the base in the set.
-        guidance: Guidance of the images that are drawn with the set, also in its evaluation. Unset, that of training.
-        guidance_scale: Scale of that guidance. Unset, that of training.
-        half: Store the weights of the set in float16.
-        dtype: Precision of the base for everything but training, which has the mixed precision of accelerate.
-        profile: Prompts on which the gap between soup and product is measured, for `sample --gate`. Unset, it is not
-            measured.
-        evaluate: Configuration of an evaluation. Unset, the set is not evaluated.
-    """
-
-    output_dir: str = "outputs/set"
-    objectives: list = setting([])
-    oracles: list = setting([])
-    accelerate: str = ""
-    reference_eta: float = setting(1.0, least=0, most=1)
-    guidance: Literal["", "shared", "full", "off", "embedded"] = ""
-    guidance_scale: float | None = None
-    half: bool = False
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    profile: str = ""
-    evaluate: str = ""
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        require(bool(self.objectives), "objectives", self.objectives, "a mapping of algorithm and config for each")
-
-    @property
-    def guided(self) -> dict[str, Any]:
-        """The guidance of the set where it is given: what earlier builds did not have is not in their identity."""
-        given = {"guidance": self.guidance or None, "guidance_scale": self.guidance_scale}
-        return {name: value for name, value in given.items() if value is not None}
 
 
 def read_build(file: Path) -> tuple[BuildConfig, list[Training], list[Training], EvaluationConfig | None]:
@@ -204,9 +159,9 @@ def _training(entry: Any, config: BuildConfig, file: Path) -> Training:
 
 
 def _launcher(config: BuildConfig, file: Path) -> Sequence[str]:
-    """Arguments of `accelerate launch` for every training."""
+    """Arguments of `accelerate launch` for every training; none for one process."""
     if not config.accelerate:
-        return SINGLE_PROCESS
+        return ()
     return ["--config_file", str(_find(config.accelerate, file, "accelerate"))]
 
 

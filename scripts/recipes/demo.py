@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.configs import FOLDER
-from stepfuse.data.folder_files import files_named
 from stepfuse.data.json_file import read_json, write_json
-from stepfuse.data.output_folder import delete_files, require_empty_dir
+from stepfuse.data.run_lock import locked
 from stepfuse.data.settings_file import load_settings
-from stepfuse.fuse.sets.create import create_set, set_files
-from stepfuse.scripts.recipes.demo_mixtures import measure
+from stepfuse.fuse.sets.create import create_set
+from stepfuse.fuse.sets.edit import add_gains
+from stepfuse.scripts.recipes.demo_folder import ADAPTERS, PICTURES, RESULTS, SET, claim
+from stepfuse.scripts.recipes.demo_mixtures import evaluation_of, measure
 from stepfuse.scripts.recipes.demo_report import report
-from stepfuse.scripts.recipes.training import SINGLE_PROCESS, Training, train
+from stepfuse.scripts.recipes.training import Training, train
 from stepfuse.train.checkpoints import list_checkpoints
-from stepfuse.train.output import LOCK, locked, training_files
 from stepfuse.train.settings import DPOSettings
 
 CONFIG = "dpo/emoji-flow-joint"
@@ -24,12 +24,8 @@ THREE = {
     "max_train_steps": 8,
 }
 QUICK = {"max_train_steps": 1, "sample_num_steps": 4}
-# Guidance of the images that are drawn; adapters of the flow base are trained without.
+# Guidance of the images that are sampled; adapters of the flow base are trained without.
 GUIDANCE: dict[str, Any] = {"guidance": "shared", "guidance_scale": 2.0}
-STATE, RESULTS, PICTURES = "demo.json", "results.json", ("slider.png", "front.png")
-ADAPTERS, SET = "adapters", "set"
-FILES = (STATE, RESULTS, *PICTURES, f"{ADAPTERS}.yaml")
-EARLIER = ("colourfulness", "compressibility")  # trainings of an earlier version
 PROMPTS, QUICK_PROMPTS = 24, 4
 
 
@@ -67,12 +63,14 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool, objectives: i
         if training.finished:
             print(f"They are trained already: {training.folder}")
         else:
-            print(f"{progress(training)}; the first one is shown after about a minute.", flush=True)
-            train(training, SINGLE_PROCESS, summary=False)
-        print("\n[2/3] Draw held-out prompts with the base and at every mixture", flush=True)
-        create_set(output / SET, [training.folder], overwrite=True, **GUIDANCE)
+            known = progress(training, continued=continued)
+            print(f"{known}; the first one is shown after about a minute on two idle cores.", flush=True)
+            train(training, summary=False)
+        print("\n[2/3] Generate images of held-out prompts with the base and at every mixture", flush=True)
+        made = create_set(output / SET, [training.folder], overwrite=True, **GUIDANCE)
         prompts = QUICK_PROMPTS if quick else PROMPTS
         results = measure(output / SET, [output / name for name in PICTURES], seed=seed, prompts=prompts)
+        add_gains(output / SET, evaluation_of(results, made.default_rule))
         results["minutes"] = None if continued else (time.monotonic() - began) / 60
         write_json(output / RESULTS, results)
         print("\n[3/3] What it shows")
@@ -87,54 +85,9 @@ def joint_training(folder: Path, *, seed: int, quick: bool, objectives: int) -> 
     return Training(settings=settings, folder=folder)
 
 
-def progress(training: Training) -> str:
-    """How far a training is."""
+def progress(training: Training, *, continued: bool) -> str:
+    """How far a training is; `continued` if it was begun before."""
     checkpoints, steps = list_checkpoints(training.folder), f"{training.settings.max_train_steps} steps"
     if not checkpoints:
-        return f"It takes {steps}"
+        return f"No step was saved yet, so it begins with the first of {steps}" if continued else f"It takes {steps}"
     return f"Continuing after step {checkpoints[-1].name.partition('-')[2]} of {steps}"
-
-
-def claim(output: Path, state: dict, *, overwrite: bool) -> bool:
-    """Accept an empty folder, one where the same demo was begun, or with `overwrite` one without files in the way.
-
-    Returns:
-        Whether the demo was begun before.
-    """
-    if overwrite:
-        require_empty_dir(output, overwrite=True, ours=demo_files, writes=(ADAPTERS, SET, *FILES), besides=(LOCK,))
-        delete_files(output, demo_files(output))
-    known = read_state(output)
-    if known is None:
-        require_empty_dir(output, overwrite=overwrite, besides=(LOCK,))
-        write_json(output / STATE, state)
-        return False
-    if known != state:
-        begun = " ".join(f"--{name} {known.get(name)}" for name in ("objectives", "seed"))
-        begun += " --quick" if known.get("quick") else ""
-        same = all(known.get(name) == state[name] for name in ("objectives", "seed", "quick"))
-        other = same or "objectives" not in known
-        how = "of another version of stepfuse" if other else f"that was begun with {begun}"
-        unwanted = " and leave out --quick" if state["quick"] and not known.get("quick") else ""
-        remedy = "" if other else f"; pass {begun}{unwanted} to resume it"
-        raise ValueError(f"output {output} holds a demo {how}{remedy}; --overwrite starts again")
-    return True
-
-
-def read_state(output: Path) -> dict | None:
-    """The settings of the demo that was begun in a folder; None where there is none."""
-    try:
-        return read_json(output / STATE, "the state of a demo")
-    except ValueError:
-        return None
-
-
-def demo_files(folder: Path) -> set[Path]:
-    """The files of the demo in a folder, which --overwrite replaces; none where no demo was begun."""
-    if read_state(folder) is None:
-        return set()
-    files = files_named(folder, *FILES)
-    files |= files_named(folder, *(f"{name}.yaml" for name in EARLIER))
-    for name in (ADAPTERS, *EARLIER):
-        files |= {Path(name, file) for file in (Path(LOCK), *training_files(folder / name))}
-    return files | {Path(SET, file) for file in set_files(folder / SET)}

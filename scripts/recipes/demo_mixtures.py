@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 
 from stepfuse.data import emoji
+from stepfuse.data.devices import default_device
 from stepfuse.data.grid import labelled_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.output_file import atomic_file
 from stepfuse.fuse.backbones.loading import quiet_libraries
-from stepfuse.fuse.rules.weights import shown_weights
+from stepfuse.fuse.rules.weights import label_weights, shown_weights
 from stepfuse.fuse.sampling.pictures import weights_heading
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.rewards.protocol import score
@@ -63,7 +64,7 @@ def measure(adapter_set: Path, pictures: Sequence[Path], *, seed: int, prompts: 
         prompts: Number of held-out prompts.
     """
     quiet_libraries()
-    sampler = FusedSampler.from_pretrained(adapter_set)
+    sampler = FusedSampler.from_pretrained(adapter_set, device=default_device())
     names = [objective.name for objective in sampler.objectives]
     rewards = {objective.name: load_reward(objective.reward) for objective in sampler.objectives}
     pool = emoji.captions(held_out=True)
@@ -71,7 +72,13 @@ def measure(adapter_set: Path, pictures: Sequence[Path], *, seed: int, prompts: 
     chosen = [pool[i] for i in order[:prompts]]
     measured = mixtures(names)
     images: dict[str, torch.Tensor] = {}
-    with tqdm(total=(1 + len(measured)) * prompts, desc="draw", unit="image") as bar:
+    batches = -(-prompts // BATCH_SIZE) * (1 + len(measured))
+    # Of denoising steps, since a batch of images takes seconds.
+    with tqdm(total=batches * sampler.num_inference_steps, desc="sampling", unit="step") as bar:
+
+        def advance(*_: object) -> None:
+            bar.update()
+
         for column, weights in {"base": measured["equal weights"], **measured}.items():
             drawn = sampler.sample(
                 chosen,
@@ -81,10 +88,10 @@ def measure(adapter_set: Path, pictures: Sequence[Path], *, seed: int, prompts: 
                 batch_size=BATCH_SIZE,
                 output_type="pt",
                 progress=False,
+                observe=advance,
             )
             assert isinstance(drawn, torch.Tensor)
             images[column] = drawn
-            bar.update(prompts)
     scores = {
         column: {name: score(reward, drawn, chosen, name=name).tolist() for name, reward in rewards.items()}
         for column, drawn in images.items()
@@ -107,6 +114,24 @@ def measure(adapter_set: Path, pictures: Sequence[Path], *, seed: int, prompts: 
     }
     draw_fronts(front, results)
     return results
+
+
+def evaluation_of(results: Mapping, rule: str) -> dict:
+    """The gains as the manifest of the set keeps them, for its page and its card."""
+    return {
+        "prompts": results["prompts"],
+        "seeds": 1,
+        "objectives": dict(zip(results["objectives"], results["rewards"], strict=True)),
+        "cells": [
+            {
+                "rule": rule,
+                "weights": label_weights(weights),
+                "strength": 1.0,
+                "gains": results["gain_over_base"][column],
+            }
+            for column, weights in results["weights"].items()
+        ],
+    }
 
 
 def draw_fronts(file: Path, results: Mapping) -> None:

@@ -71,12 +71,19 @@ def next_commands(output: Path, results: Mapping) -> list[str]:
     ]
     install = "" if find_spec("fastapi") else "pip install 'stepfuse[serve]' && "
     other = ["{reward: warmth}", "{reward: compressibility}"]
-    train = ["accelerate", "launch", "--quiet", "-m", "stepfuse.train.dpo", "--config", "dpo/emoji-flow-joint"]
+    train = [_python(), "-m", "stepfuse.train.dpo", "--config", "dpo/emoji-flow-joint"]
     activate = Path(sys.prefix, "bin", "activate")
     found = shutil.which("stepfuse") or not activate.is_file()
     return [
         *([] if found else [f"source {shlex.quote(str(activate))}    # in every new shell"]),
         shlex.join([*sample, "--enlarge", "4"]),
         f"{install}{shlex.join(['stepfuse', 'serve', adapter_set])}    # a page with a slider for each reward",
-        shlex.join([*train, "--objectives", *other, "--output_dir", "outputs/mine"]),
+        f"{shlex.join([*train, '--objectives', *other, '--output_dir', 'outputs/mine'])}    # other rewards, 3 minutes",
     ]
+
+
+def _python() -> str:
+    """The interpreter of this environment as a shell finds it: `python`, unless that is another one or not there."""
+    found = shutil.which("python")
+    activated = Path(sys.prefix, "bin", "activate").is_file() and not shutil.which("stepfuse")  # by the first command
+    return "python" if activated or (found and Path(found).parent == Path(sys.executable).parent) else sys.executable

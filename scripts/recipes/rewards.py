@@ -20,11 +20,11 @@ from stepfuse.data.output_file import atomic_file, output_errors, real_path
 from stepfuse.data.palette import LIGHT
 from stepfuse.data.text_files import file_name, write_text
 from stepfuse.rewards.image_files import PromptedImage, in_batches, pair_prompts, read_pixels
-from stepfuse.rewards.over_http import TOKEN, read_token
 from stepfuse.rewards.protocol import Reward, close, score
 from stepfuse.rewards.registry import check_reward_dtype, load_reward, reward_unit
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.rewards.server import RewardServer
+from stepfuse.rewards.token_file import TOKEN, read_token
 
 COLUMNS = ("file_name", "prompt", "score")
 SHOWN = 32  # images of a picture

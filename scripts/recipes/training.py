@@ -1,5 +1,6 @@
-"""A training as a part of a longer run: started with `accelerate launch`, resumed, and found again once finished."""
+"""A training as a part of a longer run: started as a program, resumed, and found again once finished."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,6 @@ from stepfuse.train.init_set import run_hash
 from stepfuse.train.settings import TrainSettings
 
 SUPERVISOR = Path(__file__).parent / "supervisor.py"
-SINGLE_PROCESS = ("--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,11 @@ class Training:
         return adapters if trained and [adapter.name for adapter in adapters] == self.names else []
 
 
-def train(training: Training, launcher: Sequence[str], *, summary: bool = True) -> None:
-    """Train by `accelerate launch`, from the newest checkpoint; its processes end with this one, even if it is killed.
+def train(training: Training, launcher: Sequence[str] = (), *, summary: bool = True) -> None:
+    """Train from the newest checkpoint, in processes that end with this one, even if it is killed.
 
     Args:
+        launcher: Arguments of `accelerate launch`; without any, one process in float32 that needs no launcher.
         summary: Whether the training prints its result and the next commands; its progress and errors are always shown.
 
     Raises:
@@ -62,12 +63,20 @@ def train(training: Training, launcher: Sequence[str], *, summary: bool = True) 
     values = asdict(training.settings) | {"resume_from_checkpoint": "latest", "output_dir": str(training.folder)}
     with atomic_file(file) as temporary:
         write_text(temporary, yaml_text({k: v for k, v in values.items() if v is not None}))
-    command = [sys.executable, "-P", str(SUPERVISOR), sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
-    command += [*launcher, "--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-P", str(SUPERVISOR), sys.executable]
+    if launcher:
+        command += ["-m", "accelerate.commands.launch", "--quiet", *launcher, "--num_cpu_threads_per_process", threads]
     command += [str(files("stepfuse.train") / f"{training.settings.algorithm}.py"), "--config", str(file)]
     # Its standard input closes when this process ends. In a new session it gets no Ctrl-C from the terminal.
     stdout = None if summary else subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=stdout, start_new_session=True) as process:
+    environment = os.environ | {"OMP_NUM_THREADS": threads}
+    if not launcher:  # `accelerate launch` sets these itself
+        environment |= {f"ACCELERATE_{name}": "no" for name in ("MIXED_PRECISION", "DYNAMO_BACKEND")}
+        environment |= {"ACCELERATE_USE_CPU": "false"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=stdout, env=environment, start_new_session=True
+    ) as process:
         try:
             status = process.wait()
         except BaseException:

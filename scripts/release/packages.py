@@ -31,6 +31,7 @@ NEEDED = (  # one file of each kind that is no Python
     "data/emoji-base/pipeline/model_index.json",
     "data/emoji-flow/model_index.json",
     "data/emoji-set/adapter_set.json",
+    "data/emoji-flow-set/adapter_set.json",
     "configs/constraints.txt",
     "configs/sets/emoji.yaml",
     "fuse/sets/adapter_set.schema.json",
@@ -92,7 +93,9 @@ def build_packages(root: Path, folder: Path, shell: Shell) -> Packages:
     shell.run([*build, str(folder / "dist"), "--sdist", "--wheel", str(source)])
     (wheel,), (sdist,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(unpacked, filter="data")
+        if hasattr(tarfile, "data_filter"):  # not in Python 3.11 before 3.11.4
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(unpacked)
     (top,) = unpacked.iterdir()
     shell.run([*build, str(folder / "again"), "--wheel", str(top)])
     (again,) = (folder / "again").glob("*.whl")

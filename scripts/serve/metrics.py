@@ -18,7 +18,7 @@ class Metrics:
             ["status"],
             registry=registry,
         )
-        self._images = Counter("stepfuse_images", "Images that were drawn.", registry=registry)
+        self._images = Counter("stepfuse_images", "Images that were generated.", registry=registry)
         self._request_seconds = Histogram(
             "stepfuse_request_seconds",
             "Seconds from the arrival of a request to its last image.",
@@ -26,7 +26,9 @@ class Metrics:
             registry=registry,
         )
         self._waiting = Gauge("stepfuse_queue_requests", "Requests that wait.", registry=registry)
-        self._running = Gauge("stepfuse_running_requests", "Requests that are being drawn.", registry=registry)
+        self._running = Gauge(
+            "stepfuse_running_requests", "Requests whose images are being generated.", registry=registry
+        )
         self._rows = Histogram(
             "stepfuse_forward_rows", "Rows of requests in a forward.", buckets=ROWS, registry=registry
         )

@@ -4,7 +4,6 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -12,12 +11,12 @@ from types import FrameType
 import torch
 import uvicorn
 
+from stepfuse.data.stages import stage
 from stepfuse.fuse.backbones.compilation import check_compilation
 from stepfuse.fuse.backbones.denoiser import ForwardRows
 from stepfuse.fuse.backbones.guidance import Latents
 from stepfuse.fuse.sampling.shared_forwards import SharedForwards
-from stepfuse.rewards.over_http import read_token
-from stepfuse.scripts.serve.access import Access, is_loopback
+from stepfuse.scripts.serve.access import Access
 from stepfuse.scripts.serve.app import Service, make_app
 from stepfuse.scripts.serve.drawing import Limits, read_drawing
 from stepfuse.scripts.serve.engine import Engine
@@ -26,7 +25,7 @@ from stepfuse.scripts.serve.host_memory import keep_what_is_loaded
 from stepfuse.scripts.serve.metrics import Metrics
 from stepfuse.scripts.serve.prepared import prepare
 from stepfuse.scripts.serve.served_sets import ServedSet, load_sets
-from stepfuse.scripts.serve.settings import TOKEN, ServeSettings
+from stepfuse.scripts.serve.settings import ServeSettings
 
 # Where proxies may be, when anybody may draw: of the addresses that X-Forwarded-For names, the last one outside these
 # networks is the client's.
@@ -53,14 +52,13 @@ def serve(
     sets: Sequence[str | Path],
     settings: ServeSettings,
     *,
-    token_file: Path | None,
+    access: Access,
+    listener: socket.socket,
     dtype: torch.dtype,
     device: str,
 ) -> None:
-    """Serve sets of one base until SIGTERM or SIGINT; a ValueError for what cannot be served, before it listens."""
-    access = access_of(settings, token_file)
-    listener = listen(settings.host, settings.port)
-    try:
+    """Serve sets of one base until SIGTERM or SIGINT, and close the socket; a ValueError for what cannot be served."""
+    with listener:
         service = make_service(sets, settings, access=access, dtype=dtype, device=device)
         config = uvicorn.Config(
             make_app(service),
@@ -76,8 +74,6 @@ def serve(
         names = ", ".join(service.sets)
         print(f"{names} at http://{shown}:{port}{'/#token=' + access.token if access.token else ''}", flush=True)
         Server(config, service, settings.grace).run(sockets=[listener])
-    finally:
-        listener.close()
 
 
 def make_service(
@@ -96,6 +92,7 @@ def make_service(
     engine = Engine(
         forwards, metrics=metrics, max_waiting=settings.max_queue, max_per_client=settings.bound("max_queue_per_client")
     )
+    stage("Generating a first image of each set …")
     for each in loaded:
         warm_up(each, forwards)
     height, width = backbone.size()
@@ -123,37 +120,4 @@ def warm_up(served: ServedSet, forwards: SharedForwards) -> None:
         with torch.no_grad():
             prepared.draw(predict)
     except RequestError as error:
-        raise ValueError(f"{served.name} cannot draw an image: {error}") from error
-
-
-def access_of(settings: ServeSettings, token_file: Path | None) -> Access:
-    """Who may draw: this machine alone, or whoever has the token; with `public` anybody."""
-    token = read_token(token_file, TOKEN)
-    if settings.public and token_file is not None:
-        raise ValueError("--public and --token_file; expected one of the two")
-    if settings.public:
-        return Access(any_host=True)
-    loopback = is_loopback(settings.host)
-    if token is None and not loopback:
-        raise ValueError(
-            f"--host {settings.host} is reached from other machines; give --token_file, with a token that clients "
-            "must send, or --public to let anybody draw"
-        )
-    if token is not None and len(token) < 16:
-        raise ValueError(f"the token has {len(token)} characters; expected at least 16")
-    return Access(token=token, any_host=not loopback or token is not None)
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; a ValueError says why there is none."""
-    with ExitStack() as failed:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = failed.enter_context(socket.socket(family, kind, protocol))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(1024)
-        except OSError as error:
-            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror or error})") from error
-        failed.pop_all()
-        return listener
+        raise ValueError(f"{served.name} cannot generate an image: {error}") from error

@@ -22,6 +22,7 @@ from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set
 from stepfuse.fuse.sets.entries import objective_to_dict
 from stepfuse.fuse.sets.hub import parse_id
+from stepfuse.fuse.sets.set_name import set_name
 from stepfuse.rewards.registry import reward_unit
 
 EXAMPLES = ("a fox on a green background", "a red apple on a blue background", "a cat face on a purple background")
@@ -36,7 +37,8 @@ class ServedSet:
 
     Attributes:
         name: the `model` of requests.
-        source: what others load it by: a hub's id, an embedded set, or else its name.
+        source: what others load it by: a hub's id, a bundled set, or a path relative to where the server was started;
+            of other folders only the name, since clients need not know where they are.
         loaded: the set, with its objectives' own names.
         sampler: with the names on the network.
         suffix: of these.
@@ -106,7 +108,7 @@ def load_sets(
         ValueError: for a faulty set, two of one name, one of another base than the first, one whose default rule needs
             rewards, and adapters that cannot be batched.
     """
-    named = [_names(source) for source in sources]
+    named = [names_of(source) for source in sources]
     for name, _ in named:
         if [other for other, _ in named].count(name) > 1:
             raise ValueError(f"two sets are named {name!r}; rename the folder of one of them")
@@ -158,13 +160,18 @@ def renamed(loaded: AdapterSet, suffix: str) -> AdapterSet:
     )
 
 
-def _names(source: str | Path) -> tuple[str, str]:
+def names_of(source: str | Path) -> tuple[str, str]:
     """A set's name, and what others load it by."""
     text = str(source)
     if not Path(text).is_dir() and parse_id(text) is not None:
         return text.partition("@")[0], text
-    name = Path(text).resolve().name
-    return name, name
+    path = Path(text)
+    local = not path.is_absolute() and ".." not in path.parts  # as it is typed where the server was started
+    if local and path.name:
+        return set_name(path), text
+    folder = path.resolve()
+    name = set_name(folder)
+    return name, name if name == folder.name else f"{name}/{folder.name}"
 
 
 def _identity(loaded: AdapterSet) -> str:

@@ -23,11 +23,13 @@ class ServeSettings:
     )
     port: int = _address(8000, "Port to listen on, 0 for any free one.", least=0, most=65535)
     public: bool = _address(
-        False, "Let anybody who reaches the address draw, without a token (default: only this machine, or by a token)."
+        False,
+        "Let anybody who reaches the address generate images, without a token (default: only this machine, or by a "
+        "token).",
     )
     trusted_proxies: str | None = _address(
         None,
-        "Addresses and networks of proxies whose X-Forwarded-For tells clients apart, such as 10.0.0.0/8 (default: "
+        "Addresses and networks of proxies whose X-Forwarded-For names the client, such as 10.0.0.0/8 (default: "
         "this machine; with --public all private networks).",
         metavar="ADDRESSES",
     )

@@ -19,6 +19,7 @@ import * as transfer from "./transfer.js";
 const TYPING = 120; // milliseconds without a key until a text is drawn
 const FIELDS = ["prompt", "seed", "weights", "strength", "rule", "compare", "steps", "guidance", "guidance_scale", "size"]
   .concat(["negative_prompt", "rule_options", "weights_on", "picture", "file", "frames"]);
+const HANDS = ["", "", "Move the slider", "Drag the point in the triangle"]; // by the number of objectives
 const NUMBERS = ["steps", "guidance_scale", "width", "height"];
 
 let served = null; // the answer of /v1/sets
@@ -80,6 +81,9 @@ function take(next) {
 
 function showSet() {
   byId("set").value = set.name;
+  document.title = `${set.name} – stepfuse`;
+  const hand = HANDS[names(set).length] ?? "Move the sliders";
+  byId("hand").textContent = hand && `${hand} to change how much each counts.`;
   weights = weightsControl(byId("weights"), names(set), moved);
   const rules = set.rules.map((rule) => [rule.name, rule.name]);
   choices(byId("rule"), rules);
@@ -160,7 +164,7 @@ function mark() {
   const here = cells.filter((cell) => Math.abs(cell.strength - settings.strength) < 1e-6).map((cell) => cell.point);
   const count = names(set).length;
   const dots = count === 3 && here.length ? "; rings: measured mixtures" : "";
-  say(byId("legend"), count === 2 || count === 3 ? `Small pictures: drawn in advance${dots}.` : "");
+  say(byId("legend"), count === 2 || count === 3 ? `Small pictures: generated in advance${dots}.` : "");
   weights.mark(here, gallery.of(stage.views[0].context).filter((picture) => picture.steps <= settings.steps));
 }
 

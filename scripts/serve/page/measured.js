@@ -36,10 +36,14 @@ export function showMeasured({ gains, note, title, fronts, key }, set, settings)
   note.replaceChildren(
     ...remarks.map((remark) => element("span", {}, [remark])),
     element("span", {}, [
-      `Mean gain over the base with 95 % intervals; ${evaluation.prompts} held-out prompts × ${evaluation.seeds} seeds.`,
+      `Mean gain over the base with 95 % intervals; ${count(evaluation.prompts, "prompt")} × ${count(evaluation.seeds, "seed")}.`,
     ]),
   );
   showFronts({ title, fronts, key }, names, series, settings.strength, evaluation.units);
+}
+
+function count(number, noun) {
+  return `${number} ${noun}${number === 1 ? "" : "s"}`;
 }
 
 /** A plot for each pair of rewards, or for the pair that is chosen where there are more than three. */

@@ -9,7 +9,7 @@ const SMALL = 256; // pixels: smaller pictures are enlarged by whole factors, wi
 export class View {
   constructor() {
     this.image = element("img", { alt: "", draggable: "false" });
-    this.waiting = element("p", { class: "waiting" }, ["drawing…"]);
+    this.waiting = element("p", { class: "waiting" }, ["generating…"]);
     this.frame = element("div", { class: "frame" }, [this.image, this.waiting]);
     this.bar = element("progress", { max: 1, value: 0, "aria-label": "Denoising" });
     this.rule = element("b");
@@ -59,7 +59,7 @@ export class View {
     }
     const { weights, steps } = this.settings;
     const parts = behind ? ["of the last valid settings"] : [];
-    if (!sameWeights(picture.weights, weights)) parts.push("nearest drawn weights");
+    if (!sameWeights(picture.weights, weights)) parts.push("nearest generated weights");
     if (picture.steps !== steps) parts.push(`${picture.steps} of ${steps} steps`);
     this.text.textContent = parts.length ? parts.join(", ") : `exact, ${steps} steps`;
   }

@@ -1,0 +1,57 @@
+"""Lines on stderr that say what a program does while nothing else is shown, such as importing torch.
+
+Programs show them, the command line and training. As a library, stepfuse prints nothing: the lines are records of the
+logger `stepfuse.stages` at level INFO.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+logger = logging.getLogger("stepfuse.stages")
+T = TypeVar("T")
+
+
+def stage(text: str) -> None:
+    """Say what begins now and may take seconds."""
+    logger.info(text)
+
+
+def announce_imports() -> None:
+    """Say that torch and diffusers are imported next, unless they are imported already."""
+    if "diffusers" not in sys.modules:
+        stage("Loading torch and diffusers …")
+
+
+def counted(items: Sequence[T], what: str) -> Iterable[T]:
+    """The items, and while a program shows its stages on a terminal, a bar below them that counts the items."""
+    if not (logger.handlers and sys.stderr.isatty()):
+        return items
+
+    from tqdm import tqdm
+
+    return tqdm(items, desc=what, leave=False)
+
+
+@contextmanager
+def stages_shown(*, shown: bool = True) -> Iterator[None]:
+    """Write the stages of a program to stderr.
+
+    Args:
+        shown: Whether this process writes them; of several processes that train together, one does.
+    """
+    if not shown:
+        yield
+        return
+    handler, level, propagate = logging.StreamHandler(sys.stderr), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # else a handler of the root logger, which a library may add, would repeat them
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
