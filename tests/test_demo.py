@@ -199,10 +199,11 @@ def test_three_objectives_are_trained_in_one_run(tmp_path: Path, monkeypatch: py
 
 def test_a_demo_says_after_which_step_it_continues(tmp_path: Path) -> None:
     training = joint_training(tmp_path / "adapters", seed=0, quick=False, objectives=2)
-    assert progress(training) == "It takes 7 steps"
+    assert progress(training, continued=False) == "It takes 7 steps"
+    assert progress(training, continued=True) == "No step was saved yet, so it begins with the first of 7 steps"
     for step in (3, 5):
         (tmp_path / "adapters" / f"checkpoint-{step}").mkdir(parents=True)
-    assert progress(training) == "Continuing after step 5 of 7 steps"
+    assert progress(training, continued=True) == "Continuing after step 5 of 7 steps"
 
 
 def test_a_demo_is_not_begun_in_a_folder_that_holds_something(tmp_path: Path) -> None:

@@ -346,7 +346,7 @@ def test_group_that_does_not_divide_the_batch_is_refused(desk, monkeypatch):
     ("reward", "culprit"),
     [
         ("compresibility", "no reward 'compresibility'; expected one of clip_score"),
-        ("mine.py:score", "no Python file 'mine.py'"),
+        ("mine.py:score", "no file 'mine.py'"),
         ("here.py:score", "here.py has no function or class 'score'"),
         ("colourfulness:big", "takes no argument, got 'big'"),
     ],
