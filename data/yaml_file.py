@@ -37,8 +37,9 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f", line {mark.line + 1}" if mark else ""
+        marks = [mark for mark in (error.context_mark, error.problem_mark) if mark]  # where it begins, and is noticed
+        lines = sorted({mark.line + 1 for mark in marks})
+        line = f", line {' to '.join(map(str, lines))}" if lines else ""
         reason = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
         raise ValueError(f"{name}{line} is not YAML: {reason}") from error
     except (yaml.YAMLError, RecursionError) as error:

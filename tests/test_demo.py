@@ -49,7 +49,7 @@ def test_the_demo_says_what_it_shows(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     assert "It took 1.5 minutes." in printed
     assert "NOT SHOWN" not in printed
-    assert "+1.12 [+0.125, +2.12]" in printed
+    assert "+1.1 [+0.1, +2.1]" in printed
     assert re.search(r"^ +lightness, L\* +subject_size, percent$", printed, re.MULTILINE)
 
 

@@ -56,6 +56,7 @@ def test_every_config_that_is_shipped_makes_cells(config):
     emoji = ["compressibility", "colourfulness", "alignment"]
     names = {
         "emoji": emoji,
+        "emoji-flow": ["lightness", "subject_size"],
         "emoji-joint": emoji,
         "emoji-thirds": emoji,
         "sd15": ["alignment", "compressibility"],

@@ -106,7 +106,10 @@ def check_weights(texts: Sequence[str], names: Sequence[str] | None) -> list[Wei
     Args:
         names: The objectives of the set, or None if they are not known yet.
     """
-    parsed: list[Weights] = [parse_weights(text) for text in texts]
+    try:
+        parsed: list[Weights] = [parse_weights(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--weights: {error}") from error
     for weights in parsed:
         for name in weights:
             if names is not None and name not in names:

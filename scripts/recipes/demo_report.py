@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from stepfuse.data.intervals import interval_text
 from stepfuse.rewards.registry import reward_unit
-from stepfuse.rewards.statistics import Interval
 
 PROMPT = "a fox on a green background"
 
@@ -34,7 +34,7 @@ def gains_table(results: Mapping) -> str:
     rewards = dict(zip(names, results["rewards"], strict=True))
     heads = [f"{name}, {unit}" if (unit := reward_unit(rewards[name])) else name for name in names]
     first = max(map(len, gains)) + 2
-    rows = [[column, *(str(Interval(**by[name])) for name in names)] for column, by in gains.items()]
+    rows = [[column, *(interval_text(by[name], signed=True) for name in names)] for column, by in gains.items()]
     wide = 2 + max(len(cell) for row in [heads, *(row[1:] for row in rows)] for cell in row)
     title = f"Gain over the base on {results['prompts']} held-out prompts, mean [95 % interval over prompts]:"
     lines = [" " * first + "".join(f"{head:>{wide}}" for head in heads)]
