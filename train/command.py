@@ -27,7 +27,8 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
     output: str | None = None
     try:
         values = parse_values(settings_type, sys.argv[1:])
-        check_rewards(values)
+        if train is None:  # distillation computes no rewards
+            check_rewards(values)
         output = str(values["output_dir"])
         check_free(Path(output), empty=not values["overwrite"] and values["resume_from_checkpoint"] is None)
         with stages_shown(shown=os.environ.get("RANK", "0") == "0"):
