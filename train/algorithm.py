@@ -45,6 +45,7 @@ class Algorithm(ABC, Generic[S]):
         updates_per_rollout: number of optimiser steps on each rollout.
         adds_kl: whether beta times the KL is added to the loss, which otherwise contains it already.
         measures_kl: whether the KL of its Gaussians is the KL of denoising steps.
+        margin: how far the rewards of a pair have to differ, of an algorithm that makes pairs.
     """
 
     name: ClassVar[str]
@@ -52,6 +53,7 @@ class Algorithm(ABC, Generic[S]):
     updates_per_rollout: int = 1
     adds_kl: bool = False
     measures_kl: bool = True
+    margin: float = 0.0
 
     def __init__(self, settings: TrainSettings) -> None:
         self.settings = settings

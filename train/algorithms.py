@@ -28,6 +28,10 @@ class DPO(RolloutAlgorithm[PairedStep]):
     settings: DPOSettings
     name: ClassVar[str] = "dpo"
 
+    def __init__(self, settings: DPOSettings) -> None:
+        super().__init__(settings)
+        self.margin = settings.margin
+
     def collect(
         self,
         sampling: Sampling,

@@ -126,7 +126,7 @@ def fit(
             measured = update(batches, progress.step + 1, first=index == 0) | of_rollout
             progress.step += 1
             if "kept_pairs" in measured:
-                health.check_pairs(measured["kept_pairs"], progress.step, getattr(settings, "margin", 0.0))
+                health.check_pairs(measured["kept_pairs"], progress.step, algorithm.margin)
             progress.kl = measured.get("kl")
             keep_kl_steps(progress, measured, len(setup.sampling.steps), setup.engine.policy.adapters)
             display.advance(measured, new_images=index == 0)
