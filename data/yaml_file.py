@@ -37,8 +37,10 @@ def parse_yaml(text: str, name: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        marks = [mark for mark in (error.context_mark, error.problem_mark) if mark]  # where it begins, and is noticed
-        lines = sorted({mark.line + 1 for mark in marks})
+        marks = [error.problem_mark or error.context_mark]
+        if (error.context or "").startswith("while "):  # what is read began earlier than where the fault is noticed
+            marks.append(error.context_mark)
+        lines = sorted({mark.line + 1 for mark in marks if mark})
         line = f", line {' to '.join(map(str, lines))}" if lines else ""
         reason = ": ".join(" ".join(part.split()) for part in (error.context, error.problem) if part)
         raise ValueError(f"{name}{line} is not YAML: {reason}") from error
