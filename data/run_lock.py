@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from stepfuse.data.main_process import is_main_process
 from stepfuse.data.output_file import output_errors
 from stepfuse.data.output_folder import created_folder, require_empty_dir, resolve_folder
 from stepfuse.data.text_files import write_text
@@ -22,7 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process holds the lock, or the folder cannot be written to.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         yield
         return
     with created_folder(folder):
@@ -40,7 +41,7 @@ def check_free(folder: Path, *, empty: bool) -> None:
 
     Nothing is created, and no lock is held afterwards, so the run itself checks again.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_main_process():
         return
     resolved = resolve_folder(folder)
     with output_errors(folder):

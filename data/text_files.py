@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from stepfuse.data.main_process import is_main_process
+
 _BYTE_ORDER_MARKS = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
@@ -139,5 +141,5 @@ def print_any_text() -> None:
 
 def note(text: str) -> None:
     """Print a line about the input on standard error, in the first of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(printable(text), file=sys.stderr, flush=True)

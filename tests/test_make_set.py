@@ -14,11 +14,10 @@ from stepfuse.data.folder_swap import WORK
 from stepfuse.fuse.backbones.loading import load_pipeline
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE
 from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.card import write_card
 from stepfuse.fuse.sets.create import add_adapter, copy_set, create_set
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import MANIFEST, OBJECTIVE
 from stepfuse.scripts.cli.main import main
 from tests.fixtures_tiny import refused
 

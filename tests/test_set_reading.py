@@ -19,13 +19,13 @@ from stepfuse.data.json_file import write_json
 from stepfuse.fuse.lora import tensor_file
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter
+from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.fuse.sets.adapter_set import load_set, save_manifest
 from stepfuse.fuse.sets.create import create_set, find_adapter
 from stepfuse.fuse.sets.edit import set_licences
 from stepfuse.fuse.sets.entries import adapter_to_dict
 from stepfuse.fuse.sets.export import export
-from stepfuse.fuse.sets.manifest import FORMAT_VERSION, MANIFEST
+from stepfuse.fuse.sets.manifest import FORMAT_VERSION, MANIFEST, OBJECTIVE
 from tests.fixtures_strangers import edit
 from tests.fixtures_tiny import refused
 

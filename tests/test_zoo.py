@@ -21,9 +21,10 @@ from stepfuse.fuse.lora.file import check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.sampling.sampler import FusedSampler
-from stepfuse.fuse.sets.adapter import OBJECTIVE, read_adapter, write_adapter
+from stepfuse.fuse.sets.adapter import read_adapter, write_adapter
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.fuse.sets.entries import Adapter
+from stepfuse.fuse.sets.manifest import OBJECTIVE
 from tests.fixtures_formats import read_any_layout
 from tests.fixtures_sampler import ALPHA_BAR, PROMPTS, SCALE, assert_near, noise
 from tests.fixtures_tiny import ddim, refused, save_stable_diffusion

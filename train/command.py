@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepfuse.data.main_process import is_main_process
 from stepfuse.data.run_lock import check_free
 from stepfuse.data.stages import announce_imports, stages_shown
 from stepfuse.data.text_files import print_any_text, printable, write_text
@@ -31,7 +32,7 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
             check_rewards(values)
         output = str(values["output_dir"])
         check_free(Path(output), empty=not values["overwrite"] and values["resume_from_checkpoint"] is None)
-        with stages_shown(shown=os.environ.get("RANK", "0") == "0"):
+        with stages_shown(shown=is_main_process()):
             settings = settings_type(**values)
             announce_imports()
 
@@ -43,7 +44,7 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
     except ValueError as error:
         _fail(f"error: {printable(error)}")
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             print(f"\n{_interrupted(output)}", file=sys.stderr, flush=True)
         sys.exit(130)
 

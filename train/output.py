@@ -18,7 +18,7 @@ from stepfuse.data.text_files import write_text
 from stepfuse.data.yaml_file import read_yaml, yaml_text
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import NAME
-from stepfuse.fuse.sets.adapter import OBJECTIVE
+from stepfuse.fuse.sets.manifest import OBJECTIVE
 from stepfuse.rewards.reward_name import parse_reward
 from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, list_checkpoints, newest_intact
 from stepfuse.train.settings import TrainSettings

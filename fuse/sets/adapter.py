@@ -24,9 +24,7 @@ from stepfuse.fuse.lora.factors import Factors, put_on, scale_to_one
 from stepfuse.fuse.lora.file import LoRAFile, check_fits, open_lora
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.sets.entries import Adapter, adapter_from_dict, adapter_to_dict
-from stepfuse.fuse.sets.manifest import FORMAT_VERSION, read_versioned
-
-OBJECTIVE = "objective.json"
+from stepfuse.fuse.sets.manifest import FORMAT_VERSION, OBJECTIVE, read_versioned
 
 
 def write_adapter(adapter: Adapter, factors: Mapping[str, Factors], part: str) -> Adapter:

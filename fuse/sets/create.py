@@ -17,12 +17,12 @@ from stepfuse.fuse.backbones.loading import check_embeds_guidance
 from stepfuse.fuse.diffusion.variance import EtaSchedule, VarianceSchedule
 from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.registry import RULES
-from stepfuse.fuse.sets.adapter import OBJECTIVE, check_adapter, copy_adapter, read_adapter
+from stepfuse.fuse.sets.adapter import check_adapter, copy_adapter, read_adapter
 from stepfuse.fuse.sets.adapter_set import AdapterSet, load_set, make_oracle, read_manifest, save_manifest, set_folder
 from stepfuse.fuse.sets.card import is_card
 from stepfuse.fuse.sets.edit import add_license
 from stepfuse.fuse.sets.entries import Adapter, weights_to_dict
-from stepfuse.fuse.sets.manifest import CARD, MANIFEST, SHOWN, adapter_entries, check_files, check_writable
+from stepfuse.fuse.sets.manifest import CARD, MANIFEST, OBJECTIVE, SHOWN, adapter_entries, check_files, check_writable
 from stepfuse.fuse.sets.set_training import training_of
 
 PACKAGES = ("stepfuse", "torch", "diffusers", "peft")

@@ -19,6 +19,7 @@ from stepfuse.fuse.lora.safe_files import check_no_pickle
 
 FORMAT_VERSION = 1
 MANIFEST = "adapter_set.json"
+OBJECTIVE = "objective.json"  # in the folder of an adapter, as training writes it
 CARD, FRONTS, STRIP = "README.md", "fronts.png", "strip.png"  # beside the manifest, where there are some
 SHOWN = (CARD, FRONTS, STRIP, KL_PICTURE)
 EMBEDDED_SETS = dict(emoji.ADAPTER_SETS)

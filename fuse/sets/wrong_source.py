@@ -10,9 +10,8 @@ from stepfuse.data.names import suggestion
 from stepfuse.data.near_folders import near_folders
 from stepfuse.data.text_files import file_name
 from stepfuse.fuse.lora.safe_files import WEIGHTS
-from stepfuse.fuse.sets.manifest import MANIFEST
+from stepfuse.fuse.sets.manifest import MANIFEST, OBJECTIVE
 
-OBJECTIVE = "objective.json"  # of an adapter, which training writes
 PIPELINE = "model_index.json"  # of a base model, which diffusers writes
 TRAIN = "python -m stepfuse.train.dpo --pretrained_model_name_or_path"
 

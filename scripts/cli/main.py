@@ -8,6 +8,7 @@ import select
 import sys
 from collections.abc import Sequence
 
+from stepfuse.data.main_process import is_main_process
 from stepfuse.data.stages import stages_shown
 from stepfuse.data.text_files import print_any_text, printable
 from stepfuse.scripts.cli.parser import Parser
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = argparse.Namespace()
     try:
         parsed = parse(sys.argv[1:] if arguments is None else arguments)
-        with stages_shown(shown=os.environ.get("RANK", "0") == "0"):
+        with stages_shown(shown=is_main_process()):
             parsed.run(parsed)
         sys.stdout.flush()
     except BrokenPipeError:
