@@ -140,10 +140,11 @@ def test_the_demo_goes_the_whole_way_and_on_where_it_was_killed(
         with Image.open(output / name) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 100  # not a blank sheet
     for column, gains in written["gain_over_base"].items():
+        row = next(line for line in printed.splitlines() if line.strip().startswith(f"{column} "))
         for objective in written["objectives"]:
             difference = written["means"][column][objective] - written["means"]["base"][objective]
             assert gains[objective]["mean"] == pytest.approx(difference, abs=1e-5)
-            assert f"{gains[objective]['mean']:+.3g} [" in printed
+            assert interval_text(gains[objective], signed=True) in row
 
     def files() -> dict[str, int]:
         return {str(file): file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
