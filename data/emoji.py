@@ -18,6 +18,7 @@ ADAPTER_SET = Path(__file__).parent / "emoji-set"
 FLOW_ADAPTER_SET = Path(__file__).parent / "emoji-flow-set"
 ADAPTER_SETS = {"emoji-flow": FLOW_ADAPTER_SET, "emoji": ADAPTER_SET}  # each has the name of its base
 RESOLUTION = 64
+GUIDANCE_SCALES = {"emoji-flow": 2.0}  # of bases whose images are better with guidance, also if trained without it
 
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "red": (206, 48, 52),

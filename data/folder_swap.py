@@ -116,7 +116,7 @@ def remove(work: Path) -> None:
 
 
 @contextmanager
-def locked(output: Path, folder: Path, *, seconds: float) -> Iterator[None]:
+def swap_lock(output: Path, folder: Path, *, seconds: float) -> Iterator[None]:
     """Lock a folder among processes, where the filesystem has locks; the kernel releases it when the process ends.
 
     Where another process holds it for longer than these seconds, ValueError is raised.

@@ -7,6 +7,17 @@ from collections.abc import Collection, Iterable
 # commands it finds 99 % with one typing error, and suggests something for 5 % of the names that mean another flag.
 NEAR = 0.66
 MOST = 5  # names in one suggestion
+# What other programs call a flag or an argument, and what it may be called here.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "batch_size": ("train_batch_size",),
+    "cfg": ("guidance_scale",),
+    "cfg_scale": ("guidance_scale",),
+    "lr": ("learning_rate",),
+    "max_steps": ("max_train_steps",),
+    "model": ("pretrained_model_name_or_path",),
+    "num_inference_steps": ("steps", "sample_num_steps"),
+    "num_steps": ("num_inference_steps", "steps", "sample_num_steps"),
+}
 
 
 def nearest(name: object, names: Iterable[str]) -> str:
@@ -21,7 +32,8 @@ def nearest(name: object, names: Iterable[str]) -> str:
 def near_names(name: object, names: Iterable[str]) -> list[str]:
     """The few known names that may have been meant: those that begin with the given one, or else those similar to it.
 
-    The nearest comes first. A beginning has two letters or more; what is similar is stated by `NEAR`.
+    The nearest comes first. A beginning has two letters or more; what is similar is stated by `NEAR`. A name that other
+    programs use has the meaning that `SYNONYMS` states.
     """
     known: dict[str, str] = {}
     for candidate in names:
@@ -29,6 +41,8 @@ def near_names(name: object, names: Iterable[str]) -> list[str]:
     folded = _folded(str(name))
     if folded in known:
         return [known[folded]]
+    if meant := [known[name] for name in SYNONYMS.get(folded, ()) if name in known]:
+        return meant[:1]
     if len(folded.strip("_")) < 2:
         return []
     close = sorted((candidate for candidate in known if candidate.startswith(folded)), key=len)

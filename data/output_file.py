@@ -1,5 +1,6 @@
 """Output files: refused before work goes into them, and replaced whole or not at all."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,13 @@ def require_new_file(output: Path, *, overwrite: bool, option: str = "--output")
         if not file.exists() or file.is_file():  # devices need no file beside them
             check_parents(output, file.parent)
     return file
+
+
+def unused_path(path: Path, ending: str = "") -> Path:
+    """This path, or with a number before its ending the first that does not exist: `out-2.png` for `out.png`."""
+    stem = path.name.removesuffix(ending)
+    numbered = (path.with_name(f"{stem}-{number}{ending}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], numbered) if not os.path.lexists(each))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from stepfuse.data.folder_files import check_replaceable, delete_empty_parents, reachable
-from stepfuse.data.folder_swap import NEW, PLAN, WORK, complete_swap, locked, remove, swap
+from stepfuse.data.folder_swap import NEW, PLAN, WORK, complete_swap, remove, swap, swap_lock
 from stepfuse.data.output_file import check_parents, output_errors, real_path
 
 NOT_CONTENT = (WORK, "lost+found")  # the second is in the root folder of every ext4 volume
@@ -97,7 +97,7 @@ def atomic_output_dir(
         ValueError: for an output that cannot be written, is in use by another process, or holds files of other origin
             where new files are to be.
     """
-    with created_folder(output) as folder, output_errors(output), locked(output, folder, seconds=0):
+    with created_folder(output) as folder, output_errors(output), swap_lock(output, folder, seconds=0):
         complete_swap(output, folder)
         work = folder / WORK
         try:
@@ -116,7 +116,7 @@ def complete_interrupted(output: Path) -> None:
     """Complete an interrupted replacement of a folder's content; if it fails, ValueError says where the files are."""
     folder = Path(os.path.realpath(output))
     if (folder / WORK / PLAN).is_file():
-        with output_errors(output), locked(output, folder, seconds=10):
+        with output_errors(output), swap_lock(output, folder, seconds=10):
             complete_swap(output, folder)
 
 

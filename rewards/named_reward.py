@@ -51,25 +51,28 @@ class NamedReward:
         return self.build is not None and self.differentiable
 
     def state(self) -> str:
-        """Return "ready", what the argument must give, what to install, or what happens at first use."""
+        """Return "ready", what the argument must give, what to install, or what the first use does."""
         if self.package and find_spec(self.package) is None:
             return f"needs pip install 'stepfuse[{self.extra}]'"
         cached = [try_to_load_from_cache(file.repo, file.name, revision=file.revision) for file in self.files]
         missing = [file for file, path in zip(self.files, cached, strict=True) if not isinstance(path, str)]
         if missing:
-            return f"downloads {size_label(sum(file.size for file in missing))} at first use"
-        if self.file is not None:
-            requirements = self.file.with_suffix(".txt")
-            if not is_complete(environment_folder(requirements)):
-                return f"creates an environment of {requirements.name} at first use"
+            return f"downloads {size_label(sum(file.size for file in missing))}"
+        if self.file is not None and not is_complete(environment_folder(self.file.with_suffix(".txt"))):
+            return "creates an environment"
         return self.needs or "ready"
 
 
 def table(rewards: Mapping[str, NamedReward]) -> list[tuple[str, ...]]:
     """Return the rows of `stepfuse reward list`, beginning with the header."""
-    rows: list[tuple[str, ...]] = [("reward", "gradient", "download", "in memory", "at first use", "licence", "source")]
+    rows: list[tuple[str, ...]] = [("reward", "gradient", "download", "in memory", "at first use")]
     for name, info in rewards.items():
         gradient = "yes" if info.differentiable else "no"
         download = size_label(sum(file.size for file in info.files))  # without packages of an environment
-        rows.append((name, gradient, download, size_label(info.weights), info.state(), info.licence, info.source))
+        rows.append((name, gradient, download, size_label(info.weights), info.state()))
     return rows
+
+
+def sources(rewards: Mapping[str, NamedReward]) -> list[tuple[str, ...]]:
+    """Return the rows of `stepfuse reward list --sources`, beginning with the header."""
+    return [("reward", "license", "source"), *((name, info.licence, info.source) for name, info in rewards.items())]

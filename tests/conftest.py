@@ -154,7 +154,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def emoji_service() -> Any:
-    """The embedded set, loaded to be served; not started."""
+    """The bundled set, loaded to be served; not started."""
     from tests.fixtures_serve import load_service
 
     return load_service("emoji")

@@ -1,7 +1,7 @@
 """Latents of a set under every rule: what later versions of the code must draw again.
 
-The set is the first one of the embedded base, of adapters that were trained separately and have different variance
-schedules (docs/evaluation-apart), with one of its oracles.
+The set is the first one of the bundled base, of adapters that were trained separately and have different variance
+schedules (docs/evaluation-separate), with one of its oracles.
 
     python -m tests.fixtures_reference      writes tests/reference/latents.safetensors
 

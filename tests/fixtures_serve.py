@@ -1,4 +1,4 @@
-"""A server on the embedded set, in a thread of this process, and clients of it."""
+"""A server on the bundled set, in a thread of this process, and clients of it."""
 
 import base64
 import io

@@ -29,7 +29,7 @@ from stepfuse.train.settings import SETTINGS, TrainSettings
 from tests.fixtures_training import forget_accelerator
 
 EMBEDDED = ("emoji", "emoji-flow")
-# Whatever a configuration has: the embedded base takes a second for a step of this size.
+# Whatever a configuration has: the bundled base takes a second for a step of this size.
 SMALL = {
     "max_train_steps": 1,
     "checkpointing_steps": 1,
@@ -90,7 +90,7 @@ class Launch:
         return parse_settings({**SETTINGS, "distill": DistillSettings}[name], launcher.training_script_args)
 
     def small(self) -> TrainSettings:
-        """Its settings in small, on the embedded base, with a reward that is here."""
+        """Its settings in small, on the bundled base, with a reward that is here."""
         settings = self.settings
         names = {field.name for field in fields(settings)} - settings.fixed
         changes = {name: value for name, value in SMALL.items() if name in names}

@@ -75,7 +75,9 @@ def as_flags(values: dict) -> list[str]:
 
 def run_main(monkeypatch, algorithm: str, **flags) -> None:
     """main() of one algorithm, with these flags beside the common ones."""
-    flags = COMMON | flags
+    config = Path(str(flags.get("config", "")))
+    several = config.is_file() and "objectives:" in config.read_text()  # each of which has a reward
+    flags = {name: value for name, value in COMMON.items() if name != "reward" or not several} | flags
     if algorithm == "ddpo":
         flags.setdefault("num_generations", 2)
     monkeypatch.setattr(sys, "argv", [f"train/{algorithm}.py", *as_flags(flags)])

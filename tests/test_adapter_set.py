@@ -139,6 +139,7 @@ def test_a_file_that_is_no_json_object_is_named(adapters, adapter_set, text):
         (dict(base={"name_or_path": "x"}), "architecture"),
         (dict(base={"name_or_path": "x", "architecture": "y", "probe": "z"}), "probe"),
         (dict(record=None), "record"),
+        (dict(record={"gain": {"mean": 1.0}}), "expected an object with the numbers mean, low and high"),
     ],
     ids=str,
 )

@@ -194,7 +194,7 @@ def test_memory_is_of_a_process_of_its_own_and_reported_after_the_times(base, se
     small = replace(settings, images=1, steps=1, repeats=1, memory=True)
     benchmark_training(small, report=lambda r: seen.append(r["rows"][0]["peak_memory_mb"]))
     assert seen[0] is None
-    assert seen[1] > 50  # MB, of the embedded base: the other process knows no other
+    assert seen[1] > 50  # MB, of the bundled base: the other process knows no other
 
 
 def test_training_by_the_benchmark_leaves_nothing_behind(base, settings, monkeypatch, tmp_path):

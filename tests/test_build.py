@@ -299,7 +299,7 @@ def test_a_card_says_what_is_not_known(tmp_path):
     assert "No evaluation was made" not in card(loaded, source="emoji", shown=[])
     text = card(replace(loaded, evaluation=None), source="emoji", shown=[])
     front = yaml.safe_load(text.split("---")[1])
-    assert "base_model" not in front  # the embedded base has no hub id
+    assert "base_model" not in front  # the bundled base has no hub id
     assert "No evaluation was made of this set." in text
     for adapter in loaded.adapters:
         assert f"| {adapter.name} | `{adapter.objective.reward}` | {adapter.record['algorithm'].upper()}, " in text

@@ -269,6 +269,25 @@ def test_sample_names_what_is_wrong_and_writes_nothing(set_folder, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("train --config dpo/emoji-joint", "python -m stepfuse.train.dpo"),
+        ("sample emoji --num_inference_steps 5", "did you mean '--steps'?"),
+        ("sample --set emoji", "unknown flag --set; the set is an argument without a flag"),
+        (
+            "sample emoji --prompt a --weights a=1 b=1",
+            "unexpected argument 'b=1'; values of one option are joined by commas",
+        ),
+    ],
+)
+def test_habits_of_other_programs_are_answered(capsys, words, told):
+    with pytest.raises(SystemExit) as error:
+        main(words.split())
+    assert error.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_a_profiled_set_is_sampled_with_a_gate(set_folder, tmp_path, capsys):
     """The profile is measured, told and kept; with a gate above every gap the pictures are the soup's."""
     profiled = tmp_path / "set"

@@ -112,7 +112,7 @@ def test_weights_strengths_and_the_adapters_in_use_compile_nothing_anew(eager, c
 
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_blocks_of_two_widths_under_every_kind_of_network_stay_within_torchs_limit(tmp_path):
-    """The embedded base's transformer blocks are of two widths, which share one piece of code and its limit of graphs.
+    """The bundled base's transformer blocks are of two widths, which share one piece of code and its limit of graphs.
 
     Two widths, and three kinds of network (an adapter a row, soups, averaged factors), each for one number of rows, any
     number, and a single row at most: 18 graphs, and torch gives up at 8 unless told otherwise.

@@ -245,8 +245,8 @@ def test_the_documents_show_the_committed_results() -> None:
 
 
 def test_the_documents_show_the_results_of_separate_training() -> None:
-    """An earlier demo measured them, on both embedded bases."""
-    runs = [json.loads((ROOT / f"docs/embedded-bases/separate-{base}.json").read_text()) for base in emoji.BASES]
+    """An earlier demo measured them, on both bundled bases."""
+    runs = [json.loads((ROOT / f"docs/bundled-bases/separate-{base}.json").read_text()) for base in emoji.BASES]
     rows = {
         "colourfulness adapter alone": "colourfulness alone",
         "colourfulness ¾, compressibility ¼": "colourfulness 0.75, compressibility 0.25",

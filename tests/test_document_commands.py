@@ -85,7 +85,7 @@ def save_set(folder: Path, objectives: Sequence[Objective], oracles: Sequence[Ob
 def prepared(small_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the pages take as given: a set and its adapters, LoRAs as of other tools, images, and an evaluation.
 
-    The embedded base is one of a few thousand random weights here, and the embedded set has such adapters.
+    The bundled base is one of a few thousand random weights here, and the bundled set has such adapters.
     """
     folder, embedded = tmp_path_factory.mktemp("prepared"), load_set("emoji", read_weights=False)
     with pytest.MonkeyPatch.context() as patch:
@@ -238,7 +238,7 @@ def test_the_first_commands_run_as_processes_as_they_stand(desk: Path) -> None:
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{words}\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
     with Image.open("apple.png") as picture:
-        assert picture.size == (256, 256)  # of the embedded base itself, enlarged four times
+        assert picture.size == (256, 256)  # of the bundled base itself, enlarged four times
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)

@@ -86,7 +86,9 @@ def test_the_example_reward_is_loaded_and_listed_by_its_name(
     values = load_reward(name)(torch.cat([white, half_red]), ["", ""])
     assert values.tolist() == pytest.approx([100.0, 100 * 0.299 / 2])
     main(["reward", "list"])
-    assert re.search(r"^brightness +yes +.*ITU-R BT.601", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^brightness +yes +", capsys.readouterr().out, re.MULTILINE)
+    main(["reward", "list", "--sources"])
+    assert re.search(r"^brightness +Apache-2.0 +ITU-R BT.601$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_example_rule_works_by_name_and_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The embedded bases are saved so that transformers 4 and 5 read all of them."""
+"""The bundled bases are saved so that transformers 4 and 5 read all of them."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_the_build_names_them_so(tmp_path):
 
 
 def test_the_page_of_base_models_has_what_was_measured_of_both_bases():
-    measured = [json.loads((ROOT / f"docs/embedded-bases/{name}.json").read_text()) for name in ("emoji-flow", "emoji")]
+    measured = [json.loads((ROOT / f"docs/bundled-bases/{name}.json").read_text()) for name in ("emoji-flow", "emoji")]
     assert all(figures["pairs"] == 256 and figures["choices"] == 32 and figures["steps"] == 20 for figures in measured)
     assert measured[0]["sampled"] >= 0.7
     text = (ROOT / "docs/base-models.md").read_text()
@@ -71,7 +71,7 @@ def test_the_page_of_base_models_has_what_was_measured_of_both_bases():
         assert any(line.startswith(f"| {head}") and cells == line[2:-2].split(" | ")[1:] for line in text.splitlines())
     kept = [f"{figures['gradient_energy']['reconstructed']:.4f}" for figures in measured]
     assert f"| the same of real images after the autoencoder | {kept[0]} | {kept[1]} | |" in text
-    unguided = json.loads((ROOT / "docs/embedded-bases/emoji-flow-unguided.json").read_text())
+    unguided = json.loads((ROOT / "docs/bundled-bases/emoji-flow-unguided.json").read_text())
     assert unguided["guidance_scale"] == 1.0
     assert (
         f"with a guidance scale of 1 the images of `emoji-flow` have {unguided['gradient_energy']['sampled']:.4f}"
@@ -82,7 +82,7 @@ def test_the_page_of_base_models_has_what_was_measured_of_both_bases():
 
 
 def test_the_page_of_base_models_shows_how_visible_rewards_are():
-    measured = json.loads((ROOT / "docs/embedded-bases/visible-rewards.json").read_text())
+    measured = json.loads((ROOT / "docs/bundled-bases/visible-rewards.json").read_text())
     text = (ROOT / "docs/base-models.md").read_text()
     assert f"{measured['steps']} steps of step-level DPO" in text
     assert f"{measured['prompts']} held-out prompts" in text

@@ -17,7 +17,7 @@ from tests.fixtures_tiny import generators
 
 ROOT = Path(__file__).parents[1]
 CARD = emoji.FLOW_ADAPTER_SET / "README.md"
-SUMMARY = json.loads((ROOT / "docs/embedded-bases/flow-set-evaluation.json").read_text())
+SUMMARY = json.loads((ROOT / "docs/bundled-bases/flow-set-evaluation.json").read_text())
 OBJECTIVES = ["lightness", "subject_size"]
 
 
@@ -76,7 +76,7 @@ def test_the_ends_of_the_slider_differ_at_a_glance() -> None:
 
 
 def test_the_page_of_questions_has_the_figures_of_the_collapse() -> None:
-    measured = json.loads((ROOT / "docs/embedded-bases/overtrained.json").read_text())
+    measured = json.loads((ROOT / "docs/bundled-bases/overtrained.json").read_text())
     cells = {(cell["rule"], cell["weights"]): cell for cell in measured["cells"]}
     base, white = cells["base", ""], cells["soup", "lightness=1"]
     means = [cell["rewards"]["clip_score"]["mean"]["mean"] for cell in (base, white)]

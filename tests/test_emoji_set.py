@@ -1,4 +1,4 @@
-"""The embedded adapter set, what is measured of it, and that the figures shown are those of its tables."""
+"""The bundled adapter set, what is measured of it, and that the figures shown are those of its tables."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from tests.fixtures_tiny import generators
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 EVALUATION = ROOT / "docs" / "evaluation"
-APART = ROOT / "docs" / "evaluation-apart"  # of adapters that were trained separately, which the set had before
+APART = ROOT / "docs" / "evaluation-separate"  # of adapters that were trained separately, which the set had before
 CONFIG_OF = {EVALUATION: CONFIGS / "eval" / "emoji-joint.yaml", APART: CONFIGS / "eval" / "emoji.yaml"}
 ACCOUNTS = pytest.mark.parametrize("account", CONFIG_OF, ids=lambda folder: folder.name)
 OBJECTIVES = ["compressibility", "colourfulness", "alignment"]

@@ -118,6 +118,19 @@ def test_a_callback_can_stop_the_run(pipe):
         pipe.interrupt = True
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("num_steps", "; did you mean 'num_inference_steps'"),
+        ("adapter_weights", ""),
+        ("widht", "; did you mean 'width'"),
+    ],
+)
+def test_an_unknown_argument_is_named(pipe, name, told):
+    with pytest.raises(TypeError, match=f"unknown argument '{name}'{told}"):
+        pipe(PROMPTS, WEIGHTS, **{name: 2})
+
+
 def test_guidance_steps_and_rule_may_be_of_one_call(pipe, set_folder):
     options = dict(guidance="full", guidance_scale=2.0, rule="average_noise")
     sampler = FusedSampler.from_pretrained(set_folder, **options)

@@ -1,4 +1,4 @@
-"""What only a GPU can show, on the embedded set; scripts/gpu_check runs these, also on the pretended device."""
+"""What only a GPU can show, on the bundled set; scripts/gpu_check runs these, also on the pretended device."""
 
 import pytest
 import torch
@@ -24,16 +24,25 @@ def on_gpu():
     return FusedSampler.from_pretrained("emoji", device="cuda")
 
 
+@pytest.fixture(scope="module")
+def on_cpu():
+    return FusedSampler.from_pretrained("emoji", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def invariant():
+    return FusedSampler.from_pretrained("emoji", device="cuda", batch_invariant=True)
+
+
 @pytest.mark.parametrize("rule", ["product", "soup", "switch", "average_noise"])
-def test_a_gpu_draws_what_the_cpu_draws(on_gpu, rule):
-    host = FusedSampler.from_pretrained("emoji").with_rule(rule)
-    expected, drawn = (draw(sampler, MIXED, (0, 1)) for sampler in (host, on_gpu.with_rule(rule)))
+def test_a_gpu_draws_what_the_cpu_draws(on_cpu, on_gpu, rule):
+    expected, drawn = (draw(sampler.with_rule(rule), MIXED, (0, 1)) for sampler in (on_cpu, on_gpu))
     torch.testing.assert_close(drawn, expected, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("rule", ["product", "soup", "switch"])
-def test_with_batch_invariant_an_image_has_the_same_bits_in_every_batch(rule):
-    sampler = FusedSampler.from_pretrained("emoji", device="cuda", batch_invariant=True).with_rule(rule)
+def test_with_batch_invariant_an_image_has_the_same_bits_in_every_batch(invariant, rule):
+    sampler = invariant.with_rule(rule)
     alone = draw(sampler, MIXED, (0,))
     assert torch.equal(draw(sampler, MIXED, (0, 1, 2))[:1], alone)
     assert torch.equal(draw(sampler, [OTHERS[0], MIXED, OTHERS[1]], (1, 0, 2))[1:2], alone)

@@ -14,6 +14,8 @@ from stepfuse.rewards.catalogue import REWARDS
 from stepfuse.rewards.registry import reward_unit
 from stepfuse.scripts.evaluation.mixture_front import Mixture, draw_mixture_front
 from stepfuse.scripts.evaluation.plots import axis_label, save_fronts, styles
+from stepfuse.scripts.recipes.demo_mixtures import draw_fronts
+from tests.fixtures_documents import ROOT
 from tests.fixtures_evaluation import cell, figures
 from tests.fixtures_pictures import WORD, apart
 
@@ -151,6 +153,17 @@ def test_the_front_of_three_objectives_has_a_panel_for_each_two(plotted, tmp_pat
         assert hollow.get_markerfacecolor() != hollow.get_markeredgecolor()
         assert base.get_xydata().tolist() == [[-0.1, -0.1]]
         assert len(axes.texts) == 5  # four mixtures, and "better"
+
+
+def test_no_label_of_the_demos_front_meets_a_bar(plotted, tmp_path):
+    written = json.loads((ROOT / "docs" / "demo-results.json").read_text())
+    draw_fronts(tmp_path / "front.png", written)
+    (axes,) = plotted[0].axes
+    bars = [axes.transData.transform(segment) for bar in axes.collections for segment in bar.get_segments()]
+    assert len(bars) == 2 * len(written["weights"])
+    boxes = [text.get_window_extent().extents for text in axes.texts]
+    for ends in bars:
+        assert all(apart(box, (*ends.min(0), *ends.max(0))) for box in boxes)
 
 
 def test_the_front_of_two_objectives_says_what_its_points_are_and_where_better_is(plotted, tmp_path):

@@ -1,6 +1,6 @@
 """What earlier versions wrote is read, resumed and drawn again: tests/reference, made before folders were moved.
 
-Latents of the embedded set by `python -m tests.fixtures_reference`; `dpo` and `ddpo` by the commands below, run whole,
+Latents of the bundled set by `python -m tests.fixtures_reference`; `dpo` and `ddpo` by the commands below, run whole,
 of which a checkpoint and the final adapter were kept; `set` of both adapters by `create_set`.
 """
 

@@ -134,16 +134,33 @@ def test_a_reward_file_says_in_which_precision_networks_run(tmp_path):
 # The list.
 
 
+def listed(printed: str) -> dict[str, list[str]]:
+    rows = [re.split(r"\s{2,}", line) for line in printed.splitlines()[1 : 1 + len(REWARDS)]]
+    return {name: cells for name, *cells in rows}
+
+
 def test_every_reward_is_in_the_list_with_what_it_needs(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("STEPFUSE_CACHE", str(tmp_path))
     main(["reward", "list"])
-    lines = capsys.readouterr().out.splitlines()
-    rows = {re.split(r"\s{2,}", line)[0]: re.split(r"\s{2,}", line) for line in lines[1 : 1 + len(REWARDS)]}
+    rows = listed(capsys.readouterr().out)
     assert list(rows) == list(REWARDS)
-    assert rows["image_reward"][1:5] == ["yes", "1.8 GB", "1.8 GB", "downloads 1.8 GB at first use"]
-    assert rows["compressibility"][1:5] == ["no", "–", "–", "ready"]
-    assert "image_reward_original.txt" in rows["image_reward_original"][4]
-    assert all(len(row) == 7 for row in rows.values())
+    assert rows["image_reward"] == ["yes", "1.8 GB", "1.8 GB", "downloads 1.8 GB"]
+    assert rows["compressibility"] == ["no", "–", "–", "ready"]
+    assert rows["image_reward_original"][3] == "creates an environment"
+    assert all(len(cells) == 4 for cells in rows.values())
+    main(["reward", "list", "--sources"])
+    rows = listed(capsys.readouterr().out)
+    assert list(rows) == list(REWARDS)
+    assert rows["contrast"] == ["Apache-2.0", "Peli 1990"]
+
+
+@pytest.mark.parametrize("options", [[], ["--sources"]])
+def test_the_list_fits_into_a_terminal(capsys, monkeypatch, options):
+    monkeypatch.setattr("stepfuse.scripts.cli.reward_list.terminal_width", lambda: 80)
+    main(["reward", "list", *options])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {line.split(" ")[0] for line in lines} > set(REWARDS)
 
 
 @pytest.mark.parametrize("name", [n for n, info in REWARDS.items() if not (info.files or info.file or info.package)])

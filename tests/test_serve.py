@@ -153,11 +153,10 @@ def wait_for(fact):
 
 
 def test_a_full_queue_a_late_request_and_a_stopping_server_are_told(server):
-    with running_service(another(server.service, exact=False, max_rows=1, max_waiting=1, time_limit=2.0)) as server:
+    with running_service(another(server.service, exact=False, max_rows=1, max_waiting=1, time_limit=6.0)) as server:
         answers = []
-        threads = [
-            threading.Thread(target=lambda: answers.append(server.post(request(0, steps=200)))) for _ in range(2)
-        ]
+        longer = request(0, n=4, rule="product", steps=200)  # than the time limit by far
+        threads = [threading.Thread(target=lambda: answers.append(server.post(longer))) for _ in range(2)]
         engine = server.service.engine
         for number, thread in enumerate(threads, 1):
             thread.start()

@@ -1,4 +1,4 @@
-"""What people do on the page of `stepfuse serve`, in a browser and with a server of the embedded set."""
+"""What people do on the page of `stepfuse serve`, in a browser and with a server of the bundled set."""
 
 import base64
 import subprocess
@@ -166,6 +166,22 @@ def test_a_phone_has_no_sideways_scroll(browser: Any, server: Running) -> None:
     tab.wait_for_selector(".view img[src]", timeout=SECONDS)
     tab.click("#more summary")
     assert tab.evaluate("() => document.documentElement.scrollWidth") == 400
+    context.close()
+
+
+def test_a_single_front_is_beside_the_picture_and_several_are_below_it(browser: Any, server: Running) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    tab = context.new_page()
+    tab.goto(f"{server.url}/#steps=2")
+    tab.wait_for_selector(".view img[src]", timeout=SECONDS)
+    front, stage = (tab.locator(name).bounding_box() for name in (".front", ".stage"))
+    assert tab.locator(".fronts figure").count() == 3
+    assert front["y"] >= stage["y"] + stage["height"]
+    # As with two objectives: one front is left of the three.
+    tab.evaluate("() => document.querySelector('.fronts').replaceChildren(document.querySelector('.fronts figure'))")
+    front, stage, gains = (tab.locator(name).bounding_box() for name in (".front", ".stage", ".gains"))
+    assert front["x"] == gains["x"] >= stage["x"] + stage["width"]
+    assert gains["y"] + gains["height"] <= front["y"] <= stage["y"] + stage["height"]
     context.close()
 
 

@@ -165,5 +165,5 @@ def test_what_cannot_be_served_ends_in_one_line(arguments, word, monkeypatch):
 
 def test_a_port_in_use_is_named(server):
     port = server.url.rpartition(":")[2]
-    with pytest.raises(SystemExit, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+    with pytest.raises(SystemExit, match=rf"cannot listen on 127\.0\.0\.1:{port} .*choose another --port"):
         main(["serve", "emoji", "--port", port])

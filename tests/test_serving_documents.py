@@ -1,4 +1,4 @@
-"""The commands and examples of docs/serving.md, sent to a server on the embedded set as they stand."""
+"""The commands and examples of docs/serving.md, sent to a server on the bundled set as they stand."""
 
 import base64
 import io

@@ -27,7 +27,7 @@ FORK = "git+https://example.org/ada/stepfuse@1a2b3c4"
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """With two adapters of the embedded set, as ada published them with their Space."""
+    """With two adapters of the bundled set, as ada published them with their Space."""
     root = tmp_path_factory.mktemp("hub")
     with pytest.MonkeyPatch.context() as patch, hub_of_clients(root, patch) as hub:
         patch.setenv("HF_TOKEN", "hf_of_ada")

@@ -65,9 +65,16 @@ def test_the_end_tells_where_the_adapter_is_what_was_gained_and_what_comes_next(
     assert [words[1] for words in commands] == ["set", "sample"]
     for words in commands:
         main(words[1:])
-    assert [adapter.name for adapter in load_set("my run/slope-set").adapters] == ["slope"]
+    (adapter,) = load_set("my run/slope-set").adapters
+    assert adapter.name == "slope"
+    # the set has the interval that was printed, up to its digits
+    printed = {end: number(told.partition(word)[2]) for end, word in (("low", "interval "), ("high", " to "))}
+    assert adapter.gain == record["gain"]
+    assert {end: float(f"{adapter.gain[end]:.4g}") for end in printed} == printed
     with Image.open("out.png") as drawn:
         assert drawn.size[0] > 0
+    main(commands[1][1:])  # once more: the first image stays
+    assert Path("out-2.png").read_bytes() == Path("out.png").read_bytes()
 
 
 def test_a_run_that_resumes_says_from_where(run_training, capsys):

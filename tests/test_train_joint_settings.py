@@ -31,6 +31,17 @@ def test_objectives_are_mappings_of_a_file_or_of_the_command_line(tmp_path):
     assert parse_settings(DDPOSettings, ["--config", str(file), "--objectives"]).each[0].name == "clip_score"
 
 
+def test_a_flag_that_every_objective_overrides_is_refused():
+    words = ["--config", "dpo/emoji-flow-joint"]
+    with refused("--reward mine.py:bleu has no effect: each of the objectives has its own reward (lightness, subject"):
+        parse_settings(DPOSettings, [*words, "--reward", "mine.py:bleu"])
+    with refused("--beta 0.5 has no effect"):
+        parse_settings(DPOSettings, ["--objectives", "{beta: 1, reward: a}", "{beta: 2, reward: b}", "--beta=0.5"])
+    assert [each.beta for each in parse_settings(DPOSettings, [*words, "--beta", "0.5"]).each] == [0.5, 0.5]
+    one = ["--objectives", "{reward: a}", "{objective_name: b}", "--reward", "c"]
+    assert [each.reward for each in parse_settings(DPOSettings, one).each] == ["a", "c"]
+
+
 @pytest.mark.parametrize(
     ("entries", "culprit"),
     [
@@ -38,6 +49,7 @@ def test_objectives_are_mappings_of_a_file_or_of_the_command_line(tmp_path):
         ([TWO[0], "b"], "objectives is b; expected a mapping for each, such as {reward: clip_score}"),
         ([TWO[0], "{rewrad: b}"], "a setting of objectives is 'rewrad'; expected any of beta, reward"),
         ([TWO[0], "{rewrad: b}"], "did you mean 'reward'?"),
+        ([TWO[0], "{reward:b}"], "objectives has 'reward:b'; write a space after the colon, {reward: b}"),
         ([TWO[0], "{reward: b, seed: 1}"], "a setting of objectives is 'seed'"),
         ([TWO[0], "{reward: b, 1: 2}"], "a setting of objectives is 1"),
         ([TWO[0], TWO[0]], "objective_name is a; expected another name for each objective"),
@@ -52,6 +64,7 @@ def test_objectives_are_mappings_of_a_file_or_of_the_command_line(tmp_path):
         (["{beta: -1}", TWO[1]], "objective number 1: beta is -1; expected 0, for none, or a positive number"),
         ([TWO[0], "{reward: b, variance: lerned}"], "objective b: variance is 'lerned'"),
         ([TWO[0], "{reward: b"], "--objectives: '{reward: b', line 1 is not YAML"),
+        (["{reward:", "a}"], "quote each mapping, as in '{reward: warmth}'"),
         ([TWO[0], "{reward: b, reward: c}"], "the key 'reward' comes twice"),
         ([TWO[0], "{reward: b, vertex_turns: 0}"], "objective b: vertex_turns is 0; expected"),
         ([TWO[0], "{reward: b, vertex_turns: 1001}"], "objective b: vertex_turns is 1001; expected"),

@@ -74,7 +74,7 @@ def test_setting_of_the_other_algorithm_is_unknown(desk, monkeypatch):
     assert "unknown flag --num_generations" in refusal(monkeypatch, "dpo", "--num_generations", "4")
 
 
-@pytest.mark.parametrize("flag", ["--lerning_rate", "--lerning-rate", "--learning_rat"])
+@pytest.mark.parametrize("flag", ["--lerning_rate", "--lerning-rate", "--learning_rat", "--lr"])
 def test_unknown_flag_is_answered_with_the_nearest(desk, monkeypatch, flag):
     assert refusal(monkeypatch, "dpo", flag, "1") == f"error: unknown flag {flag}; did you mean '--learning_rate'?"
 
@@ -374,6 +374,11 @@ def test_output_folder_that_holds_something_is_left_as_it_is(desk, monkeypatch, 
     Path("mine/objective.json").write_text("precious")
     line = refusal(monkeypatch, algorithm, "--output_dir", "mine")
     assert "--output_dir mine exists and is not empty" in line
+    assert "resume_from_checkpoint" not in line
+    Path("mine/checkpoint-3").mkdir()
+    assert "to continue its run, pass --resume_from_checkpoint latest" in refusal(
+        monkeypatch, algorithm, "--output_dir", "mine"
+    )
     assert "--overwrite" in line
 
 

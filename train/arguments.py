@@ -5,7 +5,7 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import Any, NoReturn, TypeVar, cast, get_args
 
@@ -14,6 +14,7 @@ from trl import TrlParser
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_fields import parse_mapping, setting_texts
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
+from stepfuse.train.joint_settings import OF_OBJECTIVE
 from stepfuse.train.settings import TrainSettings
 
 S = TypeVar("S", bound=TrainSettings)
@@ -60,7 +61,24 @@ def parse_values(settings: type[TrainSettings], arguments: Sequence[str]) -> dic
             raise ValueError(f"{file}: {str(error).removeprefix('--')}") from error
     given = vars(parser.parse_args(arguments))
     del given["config"]
+    _check_flags_of_objectives(arguments, given)
     return given
+
+
+def _check_flags_of_objectives(arguments: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a flag without effect: each of several objectives has its own value."""
+    entries = given.get("objectives") or []
+    for word in arguments:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not word.startswith("--") or name not in OF_OBJECTIVE or not entries:
+            continue
+        if all(isinstance(entry, Mapping) and name in entry for entry in entries):
+            own = ", ".join(str(entry[name]) for entry in entries)
+            example = " ".join(f"'{{{name}: {value}}}'" for value in (given[name], "…"))
+            raise ValueError(
+                f"--{name} {given[name]} has no effect: each of the objectives has its own {name} ({own}); write "
+                f"--objectives {example}, or take a configuration of one objective"
+            )
 
 
 class SettingsParser(TrlParser):
@@ -173,7 +191,9 @@ class _Mappings(argparse.Action):
         try:
             setattr(namespace, self.dest, [parse_yaml(text, repr(text)) for text in values])
         except ValueError as error:
-            raise argparse.ArgumentError(self, str(error)) from error
+            split = any(text.startswith("{") and not text.endswith("}") for text in values)
+            quoted = "; quote each mapping, as in '{reward: warmth}'" * split
+            raise argparse.ArgumentError(self, f"{error}{quoted}") from error
 
 
 def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:

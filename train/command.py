@@ -31,7 +31,7 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
         if train is None:  # distillation computes no rewards
             check_rewards(values)
         output = str(values["output_dir"])
-        check_free(Path(output), empty=not values["overwrite"] and values["resume_from_checkpoint"] is None)
+        _check_free(Path(output), new=not values["overwrite"] and values["resume_from_checkpoint"] is None)
         with stages_shown(shown=is_main_process()):
             settings = settings_type(**values)
             announce_imports()
@@ -47,6 +47,16 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
         if is_main_process():
             print(f"\n{_interrupted(output)}", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _check_free(output: Path, *, new: bool) -> None:
+    """Refuse a folder that is in use, and for a new run one that is not empty, with how to continue a run in it."""
+    try:
+        check_free(output, empty=new)
+    except ValueError as error:
+        if new and any(output.glob("checkpoint-*")):
+            raise ValueError(f"{error}; to continue its run, pass --resume_from_checkpoint latest") from error
+        raise
 
 
 def check_rewards(values: Mapping[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """Messages of a run to the user: its start, its progress and its result. On the main process only."""
 
-import itertools
 import math
 import shlex
 import sys
@@ -12,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from stepfuse.data import emoji
 from stepfuse.data.kl_steps import largest_step
-from stepfuse.rewards.statistics import paired_interval
+from stepfuse.data.output_file import unused_path
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.joint_settings import CENTRE
 from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
-from stepfuse.train.validation_points import objective_validation
+from stepfuse.train.validation_points import objective_rewards, objective_validation, paired_gain
 
 WINDOW = 20  # steps that running means are taken over
 REPORTS = 20  # lines of a run in a log file
@@ -111,26 +111,30 @@ def describe_end(settings: TrainSettings, progress: Progress, rewards: Sequence[
             }
             lines.append("  " + _describe_validation(each.name, points, progress, [CENTRE, each.name]))
     if progress.kl is not None:
-        lines.append(f"KL divergence to the base model: {progress.kl:.4g} nats per image")
+        lines.append(f"KL divergence to the base model, before the last update: {progress.kl:.4g} nats per image")
         if largest := largest_step(progress.kl_steps):
             index, share = largest
             lines[-1] += f", {100 * share:.0f} % of it in denoising step {index + 1} of {len(progress.kl_steps)}"
     which = "these" if settings.objectives else "this and other"
     lines.append(f"next, make a set of {which} adapters (--adapter is repeated), and generate images:")
     prompt = progress.validation_prompts[0] if progress.validation_prompts else "a prompt"
-    return "\n".join([*lines, *next_commands(output, prompt)])
+    scale = emoji.GUIDANCE_SCALES.get(settings.pretrained_model_name_or_path) if settings.guidance == "off" else None
+    return "\n".join([*lines, *next_commands(output, prompt, guidance_scale=scale)])
 
 
-def next_commands(output: Path, prompt: str, *options: str) -> list[str]:
+def next_commands(output: Path, prompt: str, *options: str, guidance_scale: float | None = None) -> list[str]:
     """The commands that make a set of a run's adapters and draw an image with it, one a line.
 
     Args:
         output: folder of the run; that of the set is named after it.
         options: of the image.
+        guidance_scale: of the images of the set, if the adapters were trained without guidance and images need it.
     """
     named = output if output.name not in ("", "..") else output.resolve()  # `.` has no name
-    folder = _unused(named.with_name(f"{named.name}-set") if named.name else named / "set")
+    folder = unused_path(named.with_name(f"{named.name}-set") if named.name else named / "set")
     create = ["stepfuse", "set", "create", str(folder), "--adapter", str(output)]
+    if guidance_scale is not None:
+        create += ["--guidance", "shared", "--guidance_scale", str(guidance_scale)]
     sample = ["stepfuse", "sample", str(folder), "--prompt", prompt, *options]
     return [f"  {shlex.join(command)}" for command in (create, sample)]
 
@@ -138,10 +142,7 @@ def next_commands(output: Path, prompt: str, *options: str) -> list[str]:
 def _describe_validation(reward: str, validation: Mapping[str, Any], progress: Progress, path: Sequence[str]) -> str:
     """The reward before and after, and its gain; `path` leads to the rewards of a run with several objectives."""
     before, after = validation["before"], validation["after"]
-    rewards: dict[str, Any] = dict(progress.validation_rewards)
-    if "points" in progress.validation["before"]:
-        point, name = path
-        rewards = {moment: by_point[point][name] for moment, by_point in rewards.items()}
+    rewards = objective_rewards(progress, *path)
     line = f"reward {reward} on {after['images']} validation images: {before['reward']:.4g} → {after['reward']:.4g}"
     gain = describe_gain(rewards, progress.validation_prompts)
     if not gain and rewards.get("before"):
@@ -151,18 +152,11 @@ def _describe_validation(reward: str, validation: Mapping[str, Any], progress: P
 
 def describe_gain(rewards: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> str:
     """The mean gain of the validation reward and its 95 % interval, or why there is none."""
-    if not rewards.get("before") or not rewards.get("after"):
-        return ""  # a checkpoint of an earlier version has none, and a resumed run may have other validation prompts
-    if len(set(prompts)) < 2:
-        return " (no interval: there is one validation prompt only)"
-    gain = paired_interval(rewards["after"], rewards["before"], prompts)
+    gain = paired_gain(rewards, prompts)
+    if gain is None:
+        known = rewards.get("before") and rewards.get("after")  # a resumed run may have other validation prompts
+        return " (no interval: there is one validation prompt only)" if known else ""
     return (
         f", gain {gain.mean:+.4g} (95 % interval {gain.low:+.4g} to {gain.high:+.4g}, "
         f"paired bootstrap over {len(set(prompts))} prompts)"
     )
-
-
-def _unused(folder: Path) -> Path:
-    """This folder, or with a number behind it the first that does not exist."""
-    numbered = (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
-    return next(path for path in itertools.chain([folder], numbered) if not path.exists())

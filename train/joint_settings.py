@@ -58,11 +58,14 @@ class JointSettings:
     init_set: str = ""
 
     def check_together(self) -> None:
-        several = "two mappings or more; settings of one objective go into the run itself"
+        several = "two mappings or more, all after one --objectives; settings of one objective go into the run itself"
         require(len(self.objectives) != 1, "objectives", self.objectives, several)
         for entry in self.objectives:
             require(isinstance(entry, Mapping), "objectives", entry, "a mapping for each, such as {reward: clip_score}")
             for name in entry:
+                joined, colon, value = str(name).partition(":")
+                if colon and joined in OF_OBJECTIVE:
+                    raise ValueError(f"objectives has {name!r}; write a space after the colon, {{{joined}: {value}}}")
                 known = f"any of {', '.join(OF_OBJECTIVE)}{nearest(str(name), OF_OBJECTIVE)}"
                 require(name in OF_OBJECTIVE, "a setting of objectives", repr(name), known)
 

@@ -20,7 +20,7 @@ from stepfuse.train.output import adapter_folder
 from stepfuse.train.settings import TrainSettings
 from stepfuse.train.setup import Setup
 from stepfuse.train.validation import Validator
-from stepfuse.train.validation_points import objective_validation
+from stepfuse.train.validation_points import objective_rewards, objective_validation, paired_gain
 
 
 def kl_exceeded(settings: TrainSettings, progress: Progress, health: Health) -> bool:
@@ -115,12 +115,14 @@ def training_record(setup: Setup, algorithm: Algorithm, progress: Progress, sett
     name, several = settings.name, setup.settings.objectives
     kl_steps = progress.vertex_kl_steps.get(name, progress.kl_steps)
     known = [nats for nats in kl_steps if nats is not None]
+    gain = paired_gain(objective_rewards(progress, name, name), progress.validation_prompts)
     record: dict[str, Any] = {
         "algorithm": algorithm.name,
         "steps": progress.step,
         "kl": sum(known) if several and known else progress.kl,
         "kl_steps": kl_record(setup, kl_steps),
         "validation": objective_validation(progress, name),
+        "gain": vars(gain) if gain else None,
         "best": progress.best,
         "health": progress.health,
     } | setup.record

@@ -12,6 +12,7 @@ from torch import Tensor
 from stepfuse.data.grid import CELL
 from stepfuse.data.images import to_image
 from stepfuse.data.lettering import enlarge, enlargement
+from stepfuse.rewards.statistics import Interval, paired_interval
 from stepfuse.train.checkpoints import Progress
 from stepfuse.train.joint_settings import CENTRE
 
@@ -81,6 +82,24 @@ def objective_validation(progress: Progress, name: str) -> dict[str, Any]:
     """The summaries of one objective by moment: with all weight on it, if the run has several."""
     of = progress.validation
     return {moment: summary["points"][name][name] if "points" in summary else summary for moment, summary in of.items()}
+
+
+def objective_rewards(progress: Progress, point: str, name: str) -> dict[str, Sequence[float]]:
+    """The rewards of the validation images by moment; of several objectives, those of one at one point."""
+    rewards: dict[str, Any] = dict(progress.validation_rewards)
+    if "points" not in progress.validation.get("before", {}):
+        return rewards
+    return {moment: by_point[point][name] for moment, by_point in rewards.items()}
+
+
+def paired_gain(rewards: Mapping[str, Sequence[float]], prompts: Sequence[str]) -> Interval | None:
+    """The mean of the reward after training minus that before, over pairs of images of the same prompt and noise.
+
+    None where rewards of a moment are not known, as in a checkpoint of an earlier version, and for a single prompt.
+    """
+    if not rewards.get("before") or not rewards.get("after") or len(set(prompts)) < 2:
+        return None
+    return paired_interval(rewards["after"], rewards["before"], prompts)
 
 
 def label_rewards(points: Sequence[Point], rewards: Float[Tensor, " objectives"]) -> str:

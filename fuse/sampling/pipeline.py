@@ -1,5 +1,6 @@
 """The multi-objective sampler with the interface of a diffusers pipeline."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,9 +157,13 @@ class FusedPipeline:
 
         Raises:
             ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
+            TypeError: for an argument that is not known.
         """
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         backbone, each = self.sampler.backbone, num_images_per_prompt
+        if unknown := [name for name in more_embeds if name not in backbone.embeds]:
+            known = [*inspect.signature(self.__call__).parameters, *backbone.embeds]
+            raise TypeError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], known)}")
         named = {
             "prompt_embeds": prompt_embeds,
             "negative_prompt_embeds": negative_prompt_embeds,

@@ -107,9 +107,18 @@ def adapter_from_dict(folder: Path, values: Mapping[str, Any]) -> Adapter:
     record = values.get("record", {})
     if not isinstance(record, dict) or not isinstance(record.get("validation") or {}, dict):
         raise ValueError(f"record {record!r}; expected an object")
+    gain = record.get("gain")
+    if gain is not None and not _is_interval(gain):
+        raise ValueError(f"gain {short_repr(gain)}; expected an object with the numbers mean, low and high")
     if not re.fullmatch("[0-9a-f]{64}", str(values["sha256"])):
         raise ValueError(f"sha256 {short_repr(values['sha256'])}; expected 64 hexadecimal digits")
     return _adapter(folder, values, base=_check_base(values["base"]), sha256=values["sha256"], record=record)
+
+
+def _is_interval(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"mean", "low", "high"}:
+        return False
+    return all(isinstance(number, int | float) for number in value.values() if number is not None)
 
 
 def weights_to_dict(adapter: Adapter) -> dict[str, Any]:
@@ -129,7 +138,7 @@ def adapter_to_entry(adapter: Adapter) -> dict[str, Any]:
         "beta": objective["beta"],
         "variance": objective["variance"],
         **sampling_to_dict(adapter),
-        "gain": adapter.gain or validation_gain(adapter.record.get("validation") or {}),
+        "gain": adapter.gain or recorded_gain(adapter.record),
         "training": adapter.record,
         "license": adapter.license,
         "source": adapter.source,
@@ -192,10 +201,16 @@ def reward_version(adapter: Adapter) -> str | None:
     return f"stepfuse {version}" if version else None
 
 
+def recorded_gain(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The gain that training measured on pairs of images; of a record of an earlier version, `validation_gain`."""
+    return record["gain"] if "gain" in record else validation_gain(record.get("validation") or {})
+
+
 def validation_gain(validation: Mapping[str, Any]) -> dict[str, Any] | None:
     """The mean reward after training minus the one before, ± 1.96 √(s_0² / n_0 + s_1² / n_1), its 95 % interval.
 
-    The images are of the same prompts and noise: as independent samples they have a wider interval than they need.
+    The images are of the same prompts and noise: as independent samples they have
+    a wider interval than they need.
     """
     moments = [validation.get(moment) or {} for moment in ("before", "after")]
     if any("reward" not in moment for moment in moments):

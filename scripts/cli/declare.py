@@ -147,8 +147,8 @@ def decode_batch_size(parser: Container) -> None:
     option(parser, "--decode_batch_size", int, text)
 
 
-def output(parser: Container, default: str, text: str) -> None:
-    option(parser, "--output", Path, text, metavar="FILE", default=Path(default))
+def output(parser: Container, default: str | None, text: str) -> None:
+    option(parser, "--output", Path, text, metavar="FILE", default=None if default is None else Path(default))
     overwrite(parser, "the output file")
 
 

@@ -40,6 +40,9 @@ COMMANDS = {  # in the order of --help; `set create` is the module set_create in
     "benchmark training": "time one optimiser step, sampling and update, against the loops of ddpo-pytorch and SPO",
     "benchmark serve": "load a server with requests at random times, beside diffusers' set_adapters in a queue",
 }
+ELSEWHERE = {
+    "train": "training is python -m stepfuse.train.dpo, or stepfuse.train.ddpo, such as --config dpo/emoji-flow-joint",
+}
 GROUPS = {  # commands that have actions, with the example and further sentences of their help pages
     "set": ("stepfuse set show emoji", ""),
     "reward": ("stepfuse reward list", ""),
@@ -137,6 +140,7 @@ def make_parser(words: Sequence[str] | None = None) -> Parser:
         '  stepfuse sample emoji-flow --prompt "a red apple on a blue background" --output apple.png\n'
         'shell completion:\n  eval "$(register-python-argcomplete stepfuse)"',
     )
+    parser.elsewhere = ELSEWHERE
     parser.add_argument("--version", action=_Version, nargs=0, help="Print the version.")
     actions = {"": parser.add_subparsers(metavar="command", title="commands", required=True, parser_class=Parser)}
     for name, summary in COMMANDS.items():

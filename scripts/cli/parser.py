@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,6 +29,8 @@ class Parser(argparse.ArgumentParser):
     parsed, a value is passed to the `check` of its action, if there is one, whose ValueError names the value.
     """
 
+    elsewhere: Mapping[str, str] = {}  # for commands that are not of this parser, what to use
+
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
         self._negative_number_matcher = NEGATIVE_NUMBER
@@ -41,6 +43,9 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(words, namespace)
         self._check_flags(words)
         found, rest = super().parse_known_args(words, namespace)
+        if rest and self._subparsers is None:
+            joined = "; values of one option are joined by commas, as in a=0.5,b=0.5" * ("=" in rest[0])
+            self.error(f"unexpected argument {rest[0]!r}{joined}")
         for action in self._actions:
             value, check = getattr(found, action.dest, None), getattr(action, "check", None)
             if check is not None and value is not None:
@@ -97,13 +102,15 @@ class Parser(argparse.ArgumentParser):
                 return
             name = word.partition("=")[0]
             if is_flag and " " not in name and name not in known and not NEGATIVE_NUMBER.match(word):
+                if any(action.dest == name[2:] for action in self._actions if not action.option_strings):
+                    self.error(f"unknown flag {name}; the {name[2:]} is an argument without a flag")
                 self.error(f"unknown flag {name}{nearest(name, known)}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
             expected = f"expected one of {', '.join(known)}{nearest(value, known)}"
-            raise argparse.ArgumentError(action, f"{value!r}; {expected}")
+            raise argparse.ArgumentError(action, f"{value!r}; {self.elsewhere.get(value, expected)}")
 
 
 def _with_underscores(word: str) -> str:

@@ -1,8 +1,9 @@
 """`stepfuse sample`."""
 
 import sys
+from pathlib import Path
 
-from stepfuse.data.output_file import atomic_file
+from stepfuse.data.output_file import atomic_file, unused_path
 from stepfuse.data.settings_fields import Bounds
 from stepfuse.data.stages import announce_imports
 from stepfuse.data.text_files import printable
@@ -13,6 +14,8 @@ from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import RULE_FLAGS, check_picture, check_rule, check_set, check_weights
 from stepfuse.scripts.cli.options import add_settings
 from stepfuse.scripts.cli.parser import Arguments, Container, Parser, option
+
+OUTPUT = Path("out.png")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -32,7 +35,8 @@ def add_arguments(parser: Parser) -> None:
     option(guidance, "--guidance_interval", str, text, metavar="BEGIN-END", default="0-1")
     _add_speed(parser.group("speed and memory"))
     output = parser.group("output")
-    declare.output(output, "out.png", "Picture to write, such as fox.png or fox.jpg.")
+    text = "Picture to write, such as fox.png or fox.jpg (default: out.png; if it exists, out-2.png, out-3.png, …)."
+    declare.output(output, None, text)
     text = (
         "Write every pixel as a square of N × N pixels with crisp edges, from 1 to 64 (default: 1 for a single image; "
         "in a grid, enough to make images at least 128 pixels wide)."
@@ -127,6 +131,8 @@ def parse_interval(text: str) -> tuple[float, float]:
 
 
 def run(arguments: Arguments) -> None:
+    if arguments.output is None:
+        arguments.output = OUTPUT if arguments.overwrite else unused_path(OUTPUT, OUTPUT.suffix)
     check_picture(arguments.output, overwrite=arguments.overwrite)
     options = {name: value for name in RULE_FLAGS if (value := getattr(arguments, name)) is not None}
     if arguments.rule is not None:

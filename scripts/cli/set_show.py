@@ -1,9 +1,11 @@
 """`stepfuse set show`."""
 
 import json
+import textwrap
 from typing import TYPE_CHECKING
 
 from stepfuse.data.stages import announce_imports
+from stepfuse.data.text_table import text_table
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser
@@ -79,8 +81,6 @@ def measured_table(loaded: "AdapterSet") -> str:
         if cell["rule"] == loaded.default_rule and cell["strength"] == 1:
             gains = (cell["gains"].get(name) for name in names)
             rows.append([shown_weights(cell["weights"]), *(interval_text(gain, signed=True) for gain in gains)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     prompts, seeds = (f"{evaluation[of]} {of.removesuffix('s' * (evaluation[of] == 1))}" for of in ("prompts", "seeds"))
     title = f"measured   gain over the base, rule {loaded.default_rule}, {prompts} × {seeds} [95 % intervals]"
-    return "\n".join([title, *(f"  {line}" for line in lines)])
+    return "\n".join([title, textwrap.indent(text_table(rows), "  ")])

@@ -16,6 +16,7 @@ from stepfuse.fuse.rules.weights import shown_weights
 from stepfuse.scripts.evaluation.plots import LABELS, add_better_arrow, add_legend_below, axis_label
 
 DISTANCES = (1.2, 2.2, 3.4)  # of a label from its point, in font sizes: the nearest that meets nothing is taken
+BAR_MARGIN = 5  # pixels around a bar in which no label should be
 DIRECTIONS = ((1, 1), (-1, 1), (1, -1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1))
 
 
@@ -119,7 +120,9 @@ def _label_points(axes: Any, points: np.ndarray, labels: Sequence[str]) -> None:
     shares = np.linspace(0, 1, 25)[:, None]
     joints = [xy for first, second in pairwise(pixels) for xy in first + shares * (second - first)]
     taken = [Bbox.from_extents(*(xy - 5), *(xy + 5)) for xy in [*joints, *pixels]]
-    taken += [bar.get_window_extent() for bar in axes.collections]
+    for bar in axes.collections:  # whose own extents in the window are not those of their lines
+        ends = axes.transData.transform(np.concatenate(bar.get_segments()))
+        taken.append(Bbox([ends.min(0), ends.max(0)]).padded(BAR_MARGIN))
     taken += [line.get_window_extent() for line in axes.lines[1:] if line.get_xdata().size]
     taken += [text.get_window_extent() for text in axes.texts]
     room = axes.get_window_extent()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from stepfuse.configs import FOLDER
+from stepfuse.data import emoji
 from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.run_lock import locked
 from stepfuse.data.settings_file import load_settings
@@ -25,7 +26,7 @@ THREE = {
 }
 QUICK = {"max_train_steps": 1, "sample_num_steps": 4}
 # Guidance of the images that are sampled; adapters of the flow base are trained without.
-GUIDANCE: dict[str, Any] = {"guidance": "shared", "guidance_scale": 2.0}
+GUIDANCE: dict[str, Any] = {"guidance": "shared", "guidance_scale": emoji.GUIDANCE_SCALES["emoji-flow"]}
 PROMPTS, QUICK_PROMPTS = 24, 4
 
 
@@ -64,7 +65,7 @@ def demo(output: Path, *, seed: int, overwrite: bool, quick: bool, objectives: i
             print(f"They are trained already: {training.folder}")
         else:
             known = progress(training, continued=continued)
-            print(f"{known}; the first one is shown after about a minute on two idle cores.", flush=True)
+            print(f"{known}; the next step is shown after about a minute on two idle cores.", flush=True)
             train(training, summary=False)
         print("\n[2/3] Generate images of held-out prompts with the base and at every mixture", flush=True)
         made = create_set(output / SET, [training.folder], overwrite=True, **GUIDANCE)

@@ -1,5 +1,6 @@
 """Where a server listens, and who may draw there: all that is known before torch is imported."""
 
+import errno
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,6 +38,7 @@ def listen(host: str, port: int) -> socket.socket:
             listener.bind(address)
             listener.listen(1024)
         except OSError as error:
-            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror or error})") from error
+            another = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
+            raise ValueError(f"cannot listen on {host}:{port} ({error.strerror or error}){another}") from error
         failed.pop_all()
         return listener

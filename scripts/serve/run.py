@@ -92,7 +92,7 @@ def make_service(
     engine = Engine(
         forwards, metrics=metrics, max_waiting=settings.max_queue, max_per_client=settings.bound("max_queue_per_client")
     )
-    stage("Generating a first image of each set …")
+    stage("Generating first images, to choose the batch sizes …")
     for each in loaded:
         warm_up(each, forwards)
     height, width = backbone.size()
