@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 GAP = "  "
-NARROWEST = 12  # characters to which a column is narrowed at most
+MIN_COLUMN = 12  # characters
 
 
 def text_table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
@@ -19,7 +19,7 @@ def text_table(rows: Sequence[Sequence[str]], width: int | None = None) -> str:
             column becomes narrower than 12 characters by it. None leaves every row on one line, as a pipe wants it.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    while width is not None and sum(widths) + len(GAP) * (len(widths) - 1) > width and max(widths) > NARROWEST:
+    while width is not None and sum(widths) + len(GAP) * (len(widths) - 1) > width and max(widths) > MIN_COLUMN:
         widths[widths.index(max(widths))] -= 1
     lines = []
     for row in rows:

@@ -67,12 +67,10 @@ def parse_values(settings: type[TrainSettings], arguments: Sequence[str]) -> dic
 
 def _check_flags_of_objectives(arguments: Sequence[str], given: Mapping[str, Any]) -> None:
     """Raise ValueError for a flag without effect: each of several objectives has its own value."""
-    entries = given.get("objectives") or []
-    for word in arguments:
-        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if not word.startswith("--") or name not in OF_OBJECTIVE or not entries:
-            continue
-        if all(isinstance(entry, Mapping) and name in entry for entry in entries):
+    entries = [entry for entry in given.get("objectives") or [] if isinstance(entry, Mapping)]
+    flags = (word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word.startswith("--"))
+    for name in flags:
+        if entries and name in OF_OBJECTIVE and all(name in entry for entry in entries):
             own = ", ".join(str(entry[name]) for entry in entries)
             example = " ".join(f"'{{{name}: {value}}}'" for value in (given[name], "…"))
             raise ValueError(
