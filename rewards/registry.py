@@ -1,7 +1,9 @@
 """Rewards by name."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,7 +73,9 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         case "server":
             return HTTPReward(HTTPSettings(url=name))
         case "function":
-            return load_function(parsed.path, parsed.argument)
+            function = load_function(parsed.path, parsed.argument)
+            check_parameters(function, name)
+            return function
         case "file":
             return read_reward_file(Path(name), load_reward, device)
         case "sum":
@@ -88,6 +92,24 @@ def load_reward(name: str, device: str | torch.device = "cpu", dtype: torch.dtyp
         return read_reward_file(entry.file, load_reward, device)
     assert entry.function is not None
     return entry.function
+
+
+def check_parameters(function: Callable[..., Any], name: str) -> None:
+    """Check by its signature that a reward can be called with images and prompts; a function of C may have none.
+
+    Raises:
+        ValueError: for other parameters, and for a class.
+    """
+    if isinstance(function, type):
+        raise ValueError(f"the reward {name!r} is a class; expected a function, or an object of the class")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind("images", "prompts")
+    except TypeError as error:
+        raise ValueError(f"the reward {name!r} takes {signature}; expected (images, prompts)") from error
 
 
 def check_reward_dtype(names: Sequence[str], dtype: torch.dtype) -> None:

@@ -131,6 +131,12 @@ def test_an_unknown_argument_is_named(pipe, name, told):
         pipe(PROMPTS, WEIGHTS, **{name: 2})
 
 
+def test_an_embedding_of_another_family_is_refused_unless_it_is_none(pipe):
+    with refused("prompt_embeds_mask is given", "prompt_embeds, negative_prompt_embeds"):
+        pipe(PROMPTS, WEIGHTS, prompt_embeds_mask=torch.ones(2, 3))
+    assert len(pipe(PROMPTS, WEIGHTS, prompt_embeds_mask=None, output_type="latent").images) == 2
+
+
 def test_guidance_steps_and_rule_may_be_of_one_call(pipe, set_folder):
     options = dict(guidance="full", guidance_scale=2.0, rule="average_noise")
     sampler = FusedSampler.from_pretrained(set_folder, **options)

@@ -223,6 +223,34 @@ def test_a_reward_of_ones_own_is_a_function_in_a_file(tmp_path):
         load_reward(f"{tmp_path}/other.py:length_of_prompt")
 
 
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("def mine(images): ...", "takes (images); expected (images, prompts)"),
+        ("def mine(images, prompts, scale): ...", "takes (images, prompts, scale)"),
+        ("class mine:\n    def __call__(self, images, prompts): ...", "a class"),
+    ],
+)
+def test_a_function_of_other_parameters_is_refused_when_it_is_loaded(tmp_path, code, told):
+    (tmp_path / "file.py").write_text(code)
+    with refused(f"{tmp_path}/file.py:mine", told):
+        load_reward(f"{tmp_path}/file.py:mine")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def mine(images, prompts, scale=2, **options): ...",
+        "from functools import partial\nmine = partial(lambda images, texts, scale: ..., scale=3)",
+        "class Kind:\n    def __call__(self, *given): ...\nmine = Kind()",
+        "mine = max  # of C: it has no signature",
+    ],
+)
+def test_functions_that_take_images_and_prompts_are_loaded(tmp_path, code):
+    (tmp_path / "file.py").write_text(code)
+    assert callable(load_reward(f"{tmp_path}/file.py:mine"))
+
+
 @pytest.mark.parametrize("name", ["aesthetics", "", "aesthetics:model"])
 def test_an_unknown_reward_is_named_with_those_there_are(name):
     with refused(repr(name.partition(":")[0]), ", ".join(REWARDS)):

@@ -1,8 +1,13 @@
 """What a run tells: on the terminal, in a log file, and to trackers."""
 
+import fcntl
 import io
+import os
 import re
 import shlex
+import struct
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +155,30 @@ def test_other_processes_show_nothing(capsys):
         display.advance({"reward": 1.0}, new_images=True)
     display.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("columns", "last"), [(160, "images/s"), (110, "kl 0.5"), (80, "lightness 0.5"), (50, "00:00")]
+)
+def test_the_line_of_a_terminal_holds_whole_values_and_is_no_longer_than_it(monkeypatch, columns, last):
+    shown, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", stderr)
+        display = ProgressDisplay(DPOSettings(max_train_steps=2), 0, images=4, shown=True)
+        measured = {"reward/lightness": 0.5, "reward/subject_size": 0.5, "loss": 0.5, "kl": 0.5}
+        for _ in range(2):
+            display.advance(measured, new_images=True)
+        display.close()
+    written = b""
+    with suppress(OSError):  # the end of what the closed terminal was given
+        while part := os.read(shown, 10_000):
+            written += part
+    os.close(shown)
+    lines = written.decode().replace("\n", "\r").split("\r")
+    assert max(map(len, lines)) < columns
+    line = next(line.rstrip() for line in reversed(lines) if line.strip())
+    assert re.search(rf"{last}\]$", line), line
 
 
 def test_updates_on_one_rollout_count_its_images_once(monkeypatch, capsys):

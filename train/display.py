@@ -22,6 +22,7 @@ from stepfuse.train.validation_points import objective_rewards, objective_valida
 
 WINDOW = 20  # steps that running means are taken over
 REPORTS = 20  # lines of a run in a log file
+SPARE = 6  # columns by which a line may become longer before its next step, by the time that is left
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # the measured values need the room of a bar
 
 
@@ -46,6 +47,7 @@ class ProgressDisplay:
             desc=self.name,
             bar_format=LINE,
             disable=not (shown and terminal),
+            dynamic_ncols=True,
         )
         self.lines = shown and not terminal
         self.rewards: dict[str, deque[float]] = {}
@@ -69,12 +71,21 @@ class ProgressDisplay:
         parts = [f"mean {name} {mean:.4g}" for name, mean in means.items()]
         parts += [f"{name} {measured[name]:.4g}" for name in ("loss", "kl") if name in measured]
         counts, seconds = map(sum, zip(*self.speeds, strict=True))
-        text = ", ".join([*parts, f"{counts / max(seconds, 1e-9):.3g} images/s"])
-        self.bar.set_postfix_str(text, refresh=False)
+        parts.append(f"{counts / max(seconds, 1e-9):.3g} images/s")
+        self._show_fitting(parts)
         self.bar.update()
         if self.lines and self.step * REPORTS // self.total > (self.step - 1) * REPORTS // self.total:
             left = tqdm.format_interval(seconds / len(self.speeds) * (self.total - self.step))
-            print(f"{self.name}: step {self.step}/{self.total}, {text}, {left} left", file=sys.stderr, flush=True)
+            line = ", ".join([f"{self.name}: step {self.step}/{self.total}", *parts, f"{left} left"])
+            print(line, file=sys.stderr, flush=True)
+
+    def _show_fitting(self, parts: Sequence[str]) -> None:
+        """Those of the parts, from the first on, for which the line of the terminal has room."""
+        for count in range(len(parts), -1, -1):
+            self.bar.set_postfix_str(", ".join(parts[:count]), refresh=False)
+            width = self.bar.format_dict["ncols"]
+            if not width or len(str(self.bar)) <= width - SPARE:
+                return
 
     def close(self) -> None:
         self.bar.close()

@@ -59,3 +59,8 @@ def _names(pipeline_class: type) -> list[str]:
 def parts() -> tuple[str, ...]:
     """The names that the families' pipelines have for the network, which are the prefixes of keys in LoRA files."""
     return tuple(dict.fromkeys(backbone.part for backbone in BACKBONES.values()))
+
+
+def known_embeds() -> tuple[str, ...]:
+    """The arguments that take embeddings in some family, each once."""
+    return tuple(dict.fromkeys(name for backbone in BACKBONES.values() for name in backbone.embeds))

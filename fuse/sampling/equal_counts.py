@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from stepfuse.data.stages import counted
+
 OVERHEAD = 3  # of a forward, in rows: what a small network costs on a CPU beside its rows
 
 
@@ -30,7 +32,7 @@ def find_equal_counts(forward: Callable[[Sequence[int]], Tensor], counts: Sequen
     """
     groups: list[list[int]] = []
     results: dict[int, Tensor] = {}
-    for count in counts:
+    for count in counted(counts, "batch sizes tried"):
         rows = range(count)
         result, half = forward(rows), count // 2
         reversed_rows, rotated = rows[::-1], [*rows[half:], *rows[:half]]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.autoencoder import upcast
+from stepfuse.fuse.backbones.registry import known_embeds
 from stepfuse.fuse.diffusion.gaussian import Generators
 from stepfuse.fuse.diffusion.noise_path import Time
 from stepfuse.fuse.rules.base import FusionRule
@@ -156,12 +157,14 @@ class FusedPipeline:
             more_embeds: others that the model family takes (`Backbone.embeds`), such as `prompt_embeds_mask`.
 
         Raises:
-            ValueError: for values that make no sense, before anything is computed; and for images that are not finite.
-            TypeError: for an argument that is not known.
+            ValueError: for values that make no sense and embeddings that the family does not take, before anything is
+                computed; and for images that are not finite.
+            TypeError: for an argument that no family has.
         """
         prompts = None if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         backbone, each = self.sampler.backbone, num_images_per_prompt
-        if unknown := [name for name in more_embeds if name not in backbone.embeds]:
+        # one that another family takes is refused by `check_embeds`, and None is as if it were not given
+        if unknown := [name for name in more_embeds if name not in known_embeds()]:
             known = [*inspect.signature(self.__call__).parameters, *backbone.embeds]
             raise TypeError(f"unknown argument {unknown[0]!r}{nearest(unknown[0], known)}")
         named = {

@@ -27,10 +27,13 @@ export function weightsControl(root, names, moved) {
       weights = next;
       parts.forEach((part) => part.show(next));
     },
-    /** The mixtures that were measured, and the drawn pictures: { weights, steps, url }. */
+    /**
+     * Show the mixtures that were measured, and the generated pictures: { weights, steps, url }.
+     * @returns the fewest steps of a picture that is shown; Infinity if none is
+     */
     mark(cells, drawn) {
       measured = cells;
-      parts.forEach((part) => part.mark?.(cells, drawn));
+      return Math.min(...parts.map((part) => part.mark?.(cells, drawn) ?? Infinity));
     },
   };
 }
@@ -52,12 +55,12 @@ function slider(names, set) {
       input.setAttribute("aria-valuetext", describe(names, weights));
     },
     mark(cells, drawn) {
-      fillTiles(tiles, drawn, "src");
+      return fillTiles(tiles, drawn, "src");
     },
   };
 }
 
-/** Put the drawn picture with the most steps into each tile of its weights. */
+/** Put the generated picture with the most steps into each tile of its weights; the fewest steps of these pictures. */
 function fillTiles(tiles, drawn, attribute) {
   const best = new Map();
   for (const picture of drawn) {
@@ -69,6 +72,7 @@ function fillTiles(tiles, drawn, attribute) {
     if (!url) tile.removeAttribute(attribute);
     else if (tile.getAttribute(attribute) !== url) tile.setAttribute(attribute, url);
   }
+  return Math.min(...[...best.values()].map((picture) => picture.steps));
 }
 
 function triangle(names, set, current, measured) {
@@ -142,8 +146,8 @@ function triangle(names, set, current, measured) {
       drawing.setAttribute("aria-valuetext", describe(names, weights));
     },
     mark(cells, drawn) {
-      fillTiles(tiles, drawn, "href");
       rings.replaceChildren(...cells.map(at).map(([cx, cy]) => svg("circle", { cx, cy, r: 3 })));
+      return fillTiles(tiles, drawn, "href");
     },
   };
 }

@@ -164,8 +164,10 @@ function mark() {
   const here = cells.filter((cell) => Math.abs(cell.strength - settings.strength) < 1e-6).map((cell) => cell.point);
   const count = names(set).length;
   const dots = count === 3 && here.length ? "; rings: measured mixtures" : "";
-  say(byId("legend"), count === 2 || count === 3 ? `Small pictures: generated in advance${dots}.` : "");
-  weights.mark(here, gallery.of(stage.views[0].context).filter((picture) => picture.steps <= settings.steps));
+  const pictures = gallery.of(stage.views[0].context).filter((picture) => picture.steps <= settings.steps);
+  const fewest = weights.mark(here, pictures);
+  const coarse = fewest < settings.steps ? `, so far some with ${fewest} of ${settings.steps} steps` : "";
+  say(byId("legend"), count === 2 || count === 3 ? `Small pictures: generated in advance${coarse}${dots}.` : "");
 }
 
 /** An exact picture is there. */
