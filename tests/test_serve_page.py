@@ -1,6 +1,7 @@
 """What people do on the page of `stepfuse serve`, in a browser and with a server of the bundled set."""
 
 import base64
+import re
 import subprocess
 from collections.abc import Iterator
 from copy import copy
@@ -50,6 +51,11 @@ def test_a_coarse_picture_comes_first_and_then_the_servers_own(page: Any, server
     assert first[-1] < 5000  # 1 s where nothing else runs
     (file,) = server.draw({"prompt": "a raccoon on a brown background", "seed": 0, "steps": 6})
     assert np.array_equal(shown(page), pixels_of(file))
+
+
+def test_the_legend_says_while_small_pictures_have_fewer_steps(page: Any, server: Running) -> None:
+    visit(page, server, steps=30)
+    page.get_by_text(re.compile(r"Small pictures: generated in advance, so far some with \d+ of 30 steps")).wait_for()
 
 
 def test_a_dragged_point_shows_the_nearest_picture_at_once_and_keys_move_it(page: Any, server: Running) -> None:

@@ -75,6 +75,26 @@ def test_settings_from_elsewhere_are_checked_and_the_wrong_one_is_named(page: An
     assert settings["weights"] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(("names", "other"), [(["a", "b"], [0, 1]), (["a", "b", "c"], [0, 0, 1])])
+def test_the_control_of_the_weights_tells_the_fewest_steps_of_a_small_picture(
+    page: Any, server: Running, names: list[str], other: list[int]
+) -> None:
+    page.goto(f"{server.url}/health")
+    first = [1, *[0] * (len(names) - 1)]
+    shown = page.evaluate(
+        """async ([names, first, other]) => {
+            const { weightsControl } = await import("/page/controls.js");
+            const control = weightsControl(document.createElement("div"), names, () => {});
+            const picture = (weights, steps) => ({ weights, steps, url: `blob:${steps}` });
+            const coarse = [picture(first, 2), picture(other, 4)];
+            const few = [[], coarse, [...coarse, picture(first, 6)], [picture(first, 6), ...coarse, picture(other, 6)]];
+            return few.map((pictures) => String(control.mark([], pictures)));
+        }""",
+        [names, first, other],
+    )
+    assert shown == ["Infinity", "2", "4", "6"]
+
+
 def test_opened_files_are_bounded(page: Any, server: Running) -> None:
     page.goto(f"{server.url}/health")
     content = b"stepfuse\0\1\0\0\0" + zlib.compress(b" " * (2**20 + 1))
