@@ -9,6 +9,10 @@ from stepfuse.data.names import near_names, nearest
 from stepfuse.data.run_lock import check_free
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli.checks import check_set
+from stepfuse.scripts.cli.main import main
+from stepfuse.train.arguments import parse_values
+from stepfuse.train.settings import DPOSettings
+from tests.fixtures_tiny import refused
 
 FLAGS = ("--output_dir", "--overwrite", "--objectives", "--seed", "--quick", "--help")  # of the demo
 
@@ -73,3 +77,26 @@ def test_a_path_that_the_system_refuses_is_refused_in_one_line(tmp_path):
         check_free(tmp_path / ("x" * 300), empty=True)
     with pytest.raises(ValueError, match="name too long"):
         read_json(tmp_path / ("x" * 300), "a file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sample", "emoji", "--prompt"], "--prompt: expected a value (Prompt; required, repeat for more rows)"),
+        (["sample", "--steps", "--prompt", "x"], "--steps: expected a value (Number of denoising steps, such as 25)"),
+        (["reward"], "the following arguments are required: action"),
+    ],
+)
+def test_an_option_without_its_value_is_told_with_what_the_value_is(capsys, arguments, told):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert f"{told}\n" in capsys.readouterr().err
+
+
+def test_a_flag_of_training_without_its_value_is_told_with_what_the_value_is():
+    told = "--lora_alpha: expected a value (LoRA alpha; the update is scaled by alpha / rank)"
+    with refused(told):
+        parse_values(DPOSettings, ["--lora_alpha"])
+    with refused("--resume_from_checkpoint: expected a value (Checkpoint to resume from", "`latest`"):
+        parse_values(DPOSettings, ["--resume_from_checkpoint", "--overwrite"])

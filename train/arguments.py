@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 
 from trl import TrlParser
 
+from stepfuse.data.missing_value import with_help
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_fields import parse_mapping, setting_texts
 from stepfuse.data.settings_file import NEGATIVE_NUMBER, find_config, read_settings
@@ -142,7 +143,7 @@ class SettingsParser(TrlParser):
         """Leave choices to the settings, which suggest the nearest."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(message.removeprefix("argument "))
+        raise ValueError(with_help(message, self._option_string_actions).removeprefix("argument "))
 
 
 class _Formatter(argparse.HelpFormatter):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from stepfuse.data.missing_value import with_help
 from stepfuse.data.names import nearest
 from stepfuse.data.settings_fields import AT_LEAST_1, FINITE, Bounds
 from stepfuse.data.settings_file import NEGATIVE_NUMBER
@@ -70,6 +71,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the usage line of this command and the error, and exit with status 2."""
+        message = with_help(message, self._option_string_actions)
         self.exit(2, f"{self.format_usage()}error: {message}\nAll options: {self.prog} --help\n")
 
     def format_usage(self) -> str:
