@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+from stepfuse.data.garbage import without_collection
+
 logger = logging.getLogger("stepfuse.stages")
 T = TypeVar("T")
 
@@ -19,10 +21,15 @@ def stage(text: str) -> None:
     logger.info(text)
 
 
-def announce_imports() -> None:
-    """Say that torch and diffusers are imported next, unless they are imported already."""
-    if "diffusers" not in sys.modules:
-        stage("Loading torch and diffusers …")
+def import_libraries() -> None:
+    """In a program that shows its stages, import torch and diffusers, and say so before; elsewhere, do nothing."""
+    if "diffusers" in sys.modules or not logger.handlers:
+        return
+    stage("Loading torch and diffusers …")
+    with without_collection():
+        import torch  # noqa: F401
+
+        from stepfuse.data import library_messages  # noqa: F401  # diffusers, without its irrelevant messages
 
 
 def counted(items: Sequence[T], what: str) -> Iterable[T]:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepfuse.data.garbage import end_without_collection
 from stepfuse.data.main_process import is_main_process
 from stepfuse.data.run_lock import check_free
-from stepfuse.data.stages import announce_imports, stages_shown
+from stepfuse.data.stages import import_libraries, stages_shown
 from stepfuse.data.text_files import print_any_text, printable, write_text
 from stepfuse.rewards.reward_name import check_reward
 from stepfuse.train.arguments import parse_values
@@ -24,6 +25,7 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
         train: trains with these settings; by default `train_adapter`.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # on import it warns of torchvision, which is not needed
+    end_without_collection()
     print_any_text()
     output: str | None = None
     try:
@@ -34,7 +36,7 @@ def run_training(settings_type: type[TrainSettings], train: Callable[[Any], obje
         _check_free(Path(output), new=not values["overwrite"] and values["resume_from_checkpoint"] is None)
         with stages_shown(shown=is_main_process()):
             settings = settings_type(**values)
-            announce_imports()
+            import_libraries()
 
             from stepfuse.fuse.backbones.loading import quiet_libraries
             from stepfuse.train.loop import train_adapter

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepfuse.data.names import nearest
 from stepfuse.data.registry import Registry
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 
 if TYPE_CHECKING:
     from stepfuse.fuse.diffusion.variance import VarianceSchedule
@@ -64,7 +64,7 @@ def initial_schedule(kind: str, settings: Mapping[str, Any], options: Mapping[st
     Raises:
         ValueError: for options that the kind does not have, that are missing or that cannot be trained with.
     """
-    announce_imports()  # the settings of a training are the first to need them
+    import_libraries()  # the settings of a training are the first to need them
 
     from stepfuse.fuse.diffusion.variance import ScheduleOption
 

@@ -1,7 +1,7 @@
 """`stepfuse benchmark rewards`."""
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.benchmark.checkout import require_checkout
 from stepfuse.scripts.benchmark.settings import RewardBenchmark
 from stepfuse.scripts.cli import declare
@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> None:
     settings = settings_of(RewardBenchmark, arguments)
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.benchmark.rewards import benchmark_rewards, reward_table
     from stepfuse.scripts.cli.load import write_results

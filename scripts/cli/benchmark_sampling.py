@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.benchmark.architectures import ARCHITECTURES
 from stepfuse.scripts.benchmark.settings import SamplingBenchmark
 from stepfuse.scripts.cli import completion, declare
@@ -43,7 +43,7 @@ def run(arguments: Arguments) -> None:
         check_set(arguments.set, instead=KINDS)
     settings = settings_of(SamplingBenchmark, arguments, model=arguments.architecture or str(arguments.set))
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.benchmark.sampling import benchmark_sampling, sampling_table
     from stepfuse.scripts.cli.load import prepare_device, write_results

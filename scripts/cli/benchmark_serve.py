@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.benchmark.serve_settings import ServeBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
@@ -28,7 +28,7 @@ def run(arguments: Arguments) -> None:
     settings = settings_of(ServeBenchmark, arguments, model=str(arguments.set))
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.cli.load import prepare_device, write_results
 

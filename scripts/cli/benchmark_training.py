@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.benchmark.settings import TrainingBenchmark
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -22,7 +22,7 @@ def run(arguments: Arguments) -> None:
     settings = settings_of(TrainingBenchmark, arguments, device=arguments.device or "cuda")
     require_new_file(arguments.output, overwrite=arguments.overwrite)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.benchmark.training import benchmark_training, training_table
     from stepfuse.scripts.cli.load import prepare_device, write_results

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stepfuse.data.run_lock import check_free
 from stepfuse.data.settings_file import find_config, load_settings
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 from stepfuse.scripts.recipes.build_config import BuildConfig
@@ -25,7 +25,7 @@ def run(arguments: Arguments) -> None:
     config = find_config(arguments.config, "sets")
     check_free(Path(load_settings(config, BuildConfig).output_dir), empty=False)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.cli.load import prepare_device
     from stepfuse.scripts.recipes.build_set import build

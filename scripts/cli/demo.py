@@ -1,6 +1,6 @@
 """`stepfuse demo`."""
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 from stepfuse.scripts.recipes.demo_folder import SETTINGS, check_early
@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Arguments) -> None:
     given = {name: getattr(arguments, name) for name in SETTINGS}
     check_early(arguments.output_dir, given, overwrite=arguments.overwrite)
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.recipes.demo import demo
 

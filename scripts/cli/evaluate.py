@@ -2,7 +2,7 @@
 
 from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.data.settings_file import find_config, load_settings
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -49,7 +49,7 @@ def run(arguments: Arguments) -> None:
     require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite or begun, option="--output_dir")
     check_set(arguments.set)
 
-    announce_imports()
+    import_libraries()
 
     import torch
 
@@ -87,7 +87,7 @@ def _measure_world(arguments: Arguments) -> None:
     output = arguments.output_dir
     require_empty_dir(output, overwrite=arguments.overwrite, ours=world_files, writes=FILES, option="--output_dir")
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.scripts.oracle_world.measure import measure_world
 

@@ -8,6 +8,7 @@ import select
 import sys
 from collections.abc import Sequence
 
+from stepfuse.data.garbage import end_without_collection
 from stepfuse.data.main_process import is_main_process
 from stepfuse.data.stages import stages_shown
 from stepfuse.data.text_files import print_any_text, printable
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; an invalid input ends in one line and exit status 1."""
     # Before transformers is imported: on import it warns about torchvision, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    end_without_collection()
     print_any_text()
     parsed = argparse.Namespace()
     try:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> None:
     check_set(arguments.set)
     _check_form(arguments)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sets.publish import check_token, confirmed, prepare, publish
 

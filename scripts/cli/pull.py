@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stepfuse.data.output_folder import require_empty_dir
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -22,7 +22,7 @@ def run(arguments: Arguments) -> None:
     check_set(arguments.set)
     require_empty_dir(output, overwrite=arguments.overwrite)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sets.create import copy_set
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stepfuse.data.output_file import require_new_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_picture
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -41,7 +41,7 @@ def run(arguments: Arguments) -> None:
     if not arguments.prompts.is_file():
         raise ValueError(f"--prompts {arguments.prompts}; expected a file, with one prompt per line for instance")
 
-    announce_imports()
+    import_libraries()
 
     import torch
 

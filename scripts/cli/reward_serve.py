@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stepfuse.data.settings_fields import Bounds
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.rewards.token_file import read_token
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -28,7 +28,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(arguments: Arguments) -> None:
     read_token(arguments.token_file)  # refused before the libraries are loaded
-    announce_imports()
+    import_libraries()
 
     import torch
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stepfuse.data.output_file import atomic_file, unused_path
 from stepfuse.data.settings_fields import Bounds
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.backbones.compilation import HOW, MODES, check_compilation
 from stepfuse.fuse.rules.options import RULE_OPTIONS
@@ -144,7 +144,7 @@ def run(arguments: Arguments) -> None:
         raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     columns = check_weights(arguments.weights or [], check_set(arguments.set))
 
-    announce_imports()
+    import_libraries()
 
     import torch
 

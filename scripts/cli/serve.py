@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.options import add_settings, settings_of
@@ -42,7 +42,7 @@ def run(arguments: Arguments) -> None:
 
     access = access_of(settings, arguments.token_file)
     with listen(settings.host, settings.port) as listener:
-        announce_imports()
+        import_libraries()
 
         import torch
 

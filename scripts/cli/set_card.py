@@ -6,7 +6,7 @@ from pathlib import Path
 from stepfuse.data.names import suggestion
 from stepfuse.data.near_folders import near_folders
 from stepfuse.data.output_file import atomic_file
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.data.text_files import read_text
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> None:
 
     folder = check_writable(arguments.set)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sampling.pictures import STRIP_ROWS, draw_strip
     from stepfuse.fuse.sets.adapter_set import load_set

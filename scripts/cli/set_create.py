@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from stepfuse.data.output_folder import require_empty_dir
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -56,7 +56,7 @@ def run(arguments: Arguments) -> None:
     for folder in (*arguments.adapter, *arguments.oracle):
         check_has_adapters(folder)
 
-    announce_imports()
+    import_libraries()
     base_schedule = declare.schedule_of(arguments, "reference_", default=1.0)
 
     from stepfuse.fuse.sets.create import create_set

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from stepfuse.data.names import nearest
 from stepfuse.data.output_folder import resolve_folder
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> None:
         else:
             resolve_folder(output)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sets.export import export
 

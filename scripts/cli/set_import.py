@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
 
@@ -57,7 +57,7 @@ def run(arguments: Arguments) -> None:
     from stepfuse.fuse.sets.hub import check_lora
 
     check_lora(arguments.lora)
-    announce_imports()
+    import_libraries()
     variance = declare.schedule_of(arguments, "")
 
     from stepfuse.fuse.backbones.loading import quiet_libraries

@@ -1,6 +1,6 @@
 """`stepfuse set merge`."""
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_safetensors, check_set, check_weights
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -24,7 +24,7 @@ def run(arguments: Arguments) -> None:
     texts = [] if arguments.weights is None else [arguments.weights]
     weights = check_weights(texts, check_set(arguments.set))
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sets.export import merge
 

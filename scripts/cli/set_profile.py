@@ -1,7 +1,7 @@
 """`stepfuse set profile`."""
 
 from stepfuse.data.prompts import PROMPT_SETS, load_prompts, parse_prompts
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.completion import one_of
@@ -35,7 +35,7 @@ def run(arguments: Arguments) -> None:
 
     check_writable(arguments.set)  # before minutes go into measuring
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sampling.measure_gaps import describe_gaps, measure_gaps
     from stepfuse.fuse.sets.adapter_set import load_set

@@ -4,7 +4,7 @@ import json
 import textwrap
 from typing import TYPE_CHECKING
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.data.text_table import text_table
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
@@ -22,7 +22,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Arguments) -> None:
     check_set(arguments.set)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.data.intervals import interval_text
     from stepfuse.fuse.rules.schedules import schedule_to_dict

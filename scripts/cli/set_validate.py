@@ -1,6 +1,6 @@
 """`stepfuse set validate`."""
 
-from stepfuse.data.stages import announce_imports
+from stepfuse.data.stages import import_libraries
 from stepfuse.scripts.cli import declare
 from stepfuse.scripts.cli.checks import check_set
 from stepfuse.scripts.cli.parser import Arguments, Parser, option
@@ -15,7 +15,7 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: Arguments) -> None:
     check_set(arguments.set)
 
-    announce_imports()
+    import_libraries()
 
     from stepfuse.fuse.sets.adapter_set import load_set
 
