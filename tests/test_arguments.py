@@ -11,7 +11,6 @@ from typing import get_args
 
 import pytest
 
-from stepfuse.data.output_folder import require_empty_dir
 from stepfuse.fuse.backbones.guidance import GUIDANCE
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
@@ -205,6 +204,9 @@ WRONG = {  # what is typed → what the answer names
     "set create full --adapter outputs/set": ["full", "--overwrite"],
     "set create new --adapter run": ["no adapter in run", "adapters are in run/trained"],
     "set create new --adapter run/traind": ["no adapter in run/traind", "'run/trained'"],
+    "set create new --adapter cut": ["no adapter in cut", "training in cut has not ended", "--resume_from_"],
+    "set create new --adapter cut/checkpoint-3": ["training in cut has not ended", "--resume_from_checkpoint latest"],
+    "set create new --adapter run/trained/checkpoint-3": ["a checkpoint; what was trained is in run/trained"],
     "set create new --adapter gone": ["gone"],
     "set create new --adapter empty": ["empty", "set import"],
     "set profile emoji": ["'emoji'", "pull"],
@@ -275,11 +277,12 @@ print(json.dumps(answers))
 def answers(tmp_path_factory):
     """What each wrong line is answered with, by one process."""
     folder = tmp_path_factory.mktemp("here")
-    for name in ("empty", "full", "outputs/set", "run/deep/set", "run/trained/a", "base"):
+    for name in ("empty", "full", "base", "outputs/set", "run/deep/set", "run/trained/a"):
         (folder / name).mkdir(parents=True)
     for name in ("outputs/set", "run/deep/set"):
         (folder / name / "adapter_set.json").write_text('{"format_version": 1, "adapters": [{"name": "a"}]}')
-    (folder / "begun").mkdir()
+    for name in ("begun", "cut/checkpoint-3", "run/trained/checkpoint-3"):
+        (folder / name).mkdir(parents=True)
     (folder / "begun/demo.json").write_text('{"objectives": 2, "seed": 1, "quick": false, "training": "0"}')
     (folder / "wrong.yaml").write_text("objektives: []\n")
     for name in ("there.png", "full/mine.txt", "run/trained/a/objective.json", "base/model_index.json"):
@@ -377,15 +380,3 @@ def test_version_is_the_packages(monkeypatch, capsys):
         parse(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"stepfuse {importlib.metadata.version('stepfuse')}\n"
-
-
-# Suggestions.
-
-
-def test_an_output_folder_that_is_a_new_volume_counts_as_empty(tmp_path):
-    (tmp_path / "lost+found").mkdir()
-    require_empty_dir(tmp_path, overwrite=False)
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(ValueError, match="--overwrite"):
-        require_empty_dir(tmp_path, overwrite=False)
-    require_empty_dir(tmp_path, overwrite=True)

@@ -102,13 +102,13 @@ AGAIN = "interrupted; the same command"
     [
         (
             "evaluate emoji --config eval/emoji --output_dir out",
-            f"{AGAIN} continues from what was saved",
+            f"{AGAIN} continues from whatever was saved",
         ),
         (
             "demo --output_dir out --overwrite",
-            f"{AGAIN} without --overwrite continues from what was saved",
+            f"{AGAIN} without --overwrite continues from whatever was saved",
         ),
-        ("build sets/emoji", f"{AGAIN} continues from what was saved"),
+        ("build sets/emoji", f"{AGAIN} continues from whatever was saved"),
         ("reward score compressibility --images . --prompts p --overwrite", "interrupted; the same command continues"),
         ("evaluate --world gmm --output_dir out", "interrupted"),
         ("sample emoji --prompt x", "interrupted"),

@@ -81,6 +81,15 @@ def test_weights_at_which_product_is_not_best_have_the_better_rule_and_its_diffe
     assert better.value["mean"] == pytest.approx(0.1)
 
 
+def test_two_rules_that_are_the_same_adapter_are_not_told_apart_by_rounding():
+    """With all the weight on one reward, soup and product differ in the last bits of an image."""
+    nearly = [noisy("soup", share, tuple(value + 2e-6 for value in point)) for share, point in ENDS.items()]
+    cells = [*front("product", 1.8), *nearly, noisy("soup", 0.5, (1.8 + 2e-6, 1.8 + 2e-6))]
+    (won,) = facts(*cells, kind="weights_won")
+    assert won.details == {"weights": 3, "won": 3, "lost": 0, "resolved": 0}
+    assert not facts(*cells, kind="better_rule")
+
+
 def test_where_product_is_best_everywhere_no_other_rule_is_named():
     cells = [*front("product", 1.8), *front("soup", 1.7)]
     (won,) = facts(*cells, kind="weights_won")

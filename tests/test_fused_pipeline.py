@@ -137,6 +137,54 @@ def test_an_embedding_of_another_family_is_refused_unless_it_is_none(pipe):
     assert len(pipe(PROMPTS, WEIGHTS, prompt_embeds_mask=None, output_type="latent").images) == 2
 
 
+FAULTY_RULES = """
+from stepfuse import FusionRule
+
+class NoMethod(FusionRule):
+    pass
+
+class OnlyNetworks(FusionRule):
+    def networks(self, step):
+        return []
+
+class ReturnsATensor(FusionRule):
+    def fuse(self, step):
+        return step.x_t
+
+class Fails(FusionRule):
+    def fuse(self, step):
+        return step.nothing
+
+class FailsBefore(FusionRule):
+    def prepare(self, plan):
+        return plan.nothing
+
+    def fuse(self, step):
+        return step.gaussian(step.plan.base)
+
+class Refuses(FusionRule):
+    def fuse(self, step):
+        raise ValueError("only on Mondays")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("NoMethod", "the rule 'NoMethod' has no method `fuse`; expected `fuse`, or `networks` and `combine`"),
+        ("OnlyNetworks", "the rule 'OnlyNetworks' has no method `fuse`"),
+        ("ReturnsATensor", "the rule 'ReturnsATensor' returned a Tensor for a step; expected a Gaussian"),
+        ("Fails", "the rule 'Fails' failed: AttributeError: 'FusionStep' object has no attribute 'nothing' (mine.py,"),
+        ("FailsBefore", "the rule 'FailsBefore' failed: AttributeError: 'Plan' object has no attribute 'nothing'"),
+        ("Refuses", "only on Mondays"),
+    ],
+)
+def test_a_faulty_rule_of_ones_own_is_one_line_that_names_it(pipe, tmp_path, name, told):
+    (tmp_path / "mine.py").write_text(FAULTY_RULES)
+    with refused(told):
+        pipe(PROMPTS, WEIGHTS, rule=f"{tmp_path}/mine.py:{name}")
+
+
 def test_guidance_steps_and_rule_may_be_of_one_call(pipe, set_folder):
     options = dict(guidance="full", guidance_scale=2.0, rule="average_noise")
     sampler = FusedSampler.from_pretrained(set_folder, **options)

@@ -366,6 +366,15 @@ def test_a_file_that_cannot_be_written_is_named(folder, name, overwrite, culprit
     assert contents(folder) == BEFORE | FOREIGN
 
 
+def test_an_output_folder_that_is_a_new_volume_counts_as_empty(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    require_empty_dir(tmp_path, overwrite=False)
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match="--overwrite"):
+        require_empty_dir(tmp_path, overwrite=False)
+    require_empty_dir(tmp_path, overwrite=True)
+
+
 # Clearing
 
 

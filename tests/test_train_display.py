@@ -7,7 +7,7 @@ import re
 import shlex
 import struct
 import termios
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -157,28 +157,43 @@ def test_other_processes_show_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@contextmanager
+def terminal(columns, monkeypatch):
+    """A terminal of so many columns as stderr; a list, which at the end has the lines that it was given."""
+    shown, stderr = os.openpty()
+    fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    lines, written = [], b""
+    with os.fdopen(stderr, "w") as file, monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", file)
+        yield lines
+    with suppress(OSError):  # the end of what the closed terminal was given
+        while part := os.read(shown, 10_000):
+            written += part
+    os.close(shown)
+    lines += [line.rstrip() for line in re.split(r"[\r\n]", written.decode()) if line.strip()]
+
+
 @pytest.mark.parametrize(
     ("columns", "last"), [(160, "images/s"), (110, "kl 0.5"), (80, "lightness 0.5"), (50, "00:00")]
 )
 def test_the_line_of_a_terminal_holds_whole_values_and_is_no_longer_than_it(monkeypatch, columns, last):
-    shown, terminal = os.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    with os.fdopen(terminal, "w") as stderr, monkeypatch.context() as patched:
-        patched.setattr("sys.stderr", stderr)
+    with terminal(columns, monkeypatch) as lines:
         display = ProgressDisplay(DPOSettings(max_train_steps=2), 0, images=4, shown=True)
         measured = {"reward/lightness": 0.5, "reward/subject_size": 0.5, "loss": 0.5, "kl": 0.5}
         for _ in range(2):
             display.advance(measured, new_images=True)
         display.close()
-    written = b""
-    with suppress(OSError):  # the end of what the closed terminal was given
-        while part := os.read(shown, 10_000):
-            written += part
-    os.close(shown)
-    lines = written.decode().replace("\n", "\r").split("\r")
     assert max(map(len, lines)) < columns
-    line = next(line.rstrip() for line in reversed(lines) if line.strip())
-    assert re.search(rf"{last}\]$", line), line
+    assert re.search(rf"{last}\]$", lines[-1]), lines[-1]
+
+
+def test_the_line_of_a_terminal_has_the_names_of_several_objectives_once(monkeypatch):
+    settings = DPOSettings(objectives=[{"reward": "lightness"}, {"reward": "subject_size"}], max_train_steps=7)
+    with terminal(80, monkeypatch) as lines:
+        display = ProgressDisplay(settings, 6, images=4, shown=True)
+        display.advance({"reward/lightness": 64.53, "reward/subject_size": 31.22, "loss": 0.5}, new_images=True)
+        display.close()
+    assert re.fullmatch(r"train: 7/7 \[.*, mean lightness 64\.53, mean subject_size 31\.22\]", lines[-1]), lines[-1]
 
 
 def test_updates_on_one_rollout_count_its_images_once(monkeypatch, capsys):

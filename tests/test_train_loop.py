@@ -110,7 +110,11 @@ def test_reward_of_the_wrong_shape_is_found_before_anything_is_written(run_train
 @pytest.mark.parametrize(
     ("flags", "culprit"),
     [
-        ({"lora_target_modules": "to_w"}, "to_w"),
+        (
+            {"lora_target_modules": "to_w"},
+            "lora_target_modules to_w: no layer of the model has such a name; it has",
+        ),
+        ({"lora_target_modules": "tok"}, "to_k, to_v"),
         ({"sample_num_steps": 2000}, "2000 sampling steps; expected 1 to 1000"),
         ({"resolution": 18}, "height is 18; expected a positive multiple of 4"),
         ({"lr_scheduler": "cosinus"}, "cosinus"),

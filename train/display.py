@@ -44,7 +44,7 @@ class ProgressDisplay:
         self.bar = tqdm(
             total=self.total,
             initial=step,
-            desc=self.name,
+            desc=self.name if len(settings.each) == 1 else "train",  # the names of several are those of their rewards
             bar_format=LINE,
             disable=not (shown and terminal),
             dynamic_ncols=True,

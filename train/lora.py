@@ -1,5 +1,6 @@
 """The policy: a base model with a LoRA and a variance schedule for each objective, which are trained."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from stepfuse.data.names import nearest
 from stepfuse.fuse.backbones.base import Backbone
 from stepfuse.fuse.backbones.denoiser import Router
 from stepfuse.fuse.diffusion.variance import VarianceSchedule
@@ -130,6 +132,12 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
         ValueError: if no layer of the network matches the targets, and for a rank that a layer cannot have.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
+    if not any(check_target_module_exists(config, path) for path, _ in network.named_modules()):
+        known = _layer_names(network)
+        raise ValueError(
+            f"lora_target_modules {' '.join(targets)}: no layer of the model has such a name; it has, among others, "
+            f"{', '.join(known[:6])}{nearest(targets[0], known)}"
+        )
     for path, layer in network.named_modules():
         if isinstance(layer, nn.Conv2d) and rank % layer.groups and check_target_module_exists(config, path):
             raise ValueError(
@@ -140,6 +148,17 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=name)
     cast_training_params(network, dtype=torch.float32)
+
+
+def _layer_names(network: nn.Module) -> list[str]:
+    """How the linear layers and convolutions of a network end, `to_q` and `to_out.0`, the most frequent first."""
+    ends: Counter[str] = Counter()
+    for path, layer in network.named_modules():
+        parts = path.removesuffix(".base_layer").split(".")  # of a layer that has another LoRA
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not {"lora_A", "lora_B"} & set(parts):
+            start = max(index for index, part in enumerate(parts) if not part.isdigit())
+            ends[".".join(parts[start:])] += 1
+    return [name for name, _ in ends.most_common()]
 
 
 def train_all(network: nn.Module, names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from stepfuse.data.grid import captioned_grid
 from stepfuse.data.images import to_image
 from stepfuse.data.prompts import load_prompts
+from stepfuse.data.stages import stage
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.sampling.finite import check_latents, decode_finite
 from stepfuse.rewards.protocol import Pixels
@@ -193,6 +194,7 @@ def fit_reward(setup: Setup, progress: Progress) -> None:
         if progress.step:
             raise ValueError("fit_reward on a run that has begun without; its policy is no longer the base")
         prompts = [setup.prompts[i * len(setup.prompts) // count] for i in range(count)]
+        stage(f"Generating {count} images, to fit the rewards' mean and standard deviation …")
         # Before training the policy is the base, with all weights.
         drawn = draw_together(setup, "fit", prompts, weights=setup.sampling.equal_weights(1)[0].tolist())
         terms = ([objective.reward.terms_of(pixels, batch) for objective in objectives] for batch, pixels in drawn)

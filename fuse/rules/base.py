@@ -86,7 +86,11 @@ class FusionRule:
         x, uniforms = x_T, uniform_numbers(run.plan, generators)
         for step_index in range(len(run.plan.steps)):
             step = run.step(step_index, x, uniforms)
-            x = run.sample(step, self.fuse(step), generators)
+            gaussian = self.fuse(step)
+            if not isinstance(gaussian, Gaussian):
+                returned = type(gaussian).__name__
+                raise ValueError(f"the rule {self.name!r} returned a {returned} for a step; expected a Gaussian")
+            x = run.sample(step, gaussian, generators)
             if run.after:
                 x, to_continue = run.after(step_index, step.t, x)
                 if not to_continue:

@@ -26,6 +26,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.plan import Expert, Plan
 from stepfuse.fuse.rules.run import Run, uniform_numbers
 from stepfuse.fuse.rules.step import PredictFn
+from stepfuse.fuse.rules.user_rule import one_line_errors
 from stepfuse.fuse.rules.weight_table import weight_table
 from stepfuse.fuse.rules.weights import Weights, weight_rows
 from stepfuse.fuse.sampling.rewards import check_gradients, check_scales, score_batch
@@ -139,7 +140,8 @@ class FusedPolicies:
             check_gradients([o for o in self.objectives if o.name in used], self.rewards, rule, self.backbone.device)
         if rule.needs == "rewards":
             check_scales(used, self.reward_scales)
-        return rule.prepare(plan)
+        with one_line_errors(rule):
+            return rule.prepare(plan)
 
     def _weight_table(
         self, weights: Weights | Sequence[Weights], count: int, steps: int, weights_on: str

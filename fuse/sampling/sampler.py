@@ -20,6 +20,7 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import get_default_rule, get_rule
 from stepfuse.fuse.rules.run import AfterStep, image_generators
 from stepfuse.fuse.rules.step import FusionStep
+from stepfuse.fuse.rules.user_rule import check_methods, one_line_errors
 from stepfuse.fuse.rules.weights import Weights
 from stepfuse.fuse.sampling.batch_invariant import check_invariant, decode_each, encode_each
 from stepfuse.fuse.sampling.finite import FiniteSteps, check_latents, decode_finite
@@ -95,6 +96,7 @@ class FusedSampler(FusedPolicies):
         if not isinstance(adapter_set, AdapterSet):
             adapter_set = load_set(adapter_set, read_weights=False)
         rule = rule or get_default_rule(adapter_set.default_rule)
+        check_methods(rule)
         scale = adapter_set.guidance_scale if guidance_scale is None else guidance_scale
         chosen = Guidance(source=guidance or adapter_set.guidance, scale=scale)
         backbone = load_backbone(adapter_set, pipeline, dtype, device)
@@ -126,6 +128,7 @@ class FusedSampler(FusedPolicies):
     def with_rule(self, rule: str | FusionRule) -> "FusedSampler":
         """The same sampler under another rule, with the rewards it needs loaded; a ValueError where it cannot be."""
         rule = get_rule(rule) if isinstance(rule, str) else rule
+        check_methods(rule)
         if self.denoiser.batch_invariant:
             check_invariant(rule)
         if not rule.needs:
@@ -245,7 +248,8 @@ class FusedSampler(FusedPolicies):
                         observe(step, gaussian, c, which)
 
                 run = replace(run, observe=partial(watch, given, rows, finite), after=after)
-                x_0 = self.rule.denoise(run, x_T, noise)
+                with one_line_errors(self.rule):
+                    x_0 = self.rule.denoise(run, x_T, noise)
                 check_latents(x_0, prompts[rows], finite)
                 if output_type != "latent":
                     x_0 = decode(self.backbone, x_0, prompts[rows]).cpu()

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from stepfuse.data import emoji
 from stepfuse.data.markdown import markdown_table
 from stepfuse.data.output_file import atomic_file
 from stepfuse.data.text_files import file_name, write_text
@@ -95,12 +96,12 @@ def card(loaded: AdapterSet, *, source: str, shown: list[str], title: str = "") 
         f"---\n{front_matter(loaded, title)}---",
         f"# {plain(title)}",
         f"{_count(len(loaded.adapters), 'LoRA')} of {_base(loaded)}, one for each reward ({objectives}), to be fused "
-        "while denoising for any weights by [stepfuse](https://arxiv.org/abs/2604.14379): no training, and no reward "
-        f"where images are generated. Guidance is {loaded.describe_guidance()}; "
+        "while denoising for any weights by stepfuse ([MSDDA](https://arxiv.org/abs/2604.14379)): no training, and no "
+        f"reward where images are generated. Guidance is {loaded.describe_guidance()}; "
         f"{loaded.num_inference_steps} steps; {_size(loaded)}rule {code(loaded.default_rule)}.",
         *training.sentences(),
         *([f"![The base, each adapter alone, and their mixture, of the same noise]({STRIP})"] * (STRIP in shown)),
-        CODE.format(source=source, prompt="a lighthouse at dusk", weights=weights),
+        CODE.format(source=source, prompt=_prompt(loaded), weights=weights),
         "Each adapter is a plain diffusers LoRA in a folder of its own, and loads alone into the base's pipeline:",
         LOAD_ONE.format(source=source, name=loaded.adapters[0].folder.name, file=WEIGHTS),
         "ComfyUI reads the same files, except DoRAs. For AUTOMATIC1111: "
@@ -254,9 +255,15 @@ def _limits(loaded: AdapterSet) -> str:
 
 
 def _licences(loaded: AdapterSet) -> str:
-    base = loaded.base.get("license") or "not stated here: see its own page"
+    bundled = emoji.LICENCE if loaded.base["name_or_path"] in emoji.BASES else None
+    base = loaded.base.get("license") or bundled or "not stated here: see its own page"
     rows = [(adapter.name, plain(adapter.license or "not stated")) for adapter in loaded.all_adapters]
     return markdown_table(["part", "licence"], [(f"base, {_base(loaded)}", plain(base)), *rows])
+
+
+def _prompt(loaded: AdapterSet) -> str:
+    """A prompt that the base model has learnt."""
+    return "a fox on a green background" if loaded.base["name_or_path"] in emoji.BASES else "a lighthouse at dusk"
 
 
 def _size(loaded: AdapterSet) -> str:

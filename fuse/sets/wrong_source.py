@@ -66,10 +66,26 @@ def check_has_adapters(folder: Path) -> None:
         raise ValueError(f"no adapter in {name}; expected a folder, as written by training{suggestion(near)}")
     if near:
         raise ValueError(f"no adapter in {name}; adapters are in {', '.join(near)}")
+    if run := run_of_checkpoints(folder):
+        if holds_adapters(run):
+            raise ValueError(f"no adapter in {name}, a checkpoint; what was trained is in {file_name(run)}")
+        raise ValueError(
+            f"no adapter in {name}: the training in {file_name(run)} has not ended; continue it with "
+            "--resume_from_checkpoint latest, which writes the adapter at the end"
+        )
     raise ValueError(
         f"no adapter in {name}: it has no {OBJECTIVE}, which training writes; `stepfuse set import` takes a LoRA of "
         "another tool"
     )
+
+
+def run_of_checkpoints(folder: Path) -> Path | None:
+    """The folder of the training whose checkpoints a folder holds, or that it is a checkpoint of."""
+    if any(folder.glob("checkpoint-*/")):
+        return folder
+    if not folder.name.startswith("checkpoint-"):
+        return None
+    return folder.parent if folder.parent.name else folder.absolute().parent
 
 
 def near_sets(folder: Path) -> list[str]:

@@ -99,7 +99,7 @@ def _how_to_continue(parsed: argparse.Namespace) -> str:
     if not getattr(parsed, "continued", False) or getattr(parsed, "world", None):
         return ""
     cleared = getattr(parsed, "overwrite", False) and hasattr(parsed, "output_dir")
-    return f"; the same command{' without --overwrite' if cleared else ''} continues from what was saved"
+    return f"; the same command{' without --overwrite' if cleared else ''} continues from whatever was saved"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

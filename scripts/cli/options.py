@@ -50,7 +50,7 @@ def add_settings(parser: Parser, settings: type, *, rule: str = "") -> None:
             name, more["dest"] = f"--no_{field.name}", field.name
         if offered := declared["choices"] or declared["suggestions"]:
             more["complete"] = several(offered) if kind is names else one_of(offered)
-        option(parser.group(declared["group"]), name, kind, text, default=default, **more)
+        option(parser.group(declared["group"] or ("fusion" if rule else "")), name, kind, text, default=default, **more)
 
 
 def settings_of(settings: type[S], arguments: Arguments, **more: Any) -> S:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stepfuse.data.output_file import atomic_file, unused_path
 from stepfuse.data.settings_fields import Bounds
-from stepfuse.data.stages import import_libraries
+from stepfuse.data.stages import import_libraries, stage
 from stepfuse.data.text_files import printable
 from stepfuse.fuse.backbones.compilation import HOW, MODES, check_compilation
 from stepfuse.fuse.rules.options import RULE_OPTIONS
@@ -53,7 +53,8 @@ def _add_images(images: Container) -> None:
     option(images, "--negative_prompt", printable, text, metavar="TEXT")
     text = (
         "Weight of each objective, normalised to sum to 1; repeat for more columns. A=0.9@0-0.5,0.2@0.5-1 changes it "
-        "over the denoising steps, here at half of them (default: the set's default weights)."
+        "over the denoising steps, here at half of them. A weight below 0 steers away from its objective, further than "
+        "adapters were trained for (default: the set's default weights)."
     )
     declare.weights(images, text, action="append")
     text = (
@@ -143,6 +144,12 @@ def run(arguments: Arguments) -> None:
     if arguments.mode and not arguments.compile:
         raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     columns = check_weights(arguments.weights or [], check_set(arguments.set))
+    for weights in columns:
+        if below := [name for name, weight in weights.items() if isinstance(weight, float) and weight < 0]:
+            stage(
+                f"The weight of {' and '.join(below)} is below 0, which no adapter was trained for: images may become "
+                "empty or noise."
+            )
 
     import_libraries()
 

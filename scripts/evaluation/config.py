@@ -157,7 +157,10 @@ def _cells_of_rule(values: dict[str, Any], names: Sequence[str], standard: Seque
     if not isinstance(strengths, list) or not strengths or not all(isinstance(s, int | float) for s in strengths):
         raise ValueError(f"rule {label} has strengths {strengths!r}; expected a list of numbers")
     texts = values.pop("weights", None)
-    rule = get_rule(name, **{str(option): value for option, value in values.items()})
+    try:
+        rule = get_rule(name, **{str(option): value for option, value in values.items()})
+    except ValueError as error:
+        raise ValueError(f"rules: {error}") from error
     if rule.accepts == "none":
         return [] if label == "base" else [PlannedCell(label=label, rule=rule, weights=None, set=other)]
     mixtures = [w for w in standard if rule.accepts != "single" or len(w) == 1]

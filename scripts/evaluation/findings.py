@@ -9,6 +9,10 @@ from stepfuse.fuse.rules.base import FusionRule
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.scripts.evaluation.config import Rules
 
+# Two rules that are the same adapter, as with all the weight on one, differ by less, in units of the rewards' scales:
+# their sums are in another order, and pixels are rounded to 8 bits.
+EQUAL = 1e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -127,7 +131,7 @@ def _best_weights(fused: Sequence[dict]) -> Iterator[Finding]:
         if cell["over_product"] is not None and cell["strength"] == 1:
             others.setdefault(cell["weights"], []).append(cell)
     best = [max(cells, key=lambda cell: cell["over_product"]["mean"]) for cells in others.values()]
-    lost = [cell for cell in best if cell["over_product"]["mean"] > ROUNDING]
+    lost = [cell for cell in best if cell["over_product"]["mean"] > EQUAL]
     if others:
         details = {"weights": len(others), "won": len(others) - len(lost), "lost": len(lost)}
         details["resolved"] = sum(excludes_zero(cell["over_product"]) for cell in lost)
