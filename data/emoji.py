@@ -17,7 +17,7 @@ CLIP = FOLDER / "clip"
 ADAPTER_SET = Path(__file__).parent / "emoji-set"
 FLOW_ADAPTER_SET = Path(__file__).parent / "emoji-flow-set"
 ADAPTER_SETS = {"emoji-flow": FLOW_ADAPTER_SET, "emoji": ADAPTER_SET}  # each has the name of its base
-LICENCE = "Apache-2.0"  # of the bundled base models
+LICENCE = "apache-2.0"  # of the bundled base models
 RESOLUTION = 64
 GUIDANCE_SCALES = {"emoji-flow": 2.0}  # of bases whose images are better with guidance, also if trained without it
 

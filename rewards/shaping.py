@@ -37,6 +37,10 @@ class Shaping:
         shaped = (scores - self.shift) / self.scale
         return shaped.clamp(*self.clip) if self.clip else shaped
 
+    def __str__(self) -> str:
+        shift = f"{'+' if self.shift < 0 else '-'} {abs(self.shift):g}"
+        return f"(reward {shift}) / {self.scale:g}" + (f", clipped to {list(self.clip)}" if self.clip else "")
+
 
 def fit_shaping(scores: Scores, clip: Sequence[float] = ()) -> Shaping:
     """The shaping to mean 0 and standard deviation 1 over these scores, or ValueError if all are equal."""

@@ -183,6 +183,15 @@ def test_one_image_is_what_the_sampler_draws(set_folder, sampler, tmp_path, caps
         assert (array(image) == array(expected)).all()
 
 
+def test_a_weight_below_0_is_drawn_with_a_word_about_it(set_folder, tmp_path, capsys):
+    run(
+        *("sample", set_folder, "--weights", "bright=1.1,small=-0.1", "--prompt", PROMPTS[0], "--rule", "soup"),
+        *("--steps", 2, "--output", tmp_path / "one.png"),
+    )
+    told = "The weight of small is below 0, which no adapter was trained for: images may become empty or noise.\n"
+    assert told in capsys.readouterr().err
+
+
 def test_a_grid_holds_a_row_a_prompt_and_a_column_a_set_of_weights(set_folder, sampler, tmp_path):
     output = tmp_path / "grid.png"
     run(

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ from stepfuse.fuse.rules.objective import Objective
 from stepfuse.fuse.rules.registry import RULES
 from stepfuse.fuse.sampling.sampler import FusedSampler
 from stepfuse.fuse.sets.adapter_set import load_set
+from stepfuse.fuse.sets.card import card
 from stepfuse.fuse.sets.set_training import SetTraining
 from stepfuse.rewards.statistics import deviation_within, percentile_interval, resample_prompts, resampled_means
 from stepfuse.scripts.baselines.product_or_soup import effects, resolved, sentence
@@ -47,6 +48,15 @@ def test_the_set_is_small_and_holds_three_objectives_and_their_mixtures() -> Non
         {"compressibility": 0.5, "alignment": 0.5},
         {"colourfulness": 0.5, "alignment": 0.5},
     ]
+
+
+def test_a_card_on_a_bundled_base_has_its_licence_and_a_prompt_that_it_knows() -> None:
+    loaded = load_set("emoji")
+    unstated = replace(loaded, base={name: value for name, value in loaded.base.items() if name != "license"})
+    for each in (loaded, unstated):
+        shown = card(each, source="emoji", shown=[])
+        assert 'pipe("a fox on a green background"' in shown
+        assert re.search(r"^\| base, .*\| apache-2\.0 \|$", shown, re.MULTILINE)
 
 
 def test_a_folder_of_that_name_without_a_set_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,8 @@ def test_a_reward_that_fails_names_the_step_that_caused_it(algorithm, aside, run
 
 def test_shaping_shifts_scales_and_clips_and_fits():
     scores = torch.tensor([1.0, 2.0, 6.0])
+    assert str(Shaping(shift=-0.25, scale=4)) == "(reward + 0.25) / 4"
+    assert str(Shaping(shift=2, scale=4, clip=[-0.2, 0.5])) == "(reward - 2) / 4, clipped to [-0.2, 0.5]"
     assert Shaping(shift=2, scale=4, clip=[-0.2, 0.5])(scores).tolist() == pytest.approx([-0.2, 0, 0.5])
     fitted = fit_shaping(scores)  # mean 3, squares 4, 1, 9
     assert (fitted.shift, fitted.scale) == (3, pytest.approx((14 / 3) ** 0.5))

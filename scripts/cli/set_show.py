@@ -49,9 +49,7 @@ def run(arguments: Arguments) -> None:
         print(f"  beta      {objective.beta:g}")
         print(f"  rank      {adapter.rank}")
         if shaping != Shaping():
-            sign = "+" if shaping.shift < 0 else "-"
-            clip = f", clipped to {list(shaping.clip)}" if shaping.clip else ""
-            print(f"  learnt    (reward {sign} {abs(shaping.shift):g}) / {shaping.scale:g}{clip}")
+            print(f"  learnt    {shaping}")
         if adapter.source:
             print(f"  from      {adapter.source}")
         if "algorithm" in record:
