@@ -174,9 +174,9 @@ class Refuses(FusionRule):
         ("NoMethod", "the rule 'NoMethod' has no method `fuse`; expected `fuse`, or `networks` and `combine`"),
         ("OnlyNetworks", "the rule 'OnlyNetworks' has no method `fuse`"),
         ("ReturnsATensor", "the rule 'ReturnsATensor' returned a Tensor for a step; expected a Gaussian"),
-        ("Fails", "the rule 'Fails' failed: AttributeError: 'FusionStep' object has no attribute 'nothing' (mine.py,"),
-        ("FailsBefore", "the rule 'FailsBefore' failed: AttributeError: 'Plan' object has no attribute 'nothing'"),
-        ("Refuses", "only on Mondays"),
+        ("Fails", "the rule 'Fails': AttributeError: 'FusionStep' object has no attribute 'nothing' (mine.py,"),
+        ("FailsBefore", "the rule 'FailsBefore': AttributeError: 'Plan' object has no attribute 'nothing'"),
+        ("Refuses", "the rule 'Refuses': only on Mondays (mine.py, line 28)"),
     ],
 )
 def test_a_faulty_rule_of_ones_own_is_one_line_that_names_it(pipe, tmp_path, name, told):

@@ -31,7 +31,7 @@ def one_line_errors(rule: FusionRule) -> Iterator[None]:
         yield
     except Exception as error:  # user code can raise any exception
         line = user_line(error)
-        if isinstance(error, ValueError) or not line or is_out_of_memory(error):
+        if not line or is_out_of_memory(error):
             raise
-        text = " ".join(str(error).split())
-        raise ValueError(f"the rule {rule.name!r} failed: {type(error).__name__}: {text} ({line})") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"the rule {rule.name!r}: {kind}{' '.join(str(error).split())} ({line})") from error
