@@ -136,3 +136,21 @@ def test_the_command_names_what_is_missing(desk, arguments, culprit):
         main(["evaluate", *arguments, "--output_dir", "never"])
     assert culprit in str(stop.value)
     assert not (desk / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rules": ["prodcut"]}, "config.yaml: rules: no fusion rule 'prodcut'"),
+        ({"rules": [{"rule": "product", "gat": 0.4}]}, "config.yaml: rules: rule product has no option 'gat'"),
+        ({"weights": ["nothing=1"]}, "config.yaml: weights name the objective 'nothing'"),
+        ({"seed_per_prompt": 1}, "config.yaml: unknown setting 'seed_per_prompt'; did you mean 'seeds_per_prompt'?"),
+    ],
+)
+def test_the_command_names_the_file_and_what_is_wrong_in_it(desk, monkeypatch, changes, told):
+    """Before the base model is loaded."""
+    monkeypatch.setattr("stepfuse.scripts.evaluation.run.evaluate", None)
+    (desk / "config.yaml").write_text(yaml.safe_dump(CONFIG | changes))
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "set", "--config", "config.yaml", "--output_dir", "never"])
+    assert str(stop.value).startswith(f"error: {told}")

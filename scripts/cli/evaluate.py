@@ -47,7 +47,7 @@ def run(arguments: Arguments) -> None:
     config = find_config(arguments.config, "eval")
     begun = (arguments.output_dir / "evaluation.json").exists()
     require_empty_dir(arguments.output_dir, overwrite=arguments.overwrite or begun, option="--output_dir")
-    check_set(arguments.set)
+    names = check_set(arguments.set)
 
     import_libraries()
 
@@ -63,6 +63,11 @@ def run(arguments: Arguments) -> None:
         allow_tf32()
     device = prepare_device(arguments.device)
     settings = load_settings(config, EvaluationConfig)
+    if names is not None:  # else the set is downloaded first
+        try:
+            cells_of(settings, names)
+        except ValueError as error:
+            raise ValueError(f"{config}: {error}") from error
     summary = evaluate(
         arguments.set,
         settings,
