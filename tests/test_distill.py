@@ -8,6 +8,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.data.seeds import numbered_generator
 from stepfuse.fuse.rules.product import Product
 from stepfuse.fuse.sampling.measure_gaps import measure_gaps
@@ -17,7 +18,6 @@ from stepfuse.fuse.sets.adapter_set import load_set
 from stepfuse.fuse.sets.create import create_set
 from stepfuse.train import distill
 from stepfuse.train.arguments import parse_settings
-from stepfuse.train.checkpoints import list_checkpoints
 from stepfuse.train.distill_settings import DistillSettings, with_set
 from stepfuse.train.distill_setup import DistillSetup
 from stepfuse.train.distillation import Distillation, collect_steps

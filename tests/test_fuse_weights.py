@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stepfuse.fuse.rules.weight_table import weight_table
-from stepfuse.fuse.rules.weights import WeightSchedule, label_weights, parse_weights
+from stepfuse.fuse.rules.weights import WeightSchedule, label_weights, lowest, parse_weights
 from tests.fixtures_tiny import refused
 
 NAMES = ["aesthetic", "prompt", "compressed"]
@@ -88,6 +88,11 @@ def test_pieces_that_make_no_schedule_are_named(pieces, culprit):
 def test_weights_are_read_from_text():
     assert parse_weights("bright=0.7,small=0.3") == {"bright": 0.7, "small": 0.3}
     assert parse_weights(" bright = 1e-1 , small=2") == {"bright": 0.1, "small": 2}
+
+
+def test_the_least_that_a_weight_is_over_the_run():
+    weights = parse_weights("a=0.5@0-0.5,-0.2@0.5-1,b=0.7")
+    assert (lowest(weights["a"]), lowest(weights["b"])) == (-0.2, 0.7)
 
 
 def test_weights_over_the_steps_are_read_from_text_and_written_back():

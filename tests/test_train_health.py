@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.fuse.sets.adapter import read_adapter
 from stepfuse.train.advantages import best_and_worst
-from stepfuse.train.checkpoints import Progress, list_checkpoints, read_state
+from stepfuse.train.checkpoints import Progress, read_state
 from stepfuse.train.health import IDLE, Health, diversity, thumbnails
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import refused_by

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage, list_checkpoints
+from stepfuse.train.checkpoints import MANIFEST, TEMPORARY, damage
 from tests.fixtures_distill import save_opposed_set
 from tests.fixtures_forked import Training, launched
 from tests.fixtures_training import save_tiny_pipeline

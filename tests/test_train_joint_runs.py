@@ -7,8 +7,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.fuse.sets.adapter import read_adapter
-from stepfuse.train.checkpoints import list_checkpoints, read_state
+from stepfuse.train.checkpoints import read_state
 from tests.fixtures_tiny import read_lora
 from tests.fixtures_training import refused_by
 

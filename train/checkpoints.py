@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.data.file_info import file_hash
 from stepfuse.data.folder_files import files_below
 from stepfuse.data.text_files import write_text
@@ -73,12 +73,6 @@ class Progress:
     validation_rewards: dict[str, Any] = field(default_factory=dict)
     validation_settings: dict[str, Any] = field(default_factory=dict)
     prompt_rewards: dict[str, list[float]] = field(default_factory=dict)
-
-
-def list_checkpoints(output: Path) -> list[Path]:
-    """Checkpoints, complete or not, oldest first."""
-    found = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def checkpoint_files(output: Path) -> set[Path]:

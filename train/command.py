@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.data.garbage import end_without_collection
 from stepfuse.data.main_process import is_main_process
 from stepfuse.data.run_lock import check_free
@@ -56,7 +57,7 @@ def _check_free(output: Path, *, new: bool) -> None:
     try:
         check_free(output, empty=new)
     except ValueError as error:
-        if new and any(output.glob("checkpoint-*")):
+        if new and list_checkpoints(output):
             raise ValueError(f"{error}; to continue its run, pass --resume_from_checkpoint latest") from error
         raise
 
@@ -82,8 +83,6 @@ def _interrupted(output: str | None) -> str:
     """How to resume after Ctrl-C."""
     if output is None or "stepfuse.train.checkpoints" not in sys.modules:
         return "interrupted before training began; nothing was written"
-    from stepfuse.train.checkpoints import list_checkpoints
-
     checkpoints = list_checkpoints(Path(output))
     if not checkpoints:
         begun = (Path(output) / "config.yaml").is_file()

@@ -132,14 +132,15 @@ def add_lora(network: nn.Module, name: str, *, rank: int, alpha: int | None, tar
         ValueError: if no layer of the network matches the targets, and for a rank that a layer cannot have.
     """
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(targets))
-    if not any(check_target_module_exists(config, path) for path, _ in network.named_modules()):
+    matched = [(path, layer) for path, layer in network.named_modules() if check_target_module_exists(config, path)]
+    if not matched:
         known = _layer_names(network)
         raise ValueError(
             f"lora_target_modules {' '.join(targets)}: no layer of the model has such a name; it has, among others, "
             f"{', '.join(known[:6])}{nearest(targets[0], known)}"
         )
-    for path, layer in network.named_modules():
-        if isinstance(layer, nn.Conv2d) and rank % layer.groups and check_target_module_exists(config, path):
+    for path, layer in matched:
+        if isinstance(layer, nn.Conv2d) and rank % layer.groups:
             raise ValueError(
                 f"rank {rank} for {path}; expected a multiple of its {layer.groups} groups, or lora_target_modules "
                 "without it"

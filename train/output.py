@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.data.folder_files import files_below, files_named
 from stepfuse.data.kl_steps import KL_PICTURE
 from stepfuse.data.output_folder import delete_files, require_empty_dir
@@ -20,7 +21,7 @@ from stepfuse.fuse.lora.safe_files import WEIGHTS
 from stepfuse.fuse.rules.objective import NAME
 from stepfuse.fuse.sets.manifest import OBJECTIVE
 from stepfuse.rewards.reward_name import parse_reward
-from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, list_checkpoints, newest_intact
+from stepfuse.train.checkpoints import checkpoint_files, find_checkpoint, newest_intact
 from stepfuse.train.settings import TrainSettings
 
 CONFIG = "config.yaml"

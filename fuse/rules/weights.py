@@ -37,6 +37,11 @@ class WeightSchedule:
 Weights = Mapping[str, float | WeightSchedule]
 
 
+def lowest(weight: float | WeightSchedule) -> float:
+    """The least that a weight is over the run, where it is stated."""
+    return min(piece[0] for piece in weight.pieces) if isinstance(weight, WeightSchedule) else weight
+
+
 def parse_weights(text: str) -> dict[str, float | WeightSchedule]:
     """`a=0.7,b=0.3`, or over the steps `a=0.9@0-0.5,0.2@0.5-1,b=0.5` → weights by name; a ValueError for other text."""
     parsed: dict[str, float | tuple[tuple[float, float, float], ...]] = {}

@@ -209,8 +209,7 @@ def recorded_gain(record: Mapping[str, Any]) -> dict[str, Any] | None:
 def validation_gain(validation: Mapping[str, Any]) -> dict[str, Any] | None:
     """The mean reward after training minus the one before, ± 1.96 √(s_0² / n_0 + s_1² / n_1), its 95 % interval.
 
-    The images are of the same prompts and noise: as independent samples they have
-    a wider interval than they need.
+    The images are of the same prompts and noise: as independent samples they have a wider interval than they need.
     """
     moments = [validation.get(moment) or {} for moment in ("before", "after")]
     if any("reward" not in moment for moment in moments):

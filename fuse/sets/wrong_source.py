@@ -6,6 +6,7 @@ from pathlib import Path
 
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
+from stepfuse.data.checkpoint_folders import is_checkpoint, list_checkpoints
 from stepfuse.data.names import suggestion
 from stepfuse.data.near_folders import near_folders
 from stepfuse.data.text_files import file_name
@@ -81,9 +82,9 @@ def check_has_adapters(folder: Path) -> None:
 
 def run_of_checkpoints(folder: Path) -> Path | None:
     """The folder of the training whose checkpoints a folder holds, or that it is a checkpoint of."""
-    if any(folder.glob("checkpoint-*/")):
+    if list_checkpoints(folder):
         return folder
-    if not folder.name.startswith("checkpoint-"):
+    if not is_checkpoint(folder):
         return None
     return folder.parent if folder.parent.name else folder.absolute().parent
 

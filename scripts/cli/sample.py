@@ -10,6 +10,7 @@ from stepfuse.data.text_files import printable
 from stepfuse.fuse.backbones.compilation import HOW, MODES, check_compilation
 from stepfuse.fuse.rules.options import RULE_OPTIONS
 from stepfuse.fuse.rules.registry import RULES
+from stepfuse.fuse.rules.weights import lowest
 from stepfuse.scripts.cli import completion, declare
 from stepfuse.scripts.cli.checks import RULE_FLAGS, check_picture, check_rule, check_set, check_weights
 from stepfuse.scripts.cli.options import add_settings
@@ -144,12 +145,12 @@ def run(arguments: Arguments) -> None:
     if arguments.mode and not arguments.compile:
         raise ValueError(f"--mode {arguments.mode} is a mode of torch.compile; add --compile regional or full")
     columns = check_weights(arguments.weights or [], check_set(arguments.set))
-    for weights in columns:
-        if below := [name for name, weight in weights.items() if isinstance(weight, float) and weight < 0]:
-            stage(
-                f"The weight of {' and '.join(below)} is below 0, which no adapter was trained for: images may become "
-                "empty or noise."
-            )
+    below = {name for weights in columns for name, weight in weights.items() if lowest(weight) < 0}
+    if below:
+        stage(
+            f"The weight of {' and '.join(sorted(below))} is below 0, which no adapter was trained for: images may "
+            "become empty or noise."
+        )
 
     import_libraries()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from stepfuse.configs import FOLDER
 from stepfuse.data import emoji
+from stepfuse.data.checkpoint_folders import list_checkpoints
 from stepfuse.data.json_file import read_json, write_json
 from stepfuse.data.run_lock import locked
 from stepfuse.data.settings_file import load_settings
@@ -15,7 +16,6 @@ from stepfuse.scripts.recipes.demo_folder import ADAPTERS, PICTURES, RESULTS, SE
 from stepfuse.scripts.recipes.demo_mixtures import evaluation_of, measure
 from stepfuse.scripts.recipes.demo_report import report
 from stepfuse.scripts.recipes.training import Training, train
-from stepfuse.train.checkpoints import list_checkpoints
 from stepfuse.train.settings import DPOSettings
 
 CONFIG = "dpo/emoji-flow-joint"
